@@ -1,0 +1,56 @@
+"""daekit: distil a large language model into a small one, then align it to a domain without forgetting the rest.
+
+Public names are imported on first use, because importing trl takes about ten seconds and ``daekit --help`` must not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_ROOM_OF = {
+    "KDConfig": "daekit.trainers",
+    "KDTrainer": "daekit.trainers",
+    "DAEConfig": "daekit.trainers",
+    "DAETrainer": "daekit.trainers",
+    "DomainSFTConfig": "daekit.trainers",
+    "DomainSFTTrainer": "daekit.trainers",
+    "ModelTeacher": "daekit.teachers",
+    "AdapterTeacher": "daekit.teachers",
+    "EnsembleTeacher": "daekit.teachers",
+    "RoutedTeacher": "daekit.teachers",
+    "Batch": "daekit.protocol",
+    "Signal": "daekit.protocol",
+    "Teacher": "daekit.protocol",
+    "Voice": "daekit.protocol",
+    "load_recipe": "daekit.recipe",
+    "run_recipe": "daekit.run",
+}
+
+if TYPE_CHECKING:
+    from daekit.protocol import Batch, Signal, Teacher, Voice
+    from daekit.recipe import load_recipe
+    from daekit.run import run_recipe
+    from daekit.teachers import AdapterTeacher, EnsembleTeacher, ModelTeacher, RoutedTeacher
+    from daekit.trainers import (
+        DAEConfig,
+        DAETrainer,
+        DomainSFTConfig,
+        DomainSFTTrainer,
+        KDConfig,
+        KDTrainer,
+    )
+
+__all__ = [*_ROOM_OF, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'daekit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_ROOM_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

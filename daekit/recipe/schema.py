@@ -1,0 +1,247 @@
+"""The typed form of a recipe: what a YAML file may say. Imports neither torch nor transformers.
+
+One file is one run of one or more stages. Every mapping of the YAML is one frozen dataclass here; a key that is not a
+field is an error. Names are those of TRL, PEFT and transformers wherever the same thing has one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+StageType = Literal["sft", "kd", "dae"]
+Quantization = Literal["4bit", "8bit"]
+Overlong = Literal["error", "truncate", "drop"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where a model comes from: exactly one of ``path``, ``stage`` and ``config``.
+
+    In YAML a plain string is short for ``{path: ...}``, and ``stage:NAME`` for ``{stage: NAME}``.
+
+    Attributes:
+        path: hub id or directory (a directory that holds a LoRA adapter is loaded on its base and merged).
+        stage: the result of an earlier stage of this recipe.
+        config: a model made from scratch with random weights: ``model_type`` and the fields of its transformers config;
+            ``vocab_size`` and special tokens are taken from the tokenizer unless given.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``: the dtype that the weights are loaded in.
+        quantization: ``4bit`` (nf4, double quantisation) or ``8bit``, by bitsandbytes.
+    """
+
+    path: str | None = None
+    stage: str | None = None
+    config: dict[str, Any] | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    quantization: Quantization | None = None
+
+
+@dataclass(frozen=True)
+class WeightedModelSpec:
+    """A member of an ensemble: a model and its weight; the weights of an ensemble sum to 1."""
+
+    model: ModelSpec
+    weight: float
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """One teacher: a model, or an ensemble of several.
+
+    In YAML whatever is a ModelSpec is a TeacherSpec too; an ensemble is ``{ensemble: [{model: M, weight: W}, ...], average: logits}``.
+    """
+
+    model: ModelSpec | None = None
+    ensemble: tuple[WeightedModelSpec, ...] = ()
+    average: Literal["logits", "probabilities"] = "logits"
+
+
+@dataclass(frozen=True)
+class TokenizerTraining:
+    """A tokenizer trained on the training rows of some sources.
+
+    Attributes:
+        vocab_size: its size, special tokens included.
+        sources: names of the sources to read (default: all).
+        kind: ``bpe`` (byte-level) or ``words`` (one token per word, digit and punctuation mark: for small worlds).
+    """
+
+    vocab_size: int
+    sources: tuple[str, ...] = ()
+    kind: Literal["bpe", "words"] = "bpe"
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """Where the tokenizer comes from: a hub id, a directory or a SentencePiece/tokenizers file, or training on the data.
+
+    In YAML a plain string is short for ``{path: ...}``. Not needed when the first student is loaded from a path.
+    """
+
+    path: str | None = None
+    train: TokenizerTraining | None = None
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Rows of one domain.
+
+    Attributes:
+        domain: the name that decides which teacher speaks for these rows.
+        path: a JSONL or Parquet file, a directory of them, a hub id, or ``builtin:NAME`` for the embedded corpora.
+        split: split of a hub data set or of a builtin corpus to train on.
+        name: configuration name of a hub data set.
+        validation: a file, directory or ``builtin:NAME`` with the rows to evaluate on.
+        validation_split: split of ``path`` to evaluate on.
+        holdout: number of rows taken from the end of the (seeded) shuffled training rows, to evaluate on instead.
+        limit: use at most so many training rows (the first ones).
+        validation_limit: use at most so many validation rows.
+        columns: our column name -> its name in the data, for ``messages``, ``prompt``, ``completion``, ``text``, ``answer``.
+    """
+
+    domain: str
+    path: str
+    split: str = "train"
+    name: str | None = None
+    revision: str | None = None
+    validation: str | None = None
+    validation_split: str | None = None
+    holdout: int | None = None
+    limit: int | None = None
+    validation_limit: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MixtureSpec:
+    """What a stage trains on.
+
+    In YAML a list of source names means all their rows; a mapping ``source: weight`` gives the *share of rows* of each.
+
+    Attributes:
+        sources: names of sources.
+        weights: share of rows of each source, in the order of ``sources``; empty: all rows of every source, once.
+        rows: rows of one epoch of a weighted mixture. Default: the most that repeats no row of any source. A source that
+            has fewer rows than its share asks for is repeated in whole passes.
+    """
+
+    sources: tuple[str, ...]
+    weights: tuple[float, ...] = ()
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """A LoRA adapter for the student (PEFT's names). With ``student.quantization: 4bit`` this is QLoRA.
+
+    Attributes:
+        merge: fold the adapter into the (unquantised) base when the stage ends, so that its result is a plain model.
+    """
+
+    r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    merge: bool = False
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """The objective of a ``kd`` or ``dae`` stage; weights are per kept token, in nats.
+
+    Attributes:
+        divergence: ``forward_kl`` KL(teacher || student), ``reverse_kl``, or ``jsd``.
+        beta: the mixture weight of ``jsd``.
+        temperature: T; the divergence is multiplied by T^2.
+    """
+
+    ce_weight: float = 0.0
+    prediction_weight: float = 1.0
+    attention_weight: float = 0.0
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One training run.
+
+    Attributes:
+        type: ``sft`` (cross-entropy on the data's own tokens), ``kd`` (follow one teacher on all rows) or ``dae`` (follow the
+            teacher of each row's domain, and the reference elsewhere).
+        student: the model to train; default: the result of the stage before.
+        teacher: for ``kd``.
+        teachers: for ``dae``: domain -> teacher.
+        reference: for ``dae``: the model to follow on ``reference_domains``; default: the student as it stands, frozen.
+        reference_domains: for ``dae``: domains that follow the reference.
+        data: the rows.
+        overlong: what becomes of rows longer than ``trainer.max_length``: ``error``, ``truncate`` or ``drop``.
+        trainer: any field of ``trl.SFTConfig`` (learning_rate, max_steps, per_device_train_batch_size, packing...).
+    """
+
+    type: StageType
+    data: MixtureSpec
+    student: ModelSpec | None = None
+    teacher: TeacherSpec | None = None
+    teachers: dict[str, TeacherSpec] = field(default_factory=dict)
+    reference: TeacherSpec | None = None
+    reference_domains: tuple[str, ...] = ("general",)
+    lora: LoraSpec | None = None
+    loss: LossSpec = field(default_factory=LossSpec)
+    overlong: Overlong = "error"
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """The report that ends a run: every model x every domain with validation rows.
+
+    Attributes:
+        models: names of stages (default: every stage, in order).
+        baseline: the stage that gain and forgetting are measured against.
+        sources: sources whose validation rows are used (default: all that have some).
+        limit: at most so many validation rows per source.
+        generate: also generate answers greedily, for exact_match and answer_match.
+        max_new_tokens: tokens to generate at most.
+        batch_size: rows per forward pass.
+        bootstrap: resamples of the interval.
+    """
+
+    models: tuple[str, ...] = ()
+    baseline: str | None = None
+    sources: tuple[str, ...] = ()
+    limit: int | None = None
+    generate: bool = True
+    max_new_tokens: int = 64
+    batch_size: int = 32
+    bootstrap: int = 1000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run.
+
+    Attributes:
+        name: becomes part of model cards and reports.
+        output_dir: everything the run writes is below it.
+        seed: of data order, initial weights and dropout of every stage.
+        sources: name -> rows of one domain.
+        stages: name -> stage, in the order in which they run.
+        evaluation: None: no report.
+    """
+
+    name: str
+    output_dir: str
+    sources: dict[str, SourceSpec]
+    stages: dict[str, StageSpec]
+    seed: int = 0
+    tokenizer: TokenizerSpec | None = None
+    evaluation: EvaluationSpec | None = None
