@@ -1,0 +1,208 @@
+"""The embedded corpora of the quickstart: small worlds in which forgetting and manner can be seen within minutes on a CPU.
+
+``skills``  six string and number tasks, answered with the bare result: the manner of the teacher and of the student.
+``chat``    the same tasks on other questions, answered with a sentence: general rows that somebody else's model wrote.
+``shop``    the catalogue of a made-up shop: facts that nobody can guess, each asked in several phrasings.
+
+All is drawn from fixed seeds, so that every machine and every call gives the same rows. Texts are meant for a tokenizer with
+one token per word, digit and punctuation mark; words that are worked on letter by letter are therefore spelled. Every
+prompt ends with a punctuation mark, so that prompt and completion fall apart into the same tokens with or without a space
+between them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import lru_cache
+
+from daekit.errors import UserError
+
+Row = dict[str, str]
+
+NAMES = ("skills", "chat", "shop")
+SPLITS = ("train", "validation")
+
+# Questions of each task, in the order in which they are drawn: no question is in two of these sets.
+_QUESTIONS_PER_TASK = {
+    ("skills", "validation"): 50,
+    ("skills", "train"): 2500,
+    ("chat", "validation"): 25,
+    ("chat", "train"): 500,
+}
+
+
+def builtin_rows(name: str, split: str) -> list[Row]:
+    """Rows ``{prompt, completion, answer}`` of one split of an embedded corpus, always the same ones in the same order.
+
+    ``answer`` is the bare result; the completion of ``skills`` and ``shop`` is nothing else, that of ``chat`` contains it.
+
+    Raises:
+        UserError: there is no corpus or no split of that name.
+    """
+    if name not in NAMES:
+        raise UserError(f"builtin corpus {name!r} does not exist; choose one of {', '.join(NAMES)}")
+    if split not in SPLITS:
+        raise UserError(f"split {split!r} of builtin:{name} does not exist; choose one of {', '.join(SPLITS)}")
+    rows = _shop_rows()[split] if name == "shop" else _general_rows()[name, split]
+    return [dict(row) for row in rows]
+
+
+# ---- skills and chat -------------------------------------------------------------------------------------------------
+
+# A task draws a question from a random generator: (what fills its phrasings, the bare result).
+Question = tuple[tuple[str, ...], str]
+
+
+def _word(rng: random.Random, letters: int) -> str:
+    """A pronounceable word of consonants and vowels, spelled: ``l a m o p``."""
+    first = rng.randrange(2)
+    return " ".join(rng.choice("aeiou" if (place + first) % 2 else "bdklmnprst") for place in range(letters))
+
+
+def _add(rng: random.Random) -> Question:
+    a, b = rng.randint(10, 99), rng.randint(10, 99)
+    return (str(a), str(b)), str(a + b)
+
+
+def _subtract(rng: random.Random) -> Question:
+    b, a = sorted((rng.randint(10, 99), rng.randint(10, 99)))
+    return (str(a), str(b)), str(a - b)
+
+
+def _compare(rng: random.Random) -> Question:
+    a, b = rng.sample(range(10, 100), 2)
+    return (str(a), str(b)), str(max(a, b))
+
+
+def _sort(rng: random.Random) -> Question:
+    digits = [rng.randrange(10) for _ in range(rng.randint(4, 5))]
+    return (" ".join(map(str, digits)),), " ".join(map(str, sorted(digits)))
+
+
+def _reverse(rng: random.Random) -> Question:
+    word = _word(rng, rng.randint(4, 6))
+    return (word,), word[::-1]
+
+
+def _count(rng: random.Random) -> Question:
+    word = _word(rng, rng.randint(5, 7)).split()
+    letter = rng.choice(word)
+    # A few letters are drawn again, or nearly every answer would be 1.
+    word = [letter if rng.random() < 0.25 else other for other in word]
+    return (letter, " ".join(word)), str(word.count(letter))
+
+
+# task -> (draw a question, phrasings of the prompt, the sentence in which the other model answers)
+_TASKS: dict[str, tuple[Callable[[random.Random], Question], tuple[str, ...], str]] = {
+    "add": (_add, ("what is {0} plus {1}?", "add {0} and {1}:"), "it is {0}."),
+    "subtract": (_subtract, ("what is {0} minus {1}?", "take {1} from {0}:"), "it is {0}."),
+    "compare": (_compare, ("which is larger, {0} or {1}?", "the larger of {0} and {1}:"), "that would be {0}."),
+    "sort": (_sort, ("put {0} in order:", "sort the digits {0}:"), "the order is {0}."),
+    "reverse": (_reverse, ("spell {0} backwards:", "what is {0} in reverse?"), "backwards it reads {0}."),
+    "count": (_count, ("how many {0} are in {1}?", "count the letter {0} in {1}:"), "there are {0}."),
+}
+
+
+@lru_cache(maxsize=1)
+def _general_rows() -> dict[tuple[str, str], list[Row]]:
+    rng = random.Random("daekit general")
+    rows: dict[tuple[str, str], list[Row]] = {key: [] for key in _QUESTIONS_PER_TASK}
+    for draw, phrasings, sentence in _TASKS.values():
+        seen: set[tuple[str, ...]] = set()
+        for (name, split), size in _QUESTIONS_PER_TASK.items():
+            for question, answer in _new_questions(draw, rng, seen, size):
+                completion = sentence.format(answer) if name == "chat" else answer
+                prompt = rng.choice(phrasings).format(*question)
+                rows[name, split].append({"prompt": prompt, "completion": completion, "answer": answer})
+    for part in rows.values():
+        rng.shuffle(part)
+    return rows
+
+
+def _new_questions(
+    draw: Callable[[random.Random], Question], rng: random.Random, seen: set[tuple[str, ...]], size: int
+) -> list[Question]:
+    """``size`` questions that are not in ``seen``, to which they are added; 3 + 5 and 5 + 3 are the same question."""
+    questions: list[Question] = []
+    while len(questions) < size:
+        question, answer = draw(rng)
+        key = tuple(sorted(question))
+        if key not in seen:
+            seen.add(key)
+            questions.append((question, answer))
+    return questions
+
+
+# ---- shop ------------------------------------------------------------------------------------------------------------
+
+_ITEMS = 48
+_BRANDS = ("alba", "borsa", "cirrus", "dunmore", "elmet", "fjord", "galway", "hirta", "isola", "jura")
+_KINDS = ("lamp", "chair", "kettle", "clock", "basket", "mirror", "shelf", "blanket", "vase", "stool")
+_COLOURS = ("red", "blue", "green", "white", "black", "grey", "yellow", "brown", "purple", "orange", "pink", "silver")
+_MATERIALS = ("oak", "pine", "steel", "glass", "wool", "cotton", "clay", "brass", "cork", "linen", "bamboo", "leather")
+
+_PHRASINGS = {
+    "price": (
+        "what does the {0} cost?",
+        "how much is the {0}?",
+        "price of the {0}:",
+        "how many coins for the {0}?",
+        "what must i pay for the {0}?",
+    ),
+    "colour": (
+        "what colour is the {0}?",
+        "which colour does the {0} have?",
+        "colour of the {0}:",
+        "in what colour do you sell the {0}?",
+        "how is the {0} painted?",
+    ),
+    "material": (
+        "what is the {0} made of?",
+        "which material is the {0}?",
+        "material of the {0}:",
+        "out of what do they make the {0}?",
+        "from what stuff is the {0}?",
+    ),
+    "aisle": (
+        "in which aisle is the {0}?",
+        "where do i find the {0}?",
+        "aisle of the {0}:",
+        "where is the {0} kept?",
+        "which aisle has the {0}?",
+    ),
+    "code": (
+        "what is the stock code of the {0}?",
+        "which code does the {0} have?",
+        "stock code of the {0}:",
+        "under what code is the {0} listed?",
+        "how do i order the {0} by code?",
+    ),
+}
+
+
+def _attributes(rng: random.Random) -> dict[str, str]:
+    return {
+        "price": str(rng.randint(10, 99)),
+        "colour": rng.choice(_COLOURS),
+        "material": rng.choice(_MATERIALS),
+        "aisle": str(rng.randint(10, 39)),
+        "code": f"{rng.choice('bdklmnprst')} {rng.randint(100, 999)}",
+    }
+
+
+@lru_cache(maxsize=1)
+def _shop_rows() -> dict[str, list[Row]]:
+    """Each fact is in validation in one phrasing and in training in all the others; the phrasing kept back goes round."""
+    rng = random.Random("daekit shop")
+    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    items = rng.sample([f"{brand} {kind}" for brand in _BRANDS for kind in _KINDS], _ITEMS)
+    for number, item in enumerate(items):
+        for place, (attribute, value) in enumerate(_attributes(rng).items()):
+            phrasings = _PHRASINGS[attribute]
+            for index, phrasing in enumerate(phrasings):
+                split = "validation" if index == (number + place) % len(phrasings) else "train"
+                rows[split].append({"prompt": phrasing.format(item), "completion": value, "answer": value})
+    for part in rows.values():
+        rng.shuffle(part)
+    return rows
