@@ -10,6 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from daekit.protocol import Batch, Signal, Teacher, Voice
+    from daekit.recipe import load_recipe
+    from daekit.run import run_recipe
+    from daekit.teachers import AdapterTeacher, EnsembleTeacher, ModelTeacher, RoutedTeacher
+    from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, DomainSFTTrainer, KDConfig, KDTrainer
+
 _ROOM_OF = {
     "KDConfig": "daekit.trainers",
     "KDTrainer": "daekit.trainers",
@@ -29,21 +36,25 @@ _ROOM_OF = {
     "run_recipe": "daekit.run",
 }
 
-if TYPE_CHECKING:
-    from daekit.protocol import Batch, Signal, Teacher, Voice
-    from daekit.recipe import load_recipe
-    from daekit.run import run_recipe
-    from daekit.teachers import AdapterTeacher, EnsembleTeacher, ModelTeacher, RoutedTeacher
-    from daekit.trainers import (
-        DAEConfig,
-        DAETrainer,
-        DomainSFTConfig,
-        DomainSFTTrainer,
-        KDConfig,
-        KDTrainer,
-    )
-
-__all__ = [*_ROOM_OF, "__version__"]
+__all__ = [
+    "AdapterTeacher",
+    "Batch",
+    "DAEConfig",
+    "DAETrainer",
+    "DomainSFTConfig",
+    "DomainSFTTrainer",
+    "EnsembleTeacher",
+    "KDConfig",
+    "KDTrainer",
+    "ModelTeacher",
+    "RoutedTeacher",
+    "Signal",
+    "Teacher",
+    "Voice",
+    "__version__",
+    "load_recipe",
+    "run_recipe",
+]
 
 
 def __getattr__(name: str) -> Any:

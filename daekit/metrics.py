@@ -19,7 +19,14 @@ class TokenMeans:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, values_N: Tensor, row_N: Tensor, domains: Sequence[str]) -> None:
-        """Add one value per kept position to the mean of ``name`` and of ``name/<domain>`` for the domain of its row."""
+        """Add one value per kept position to the means ``name`` and ``name/<domain>``.
+
+        Args:
+            name: of the metric.
+            values_N: one value per kept position.
+            row_N: the row of each position, an index into ``domains``.
+            domains: the domain of each row.
+        """
         rows = len(domains)
         pairs = torch.stack([values_N.double(), torch.ones_like(values_N, dtype=torch.float64)])
         by_row = torch.zeros(2, rows, dtype=torch.float64, device=values_N.device).index_add_(1, row_N, pairs)
@@ -27,11 +34,8 @@ class TokenMeans:
             members = torch.tensor([d == domain for d in domains], device=values_N.device)
             total = by_row[:, members].sum(dim=1)
             for key in (name, f"{name}/{domain}"):
-                self._sums[key] = self._sums[key] + total if key in self._sums else total
-
-    def counts(self, name: str) -> dict[str, int]:
-        """Tokens seen so far per key of ``name``."""
-        return {key: int(pair[1]) for key, pair in self._sums.items() if key.split("/")[0] == name}
+                before = self._sums.get(key)
+                self._sums[key] = total if before is None else before.to(total.device) + total
 
     def pop(self) -> dict[str, tuple[float, int]]:
         """(mean, tokens) per key over all ranks, then start anew. A collective call: every rank must make it."""

@@ -200,3 +200,7 @@ class Teacher(Protocol):
     def identity(self) -> dict[str, object]:
         """JSON-able facts that tell this teacher from another one: compared when a run resumes."""
         ...
+
+    def to(self, device: torch.device) -> Teacher:
+        """Move what can be moved to ``device``; returns itself."""
+        ...

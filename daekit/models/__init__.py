@@ -1,1 +1,1 @@
-
+"""Models: loading them, their hidden states and output head, their tokenizers compared, their weights identified."""

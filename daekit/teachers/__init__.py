@@ -1,1 +1,8 @@
+"""Teachers: a frozen model, an adapter of the student's base, several averaged, or one per domain; freely composed."""
 
+from daekit.teachers.adapter import AdapterTeacher
+from daekit.teachers.ensemble import EnsembleTeacher
+from daekit.teachers.model import ModelTeacher
+from daekit.teachers.routed import RoutedTeacher, unknown_domain
+
+__all__ = ["AdapterTeacher", "EnsembleTeacher", "ModelTeacher", "RoutedTeacher", "unknown_domain"]

@@ -1,0 +1,57 @@
+"""Collation that keeps what TRL's collator drops: the domain of each row, and which position belongs to which row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daekit.errors import UserError
+from daekit.protocol import Batch
+
+_ROW, _DOMAINS, EXAMPLES = "row_ids", "domains", "row_examples"
+
+
+class DomainCollator:
+    """Wraps a collator (TRL's, or a user's) and adds ``row_ids [B,T]``, ``domains`` and ``row_examples``, one per row.
+
+    A packed example is several rows of one domain; ``seq_lengths`` says where they end.
+
+    Args:
+        inner: makes ``input_ids``, ``labels`` and either ``attention_mask`` (padded) or ``position_ids`` (flattened).
+    """
+
+    def __init__(self, inner: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.inner = inner
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Collate; the result holds tensors and the tuple of domain names, one per row."""
+        domains = [example["domain"] for example in examples]
+        batch = self.inner([{key: value for key, value in example.items() if key != "domain"} for example in examples])
+        if "labels" not in batch:
+            raise UserError("the data collator returned no labels; the loss is defined by labels (-100: not trained on)")
+        batch[EXAMPLES] = tuple(range(len(examples)))
+        if "attention_mask" in batch:
+            size = batch["labels"].shape[0]
+            rows = torch.arange(size)[:, None].expand_as(batch["labels"])
+            batch[_ROW] = torch.where(batch["attention_mask"] != 0, rows, -1)
+        else:
+            lengths = [example.get("seq_lengths") or [len(example["input_ids"])] for example in examples]
+            batch[EXAMPLES] = tuple(example for example, parts in enumerate(lengths) for _ in parts)
+            domains = [domains[example] for example in batch[EXAMPLES]]
+            batch[_ROW] = _flattened_rows([length for parts in lengths for length in parts], batch["labels"].shape[1])
+        batch[_DOMAINS] = tuple(domains)
+        return batch
+
+
+def as_batch(inputs: Mapping[str, Any]) -> Batch:
+    """The Batch of a collated dictionary: everything else in it goes to the model's forward."""
+    forward = {key: value for key, value in inputs.items() if key not in (_ROW, _DOMAINS, EXAMPLES, "labels")}
+    return Batch(forward, inputs["labels"], inputs[_ROW], tuple(inputs[_DOMAINS]))
+
+
+def _flattened_rows(lengths: list[int], total: int) -> Tensor:
+    rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return torch.cat([rows, torch.full((total - rows.numel(),), -1)])[None]

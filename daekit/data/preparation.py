@@ -1,0 +1,160 @@
+"""What becomes of rows that are too long or hold nothing to learn: counted per domain, never without a word.
+
+TRL's preparation cuts at ``max_length`` and then drops rows whose response was cut away, both silently. Here its tokenised
+rows are measured first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+
+from daekit.errors import UserError
+from daekit.protocol import IGNORE_INDEX
+
+OVERLONG = ("error", "truncate", "drop")
+
+
+@dataclass(frozen=True)
+class DomainCount:
+    """What preparation did to the rows of one domain.
+
+    Attributes:
+        rows: rows that are trained on.
+        kept_tokens: tokens of those rows that have a loss.
+        truncated: rows that were cut at ``max_length``.
+        dropped: rows left out because they were longer (``overlong: drop``).
+        emptied: rows left out because the cut took their whole response.
+        blank: rows left out because they had nothing to predict to begin with.
+    """
+
+    rows: int
+    kept_tokens: int
+    truncated: int
+    dropped: int
+    emptied: int
+    blank: int
+
+
+def require_domains(dataset: Dataset | IterableDataset, name: str, default: str | None) -> Dataset | IterableDataset:
+    """Make sure that every row has a domain; ``default`` fills in for a data set without that column.
+
+    Raises:
+        UserError: no ``domain`` column and no default, or a row whose domain is not a name.
+    """
+    if "domain" not in (dataset.column_names or next(iter(dataset)).keys()):
+        if default is None:
+            raise UserError(
+                f"the {name} data set has no column 'domain': add one that names the domain of each row "
+                "(dataset.add_column('domain', [...])), for that decides which teacher it follows"
+            )
+        if isinstance(dataset, Dataset):
+            return dataset.add_column("domain", [default] * len(dataset))
+        return dataset.map(lambda row: {"domain": default})
+    if isinstance(dataset, Dataset):
+        for row, domain in enumerate(dataset["domain"]):
+            if not isinstance(domain, str) or not domain:
+                raise UserError(f"the {name} data set, row {row}: domain is {domain!r}, not a name")
+    return dataset
+
+
+def fit_to_length(dataset: Dataset, max_length: int | None, overlong: str, name: str) -> tuple[Dataset, dict[str, DomainCount]]:
+    """Apply the policy for overlong rows to tokenised rows (``input_ids``, ``labels``, ``domain``) and count.
+
+    Raises:
+        UserError: ``overlong`` is ``error`` and a row is longer than ``max_length`` tokens; or a domain loses all its rows.
+    """
+    limit = np.iinfo(np.int64).max if max_length is None else max_length
+    sizes = _measure(dataset, limit)
+    domains = np.asarray(dataset["domain"], dtype=object)
+    long = sizes["length"] > limit
+    if overlong == "error" and long.any():
+        raise UserError(_overlong_message(domains, sizes["length"], long, limit, name))
+    blank = sizes["kept"] == 0
+    dropped = long & ~blank if overlong == "drop" else np.zeros_like(long)
+    emptied = long & ~blank & ~dropped & (sizes["kept_within"] == 0)
+    stay = ~(blank | dropped | emptied)
+    counts = {
+        domain: DomainCount(
+            rows=int((stay & mine).sum()),
+            kept_tokens=int(sizes["kept_within"][stay & mine].sum()),
+            truncated=int((long & stay & mine).sum()),
+            dropped=int((dropped & mine).sum()),
+            emptied=int((emptied & mine).sum()),
+            blank=int((blank & mine).sum()),
+        )
+        for domain in dict.fromkeys(domains)
+        for mine in [domains == domain]
+    }
+    for domain, count in counts.items():
+        if count.rows == 0:
+            raise UserError(
+                f"the {name} data set: domain {domain!r} loses all its {int((domains == domain).sum())} rows "
+                f"({count.blank} have nothing to predict, {count.dropped} are longer than max_length={max_length}, "
+                f"{count.emptied} lose their whole response at max_length={max_length}). Raise max_length or mend the rows."
+            )
+    if not stay.all():
+        dataset = dataset.select(np.flatnonzero(stay))
+    if (long & stay).any():
+        dataset = dataset.map(lambda row: _cut(row, limit), desc=f"Truncating {name} dataset")
+    return dataset, counts
+
+
+def fit_stream_to_length(dataset: IterableDataset, max_length: int | None, overlong: str, name: str) -> IterableDataset:
+    """The same policy for a stream: errors name the row when it comes by; counts cannot be known beforehand."""
+    if max_length is None:
+        return dataset
+
+    def check(row: dict[str, Any], index: int) -> dict[str, Any]:
+        if overlong == "error" and len(row["input_ids"]) > max_length:
+            raise UserError(
+                f"the {name} stream, row {index} (domain {row['domain']!r}): {len(row['input_ids'])} tokens, more than "
+                f"max_length={max_length}. Raise max_length, or set overlong to 'truncate' or 'drop'."
+            )
+        return _cut(row, max_length) if overlong == "truncate" else row
+
+    dataset = dataset.map(check, with_indices=True)
+    return dataset.filter(lambda row: len(row["input_ids"]) <= max_length and _predicts(row["labels"]))
+
+
+def _measure(dataset: Dataset, limit: int) -> dict[str, np.ndarray]:
+    """Per row: length in tokens, tokens with a loss, and those of them within the first ``limit`` tokens."""
+    parts = []
+    for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
+        labels = table["labels"].combine_chunks()
+        labels = labels.cast(pa.large_list(labels.type.value_type))
+        lengths = pc.list_value_length(table["input_ids"]).to_numpy(zero_copy_only=False)
+        offsets = labels.offsets.to_numpy()
+        values = labels.values.to_numpy(zero_copy_only=False)
+        rows = np.repeat(np.arange(len(lengths)), np.diff(offsets))
+        place = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
+        # the first token of a row is predicted by nothing
+        kept = (values[offsets[0] : offsets[-1]] != IGNORE_INDEX) & (place > 0)
+        within = kept & (place < limit)
+        count = np.bincount(rows[kept], minlength=len(lengths)), np.bincount(rows[within], minlength=len(lengths))
+        parts.append((lengths, *count))
+    stacked = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return dict(zip(("length", "kept", "kept_within"), stacked, strict=True))
+
+
+def _overlong_message(domains: np.ndarray, lengths: np.ndarray, long: np.ndarray, limit: int, name: str) -> str:
+    per_domain = ", ".join(f"{domain}: {int((long & (domains == domain)).sum())}" for domain in dict.fromkeys(domains[long]))
+    worst = int(lengths.argmax())
+    return (
+        f"the {name} data set: {int(long.sum())} of {len(lengths)} rows have more than max_length={limit} tokens ({per_domain}; "
+        f"the longest is row {worst} with {int(lengths[worst])}). Raise max_length, or set overlong to 'truncate' or 'drop'."
+    )
+
+
+def _cut(row: Mapping[str, Any], limit: int) -> dict[str, Any]:
+    return {"input_ids": row["input_ids"][:limit], "labels": row["labels"][:limit]}
+
+
+def _predicts(labels: list[int]) -> bool:
+    return any(label != IGNORE_INDEX for label in labels[1:])

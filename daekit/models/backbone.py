@@ -1,0 +1,78 @@
+"""Hidden states of a model without its logits, reached through the model's own forward.
+
+The loss must run *inside* the forward: accelerate wraps the forward for autocast, DDP and FSDP hang their hooks on it, and
+a call past it gives gradients that differ between ranks without an error. So, as TRL does with its fused head, one keyword
+is added to the forward before anything wraps it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from daekit.protocol import Batch
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself: ``model``, or the model inside a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
+def add_on_hidden(model: nn.Module) -> None:
+    """Add the keyword ``on_hidden`` to the model's forward, once.
+
+    ``model(**inputs, on_hidden=f)`` runs the backbone only and returns ``f(outputs)``, where ``outputs`` are those of the
+    backbone (``last_hidden_state [B,T,H]``, ``router_logits`` if asked for). Without the keyword the forward is as before.
+    """
+    base = base_of(model)
+    original = base.forward
+    if getattr(original, "takes_on_hidden", False):
+        return
+
+    @functools.wraps(type(base).forward)  # generate() validates its arguments against this signature
+    def forward(self: PreTrainedModel, *args: Any, on_hidden: Callable[[Any], Any] | None = None, **inputs: Any) -> Any:
+        if on_hidden is None:
+            return original(*args, **inputs)
+        inputs.pop("labels", None)  # PEFT passes labels=None along
+        # looked up on each call, because FSDP and PEFT replace modules after this point
+        return on_hidden(self.base_model(*args, **(inputs | {"use_cache": False})))
+
+    forward.takes_on_hidden = True  # type: ignore[attr-defined]
+    base.forward = types.MethodType(forward, base)
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A frozen copy of the weights as they stand, in eval mode and with the forward of its class.
+
+    The forwards that TRL and ``add_on_hidden`` hang on an instance close over that instance: copied along, they would
+    silently run the original's weights.
+    """
+    twin = copy.deepcopy(model)
+    twin.__dict__.pop("forward", None)
+    return twin.requires_grad_(False).eval()
+
+
+@contextmanager
+def frozen_forward(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradient; the mode of every module is as before on leaving, also after an error."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def kept_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """``[N, H]`` last hidden states at the kept positions of ``batch``; only these are stored."""
+    return model(**batch.inputs, on_hidden=lambda outputs: batch.keep(outputs.last_hidden_state))

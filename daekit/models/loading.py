@@ -1,0 +1,163 @@
+"""From a ModelSpec to a model: hub id, directory, adapter on its base, or random weights from a config."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from daekit.errors import UserError
+from daekit.models.vocabulary import vocabulary_size
+from daekit.recipe.schema import ModelSpec
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0) -> PreTrainedModel:
+    """Load or build the model of ``spec`` (its ``stage`` already resolved to a path).
+
+    Args:
+        spec: exactly one of ``path`` and ``config`` is set.
+        tokenizer: gives ``vocab_size`` and special tokens to a model built from a config.
+        seed: of the random weights of a model built from a config.
+
+    Raises:
+        UserError: no such directory or hub id, corrupt or incomplete weights, an invalid config, a "4bit" model most of
+            whose weights stay in 16 bits.
+    """
+    if spec.config is not None:
+        return _from_config(spec, tokenizer, seed)
+    assert spec.path is not None, "a recipe's stages are resolved before their models are loaded"
+    directory = Path(spec.path).expanduser()
+    if (directory / _ADAPTER_CONFIG).is_file():
+        return _merged_adapter(directory, spec)
+    return _from_pretrained(spec)
+
+
+def load_tokenizer_of(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the model of ``spec``; UserError if there is none."""
+    assert spec.path is not None
+    try:
+        return AutoTokenizer.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{spec.path}: no tokenizer could be loaded from it ({_first_line(error)})") from error
+
+
+def _from_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> PreTrainedModel:
+    fields: dict[str, Any] = dict(spec.config or {})
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise UserError("config: model_type is missing; name the architecture, such as model_type: mistral")
+    if tokenizer is not None:
+        special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        fields = {"vocab_size": vocabulary_size(tokenizer)} | special | fields
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+        set_seed(seed)
+        dtype = _DTYPES.get(spec.dtype, torch.float32)
+        attention = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"config of a {model_type} model: {_first_line(error)}") from error
+
+
+def _from_pretrained(spec: ModelSpec) -> PreTrainedModel:
+    arguments: dict[str, Any] = {"dtype": _DTYPES.get(spec.dtype, "auto")}
+    if spec.attn_implementation:
+        arguments["attn_implementation"] = spec.attn_implementation
+    if spec.quantization:
+        arguments["quantization_config"] = quantization_config(spec)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **arguments,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{spec.path}: the model could not be loaded ({_first_line(error)}). "
+            "It must be a hub id or a directory with config.json and whole *.safetensors files."
+        ) from error
+    broken = {what: sorted(map(str, info[what])) for what in ("missing_keys", "mismatched_keys") if info[what]}
+    if broken:
+        raise UserError(
+            f"{spec.path}: the checkpoint does not fill the model: {_some(broken)}. It is incomplete or of another model."
+        )
+    if spec.quantization:
+        _require_quantised(model, spec)
+    return model
+
+
+def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
+    """A LoRA adapter folded into its base; the base is loaded as ``spec`` says, without quantisation."""
+    from peft import PeftModel
+
+    if spec.quantization:
+        raise UserError(
+            f"{directory}: holds a LoRA adapter, which is merged into its 16-bit base; quantization={spec.quantization} "
+            "is not possible then. Merge it first and load the merged model in 4 bits."
+        )
+    base = json.loads((directory / _ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    if not base:
+        raise UserError(f"{directory}: its adapter_config.json names no base model (base_model_name_or_path)")
+    model = _from_pretrained(replace(spec, path=base, revision=None))
+    return PeftModel.from_pretrained(model, str(directory)).merge_and_unload()
+
+
+def quantization_config(spec: ModelSpec) -> BitsAndBytesConfig:
+    """bitsandbytes settings: nf4 with double quantisation computing in bfloat16, or 8 bits."""
+    if spec.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_DTYPES.get(spec.dtype, torch.bfloat16),
+    )
+
+
+def quantised_share(model: nn.Module) -> float:
+    """Bytes of integer (quantised) parameters over the bytes of all weights but embeddings and the output head."""
+    outside = {
+        id(p)
+        for m in (model.get_input_embeddings(), model.get_output_embeddings())
+        for p in m.parameters()  # type: ignore[operator]
+    }
+    sizes = [(p.numel() * p.element_size(), p.is_floating_point()) for p in model.parameters() if id(p) not in outside]
+    return sum(size for size, floating in sizes if not floating) / max(sum(size for size, _ in sizes), 1)
+
+
+def _require_quantised(model: nn.Module, spec: ModelSpec) -> None:
+    share = quantised_share(model)
+    if share < 0.5:
+        raise UserError(
+            f"{spec.path}: quantization={spec.quantization} left most weights unquantised (only {share:.0%} of the bytes "
+            "outside the embeddings are quantised): transformers keeps mixture-of-experts weights in 16 bits. "
+            "Load this model without quantization."
+        )
+
+
+def _some(problems: dict[str, list[str]]) -> str:
+    return "; ".join(f"{len(keys)} {what.replace('_', ' ')} such as {keys[0]}" for what, keys in problems.items())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

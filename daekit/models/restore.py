@@ -1,0 +1,51 @@
+"""Weights of a checkpoint back into a live model: every key, or an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from daekit.errors import UserError
+from daekit.models.backbone import base_of
+
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def restore_weights(model: nn.Module, folder: Path) -> None:
+    """Load the weights saved in ``folder`` into ``model`` in place; dtypes stay those of the model.
+
+    The Trainer's own way (``load_state_dict(strict=False)``) leaves the experts of a Mixtral as they are, because they are
+    saved under other names than they live under; ``from_pretrained`` knows the conversion. Needs host memory for a second
+    copy of the student while it loads.
+
+    Raises:
+        UserError: a weight is missing, left over or of another shape.
+    """
+    if isinstance(model, PeftModel):
+        _restore_adapter(model, folder)
+        return
+    base = base_of(model)
+    loaded, info = type(base).from_pretrained(
+        folder, config=base.config, dtype="auto", use_safetensors=True, output_loading_info=True
+    )
+    wrong = {what: sorted(map(str, keys)) for what, keys in info.items() if keys and what.endswith("_keys")}
+    if wrong:
+        raise UserError(f"{folder}: its weights do not fit the student: {wrong}")
+    base.load_state_dict(loaded.state_dict(), strict=True)
+
+
+def _restore_adapter(model: PeftModel, folder: Path) -> None:
+    path = folder / _ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{folder}: {_ADAPTER_WEIGHTS} is missing; the student is a LoRA adapter")
+    saved = load_file(path)
+    expected = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    if set(saved) != set(expected):
+        different = sorted(set(saved) ^ set(expected))
+        raise UserError(
+            f"{path}: its weights are not those of the student's adapter; {len(different)} differ, such as {different[0]}"
+        )
+    set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)

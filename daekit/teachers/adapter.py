@@ -1,0 +1,98 @@
+"""A LoRA adapter of the student's own base as teacher: a second model at the price of an adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+
+from daekit.models.backbone import add_on_hidden, frozen_forward, kept_hidden_states
+from daekit.models.heads import output_head
+from daekit.models.identity import fingerprint
+from daekit.protocol import Batch, Signal, Voice
+
+
+class AdapterTeacher:
+    """The student's base with another adapter switched on, or with none.
+
+    The student's adapter is active again, and every ``requires_grad`` flag as it was, before this returns: with gradient
+    checkpointing, a teacher's adapter left active until the backward pass gives the student a gradient of exactly zero.
+
+    Args:
+        model: the PEFT model that the student is trained in.
+        adapter: name of a loaded adapter, or None for the bare base.
+        vocab_size: V, the number of ids of the tokenizer.
+    """
+
+    def __init__(self, model: PeftModel, adapter: str | None, vocab_size: int) -> None:
+        self.model = model
+        self.adapter = adapter
+        self._vocab_size = vocab_size
+        add_on_hidden(model)
+        if adapter is not None:
+            for parameter in adapter_parameters(model, adapter).values():
+                parameter.requires_grad_(False)
+
+    @classmethod
+    def copy_of_active(cls, model: PeftModel, name: str, vocab_size: int) -> AdapterTeacher:
+        """Freeze the student as it stands: its adapter is copied, value by value and dtype by dtype, under ``name``."""
+        student = model.active_adapter
+        config = copy.deepcopy(model.peft_config[student])
+        config.inference_mode = True
+        flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+        model.add_adapter(name, config)
+        twins = adapter_parameters(model, name)
+        with torch.no_grad():
+            for key, parameter in adapter_parameters(model, student).items():
+                twins[key].data = parameter.detach().clone()
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(flags.get(key, False))
+        return cls(model, name, vocab_size)
+
+    def signals(self, batch: Batch) -> list[Signal]:
+        """One signal for all kept positions: hidden states ``[N, H]`` and the output head."""
+        with frozen_forward(self.model), _speaking(self.model, self.adapter):
+            hidden_NH = kept_hidden_states(self.model, batch)
+            head = output_head(self.model, self._vocab_size)
+        positions = torch.arange(hidden_NH.shape[0], device=hidden_NH.device)
+        return [Signal(positions, (Voice(hidden_NH, head),))]
+
+    def to(self, device: torch.device) -> AdapterTeacher:
+        """Nothing to move: the weights are the student's."""
+        return self
+
+    def identity(self) -> dict[str, object]:
+        """The adapter's name and fingerprints of it and of the base."""
+        base = fingerprint(self.model.get_base_model(), only="embed")
+        adapter = None if self.adapter is None else fingerprint(self.model, only=f".{self.adapter}")
+        return {"kind": "adapter", "weights": adapter, "base": base}
+
+
+def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, torch.nn.Parameter]:
+    """Parameters of one adapter, by their name with the adapter's own name taken out."""
+    return {
+        name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}"): parameter
+        for name, parameter in model.named_parameters()
+        if f".{adapter}." in name or name.endswith(f".{adapter}")
+    }
+
+
+@contextmanager
+def _speaking(model: PeftModel, adapter: str | None) -> Iterator[None]:
+    """Switch to an adapter (None: to the bare base) and back; PEFT flips ``requires_grad`` on the way, this does not."""
+    student = model.active_adapter
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        if adapter is None:
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(adapter)
+            yield
+    finally:
+        model.set_adapter(student)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

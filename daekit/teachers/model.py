@@ -1,0 +1,56 @@
+"""A frozen model as teacher: one forward per batch, hidden states of the kept positions, its output head."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from daekit.models.backbone import add_on_hidden, frozen_forward, kept_hidden_states
+from daekit.models.heads import output_head
+from daekit.models.identity import fingerprint
+from daekit.models.loading import load_model, load_tokenizer_of
+from daekit.models.vocabulary import require_same
+from daekit.protocol import Batch, Signal, Voice
+from daekit.recipe.schema import ModelSpec
+
+
+class ModelTeacher:
+    """A frozen causal language model that speaks for every row it is asked about.
+
+    Args:
+        model: the model; its parameters are frozen and it runs in eval mode.
+        vocab_size: V, the number of ids of the student's tokenizer.
+        name: what errors and provenance call it.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int, name: str = "teacher") -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.name = name
+        add_on_hidden(model)
+        self._vocab_size = vocab_size
+        output_head(model, vocab_size)  # a head that is too narrow is found here, not in the first step
+
+    @classmethod
+    def from_pretrained(cls, path: str, student_tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> ModelTeacher:
+        """Load a teacher from a directory or hub id; its tokenizer is compared before its weights are loaded."""
+        spec = ModelSpec(path=path)
+        require_same(student_tokenizer, load_tokenizer_of(spec), path)
+        return cls(load_model(spec), vocab_size, path)
+
+    def to(self, device: torch.device) -> ModelTeacher:
+        """Move the model, unless quantisation or a device map has already placed it."""
+        placed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)
+        if not placed:
+            self.model.to(device)  # type: ignore[arg-type]
+        return self
+
+    def signals(self, batch: Batch) -> list[Signal]:
+        """One signal for all kept positions: hidden states ``[N, H]`` and the output head."""
+        with frozen_forward(self.model):
+            hidden_NH = kept_hidden_states(self.model, batch)
+        positions = torch.arange(hidden_NH.shape[0], device=hidden_NH.device)
+        return [Signal(positions, (Voice(hidden_NH, output_head(self.model, self._vocab_size)),))]
+
+    def identity(self) -> dict[str, object]:
+        """The model's type and a fingerprint of its weights."""
+        return {"kind": "model", "model_type": self.model.config.model_type, "weights": fingerprint(self.model)}

@@ -1,0 +1,60 @@
+"""Which teacher speaks for which row: by the row's domain, one frozen forward per row."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from daekit.errors import UserError
+from daekit.protocol import Batch, Signal, Teacher
+
+
+class RoutedTeacher:
+    """Gives each teacher only the rows of its domains.
+
+    Args:
+        routes: domain -> teacher. One object under several domains runs once, on the rows of all of them.
+    """
+
+    def __init__(self, routes: Mapping[str, Teacher]) -> None:
+        self.routes = dict(routes)
+
+    def signals(self, batch: Batch) -> list[Signal]:
+        """The signals of all teachers that have rows, with positions counted in the whole batch.
+
+        Raises:
+            UserError: a row's domain has no teacher.
+        """
+        for domain in set(batch.domains) - set(self.routes):
+            raise unknown_domain(domain, self.routes)
+        signals = []
+        for teacher in dict.fromkeys(self.routes.values()):
+            rows = batch.rows_of([domain for domain, other in self.routes.items() if other is teacher])
+            if rows:
+                positions_M = batch.positions_of(rows)
+                for signal in teacher.signals(batch.select(rows)):
+                    signals.append(replace(signal, positions_M=positions_M[signal.positions_M]))
+        return signals
+
+    def to(self, device: torch.device) -> RoutedTeacher:
+        """Move every teacher."""
+        for teacher in self.routes.values():
+            teacher.to(device)
+        return self
+
+    def identity(self) -> dict[str, object]:
+        """The identity of the teacher of every domain."""
+        return {domain: teacher.identity() for domain, teacher in sorted(self.routes.items())}
+
+
+def unknown_domain(domain: str, routes: Mapping[str, object]) -> UserError:
+    """The error for a domain that nobody speaks for; it names the nearest, because most are typing errors."""
+    near = difflib.get_close_matches(domain, list(routes), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return UserError(
+        f"domain {domain!r} has rows but no teacher (teachers and reference speak for: {', '.join(sorted(routes))}).{hint} "
+        "Give it a teacher, or name it in reference_domains to follow the reference."
+    )

@@ -1,0 +1,98 @@
+"""Domain Alignment from Expert: each row follows the teacher of its domain, all other rows the frozen reference."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from daekit.errors import UserError
+from daekit.models.backbone import frozen_copy
+from daekit.protocol import Teacher
+from daekit.teachers import AdapterTeacher, ModelTeacher, RoutedTeacher, unknown_domain
+from daekit.trainers.config import DAEConfig
+from daekit.trainers.kd import KDTrainer, _tokenizer_of, as_teacher
+
+_REFERENCE_ADAPTER = "daekit_reference"
+
+
+class DAETrainer(KDTrainer):
+    """``KDTrainer`` that chooses the teacher by the row's ``domain`` (arXiv 2406.19112, stage two).
+
+    Args:
+        model: the student, as for SFTTrainer.
+        teachers: domain -> directory or hub id, model, or Teacher.
+        reference: what rows of ``args.reference_domains`` follow. None: the student as it stands now, frozen; for a LoRA
+            student that is a copy of its adapter on the same base, otherwise a copy of the model.
+        args: a DAEConfig.
+        train_dataset: rows in any of TRL's forms, with a column ``domain``.
+        processing_class: the tokenizer; default: the student's own.
+        sft_arguments: further arguments of SFTTrainer.
+
+    Raises:
+        UserError: no ``domain`` column, a domain without a teacher, a teacher without rows, and what KDTrainer refuses.
+    """
+
+    _tag_names = ["trl", "daekit", "dae"]
+    _name = "DAE"
+    config_class = DAEConfig
+    default_domain = None
+
+    def __init__(
+        self,
+        model: Any,
+        teachers: Mapping[str, str | PreTrainedModel | Teacher],
+        reference: str | PreTrainedModel | Teacher | None = None,
+        args: DAEConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **sft_arguments: Any,
+    ) -> None:
+        reference_domains = list(args.reference_domains if args is not None else DAEConfig("unused").reference_domains)
+        _check_domains(teachers, reference_domains, train_dataset)
+        tokenizer = processing_class or _tokenizer_of(model)
+        routes = {domain: as_teacher(teacher, tokenizer, model) for domain, teacher in teachers.items()}
+        if reference is not None:
+            routes |= dict.fromkeys(reference_domains, as_teacher(reference, tokenizer, model))
+        self._domains = [*teachers, *reference_domains]
+        super().__init__(model, RoutedTeacher(routes), args, train_dataset, tokenizer, **sft_arguments)
+        if reference is None:
+            self.teacher.routes |= dict.fromkeys(reference_domains, self._student_as_it_stands())
+
+    def _student_as_it_stands(self) -> Teacher:
+        if not isinstance(self.model, PeftModel):
+            return ModelTeacher(frozen_copy(self.model), self.vocab_size, "reference").to(self.accelerator.device)
+        student = self.model.active_adapter
+        # PEFT saves every adapter it holds; a checkpoint is the student's alone
+        self.model.save_pretrained = functools.partial(self.model.save_pretrained, selected_adapters=[student])
+        return AdapterTeacher.copy_of_active(self.model, _REFERENCE_ADAPTER, self.vocab_size)
+
+    def _stream_domains(self) -> list[str]:
+        return self._domains
+
+
+def _check_domains(
+    teachers: Mapping[str, object], reference_domains: list[str], dataset: Dataset | IterableDataset | None
+) -> None:
+    if not teachers:
+        raise UserError("teachers is empty: DAE needs the expert of at least one domain, {domain: teacher}")
+    both = sorted(set(teachers) & set(reference_domains))
+    if both:
+        raise UserError(f"domain {both[0]!r} has a teacher and is in reference_domains: only one can speak for a row")
+    if not isinstance(dataset, Dataset) or "domain" not in dataset.column_names:
+        return
+    present = dict.fromkeys(dataset["domain"])
+    speakers = dict.fromkeys([*teachers, *reference_domains])
+    for domain in present:
+        if isinstance(domain, str) and domain not in speakers:
+            raise unknown_domain(domain, speakers)
+    idle = [domain for domain in teachers if domain not in present]
+    if idle:
+        raise UserError(
+            f"the teacher of domain {idle[0]!r} has no rows: the data set has {', '.join(map(repr, present))}. "
+            "Add rows of that domain, or leave the teacher out."
+        )

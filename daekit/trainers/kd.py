@@ -1,0 +1,92 @@
+"""Knowledge distillation: SFTTrainer plus a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from daekit.errors import UserError
+from daekit.models.loading import load_tokenizer_of
+from daekit.models.vocabulary import vocabulary_size
+from daekit.protocol import Batch, Signal, Teacher
+from daekit.recipe.schema import ModelSpec
+from daekit.teachers import ModelTeacher
+from daekit.trainers.config import KDConfig
+from daekit.trainers.domain_sft import DomainSFTTrainer
+
+
+class KDTrainer(DomainSFTTrainer):
+    """``trl.SFTTrainer`` whose student follows a teacher's next-token distribution.
+
+    ``loss = (ce_weight * CE + prediction_weight * T^2 * D(teacher, student)) / kept tokens of the global batch`` (nats).
+    Logged besides what DomainSFTTrainer logs: ``kl/<domain>`` (or ``reverse_kl``, ``jsd``), with its T^2.
+
+    Args:
+        model: the student, as for SFTTrainer: a hub id, a directory, a model or a PEFT model.
+        teacher: a directory or hub id (its tokenizer is compared before its weights are loaded), a model, or any Teacher.
+        args: a KDConfig.
+        train_dataset: rows in any of TRL's forms.
+        processing_class: the tokenizer; default: the student's own.
+        sft_arguments: further arguments of SFTTrainer (``eval_dataset``, ``peft_config``, ``callbacks``...).
+
+    Raises:
+        UserError: a teacher with another tokenizer, and what DomainSFTTrainer refuses.
+    """
+
+    _tag_names = ["trl", "daekit", "kd"]
+    _name = "KD"
+    config_class = KDConfig
+
+    def __init__(
+        self,
+        model: Any,
+        teacher: str | PreTrainedModel | Teacher,
+        args: KDConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **sft_arguments: Any,
+    ) -> None:
+        tokenizer = processing_class or _tokenizer_of(model)
+        self.teacher = as_teacher(teacher, tokenizer, student=model)
+        super().__init__(model, args, train_dataset, processing_class=tokenizer, **sft_arguments)
+        self.teacher.to(self.accelerator.device)
+
+    def teacher_signals(self, batch: Batch) -> list[Signal]:
+        """What the teacher says about the batch."""
+        return self.teacher.signals(batch)
+
+    def run_facts(self) -> dict[str, Any]:
+        """See WholeCheckpointTrainer; the teacher belongs to them."""
+        return super().run_facts() | {"teacher": self.teacher.identity()}
+
+
+def as_teacher(
+    teacher: str | Path | PreTrainedModel | Teacher, tokenizer: PreTrainedTokenizerBase, student: Any = None
+) -> Teacher:
+    """A Teacher from whatever names one: a path or hub id, a model, or a Teacher as it is.
+
+    Raises:
+        UserError: another tokenizer, the student's own model, or something that is no teacher.
+    """
+    if isinstance(teacher, str | Path):
+        return ModelTeacher.from_pretrained(str(teacher), tokenizer, vocabulary_size(tokenizer))
+    if isinstance(teacher, PreTrainedModel):
+        if teacher is student:
+            raise UserError("the teacher is the student itself: as a frozen teacher it could not be trained. Load it twice.")
+        return ModelTeacher(teacher, vocabulary_size(tokenizer), teacher.config._name_or_path or "teacher")
+    if isinstance(teacher, Teacher):
+        return teacher
+    raise UserError(
+        f"{type(teacher).__name__} is no teacher: give a directory or hub id, a transformers model, or an object with the "
+        "methods signals(batch), identity() and to(device)"
+    )
+
+
+def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+    path = model if isinstance(model, str) else model.config._name_or_path
+    if not path:
+        raise UserError("processing_class is missing: the student was not loaded from a directory that holds its tokenizer")
+    return load_tokenizer_of(ModelSpec(path=path))

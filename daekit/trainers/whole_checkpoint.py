@@ -1,0 +1,149 @@
+"""SFTTrainer whose checkpoints are whole or do not exist, and whose resumed run is the straight run, to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from daekit.data.fingerprint import fingerprint as data_fingerprint
+from daekit.errors import UserError
+from daekit.models.restore import restore_weights
+from daekit.trainers import checkpoint
+
+
+class WholeCheckpointTrainer(SFTTrainer):
+    """``trl.SFTTrainer`` with sealed checkpoints (see ``checkpoint.py``) and a strict resume."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._resume_folder: Path | None = None
+        self._data_hash: str | None = None
+        super().__init__(*args, **kwargs)
+        self.add_callback(_RestoreAccumulators(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """``SFTTrainer.train``; resumes only from a whole checkpoint of the same run.
+
+        Raises:
+            UserError: nothing to resume, a damaged checkpoint, another run's, or one without an optimizer.
+        """
+        output_dir = Path(self.args.output_dir)
+        self._resume_folder = None
+        if resume_from_checkpoint:
+            folder = checkpoint.newest_whole(output_dir) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+            if folder is None:
+                raise UserError(f"{output_dir}: holds no whole checkpoint to resume from; train without resume_from_checkpoint")
+            self._require_resumable(folder)
+            self._resume_folder = folder
+        if self.args.should_save:
+            checkpoint.remove_unsealed(output_dir)
+        self.accelerator.wait_for_everyone()
+        return super().train(str(self._resume_folder) if self._resume_folder else None, *args, **kwargs)
+
+    def _require_resumable(self, folder: Path) -> None:
+        problem = checkpoint.damage(folder)
+        if problem:
+            raise UserError(f"{folder}: cannot be resumed: {problem}")
+        checkpoint.require_same_run(folder, self.run_facts())
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled) and not (folder / "optimizer.pt").is_file():
+            raise UserError(f"{folder}: has no optimizer.pt (save_only_model?), so the run cannot go on from it")
+
+    def run_facts(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run. JSON-able."""
+        args = self.args
+        return {
+            "trainer": type(self).__name__,
+            "student": {"class": type(self.model).__name__, "parameters": sum(p.numel() for p in self.model.parameters())},
+            "data": self._data_fingerprint(),
+            "seed": [args.seed, args.data_seed],
+            "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size],
+        }
+
+    def _data_fingerprint(self) -> str | None:
+        if isinstance(self.train_dataset, IterableDataset):
+            return None
+        if self._data_hash is None:
+            self._data_hash = data_fingerprint(self.train_dataset)
+        return self._data_hash
+
+    def accumulators(self) -> dict[str, Any]:
+        """What has been summed since the last log and is not in the Trainer's own state. JSON-able."""
+        return {
+            "tr_loss": self._tr_loss.item(),
+            "total_loss_scalar": self._total_loss_scalar,
+            "globalstep_last_logged": self._globalstep_last_logged,
+        }
+
+    def restore_accumulators(self, state: dict[str, Any]) -> None:
+        """Go on from ``accumulators()``: the Trainer would begin a new window, and log other values than a straight run."""
+        self._tr_loss = torch.tensor(state["tr_loss"], device=self.args.device)
+        self._total_loss_scalar = state["total_loss_scalar"]
+        self._globalstep_last_logged = state["globalstep_last_logged"]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save, seal, and only then remove older checkpoints."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise _full_disk(folder, error) or error from error
+        finally:
+            self.args.save_total_limit = keep
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.seal(folder, self.run_facts())
+            checkpoint.rotate(folder.parent, keep, self.state.best_model_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # a pickle that nothing here reads
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        checkpoint.write_json(self._accumulators_file(Path(output_dir)), self.accumulators())
+
+    def _accumulators_file(self, folder: Path) -> Path:
+        return folder / f"daekit_state_{self.args.process_index}.json"
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            restore_weights(model or self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            restore_weights(self.model, Path(self.state.best_model_checkpoint))
+
+
+class _RestoreAccumulators(TrainerCallback):
+    """The one moment between the Trainer's reset of its sums and its first step."""
+
+    def __init__(self, trainer: WholeCheckpointTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        trainer = self.trainer
+        if trainer._resume_folder is not None:
+            trainer.restore_accumulators(json.loads(trainer._accumulators_file(trainer._resume_folder).read_text()))
+
+
+def _full_disk(folder: Path, error: Exception) -> UserError | None:
+    text = str(error).lower()
+    if getattr(error, "errno", None) == 28 or "no space left" in text or "os error 28" in text:
+        return UserError(
+            f"{folder}: the disk is full, so this checkpoint was not saved; earlier ones are whole. Free some space and run "
+            "the same command again: it resumes from the newest whole checkpoint."
+        )
+    return None
