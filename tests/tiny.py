@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig, Pre
 WORDS = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(40))]
 PADDED_VOCABULARY = 48  # wider than the tokenizer, as real models are
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}w1 {% generation %}{{ message['content'] }} </s>"
-    "{% endgeneration %} {% else %}w0 {{ message['content'] }} {% endif %}{% endfor %}{% if add_generation_prompt %}w1 {% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}w1 {% generation %}"
+    "{{ message['content'] }} </s>{% endgeneration %} {% else %}w0 {{ message['content'] }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}w1 {% endif %}"
 )
 
 
