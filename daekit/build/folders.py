@@ -1,0 +1,78 @@
+"""Where a run keeps what: one place that knows the names of its folders and files.
+
+::
+
+    OUTPUT_DIR/
+      recipe.yaml           the resolved recipe
+      tokenizer/            where the recipe has one of its own
+      stages/NAME/
+        stage_key.json      what the stage's result depends on, written before it begins
+        checkpoint-N/       sealed checkpoints
+        model/              the result: weights or adapter, tokenizer, recipe.yaml, provenance.json
+        stage.json          written last: the stage is complete
+      report/               report.html, report.md, report.json, ...
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The output directory of a run."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The recipe's own tokenizer."""
+        return self.root / "tokenizer"
+
+    @property
+    def report(self) -> Path:
+        """The report."""
+        return self.root / "report"
+
+    def stage(self, name: str) -> StageFolder:
+        """The folder of a stage."""
+        return StageFolder(self.root / "stages" / name)
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The folder of one stage; also the trainer's ``output_dir``."""
+
+    root: Path
+
+    @property
+    def key(self) -> Path:
+        """What the stage's result depends on."""
+        return self.root / "stage_key.json"
+
+    @property
+    def model(self) -> Path:
+        """The stage's result."""
+        return self.root / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter of a stage whose result is merged."""
+        return self.root / "adapter"
+
+    @property
+    def done(self) -> Path:
+        """Exists when the stage is complete."""
+        return self.root / "stage.json"
+
+    def read_done(self) -> dict[str, Any] | None:
+        """What is known of the complete stage; None if it is not complete."""
+        return json.loads(self.done.read_text()) if self.done.is_file() else None

@@ -1,0 +1,49 @@
+"""Models and teachers of a recipe: specs in, live objects out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from daekit.build.folders import RunFolder
+from daekit.models.loading import load_model, load_tokenizer_of
+from daekit.models.vocabulary import require_same, vocabulary_size
+from daekit.protocol import Teacher
+from daekit.recipe.schema import ModelSpec, TeacherSpec
+from daekit.teachers import EnsembleTeacher, ModelTeacher
+
+
+class ModelBuilder:
+    """Builds the models of one run, all for the same tokenizer."""
+
+    def __init__(self, folder: RunFolder, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+        self.folder, self.tokenizer, self.seed = folder, tokenizer, seed
+
+    def placed(self, spec: ModelSpec) -> ModelSpec:
+        """The spec with an earlier stage replaced by the directory of its result."""
+        if spec.stage is None:
+            return spec
+        return replace(spec, stage=None, path=str(self.folder.stage(spec.stage).model))
+
+    def model(self, spec: ModelSpec) -> PreTrainedModel:
+        """Load or make a model; its tokenizer is compared with the run's before its weights are loaded.
+
+        Raises:
+            UserError: see ``daekit.models.loading``; another tokenizer.
+        """
+        placed = self.placed(spec)
+        if placed.path is not None:
+            require_same(self.tokenizer, load_tokenizer_of(placed), placed.path)
+        return load_model(placed, self.tokenizer, self.seed)
+
+    def teacher(self, spec: TeacherSpec) -> Teacher:
+        """A teacher or an ensemble of teachers, frozen."""
+        if spec.model is not None:
+            return self._single(spec.model)
+        members = [self._single(member.model) for member in spec.ensemble]
+        return EnsembleTeacher(members, [member.weight for member in spec.ensemble], spec.average)
+
+    def _single(self, spec: ModelSpec) -> ModelTeacher:
+        name = spec.stage or spec.path or "teacher"
+        return ModelTeacher(self.model(spec), vocabulary_size(self.tokenizer), name)

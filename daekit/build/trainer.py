@@ -1,0 +1,96 @@
+"""From a stage of a recipe to a trainer that is ready to run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+
+from daekit.build.data import DataBuilder
+from daekit.build.folders import StageFolder
+from daekit.build.models import ModelBuilder
+from daekit.data.mixture import Mixture
+from daekit.errors import UserError
+from daekit.recipe.schema import LoraSpec, Recipe, StageSpec
+from daekit.trainers import (
+    DAEConfig,
+    DAETrainer,
+    DomainSFTConfig,
+    DomainSFTTrainer,
+    KDConfig,
+    KDTrainer,
+)
+from daekit.trainers.progress import ProgressCallback
+
+
+def build_trainer(
+    recipe: Recipe, name: str, folder: StageFolder, data: DataBuilder, models: ModelBuilder
+) -> tuple[DomainSFTTrainer, Mixture]:
+    """The trainer of stage ``name``, and the rows that it trains on.
+
+    Raises:
+        UserError: from the rooms that read the data and load the models.
+    """
+    stage = recipe.stages[name]
+    mixture = data.mixture(stage.data)
+    common: dict[str, Any] = {
+        "args": _arguments(recipe, stage, folder),
+        "train_dataset": mixture.dataset,
+        "eval_dataset": data.validation(stage.data) if stage.trainer.get("eval_strategy", "no") != "no" else None,
+        "processing_class": models.tokenizer,
+        "peft_config": _peft_config(stage.lora) if stage.lora else None,
+    }
+    trainer = _trainer(stage, _student(stage, models), models, common)
+    trainer.remove_callback(PrinterCallback)
+    callback: TrainerCallback = ProgressCallback(name)
+    trainer.add_callback(callback)
+    return trainer, mixture
+
+
+def _trainer(stage: StageSpec, student: PreTrainedModel, models: ModelBuilder, common: dict[str, Any]) -> DomainSFTTrainer:
+    if stage.type == "sft":
+        return DomainSFTTrainer(student, **common)
+    if stage.type == "kd":
+        assert stage.teacher is not None, "checked when the recipe was loaded"
+        return KDTrainer(student, models.teacher(stage.teacher), **common)
+    # one object for equal specs, so that a teacher of two domains is loaded once and runs once
+    loaded = {text: models.teacher(spec) for text, spec in {repr(spec): spec for spec in stage.teachers.values()}.items()}
+    teachers = {domain: loaded[repr(spec)] for domain, spec in stage.teachers.items()}
+    reference = models.teacher(stage.reference) if stage.reference else None
+    return DAETrainer(student, teachers, reference, **common)
+
+
+def _student(stage: StageSpec, models: ModelBuilder) -> PreTrainedModel:
+    assert stage.student is not None, "a resolved recipe names every student"
+    if stage.lora and stage.student.config is not None:
+        raise UserError("lora: a student made from a config has random weights, which an adapter cannot make up for")
+    return models.model(stage.student)
+
+
+def _arguments(recipe: Recipe, stage: StageSpec, folder: StageFolder) -> DomainSFTConfig:
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder.root),
+        "seed": recipe.seed,
+        "run_name": f"{recipe.name}/{folder.root.name}",
+        "disable_tqdm": True,  # ProgressCallback says more
+        "overlong": stage.overlong,
+    } | stage.trainer
+    if stage.type == "sft":
+        return DomainSFTConfig(**arguments)
+    if stage.type == "kd":
+        return KDConfig(**arguments, **vars(stage.loss))
+    return DAEConfig(**arguments, **vars(stage.loss), reference_domains=list(stage.reference_domains))
+
+
+def _peft_config(spec: LoraSpec) -> LoraConfig:
+    targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=spec.r,
+        lora_alpha=spec.lora_alpha,
+        lora_dropout=spec.lora_dropout,
+        target_modules=targets,
+        use_rslora=spec.use_rslora,
+        use_dora=spec.use_dora,
+    )

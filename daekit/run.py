@@ -1,0 +1,212 @@
+"""Runs a recipe: its stages in order, each once, each resumed where it was stopped, then the report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from accelerate import PartialState
+
+from daekit.build import DataBuilder, ModelBuilder, RunFolder, StageFolder, build_report, build_trainer
+from daekit.data.mixture import Mixture
+from daekit.errors import UserError
+from daekit.models.loading import load_model
+from daekit.recipe import load_recipe_text, stage_key, to_yaml
+from daekit.recipe.schema import ModelSpec, Recipe
+from daekit.report import format_table, write_report
+from daekit.trainers import DomainSFTTrainer
+from daekit.trainers.checkpoint import newest_whole, write_json
+
+_PACKAGES = ("daekit", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+
+
+def run_recipe(recipe: Recipe) -> None:
+    """Run all stages of a recipe that are not complete yet, then write the report.
+
+    Started again with the same recipe it keeps what is complete and resumes what was stopped. Under ``accelerate launch``
+    every rank calls it.
+
+    Raises:
+        UserError: the output directory holds another run; anything that is wrong with data, models or settings.
+    """
+    state = PartialState()
+    _quieten()
+    folder = RunFolder(Path(recipe.output_dir))
+    if state.is_main_process:
+        _claim(recipe, folder)
+    state.wait_for_everyone()
+    data = DataBuilder(recipe)
+    with state.main_process_first():
+        tokenizer = data.tokenizer(folder)
+    models = ModelBuilder(folder, tokenizer, recipe.seed)
+    for name in recipe.stages:
+        if folder.stage(name).done.is_file():
+            _say(state, f"[{name}] complete, kept")
+        else:
+            _run_stage(recipe, name, folder, data, models)
+        state.wait_for_everyone()
+    if recipe.evaluation is not None and state.is_main_process:
+        _report(recipe, folder, data, models, state)
+    state.wait_for_everyone()
+
+
+def calibration() -> str:
+    """One line that says how fast this machine is right now: a matrix product of 1024^3 in float32, best of 5."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    best, worst = min(seconds[1:]), max(seconds[1:])
+    return (
+        f"calibration: 1024^3 float32 matrix product {best * 1e3:.1f} ms ({2 * 1024**3 / best / 1e9:.0f} GFLOP/s; "
+        f"worst {worst * 1e3:.1f} ms), {torch.get_num_threads()} threads"
+    )
+
+
+def _claim(recipe: Recipe, folder: RunFolder) -> None:
+    """Make sure that what lies in the output directory is of this recipe, and write the recipe there."""
+    if folder.recipe.is_file():
+        theirs = load_recipe_text(folder.recipe.read_text(), str(folder.recipe)).name
+        if theirs != recipe.name:
+            raise UserError(
+                f"output_dir={recipe.output_dir}: holds a run of the recipe {theirs!r}, not of {recipe.name!r}. "
+                "Choose another output_dir, or delete this one."
+            )
+    for name in recipe.stages:
+        key_file = folder.stage(name).key
+        if key_file.is_file():
+            now = json.loads(json.dumps(stage_key(recipe, name)))
+            changed = _first_difference(json.loads(key_file.read_text()), now)
+            if changed:
+                raise UserError(
+                    f"output_dir={recipe.output_dir}: its stage {name!r} was begun with another recipe ({changed}). "
+                    f"Choose another output_dir, or delete {folder.stage(name).root} and the stages that use it."
+                )
+    folder.root.mkdir(parents=True, exist_ok=True)
+    folder.recipe.write_text(to_yaml(recipe))
+
+
+def _run_stage(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, models: ModelBuilder) -> None:
+    state, stage = PartialState(), folder.stage(name)
+    if state.is_main_process:
+        stage.root.mkdir(parents=True, exist_ok=True)
+        write_json(stage.key, stage_key(recipe, name))
+    state.wait_for_everyone()
+    start = time.perf_counter()
+    trainer, mixture = build_trainer(recipe, name, stage, data, models)
+    _say(state, _stage_heading(name, recipe, trainer, mixture))
+    resume = newest_whole(stage.root) is not None
+    trainer.train(resume_from_checkpoint=resume)
+    _save_result(recipe, name, stage, trainer)
+    if state.is_main_process:
+        facts = {
+            "stage": name,
+            "seconds": round(time.perf_counter() - start, 1),
+            "resumed": resume,
+            "log_history": trainer.state.log_history,
+        }
+        provenance = _provenance(trainer, mixture)
+        (stage.model / "recipe.yaml").write_text(to_yaml(recipe))
+        write_json(stage.model / "provenance.json", provenance)
+        write_json(stage.done, facts | provenance)
+        print(f"[{name}] complete in {facts['seconds']:.0f} s -> {stage.model}", flush=True)
+
+
+def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: DomainSFTTrainer) -> None:
+    lora = recipe.stages[name].lora
+    merge = lora is not None and lora.merge
+    trainer.save_model(str(stage.adapter if merge else stage.model))
+    if merge and trainer.args.should_save:
+        load_model(ModelSpec(path=str(stage.adapter))).save_pretrained(stage.model)
+        trainer.processing_class.save_pretrained(stage.model)
+
+
+def _stage_heading(name: str, recipe: Recipe, trainer: DomainSFTTrainer, mixture: Mixture) -> str:
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    lines = [f"[{name}] {recipe.stages[name].type}: {trained:,} trained parameters, {len(mixture.dataset):,} rows"]
+    for use in mixture.table:
+        lines.append(
+            f"    {use.source} ({use.domain}): {use.used:,} of {use.available:,} rows, "
+            f"{use.share:.0%} of the mixture, each {use.repeats:.3g} times"
+        )
+    for domain, count in trainer.data_counts["train"].items():
+        lost = {what: n for what, n in asdict(count).items() if what not in ("rows", "kept_tokens") and n}
+        lines.append(f"    {domain}: {count.rows:,} rows, {count.kept_tokens:,} kept tokens" + (f", {lost}" if lost else ""))
+    return "\n".join(lines)
+
+
+def _provenance(trainer: DomainSFTTrainer, mixture: Mixture) -> dict[str, Any]:
+    return {
+        "versions": _versions(),
+        "commit": _commit(),
+        "run": trainer.run_facts(),
+        "mixture": [asdict(use) for use in mixture.table],
+        "rows": {name: {d: asdict(c) for d, c in counts.items()} for name, counts in trainer.data_counts.items()},
+    }
+
+
+def _report(recipe: Recipe, folder: RunFolder, data: DataBuilder, models: ModelBuilder, state: PartialState) -> None:
+    """Evaluate and write; kept if neither the stages nor the evaluation have changed since."""
+    key = json.loads(
+        json.dumps({"evaluation": asdict(recipe.evaluation), "stages": {n: stage_key(recipe, n) for n in recipe.stages}})  # type: ignore[arg-type]
+    )
+    key_file = folder.report / "report_key.json"
+    if key_file.is_file() and json.loads(key_file.read_text()) == key:
+        print(f"[report] complete, kept: {folder.report / 'report.html'}", flush=True)
+        return
+    provenance = {"versions": _versions(), "commit": _commit(), "machine": calibration()}
+    report = build_report(recipe, folder, data, models, state.device, provenance)
+    write_report(folder.report, report)
+    write_json(key_file, key)
+    print(f"\n{format_table(report.rows)}\n\nReport: {folder.report / 'report.html'}", flush=True)
+
+
+def _first_difference(then: Any, now: Any, path: str = "") -> str:
+    """Where two JSON values differ first, in words; empty if they are equal."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted({*then, *now}):
+            found = _first_difference(then.get(key), now.get(key), f"{path}.{key}" if path else key)
+            if found:
+                return found
+        return ""
+    return "" if then == now else f"{path}: {json.dumps(then)} then, {json.dumps(now)} now"
+
+
+def _versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in _PACKAGES}
+
+
+def _commit() -> str:
+    """The commit of daekit's source, with a mark if it has been changed since; "unknown" outside a checkout."""
+    source = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=source, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return "unknown"
+    return described.stdout.strip() or "unknown"
+
+
+def _say(state: PartialState, text: str) -> None:
+    if state.is_main_process:
+        print(text, flush=True)
+
+
+def _quieten() -> None:
+    """Leave the terminal to one line per log: progress bars of a second each and warnings about TRL's own defaults go."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
