@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Batch:
         domains: name of the domain of each row, R names.
     """
 
-    inputs: dict[str, Tensor | int | bool]
+    inputs: dict[str, Any]
     labels_BT: Tensor
     row_BT: Tensor
     domains: tuple[str, ...]
@@ -128,7 +128,7 @@ class Batch:
         row_T = new_row[self.row_BT[0]]  # row -1 (padding) reads the last entry, -1
         wanted_T = row_T >= 0
         length = self.labels_BT.shape[1]
-        inputs = {
+        inputs: dict[str, Any] = {
             key: value[:, wanted_T]
             for key, value in self.inputs.items()
             if isinstance(value, Tensor) and value.ndim == 2 and value.shape == (1, length) and key != "seq_idx"

@@ -108,9 +108,8 @@ class _PredictionLoss(torch.autograd.Function):
         wants_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         work = _Work(hidden_NH, head, labels_N, terms, wants_gradient and any(ctx.needs_input_grad))
-        positions_and_signals = [(signal.positions_M, signal) for signal in signals] or [(None, None)]
-        for positions_M, signal in positions_and_signals:
-            work.run(positions_M, signal)
+        for signal in signals or (None,):
+            work.run(signal)
         # saved on the context and not by save_for_backward: they are gradients, not inputs or outputs
         ctx.gradients = work.gradients()
         ctx.mark_non_differentiable(work.ce_N, work.divergence_N, work.correct_N)
@@ -144,8 +143,9 @@ class _Work:
         trains_bias = wants_gradient and head.bias is not None and head.bias.requires_grad
         self.grad_bias = torch.zeros_like(head.bias, dtype=exact) if trains_bias else None  # type: ignore[arg-type]
 
-    def run(self, positions_M: Tensor | None, signal: Signal | None) -> None:
+    def run(self, signal: Signal | None) -> None:
         """All chunks of one signal (None: of all positions, without a teacher)."""
+        positions_M = None if signal is None else signal.positions_M
         count = self.hidden_NH.shape[0] if positions_M is None else positions_M.numel()
         step = self.terms.chunk_tokens or max(1, _CHUNK_VALUES // self.head.vocab_size)
         for start in range(0, count, step):

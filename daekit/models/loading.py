@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -134,18 +133,18 @@ def quantization_config(spec: ModelSpec) -> BitsAndBytesConfig:
     )
 
 
-def quantised_share(model: nn.Module) -> float:
+def quantised_share(model: PreTrainedModel) -> float:
     """Bytes of integer (quantised) parameters over the bytes of all weights but embeddings and the output head."""
-    outside = {
+    outside = {  # the ends of the model stay as they are under every quantisation
         id(p)
         for m in (model.get_input_embeddings(), model.get_output_embeddings())
-        for p in m.parameters()  # type: ignore[operator]
+        for p in m.parameters()
     }
     sizes = [(p.numel() * p.element_size(), p.is_floating_point()) for p in model.parameters() if id(p) not in outside]
     return sum(size for size, floating in sizes if not floating) / max(sum(size for size, _ in sizes), 1)
 
 
-def _require_quantised(model: nn.Module, spec: ModelSpec) -> None:
+def _require_quantised(model: PreTrainedModel, spec: ModelSpec) -> None:
     share = quantised_share(model)
     if share < 0.5:
         raise UserError(

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import xxhash
 from daekit.errors import UserError
 
 MANIFEST = "daekit_checkpoint.json"
+_UNFINISHED = MANIFEST + ".tmp"  # lies in a folder from the first moment of a save; its renaming ends the save
+_REMOVED = ".removed"
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _BLOCK = 1 << 22
 
@@ -33,22 +36,32 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
+def begin(folder: Path) -> None:
+    """Start a save: until ``seal`` the folder counts as the remains of a save that did not end."""
+    if folder.exists():
+        _remove(folder)  # of an earlier run; a mixture of both could be neither resumed nor told from a damaged one
+    folder.mkdir(parents=True)
+    (folder / _UNFINISHED).touch()
+
+
 def seal(folder: Path, run: dict[str, Any]) -> None:
     """Declare a checkpoint whole: list its files with sizes and hashes, and the run it belongs to."""
     files = {
         str(path.relative_to(folder)): [path.stat().st_size, _digest(path)]
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name != _UNFINISHED
     }
-    write_json(folder / MANIFEST, {"files": files, "run": run})
+    write_json(folder / MANIFEST, {"files": files, "run": run, "time": time.time()})
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None if it is whole."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return f"{MANIFEST} is missing: the run was stopped while it was being written"
-    for name, (size, digest) in json.loads(manifest.read_text())["files"].items():
+    if unsealed(folder):
+        return f"{MANIFEST} is missing: the run was stopped while it was being written, or it is not a checkpoint of daekit"
+    manifest = _manifest(folder)
+    if manifest is None:
+        return f"{MANIFEST} cannot be read"
+    for name, (size, digest) in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -78,7 +91,7 @@ def newest_whole(output_dir: Path) -> Path | None:
     Raises:
         UserError: the newest sealed checkpoint is damaged: going on from an older one would lose work without a word.
     """
-    sealed = [folder for folder in checkpoints(output_dir) if not unsealed(folder)]
+    sealed = _sealed(output_dir)
     if not sealed:
         return None
     problem = damage(sealed[-1])
@@ -91,7 +104,7 @@ def newest_whole(output_dir: Path) -> Path | None:
 
 def require_same_run(folder: Path, run: dict[str, Any]) -> None:
     """Refuse to resume a checkpoint of another run: say which facts differ."""
-    before = json.loads((folder / MANIFEST).read_text())["run"]
+    before = (_manifest(folder) or {"run": {}})["run"]
     now = json.loads(json.dumps(run))
     different = [
         f"{key}: {_short(before.get(key))} then, {_short(now.get(key))} now"
@@ -105,23 +118,56 @@ def require_same_run(folder: Path, run: dict[str, Any]) -> None:
         )
 
 
-def remove_unsealed(output_dir: Path) -> None:
-    """Delete the remains of saves that did not end."""
-    for folder in checkpoints(output_dir):
-        if unsealed(folder):
-            shutil.rmtree(folder)
+def clear_remains(output_dir: Path) -> None:
+    """Delete the remains of saves and of deletions that did not end.
+
+    Raises:
+        UserError: a checkpoint that was not written by daekit: it is nobody's here to delete or to number on from.
+    """
+    for grave in output_dir.glob(f"checkpoint-*{_REMOVED}"):
+        shutil.rmtree(grave)
+    for folder in filter(unsealed, checkpoints(output_dir)):
+        if not (folder / _UNFINISHED).is_file() and any(folder.iterdir()):
+            raise UserError(f"{folder}: was not written by daekit; train into another output_dir, or move it away")
+        _remove(folder)
 
 
-def rotate(output_dir: Path, keep: int | None, protect: str | None) -> None:
-    """Delete the oldest whole checkpoints beyond ``keep``, never the newest nor ``protect`` (the best so far)."""
+def rotate(output_dir: Path, keep: int | None, protected: set[Path]) -> None:
+    """Delete the oldest whole checkpoints beyond ``keep``, none of ``protected`` (the one just written, the best so far)."""
     if not keep:
         return
-    sealed = [folder for folder in checkpoints(output_dir) if not unsealed(folder)]
-    spared = {sealed[-1].resolve()} | ({Path(protect).resolve()} if protect else set())
+    sealed = _sealed(output_dir)
+    spared = {folder.resolve() for folder in protected}
     removable = [folder for folder in sealed if folder.resolve() not in spared]
     for folder in removable[: max(len(sealed) - keep, 0)]:
-        (folder / MANIFEST).unlink()  # from here on it does not exist, even if the rest of the deletion is cut short
-        shutil.rmtree(folder)
+        _remove(folder)
+
+
+def _sealed(output_dir: Path) -> list[Path]:
+    """Sealed checkpoints in the order of their writing, which is not that of their steps if a run was begun anew."""
+    times = {
+        folder: (_manifest(folder) or {"time": float("inf")})["time"]
+        for folder in checkpoints(output_dir)
+        if not unsealed(folder)
+    }
+    return sorted(times, key=times.__getitem__)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """The content of a manifest, None if it cannot be understood."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and {"files", "run", "time"} <= content.keys() else None
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder; from the first moment on it is no checkpoint, even if the deletion is cut short."""
+    grave = folder.with_name(folder.name + _REMOVED)
+    if grave.exists():
+        shutil.rmtree(grave)
+    shutil.rmtree(folder.rename(grave))
 
 
 def _digest(path: Path) -> str:
@@ -129,6 +175,7 @@ def _digest(path: Path) -> str:
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
+        os.fsync(stream.fileno())  # a seal on what a power cut can still take away would be worth nothing
     return digest.hexdigest()
 
 

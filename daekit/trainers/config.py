@@ -17,7 +17,7 @@ class DomainSFTConfig(SFTConfig):
     """SFTConfig for rows that have a domain.
 
     Options that would change the objective without a word are refused: label smoothing, NEFTune, another ``loss_type``,
-    ``average_tokens_across_devices=False``. The load-balancing loss of a mixture-of-experts student is 0 unless set.
+    ``average_tokens_across_devices=False``, ``truncation_mode="keep_end"``. The load-balancing loss of a mixture-of-experts student is 0 unless set.
 
     Args:
         overlong: what becomes of rows longer than ``max_length`` tokens: ``"error"``, ``"truncate"`` or ``"drop"``; what is
@@ -37,7 +37,7 @@ class DomainSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         # SFTConfig turns bf16 on by default, which raises on a machine without an accelerator
-        if self.bf16 is None and not self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
+        if self.bf16 is None and not self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):  # type: ignore[has-type]
             self.bf16 = False
         super().__post_init__()
         self._refuse_changed_objectives()
@@ -53,6 +53,7 @@ class DomainSFTConfig(SFTConfig):
                 not self.average_tokens_across_devices,
                 "every token must count the same on every device",
             ),
+            "truncation_mode": (self.truncation_mode != "keep_start", "rows are cut at their end, and counted when they are"),
         }
         for name, (given, reason) in refused.items():
             if given:

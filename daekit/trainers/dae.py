@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,29 +52,32 @@ class DAETrainer(KDTrainer):
         **sft_arguments: Any,
     ) -> None:
         reference_domains = list(args.reference_domains if args is not None else DAEConfig("unused").reference_domains)
-        _check_domains(teachers, reference_domains, train_dataset)
+        _check_teachers(teachers, reference_domains, train_dataset)
+        evaluated = sft_arguments.get("eval_dataset")
+        for dataset in (train_dataset, *(evaluated.values() if isinstance(evaluated, Mapping) else [evaluated])):
+            for domain in _domains_of(dataset):
+                if isinstance(domain, str) and domain not in [*teachers, *reference_domains]:
+                    raise unknown_domain(domain, dict.fromkeys([*teachers, *reference_domains]))
         tokenizer = processing_class or _tokenizer_of(model)
         routes = {domain: as_teacher(teacher, tokenizer, model) for domain, teacher in teachers.items()}
         if reference is not None:
             routes |= dict.fromkeys(reference_domains, as_teacher(reference, tokenizer, model))
         self._domains = [*teachers, *reference_domains]
-        super().__init__(model, RoutedTeacher(routes), args, train_dataset, tokenizer, **sft_arguments)
+        router = RoutedTeacher(routes)
+        super().__init__(model, router, args, train_dataset, tokenizer, **sft_arguments)
         if reference is None:
-            self.teacher.routes |= dict.fromkeys(reference_domains, self._student_as_it_stands())
+            router.routes |= dict.fromkeys(reference_domains, self._student_as_it_stands())
 
     def _student_as_it_stands(self) -> Teacher:
         if not isinstance(self.model, PeftModel):
             return ModelTeacher(frozen_copy(self.model), self.vocab_size, "reference").to(self.accelerator.device)
-        student = self.model.active_adapter
-        # PEFT saves every adapter it holds; a checkpoint is the student's alone
-        self.model.save_pretrained = functools.partial(self.model.save_pretrained, selected_adapters=[student])
         return AdapterTeacher.copy_of_active(self.model, _REFERENCE_ADAPTER, self.vocab_size)
 
     def _stream_domains(self) -> list[str]:
         return self._domains
 
 
-def _check_domains(
+def _check_teachers(
     teachers: Mapping[str, object], reference_domains: list[str], dataset: Dataset | IterableDataset | None
 ) -> None:
     if not teachers:
@@ -83,16 +85,17 @@ def _check_domains(
     both = sorted(set(teachers) & set(reference_domains))
     if both:
         raise UserError(f"domain {both[0]!r} has a teacher and is in reference_domains: only one can speak for a row")
-    if not isinstance(dataset, Dataset) or "domain" not in dataset.column_names:
-        return
-    present = dict.fromkeys(dataset["domain"])
-    speakers = dict.fromkeys([*teachers, *reference_domains])
-    for domain in present:
-        if isinstance(domain, str) and domain not in speakers:
-            raise unknown_domain(domain, speakers)
+    present = _domains_of(dataset)
     idle = [domain for domain in teachers if domain not in present]
-    if idle:
+    if present and idle:
         raise UserError(
             f"the teacher of domain {idle[0]!r} has no rows: the data set has {', '.join(map(repr, present))}. "
             "Add rows of that domain, or leave the teacher out."
         )
+
+
+def _domains_of(dataset: Any) -> list[Any]:
+    """The domains of a data set in the order of their first rows; none where they are not known beforehand."""
+    if not isinstance(dataset, Dataset) or "domain" not in dataset.column_names:
+        return []
+    return list(dict.fromkeys(dataset["domain"]))

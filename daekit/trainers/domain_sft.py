@@ -61,14 +61,15 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         args = args if args is not None else self.config_class(f"{_name_of(model)}-{self._name.replace(' ', '-')}")
         if not isinstance(args, self.config_class):
             raise UserError(f"args: {type(self).__name__} needs a {self.config_class.__name__}, not a {type(args).__name__}")
-        _refuse(model, train_dataset, sft_arguments)
+        _refuse(model, args, train_dataset, sft_arguments)
         self.data_counts: dict[str, dict[str, DomainCount]] = {}
         super().__init__(model=model, args=args, train_dataset=train_dataset, **sft_arguments)
         parallel = self.accelerator.parallelism_config
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
             raise UserError("context and sequence parallelism are not supported: the loss needs whole sequences on each rank")
-        self.data_collator = DomainCollator(self.data_collator)
-        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the kept tokens of the global batch
+        self.data_collator = DomainCollator(self.data_collator)  # type: ignore[has-type]
+        # so that the Trainer counts the kept tokens of the global batch, whatever loss the student's class declares
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self.vocab_size = vocabulary_size(self.processing_class)
         add_on_hidden(self.model)
         output_head(self.model, self.vocab_size)
@@ -88,9 +89,9 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         """TRL's preparation in two steps, tokenise then pack, with the length policy between and the domain kept."""
+        dataset = require_domains(dataset, dataset_name, self.default_domain)
         if "seq_lengths" in (dataset.column_names or ()):
             return dataset  # prepared and packed before: `evaluate` was given one of our own data sets
-        dataset = require_domains(dataset, dataset_name, self.default_domain)
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
@@ -111,6 +112,8 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         """Pack the rows of each domain by TRL's packing, so that a block has one domain."""
         streaming = isinstance(dataset, IterableDataset)
         domains = self._stream_domains() if streaming else list(dict.fromkeys(dataset["domain"]))
+        if streaming:
+            dataset = dataset.map(self._require_known_domain)
         packed = []
         for domain in domains:
             part = dataset.filter(lambda row, domain=domain: row["domain"] == domain)
@@ -125,6 +128,15 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         """The domains that a stream may hold, for they cannot be listed without reading it."""
         return [_DEFAULT_DOMAIN]
 
+    def _require_known_domain(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Pass a row of a stream on, for packing by domain would leave out the rows of a domain that is not listed."""
+        if row["domain"] not in self._stream_domains():
+            raise UserError(
+                f"a packed stream has a row of domain {row['domain']!r}, but can hold {', '.join(self._stream_domains())} only: "
+                "domains are packed apart and cannot be listed without reading the stream. Use packing=False or a map-style Dataset."
+            )
+        return row
+
     def _log_counts(self, name: str) -> None:
         for domain, count in self.data_counts[name].items():
             lost = {what: n for what in ("truncated", "dropped", "emptied", "blank") if (n := getattr(count, what))}
@@ -133,8 +145,8 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "domain" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "domain"]
+        columns: list[str] = self._signature_columns  # type: ignore[has-type]
+        self._signature_columns = list(dict.fromkeys([*columns, "domain"]))
 
     # ---- loss -----------------------------------------------------------------------------------------------------
 
@@ -162,6 +174,8 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         if "aux_loss" in out:  # a mean per micro-batch, as in TRL
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * out["aux_loss"] / steps
+            aux_loss = self.accelerator.gather_for_metrics(out["aux_loss"].detach()).mean().item()
+            self._metrics["train" if self.model.training else "eval"]["aux_loss"].append(aux_loss)
         if not return_outputs:
             return loss
         with torch.no_grad():  # compute_metrics wants logits, which the loss never makes
@@ -215,6 +229,7 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
             "means": self._means["train"].state(),
             "new_tokens": int(self._new_tokens),
             "total_train_tokens": self._total_train_tokens,
+            "aux_loss": self._metrics["train"].get("aux_loss"),
         }
 
     def restore_accumulators(self, state: dict[str, Any]) -> None:
@@ -223,6 +238,8 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         self._means["train"].load(state["means"])
         self._new_tokens = torch.tensor(state["new_tokens"])
         self._total_train_tokens = state["total_train_tokens"]
+        if state["aux_loss"]:
+            self._metrics["train"]["aux_loss"] = state["aux_loss"]
 
     def _pop_means(self, mode: str) -> dict[str, float]:
         logs: dict[str, float] = {}
@@ -261,7 +278,14 @@ def _name_of(model: Any) -> str:
     )
 
 
-def _refuse(model: Any, train_dataset: Dataset | IterableDataset | None, arguments: Mapping[str, Any]) -> None:
+def _refuse(
+    model: Any, args: DomainSFTConfig, train_dataset: Dataset | IterableDataset | None, arguments: Mapping[str, Any]
+) -> None:
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        raise UserError(
+            "dataset_kwargs={'skip_prepare_dataset': True} is not supported: rows would get no domain and no length check. "
+            "Leave it out: a tokenised data set (input_ids, labels) is taken as it is."
+        )
     if arguments.get("compute_loss_func") is not None:
         raise UserError("compute_loss_func is not supported: the loss is the trainer's own, set by its config")
     configs = [arguments.get("peft_config"), *(model.peft_config.values() if isinstance(model, PeftModel) else ())]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import IterableDataset
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -25,8 +28,12 @@ class WholeCheckpointTrainer(SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._resume_folder: Path | None = None
         self._data_hash: str | None = None
+        self._keep: int | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(_RestoreAccumulators(self))
+        if isinstance(self.model, PeftModel):  # PEFT saves every adapter it holds; a checkpoint is the student's alone
+            student = self.model.active_adapter
+            self.model.save_pretrained = functools.partial(self.model.save_pretrained, selected_adapters=[student])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """``SFTTrainer.train``; resumes only from a whole checkpoint of the same run.
@@ -43,9 +50,21 @@ class WholeCheckpointTrainer(SFTTrainer):
             self._require_resumable(folder)
             self._resume_folder = folder
         if self.args.should_save:
-            checkpoint.remove_unsealed(output_dir)
+            checkpoint.clear_remains(output_dir)
         self.accelerator.wait_for_everyone()
-        return super().train(str(self._resume_folder) if self._resume_folder else None, *args, **kwargs)
+        # the Trainer would delete older checkpoints before the newer one is whole, and file by file
+        self._keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super().train(str(self._resume_folder) if self._resume_folder else None, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = self._keep
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's log, with ``train_loss`` over all steps (after a resume the Trainer divides by the new ones)."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
 
     def _require_resumable(self, folder: Path) -> None:
         problem = checkpoint.damage(folder)
@@ -90,17 +109,24 @@ class WholeCheckpointTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save, seal, and only then remove older checkpoints."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
+            if self.args.should_save:
+                checkpoint.begin(folder)
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.seal(folder, self.run_facts())
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise _full_disk(folder, error) or error from error
-        finally:
-            self.args.save_total_limit = keep
-        self.accelerator.wait_for_everyone()
+            if _is_full_disk(error):
+                raise UserError(
+                    f"{folder}: the disk is full, so this checkpoint was not saved; earlier ones are whole. Free some space "
+                    "and run again: it resumes from the newest whole checkpoint."
+                ) from error
+            raise
         if self.args.should_save:
-            checkpoint.seal(folder, self.run_facts())
-            checkpoint.rotate(folder.parent, keep, self.state.best_model_checkpoint)
+            best = self.state.best_model_checkpoint
+            checkpoint.rotate(folder.parent, self._keep, {folder} | ({Path(best)} if best else set()))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -139,11 +165,6 @@ class _RestoreAccumulators(TrainerCallback):
             trainer.restore_accumulators(json.loads(trainer._accumulators_file(trainer._resume_folder).read_text()))
 
 
-def _full_disk(folder: Path, error: Exception) -> UserError | None:
+def _is_full_disk(error: Exception) -> bool:
     text = str(error).lower()
-    if getattr(error, "errno", None) == 28 or "no space left" in text or "os error 28" in text:
-        return UserError(
-            f"{folder}: the disk is full, so this checkpoint was not saved; earlier ones are whole. Free some space and run "
-            "the same command again: it resumes from the newest whole checkpoint."
-        )
-    return None
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in text or "os error 28" in text
