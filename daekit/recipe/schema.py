@@ -12,6 +12,11 @@ from typing import Any, Literal
 StageType = Literal["sft", "kd", "dae"]
 Quantization = Literal["4bit", "8bit"]
 Overlong = Literal["error", "truncate", "drop"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Column = Literal["messages", "prompt", "completion", "text", "answer"]
+
+# The embedded corpora that ``path: builtin:NAME`` may name.
+BUILTIN_CORPORA = ("skills", "chat", "shop")
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class ModelSpec:
         stage: the result of an earlier stage of this recipe.
         config: a model made from scratch with random weights: ``model_type`` and the fields of its transformers config;
             ``vocab_size`` and special tokens are taken from the tokenizer unless given.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``: the dtype that the weights are loaded in.
+        dtype: the dtype that the weights are loaded in.
         quantization: ``4bit`` (nf4, double quantisation) or ``8bit``, by bitsandbytes.
     """
 
@@ -33,7 +38,7 @@ class ModelSpec:
     stage: str | None = None
     config: dict[str, Any] | None = None
     revision: str | None = None
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     quantization: Quantization | None = None
@@ -51,7 +56,8 @@ class WeightedModelSpec:
 class TeacherSpec:
     """One teacher: a model, or an ensemble of several.
 
-    In YAML whatever is a ModelSpec is a TeacherSpec too; an ensemble is ``{ensemble: [{model: M, weight: W}, ...], average: logits}``.
+    In YAML whatever is a ModelSpec is a TeacherSpec too; an ensemble is ``{ensemble: [{model: M, weight: W}, ...],
+    average: logits}``.
     """
 
     model: ModelSpec | None = None
@@ -101,7 +107,7 @@ class SourceSpec:
         holdout: number of rows taken from the end of the (seeded) shuffled training rows, to evaluate on instead.
         limit: use at most so many training rows (the first ones).
         validation_limit: use at most so many validation rows.
-        columns: our column name -> its name in the data, for ``messages``, ``prompt``, ``completion``, ``text``, ``answer``.
+        columns: our column name -> its name in the data.
     """
 
     domain: str
@@ -114,14 +120,15 @@ class SourceSpec:
     holdout: int | None = None
     limit: int | None = None
     validation_limit: int | None = None
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[Column, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class MixtureSpec:
     """What a stage trains on.
 
-    In YAML a list of source names means all their rows; a mapping ``source: weight`` gives the *share of rows* of each.
+    In YAML a list of source names means all their rows; a mapping ``source: weight`` gives the *share of rows* of each. The
+    long form is ``{sources: <list or mapping>, rows: N}``.
 
     Attributes:
         sources: names of sources.
@@ -177,12 +184,13 @@ class StageSpec:
     Attributes:
         type: ``sft`` (cross-entropy on the data's own tokens), ``kd`` (follow one teacher on all rows) or ``dae`` (follow the
             teacher of each row's domain, and the reference elsewhere).
-        student: the model to train; default: the result of the stage before.
+        student: the model to train; without path, stage and config: the result of the stage before.
         teacher: for ``kd``.
         teachers: for ``dae``: domain -> teacher.
         reference: for ``dae``: the model to follow on ``reference_domains``; default: the student as it stands, frozen.
         reference_domains: for ``dae``: domains that follow the reference.
         data: the rows.
+        seed: of this stage alone (two teachers from scratch that shall differ); default: the seed of the recipe.
         overlong: what becomes of rows longer than ``trainer.max_length``: ``error``, ``truncate`` or ``drop``.
         trainer: any field of ``trl.SFTConfig`` (learning_rate, max_steps, per_device_train_batch_size, packing...).
     """
@@ -196,6 +204,7 @@ class StageSpec:
     reference_domains: tuple[str, ...] = ("general",)
     lora: LoraSpec | None = None
     loss: LossSpec = field(default_factory=LossSpec)
+    seed: int | None = None
     overlong: Overlong = "error"
     trainer: dict[str, Any] = field(default_factory=dict)
 
@@ -228,6 +237,9 @@ class EvaluationSpec:
 @dataclass(frozen=True)
 class Recipe:
     """A whole run.
+
+    Names of sources, stages and domains consist of letters, digits, ``_`` and ``-``: they become keys of overrides
+    (``stages.NAME.lora.r=8``), folders and suffixes of metrics.
 
     Attributes:
         name: becomes part of model cards and reports.

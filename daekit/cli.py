@@ -1,0 +1,79 @@
+"""The command line: ``daekit check | train | quickstart``. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+import json
+import sys
+from collections.abc import Sequence
+
+from daekit import __version__
+from daekit.errors import UserError
+from daekit.recipe import load_recipe, load_recipe_text, to_yaml
+
+_OVERRIDES_HELP = "settings laid over the recipe: key.sub=value, the value as YAML (stages.kd.trainer.max_steps=10)"
+_STATUS_OF_USER_ERROR = 2
+_STATUS_OF_INTERRUPT = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; ``arguments`` default to those of the process. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"daekit: error: {error}", file=sys.stderr)
+        return _STATUS_OF_USER_ERROR
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes", file=sys.stderr)
+        return _STATUS_OF_INTERRUPT
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="daekit",
+        description="Distil a large language model into a small one, then align it to a domain without forgetting the rest.",
+    )
+    parser.add_argument("--version", action="version", version=f"daekit {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    check = commands.add_parser("check", help="say what is wrong with a recipe, or show it with every default filled in")
+    check.set_defaults(run=_check)
+    train = commands.add_parser("train", help="run the stages of a recipe; what is finished is kept, what was stopped resumes")
+    train.set_defaults(run=_train)
+    for command in (check, train):
+        command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+
+    quickstart = commands.add_parser("quickstart", help="KD, then DAE, in the small: on embedded data, on a CPU, in minutes")
+    quickstart.set_defaults(run=_quickstart)
+    quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
+    for command in (check, train, quickstart):
+        command.add_argument("overrides", metavar="key=value", nargs="*", help=_OVERRIDES_HELP)
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    print(to_yaml(load_recipe(options.recipe, options.overrides)), end="")
+
+
+def _train(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from daekit.run import run_recipe
+
+    run_recipe(recipe)
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    overrides = list(options.overrides)
+    if options.output_dir is not None:
+        overrides.append(f"output_dir={json.dumps(options.output_dir)}")
+    text = (importlib.resources.files("daekit") / "resources" / "quickstart.yaml").read_text(encoding="utf-8")
+    recipe = load_recipe_text(text, "quickstart.yaml", overrides)
+
+    from daekit.run import calibration, run_recipe
+
+    print(calibration())
+    run_recipe(recipe)

@@ -1,0 +1,180 @@
+"""Checks of one stage: what its type needs, which teacher speaks for which domain, its loss, adapter and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from daekit.recipe.problems import Problems, listed, nearest
+from daekit.recipe.schema import LossSpec, MixtureSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.tree import Path
+
+# Keys that a stage of this type has no use for, and where they belong.
+_FOREIGN = {
+    "sft": {
+        "teacher": "an sft stage learns from the data alone; for a teacher use type: kd",
+        "teachers": "an sft stage learns from the data alone; for teachers use type: dae",
+        "reference": "an sft stage learns from the data alone; for a reference use type: dae",
+        "reference_domains": "an sft stage has no reference; for one use type: dae",
+        "loss": "an sft stage has the cross-entropy as its only loss; for others use type: kd or dae",
+    },
+    "kd": {
+        "teachers": "a kd stage follows one `teacher` on all rows; for a teacher per domain use type: dae",
+        "reference": "a kd stage has no reference; for one use type: dae",
+        "reference_domains": "a kd stage has no reference; for one use type: dae",
+    },
+    "dae": {
+        "teacher": "a dae stage names a teacher per domain: `teachers: {DOMAIN: MODEL}`",
+    },
+}
+_WEIGHTS = ("ce_weight", "prediction_weight", "attention_weight")
+_SUM_TOLERANCE = 1e-6
+
+
+def check_stage(recipe: Recipe, name: str, stage: StageSpec, problems: Problems) -> None:
+    """Note everything in one stage that cannot be trained as it is written."""
+    path: Path = ("stages", name)
+    for key, message in _FOREIGN.get(stage.type, {}).items():
+        if problems.given((*path, key)):
+            problems.add_check((*path, key), message)
+    if stage.seed is not None and stage.seed < 0:
+        problems.add_check((*path, "seed"), f"{stage.seed} must not be negative")
+    if stage.type == "kd" and stage.teacher is None:
+        problems.add_check((*path, "teacher"), "a kd stage needs a teacher to follow: `teacher: MODEL`")
+    if stage.data is not None:
+        _check_mixture(recipe, stage.data, (*path, "data"), problems)
+    if stage.type == "dae":
+        _check_domains(recipe, stage, path, problems)
+    if stage.type in ("kd", "dae"):
+        _check_loss(stage, path, problems)
+    for where, teacher in _teachers(stage, path):
+        _check_teacher(teacher, where, problems)
+    _check_adapter(stage, path, problems)
+
+
+def _check_mixture(recipe: Recipe, mixture: MixtureSpec, path: Path, problems: Problems) -> None:
+    if not mixture.sources:
+        problems.add_check(path, "must name at least one source")
+    known = recipe.sources
+    for source in mixture.sources:
+        if known is not None and source not in known:
+            where = path if not problems.given((*path, source)) else (*path, source)
+            message = f"there is no source {source!r} (there are: {listed(known)}){nearest(source, known)}"
+            problems.add_check(where, message)
+        if mixture.sources.count(source) > 1:
+            problems.add_check(path, f"the source {source!r} is listed twice; give it a weight instead")
+            break
+    for source, weight in zip(mixture.sources, mixture.weights, strict=bool(mixture.weights)):
+        if weight <= 0:
+            problems.add_check(path, f"the weight of {source!r} is {weight}, must be greater than 0; or leave the source out")
+    if mixture.rows is not None and mixture.rows <= 0:
+        problems.add_check((*path, "rows"), f"{mixture.rows} must be greater than 0")
+    if mixture.rows is not None and not mixture.weights:
+        message = (
+            "rows belongs to a weighted mixture ({sources: {a: 0.25, b: 0.75}, rows: N}); "
+            "to use fewer rows of a source set its `limit`"
+        )
+        problems.add_check((*path, "rows"), message)
+
+
+def _check_domains(recipe: Recipe, stage: StageSpec, path: Path, problems: Problems) -> None:
+    """Each domain of the rows has exactly one voice; each teacher has rows. A typo must never follow the reference."""
+    if not stage.teachers:
+        problems.add_check((*path, "teachers"), "a dae stage needs a teacher per domain: `teachers: {DOMAIN: MODEL}`")
+    if stage.data is None:
+        return
+    rows = [recipe.sources.get(source) for source in stage.data.sources] if recipe.sources else []
+    domains = {source.domain for source in rows if source is not None and source.domain is not None}
+    # With an unknown source, or one that could not be read, nobody knows which domains have rows.
+    complete = len(rows) > 0 and all(source is not None and source.domain is not None for source in rows)
+    voices = [*stage.teachers, *stage.reference_domains]
+    if stage.teachers:
+        for domain in sorted(domains.difference(voices)):
+            message = (
+                f"the rows of domain {domain!r} have no teacher{nearest(domain, voices)}; name one here, or list the domain "
+                f"under reference_domains (now: {listed(stage.reference_domains)})"
+            )
+            problems.add_check((*path, "teachers", domain), message)
+    for domain in stage.teachers:
+        if domain in stage.reference_domains:
+            message = f"the domain {domain!r} is also in reference_domains; its rows can follow only one of them"
+            problems.add_check((*path, "teachers", domain), message)
+        elif complete and domain not in domains:
+            problems.add_check((*path, "teachers", domain), f"a teacher without rows: {_nowhere(domain, domains)}")
+    if complete and stage.reference_domains != StageSpec.reference_domains:
+        for domain in stage.reference_domains:
+            if domain not in domains:
+                problems.add_check((*path, "reference_domains"), _nowhere(domain, domains))
+
+
+def _nowhere(domain: str, domains: set[str]) -> str:
+    have = listed(sorted(domains))
+    return f"no source of this stage has the domain {domain!r} (they have: {have}){nearest(domain, domains)}"
+
+
+def _check_loss(stage: StageSpec, path: Path, problems: Problems) -> None:
+    loss: LossSpec = stage.loss
+    where = (*path, "loss")
+    weights = {key: getattr(loss, key) for key in _WEIGHTS}
+    for key, weight in weights.items():
+        if weight < 0:
+            problems.add_check((*where, key), f"{weight} must not be negative")
+    if not any(weights.values()):
+        problems.add_check(where, f"{listed(_WEIGHTS)} are all 0: there is nothing to learn")
+    if loss.temperature <= 0:
+        problems.add_check((*where, "temperature"), f"{loss.temperature} must be greater than 0")
+    if loss.divergence == "jsd" and not 0 < loss.beta < 1:
+        message = f"{loss.beta} must lie between 0 and 1; for their limits choose forward_kl or reverse_kl"
+        problems.add_check((*where, "beta"), message)
+    if loss.divergence != "jsd" and loss.beta != LossSpec.beta:
+        problems.add_check((*where, "beta"), f"beta belongs to divergence: jsd, not to {loss.divergence}")
+    if loss.attention_weight > 0:
+        for teacher_path, teacher in _teachers(stage, path):
+            if teacher.ensemble:
+                key = ".".join(str(part) for part in teacher_path[2:])
+                message = f"the attention loss needs one model per row, and {key} is an ensemble; set it to 0"
+                problems.add_check((*where, "attention_weight"), message)
+
+
+def _teachers(stage: StageSpec, path: Path) -> Iterator[tuple[Path, TeacherSpec]]:
+    if stage.teacher is not None:
+        yield (*path, "teacher"), stage.teacher
+    if stage.reference is not None:
+        yield (*path, "reference"), stage.reference
+    for domain, teacher in stage.teachers.items():
+        if teacher is not None:
+            yield (*path, "teachers", domain), teacher
+
+
+def _check_teacher(teacher: TeacherSpec, path: Path, problems: Problems) -> None:
+    if (teacher.model is None) == (not teacher.ensemble):
+        problems.add_check(path, "a teacher is exactly one of a model and an ensemble")
+        return
+    if not teacher.ensemble:
+        if teacher.average != TeacherSpec.average:
+            problems.add_check((*path, "average"), "only an ensemble is averaged")
+        return
+    weights = [member.weight for member in teacher.ensemble]
+    if any(weight is None for weight in weights):
+        return
+    if any(weight <= 0 for weight in weights):
+        problems.add_check((*path, "ensemble"), f"the weights {listed(str(w) for w in weights)} must be greater than 0")
+    elif abs(sum(weights) - 1) > _SUM_TOLERANCE:
+        message = f"the weights {listed(str(w) for w in weights)} sum to {sum(weights):.6g}, must sum to 1"
+        problems.add_check((*path, "ensemble"), message)
+
+
+def _check_adapter(stage: StageSpec, path: Path, problems: Problems) -> None:
+    lora, student = stage.lora, stage.student
+    if student is not None and student.quantization is not None and lora is None:
+        message = (
+            f"a student in {student.quantization} cannot be trained itself; "
+            "add `lora` to train an adapter on it (QLoRA), or remove the quantization"
+        )
+        problems.add_check((*path, "student", "quantization"), message)
+    if lora is None:
+        return
+    for key in ("r", "lora_alpha"):
+        if getattr(lora, key) <= 0:
+            problems.add_check((*path, "lora", key), f"{getattr(lora, key)} must be greater than 0")
+    if not 0 <= lora.lora_dropout < 1:
+        problems.add_check((*path, "lora", "lora_dropout"), f"{lora.lora_dropout} must be at least 0 and below 1")

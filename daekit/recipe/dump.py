@@ -1,0 +1,121 @@
+"""A Recipe -> plain mappings and YAML that load back to it, and the facts that a stage's result depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import yaml
+
+from daekit.recipe.load import resolve
+from daekit.recipe.schema import MixtureSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.tree import Dumper
+
+# Keys that a stage of this type must not have (see check_stage.py).
+_LEFT_OUT = {
+    "sft": ("teacher", "teachers", "reference", "reference_domains", "loss"),
+    "kd": ("teachers", "reference", "reference_domains"),
+    "dae": ("teacher",),
+}
+# Options that say what is watched and kept of a training run; its weights do not depend on them.
+_WATCHING = frozenset(
+    {
+        "disable_tqdm",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "logging_first_step",
+        "logging_nan_inf_filter",
+        "logging_steps",
+        "logging_strategy",
+        "project",
+        "report_to",
+        "run_name",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+    }
+)
+_VALIDATION = ("validation", "validation_split", "validation_limit")
+# With these the training itself looks at the validation rows.
+_SCHEDULES_BY_VALIDATION = ("reduce_lr_on_plateau", "greedy")
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON-able mappings and lists, in the form of the YAML.
+
+    Every default is written out; what is unset (None) or means nothing for the type of a stage is left out.
+    """
+    return _mapping(recipe)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML, fully explicit; ``load_recipe_text`` of it is ``resolve(recipe)`` again."""
+    return yaml.dump(to_dict(recipe), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def stage_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
+    """JSON-able facts on which the result of a stage depends: equal facts, equal result on the same rows and versions.
+
+    They hold the stage itself, the seed, the tokenizer, the specs of its sources and, under ``stages``, the same facts of every
+    stage that it takes a model from. What is only watched or kept (logging, saving) is left out, and so are validation rows
+    unless the training looks at them. The contents of files are not read.
+
+    Raises:
+        KeyError: there is no such stage.
+    """
+    recipe = resolve(recipe)
+    stage = recipe.stages[stage_name]
+    facts = _mapping(stage)
+    facts["trainer"] = {key: value for key, value in stage.trainer.items() if key not in _WATCHING}
+    sources = list(stage.data.sources)
+    tokenizer: Any = None
+    if recipe.tokenizer is not None:
+        tokenizer = _mapping(recipe.tokenizer)
+        sources += recipe.tokenizer.train.sources if recipe.tokenizer.train else ()
+    else:
+        # Without a tokenizer of its own a run takes that of the first student.
+        first = next(iter(recipe.stages.values())).student
+        tokenizer = first and _mapping(first)
+    return {
+        "stage": facts,
+        "seed": recipe.seed,
+        "tokenizer": tokenizer,
+        "sources": {name: _source(recipe, stage, name) for name in sorted(set(sources))},
+        "stages": {name: stage_key(recipe, name) for name in sorted(_stages_used(stage))},
+    }
+
+
+def _source(recipe: Recipe, stage: StageSpec, name: str) -> dict[str, Any]:
+    looks = stage.trainer.get("load_best_model_at_end") or (stage.trainer.get("lr_scheduler_type") in _SCHEDULES_BY_VALIDATION)
+    facts = _mapping(recipe.sources[name])
+    return facts if looks else {key: value for key, value in facts.items() if key not in _VALIDATION}
+
+
+def _stages_used(stage: StageSpec) -> set[str]:
+    """Names of the stages whose results a stage starts from or follows."""
+    teachers = [teacher for teacher in (stage.teacher, stage.reference, *stage.teachers.values()) if teacher]
+    models = [stage.student, *(teacher.model for teacher in teachers)]
+    models += [member.model for teacher in teachers for member in teacher.ensemble]
+    return {model.stage for model in models if model and model.stage}
+
+
+def _mapping(spec: Any) -> dict[str, Any]:
+    left_out = _LEFT_OUT[spec.type] if isinstance(spec, StageSpec) else ()
+    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    return {name: _plain(value) for name, value in fields.items() if value is not None and name not in left_out}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, MixtureSpec):
+        sources = dict(zip(value.sources, value.weights, strict=True)) if value.weights else list(value.sources)
+        return {"sources": sources} if value.rows is None else {"sources": sources, "rows": value.rows}
+    if isinstance(value, TeacherSpec):
+        return _plain(value.model) if value.model else {**_mapping(value)}
+    if isinstance(value, ModelSpec) or dataclasses.is_dataclass(value):
+        return _mapping(value)
+    if isinstance(value, dict):
+        return {key: _plain(below) for key, below in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

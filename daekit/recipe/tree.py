@@ -1,0 +1,227 @@
+"""YAML text -> a tree of nodes that know where they were written. Nothing is constructed but text, numbers, lists and mappings.
+
+The rules for plain scalars are those of YAML 1.1 without its traps: ``1e-4`` is a number, ``010`` and ``12:30`` are not. A
+plain scalar also keeps its text, so that ``save_strategy: no`` is the word "no" where a text is wanted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import yaml
+
+from daekit.errors import UserError
+
+Path: TypeAlias = tuple[str | int, ...]
+Scalar: TypeAlias = bool | int | float | str | None
+
+_PREFIX = "tag:yaml.org,2002:"
+_WORDS_FOR_BOOL = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
+_BOOL = re.compile(r"^(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$")
+_INT = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$")
+_FLOAT = re.compile(
+    r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+_NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
+# A file with more values than this is a mistake or an attack (aliases of aliases): a recipe has a few hundred.
+_MOST_NODES = 20_000
+
+
+class Place(NamedTuple):
+    """Where a value was written: a line of the file or an override of the command line."""
+
+    line: int | None = None
+    override: str | None = None
+
+    def __str__(self) -> str:
+        if self.override is not None:
+            return f"override {self.override}: "
+        return f"line {self.line}: " if self.line is not None else ""
+
+
+@dataclass
+class Node:
+    """A value of the recipe. ``text`` is what was written when it is a scalar without quotes."""
+
+    value: dict[str, Node] | list[Node] | Scalar
+    place: Place
+    text: str | None = None
+
+    def child(self, key: str | int) -> Node | None:
+        """The value below ``key``, or None."""
+        if isinstance(self.value, dict):
+            return self.value.get(str(key))
+        if isinstance(self.value, list) and isinstance(key, int) and key < len(self.value):
+            return self.value[key]
+        return None
+
+    def find(self, path: Path) -> Node | None:
+        """The value at ``path``, or None."""
+        node: Node | None = self
+        for key in path:
+            node = node.child(key) if node else None
+        return node
+
+    def locate(self, path: Path) -> Node:
+        """The value at ``path``, or the nearest one above it that exists."""
+        node = self
+        for key in path:
+            below = node.child(key)
+            if below is None:
+                return node
+            node = below
+        return node
+
+    def show(self) -> str:
+        """The value, for a message."""
+        if isinstance(self.value, dict):
+            return "a mapping" if self.value else "an empty mapping"
+        if isinstance(self.value, list):
+            return "a list" if self.value else "an empty list"
+        if self.value is None:
+            return "null (nothing)"
+        return self.text if self.text is not None else repr(self.value)
+
+    def plain(self) -> object:
+        """The value as plain Python objects."""
+        if isinstance(self.value, dict):
+            return {key: node.plain() for key, node in self.value.items()}
+        if isinstance(self.value, list):
+            return [node.plain() for node in self.value]
+        return self.value
+
+
+class Loader(yaml.SafeLoader):
+    """Composes nodes with the rules above."""
+
+    yaml_implicit_resolvers = {}
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes every text that ``Loader`` (or any YAML 1.1 reader) would take for something else; writes no aliases."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def _represent_text(dumper: Dumper, text: str) -> yaml.ScalarNode:
+    # PyYAML folds these line breaks of Unicode into spaces unless they are escaped.
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar(_PREFIX + "str", text, style)
+
+
+Dumper.add_representer(str, _represent_text)
+_PATTERNS = {"bool": _BOOL, "int": _INT, "float": _FLOAT, "null": _NULL, "merge": re.compile(r"^<<$")}
+for _kind, _pattern in _PATTERNS.items():
+    Loader.add_implicit_resolver(_PREFIX + _kind, _pattern, None)
+Dumper.add_implicit_resolver(_PREFIX + "float", _FLOAT, list("-+0123456789."))
+
+
+@dataclass
+class Unread:
+    """A value that the recipe writes but that cannot be read."""
+
+    path: Path
+    place: Place
+    message: str
+
+
+def read_tree(text: str, name: str, override: str | None = None) -> tuple[Node, list[Unread]]:
+    """The tree of one YAML document, and what in it cannot be read (a key given twice, a tag, a number that is not finite).
+
+    Raises:
+        UserError: the text is not YAML at all, or an alias in it has no end.
+    """
+    try:
+        root = yaml.compose(text, Loader=Loader)
+        if root is None:
+            return Node(None, Place(None if override else 1, override)), []
+        reader = _Reader(name, override)
+        return reader.read(root, (), (), reader.place(root)), reader.unread
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark and override is None else ""
+        raise UserError(f"{name}: {where}not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{name}: nested too deeply to be a recipe") from None
+
+
+class _Reader:
+    """Turns PyYAML's nodes into ours; ``above`` are the nodes on the way down, to find an alias inside its own anchor."""
+
+    def __init__(self, name: str, override: str | None) -> None:
+        self.name = name
+        self.override = override
+        self.count = 0
+        self.unread: list[Unread] = []
+
+    def place(self, node: yaml.Node) -> Place:
+        return Place(None if self.override else node.start_mark.line + 1, self.override)
+
+    def note(self, node: yaml.Node, path: Path, message: str) -> None:
+        self.unread.append(Unread(path, self.place(node), message))
+
+    def read(self, node: yaml.Node, path: Path, above: tuple[yaml.Node, ...], place: Place) -> Node:
+        self.count += 1
+        if any(node is other for other in above):
+            raise UserError(f"{self.name}: {self.place(node)}an anchor contains an alias of itself")
+        if self.count > _MOST_NODES:
+            raise UserError(f"{self.name}: more than {_MOST_NODES} values: this is not a recipe")
+        above = (*above, node)
+        if isinstance(node, yaml.MappingNode) and node.tag == _PREFIX + "map":
+            pairs = self.pairs(node, path, above)
+            return Node({key: self.read(below, (*path, key), above, at) for key, (below, at) in pairs.items()}, place)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _PREFIX + "seq":
+            items = enumerate(node.value)
+            return Node([self.read(item, (*path, index), above, self.place(item)) for index, item in items], place)
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node, path, place)
+        self.note(node, path, f"the tag {node.tag!r} is not allowed in a recipe; write the plain value")
+        return Node(None, place)
+
+    def pairs(self, node: yaml.MappingNode, path: Path, above: tuple[yaml.Node, ...]) -> dict[str, tuple[yaml.Node, Place]]:
+        """The keys of a mapping; those merged with ``<<`` come last and never replace its own."""
+        own: dict[str, tuple[yaml.Node, Place]] = {}
+        merged: list[yaml.Node] = []
+        for key, value in node.value:
+            if key.tag == _PREFIX + "merge":
+                merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
+            elif not isinstance(key, yaml.ScalarNode):
+                self.note(key, path, "a key must be a name, not a list or a mapping")
+            elif key.value in own:
+                first = str(own[key.value][1]).rstrip(": ")
+                self.note(key, (*path, key.value), f"this key is given twice (first in {first}); keep one")
+            else:
+                own[key.value] = (value, self.place(key))
+        for mapping in merged:
+            if not isinstance(mapping, yaml.MappingNode) or any(mapping is other for other in above):
+                self.note(mapping, path, "`<<` merges mappings only, and none that contains itself")
+                continue
+            for name, pair in self.pairs(mapping, path, (*above, mapping)).items():
+                own.setdefault(name, pair)
+        return own
+
+    def scalar(self, node: yaml.ScalarNode, path: Path, place: Place) -> Node:
+        text, kind = node.value, node.tag.removeprefix(_PREFIX)
+        if kind != "str" and (kind not in _PATTERNS or not _PATTERNS[kind].match(text)):
+            self.note(node, path, f"the tag {node.tag!r} is not allowed in a recipe; write the plain value")
+            return Node(None, place)
+        value: Scalar = None
+        digits = text.replace("_", "")
+        if kind == "bool":
+            value = _WORDS_FOR_BOOL[text.lower()]
+        elif kind == "int" and len(digits) < 20:
+            value = int(digits)
+        elif kind in ("int", "float"):
+            value = float(digits.lower().replace(".inf", "inf").replace(".nan", "nan"))
+            if not math.isfinite(value) or kind == "int":
+                self.note(node, path, f"{text} is not a finite number of sensible size")
+        elif kind != "null":
+            value = text
+        return Node(value, place, text if node.style is None and kind != "null" else None)

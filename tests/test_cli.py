@@ -1,0 +1,145 @@
+"""The command line: exit statuses, messages, and that nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from test_recipe import BASE, RECIPES
+
+import daekit
+from daekit.cli import main
+from daekit.errors import UserError
+from daekit.recipe import Recipe, load_recipe, load_recipe_text
+
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "numpy", "matplotlib")
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """Stands in for `daekit.run`: keeps the recipes that would be run."""
+    kept: list[Recipe] = []
+    module = types.ModuleType("daekit.run")
+    module.run_recipe = kept.append  # type: ignore[attr-defined]
+    module.calibration = lambda: "calibration: 1 GFLOP/s"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "daekit.run", module)
+    return kept
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import daekit, daekit.cli, daekit.recipe",
+        f"from daekit.cli import main; main(['check', {str(RECIPES[0])!r}])",
+        "from daekit.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+    ],
+    ids=["import", "check", "help"],
+)
+def test_nothing_heavy_is_imported(statement: str) -> None:
+    done = python("-c", f"{statement}\nimport sys; print('HEAVY', [name for name in {HEAVY} if name in sys.modules])")
+    assert done.stdout.splitlines()[-1] == "HEAVY []", done.stderr
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version"])
+def test_module_is_the_command(arguments: str) -> None:
+    done = python("-m", "daekit", arguments)
+    assert done.returncode == 0
+    assert "daekit" in done.stdout
+    if arguments == "--version":
+        assert done.stdout == f"daekit {daekit.__version__}\n"
+
+
+def test_check_prints_the_resolved_recipe(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(recipe_file), "seed=7", "stages.dae.lora.r=8"]) == 0
+    printed = load_recipe_text(capsys.readouterr().out, "printed")
+    assert printed == load_recipe(recipe_file, ["seed=7", "stages.dae.lora.r=8"])
+    assert printed.seed == 7
+
+
+def test_check_of_a_wrong_recipe(recipe_file: Path) -> None:
+    done = python("-m", "daekit", "check", str(recipe_file), "sed=7")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "did you mean 'seed'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_train_runs_the_recipe(recipe_file: Path, runs: list[Recipe]) -> None:
+    assert main(["train", str(recipe_file), "output_dir=elsewhere"]) == 0
+    assert runs == [load_recipe(recipe_file, ["output_dir=elsewhere"])]
+
+
+def test_train_checks_before_it_runs(recipe_file: Path, runs: list[Recipe]) -> None:
+    assert main(["train", str(recipe_file), "seed=x"]) == 2
+    assert runs == []
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "message"),
+    [
+        (UserError("out of luck; try again"), 2, "daekit: error: out of luck; try again\n"),
+        (KeyboardInterrupt(), 130, "stopped; the same command resumes\n"),
+    ],
+)
+def test_what_a_run_raises(
+    recipe_file: Path,
+    runs: list[Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raised: BaseException,
+    status: int,
+    message: str,
+) -> None:
+    def fail(recipe: Recipe) -> None:
+        raise raised
+
+    monkeypatch.setattr(sys.modules["daekit.run"], "run_recipe", fail)
+    assert main(["train", str(recipe_file)]) == status
+    assert capsys.readouterr().err == message
+
+
+def test_a_defect_keeps_its_traceback(recipe_file: Path, runs: list[Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(recipe: Recipe) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys.modules["daekit.run"], "run_recipe", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", str(recipe_file)])
+
+
+def test_quickstart_takes_a_folder_and_overrides(
+    runs: list[Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    resources = tmp_path / "resources"
+    resources.mkdir()
+    (resources / "quickstart.yaml").write_text(BASE, encoding="utf-8")
+    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
+    folder = "a folder: with #signs"
+    assert main(["quickstart", "--output-dir", folder, "seed=3"]) == 0
+    (recipe,) = runs
+    assert (recipe.output_dir, recipe.seed) == (folder, 3)
+    assert "calibration: 1 GFLOP/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian", "x"], ["check"], ["check", "x", "--nothing"]])
+def test_wrong_usage(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
