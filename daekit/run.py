@@ -14,13 +14,14 @@ from typing import Any
 import datasets
 import torch
 import transformers
+import yaml
 from accelerate import PartialState
 
 from daekit.build import DataBuilder, ModelBuilder, RunFolder, StageFolder, build_report, build_trainer
 from daekit.data.mixture import Mixture
 from daekit.errors import UserError
 from daekit.models.loading import load_model
-from daekit.recipe import load_recipe_text, stage_key, to_yaml
+from daekit.recipe import stage_key, to_yaml
 from daekit.recipe.schema import ModelSpec, Recipe
 from daekit.report import format_table, write_report
 from daekit.trainers import DomainSFTTrainer
@@ -47,7 +48,7 @@ def run_recipe(recipe: Recipe) -> None:
     data = DataBuilder(recipe)
     with state.main_process_first():
         tokenizer = data.tokenizer(folder)
-    models = ModelBuilder(folder, tokenizer, recipe.seed)
+    models = ModelBuilder(folder, tokenizer)
     for name in recipe.stages:
         if folder.stage(name).done.is_file():
             _say(state, f"[{name}] complete, kept")
@@ -77,7 +78,7 @@ def calibration() -> str:
 def _claim(recipe: Recipe, folder: RunFolder) -> None:
     """Make sure that what lies in the output directory is of this recipe, and write the recipe there."""
     if folder.recipe.is_file():
-        theirs = load_recipe_text(folder.recipe.read_text(), str(folder.recipe)).name
+        theirs = yaml.safe_load(folder.recipe.read_text())["name"]
         if theirs != recipe.name:
             raise UserError(
                 f"output_dir={recipe.output_dir}: holds a run of the recipe {theirs!r}, not of {recipe.name!r}. "

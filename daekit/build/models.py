@@ -17,8 +17,8 @@ from daekit.teachers import EnsembleTeacher, ModelTeacher
 class ModelBuilder:
     """Builds the models of one run, all for the same tokenizer."""
 
-    def __init__(self, folder: RunFolder, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-        self.folder, self.tokenizer, self.seed = folder, tokenizer, seed
+    def __init__(self, folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.folder, self.tokenizer = folder, tokenizer
 
     def placed(self, spec: ModelSpec) -> ModelSpec:
         """The spec with an earlier stage replaced by the directory of its result."""
@@ -26,8 +26,12 @@ class ModelBuilder:
             return spec
         return replace(spec, stage=None, path=str(self.folder.stage(spec.stage).model))
 
-    def model(self, spec: ModelSpec) -> PreTrainedModel:
+    def model(self, spec: ModelSpec, seed: int = 0) -> PreTrainedModel:
         """Load or make a model; its tokenizer is compared with the run's before its weights are loaded.
+
+        Args:
+            spec: what to load or make.
+            seed: of the random weights of a model made from a config.
 
         Raises:
             UserError: see ``daekit.models.loading``; another tokenizer.
@@ -35,7 +39,7 @@ class ModelBuilder:
         placed = self.placed(spec)
         if placed.path is not None:
             require_same(self.tokenizer, load_tokenizer_of(placed), placed.path)
-        return load_model(placed, self.tokenizer, self.seed)
+        return load_model(placed, self.tokenizer, seed)
 
     def teacher(self, spec: TeacherSpec) -> Teacher:
         """A teacher or an ensemble of teachers, frozen."""

@@ -41,7 +41,7 @@ def build_trainer(
         "processing_class": models.tokenizer,
         "peft_config": _peft_config(stage.lora) if stage.lora else None,
     }
-    trainer = _trainer(stage, _student(stage, models), models, common)
+    trainer = _trainer(stage, _student(stage, models, common["args"].seed), models, common)
     trainer.remove_callback(PrinterCallback)
     callback: TrainerCallback = ProgressCallback(name)
     trainer.add_callback(callback)
@@ -61,17 +61,17 @@ def _trainer(stage: StageSpec, student: PreTrainedModel, models: ModelBuilder, c
     return DAETrainer(student, teachers, reference, **common)
 
 
-def _student(stage: StageSpec, models: ModelBuilder) -> PreTrainedModel:
+def _student(stage: StageSpec, models: ModelBuilder, seed: int) -> PreTrainedModel:
     assert stage.student is not None, "a resolved recipe names every student"
     if stage.lora and stage.student.config is not None:
         raise UserError("lora: a student made from a config has random weights, which an adapter cannot make up for")
-    return models.model(stage.student)
+    return models.model(stage.student, seed)
 
 
 def _arguments(recipe: Recipe, stage: StageSpec, folder: StageFolder) -> DomainSFTConfig:
     arguments: dict[str, Any] = {
         "output_dir": str(folder.root),
-        "seed": recipe.seed,
+        "seed": recipe.seed if stage.seed is None else stage.seed,
         "run_name": f"{recipe.name}/{folder.root.name}",
         "disable_tqdm": True,  # ProgressCallback says more
         "overlong": stage.overlong,
