@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from daekit.errors import UserError
-from daekit.protocol import Batch
+from daekit.protocol import IGNORE_INDEX, Batch
 
 _ROW, _DOMAINS, EXAMPLES = "row_ids", "domains", "row_examples"
 
@@ -43,6 +43,7 @@ class DomainCollator:
             domains = [domains[example] for example in batch[EXAMPLES]]
             batch[_ROW] = _flattened_rows([length for parts in lengths for length in parts], batch["labels"].shape[1])
         batch[_DOMAINS] = tuple(domains)
+        batch["labels"] = _without_first_tokens(batch["labels"], batch[_ROW])
         return batch
 
 
@@ -50,6 +51,13 @@ def as_batch(inputs: Mapping[str, Any]) -> Batch:
     """The Batch of a collated dictionary: everything else in it goes to the model's forward."""
     forward = {key: value for key, value in inputs.items() if key not in (_ROW, _DOMAINS, EXAMPLES, "labels")}
     return Batch(forward, inputs["labels"], inputs[_ROW], tuple(inputs[_DOMAINS]))
+
+
+def _without_first_tokens(labels_BT: Tensor, row_BT: Tensor) -> Tensor:
+    """The first token of a row is predicted by nothing: what stands before it is padding (on the left) or another row."""
+    starts = torch.ones_like(row_BT, dtype=torch.bool)
+    starts[:, 1:] = row_BT[:, 1:] != row_BT[:, :-1]
+    return labels_BT.masked_fill(starts, IGNORE_INDEX)
 
 
 def _flattened_rows(lengths: list[int], total: int) -> Tensor:

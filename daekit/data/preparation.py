@@ -19,6 +19,7 @@ from daekit.errors import UserError
 from daekit.protocol import IGNORE_INDEX
 
 OVERLONG = ("error", "truncate", "drop")
+_NO_LIMIT = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,11 @@ def fit_to_length(dataset: Dataset, max_length: int | None, overlong: str, name:
     """Apply the policy for overlong rows to tokenised rows (``input_ids``, ``labels``, ``domain``) and count.
 
     Raises:
-        UserError: ``overlong`` is ``error`` and a row is longer than ``max_length`` tokens; or a domain loses all its rows.
+        UserError: no rows; a row longer than ``max_length`` when ``overlong`` is ``error``; a domain that loses all its rows.
     """
-    limit = np.iinfo(np.int64).max if max_length is None else max_length
+    if not len(dataset):
+        raise UserError(f"the {name} data set is empty: it has no rows")
+    limit = _NO_LIMIT if max_length is None else max_length
     sizes = _measure(dataset, limit)
     domains = np.asarray(dataset["domain"], dtype=object)
     long = sizes["length"] > limit
@@ -108,19 +111,18 @@ def fit_to_length(dataset: Dataset, max_length: int | None, overlong: str, name:
 
 def fit_stream_to_length(dataset: IterableDataset, max_length: int | None, overlong: str, name: str) -> IterableDataset:
     """The same policy for a stream: errors name the row when it comes by; counts cannot be known beforehand."""
-    if max_length is None:
-        return dataset
+    limit = _NO_LIMIT if max_length is None else max_length
 
     def check(row: dict[str, Any], index: int) -> dict[str, Any]:
-        if overlong == "error" and len(row["input_ids"]) > max_length:
+        if overlong == "error" and len(row["input_ids"]) > limit:
             raise UserError(
                 f"the {name} stream, row {index} (domain {row['domain']!r}): {len(row['input_ids'])} tokens, more than "
                 f"max_length={max_length}. Raise max_length, or set overlong to 'truncate' or 'drop'."
             )
-        return _cut(row, max_length) if overlong == "truncate" else row
+        return _cut(row, limit) if overlong == "truncate" else row
 
     dataset = dataset.map(check, with_indices=True)
-    return dataset.filter(lambda row: len(row["input_ids"]) <= max_length and _predicts(row["labels"]))
+    return dataset.filter(lambda row: len(row["input_ids"]) <= limit and _predicts(row["labels"]))
 
 
 def _measure(dataset: Dataset, limit: int) -> dict[str, np.ndarray]:
@@ -147,8 +149,9 @@ def _overlong_message(domains: np.ndarray, lengths: np.ndarray, long: np.ndarray
     per_domain = ", ".join(f"{domain}: {int((long & (domains == domain)).sum())}" for domain in dict.fromkeys(domains[long]))
     worst = int(lengths.argmax())
     return (
-        f"the {name} data set: {int(long.sum())} of {len(lengths)} rows have more than max_length={limit} tokens ({per_domain}; "
-        f"the longest is row {worst} with {int(lengths[worst])}). Raise max_length, or set overlong to 'truncate' or 'drop'."
+        f"the {name} data set: {int(long.sum())} of {len(lengths)} rows have more than max_length={limit} tokens "
+        f"({per_domain}; the longest is row {worst} with {int(lengths[worst])}). "
+        "Raise max_length, or set overlong to 'truncate' or 'drop'."
     )
 
 

@@ -39,7 +39,7 @@ def jsd(beta: float) -> Divergence:
     ``beta KL(t || m) + (1 - beta) KL(s || m)`` with ``m = beta t + (1 - beta) s``, 0 < beta < 1.
     """
     if not 0.0 < beta < 1.0:
-        raise UserError(f"beta: {beta} is not between 0 and 1; its limits 0 and 1 are reverse_kl and forward_kl, scaled")
+        raise UserError(f"beta: {beta} is not between 0 and 1; its limits 0 and 1 are forward_kl and reverse_kl, scaled")
 
     def divergence(student_MV: Tensor, teacher_MV: Tensor) -> tuple[Tensor, Tensor]:
         student, teacher = student_MV.exp(), teacher_MV.exp()

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from daekit.errors import UserError
 from daekit.losses.divergences import divergence
 from daekit.models.heads import compute_dtype, head_logits
 from daekit.protocol import OutputHead, Signal
@@ -71,7 +73,16 @@ def prediction_loss(
         labels_N: the token that each position predicts.
         signals: what the teachers say; empty for cross-entropy alone, otherwise covering every position exactly once.
         terms: weights, divergence and temperature.
+
+    Raises:
+        UserError: the signals do not speak for as many positions as there are (a teacher of the user's own, as a rule).
     """
+    spoken_for = sum(signal.positions_M.numel() for signal in signals)
+    if signals and spoken_for != labels_N.numel():
+        raise UserError(
+            f"the teacher speaks for {spoken_for} positions of a batch that keeps {labels_N.numel()}: "
+            "its signals must cover every kept position exactly once"
+        )
     wants_gradient = torch.is_grad_enabled()
     loss, ce_N, divergence_N, correct_N = _PredictionLoss.apply(
         hidden_NH, head.weight, head.bias, head, labels_N, tuple(signals), terms, wants_gradient
@@ -116,6 +127,7 @@ class _PredictionLoss(torch.autograd.Function):
         return work.total(), work.ce_N, work.divergence_N, work.correct_N
 
     @staticmethod
+    @once_differentiable  # the gradients are constants to autograd: a second derivative would be silently wrong
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.gradients]
         ctx.gradients = None

@@ -34,15 +34,17 @@ def output_head(model: nn.Module, vocab_size: int) -> OutputHead:
         vocab_size: V, the number of ids of the tokenizer; further columns are padding and are never scored.
 
     Raises:
-        UserError: if the head has fewer than V columns, or carries a LoRA adapter (its weight alone would be wrong).
+        UserError: if the head has fewer than V columns, or carries an adapter (its weight alone would be wrong).
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
-    weight: Tensor = head.weight
-    if hasattr(head, "lora_A"):
+    # base_layer: LoRA and its kin; token_adapter: trainable tokens of embeddings that the head is tied to
+    if hasattr(head, "base_layer") or hasattr(head, "token_adapter"):
         raise UserError(
-            "the output head (lm_head) carries a LoRA adapter: the loss multiplies hidden states by the head's weight "
-            "directly, so the adapter would be ignored. Remove 'lm_head' from target_modules (use modules_to_save to train it)."
+            "the output head (lm_head) carries an adapter: the loss multiplies hidden states by the head's weight "
+            "directly, so the adapter would be ignored. Remove 'lm_head' from target_modules (use modules_to_save to train it) "
+            "and, if it is tied to the embeddings, trainable_token_indices."
         )
+    weight: Tensor = head.weight
     if weight.shape[0] < vocab_size:
         raise UserError(
             f"the model's output head has {weight.shape[0]} columns but the tokenizer has {vocab_size} ids: "

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import difflib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
 
 from daekit.errors import UserError
+from daekit.models.restore import restore_weights
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.schema import ModelSpec
 
@@ -67,12 +70,27 @@ def _from_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, see
         fields = {"vocab_size": vocabulary_size(tokenizer)} | special | fields
     try:
         config = AutoConfig.for_model(model_type, **fields)
+        _refuse_unknown(fields, config)
         set_seed(seed)
         dtype = _DTYPES.get(spec.dtype, torch.float32)
         attention = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
+    except StrictDataclassError as error:  # says on further lines what is wrong
+        raise UserError(f"config of a {model_type} model: {' '.join(str(error).split())}") from error
+    except UserError:
+        raise
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"config of a {model_type} model: {_first_line(error)}") from error
+
+
+def _refuse_unknown(fields: dict[str, Any], config: PreTrainedConfig) -> None:
+    """transformers keeps a key that it does not know as an attribute, where nothing reads it."""
+    default = type(config)()
+    for key in fields:
+        if hasattr(config, key) and not hasattr(default, key):
+            near = difflib.get_close_matches(key, default.to_dict(), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"config of a {config.model_type} model: {key}={fields[key]!r} is not a field of it.{hint}")
 
 
 def _from_pretrained(spec: ModelSpec) -> PreTrainedModel:
@@ -87,6 +105,7 @@ def _from_pretrained(spec: ModelSpec) -> PreTrainedModel:
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
             **arguments,
         )
@@ -107,18 +126,25 @@ def _from_pretrained(spec: ModelSpec) -> PreTrainedModel:
 
 def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
     """A LoRA adapter folded into its base; the base is loaded as ``spec`` says, without quantisation."""
-    from peft import PeftModel
+    from peft import PeftConfig, get_peft_model
 
     if spec.quantization:
         raise UserError(
             f"{directory}: holds a LoRA adapter, which is merged into its 16-bit base; quantization={spec.quantization} "
             "is not possible then. Merge it first and load the merged model in 4 bits."
         )
-    base = json.loads((directory / _ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{directory}: its {_ADAPTER_CONFIG} cannot be read ({_first_line(error)})") from error
+    base = config.base_model_name_or_path
     if not base:
         raise UserError(f"{directory}: its adapter_config.json names no base model (base_model_name_or_path)")
-    model = _from_pretrained(replace(spec, path=base, revision=None))
-    return PeftModel.from_pretrained(model, str(directory)).merge_and_unload()
+    model = load_model(replace(spec, path=base, revision=None))  # which may be an adapter on its base in turn
+    # not PeftModel.from_pretrained: it reads pickles, and a missing weight is a warning only
+    adapted = get_peft_model(model, config)
+    restore_weights(adapted, directory)
+    return adapted.merge_and_unload()
 
 
 def quantization_config(spec: ModelSpec) -> BitsAndBytesConfig:
@@ -136,9 +162,7 @@ def quantization_config(spec: ModelSpec) -> BitsAndBytesConfig:
 def quantised_share(model: PreTrainedModel) -> float:
     """Bytes of integer (quantised) parameters over the bytes of all weights but embeddings and the output head."""
     outside = {  # the ends of the model stay as they are under every quantisation
-        id(p)
-        for m in (model.get_input_embeddings(), model.get_output_embeddings())
-        for p in m.parameters()
+        id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()
     }
     sizes = [(p.numel() * p.element_size(), p.is_floating_point()) for p in model.parameters() if id(p) not in outside]
     return sum(size for size, floating in sizes if not floating) / max(sum(size for size, _ in sizes), 1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
@@ -22,15 +23,23 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
     copy of the student while it loads.
 
     Raises:
-        UserError: a weight is missing, left over or of another shape.
+        UserError: the weights are missing or unreadable; one of them is missing, left over or of another shape.
     """
     if isinstance(model, PeftModel):
         _restore_adapter(model, folder)
         return
     base = base_of(model)
-    loaded, info = type(base).from_pretrained(
-        folder, config=base.config, dtype="auto", use_safetensors=True, output_loading_info=True
-    )
+    try:
+        loaded, info = type(base).from_pretrained(
+            folder,
+            config=base.config,
+            dtype="auto",
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are named below
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: its weights cannot be read ({error})") from error
     wrong = {what: sorted(map(str, keys)) for what, keys in info.items() if keys and what.endswith("_keys")}
     if wrong:
         raise UserError(f"{folder}: its weights do not fit the student: {wrong}")
@@ -39,13 +48,16 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
 
 def _restore_adapter(model: PeftModel, folder: Path) -> None:
     path = folder / _ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{folder}: {_ADAPTER_WEIGHTS} is missing; the student is a LoRA adapter")
-    saved = load_file(path)
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: the weights of the LoRA adapter cannot be read ({error})") from error
     expected = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
-    if set(saved) != set(expected):
-        different = sorted(set(saved) ^ set(expected))
-        raise UserError(
-            f"{path}: its weights are not those of the student's adapter; {len(different)} differ, such as {different[0]}"
-        )
+    different = sorted(_shapes(saved) ^ _shapes(expected))
+    if different:
+        raise UserError(f"{path}: its weights do not fit the model's adapter: {len(different)} differ, such as {different[0]}")
     set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)
+
+
+def _shapes(weights: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(tensor.shape)) for name, tensor in weights.items()}

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 
+from daekit.errors import UserError
 from daekit.models.backbone import add_on_hidden, frozen_forward, kept_hidden_states
 from daekit.models.heads import output_head
-from daekit.models.identity import fingerprint
+from daekit.models.identity import hash_tensors
 from daekit.protocol import Batch, Signal, Voice
 
 
@@ -25,9 +26,14 @@ class AdapterTeacher:
         model: the PEFT model that the student is trained in.
         adapter: name of a loaded adapter, or None for the bare base.
         vocab_size: V, the number of ids of the tokenizer.
+
+    Raises:
+        UserError: the model has no adapter of that name.
     """
 
     def __init__(self, model: PeftModel, adapter: str | None, vocab_size: int) -> None:
+        if adapter is not None and adapter not in model.peft_config:
+            raise UserError(f"adapter {adapter!r} is not loaded; the model has: {', '.join(sorted(model.peft_config))}")
         self.model = model
         self.adapter = adapter
         self._vocab_size = vocab_size
@@ -42,6 +48,8 @@ class AdapterTeacher:
         student = model.active_adapter
         config = copy.deepcopy(model.peft_config[student])
         config.inference_mode = True
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # PiSSA, OLoRA... would take their initial values from the base once more
         flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         model.add_adapter(name, config)
         twins = adapter_parameters(model, name)
@@ -65,10 +73,12 @@ class AdapterTeacher:
         return self
 
     def identity(self) -> dict[str, object]:
-        """The adapter's name and fingerprints of it and of the base."""
-        base = fingerprint(self.model.get_base_model(), only="embed")
-        adapter = None if self.adapter is None else fingerprint(self.model, only=f".{self.adapter}")
-        return {"kind": "adapter", "weights": adapter, "base": base}
+        """Fingerprints of the adapter (None: the bare base) and of the base without any adapter."""
+        adapters = {name: adapter_parameters(self.model, name) for name in self.model.peft_config}
+        learnt = {id(parameter) for parameters in adapters.values() for parameter in parameters.values()}
+        base = hash_tensors((name, p) for name, p in self.model.named_parameters() if id(p) not in learnt)
+        weights = None if self.adapter is None else hash_tensors(adapters[self.adapter].items())
+        return {"kind": "adapter", "weights": weights, "base": base}
 
 
 def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, torch.nn.Parameter]:

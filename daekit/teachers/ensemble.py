@@ -30,7 +30,7 @@ class EnsembleTeacher:
 
     def __init__(self, members: Sequence[Teacher], weights: Sequence[float] | None = None, average: str = "logits") -> None:
         self.members = list(members)
-        self.weights = [1.0 / len(self.members)] * len(self.members) if weights is None else list(weights)
+        self.weights = [1.0 / len(self.members) for _ in self.members] if weights is None else list(weights)
         self.average = average
         if len(self.weights) != len(self.members) or abs(sum(self.weights) - 1) > 1e-6 or min(self.weights) <= 0:
             raise UserError(
@@ -45,8 +45,8 @@ class EnsembleTeacher:
         for signal in (signal for signals in per_member for signal in signals):
             if len(signal.voices) > 1 and signal.average != self.average:
                 raise UserError(f"an ensemble that averages {self.average} cannot hold one that averages {signal.average}")
-        if all(len(signals) == 1 for signals in per_member):
-            together = [signals[0] for signals in per_member]
+        together = [signals[0] for signals in per_member if len(signals) == 1]
+        if len(together) == len(per_member) and all(_same_order(together[0], signal) for signal in together[1:]):
             return [Signal(together[0].positions_M, self._voices(together), self.average)]
         return self._split(per_member, int(batch.labels_N.numel()))
 
@@ -80,6 +80,10 @@ class EnsembleTeacher:
             "weights": self.weights,
             "members": [member.identity() for member in self.members],
         }
+
+
+def _same_order(a: Signal, b: Signal) -> bool:
+    return torch.equal(a.positions_M, b.positions_M)
 
 
 def _intersection(positions: list[Tensor], kept: int) -> Tensor:
