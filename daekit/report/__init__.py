@@ -1,1 +1,8 @@
+"""What a run leaves for its reader: rows as JSON, Markdown, one self-contained HTML page, plots and a table for the
+terminal."""
 
+from daekit.report.rows import Report, Row, Sample, read_rows
+from daekit.report.tables import format_table
+from daekit.report.write import write_report
+
+__all__ = ["Report", "Row", "Sample", "format_table", "read_rows", "write_report"]

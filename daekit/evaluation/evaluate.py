@@ -1,0 +1,161 @@
+"""One model on every evaluation set: likelihood, generated answers and distance to its teachers, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from daekit.evaluation.intervals import RowValues, interval
+from daekit.evaluation.matching import answer_match, exact_match
+from daekit.evaluation.sets import EvaluationSet, TokenizedRow
+from daekit.models.generation import generate
+from daekit.models.scoring import score_rows
+from daekit.models.vocabulary import vocabulary_size
+from daekit.protocol import Teacher
+from daekit.recipe.schema import EvaluationSpec
+from daekit.report.rows import Row
+
+SEED = 0  # of the resamples: equal for all models, so that differences are paired
+Key = tuple[str, str, str]  # domain, source, metric
+
+
+@dataclass(frozen=True)
+class ModelEvaluation:
+    """What was measured of one model, row by row, so that models can be compared on the same rows.
+
+    Attributes:
+        values: (domain, source, metric) -> values of the source's rows, in their order.
+        generated: source -> the text generated for each row that has a prompt.
+    """
+
+    model: str
+    values: dict[Key, RowValues] = field(default_factory=dict)
+    generated: dict[str, list[str]] = field(default_factory=dict)
+
+    def by_domain(self) -> dict[tuple[str, str, str], RowValues]:
+        """(domain, label, metric) -> values. The label is the domain for all its sources together and, if it has
+        several, ``domain/source`` for each."""
+        sources: dict[tuple[str, str], dict[str, RowValues]] = {}
+        for (domain, source, metric), values in self.values.items():
+            sources.setdefault((domain, metric), {})[source] = values
+        found = {}
+        for (domain, metric), parts in sources.items():
+            found[domain, domain, metric] = RowValues(
+                np.concatenate([part.total_R for part in parts.values()]),
+                np.concatenate([part.weight_R for part in parts.values()]),
+            )
+        several = {domain for domain, _ in sources if len(_sources_of(self.values, domain)) > 1}
+        for (domain, source, metric), values in self.values.items():
+            if domain in several:
+                found[domain, f"{domain}/{source}", metric] = values
+        return found
+
+    def rows(self, rounds: int) -> list[Row]:
+        """One report row per label and metric, with 95 % intervals from ``rounds`` resamples."""
+        rows = []
+        for (_, label, metric), values in self.by_domain().items():
+            low, high = interval(values, rounds, SEED)
+            size = len(values.total_R)
+            rows.append(Row(self.model, label, metric, values.mean, low, high, size))
+            if metric == "nll":  # exp is monotonic: the interval's ends carry over exactly
+                value, low, high = exponential(values.mean), exponential(low), exponential(high)
+                rows.append(Row(self.model, label, "perplexity", value, low, high, size))
+        return rows
+
+
+def evaluate_model(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, EvaluationSet],
+    *,
+    spec: EvaluationSpec,
+    teachers: Mapping[str, PreTrainedModel | Teacher] | None = None,
+) -> ModelEvaluation:
+    """Measure ``model`` on every set.
+
+    Args:
+        name: name of the model in the report.
+        model: a causal language model, or a PEFT model around one, on the device that it is to run on.
+        sets: source name -> its tokenised validation rows.
+        spec: ``generate``, ``max_new_tokens`` and ``batch_size`` are read.
+        teachers: domain -> the teacher that KL is measured to; domains without one have no ``kl_to_teacher``.
+    """
+    evaluation = ModelEvaluation(name)
+    for source, evaluation_set in sets.items():
+        domain, rows = evaluation_set.domain, evaluation_set.rows
+        teacher = (teachers or {}).get(domain)
+        likelihood = _likelihood(model, tokenizer, rows, spec.batch_size, teacher, domain)
+        evaluation.values.update({(domain, source, metric): values for metric, values in likelihood.items()})
+        if not spec.generate:
+            continue
+        answered = [row for row in rows if row.prompt_ids is not None]
+        if not answered:
+            continue
+        texts = _answers(model, tokenizer, answered, spec)
+        evaluation.generated[source] = texts
+        evaluation.values.update({(domain, source, metric): v for metric, v in _matches(answered, texts).items()})
+    return evaluation
+
+
+def exponential(value: float) -> float:
+    """``exp``, and infinity where it would overflow."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))
+
+
+def _likelihood(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenizedRow],
+    batch_size: int,
+    teacher: PreTrainedModel | Teacher | None,
+    domain: str,
+) -> dict[str, RowValues]:
+    scores = score_rows(
+        model,
+        [{"input_ids": row.input_ids, "labels": row.labels} for row in rows],
+        vocab_size=vocabulary_size(tokenizer),
+        batch_size=batch_size,
+        teacher=teacher,
+        domain=domain,
+    )
+    tokens_R = scores.tokens_R.astype(np.float64)
+    values = {
+        "nll": RowValues(scores.nll_R, tokens_R),
+        "token_accuracy": RowValues(scores.correct_R.astype(np.float64), tokens_R),
+    }
+    if scores.kl_R is not None:
+        values["kl_to_teacher"] = RowValues(scores.kl_R, tokens_R)
+    return values
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenizedRow],
+    spec: EvaluationSpec,
+) -> list[str]:
+    prompts = [row.prompt_ids or [] for row in rows]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=spec.max_new_tokens, batch_size=spec.batch_size)
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def _matches(rows: Sequence[TokenizedRow], texts: Sequence[str]) -> dict[str, RowValues]:
+    exact = [exact_match(text, row.reference) for row, text in zip(rows, texts, strict=True)]
+    values = {"exact_match": _indicator(exact)}
+    found = [answer_match(text, row.answer) for row, text in zip(rows, texts, strict=True) if row.answer is not None]
+    if found:
+        values["answer_match"] = _indicator(found)
+    return values
+
+
+def _indicator(hits: Sequence[bool]) -> RowValues:
+    return RowValues(np.array(hits, dtype=np.float64), np.ones(len(hits)))
+
+
+def _sources_of(values: Mapping[Key, RowValues], domain: str) -> set[str]:
+    return {source for its_domain, source, _ in values if its_domain == domain}

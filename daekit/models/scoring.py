@@ -1,0 +1,166 @@
+"""What a model thinks of given rows: sums per row of NLL, right guesses and KL to a teacher, without [B,T,V] logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from daekit.errors import UserError
+from daekit.models.backbone import base_of, frozen_forward
+from daekit.models.heads import head_logits, output_head
+from daekit.protocol import IGNORE_INDEX, Batch, OutputHead, Signal, Teacher, Voice
+
+TokenRow = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """Sums over the kept tokens of each of R rows, in the order of the rows.
+
+    Attributes:
+        tokens_R: int64, kept tokens.
+        nll_R: float64, negative log-likelihood in nats.
+        correct_R: int64, tokens that are the model's first choice (the lowest id of equal ones, as greedy decoding
+            takes).
+        kl_R: float64, KL(teacher || model) in nats at temperature 1; None without a teacher.
+    """
+
+    tokens_R: np.ndarray
+    nll_R: np.ndarray
+    correct_R: np.ndarray
+    kl_R: np.ndarray | None
+
+
+def score_rows(
+    model: PreTrainedModel,
+    rows: Sequence[TokenRow],
+    *,
+    vocab_size: int,
+    batch_size: int = 32,
+    teacher: PreTrainedModel | Teacher | None = None,
+    domain: str = "",
+    chunk_size: int = 256,
+) -> RowScores:
+    """Score tokenised rows under ``model``, and compare it with ``teacher`` on the same positions.
+
+    Columns at and beyond ``vocab_size`` are left out of both softmaxes. Rows are batched by length with right padding.
+    Runs in eval mode without gradient; the mode of every module is restored.
+
+    Memory: the hidden states of one batch and ``chunk_size x V`` float32 logits of the model and of each teacher's
+        voice.
+
+    Args:
+        model: a causal language model, or a PEFT model around one (with the adapter that is active).
+        rows: ``input_ids`` and ``labels`` (-100 where a token does not count) of equal length per row.
+        vocab_size: V, the number of ids of the tokenizer.
+        teacher: a causal language model or a ``daekit.protocol.Teacher``.
+        domain: the domain of the rows, for a teacher that chooses by it.
+
+    Raises:
+        UserError: for a prompt-learning adapter, whose virtual tokens a call of the backbone would miss, and for what
+            ``output_head`` refuses.
+    """
+    _refuse_prompt_learning(model)
+    head = output_head(model, vocab_size)
+    sums_R3 = torch.zeros(len(rows), 3, dtype=torch.float64)
+    tokens_R = torch.zeros(len(rows), dtype=torch.int64)
+    device = base_of(model).device
+    with frozen_forward(model):
+        for indices, batch in _batches(rows, batch_size, domain, device):
+            row_N = torch.tensor(indices)[batch.row_N.cpu()]
+            tokens_R.index_add_(0, row_N, torch.ones_like(row_N))
+            hidden_NH = _hidden(model, batch)
+            signals = [] if teacher is None else _signals(teacher, batch, vocab_size)
+            for start in range(0, len(hidden_NH), chunk_size):
+                chunk = slice(start, start + chunk_size)
+                scores_N3 = _score_chunk(hidden_NH[chunk], head, batch.labels_N[chunk], signals, start)
+                sums_R3.index_add_(0, row_N[chunk], scores_N3.double().cpu())
+    nll_R, correct_R, kl_R = sums_R3.numpy().T.copy()
+    return RowScores(tokens_R.numpy(), nll_R, correct_R.astype(np.int64), None if teacher is None else kl_R)
+
+
+def _score_chunk(hidden_NH: Tensor, head: OutputHead, labels_N: Tensor, signals: Sequence[Signal], start: int) -> Tensor:
+    """``[N, 3]``: NLL, 1 where the label is the first choice, and KL (0 without signals) of positions ``start...``."""
+    logits_NV = head_logits(hidden_NH, head)
+    labels_N = labels_N.to(logits_NV.device)
+    log_p_NV = logits_NV.log_softmax(dim=-1)
+    nll_N = -log_p_NV.gather(1, labels_N[:, None])[:, 0]
+    correct_N = logits_NV.argmax(dim=-1) == labels_N
+    kl_N = torch.zeros_like(nll_N)
+    for signal in signals:
+        positions_M = signal.positions_M.to(nll_N.device)
+        inside_M = (positions_M >= start) & (positions_M < start + len(nll_N))
+        if not inside_M.any():
+            continue
+        local = positions_M[inside_M] - start
+        log_t_MV = _teacher_log_probs(signal, inside_M.nonzero().flatten()).to(log_p_NV.device)
+        kl_N[local] = (log_t_MV.exp() * (log_t_MV - log_p_NV[local])).sum(dim=-1)
+    return torch.stack([nll_N, correct_N.to(nll_N.dtype), kl_N], dim=-1)
+
+
+def _teacher_log_probs(signal: Signal, index: Tensor) -> Tensor:
+    """``[chunk, V]`` log-probabilities of a signal at temperature 1 for some of its positions.
+
+    Several voices: the softmax of the weighted mean of their logits, or the weighted mean of their probabilities.
+    """
+    logits = [(voice.weight, head_logits(voice.hidden_MH[index], voice.head)) for voice in signal.voices]
+    if signal.average == "logits":
+        return torch.stack([weight * logits_MV for weight, logits_MV in logits]).sum(0).log_softmax(-1)
+    parts = [logits_MV.log_softmax(-1) + math.log(weight) for weight, logits_MV in logits]
+    return torch.stack(parts).logsumexp(0)
+
+
+def _signals(teacher: PreTrainedModel | Teacher, batch: Batch, vocab_size: int) -> list[Signal]:
+    if isinstance(teacher, Teacher):
+        return teacher.signals(batch)
+    _refuse_prompt_learning(teacher)
+    with frozen_forward(teacher):
+        voice = Voice(_hidden(teacher, batch), output_head(teacher, vocab_size))
+    return [Signal(torch.arange(len(batch.labels_N), device=voice.hidden_MH.device), (voice,))]
+
+
+def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """``[N, H]`` last hidden states at the kept positions."""
+    base = base_of(model)
+    inputs = {key: value.to(base.device) if isinstance(value, Tensor) else value for key, value in batch.inputs.items()}
+    return batch.keep(base.base_model(**inputs, use_cache=False).last_hidden_state)
+
+
+def _batches(rows: Sequence[TokenRow], batch_size: int, domain: str, device: torch.device) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of rows of like length, the longest first (so that what does not fit in memory fails at once)."""
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]), reverse=True)
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        yield indices, _collate([rows[index] for index in indices], domain, device)
+
+
+def _collate(rows: Sequence[TokenRow], domain: str, device: torch.device) -> Batch:
+    shape = (len(rows), max(len(row["input_ids"]) for row in rows))
+    input_ids_BT = torch.zeros(shape, dtype=torch.int64)
+    labels_BT = torch.full(shape, IGNORE_INDEX)
+    row_BT = torch.full(shape, -1)
+    for index, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids_BT[index, :length] = torch.tensor(row["input_ids"])
+        labels_BT[index, :length] = torch.tensor(row["labels"])
+        row_BT[index, :length] = index
+    inputs: dict[str, Tensor | int | bool] = {
+        "input_ids": input_ids_BT.to(device),
+        "attention_mask": (row_BT >= 0).long().to(device),
+    }
+    return Batch(inputs, labels_BT.to(device), row_BT.to(device), (domain,) * len(rows))
+
+
+def _refuse_prompt_learning(model: PreTrainedModel) -> None:
+    for name, config in getattr(model, "peft_config", {}).items():
+        if config.is_prompt_learning:
+            raise UserError(
+                f"adapter {name!r} is a {config.peft_type.value} adapter: its virtual tokens are added outside the "
+                "backbone, so hidden states taken from it would be those of the model without the adapter. Use LoRA."
+            )

@@ -1,0 +1,115 @@
+"""The report as one HTML file that asks nothing of the network: no script, styles and plots inline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from importlib import resources
+from typing import Any
+
+from daekit.report.plots import curves_svg, gain_forgetting_svg
+from daekit.report.rows import Report, Row, group_samples
+from daekit.report.tables import (
+    COMPARISON,
+    HEADLINE,
+    SHARES,
+    format_interval,
+    format_seconds,
+    format_value,
+    metric_title,
+    pivot,
+    sizes_of,
+    split_comparison,
+)
+
+
+def render_html(report: Report) -> str:
+    """The whole page. All text of the report is escaped; only the SVG of our own plots is not."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["groupby_order"] = _by_domain
+    environment.globals.update(
+        value=lambda row: format_value(row.value, row.metric),
+        interval=format_interval,
+        finite=_finite,
+        percent=lambda share: f"{100 * min(1.0, max(0.0, share)):.2f}",
+        verdict=_verdict,
+        metric_title=metric_title,
+        shares=SHARES,
+    )
+    source = resources.files("daekit").joinpath("resources/report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source).render(_context(report)) + "\n"
+
+
+def _context(report: Report) -> dict[str, Any]:
+    headline = pivot(report.rows, HEADLINE)
+    seconds = {stage: format_seconds(value) for stage, value in report.seconds.items()}
+    facts = [(f"time of {stage}", value) for stage, value in seconds.items()]
+    return {
+        "title": report.title,
+        "summary": _summary(report, headline.models),
+        "headline": headline,
+        "baseline": report.baseline,
+        "sizes": sizes_of(report.rows),
+        "notes": report.notes,
+        "comparison": pivot(report.rows, COMPARISON),
+        "gain_plot": _gain_plot(report, headline.models),
+        "curves": _curves(report),
+        "seconds": seconds,
+        "samples": group_samples(report.samples),
+        "rows": report.rows,
+        "facts": [*facts, *report.versions.items(), *report.provenance.items()],
+        "recipe": report.recipe,
+    }
+
+
+def _summary(report: Report, models: tuple[str, ...]) -> str:
+    domains = list(sizes_of(report.rows))
+    parts = [f"{len(models)} models on {len(domains)} evaluation sets" if report.rows else "no evaluation"]
+    if report.seconds:
+        parts.append(f"trained in {format_seconds(sum(report.seconds.values()))}")
+    if "daekit" in report.versions:
+        parts.append(f"daekit {report.versions['daekit']}")
+    return " · ".join(parts)
+
+
+def _gain_plot(report: Report, models: tuple[str, ...]) -> Any:
+    from markupsafe import Markup
+
+    svg = None if report.baseline is None else gain_forgetting_svg(report.rows, models, report.baseline)
+    return None if svg is None else Markup(svg)  # matplotlib escapes the names it draws
+
+
+def _curves(report: Report) -> list[tuple[str, int, Any]]:
+    """(stage, panels, SVG) of the stages that have something to draw; a domain has one colour in all of them."""
+    from markupsafe import Markup
+
+    keys = {key for history in report.curves.values() for entry in history for key in entry if "/" in key}
+    domains = sorted({key.partition("/")[2] for key in keys})
+    drawn = []
+    for stage, history in report.curves.items():
+        curves = curves_svg(stage, history, domains)
+        if curves is not None:
+            drawn.append((stage, curves.panels, Markup(curves.svg)))
+    return drawn
+
+
+def _by_domain(items: Iterable[Any]) -> list[tuple[str, list[Any]]]:
+    """Items by their ``domain``, in the order of the first of each."""
+    groups: dict[str, list[Any]] = {}
+    for item in items:
+        groups.setdefault(item.domain, []).append(item)
+    return list(groups.items())
+
+
+def _finite(row: Row) -> bool:
+    return all(math.isfinite(value) for value in (row.value, row.low, row.high))
+
+
+def _verdict(row: Row) -> str:
+    """CSS class of a difference: coloured only when its interval leaves out zero."""
+    kind = split_comparison(row.metric)[1]
+    if kind is None or not _finite(row) or row.low <= 0 <= row.high:
+        return ""
+    return "good" if (row.value > 0) == (kind == "gain") else "bad"

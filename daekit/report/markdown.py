@@ -1,0 +1,132 @@
+"""The report as Markdown, for a repository or an issue."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from daekit.report.rows import Report, Row, group_samples
+from daekit.report.tables import (
+    COMPARISON,
+    HEADLINE,
+    Pivot,
+    format_interval,
+    format_seconds,
+    format_value,
+    metric_title,
+    pivot,
+    sizes_of,
+)
+
+_SHOWN_SAMPLES = 5  # per domain; all of them are in the HTML
+
+
+def render_markdown(report: Report, plot: str | None) -> str:
+    """The whole report; ``plot`` is the file name of the picture of gain and forgetting beside it."""
+    parts = [f"# {_escape(report.title)}", *_headline(report.rows)]
+    if report.baseline is not None:
+        parts += _comparison(report.rows, report.baseline, plot)
+    if report.notes:
+        parts += ["## Notes", "\n".join(f"- {_escape(note)}" for note in report.notes)]
+    parts += _samples(report)
+    if report.rows:
+        lines = [_cells(row) for row in report.rows]
+        parts += ["## All values", _table(["model", "domain", "metric", "value", "95 % interval", "n"], lines)]
+    parts += _provenance(report)
+    return "\n\n".join(parts) + "\n"
+
+
+def _headline(rows: Sequence[Row]) -> list[str]:
+    table = pivot(rows, HEADLINE)
+    if not table.columns:
+        return []
+    sizes = "; ".join(f"{domain}: n = {n}" for domain, n in sizes_of(rows).items())
+    return [
+        _matrix(table),
+        f"95 % intervals from a bootstrap over rows ({_escape(sizes)}). Bold: best value of a column. An interval of no width "
+        "means that all rows agree: with n rows the value may still be off by about 3/n.",
+    ]
+
+
+def _comparison(rows: Sequence[Row], baseline: str, plot: str | None) -> list[str]:
+    table = pivot(rows, COMPARISON)
+    if not table.columns:
+        return []
+    return [
+        f"## Gain and forgetting against {_escape(baseline)}",
+        *([f"![gain against forgetting]({plot})"] if plot else []),
+        _matrix(table),
+        "Differences on the same rows, with 95 % intervals of a paired bootstrap. A gain is positive where the model is better "
+        "than the baseline, forgetting is positive where it is worse.",
+    ]
+
+
+def _matrix(table: Pivot) -> str:
+    """Models down, columns across; the best value of a column is bold."""
+    lines = []
+    for model in table.models:
+        line = [_escape(model)]
+        for column in table.columns:
+            row = table.cell(model, column)
+            if row is None:
+                line.append("")
+            else:
+                strong = "**" if model in table.best[column] else ""
+                line.append(f"{strong}{_value(row)}{strong} {format_interval(row)}")
+        lines.append(line)
+    return _table(["model", *(f"{_escape(column.heading)}: {column.title}" for column in table.columns)], lines)
+
+
+def _samples(report: Report) -> list[str]:
+    groups = group_samples(report.samples)
+    parts = ["## Sample answers"] if groups else []
+    shown: dict[str, int] = {}
+    for group in groups:
+        shown[group.domain] = shown.get(group.domain, 0) + 1
+        if shown[group.domain] > _SHOWN_SAMPLES:
+            continue
+        lines = [["*reference*", _escape(group.reference), ""]]
+        lines += [[_escape(s.model), _escape(s.generated), "✓" if s.exact_match else ""] for s in group.samples]
+        parts += [f"**{_escape(group.domain)}**: {_escape(group.prompt)}", _table(["", "answer", "exact"], lines)]
+    return parts
+
+
+def _provenance(report: Report) -> list[str]:
+    facts = [[f"seconds: {stage}", format_seconds(seconds)] for stage, seconds in report.seconds.items()]
+    facts += [[name, version] for name, version in report.versions.items()]
+    facts += [[name, value] for name, value in report.provenance.items()]
+    parts = ["## Provenance"] if facts or report.recipe else []
+    if facts:
+        parts.append(_table(["what", "value"], [[_escape(name), _escape(value)] for name, value in facts]))
+    if report.recipe:
+        # a fence longer than any inside, so that no recipe can close it
+        fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`+", report.recipe))])
+        parts.append(f"<details><summary>Recipe</summary>\n\n{fence}yaml\n{report.recipe.rstrip()}\n{fence}\n\n</details>")
+    return parts
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        _escape(row.model),
+        _escape(row.domain),
+        metric_title(row.metric),
+        _value(row),
+        format_interval(row),
+        str(row.n),
+    ]
+
+
+def _value(row: Row) -> str:
+    return format_value(row.value, row.metric)
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rendered = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in rendered)
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown shows as it is, in one line."""
+    flat = " ".join(text.split())
+    flat = re.sub(r"([\\`*_~\[\]|#])", r"\\\1", flat)
+    return flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,126 @@
+"""What a report is made of: measured values and sample answers, as plain containers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured value.
+
+    Attributes:
+        model: name of the model, as a rule the stage that trained it.
+        domain: ``ecommerce``, or ``general/skills`` for one of several sources of a domain.
+        metric: one of those in ``daekit.evaluation``.
+        value: the value over all ``n`` rows.
+        low: lower end of its 95 % interval.
+        high: upper end.
+        n: rows of the data that it was measured on.
+    """
+
+    model: str
+    domain: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one model answered to one prompt.
+
+    Attributes:
+        domain: as in ``Row``; with ``row`` it says which prompt this is.
+        row: index of the row in its evaluation set.
+        answer: the right result in any manner, if the data say it.
+        answer_match: whether ``generated`` holds it; None without ``answer``.
+    """
+
+    model: str
+    domain: str
+    row: int
+    prompt: str
+    reference: str
+    answer: str | None
+    generated: str
+    exact_match: bool
+    answer_match: bool | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a report shows; equal contents give equal files.
+
+    Attributes:
+        title: heading, as a rule the name of the recipe.
+        rows: measured values, models in the order in which they are to be shown.
+        baseline: the model that gain and forgetting are measured against.
+        samples: answers, grouped by prompt when shown.
+        curves: stage -> the trainer's ``state.log_history`` (``{"step": 10, "loss": 1.2, "kl/ecommerce": 0.3}``...).
+        notes: sentences that a reader must know (rows dropped, a metric left out...).
+        versions: package -> version.
+        seconds: stage -> wall-clock seconds.
+        provenance: further facts, name -> value (commit, data fingerprints, identities of teachers).
+        recipe: the resolved recipe as YAML.
+    """
+
+    title: str
+    rows: Sequence[Row]
+    baseline: str | None = None
+    samples: Sequence[Sample] = ()
+    curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    recipe: str = ""
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """All models' answers to one prompt."""
+
+    domain: str
+    prompt: str
+    reference: str
+    answer: str | None
+    samples: tuple[Sample, ...]
+
+
+def group_samples(samples: Sequence[Sample]) -> list[SampleGroup]:
+    """Samples side by side: one group per prompt, in the order of the first sample of each."""
+    groups: dict[tuple[str, int], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.domain, sample.row), []).append(sample)
+    return [SampleGroup(g[0].domain, g[0].prompt, g[0].reference, g[0].answer, tuple(g)) for g in groups.values()]
+
+
+def rows_json(rows: Sequence[Row]) -> str:
+    """A JSON list with one object per row. A value that is not finite (a diverged model) becomes null, which JSON can
+    say."""
+    return json.dumps([_finite(asdict(row)) for row in rows], indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def read_rows(text: str) -> list[Row]:
+    """The rows of a ``report.json``; null becomes NaN again."""
+    entries: list[dict[str, Any]] = json.loads(text)
+    filled: list[dict[str, Any]] = [
+        {key: math.nan if value is None else value for key, value in entry.items()} for entry in entries
+    ]
+    return [Row(**entry) for entry in filled]
+
+
+def samples_jsonl(samples: Sequence[Sample]) -> str:
+    """One JSON object per line and sample."""
+    return "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+
+
+def _finite(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in entry.items()}

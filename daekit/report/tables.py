@@ -1,0 +1,161 @@
+"""Rows arranged as tables: the headline that terminal, Markdown and HTML share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from daekit.report.rows import Row
+
+TITLES = {
+    "exact_match": "exact match",
+    "answer_match": "answer match",
+    "nll": "NLL",
+    "perplexity": "perplexity",
+    "token_accuracy": "token accuracy",
+    "kl_to_teacher": "KL to teacher",
+}
+SHARES = ("exact_match", "answer_match", "token_accuracy")  # between 0 and 1, more is better
+HEADLINE = ("exact_match", "answer_match", "nll")
+COMPARISON = tuple(f"{metric}_{kind}" for kind in ("gain", "forgetting") for metric in HEADLINE)
+
+
+@dataclass(frozen=True)
+class Column:
+    domain: str
+    metric: str
+
+    @property
+    def heading(self) -> str:
+        """``general``, or ``general: forgetting``."""
+        kind = split_comparison(self.metric)[1]
+        return self.domain if kind is None else f"{self.domain}: {kind}"
+
+    @property
+    def title(self) -> str:
+        """``exact match``, also for a gain or forgetting."""
+        return metric_title(split_comparison(self.metric)[0])
+
+
+@dataclass(frozen=True)
+class Pivot:
+    """Models x (domain, metric); a cell is None where nothing was measured.
+
+    Attributes:
+        best: columns -> the models with the best value (several when equal, none when only one model was measured).
+    """
+
+    models: tuple[str, ...]
+    columns: tuple[Column, ...]
+    cells: dict[tuple[str, Column], Row]
+    best: dict[Column, frozenset[str]]
+
+    def cell(self, model: str, column: Column) -> Row | None:
+        return self.cells.get((model, column))
+
+
+def metric_title(metric: str) -> str:
+    """``exact match``, ``exact match gain``..."""
+    base, kind = split_comparison(metric)
+    title = TITLES.get(base, base.replace("_", " "))
+    return title if kind is None else f"{title} {kind}"
+
+
+def split_comparison(metric: str) -> tuple[str, str | None]:
+    """``exact_match_gain`` -> ``("exact_match", "gain")``; ``nll`` -> ``("nll", None)``."""
+    for kind in ("gain", "forgetting"):
+        if metric.endswith(f"_{kind}"):
+            return metric.removesuffix(f"_{kind}"), kind
+    return metric, None
+
+
+def pivot(rows: Sequence[Row], metrics: Iterable[str] = HEADLINE) -> Pivot:
+    """Models down, domains and ``metrics`` across, each in the order of their first row."""
+    metrics = tuple(metrics)
+    present = {(row.domain, row.metric) for row in rows}
+    domains = dict.fromkeys(row.domain for row in rows)
+    columns = tuple(Column(d, m) for d in domains for m in metrics if (d, m) in present)
+    cells = {(row.model, Column(row.domain, row.metric)): row for row in rows if row.metric in metrics}
+    models = tuple(dict.fromkeys(row.model for row in rows if row.metric in metrics))
+    best = {column: _best([cells[m, column] for m in models if (m, column) in cells]) for column in columns}
+    return Pivot(models, columns, cells, best)
+
+
+def sizes_of(rows: Sequence[Row]) -> dict[str, int]:
+    """Domain -> the number of rows that it was measured on."""
+    sizes: dict[str, int] = {}
+    for row in rows:
+        sizes[row.domain] = max(row.n, sizes.get(row.domain, 0))
+    return sizes
+
+
+def _best(rows: Sequence[Row]) -> frozenset[str]:
+    finite = [row for row in rows if math.isfinite(row.value)]
+    if len(rows) < 2 or not finite:
+        return frozenset()
+    metric, kind = split_comparison(finite[0].metric)
+    choose = max if kind == "gain" or (kind is None and metric in SHARES) else min
+    best = choose(round(row.value, 12) for row in finite)
+    return frozenset(row.model for row in finite if round(row.value, 12) == best)
+
+
+def format_value(value: float, metric: str) -> str:
+    """Percent for shares, nats to three digits; differences carry their sign."""
+    base, kind = split_comparison(metric)
+    if not math.isfinite(value):
+        return "not finite"
+    sign = "+" if kind else ""
+    if base in SHARES:
+        return _signed(f"{100 * value:{sign}.1f}", "%" if kind is None else " pt")
+    if base == "perplexity" and abs(value) >= 1e5:
+        return f"{value:.2e}"
+    return _signed(f"{value:{sign}.3f}", "")
+
+
+def _signed(number: str, unit: str) -> str:
+    if float(number) == 0:
+        number = number.lstrip("+-")
+    return number.replace("-", "−") + unit
+
+
+def format_interval(row: Row) -> str:
+    """``[96.0, 98.5]`` in the unit of the value."""
+    ends = (format_value(end, row.metric).removesuffix("%").removesuffix(" pt") for end in (row.low, row.high))
+    return "[{}, {}]".format(*ends)
+
+
+def format_table(rows: Sequence[Row], metrics: Iterable[str] = HEADLINE) -> str:
+    """A plain-text table for a terminal: one line per model, one column per domain and metric, with ± half the interval."""
+    table = pivot(rows, metrics)
+    head = [["", *(column.heading for column in table.columns)], ["model", *(column.title for column in table.columns)]]
+    for at in range(len(table.columns), 1, -1):
+        if head[0][at] == head[0][at - 1]:
+            head[0][at] = ""
+    body = []
+    for model in table.models:
+        cells = (table.cell(model, column) for column in table.columns)
+        body.append([model, *("" if row is None else _with_margin(row) for row in cells)])
+    return "\n".join(_aligned([*head, *body], rule_after=2))
+
+
+def _with_margin(row: Row) -> str:
+    margin = format_value((row.high - row.low) / 2, split_comparison(row.metric)[0]).removesuffix("%")
+    return f"{format_value(row.value, row.metric)} ±{margin}"
+
+
+def _aligned(lines: Sequence[Sequence[str]], rule_after: int) -> list[str]:
+    widths = [max(len(line[at]) for line in lines) for at in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return [*text[:rule_after], "  ".join("─" * width for width in widths), *text[rule_after:]]
+
+
+def format_seconds(seconds: float) -> str:
+    """``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    minutes, rest = divmod(total, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,218 @@
+"""The report's files: their schema, that they ask nothing of the network, and that no text of theirs is taken for markup."""
+
+import json
+import math
+import re
+from dataclasses import fields, replace
+from html.parser import HTMLParser
+
+import pytest
+
+from daekit.report import Report, Row, Sample, format_table, read_rows, write_report
+from daekit.report.html import render_html
+from daekit.report.markdown import render_markdown
+from daekit.report.plots import curves_svg
+from daekit.report.tables import format_interval, format_seconds, format_value, pivot
+
+NASTY = '<script>alert(1)</script> & "$x$" | `*'
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+def measured(model, shop, general):
+    return [
+        Row(model, "shop", "exact_match", shop, shop - 0.02, min(1.0, shop + 0.02), 100),
+        Row(model, "shop", "nll", 2 - shop, 1.9 - shop, 2.1 - shop, 100),
+        Row(model, "general", "exact_match", general, general - 0.02, min(1.0, general + 0.02), 400),
+    ]
+
+
+def compared(model, gain, forgetting):
+    return [
+        Row(model, "shop", "exact_match_gain", gain, gain - 0.02, gain + 0.02, 100),
+        Row(model, "general", "exact_match_forgetting", forgetting, forgetting - 0.02, forgetting + 0.02, 400),
+    ]
+
+
+def example(name="dae"):
+    rows = [*measured("kd", 0.1, 0.99), *measured(name, 0.97, 0.98), *measured("sft", 0.97, 0.2)]
+    return Report(
+        title=f"run {name}",
+        rows=[*rows, *compared(name, 0.87, 0.01), *compared("sft", 0.87, 0.79)],
+        baseline="kd",
+        samples=[Sample(name, "shop", 0, f"prompt {name}", "yes", None, f"answer {name}", False, None)],
+        curves={name: [{"step": step, "loss": 9 / step, f"kl/{name}": 1 / step} for step in (10, 20, 30)]},
+        notes=[f"note {name}"],
+        versions={"daekit": "0.1.0", name: name},
+        seconds={name: 61.0},
+        provenance={"commit": name},
+        recipe=f"name: {name}\n",
+    )
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: its tags, attributes and text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.open = set(), [], "", []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += [(tag, *attr) for attr in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += [(tag, *attr) for attr in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_report_json_holds_exactly_the_rows(tmp_path):
+    report = example()
+    write_report(tmp_path, report)
+    entries = json.loads((tmp_path / "report.json").read_text())
+    assert isinstance(entries, list)
+    assert all(list(entry) == ["model", "domain", "metric", "value", "low", "high", "n"] for entry in entries)
+    assert read_rows((tmp_path / "report.json").read_text()) == list(report.rows)
+    (sample,) = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert json.loads(sample)["generated"] == "answer dae"
+
+
+def test_a_diverged_model_is_reported_as_such(tmp_path):
+    lost = Row("sft", "shop", "nll", math.nan, math.nan, math.inf, 100)
+    report = replace(example(), rows=[*measured("kd", 0.5, 0.5), lost, Row("sft", "shop", "nll_gain", *[math.nan] * 3, 1)])
+    write_report(tmp_path, report)
+    text = (tmp_path / "report.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert math.isnan(next(row for row in read_rows(text) if row.model == "sft").value)
+    for name in ("report.html", "report.md"):
+        assert "not finite" in (tmp_path / name).read_text()
+    assert "not finite" in format_table(report.rows)
+
+
+def test_the_page_asks_nothing_of_the_network(tmp_path):
+    write_report(tmp_path, example())
+    html = (tmp_path / "report.html").read_text()
+    page = Page(html)
+    assert page.open == [], "unclosed tags"
+    assert "svg" in page.tags
+    assert page.tags.isdisjoint({"script", "link", "iframe", "object", "embed", "img", "base", "form"})
+    loading = [(tag, name, value) for tag, name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset")]
+    assert loading and all(value.startswith("#") for _, _, value in loading)
+    assert re.findall(r"url\((?!#)", html) == [] and "@import" not in html
+    assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in page.attributes
+    allowed = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names of namespaces, never fetched
+    assert set(re.findall(r"https?://[^\s\"<]+", html)) <= allowed
+
+
+def test_all_text_is_escaped():
+    report = example(NASTY)
+    page = Page(render_html(report))
+    assert "script" not in page.tags
+    shown = (f"run {NASTY}", f"prompt {NASTY}", f"answer {NASTY}", f"note {NASTY}", f"name: {NASTY}")
+    assert [text for text in shown if text not in page.text] == []
+    assert page.text.count(NASTY) >= 12, "a name is missing from the tables or the plots"
+    markdown = render_markdown(report, "plot.png")
+    before_recipe = markdown[: markdown.index("<details>")]
+    assert "<script>" not in before_recipe
+    tables = [block.splitlines() for block in before_recipe.split("\n\n") if block.startswith("|")]
+    assert len(tables) >= 5
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1, "a name broke a table"
+
+
+def test_no_recipe_closes_its_own_fence():
+    markdown = render_markdown(replace(example(), recipe="a: |\n  ```\n  ````\n  # heading\n"), None)
+    assert markdown.count("`````") == 2
+
+
+def test_equal_reports_give_equal_files(tmp_path):
+    for folder in ("a", "b"):
+        write_report(tmp_path / folder, example())
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["gain_forgetting.png", "report.html", "report.json", "report.md", "samples.jsonl"]
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_a_report_without_baseline_or_rows_has_no_empty_sections(tmp_path):
+    write_report(tmp_path, example())
+    write_report(tmp_path, Report("empty", rows=[]))
+    assert not (tmp_path / "gain_forgetting.png").exists(), "the plot of another report was left"
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.tags.isdisjoint({"table", "svg", "h2"})
+    assert "|" not in (tmp_path / "report.md").read_text()
+    write_report(tmp_path, replace(example(), rows=measured("kd", 0.1, 0.9), baseline=None))
+    assert "Gain" not in (tmp_path / "report.html").read_text()
+
+
+def test_every_value_of_the_rows_is_on_the_page():
+    report = example()
+    page, markdown, text = Page(render_html(report)).text, render_markdown(report, None), format_table(report.rows)
+    for row in report.rows:
+        value = format_value(row.value, row.metric)
+        assert value in page and value in markdown
+        assert format_interval(row) in page and format_interval(row) in markdown
+        if not row.metric.endswith(("gain", "forgetting")):
+            assert value in text
+
+
+def test_best_of_a_column():
+    rows = [Row(m, "d", "nll", v, v, v, 9) for m, v in (("a", 1.0), ("b", 0.5), ("c", 0.5), ("d", math.nan))]
+    rows += [Row(m, "d", "exact_match", v, v, v, 9) for m, v in (("a", 1.0), ("b", 0.5))]
+    rows += [Row(m, "d", "nll_gain", v, v, v, 9) for m, v in (("a", 1.0), ("b", 0.5))]
+    rows += [Row(m, "d", "nll_forgetting", v, v, v, 9) for m, v in (("a", 1.0), ("b", 0.5))]
+    table = pivot(rows, ("nll", "exact_match", "nll_gain", "nll_forgetting"))
+    assert [set(table.best[column]) for column in table.columns] == [{"b", "c"}, {"a"}, {"a"}, {"b"}]
+    assert pivot(measured("kd", 0.5, 0.5)).best == dict.fromkeys(pivot(measured("kd", 0.5, 0.5)).columns, frozenset())
+
+
+@pytest.mark.parametrize(
+    ("value", "metric", "text"),
+    [
+        (0.98765, "exact_match", "98.8%"),
+        (1.23456, "nll", "1.235"),
+        (-0.1, "exact_match_gain", "−10.0 pt"),
+        (0.1, "exact_match_forgetting", "+10.0 pt"),
+        (-0.00001, "nll_gain", "0.000"),
+        (1234567.0, "perplexity", "1.23e+06"),
+        (math.nan, "nll", "not finite"),
+    ],
+)
+def test_format_value(value, metric, text):
+    assert format_value(value, metric) == text
+
+
+def test_format_seconds():
+    assert [format_seconds(s) for s in (0.4, 59.6, 185, 7800)] == ["0 s", "1 min 00 s", "3 min 05 s", "2 h 10 min"]
+
+
+def test_terminal_table_is_aligned():
+    lines = format_table(example().rows).splitlines()
+    assert len(lines) == 3 + 3
+    starts = [lines[1].index("exact match"), lines[1].index("NLL"), lines[1].rindex("exact match")]
+    for line, value in zip(lines[3:], ("1.900", "1.030", "1.030"), strict=True):
+        assert line.index(value) == starts[1]
+    assert lines[0].index("shop") == starts[0] and lines[0].index("general") == starts[2]
+
+
+def test_curves_show_domains_and_skip_what_cannot_be_drawn():
+    history = [{"step": 1, "loss": 2.0, "kl": 1.0, "kl/shop": 0.5, "kl/general": 1.5}, {"train_runtime": 3.0}]
+    history += [{"step": 2, "loss": math.nan, "kl/shop": 0.4, "kl/general": 1.2, "eval_loss": 1.0}]
+    curves = curves_svg("dae", history, ["general", "shop"])
+    assert curves.panels == 2
+    for text in ("loss", "KL to teacher", "shop", "general", "evaluation"):
+        assert f">{text}" in curves.svg
+    assert curves_svg("empty", [{"step": 1, "learning_rate": 0.1}], []) is None
+
+
+def test_rows_have_the_seven_keys():
+    assert [field.name for field in fields(Row)] == ["model", "domain", "metric", "value", "low", "high", "n"]
