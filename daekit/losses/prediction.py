@@ -121,16 +121,14 @@ class _PredictionLoss(torch.autograd.Function):
         work = _Work(hidden_NH, head, labels_N, terms, wants_gradient and any(ctx.needs_input_grad))
         for signal in signals or (None,):
             work.run(signal)
-        # saved on the context and not by save_for_backward: they are gradients, not inputs or outputs
-        ctx.gradients = work.gradients()
+        ctx.save_for_backward(*work.gradients())
         ctx.mark_non_differentiable(work.ce_N, work.divergence_N, work.correct_N)
         return work.total(), work.ce_N, work.divergence_N, work.correct_N
 
     @staticmethod
     @once_differentiable  # the gradients are constants to autograd: a second derivative would be silently wrong
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.gradients]
-        ctx.gradients = None
+        scaled = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
         return (*scaled, None, None, None, None, None)
 
 
