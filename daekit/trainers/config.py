@@ -17,7 +17,8 @@ class DomainSFTConfig(SFTConfig):
     """SFTConfig for rows that have a domain.
 
     Options that would change the objective without a word are refused: label smoothing, NEFTune, another ``loss_type``,
-    ``average_tokens_across_devices=False``, ``truncation_mode="keep_end"``. The load-balancing loss of a mixture-of-experts student is 0 unless set.
+    ``average_tokens_across_devices=False``, ``truncation_mode="keep_end"``. The load-balancing loss of a mixture-of-experts
+    student is 0 unless set.
 
     Args:
         overlong: what becomes of rows longer than ``max_length`` tokens: ``"error"``, ``"truncate"`` or ``"drop"``; what is

@@ -52,12 +52,9 @@ class DAETrainer(KDTrainer):
         **sft_arguments: Any,
     ) -> None:
         reference_domains = list(args.reference_domains if args is not None else DAEConfig("unused").reference_domains)
-        _check_teachers(teachers, reference_domains, train_dataset)
         evaluated = sft_arguments.get("eval_dataset")
-        for dataset in (train_dataset, *(evaluated.values() if isinstance(evaluated, Mapping) else [evaluated])):
-            for domain in _domains_of(dataset):
-                if isinstance(domain, str) and domain not in [*teachers, *reference_domains]:
-                    raise unknown_domain(domain, dict.fromkeys([*teachers, *reference_domains]))
+        others = evaluated.values() if isinstance(evaluated, Mapping) else [evaluated]
+        _check_domains(teachers, reference_domains, [train_dataset, *others])
         tokenizer = processing_class or _tokenizer_of(model)
         routes = {domain: as_teacher(teacher, tokenizer, model) for domain, teacher in teachers.items()}
         if reference is not None:
@@ -77,19 +74,22 @@ class DAETrainer(KDTrainer):
         return self._domains
 
 
-def _check_teachers(
-    teachers: Mapping[str, object], reference_domains: list[str], dataset: Dataset | IterableDataset | None
-) -> None:
+def _check_domains(teachers: Mapping[str, object], reference_domains: list[str], datasets: list[Any]) -> None:
+    """The first of ``datasets`` is trained on, the others are evaluated on."""
     if not teachers:
         raise UserError("teachers is empty: DAE needs the expert of at least one domain, {domain: teacher}")
     both = sorted(set(teachers) & set(reference_domains))
     if both:
         raise UserError(f"domain {both[0]!r} has a teacher and is in reference_domains: only one can speak for a row")
-    present = _domains_of(dataset)
-    idle = [domain for domain in teachers if domain not in present]
-    if present and idle:
+    speakers = dict.fromkeys([*teachers, *reference_domains])
+    present = [_domains_of(dataset) for dataset in datasets]
+    for domain in (domain for domains in present for domain in domains):
+        if isinstance(domain, str) and domain not in speakers:
+            raise unknown_domain(domain, speakers)
+    idle = [domain for domain in teachers if domain not in present[0]]
+    if present[0] and idle:
         raise UserError(
-            f"the teacher of domain {idle[0]!r} has no rows: the data set has {', '.join(map(repr, present))}. "
+            f"the teacher of domain {idle[0]!r} has no rows: the data set has {', '.join(map(repr, present[0]))}. "
             "Add rows of that domain, or leave the teacher out."
         )
 

@@ -132,8 +132,8 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         """Pass a row of a stream on, for packing by domain would leave out the rows of a domain that is not listed."""
         if row["domain"] not in self._stream_domains():
             raise UserError(
-                f"a packed stream has a row of domain {row['domain']!r}, but can hold {', '.join(self._stream_domains())} only: "
-                "domains are packed apart and cannot be listed without reading the stream. Use packing=False or a map-style Dataset."
+                f"a packed stream has a row of domain {row['domain']!r} but may hold only {', '.join(self._stream_domains())}: "
+                "domains are packed apart, and a stream does not list its own. Use packing=False or a map-style Dataset."
             )
         return row
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
@@ -51,7 +52,13 @@ class KDTrainer(DomainSFTTrainer):
     ) -> None:
         tokenizer = processing_class or _tokenizer_of(model)
         self.teacher = as_teacher(teacher, tokenizer, student=model)
+        size = vocabulary_size(tokenizer)
         super().__init__(model, args, train_dataset, processing_class=tokenizer, **sft_arguments)
+        if self.vocab_size != size:
+            raise UserError(
+                f"chat_template_path={self.args.chat_template_path!r} added {self.vocab_size - size} tokens to the student's "
+                "tokenizer, which its teacher does not have. Set the tokenizer's chat_template yourself, without new tokens."
+            )
         self.teacher.to(self.accelerator.device)
 
     def teacher_signals(self, batch: Batch) -> list[Signal]:
@@ -74,7 +81,7 @@ def as_teacher(
     if isinstance(teacher, str | Path):
         return ModelTeacher.from_pretrained(str(teacher), tokenizer, vocabulary_size(tokenizer))
     if isinstance(teacher, PreTrainedModel):
-        if teacher is student:
+        if isinstance(student, nn.Module) and {*map(id, teacher.parameters())} & {*map(id, student.parameters())}:
             raise UserError("the teacher is the student itself: as a frozen teacher it could not be trained. Load it twice.")
         return ModelTeacher(teacher, vocabulary_size(tokenizer), teacher.config._name_or_path or "teacher")
     if isinstance(teacher, Teacher):

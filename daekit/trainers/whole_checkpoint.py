@@ -18,6 +18,7 @@ from trl import SFTTrainer
 
 from daekit.data.fingerprint import fingerprint as data_fingerprint
 from daekit.errors import UserError
+from daekit.models.identity import hash_tensors
 from daekit.models.restore import restore_weights
 from daekit.trainers import checkpoint
 
@@ -77,9 +78,14 @@ class WholeCheckpointTrainer(SFTTrainer):
     def run_facts(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run. JSON-able."""
         args = self.args
+        frozen = ((name, parameter) for name, parameter in self.model.named_parameters() if not parameter.requires_grad)
         return {
             "trainer": type(self).__name__,
-            "student": {"class": type(self.model).__name__, "parameters": sum(p.numel() for p in self.model.parameters())},
+            "student": {
+                "class": type(self.model).__name__,
+                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+                "frozen": hash_tensors(frozen),  # the base of an adapter; what is trained comes from the checkpoint
+            },
             "data": self._data_fingerprint(),
             "seed": [args.seed, args.data_seed],
             "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size],
@@ -144,13 +150,18 @@ class WholeCheckpointTrainer(SFTTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            restore_weights(model or self.model, Path(resume_from_checkpoint))
+            restore_weights(model or self.model, self._weights_folder(Path(resume_from_checkpoint)))
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:
-            restore_weights(self.model, Path(self.state.best_model_checkpoint))
+            restore_weights(self.model, self._weights_folder(Path(self.state.best_model_checkpoint)))
+
+    def _weights_folder(self, folder: Path) -> Path:
+        """Where PEFT saves the student: an adapter called ``default`` at the top, any other in a folder of its name."""
+        name = self.model.active_adapter if isinstance(self.model, PeftModel) else "default"
+        return folder if name == "default" else folder / name
 
 
 class _RestoreAccumulators(TrainerCallback):

@@ -1,0 +1,196 @@
+"""What the trainers refuse, each with one sentence that names the option, before any work is done."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import tiny
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
+from trainer_world import dae, kd, options
+
+from daekit.errors import UserError
+from daekit.trainers import DAEConfig, DAETrainer, KDConfig, KDTrainer
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("label_smoothing_factor", 0.1),
+        ("loss_type", "dft"),
+        ("neftune_noise_alpha", 5.0),
+        ("average_tokens_across_devices", False),
+        ("truncation_mode", "keep_end"),
+        ("attention_weight", 0.5),
+        ("temperature", 0.0),
+        ("ce_weight", -0.1),
+        ("overlong", "cut"),
+        ("divergence", "kl"),
+    ],
+)
+def test_options_that_change_the_objective(option: str, value: Any) -> None:
+    with pytest.raises(UserError, match=option) as caught:
+        KDConfig("unused", use_cpu=True, **{option: value})
+    assert str(value) in str(caught.value)
+
+
+def test_all_weights_zero() -> None:
+    with pytest.raises(UserError, match="nothing to learn"):
+        KDConfig("unused", use_cpu=True, prediction_weight=0.0)
+
+
+def test_beta_must_be_inside_its_interval() -> None:
+    with pytest.raises(UserError, match="beta"):
+        KDConfig("unused", use_cpu=True, divergence="jsd", beta=1.0)
+
+
+def test_configs_choose_float32_on_a_cpu_and_only_there() -> None:
+    assert not KDConfig("unused", use_cpu=True).bf16
+    assert KDConfig("unused", use_cpu=True, bf16=True).bf16
+
+
+def test_compute_loss_func(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="compute_loss_func"):
+        KDTrainer(
+            tiny.model(),
+            tiny.model(seed=2),
+            KDConfig(**options(tmp_path)),
+            tiny.rows(2),
+            tiny.tokenizer(),
+            compute_loss_func=lambda *_: 0,
+        )
+
+
+def test_another_config_class(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="DAEConfig"):
+        config: Any = KDConfig(**options(tmp_path))
+        config.reference_domains = ["general"]
+        DAETrainer(tiny.model(), {"shop": tiny.model(seed=2)}, None, config, tiny.rows(4), tiny.tokenizer())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_prompt_learning(wrapped: bool, tmp_path: Any) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UserError, match="prompt-learning"):
+        if wrapped:
+            kd(tmp_path, tiny.rows(4), get_peft_model(tiny.model(), config))
+        else:
+            kd(tmp_path, tiny.rows(4), peft_config=config)
+
+
+def test_vision_columns(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="images"):
+        kd(tmp_path, tiny.rows(4).add_column("image", ["x"] * 4))
+
+
+def test_skipped_preparation(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="skip_prepare_dataset"):
+        kd(tmp_path, tiny.rows(4), dataset_kwargs={"skip_prepare_dataset": True})
+
+
+def test_lora_on_the_output_head(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="lm_head"):
+        kd(tmp_path, tiny.rows(4), peft_config=LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+
+
+def test_dae_needs_the_domain_column(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="no column 'domain'"):
+        dae(tmp_path, tiny.rows(4).remove_columns("domain"))
+
+
+def test_a_row_whose_domain_is_no_name(tmp_path: Any) -> None:
+    data = Dataset.from_list([{"text": "w1 w2", "domain": "shop"}, {"text": "w1 w2", "domain": None}])
+    with pytest.raises(UserError, match="row 1"):
+        dae(tmp_path, data)
+
+
+@pytest.mark.parametrize("where", ["train", "eval", "eval dict"])
+def test_a_misspelt_domain_names_the_nearest(where: str, tmp_path: Any) -> None:
+    good, bad = tiny.rows(8), tiny.rows(8, domains=("general", "shopp", "shop"))
+    with pytest.raises(UserError, match=r"'shopp'.*Did you mean 'shop'"):
+        if where == "train":
+            dae(tmp_path, bad)
+        else:
+            dae(tmp_path, good, eval_dataset=bad if where == "eval" else {"a": good, "b": bad})
+
+
+def test_a_misspelt_domain_is_named_before_its_idle_teacher(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="Did you mean 'shop'"):
+        dae(tmp_path, tiny.rows(8, domains=("general", "shopp")))
+
+
+def test_a_teacher_without_rows(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="'shop' has no rows"):
+        dae(tmp_path, tiny.rows(8, domains=("general",)))
+
+
+def test_a_domain_with_two_teachers(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="only one can speak"):
+        dae(tmp_path, tiny.rows(8), reference_domains=["shop", "general"])
+
+
+def test_a_teacher_that_is_the_student(tmp_path: Any) -> None:
+    student = tiny.model()
+    for given in (student, get_peft_model(student, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))):
+        with pytest.raises(UserError, match="the student itself"):
+            kd(tmp_path, tiny.rows(4), given, student)
+
+
+def test_something_that_is_no_teacher(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="int is no teacher"):
+        kd(tmp_path, tiny.rows(4), teacher=3)
+
+
+def test_another_tokenizer_is_found_before_the_teachers_weights_are_loaded(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.model(seed=2).save_pretrained(tmp_path / "teacher")
+    other = tiny.tokenizer()
+    other.backend_tokenizer.post_processor = TemplateProcessing("</s> $A", special_tokens=[("</s>", 1)])
+    other.save_pretrained(tmp_path / "teacher")
+
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("the teacher's weights were loaded")
+
+    monkeypatch.setattr("daekit.teachers.model.load_model", loaded)
+    for method, teacher in (
+        (kd, {"teacher": str(tmp_path / "teacher")}),
+        (dae, {"teachers": {"shop": str(tmp_path / "teacher")}}),
+    ):
+        with pytest.raises(UserError, match="cut differently"):
+            method(tmp_path, tiny.rows(4), **teacher)
+    # the same tokenizer gets as far as the loader
+    tiny.tokenizer().save_pretrained(tmp_path / "teacher")
+    with pytest.raises(AssertionError, match="weights were loaded"):
+        kd(tmp_path, tiny.rows(4), teacher=str(tmp_path / "teacher"))
+
+
+def test_a_teacher_with_a_head_that_is_too_narrow(tmp_path: Any) -> None:
+    narrow = tiny.model(seed=2)
+    narrow.resize_token_embeddings(40)
+    with pytest.raises(UserError, match="40 columns"):
+        kd(tmp_path, tiny.rows(4), teacher=narrow)
+
+
+def test_a_chat_template_that_brings_tokens_the_teacher_lacks(tmp_path: Any) -> None:
+    source = tiny.tokenizer()
+    source.add_tokens([f"<new{index}>" for index in range(3)])
+    source.save_pretrained(tmp_path / "source")
+    tiny.model().save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match=r"chat_template_path.*added \d+ tokens"):
+        kd(tmp_path, tiny.rows(4), chat_template_path=str(tmp_path / "source"))
+
+
+def test_parallelism_over_the_sequence(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    parallel = MagicMock(cp_enabled=True, sp_enabled=False, tp_size=1, sp_backend="none")
+    monkeypatch.setattr(Accelerator, "parallelism_config", property(lambda _: parallel))
+    with pytest.raises(UserError, match="context and sequence parallelism"):
+        kd(tmp_path, tiny.rows(4))
+
+
+def test_dae_config_is_a_kd_config_with_reference_domains() -> None:
+    assert DAEConfig("unused", use_cpu=True).reference_domains == ["general"]
