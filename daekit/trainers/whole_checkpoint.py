@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class WholeCheckpointTrainer(SFTTrainer):
             if self.args.should_save:
                 checkpoint.seal(folder, self.run_facts())
         except (OSError, RuntimeError, SafetensorError) as error:
-            if _is_full_disk(error):
+            if _is_full_disk(error, folder.parent):
                 raise UserError(
                     f"{folder}: the disk is full, so this checkpoint was not saved; earlier ones are whole. Free some space "
                     "and run again: it resumes from the newest whole checkpoint."
@@ -176,6 +177,14 @@ class _RestoreAccumulators(TrainerCallback):
             trainer.restore_accumulators(json.loads(trainer._accumulators_file(trainer._resume_folder).read_text()))
 
 
-def _is_full_disk(error: Exception) -> bool:
-    text = str(error).lower()
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in text or "os error 28" in text
+def _is_full_disk(error: Exception, folder: Path) -> bool:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    try:  # torch.save says "unexpected pos" or "iostream error", whatever the reason was
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 20))
+    except OSError as refusal:
+        return refusal.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False

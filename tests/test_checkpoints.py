@@ -1,0 +1,398 @@
+"""Killed at any step and between any two files of a checkpoint, a run resumes to the same weights and the same log.
+
+Every kill is a real SIGKILL of a real process. Processes are forked from this one, which has imported everything.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig
+from trainer_world import dae, options, weights
+from transformers import TrainerCallback
+
+from daekit.errors import UserError
+from daekit.trainers import DomainSFTConfig, DomainSFTTrainer, checkpoint
+
+RUNTIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+STUDENTS = ("dense", "lora", "mixtral")
+# what changes or makes files: ``open`` for writing, and the rest of the ways in which files come and go
+EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
+
+
+def build(student: str, folder: Path, **changes: Any) -> Any:
+    """DAE with the student as its own reference. Checkpoints at steps 3, 6, 9 do not fall on the logs at 2, 4, 6, 8."""
+    arguments: dict[str, Any] = dict(
+        reference=None,
+        save_strategy="steps",
+        save_steps=3,
+        save_total_limit=1,
+        logging_steps=2,
+        max_steps=10,
+        num_train_epochs=5,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        optim="adamw_torch",
+        learning_rate=0.01,
+        lr_scheduler_type="cosine",
+        max_grad_norm=1.0,
+        ce_weight=0.2,
+    )
+    if student == "lora":
+        arguments["peft_config"] = LoraConfig(
+            r=4, lora_dropout=0.1, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+        )
+    if student == "mixtral":
+        arguments["router_aux_loss_coef"] = 0.1
+    model = tiny.model("mixtral" if student == "mixtral" else "mistral", seed=1)
+    return dae(folder, tiny.rows(14), model, **(arguments | changes))
+
+
+def run(student: str, folder: Path, callbacks: tuple[TrainerCallback, ...] = (), **changes: Any) -> None:
+    """Train to the end, from the newest whole checkpoint if there is one; write the weights and the log."""
+    trainer = build(student, folder, **changes)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=checkpoint.newest_whole(folder) is not None)
+    history = [{k: v for k, v in entry.items() if k not in RUNTIMES} for entry in trainer.state.log_history]
+    torch.save({"weights": weights(trainer.model), "history": history}, folder / "result.pt")
+
+
+def forked(action: Callable[[], None]) -> int:
+    """Run in a forked process with one thread; the exit status (minus the signal's number if it was killed)."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with open(os.devnull, "w") as silence:
+                os.dup2(silence.fileno(), 1)
+            action()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@cache
+def straight(student: str, folder: Path) -> dict[str, Any]:
+    """The result of the run that is not killed."""
+    assert forked(lambda: run(student, folder)) == 0
+    return torch.load(folder / "result.pt")
+
+
+@pytest.fixture(scope="session")
+def straight_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("straight")
+
+
+class KillAtStep(TrainerCallback):
+    """SIGKILL after a step, before its checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FileEvents:
+    """Counts what happens to files below a folder, and kills the process just before the n-th of them."""
+
+    def __init__(self, folder: Path, kill_at: int | None = None) -> None:
+        self.folder, self.kill_at, self.seen = str(folder), kill_at, []
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in EVENTS or not str(arguments[0]).startswith(self.folder) or self._reads(event, arguments):
+            return
+        self.seen.append((event, str(arguments[0])))
+        if len(self.seen) == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    @staticmethod
+    def _reads(event: str, arguments: tuple[Any, ...]) -> bool:
+        return event == "open" and not (arguments[2] & (os.O_WRONLY | os.O_RDWR))
+
+
+def file_events(student: str, folder: Path) -> list[tuple[str, str]]:
+    """What a whole run does to its files, in order."""
+
+    def action() -> None:
+        events = FileEvents(folder)
+        run(student, folder)
+        (folder / "events.json").write_text(json.dumps(events.seen))
+
+    assert forked(action) == 0
+    return [tuple(entry) for entry in json.loads((folder / "events.json").read_text())]
+
+
+def assert_the_same(student: str, folder: Path, straight_folder: Path) -> None:
+    expected, found = straight(student, straight_folder / student), torch.load(folder / "result.pt")
+    assert torch.equal(found["weights"], expected["weights"])
+    assert found["history"] == expected["history"]
+
+
+def killed_then_resumed(student: str, folder: Path, kill: Callable[[], None], straight_folder: Path) -> None:
+    assert forked(kill) == -signal.SIGKILL
+    assert forked(lambda: run(student, folder)) == 0
+    assert_the_same(student, folder, straight_folder)
+
+
+@pytest.mark.parametrize("student", ["dense", "mixtral"])  # "lora" is killed four times in a row below
+def test_killed_at_a_step(student: str, tmp_path: Path, straight_folder: Path) -> None:
+    step = random.choice([4, 5, 7, 8])
+    print(f"killed at step {step}")
+    killed_then_resumed(student, tmp_path, lambda: run(student, tmp_path, (KillAtStep(step),)), straight_folder)
+
+
+def kill_points(events: list[tuple[str, str]]) -> list[int]:
+    """Two of the second checkpoint: while it is written and before it is sealed; after that, while the first is removed."""
+    seal = next(n for n, (event, path) in enumerate(events) if event == "os.rename" and f"6/{checkpoint.MANIFEST}" in path)
+    writing = [n for n in range(seal + 1) if "checkpoint-6" in events[n][1]]
+    removing = [n for n in range(seal + 1, len(events)) if "checkpoint-3" in events[n][1]]
+    return [random.choice(writing) + 1, random.choice(removing) + 1]
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_killed_between_the_files_of_a_checkpoint(student: str, tmp_path: Path, straight_folder: Path) -> None:
+    events = file_events(student, tmp_path / "counted")
+    for point in kill_points(events):
+        print(f"killed before event {point}: {events[point - 1]}")
+        folder = tmp_path / "run"
+
+        def kill(folder: Path = folder, point: int = point) -> None:
+            FileEvents(folder, point)
+            run(student, folder)
+
+        killed_then_resumed(student, folder, kill, straight_folder)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", STUDENTS)
+def test_killed_before_every_single_file_event(student: str, tmp_path: Path, straight_folder: Path) -> None:
+    events = file_events(student, tmp_path / "counted")
+    whole_before = 0
+    for point in range(1, len(events) + 1):
+        folder = tmp_path / "run"
+
+        def kill(folder: Path = folder, point: int = point) -> None:
+            FileEvents(folder, point)
+            run(student, folder)
+
+        assert forked(kill) == -signal.SIGKILL, events[point - 1]
+        whole = checkpoint.newest_whole(folder) is not None
+        assert whole or not whole_before, f"no whole checkpoint is left before {events[point - 1]}"
+        whole_before = whole_before or whole
+        assert forked(lambda folder=folder: run(student, folder)) == 0, events[point - 1]
+        assert_the_same(student, folder, straight_folder)
+        shutil.rmtree(folder)
+
+
+def test_killed_again_and_again(tmp_path: Path, straight_folder: Path) -> None:
+    for step in (2, 4, 5, 8):
+        assert forked(lambda step=step: run("lora", tmp_path, (KillAtStep(step),))) == -signal.SIGKILL
+    assert forked(lambda: run("lora", tmp_path)) == 0
+    assert_the_same("lora", tmp_path, straight_folder)
+
+
+# ---- damaged, foreign and other runs' checkpoints ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps with whole checkpoints at 3 and 6."""
+    folder = tmp_path_factory.mktemp("finished")
+    build("dense", folder, max_steps=6, save_total_limit=2).train()
+    return folder
+
+
+@pytest.fixture
+def output(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def resume(output: Path, **changes: Any) -> Any:
+    trainer = build("dense", output, **(dict(max_steps=6, save_total_limit=2) | changes))
+    trainer.train(resume_from_checkpoint=True)
+    return trainer
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "model.safetensors has": lambda folder: os.truncate(folder / "model.safetensors", 1000),
+    "optimizer.pt is missing": lambda folder: (folder / "optimizer.pt").unlink(),
+    "content of model.safetensors has changed": lambda folder: flip(folder / "model.safetensors"),
+    "content of optimizer.pt has changed": lambda folder: flip(folder / "optimizer.pt"),
+    "daekit_checkpoint.json cannot be read": lambda folder: os.truncate(folder / checkpoint.MANIFEST, 50),
+}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("problem", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_not_stepped_over(problem: str, output: Path) -> None:
+    DAMAGES[problem](output / "checkpoint-6")
+    with pytest.raises(UserError, match=problem) as caught:
+        resume(output)
+    assert "checkpoint-6" in str(caught.value)
+    shutil.rmtree(output / "checkpoint-6")
+    assert resume(output).state.global_step == 6
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("teacher", {"teachers": {"shop": tiny.model(seed=9, hidden=48)}}),
+        ("teacher", {"reference": tiny.model(seed=9)}),
+        ("data", {"max_length": 8, "overlong": "truncate"}),
+        ("terms", {"temperature": 2.0}),
+        ("terms", {"ce_weight": 0.3}),
+        ("seed", {"seed": 7}),
+        ("batch", {"gradient_accumulation_steps": 1}),
+    ],
+)
+def test_another_run_is_refused(what: str, changes: dict[str, Any], output: Path) -> None:
+    with pytest.raises(UserError, match=rf"another run.*{what}"):
+        resume(output, **changes)
+
+
+def test_another_student_or_base_is_refused(tmp_path: Path) -> None:
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    data = tiny.rows(8)
+
+    def trainer(base: Any) -> DomainSFTTrainer:
+        config = DomainSFTConfig(**options(tmp_path, save_strategy="steps", save_steps=1, max_steps=2))
+        return DomainSFTTrainer(base, config, data, processing_class=tiny.tokenizer(), peft_config=adapter)
+
+    trainer(tiny.model(seed=1)).train()
+    for other in (tiny.model(seed=2), tiny.model("mixtral", seed=1)):
+        with pytest.raises(UserError, match=r"another run.*student"):
+            trainer(other).train(resume_from_checkpoint=True)
+
+
+def test_other_data_is_refused(output: Path) -> None:
+    trainer = build("dense", output, max_steps=6)
+    trainer.train_dataset = trainer.train_dataset.select(range(12))
+    with pytest.raises(UserError, match=r"another run.*data"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        build("dense", tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_model_without_its_optimizer_is_not_resumed(tmp_path: Path) -> None:
+    build("dense", tmp_path, max_steps=3, save_only_model=True).train()
+    with pytest.raises(UserError, match=r"optimizer\.pt"):
+        build("dense", tmp_path, max_steps=6).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    foreign = tmp_path / "checkpoint-500"
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_text("precious")
+    with pytest.raises(UserError, match=r"checkpoint-500: was not written by daekit"):
+        build("dense", tmp_path).train()
+    with pytest.raises(UserError, match="not a checkpoint of daekit"):
+        build("dense", tmp_path).train(resume_from_checkpoint=str(foreign))
+    assert (foreign / "model.safetensors").read_text() == "precious"
+
+
+def test_a_run_begun_anew_in_the_same_folder_keeps_its_own_checkpoints(output: Path) -> None:
+    """The older run's checkpoint-6 has the higher step, yet it is the one to go, and not the one to resume."""
+    build("dense", output, max_steps=5, save_total_limit=1, save_steps=4).train()
+    assert [folder.name for folder in checkpoint.checkpoints(output)] == ["checkpoint-5"]
+    build("dense", output, max_steps=3, save_total_limit=5).train()
+    newest = checkpoint.newest_whole(output)
+    assert newest is not None and newest.name == "checkpoint-3"
+
+
+def test_checkpoints_hold_no_pickled_arguments(output: Path) -> None:
+    names = {path.name for path in (output / "checkpoint-6").iterdir()}
+    assert "training_args.bin" not in names
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= names
+
+
+# ---- a full disk ------------------------------------------------------------------------------------------------------
+
+
+def assert_full_disk_is_survived(output: Path, fill: Callable[[], Any], empty: Callable[[], Any]) -> None:
+    trainer = build("dense", output, save_total_limit=1)
+
+    class Fill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 6:
+                fill()
+
+    trainer.add_callback(Fill())
+    with pytest.raises(UserError, match="the disk is full") as caught:
+        trainer.train()
+    assert "checkpoint-6" in str(caught.value)
+    newest = checkpoint.newest_whole(output)
+    assert newest is not None and newest.name == "checkpoint-3"
+    empty()
+    run("dense", output)
+
+
+@pytest.mark.parametrize("writer", ["torch.save", "safetensors.torch.save_file", "builtins.open"])
+def test_a_full_disk(writer: str, tmp_path: Path, straight_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+
+    original_open = open
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        if writer == "builtins.open" and not ("w" in str(arguments[1:]) and "checkpoint-6" in str(arguments[0])):
+            return original_open(*arguments, **options)
+        if writer == "safetensors.torch.save_file":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = "transformers.modeling_utils.safe_save_file" if "safetensors" in writer else writer
+    assert_full_disk_is_survived(tmp_path, lambda: monkeypatch.setattr(target, full), monkeypatch.undo)
+    assert_the_same("dense", tmp_path, straight_folder)
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path, straight_folder: Path) -> None:
+    """A small file system, filled but for n bytes: each n breaks another writer."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        for spare in (0, 220_000):
+            output = disk / str(spare)
+            output.mkdir()
+            ballast = disk / "ballast"
+
+            def fill(ballast: Path = ballast, spare: int = spare) -> None:
+                with ballast.open("wb") as stream:
+                    stream.write(b"\0" * (shutil.disk_usage(disk).free - spare - 8192))
+
+            assert_full_disk_is_survived(output, fill, ballast.unlink)
+            assert_the_same("dense", output, straight_folder)
+            shutil.rmtree(output)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
