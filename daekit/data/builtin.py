@@ -1,13 +1,13 @@
-"""The embedded corpora of the quickstart: small worlds in which forgetting and manner can be seen within minutes on a CPU.
+"""The embedded corpora of the quickstart: small worlds in which forgetting and manner can be seen in minutes on a CPU.
 
 ``skills``  six string and number tasks, answered with the bare result: the manner of the teacher and of the student.
 ``chat``    the same tasks on other questions, answered with a sentence: general rows that somebody else's model wrote.
 ``shop``    the catalogue of a made-up shop: facts that nobody can guess, each asked in several phrasings.
 
-All is drawn from fixed seeds, so that every machine and every call gives the same rows. Texts are meant for a tokenizer with
-one token per word, digit and punctuation mark; words that are worked on letter by letter are therefore spelled. Every
-prompt ends with a punctuation mark, so that prompt and completion fall apart into the same tokens with or without a space
-between them.
+All is drawn from fixed seeds, so that every machine and every call gives the same rows. Texts are meant for a tokenizer
+with one token per word, digit and punctuation mark; words that are worked on letter by letter are therefore spelled.
+Every prompt ends with a punctuation mark, so that prompt and completion fall apart into the same tokens with or without a
+space between them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ _QUESTIONS_PER_TASK = {
 
 
 def builtin_rows(name: str, split: str) -> list[Row]:
-    """Rows ``{prompt, completion, answer}`` of one split of an embedded corpus, always the same ones in the same order.
+    """Rows ``{prompt, completion, answer}`` of a split of an embedded corpus, always the same ones in the same order.
 
-    ``answer`` is the bare result; the completion of ``skills`` and ``shop`` is nothing else, that of ``chat`` contains it.
+    ``answer`` is the bare result; the completion of ``skills`` and ``shop`` is nothing else, that of ``chat``
+    contains it.
 
     Raises:
         UserError: there is no corpus or no split of that name.
@@ -53,30 +54,41 @@ def builtin_rows(name: str, split: str) -> list[Row]:
 # A task draws a question from a random generator: (what fills its phrasings, the bare result).
 Question = tuple[tuple[str, ...], str]
 
+_VOWELS = "aeiou"
+_CONSONANTS = "bdklmnprst"
+
 
 def _word(rng: random.Random, letters: int) -> str:
     """A pronounceable word of consonants and vowels, spelled: ``l a m o p``."""
     first = rng.randrange(2)
-    return " ".join(rng.choice("aeiou" if (place + first) % 2 else "bdklmnprst") for place in range(letters))
+    return " ".join(rng.choice(_VOWELS if (place + first) % 2 else _CONSONANTS) for place in range(letters))
+
+
+def _no_carry(rng: random.Random) -> tuple[str, str, str]:
+    """Two numbers of three digits and their sum, without a carry: learnt in minutes, too many to recite."""
+    totals = [rng.randint(2 if place == 0 else 0, 9) for place in range(3)]
+    firsts = [rng.randint(1, total - 1) if place == 0 else rng.randint(0, total) for place, total in enumerate(totals)]
+    a, total = (int("".join(map(str, digits))) for digits in (firsts, totals))
+    return str(a), str(total - a), str(total)
 
 
 def _add(rng: random.Random) -> Question:
-    a, b = rng.randint(10, 99), rng.randint(10, 99)
-    return (str(a), str(b)), str(a + b)
+    a, b, total = _no_carry(rng)
+    return (a, b), total
 
 
 def _subtract(rng: random.Random) -> Question:
-    b, a = sorted((rng.randint(10, 99), rng.randint(10, 99)))
-    return (str(a), str(b)), str(a - b)
+    a, b, total = _no_carry(rng)
+    return (total, a), b
 
 
-def _compare(rng: random.Random) -> Question:
-    a, b = rng.sample(range(10, 100), 2)
-    return (str(a), str(b)), str(max(a, b))
+def _largest(rng: random.Random) -> Question:
+    digits = [str(rng.randrange(10)) for _ in range(5)]
+    return (" ".join(digits),), max(digits)
 
 
 def _sort(rng: random.Random) -> Question:
-    digits = [rng.randrange(10) for _ in range(rng.randint(4, 5))]
+    digits = [rng.randrange(10) for _ in range(4)]
     return (" ".join(map(str, digits)),), " ".join(map(str, sorted(digits)))
 
 
@@ -85,22 +97,19 @@ def _reverse(rng: random.Random) -> Question:
     return (word,), word[::-1]
 
 
-def _count(rng: random.Random) -> Question:
-    word = _word(rng, rng.randint(5, 7)).split()
-    letter = rng.choice(word)
-    # A few letters are drawn again, or nearly every answer would be 1.
-    word = [letter if rng.random() < 0.25 else other for other in word]
-    return (letter, " ".join(word)), str(word.count(letter))
+def _rotate(rng: random.Random) -> Question:
+    word = _word(rng, rng.randint(4, 6))
+    return (word,), f"{word[2:]} {word[0]}"
 
 
 # task -> (draw a question, phrasings of the prompt, the sentence in which the other model answers)
 _TASKS: dict[str, tuple[Callable[[random.Random], Question], tuple[str, ...], str]] = {
     "add": (_add, ("what is {0} plus {1}?", "add {0} and {1}:"), "it is {0}."),
     "subtract": (_subtract, ("what is {0} minus {1}?", "take {1} from {0}:"), "it is {0}."),
-    "compare": (_compare, ("which is larger, {0} or {1}?", "the larger of {0} and {1}:"), "that would be {0}."),
+    "largest": (_largest, ("which digit of {0} is the largest?", "the largest of {0}:"), "that would be {0}."),
     "sort": (_sort, ("put {0} in order:", "sort the digits {0}:"), "the order is {0}."),
     "reverse": (_reverse, ("spell {0} backwards:", "what is {0} in reverse?"), "backwards it reads {0}."),
-    "count": (_count, ("how many {0} are in {1}?", "count the letter {0} in {1}:"), "there are {0}."),
+    "rotate": (_rotate, ("move the first letter of {0} to the end:", "rotate {0} by one:"), "you get {0}."),
 }
 
 
@@ -187,13 +196,13 @@ def _attributes(rng: random.Random) -> dict[str, str]:
         "colour": rng.choice(_COLOURS),
         "material": rng.choice(_MATERIALS),
         "aisle": str(rng.randint(10, 39)),
-        "code": f"{rng.choice('bdklmnprst')} {rng.randint(100, 999)}",
+        "code": f"{rng.choice(_CONSONANTS)} {rng.randint(100, 999)}",
     }
 
 
 @lru_cache(maxsize=1)
 def _shop_rows() -> dict[str, list[Row]]:
-    """Each fact is in validation in one phrasing and in training in all the others; the phrasing kept back goes round."""
+    """Each fact is in validation in one phrasing and in training in all others; the one kept back goes round."""
     rng = random.Random("daekit shop")
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     items = rng.sample([f"{brand} {kind}" for brand in _BRANDS for kind in _KINDS], _ITEMS)
