@@ -82,14 +82,18 @@ def _subtract(rng: random.Random) -> Question:
     return (total, a), b
 
 
+def _digits(rng: random.Random, size: int) -> str:
+    return "".join(rng.choice("0123456789") for _ in range(size))
+
+
 def _largest(rng: random.Random) -> Question:
-    digits = [str(rng.randrange(10)) for _ in range(5)]
-    return (" ".join(digits),), max(digits)
+    number = _digits(rng, 5)
+    return (number,), max(number)
 
 
 def _sort(rng: random.Random) -> Question:
-    digits = [rng.randrange(10) for _ in range(4)]
-    return (" ".join(map(str, digits)),), " ".join(map(str, sorted(digits)))
+    number = _digits(rng, 4)
+    return (number,), "".join(sorted(number))
 
 
 def _reverse(rng: random.Random) -> Question:
@@ -106,8 +110,8 @@ def _rotate(rng: random.Random) -> Question:
 _TASKS: dict[str, tuple[Callable[[random.Random], Question], tuple[str, ...], str]] = {
     "add": (_add, ("what is {0} plus {1}?", "add {0} and {1}:"), "it is {0}."),
     "subtract": (_subtract, ("what is {0} minus {1}?", "take {1} from {0}:"), "it is {0}."),
-    "largest": (_largest, ("which digit of {0} is the largest?", "the largest of {0}:"), "that would be {0}."),
-    "sort": (_sort, ("put {0} in order:", "sort the digits {0}:"), "the order is {0}."),
+    "largest": (_largest, ("which digit of {0} is the largest?", "the largest digit of {0}:"), "that would be {0}."),
+    "sort": (_sort, ("put the digits {0} in order:", "sort {0}:"), "the order is {0}."),
     "reverse": (_reverse, ("spell {0} backwards:", "what is {0} in reverse?"), "backwards it reads {0}."),
     "rotate": (_rotate, ("move the first letter of {0} to the end:", "rotate {0} by one:"), "you get {0}."),
 }
