@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from functools import cache
 from typing import Any
 
@@ -52,7 +53,7 @@ def rows(form: str, count: int = 7) -> Dataset:
 @cache
 def prepared_by_trl(form: str, mask: tuple[tuple[str, bool], ...]) -> list[dict[str, Any]]:
     """TRL's own preparation, with the domain of each row."""
-    config = SFTConfig(**options("unused", bf16=False, **dict(mask)))
+    config = SFTConfig(**options(tempfile.mkdtemp(), bf16=False, **dict(mask)))
     data = SFTTrainer(STUDENT(), config, train_dataset=rows(form), processing_class=tiny.tokenizer()).train_dataset
     return [dict(row) for row in data.select_columns(["input_ids", "labels", "domain"])]
 

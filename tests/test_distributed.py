@@ -1,0 +1,125 @@
+"""Two processes train as one does on the double batch: real DDP over gloo on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import LoraConfig
+from torch.utils.data import SequentialSampler
+from trainer_world import dae, kd, relative, weights
+
+from daekit.trainers import domain_sft
+
+SAME = 1e-5  # what rounding may do
+CASES = ["kd", "kd-lora", "kd-one-rank-all-masked", "dae", "dae-one-domain-per-rank", "dae-mixtral", "dae-lora-reference"]
+
+
+def rows(case: str) -> Dataset:
+    """Eight rows of unequal lengths, in the order in which rank r gets rows r*2, r*2+1 of every global batch of four."""
+    made = []
+    for index in range(8):
+        length = 4 + (index * 7) % 9
+        ids = [3 + (5 * index + step) % 40 for step in range(length)]
+        second_rank = index % 4 >= 2
+        domain = ("shop", "general")[second_rank if case == "dae-one-domain-per-rank" else index % 2]
+        prompt = length if case == "kd-one-rank-all-masked" and second_rank else 1 + index % 3
+        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "domain": domain})
+    return Dataset.from_list(made)
+
+
+def trainer_of(case: str, folder: Path, world: int) -> Any:
+    kind = "mixtral" if "mixtral" in case else "mistral"
+    changes: dict[str, Any] = dict(
+        per_device_train_batch_size=2 if world == 2 else 4,
+        gradient_accumulation_steps=2,
+        eval_dataset=rows("plain").select(range(7)),
+        ce_weight=0.5,
+        per_device_eval_batch_size=2,
+        num_train_epochs=2,
+        logging_steps=1,
+    )
+    if "lora" in case:
+        changes["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    if "reference" in case:
+        changes["reference"] = None
+    method = kd if case.startswith("kd") else dae
+    return method(folder, rows(case), tiny.model(kind, seed=1), **changes)
+
+
+def train(case: str, folder: Path, world: int) -> None:
+    """One process of ``world``; every rank writes its weights and its log."""
+    with pytest.MonkeyPatch.context() as patch:
+        # keep the rows that have nothing to learn, and the order of all
+        patch.setattr(domain_sft, "fit_to_length", lambda dataset, *_: (dataset, {}))
+        patch.setattr(transformers.Trainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset))
+        train_patched(case, folder, world)
+
+
+def train_patched(case: str, folder: Path, world: int) -> None:
+    trainer = trainer_of(case, folder, world)
+    assert trainer.accelerator.num_processes == world
+    if world > 1:
+        assert trainer.accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        assert torch.distributed.get_world_size() == world
+    trainer.train()
+    metrics = trainer.evaluate()
+    history = [entry for entry in trainer.state.log_history if "kl" in entry]
+    rank = trainer.args.process_index
+    torch.save(
+        {"weights": weights(trainer.model), "history": history, "metrics": metrics}, folder / f"{case}-{world}-{rank}.pt"
+    )
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    compare(["dae-one-domain-per-rank"], tmp_path)
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_in_every_case(tmp_path: Path) -> None:
+    compare(CASES, tmp_path)
+
+
+def compare(cases: list[str], folder: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launcher, __file__, str(folder), json.dumps(cases)], check=True, env=environment)
+    for case in cases:
+        train(case, folder, 1)
+        one, first, second = (torch.load(folder / f"{case}-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+        start = weights(trainer_of(case, folder, 1).model)
+        assert torch.equal(first["weights"], second["weights"]), case
+        assert relative(first["weights"] - start, one["weights"] - start) < SAME, case
+        for ours, theirs in zip(first["history"], one["history"], strict=True):
+            for key in (
+                "loss",
+                "grad_norm",
+                "kl",
+                "ce",
+                "kl/shop",
+                "kl/general",
+                "tokens/shop",
+                "tokens/general",
+                "num_tokens",
+            ):
+                assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-4), (case, key)
+        for key, value in one["metrics"].items():  # seven rows in batches of two on two ranks: one row is repeated
+            if not key.endswith(("runtime", "per_second", "_time")):
+                assert first["metrics"][key] == pytest.approx(value, rel=1e-4), (case, key)
+
+
+if __name__ == "__main__":
+    for name in json.loads(sys.argv[2]):
+        train(name, Path(sys.argv[1]), 2)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
