@@ -1,0 +1,79 @@
+"""The formulas once more, as plainly as they can be written: float64, whole logits, autograd. Shares no code with daekit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Head:
+    """A vocabulary projection as plain tensors; columns at and beyond ``vocab`` are padding."""
+
+    weight: Tensor
+    bias: Tensor | None
+    vocab: int
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def logits(hidden: Tensor, head: Head) -> Tensor:
+    out = torch.einsum("nh,vh->nv", hidden.double(), head.weight.double())
+    out = out if head.bias is None else out + head.bias.double()
+    out = head.scale * out[:, : head.vocab]
+    return out if head.softcap is None else head.softcap * torch.tanh(out / head.softcap)
+
+
+def probabilities(some_logits: Tensor, temperature: float) -> Tensor:
+    powers = torch.exp(some_logits / temperature - (some_logits / temperature).max(dim=1, keepdim=True).values)
+    return powers / powers.sum(dim=1, keepdim=True)
+
+
+def teachers(voices: list[tuple[float, Tensor, Head]], average: str, temperature: float) -> Tensor:
+    """``[N, V]`` probabilities of several (weight, hidden, head) together."""
+    if average == "probabilities":
+        return sum(weight * probabilities(logits(hidden, head), temperature) for weight, hidden, head in voices)
+    return probabilities(sum(weight * logits(hidden, head) for weight, hidden, head in voices), temperature)
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """``[N]`` KL(p || q)."""
+    return (p * torch.log(p / q)).sum(dim=1)
+
+
+def divergence(name: str, student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    if name == "forward_kl":
+        return kl(teacher, student)
+    if name == "reverse_kl":
+        return kl(student, teacher)
+    mixture = beta * teacher + (1 - beta) * student
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+
+
+def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
+    p = probabilities(student_logits, 1.0)
+    return -torch.log(torch.stack([p[n, int(label)] for n, label in enumerate(labels)]))
+
+
+def loss(
+    student_logits: Tensor, labels: Tensor, teacher: Tensor | None, name: str, beta: float, temperature: float,
+    ce_weight: float, prediction_weight: float,
+) -> Tensor:  # fmt: skip
+    """``ce_weight * sum CE + prediction_weight * T^2 * sum D`` for ``[N, V]`` logits and teacher probabilities at T."""
+    total = ce_weight * cross_entropy(student_logits, labels).sum()
+    if teacher is not None:
+        student = probabilities(student_logits, temperature)
+        total = total + prediction_weight * temperature**2 * divergence(name, student, teacher, beta).sum()
+    return total
+
+
+def kept(labels: list[list[int]], rows: list[list[int]]) -> list[tuple[int, int, int, int]]:
+    """(sequence, position, label, row) of every position that predicts a token of a response, in order."""
+    found = []
+    for b, sequence in enumerate(labels):
+        for t in range(len(sequence) - 1):
+            if sequence[t + 1] != -100:
+                found.append((b, t, sequence[t + 1], rows[b][t]))
+    return found

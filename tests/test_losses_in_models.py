@@ -1,0 +1,131 @@
+"""The prediction loss inside real models: gradients of every parameter, and how large a tensor ever is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig
+
+from daekit.losses import PredictionTerms, prediction_loss
+from daekit.models.backbone import add_on_hidden, kept_hidden_states
+from daekit.models.heads import output_head
+from daekit.protocol import Batch
+from daekit.teachers import ModelTeacher
+from tests import reference
+from tests.test_losses import V, make_case, ours, relative_error, twin
+
+
+class Recorder(TorchDispatchMode):
+    """Every output of every operation: its size, and the operations that gave a matrix product of a shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.products: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.products.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_the_gradient_of_a_frozen_head_is_not_computed(trains_head: bool) -> None:
+    case = make_case(n=23)
+    with Recorder() as recorder:
+        _, gradients = ours(case, PredictionTerms(0.3, 0.7, chunk_tokens=4), trains_head=trains_head)
+    assert ((V, 6) in recorder.products) == trains_head
+    assert (gradients[1] is not None) == trains_head
+    torch.testing.assert_close(gradients[0], twin(case, PredictionTerms(0.3, 0.7))[1][0])
+
+
+_TINY = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    initializer_range=0.3, attn_implementation="eager", experts_implementation="eager",
+)  # fmt: skip
+
+
+def tiny_model(seed: int, kind: str = "mistral", vocab_size: int = 48, **fields: Any) -> Any:
+    torch.manual_seed(seed)
+    fields = _TINY | dict(vocab_size=vocab_size) | fields
+    config = MixtralConfig(**fields, num_local_experts=4) if kind == "mixtral" else MistralConfig(**fields)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def random_batch(vocab: int, size: int = 3, length: int = 9, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab, (size, length), generator=generator)
+    labels = torch.where(torch.rand(size, length, generator=generator) < 0.5, ids, -100)
+    rows = torch.arange(size)[:, None].expand(size, length)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return Batch(inputs, labels, rows, ("general",) * size)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["mistral", "mixtral"])
+def test_gradients_of_all_parameters_of_a_model(kind: str, tied: bool) -> None:
+    """The student through ``on_hidden`` in float32; the twin is the same model in float64 with all its logits."""
+    vocab, terms = 43, PredictionTerms(0.3, 0.7, temperature=2.0, chunk_tokens=4)
+    student, teacher = tiny_model(1, kind, tie_word_embeddings=tied), tiny_model(2, vocab_size=51, hidden_size=24)
+    plain, plain_teacher = tiny_model(1, kind, tie_word_embeddings=tied).double(), tiny_model(2, vocab_size=51, hidden_size=24)
+    batch = random_batch(vocab)
+    add_on_hidden(student)
+    signals = ModelTeacher(teacher, vocab).signals(batch)
+    hidden = kept_hidden_states(student, batch)
+    sums = prediction_loss(hidden, output_head(student, vocab), batch.labels_N, signals, terms)
+    sums.loss.backward()
+
+    places = reference.kept(batch.labels_BT.tolist(), batch.row_BT.tolist())
+    ids = batch.inputs["input_ids"]
+    with torch.no_grad():
+        teacher_logits = plain_teacher.double()(input_ids=ids).logits
+    student_logits = plain(input_ids=ids).logits
+    at = [(b, t) for b, t, _, _ in places]
+    pick = lambda logits: torch.stack([logits[b, t, :vocab] for b, t in at])  # noqa: E731
+    loss = reference.loss(
+        pick(student_logits), torch.tensor([label for _, _, label, _ in places]),
+        reference.probabilities(pick(teacher_logits), 2.0), "forward_kl", 0.5, 2.0, 0.3, 0.7,
+    )  # fmt: skip
+    loss.backward()
+    assert relative_error(sums.loss.detach(), loss.detach()) < 1e-5
+    expected = dict(plain.named_parameters())
+    for name, parameter in student.named_parameters():
+        assert relative_error(parameter.grad, expected[name].grad) < 1e-5, name
+
+
+def test_the_first_token_of_the_response_is_learnt() -> None:
+    """Prompt of three tokens, response of two: the loss is that of the positions 2 and 3, read off the model's own logits."""
+    student = tiny_model(1)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    batch = Batch({"input_ids": ids}, torch.tensor([[-100, -100, -100, 8, 9]]), torch.zeros(1, 5, dtype=torch.long), ("g",))
+    log_probs = student(input_ids=ids).logits[0, :, :43].log_softmax(-1)
+    add_on_hidden(student)
+    hidden = kept_hidden_states(student, batch)
+    sums = prediction_loss(hidden, output_head(student, 43), batch.labels_N, [], PredictionTerms(ce_weight=1.0))
+    torch.testing.assert_close(sums.ce_N, torch.stack([-log_probs[2, 8], -log_probs[3, 9]]))
+
+
+def largest_tensor(chunk: int, size: int = 4, length: int = 64, vocab: int = 3000) -> int:
+    student, teacher = tiny_model(1, vocab_size=vocab), tiny_model(2, vocab_size=vocab)
+    add_on_hidden(student)
+    batch, speaker = random_batch(vocab, size, length), ModelTeacher(teacher, vocab)
+    with Recorder() as recorder:
+        signals = speaker.signals(batch)
+        hidden = kept_hidden_states(student, batch)
+        terms = PredictionTerms(0.5, 0.5, "jsd", 0.5, 2.0, chunk)
+        prediction_loss(hidden, output_head(student, vocab), batch.labels_N, signals, terms).loss.backward()
+    return recorder.largest
+
+
+def test_logits_exist_for_one_chunk_at_a_time() -> None:
+    """Teacher, student, loss and backward: nothing is larger than the head's own gradient."""
+    assert largest_tensor(chunk=4) <= 3000 * 16
+    assert largest_tensor(chunk=10**6) > 80 * 3000  # the recorder does see logits where there are some
