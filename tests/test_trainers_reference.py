@@ -14,6 +14,7 @@ from test_trainers_loss import loss_and_gradient, micro_batches
 from trainer_world import dae, kd, logged, relative, weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from daekit.data.collator import as_batch
 from daekit.teachers import AdapterTeacher
 
 LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -44,12 +45,15 @@ def kl_of(trainer: Any, domain: str) -> float:
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
 def test_a_dense_reference_is_the_student_at_step_0_and_stays_there(kind: str, tmp_path: Any) -> None:
     trainer = dae(tmp_path, mixed_rows(), tiny.model(kind, seed=1), reference=None, max_steps=4, num_train_epochs=9)
-    start = weights(trainer.model)
+    start, ids = weights(trainer.model), torch.arange(3, 20)[None]
+    logits = trainer.model(input_ids=ids).logits.detach()
     assert kl_of(trainer, "general") == pytest.approx(0.0, abs=1e-6)
     assert kl_of(trainer, "shop") > 0.1
     trainer.train()
     reference = trainer.teacher.routes["general"].model
     assert torch.equal(torch.cat([p.double().flatten() for _, p in sorted(reference.named_parameters())]), start)
+    # its plain forward too is its own, not the one that a trainer hung on the student
+    assert torch.allclose(reference(input_ids=ids).logits, logits, atol=1e-6)
     assert relative(weights(trainer.model), start) > 1e-4
     assert kl_of(trainer, "general") > 1e-6
 
@@ -173,3 +177,46 @@ def test_qlora_trains_and_its_reference_is_the_student_also_after_a_resume(tmp_p
     step.train()
     assert relative(weights(step.model), before) > 1e-4
     assert logged(step, "kl")[0] > 0
+
+
+def test_a_trained_head_is_part_of_the_adapter_and_of_its_copy(tmp_path: Any) -> None:
+    config = lora(modules_to_save=["lm_head"])
+    trainer = dae(
+        tmp_path, mixed_rows(), tiny.model(seed=1), reference=None, peft_config=config, learning_rate=1.0, max_steps=2
+    )
+    head = trainer.model.get_output_embeddings()
+    before = head.modules_to_save["default"].weight.detach().clone()
+    assert kl_of(trainer, "general") == 0.0
+    trainer.train()
+    after = head.modules_to_save["default"].weight.detach()
+    assert relative(after, before) > 1e-3
+    assert torch.equal(head.modules_to_save["daekit_reference"].weight, before)
+    assert kl_of(trainer, "general") > 1e-6
+
+
+def test_one_teacher_of_several_domains_is_loaded_and_asked_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.model(seed=3).save_pretrained(tmp_path / "expert")
+    tiny.tokenizer().save_pretrained(tmp_path / "expert")
+    loads = []
+    monkeypatch.setattr("daekit.teachers.model.load_model", lambda spec: loads.append(spec.path) or tiny.model(seed=3))
+    data = tiny.rows(12, domains=("general", "shop", "books"))
+    trainer = dae(tmp_path, data, teachers=dict.fromkeys(("shop", "books"), str(tmp_path / "expert")))
+    assert loads == [str(tmp_path / "expert")]
+    asked = []
+    expert = trainer.teacher.routes["shop"].model
+    expert.register_forward_hook(lambda *_: asked.append(1))
+    loss_and_gradient(trainer, micro_batches(trainer, 12))
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("student", ["lora", "dense"])
+def test_dropout_acts_on_the_student_and_never_on_its_reference(student: str, tmp_path: Any) -> None:
+    peft_config = lora(lora_dropout=0.5, init_lora_weights=False) if student == "lora" else None
+    model = tiny.model(seed=1, attention_dropout=0.0 if student == "lora" else 0.5)
+    trainer = dae(tmp_path, mixed_rows(), model, reference=None, peft_config=peft_config)
+    batch = micro_batches(trainer, 8)
+    modules = trainer.model.train().modules()
+    first, second = ([s.voices[0].hidden_MH for s in trainer.teacher.signals(as_batch(batch[0]))] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(module.training for module in modules if module is not trainer.model)
+    assert loss_and_gradient(trainer, batch)[0] != loss_and_gradient(trainer, batch)[0]

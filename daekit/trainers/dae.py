@@ -56,9 +56,13 @@ class DAETrainer(KDTrainer):
         others = evaluated.values() if isinstance(evaluated, Mapping) else [evaluated]
         _check_domains(teachers, reference_domains, [train_dataset, *others])
         tokenizer = processing_class or _tokenizer_of(model)
-        routes = {domain: as_teacher(teacher, tokenizer, model) for domain, teacher in teachers.items()}
+        loaded: dict[Any, Teacher] = {}  # what speaks for several domains is loaded once, and asked once per batch
+        for speaker in (*teachers.values(), reference):
+            if speaker is not None and speaker not in loaded:
+                loaded[speaker] = as_teacher(speaker, tokenizer, model)
+        routes = {domain: loaded[speaker] for domain, speaker in teachers.items()}
         if reference is not None:
-            routes |= dict.fromkeys(reference_domains, as_teacher(reference, tokenizer, model))
+            routes |= dict.fromkeys(reference_domains, loaded[reference])
         self._domains = [*teachers, *reference_domains]
         router = RoutedTeacher(routes)
         super().__init__(model, router, args, train_dataset, tokenizer, **sft_arguments)
