@@ -64,7 +64,7 @@ def test_prompts_and_references():
     assert (conversation.prompt_ids, conversation.prompt) == (ids("w0 w5 w6 w1"), "w5 w6")
     assert conversation.reference == messages.reference == "w7 w8 w9"
     assert messages.prompt == "user: w5 w6\nassistant: w7 w8 w9\nuser: w5 w6"
-    assert messages.input_ids[: len(messages.prompt_ids)] == messages.prompt_ids
+    assert messages.prompt_ids == ids("w0 w5 w6 w1 w7 w8 w9 </s> w0 w5 w6 w1")
     assert messages.labels == messages.input_ids
 
 
@@ -177,6 +177,13 @@ def test_resamples_are_seeded_and_independent_of_the_block(monkeypatch):
     whole = interval(values, 400, 1)
     monkeypatch.setattr("daekit.evaluation.intervals._BLOCK", 300)
     assert interval(values, 400, 1) == whole
+
+
+def test_a_diverged_model_has_no_finite_interval(recwarn):
+    lost = RowValues(np.array([1.0, np.inf, 2.0]), np.ones(3))
+    assert not np.isfinite(interval(lost, 50, 0)[1])
+    assert not any(np.isfinite(paired_interval(lost, lost, 50, 0)))
+    assert not recwarn.list
 
 
 def test_pairing_takes_out_what_rows_have_in_common():

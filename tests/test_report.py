@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 import pytest
 
 from daekit.report import Report, Row, Sample, format_table, read_rows, write_report
+from daekit.report.curves import curves_svg
+from daekit.report.gain_forgetting import drawn_metrics, gain_forgetting_figure
 from daekit.report.html import render_html
 from daekit.report.markdown import render_markdown
-from daekit.report.plots import curves_svg
 from daekit.report.tables import format_interval, format_seconds, format_value, pivot
 
 NASTY = '<script>alert(1)</script> & "$x$" | `*'
@@ -122,7 +123,7 @@ def test_all_text_is_escaped():
     assert page.text.count(NASTY) >= 12, "a name is missing from the tables or the plots"
     markdown = render_markdown(report, "plot.png")
     before_recipe = markdown[: markdown.index("<details>")]
-    assert "<script>" not in before_recipe
+    assert "<" not in before_recipe
     tables = [block.splitlines() for block in before_recipe.split("\n\n") if block.startswith("|")]
     assert len(tables) >= 5
     for table in tables:
@@ -204,13 +205,42 @@ def test_terminal_table_is_aligned():
     assert lines[0].index("shop") == starts[0] and lines[0].index("general") == starts[2]
 
 
+def test_gain_and_forgetting_are_drawn_for_metrics_that_say_something():
+    def both(metric, value):
+        return [Row("dae", d, f"{metric}_{k}", value, value, value, 9) for d, k in (("s", "gain"), ("g", "forgetting"))]
+
+    assert drawn_metrics([*both("exact_match", 0.5), *both("nll", 1.0)]) == ["exact_match", "nll"]
+    assert drawn_metrics([*both("exact_match", 0.0), *both("token_accuracy", 0.1)]) == ["token_accuracy"]
+    assert drawn_metrics(both("exact_match", 0.0)) == ["exact_match"]
+    assert drawn_metrics(both("nll", 1.0)[:1]) == []
+
+
+def test_models_stand_at_their_forgetting_and_gain():
+    figure = gain_forgetting_figure([*compared("dae", 0.8, 0.1), *compared("sft", 0.7, 0.6)], ("dae", "sft"), "kd", "#000000")
+    (ax,) = figure.axes
+    points = [bars.lines[0].get_xydata()[0].tolist() for bars in ax.containers]
+    assert points == [[pytest.approx(10), pytest.approx(80)], [pytest.approx(60), pytest.approx(70)]]
+    assert [text.get_text() for text in ax.texts] == ["kd", "dae", "sft"]
+
+
+def test_differences_are_coloured_when_their_interval_leaves_out_zero():
+    html = render_html(example())
+    for value, colour in (("+87.0 pt", "good"), ("+1.0 pt", ""), ("+79.0 pt", "bad")):
+        assert f'<span class="number {colour}">{value}</span>' in html
+    assert '<span class="number good">97' not in html
+
+
 def test_curves_show_domains_and_skip_what_cannot_be_drawn():
     history = [{"step": 1, "loss": 2.0, "kl": 1.0, "kl/shop": 0.5, "kl/general": 1.5}, {"train_runtime": 3.0}]
-    history += [{"step": 2, "loss": math.nan, "kl/shop": 0.4, "kl/general": 1.2, "eval_loss": 1.0}]
+    history += [{"step": 2, "loss": math.inf, "kl/shop": 0.4, "kl/general": 1.2, "eval_loss": 1.0}]
     curves = curves_svg("dae", history, ["general", "shop"])
     assert curves.panels == 2
     for text in ("loss", "KL to teacher", "shop", "general", "evaluation"):
         assert f">{text}" in curves.svg
+    assert curves.svg.count(">training") == 1, "the total is drawn beside its domains"
+    assert "<style" not in curves.svg, "would apply to the whole page"
+    assert ">$x$ < y<" in curves_svg("s", [{"step": 1, "kl/$x$ < y": 1.0}], []).svg.replace("&lt;", "<")
+    assert curves_svg("lost", [{"step": 1, "loss": math.nan}], []) is None
     assert curves_svg("empty", [{"step": 1, "learning_rate": 0.1}], []) is None
 
 

@@ -184,6 +184,14 @@ def test_the_mode_of_every_module_is_restored_and_nothing_needs_gradient():
     assert teacher.training and all(p.grad is None for p in model.parameters())
 
 
+def test_a_teacher_in_training_mode_speaks_without_dropout_and_stays_in_it():
+    model, teacher, rows = make_model(), lora_model(seed=1), make_rows()
+    expected = score_rows(model, rows, vocab_size=V, teacher=teacher.eval()).kl_R
+    found = score_rows(model, rows, vocab_size=V, teacher=teacher.train()).kl_R
+    np.testing.assert_array_equal(found, expected)
+    assert teacher.training
+
+
 def test_prompt_learning_is_refused():
     model = get_peft_model(make_model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(UserError, match="PREFIX_TUNING"):

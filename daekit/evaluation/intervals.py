@@ -57,9 +57,12 @@ def paired_interval(ours: RowValues, theirs: RowValues, rounds: int, seed: int) 
     """The 95 % interval of ``ours.mean - theirs.mean``, both measured on the same rows in the same order."""
     if len(ours.total_R) != len(theirs.total_R):
         raise ValueError(f"a paired interval needs the same rows: {len(ours.total_R)} against {len(theirs.total_R)}")
-    return _percentiles(resampled_means(ours, rounds, seed) - resampled_means(theirs, rounds, seed))
+    with np.errstate(invalid="ignore"):
+        difference = resampled_means(ours, rounds, seed) - resampled_means(theirs, rounds, seed)
+    return _percentiles(difference)
 
 
 def _percentiles(samples: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(samples, (2.5, 97.5))
+    with np.errstate(invalid="ignore"):  # a diverged model has infinite values, and then no finite interval
+        low, high = np.percentile(samples, (2.5, 97.5))
     return float(low), float(high)

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
-from daekit.report.plots import curves_svg, gain_forgetting_svg
+from daekit.report.curves import curves_svg
+from daekit.report.figures import Plot
+from daekit.report.gain_forgetting import gain_forgetting_svg
 from daekit.report.rows import Report, Row, group_samples
 from daekit.report.tables import (
     COMPARISON,
@@ -43,18 +45,18 @@ def render_html(report: Report) -> str:
 
 
 def _context(report: Report) -> dict[str, Any]:
-    headline = pivot(report.rows, HEADLINE)
+    headline, baseline = pivot(report.rows, HEADLINE), report.baseline
     seconds = {stage: format_seconds(value) for stage, value in report.seconds.items()}
     facts = [(f"time of {stage}", value) for stage, value in seconds.items()]
     return {
         "title": report.title,
         "summary": _summary(report, headline.models),
         "headline": headline,
-        "baseline": report.baseline,
+        "baseline": baseline,
         "sizes": sizes_of(report.rows),
         "notes": report.notes,
         "comparison": pivot(report.rows, COMPARISON),
-        "gain_plot": _gain_plot(report, headline.models),
+        "gain_plot": baseline and gain_forgetting_svg(report.rows, headline.models, baseline),
         "curves": _curves(report),
         "seconds": seconds,
         "samples": group_samples(report.samples),
@@ -74,24 +76,15 @@ def _summary(report: Report, models: tuple[str, ...]) -> str:
     return " · ".join(parts)
 
 
-def _gain_plot(report: Report, models: tuple[str, ...]) -> Any:
-    from markupsafe import Markup
-
-    svg = None if report.baseline is None else gain_forgetting_svg(report.rows, models, report.baseline)
-    return None if svg is None else Markup(svg)  # matplotlib escapes the names it draws
-
-
-def _curves(report: Report) -> list[tuple[str, int, Any]]:
-    """(stage, panels, SVG) of the stages that have something to draw; a domain has one colour in all of them."""
-    from markupsafe import Markup
-
+def _curves(report: Report) -> list[tuple[str, Plot]]:
+    """(stage, plot) of the stages that have something to draw; a domain has one colour in all of them."""
     keys = {key for history in report.curves.values() for entry in history for key in entry if "/" in key}
     domains = sorted({key.partition("/")[2] for key in keys})
     drawn = []
     for stage, history in report.curves.items():
         curves = curves_svg(stage, history, domains)
         if curves is not None:
-            drawn.append((stage, curves.panels, Markup(curves.svg)))
+            drawn.append((stage, curves))
     return drawn
 
 

@@ -18,7 +18,8 @@ from daekit.report.tables import (
     sizes_of,
 )
 
-_SHOWN_SAMPLES = 5  # per domain; all of them are in the HTML
+_SHOWN_SAMPLES = 5  # per domain; all of them are in the HTML, in full
+_SHOWN_CHARACTERS = 300
 
 
 def render_markdown(report: Report, plot: str | None) -> str:
@@ -85,9 +86,9 @@ def _samples(report: Report) -> list[str]:
         shown[group.domain] = shown.get(group.domain, 0) + 1
         if shown[group.domain] > _SHOWN_SAMPLES:
             continue
-        lines = [["*reference*", _escape(group.reference), ""]]
-        lines += [[_escape(s.model), _escape(s.generated), "✓" if s.exact_match else ""] for s in group.samples]
-        parts += [f"**{_escape(group.domain)}**: {_escape(group.prompt)}", _table(["", "answer", "exact"], lines)]
+        lines = [["*reference*", _short(group.reference), ""]]
+        lines += [[_escape(s.model), _short(s.generated), "✓" if s.exact_match else ""] for s in group.samples]
+        parts += [f"**{_escape(group.domain)}**: {_short(group.prompt)}", _table(["", "answer", "exact"], lines)]
     return parts
 
 
@@ -123,6 +124,10 @@ def _value(row: Row) -> str:
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rendered = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in rendered)
+
+
+def _short(text: str) -> str:
+    return _escape(text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " […]")
 
 
 def _escape(text: str) -> str:
