@@ -1,0 +1,124 @@
+"""What a stage trains on: rows of several sources in given shares."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from datasets import Dataset, Json, concatenate_datasets
+
+from daekit.data.rows import JSON_MESSAGES, PLAIN_MESSAGES, form_of, take
+from daekit.errors import UserError
+from daekit.recipe.schema import MixtureSpec
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """How one source takes part in a mixture.
+
+    Attributes:
+        available: rows that it has.
+        used: rows of the mixture that come from it, repetitions counted.
+        share: of the mixture's rows.
+        repeats: how often each of its rows is used on average: 1 is once, below 1 some are left out.
+    """
+
+    source: str
+    domain: str
+    available: int
+    used: int
+    share: float
+    repeats: float
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The rows in their (seeded) order, and how they came about."""
+
+    dataset: Dataset
+    table: list[SourceUse]
+
+
+def mix(sources: Mapping[str, Dataset], spec: MixtureSpec, seed: int) -> Mixture:
+    """Bring rows of ``spec.sources`` together in the shares that ``spec.weights`` says, shuffled by ``seed``.
+
+    Weights are shares of *rows*, relative to their sum. Which rows of a source are left out or used once more than the others
+    depends on the seed and the source's name only, not on the other sources.
+
+    Raises:
+        UserError: a weight that is not positive, a source that gets no row, sources with rows of different forms.
+    """
+    parts = {name: sources[name] for name in spec.sources}
+    _check_forms(parts)
+    available = [len(part) for part in parts.values()]
+    used = list(available) if not spec.weights else _rows_of_each(spec, available)
+    chosen = [
+        take(part, _choose(len(part), count, seed, name)) for (name, part), count in zip(parts.items(), used, strict=True)
+    ]
+    together = concatenate_datasets(_in_common_features(chosen))
+    table = [
+        SourceUse(name, part[0]["domain"], len(part), count, count / sum(used), count / len(part))
+        for (name, part), count in zip(parts.items(), used, strict=True)
+    ]
+    return Mixture(take(together, _generator(seed, "").permutation(len(together))), table)
+
+
+def _rows_of_each(spec: MixtureSpec, available: list[int]) -> list[int]:
+    """Rows of each source: they sum to the total exactly, by largest remainder."""
+    for name, weight in zip(spec.sources, spec.weights, strict=True):
+        if not math.isfinite(weight) or weight <= 0:
+            raise UserError(f"data.{name}: weight {weight} must be positive; leave the source out instead")
+    # Exact: 0.29 * 100 is not 29 in floating point, and the floor below would lose a row.
+    weights = [Fraction(str(weight)) for weight in spec.weights]
+    shares = [weight / sum(weights) for weight in weights]
+    total = spec.rows or math.floor(min(n / share for n, share in zip(available, shares, strict=True)))
+    exact = [share * total for share in shares]
+    counts = [math.floor(count) for count in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    for name, count, share in zip(spec.sources, counts, shares, strict=True):
+        if count == 0:
+            raise UserError(
+                f"data.{name}: a share of {float(share):.4g} of {total} rows is not one row; raise its weight or data.rows"
+            )
+    return counts
+
+
+def _choose(available: int, count: int, seed: int, name: str) -> np.ndarray:
+    """``count`` row indices: every row ``count // available`` times, and a seeded choice of the others once more."""
+    passes, rest = divmod(count, available)
+    extra = np.sort(_generator(seed, name).permutation(available)[:rest])
+    return np.concatenate([np.tile(np.arange(available), passes), extra]).astype(np.int64)
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    return np.random.default_rng([seed, *hashlib.sha256(name.encode()).digest()])
+
+
+def _check_forms(parts: Mapping[str, Dataset]) -> None:
+    forms = {name: form_of(part) for name, part in parts.items()}
+    if len(set(forms.values())) > 1:
+        listed = ", ".join(f"{name} has {form}" for name, form in forms.items())
+        raise UserError(f"data: sources of one stage must have rows of one form, but {listed}; bring them into one form")
+
+
+def _in_common_features(parts: list[Dataset]) -> list[Dataset]:
+    """Missing ``answer`` and ``tools`` become null in concatenation; what null would break is filled in here."""
+    for column in ("messages", "prompt", "completion"):
+        types = [part.features.get(column) for part in parts]
+        if PLAIN_MESSAGES in types and JSON_MESSAGES in types:
+            parts = [part.cast_column(column, JSON_MESSAGES) for part in parts]
+    if any("chat_template_kwargs" in part.column_names for part in parts):
+        parts = [_with_chat_template_kwargs(part) for part in parts]
+    return parts
+
+
+def _with_chat_template_kwargs(part: Dataset) -> Dataset:
+    if "chat_template_kwargs" in part.column_names:
+        return part
+    return part.add_column("chat_template_kwargs", ["{}"] * len(part), feature=Json())  # as Arrow stores it

@@ -1,0 +1,229 @@
+"""What a row is: its four forms, its checks, and the data set that checked rows become.
+
+====================  ===============================================================================================
+text                  ``text``: a string
+prompt+completion     ``prompt`` and ``completion``: both strings
+conversation pair     ``prompt`` and ``completion``: both lists of messages
+messages              ``messages``: a list of ``{role, content}``
+====================  ===============================================================================================
+
+A row may also carry ``answer`` (a string), ``tools`` (a list) and ``chat_template_kwargs`` (a mapping).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, Json, List, Value
+from datasets.table import InMemoryTable
+
+from daekit.errors import UserError
+
+RowForm = Literal["messages", "prompt+completion", "conversation pair", "text"]
+
+FORM_COLUMNS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt and completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+EXTRA_COLUMNS = ("answer", "tools", "chat_template_kwargs")
+COLUMNS = (*(column for columns in FORM_COLUMNS.values() for column in columns), *EXTRA_COLUMNS)
+VISION_COLUMNS = ("image", "images", "pixel_values")
+
+# Arrow's plain string columns hold 2 GiB.
+STRING = Value("large_string")
+PLAIN_MESSAGES = List({"role": STRING, "content": STRING})
+# Messages with tool calls and the like: an Arrow struct would give every message the keys of all others, set to None.
+JSON_MESSAGES = List(Json())
+
+
+class RowError(Exception):
+    """What is wrong with a row, in words that follow its place."""
+
+
+def form_of(dataset: Dataset) -> RowForm:
+    """The form of the rows of a data set that `RowCollector` made."""
+    if "messages" in dataset.column_names:
+        return "messages"
+    if "text" in dataset.column_names:
+        return "text"
+    return "prompt+completion" if isinstance(dataset.features["prompt"], Value) else "conversation pair"
+
+
+def take(dataset: Dataset, indices: np.ndarray) -> Dataset:
+    """Rows by index, as a new table in memory: reading through the index mapping of `Dataset.select` costs 25 us a row."""
+    table = dataset.with_format("arrow")[:]
+    return Dataset(InMemoryTable(table.take(pa.array(indices))), info=dataset.info)
+
+
+class RowCollector:
+    """Checks rows one by one and makes them a data set of one form.
+
+    Args:
+        source: begins every error message.
+        columns: our column name -> its name in the data.
+    """
+
+    def __init__(self, source: str, columns: Mapping[Any, str]) -> None:
+        self._source = source
+        self._renamed = columns
+        self._wanted = [(column, columns.get(column, column)) for column in COLUMNS]
+        named = [form for form, needed in FORM_COLUMNS.items() if any(column in columns for column in needed)]
+        self._forms = named if len(named) == 1 else list(FORM_COLUMNS)
+        self._first: tuple[RowForm, str] | None = None
+        self._plain = True
+        self._columns: dict[str, list[Any]] = {}
+        self._rows = 0
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def add(self, row: Mapping[str, Any], place: str) -> None:
+        """Check one row and keep it; UserError names the source and ``place``."""
+        try:
+            form, kept = self._check(row)
+            if self._first is None:
+                self._first = (form, place)
+            elif form != self._first[0]:
+                raise RowError(f"is {form}, but {self._first[1]} is {self._first[0]}; a source holds rows of one form")
+        except RowError as error:
+            raise UserError(f"{self._source}: {place} {error}") from None
+        for column, value in kept.items():
+            values = self._columns.setdefault(column, [])
+            values.extend([None] * (self._rows - len(values)))
+            values.append(value)
+        self._rows += 1
+
+    def dataset(self, domain: str) -> Dataset:
+        """The rows so far, in order, with a ``domain`` column."""
+        assert self._first is not None, "there are rows"
+        form = self._first[0]
+        features = self._features(form)
+        for values in self._columns.values():
+            values.extend([None] * (self._rows - len(values)))
+        if "chat_template_kwargs" in self._columns:  # TRL unpacks it: None would raise
+            self._columns["chat_template_kwargs"] = [value or {} for value in self._columns["chat_template_kwargs"]]
+        columns = self._columns | {"domain": [domain] * self._rows}
+        if Json() in features.values() or not self._plain:
+            return Dataset.from_dict(columns, features=features)
+        # Without the per-value encoding of from_dict, which takes longer than all the rest.
+        return Dataset(InMemoryTable(pa.table({name: columns[name] for name in features}, schema=features.arrow_schema)))
+
+    def _features(self, form: RowForm) -> Features:
+        messages = PLAIN_MESSAGES if self._plain else JSON_MESSAGES
+        conversational = form in ("messages", "conversation pair")
+        types = dict.fromkeys(COLUMNS[:4], messages if conversational else STRING)
+        types |= {"answer": STRING, "tools": Json(), "chat_template_kwargs": Json(), "domain": STRING}
+        return Features({name: type_ for name, type_ in types.items() if name in self._columns or name == "domain"})
+
+    def _check(self, row: Mapping[str, Any]) -> tuple[RowForm, dict[str, Any]]:
+        values = {ours: row[theirs] for ours, theirs in self._wanted if row.get(theirs) is not None}
+        for column in VISION_COLUMNS:
+            if row.get(column) is not None:
+                raise RowError(f"has {column!r}: vision rows cannot be distilled here; remove them or the column")
+        needed = self._needed(values, row)
+        kept = {column: values[column] for column in needed}
+        if needed == ("text",):
+            _check_string("text", kept["text"])
+            form: RowForm = "text"
+        elif needed == ("messages",):
+            kept["messages"] = self._messages("messages", kept["messages"])
+            form = "messages"
+        elif isinstance(kept["prompt"], list) and isinstance(kept["completion"], list):
+            kept = {column: self._messages(column, value) for column, value in kept.items()}
+            form = "conversation pair"
+        else:
+            _check_pair(kept["prompt"], kept["completion"])
+            form = "prompt+completion"
+        return form, kept | _check_extras(values)
+
+    def _needed(self, values: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, ...]:
+        complete = [FORM_COLUMNS[form] for form in self._forms if values.keys() >= set(FORM_COLUMNS[form])]
+        if len(complete) == 1:
+            return complete[0]
+        if complete:
+            forms = " and ".join("/".join(columns) for columns in complete)
+            name = complete[0][0]
+            raise RowError(f"has {forms}; say which to use with columns, such as columns: {{{name}: {name}}}")
+        raise RowError(self._missing(row))
+
+    def _missing(self, row: Mapping[str, Any]) -> str:
+        filled = [name for name, value in row.items() if value is not None]
+        empty = [name for name, value in row.items() if value is None]
+        has = "has " + (", ".join(map(repr, filled)) or "no values")
+        if empty:
+            has += f" (and null in {', '.join(map(repr, empty))})"
+        needs = ", or ".join(
+            " and ".join(f"{self._renamed.get(column, column)!r}" for column in FORM_COLUMNS[form]) for form in self._forms
+        )
+        return f"needs {needs}, but {has}; other names are given with columns, such as columns: {{prompt: question}}"
+
+    def _messages(self, column: str, value: Any) -> list[Mapping[str, Any]]:
+        if not isinstance(value, list) or not value:
+            raise RowError(f"has {column} that is {_shown(value)}, not a list of messages {{role, content}}")
+        messages = [_check_message(column, index, message) for index, message in enumerate(value)]
+        if self._plain and any(len(message) > 2 for message in messages):
+            self._plain = False
+        return messages
+
+
+def _check_message(column: str, index: int, message: Any) -> Mapping[str, Any]:
+    if isinstance(message, dict) and message.keys() == {"role", "content"}:  # nearly all: be quick about them
+        role, content = message["role"], message["content"]
+        if isinstance(role, str) and role and isinstance(content, str) and content.strip():
+            return message
+    name = f"{column}[{index}]"
+    if not isinstance(message, Mapping) or "role" not in message:
+        has = f"the keys {', '.join(map(repr, message))}" if isinstance(message, Mapping) else _shown(message)
+        raise RowError(f"has {has} in {name}, which needs role and content")
+    kept = {key: value for key, value in message.items() if value is not None}
+    role, content = kept.get("role"), kept.get("content", "")
+    if not isinstance(role, str) or not role:
+        raise RowError(f"has {_shown(role)} as role of {name}, which must be a string")
+    if isinstance(content, list):
+        raise RowError(f"has a list as content of {name} (the form of vision data); content must be a string")
+    if not isinstance(content, str):
+        raise RowError(f"has {_shown(content)} as content of {name}, which must be a string")
+    # Data sets give system messages and calls of tools an empty content on purpose; a turn without words is a defect.
+    if role in ("user", "assistant") and not content.strip() and not kept.get("tool_calls"):
+        raise RowError(f"has an empty content in {name} (role {role}); remove the row")
+    return kept | {"content": content}
+
+
+def _check_pair(prompt: Any, completion: Any) -> None:
+    if isinstance(prompt, list) != isinstance(completion, list):
+        raise RowError("has one of prompt and completion as a list of messages and the other not; both must be of one kind")
+    _check_string("prompt", prompt)
+    _check_string("completion", completion)
+
+
+def _check_string(column: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise RowError(f"has {_shown(value)} as {column}, which must be a string")
+    if not value.strip():
+        raise RowError(f"has an empty {column}; remove the row")
+
+
+def _check_extras(values: Mapping[str, Any]) -> dict[str, Any]:
+    extras = {column: values[column] for column in EXTRA_COLUMNS if column in values}
+    if "answer" in extras:
+        _check_string("answer", extras["answer"])
+    if isinstance(extras.get("tools"), str):
+        try:
+            extras["tools"] = json.loads(extras["tools"])
+        except json.JSONDecodeError as error:
+            raise RowError(f"has tools that are not JSON ({error})") from None
+    if "tools" in extras and not isinstance(extras["tools"], list):
+        raise RowError(f"has {_shown(extras['tools'])} as tools, which must be a list")
+    if "chat_template_kwargs" in extras and not isinstance(extras["chat_template_kwargs"], Mapping):
+        raise RowError(f"has {_shown(extras['chat_template_kwargs'])} as chat_template_kwargs, which must be a mapping")
+    return extras
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

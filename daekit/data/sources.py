@@ -1,0 +1,197 @@
+"""Rows of one domain: from JSONL or Parquet files, directories of them, the hub, or the embedded corpora."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
+from datasets.table import InMemoryTable
+
+from daekit.data.builtin import builtin_rows
+from daekit.data.rows import VISION_COLUMNS, RowCollector, take
+from daekit.errors import UserError
+from daekit.recipe.schema import SourceSpec
+
+BUILTIN = "builtin:"
+_JSON_LINES = (".jsonl", ".json", ".ndjson")
+_FORMATS = (*_JSON_LINES, ".parquet")
+_MEDIA_FEATURES = ("Image", "Audio", "Video", "Pdf", "Nifti")
+_ROWS_PER_READ = 1000
+
+_SPLIT_IN_NAME = re.compile(
+    r"(?:^|[-._/ ])(train|training|validation|valid|val|dev|eval|evaluation|test|testing)(?=$|[-._/ ]|\d)", re.IGNORECASE
+)
+_SPLIT_OF_WORD = {"training": "train", "testing": "test"} | dict.fromkeys(
+    ("valid", "val", "dev", "eval", "evaluation"), "validation"
+)
+
+# A row and where it is, in the words of an error message.
+PlacedRow = tuple[str, Mapping[str, Any]]
+
+
+def load_source(name: str, spec: SourceSpec, seed: int) -> tuple[Dataset, Dataset | None]:
+    """The training and validation rows of a source, checked, in one form, with a ``domain`` column.
+
+    Kept columns are those of the form (see `daekit.data.rows`) and ``answer``, ``tools``, ``chat_template_kwargs`` where
+    present. The rows held out for validation are chosen before ``limit`` applies, so that they stay the same under any limit.
+
+    Args:
+        name: of the source, for error messages.
+        spec: as `daekit.recipe` has checked it: of ``holdout``, ``validation`` and ``validation_split`` at most one is set.
+        seed: chooses the rows that ``holdout`` takes.
+
+    Raises:
+        UserError: a missing, empty or broken file; a hub data set that cannot be had; a row that is not of the form of
+            the others, lacks a column or holds a value of the wrong type (the message names its line or row).
+    """
+    rows = _load(name, spec, spec.path, spec.split, "train", None if spec.holdout else spec.limit)
+    if spec.holdout:
+        train, validation = _hold_out(name, rows, spec.holdout, seed)
+    elif spec.validation is not None:
+        train = rows
+        validation = _load(name, spec, spec.validation, "validation", "validation", spec.validation_limit)
+    elif spec.validation_split is not None:
+        train, validation = rows, _load(name, spec, spec.path, spec.validation_split, "train", spec.validation_limit)
+    else:
+        return rows, None
+    return _first(train, spec.limit), _first(validation, spec.validation_limit)
+
+
+def looks_local(path: str) -> bool:
+    """Is this meant as a path, and not as a hub id (``name`` or ``owner/name``)?"""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(_FORMATS)
+
+
+def _hold_out(name: str, rows: Dataset, holdout: int, seed: int) -> tuple[Dataset, Dataset]:
+    if holdout >= len(rows):
+        raise UserError(f"sources.{name}.holdout: {holdout} rows of {len(rows)} leave none to train on; hold out fewer")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return take(rows, np.sort(order[:-holdout])), take(rows, np.sort(order[-holdout:]))
+
+
+def _first(rows: Dataset, limit: int | None) -> Dataset:
+    return rows if limit is None or limit >= len(rows) else take(rows, np.arange(limit))
+
+
+def _load(name: str, spec: SourceSpec, path: str, split: str, whole: str, limit: int | None) -> Dataset:
+    """Rows of one split. ``whole``: the split that files belong to whose names say nothing."""
+    where = f"sources.{name}"
+    collector = RowCollector(where, spec.columns)
+    for place, row in islice(_placed_rows(where, spec, path, split, whole), limit):
+        collector.add(row, place)
+    if not len(collector):
+        raise UserError(f"{where}: {path} (split {split}) has no rows")
+    return collector.dataset(spec.domain)
+
+
+def _placed_rows(where: str, spec: SourceSpec, path: str, split: str, whole: str) -> Iterator[PlacedRow]:
+    if path.startswith(BUILTIN):
+        rows = builtin_rows(path.removeprefix(BUILTIN), split)
+        return ((f"row {number} of {path}", row) for number, row in enumerate(rows, 1))
+    local = Path(path).expanduser()
+    if local.exists():
+        return (row for file in _files(where, local, split, whole) for row in _rows_of_file(where, file))
+    if looks_local(path):
+        raise UserError(f"{where}: {path} does not exist; give a {', '.join(_FORMATS)} file, a directory of them, or a hub id")
+    return _rows_of_table(where, path, _from_hub(where, spec, path, split))
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _files(where: str, path: Path, split: str, whole: str) -> list[Path]:
+    if path.is_file():
+        if path.suffix not in _FORMATS:
+            raise UserError(f"{where}: {path} is of no known format; it must end in {', '.join(_FORMATS)}")
+        if split != whole:
+            raise UserError(
+                f"{where}: {path} is one file and has no split {split!r}; name a file with validation, or use holdout"
+            )
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix in _FORMATS and not file.name.startswith("."))
+    if not files:
+        raise UserError(f"{where}: directory {path} holds no file that ends in {', '.join(_FORMATS)}")
+    splits = {file: _split_of(file.relative_to(path)) for file in files}
+    named = {found for found in splits.values() if found}
+    unnamed = [file for file, found in splits.items() if not found]
+    if named and unnamed:
+        raise UserError(
+            f"{where}: in {path} the name of {unnamed[0].name} says no split, others do ({', '.join(sorted(named))}); "
+            "name the file instead of the directory"
+        )
+    chosen = [file for file, found in splits.items() if (found or whole) == split]
+    if not chosen:
+        has = ", ".join(sorted(named)) or f"{whole} only: no file name tells a split"
+        raise UserError(f"{where}: {path} has no split {split!r} (it has {has})")
+    return chosen
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's path names, by the hub's habits: ``train.jsonl``, ``val-00000-of-00002.parquet``."""
+    words = _SPLIT_IN_NAME.findall(file.with_suffix("").as_posix())
+    return _SPLIT_OF_WORD.get(words[0].lower(), words[0].lower()) if words else None
+
+
+def _rows_of_file(where: str, file: Path) -> Iterator[PlacedRow]:
+    if file.suffix in _JSON_LINES:
+        return _json_lines(where, file)
+    try:
+        table = Dataset(InMemoryTable(pq.read_table(file)))
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{where}: {file} is not a readable Parquet file ({_first_line(error)})") from error
+    return _rows_of_table(where, str(file), table)
+
+
+def _json_lines(where: str, file: Path) -> Iterator[PlacedRow]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"{where}: {file}, line {number} is not JSON ({error}); a row is one JSON object on one line"
+                ) from None
+            if not isinstance(row, dict):
+                raise UserError(
+                    f"{where}: {file}, line {number} is a {type(row).__name__}; a row is one JSON object on one line"
+                )
+            yield f"{file}, line {number}", row
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _from_hub(where: str, spec: SourceSpec, path: str, split: str) -> Dataset:
+    try:
+        return load_dataset(path, name=spec.name, split=split, revision=spec.revision)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(
+            f"{where}: {path!r} is no file or directory here, and could not be had from the hub ({_first_line(error)}); "
+            "check the name, its configuration (name), split and revision, your access and the network, or give a local file"
+        ) from error
+
+
+def _rows_of_table(where: str, path: str, table: Dataset) -> Iterator[PlacedRow]:
+    for column, feature in table.features.items():
+        if column in VISION_COLUMNS or type(feature).__name__ in _MEDIA_FEATURES:
+            raise UserError(f"{where}: {path} has a column {column!r} of images or other media; only text can be distilled")
+    number = 0
+    for batch in table.iter(batch_size=_ROWS_PER_READ):
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            yield f"row {number} of {path}", dict(zip(batch, values, strict=True))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
