@@ -241,3 +241,21 @@ def test_an_empty_directory_and_a_split_of_a_file(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", pairs(3))
     with pytest.raises(UserError, match="is one file and has no split 'test'"):
         load(file, split="test")
+
+
+def test_chat_frames_prompt_and_completion_as_messages(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "why?", "completion": "because", "answer": "because"}) + "\n")
+    spec = SourceSpec(domain="shop", path=str(file), chat=True)
+    row = load_source("shop", spec, seed=0)[0][0]
+    assert row["prompt"] == [{"role": "user", "content": "why?"}]
+    assert row["completion"] == [{"role": "assistant", "content": "because"}]
+    assert row["answer"] == "because"
+    assert form_of(load_source("shop", spec, seed=0)[0]) == "conversation pair"
+
+
+def test_chat_of_text_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": "no answer here"}) + "\n")
+    with pytest.raises(UserError, match="chat"):
+        load_source("shop", SourceSpec(domain="shop", path=str(file), chat=True), seed=0)

@@ -24,7 +24,7 @@ class ModelBuilder:
         """The spec with an earlier stage replaced by the directory of its result."""
         if spec.stage is None:
             return spec
-        return replace(spec, stage=None, path=str(self.folder.stage(spec.stage).model))
+        return replace(spec, stage=None, path=str(self.folder.stage(spec.stage).model.resolve()))
 
     def model(self, spec: ModelSpec, seed: int = 0) -> PreTrainedModel:
         """Load or make a model; its tokenizer is compared with the run's before its weights are loaded.

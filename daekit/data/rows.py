@@ -66,11 +66,13 @@ class RowCollector:
     Args:
         source: begins every error message.
         columns: our column name -> its name in the data.
+        chat: make messages of prompts and completions that are strings.
     """
 
-    def __init__(self, source: str, columns: Mapping[Any, str]) -> None:
+    def __init__(self, source: str, columns: Mapping[Any, str], chat: bool = False) -> None:
         self._source = source
         self._renamed = columns
+        self._chat = chat
         self._wanted = [(column, columns.get(column, column)) for column in COLUMNS]
         named = [form for form, needed in FORM_COLUMNS.items() if any(column in columns for column in needed)]
         self._forms = named if len(named) == 1 else list(FORM_COLUMNS)
@@ -129,6 +131,8 @@ class RowCollector:
         kept = {column: values[column] for column in needed}
         if needed == ("text",):
             _check_string("text", kept["text"])
+            if self._chat:
+                raise RowError("is text; chat: true makes messages of prompt and completion only")
             form: RowForm = "text"
         elif needed == ("messages",):
             kept["messages"] = self._messages("messages", kept["messages"])
@@ -139,6 +143,10 @@ class RowCollector:
         else:
             _check_pair(kept["prompt"], kept["completion"])
             form = "prompt+completion"
+            if self._chat:
+                roles = {"prompt": "user", "completion": "assistant"}
+                kept = {column: [{"role": roles[column], "content": kept[column]}] for column in needed}
+                form = "conversation pair"
         return form, kept | _check_extras(values)
 
     def _needed(self, values: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ def _first(rows: Dataset, limit: int | None) -> Dataset:
 def _load(name: str, spec: SourceSpec, path: str, split: str, whole: str, limit: int | None) -> Dataset:
     """Rows of one split. ``whole``: the split that files belong to whose names say nothing."""
     where = f"sources.{name}"
-    collector = RowCollector(where, spec.columns)
+    collector = RowCollector(where, spec.columns, spec.chat)
     for place, row in islice(_placed_rows(where, spec, path, split, whole), limit):
         collector.add(row, place)
     if not len(collector):

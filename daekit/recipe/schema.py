@@ -108,6 +108,8 @@ class SourceSpec:
         limit: use at most so many training rows (the first ones).
         validation_limit: use at most so many validation rows.
         columns: our column name -> its name in the data.
+        chat: make of a prompt and a completion that are strings a user's and an assistant's message, so that the tokenizer's
+            chat template frames them; without it TRL joins the two strings as they are.
     """
 
     domain: str
@@ -121,6 +123,7 @@ class SourceSpec:
     limit: int | None = None
     validation_limit: int | None = None
     columns: dict[Column, str] = field(default_factory=dict)
+    chat: bool = False
 
 
 @dataclass(frozen=True)
