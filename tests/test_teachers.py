@@ -113,11 +113,13 @@ def test_a_frozen_copy_runs_its_own_weights() -> None:
     before = plain(original, batch_of()).detach()
     add_fused_lm_head(original)
     add_on_hidden(original)
-    reference = ModelTeacher(frozen_copy(original), V)
+    twin = frozen_copy(original)
+    reference = ModelTeacher(twin, V)
     with torch.no_grad():
         for parameter in original.parameters():
             parameter.add_(torch.randn_like(parameter))
     torch.testing.assert_close(says(reference, batch_of()), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain(twin, batch_of()), before, rtol=1e-4, atol=1e-5)  # its own logits as well
     changed = kept_hidden_states(original, batch_of())
     assert not torch.allclose(changed, reference.signals(batch_of())[0].voices[0].hidden_MH, atol=1e-2)
 
