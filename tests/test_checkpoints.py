@@ -59,7 +59,7 @@ def build(student: str, folder: Path, **changes: Any) -> Any:
         )
     if student == "mixtral":
         arguments["router_aux_loss_coef"] = 0.1
-    model = tiny.model("mixtral" if student == "mixtral" else "mistral", seed=1)
+    model = tiny.model("mixtral" if student == "mixtral" else "mistral", seed=1).eval()  # as from_pretrained gives it
     return dae(folder, tiny.rows(14), model, **(arguments | changes))
 
 
@@ -214,6 +214,19 @@ def test_killed_again_and_again(tmp_path: Path, straight_folder: Path) -> None:
     assert_the_same("lora", tmp_path, straight_folder)
 
 
+@pytest.mark.parametrize(
+    "end", [dict(max_steps=10), dict(max_steps=-1, num_train_epochs=2)], ids=["inside an epoch", "at its end"]
+)
+def test_resumed_from_its_last_checkpoint_a_run_trains_no_more(end: dict[str, Any], tmp_path: Path) -> None:
+    """Killed between the last checkpoint and the end; the Trainer itself would take one more step, or log less."""
+    results = []
+    for _ in range(2):
+        run("dense", tmp_path, lr_scheduler_type="constant", **end)
+        results.append(torch.load(tmp_path / "result.pt"))
+    assert torch.equal(results[1]["weights"], results[0]["weights"])
+    assert results[1]["history"] == results[0]["history"]
+
+
 # ---- damaged, foreign and other runs' checkpoints ---------------------------------------------------------------------
 
 
@@ -328,6 +341,20 @@ def test_a_run_begun_anew_in_the_same_folder_keeps_its_own_checkpoints(output: P
     build("dense", output, max_steps=3, save_total_limit=5).train()
     newest = checkpoint.newest_whole(output)
     assert newest is not None and newest.name == "checkpoint-3"
+
+
+def test_a_deletion_that_is_cut_short_leaves_no_half_checkpoint(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(folder: Path) -> None:
+        (folder / "optimizer.pt").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", cut)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.rotate(output, 1, set())
+    assert [folder.name for folder in checkpoint.checkpoints(output)] == ["checkpoint-6"]
+    checkpoint.clear_remains(output)
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
 def test_checkpoints_hold_no_pickled_arguments(output: Path) -> None:

@@ -26,6 +26,7 @@ def test_trl_private_names() -> None:
     for owner, names in {
         trl.SFTTrainer: ["_prepare_dataset", "_set_signature_columns_if_needed", "_save_checkpoint", "create_model_card"],
         transformers.Trainer: [
+            "_run_epoch",
             "_save",
             "_save_checkpoint",
             "_save_rng_state",

@@ -251,7 +251,7 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the window since the last log. A collective call, as in TRL."""
-        if self.model.training:
+        if self.model.training or "train_loss" in logs:  # the last log of a run may come after an evaluation
             logs.update(self._pop_means("train"))
             self._total_train_tokens += int(self.accelerator.reduce(self._new_tokens.to(self.accelerator.device)))
             self._new_tokens = torch.zeros((), dtype=torch.long)

@@ -113,6 +113,13 @@ class WholeCheckpointTrainer(SFTTrainer):
         self._total_loss_scalar = state["total_loss_scalar"]
         self._globalstep_last_logged = state["globalstep_last_logged"]
 
+    def _run_epoch(self, **arguments: Any) -> None:
+        """The Trainer's epoch; a run that is resumed at its very end, where the Trainer takes one more step, has none left."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**arguments)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save, seal, and only then remove older checkpoints."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
