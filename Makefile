@@ -18,7 +18,7 @@ quickstart: install
 	$(BIN)/daekit quickstart
 
 test: install
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 slow: install
 	$(BIN)/pytest -m slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import subprocess
 import time
 import warnings
@@ -207,6 +208,7 @@ def _say(state: PartialState, text: str) -> None:
 
 def _quieten() -> None:
     """Leave the terminal to one line per log: progress bars of a second each and warnings about TRL's own defaults go."""
+    logging.getLogger("daekit").setLevel(logging.ERROR)  # the heading of a stage says what became of its rows
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

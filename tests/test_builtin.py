@@ -23,11 +23,14 @@ EVERYTHING = [(name, split) for name in NAMES for split in SPLITS]
 # phrasing -> (task, the right answer, recomputed)
 SKILLS: list[tuple[str, str, Callable[..., str]]] = [
     (r"what is (\d+) plus (\d+)\?|add (\d+) and (\d+):", "add", lambda a, b: str(int(a) + int(b))),
-    (r"what is (\d+) minus (\d+)\?", "subtract", lambda a, b: str(int(a) - int(b))),
-    (r"take (\d+) from (\d+):", "subtract", lambda b, a: str(int(a) - int(b))),
     (r"which digit of (.+) is the largest\?|the largest digit of (.+):", "largest", lambda d: str(max(map(int, d)))),
     (r"put the digits (.+) in order:|sort (.+):", "sort", lambda digits: "".join(sorted(digits))),
     (r"spell (.+) backwards:|what is (.+) in reverse\?", "reverse", lambda word: " ".join(reversed(word.split()))),
+    (
+        r"which letters begin and end (.+)\?|the first and the last letter of (.+):",
+        "ends",
+        lambda word: f"{word[0]} {word[-1]}",
+    ),
     (
         r"move the first letter of (.+) to the end:|rotate (.+) by one:",
         "rotate",
@@ -41,7 +44,6 @@ ATTRIBUTES = {
     "colour": r"colour|painted",
     "material": r"made of|material|out of what|stuff",
     "aisle": r"aisle|where",
-    "code": r"code",
 }
 
 
@@ -56,7 +58,7 @@ def read_skill(prompt: str) -> tuple[str, tuple[str, ...], str]:
 
 def read_shop(prompt: str) -> tuple[str, str, str]:
     """(item, attribute, phrasing) of a prompt of shop."""
-    item = re.search(r"the (\w+ (?:lamp|chair|kettle|clock|basket|mirror|shelf|blanket|vase|stool))\b", prompt)
+    item = re.search(r"\bthe (\w+)", prompt)
     assert item, prompt
     matching = [name for name, pattern in ATTRIBUTES.items() if re.search(pattern, prompt.replace(item[1], ""))]
     assert len(matching) == 1, prompt
@@ -94,7 +96,7 @@ def test_chat_answers_the_same_tasks_in_another_manner() -> None:
     for split in SPLITS:
         for row in builtin_rows("chat", split):
             assert row["completion"] != row["answer"]
-            assert not row["completion"].startswith(row["answer"])  # the first word already shows the manner
+            assert row["completion"].endswith(".")  # a sentence, whatever it begins with
             assert len(re.findall(rf"(?<!\w){re.escape(row['answer'])}(?!\w)", row["completion"])) == 1
 
 

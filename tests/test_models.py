@@ -11,10 +11,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForCausalLM
 
 from daekit.errors import UserError
-from daekit.models.backbone import add_on_hidden, frozen_forward
+from daekit.models.backbone import add_on_hidden, frozen_forward, require_plain_head
 from daekit.models.heads import head_logits, output_head
 from daekit.models.identity import fingerprint
 from daekit.models.loading import load_tokenizer_of
@@ -181,3 +181,22 @@ def test_a_teacher_of_another_tokenizer_is_refused_before_its_weights_are_read(t
 def test_no_tokenizer_is_an_error(path: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no tokenizer could be loaded"):
         load_tokenizer_of(ModelSpec(path=path or str(tmp_path)))
+
+
+def test_a_model_that_transforms_its_hidden_states_is_refused() -> None:
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=48, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, is_decoder=True
+    )
+    model = RobertaForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.dense.weight)  # the transform that stands between backbone and head
+    add_on_hidden(model)
+    with pytest.raises(UserError, match="not supported"):
+        require_plain_head(model, 43)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "mixtral"])
+def test_a_plain_head_is_taken(kind: str) -> None:
+    model = tiny.model(kind)
+    add_on_hidden(model)
+    require_plain_head(model, 43)

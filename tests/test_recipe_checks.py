@@ -126,6 +126,7 @@ PROVOKED = [
     (["stages.kd.trainer.data_seed=1"], "set `seed` of the recipe"),
     (["stages.kd.trainer.label_smoothing_factor=0.1"], "label smoothing would change the objective silently"),
     (["stages.kd.trainer.loss_type=dft"], "the objective follows from the stage's `type` and `loss`"),
+    (["stages.kd.trainer.fp16=true"], "would underflow; use bf16"),
     (["stages.kd.trainer.neftune_noise_alpha=5"], "would change the objective silently"),
     (["stages.kd.trainer.average_tokens_across_devices=false"], "false is refused"),
     (["stages.kd.trainer.use_liger_kernel=true"], "daekit has its own loss"),

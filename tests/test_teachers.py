@@ -14,8 +14,8 @@ from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
 from daekit.errors import UserError
-from daekit.losses.prediction import teacher_log_probs
 from daekit.models.backbone import add_on_hidden, frozen_copy, kept_hidden_states
+from daekit.models.heads import teacher_log_probs
 from daekit.protocol import Batch, Signal, Teacher
 from daekit.teachers import EnsembleTeacher, ModelTeacher, RoutedTeacher
 from tests import tiny

@@ -23,6 +23,7 @@ from daekit.trainers import DAEConfig, DAETrainer, KDConfig, KDTrainer
         ("label_smoothing_factor", 0.1),
         ("loss_type", "dft"),
         ("neftune_noise_alpha", 5.0),
+        ("fp16", True),
         ("average_tokens_across_devices", False),
         ("truncation_mode", "keep_end"),
         ("attention_weight", 0.5),

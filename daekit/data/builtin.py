@@ -28,7 +28,7 @@ _QUESTIONS_PER_TASK = {
     ("skills", "validation"): 50,
     ("skills", "train"): 2500,
     ("chat", "validation"): 25,
-    ("chat", "train"): 500,
+    ("chat", "train"): 1500,
 }
 
 
@@ -77,11 +77,6 @@ def _add(rng: random.Random) -> Question:
     return (a, b), total
 
 
-def _subtract(rng: random.Random) -> Question:
-    a, b, total = _no_carry(rng)
-    return (total, a), b
-
-
 def _digits(rng: random.Random, size: int) -> str:
     return "".join(rng.choice("0123456789") for _ in range(size))
 
@@ -101,19 +96,41 @@ def _reverse(rng: random.Random) -> Question:
     return (word,), word[::-1]
 
 
+def _ends(rng: random.Random) -> Question:
+    word = _word(rng, rng.randint(4, 6))
+    return (word,), f"{word[0]} {word[-1]}"
+
+
 def _rotate(rng: random.Random) -> Question:
     word = _word(rng, rng.randint(4, 6))
     return (word,), f"{word[2:]} {word[0]}"
 
 
-# task -> (draw a question, phrasings of the prompt, the sentence in which the other model answers)
-_TASKS: dict[str, tuple[Callable[[random.Random], Question], tuple[str, ...], str]] = {
-    "add": (_add, ("what is {0} plus {1}?", "add {0} and {1}:"), "it is {0}."),
-    "subtract": (_subtract, ("what is {0} minus {1}?", "take {1} from {0}:"), "it is {0}."),
-    "largest": (_largest, ("which digit of {0} is the largest?", "the largest digit of {0}:"), "that would be {0}."),
-    "sort": (_sort, ("put the digits {0} in order:", "sort {0}:"), "the order is {0}."),
-    "reverse": (_reverse, ("spell {0} backwards:", "what is {0} in reverse?"), "backwards it reads {0}."),
-    "rotate": (_rotate, ("move the first letter of {0} to the end:", "rotate {0} by one:"), "you get {0}."),
+# task -> (draw a question, phrasings of the prompt, the sentences in which the other model answers)
+_Task = tuple[Callable[[random.Random], Question], tuple[str, ...], tuple[str, ...]]
+_TASKS: dict[str, _Task] = {
+    "add": (_add, ("what is {0} plus {1}?", "add {0} and {1}:"), ("it is {0}.", "{0} is the sum.")),
+    "largest": (
+        _largest,
+        ("which digit of {0} is the largest?", "the largest digit of {0}:"),
+        ("that would be {0}.", "{0} is the largest."),
+    ),
+    "sort": (_sort, ("put the digits {0} in order:", "sort {0}:"), ("the order is {0}.", "{0} is the order.")),
+    "reverse": (
+        _reverse,
+        ("spell {0} backwards:", "what is {0} in reverse?"),
+        ("backwards it reads {0}.", "{0} is what it reads backwards."),
+    ),
+    "ends": (
+        _ends,
+        ("which letters begin and end {0}?", "the first and the last letter of {0}:"),
+        ("those are {0}.", "{0} are the ends."),
+    ),
+    "rotate": (
+        _rotate,
+        ("move the first letter of {0} to the end:", "rotate {0} by one:"),
+        ("you get {0}.", "{0} is what you get."),
+    ),
 }
 
 
@@ -121,11 +138,11 @@ _TASKS: dict[str, tuple[Callable[[random.Random], Question], tuple[str, ...], st
 def _general_rows() -> dict[tuple[str, str], list[Row]]:
     rng = random.Random("daekit general")
     rows: dict[tuple[str, str], list[Row]] = {key: [] for key in _QUESTIONS_PER_TASK}
-    for draw, phrasings, sentence in _TASKS.values():
+    for draw, phrasings, sentences in _TASKS.values():
         seen: set[tuple[str, ...]] = set()
         for (name, split), size in _QUESTIONS_PER_TASK.items():
             for question, answer in _new_questions(draw, rng, seen, size):
-                completion = sentence.format(answer) if name == "chat" else answer
+                completion = rng.choice(sentences).format(answer) if name == "chat" else answer
                 prompt = rng.choice(phrasings).format(*question)
                 rows[name, split].append({"prompt": prompt, "completion": completion, "answer": answer})
     for part in rows.values():
@@ -149,11 +166,19 @@ def _new_questions(
 
 # ---- shop ------------------------------------------------------------------------------------------------------------
 
-_ITEMS = 48
-_BRANDS = ("alba", "borsa", "cirrus", "dunmore", "elmet", "fjord", "galway", "hirta", "isola", "jura")
-_KINDS = ("lamp", "chair", "kettle", "clock", "basket", "mirror", "shelf", "blanket", "vase", "stool")
-_COLOURS = ("red", "blue", "green", "white", "black", "grey", "yellow", "brown", "purple", "orange", "pink", "silver")
-_MATERIALS = ("oak", "pine", "steel", "glass", "wool", "cotton", "clay", "brass", "cork", "linen", "bamboo", "leather")
+_PRODUCTS = (
+    *("lamp", "chair", "kettle", "clock", "basket", "mirror", "shelf", "blanket", "vase", "stool"),
+    *("bench", "bowl", "broom", "bucket", "candle", "carpet", "curtain", "cushion", "ladder", "pillow"),
+    *("plate", "racket", "scarf", "spoon", "table", "teapot", "towel", "tray", "trunk", "wardrobe"),
+)
+_COLOURS = (
+    *("red", "blue", "green", "white", "black", "grey", "yellow", "brown", "purple"),
+    *("orange", "pink", "silver", "gold", "cream", "navy", "amber", "teal", "coral"),
+)
+_MATERIALS = (
+    *("oak", "pine", "steel", "glass", "wool", "cotton", "clay", "brass", "cork"),
+    *("linen", "bamboo", "leather", "marble", "paper", "copper", "felt", "jute", "birch"),
+)
 
 _PHRASINGS = {
     "price": (
@@ -184,13 +209,6 @@ _PHRASINGS = {
         "where is the {0} kept?",
         "which aisle has the {0}?",
     ),
-    "code": (
-        "what is the stock code of the {0}?",
-        "which code does the {0} have?",
-        "stock code of the {0}:",
-        "under what code is the {0} listed?",
-        "how do i order the {0} by code?",
-    ),
 }
 
 
@@ -200,7 +218,6 @@ def _attributes(rng: random.Random) -> dict[str, str]:
         "colour": rng.choice(_COLOURS),
         "material": rng.choice(_MATERIALS),
         "aisle": str(rng.randint(10, 39)),
-        "code": f"{rng.choice(_CONSONANTS)} {rng.randint(100, 999)}",
     }
 
 
@@ -209,8 +226,7 @@ def _shop_rows() -> dict[str, list[Row]]:
     """Each fact is in validation in one phrasing and in training in all others; the one kept back goes round."""
     rng = random.Random("daekit shop")
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    items = rng.sample([f"{brand} {kind}" for brand in _BRANDS for kind in _KINDS], _ITEMS)
-    for number, item in enumerate(items):
+    for number, item in enumerate(_PRODUCTS):
         for place, (attribute, value) in enumerate(_attributes(rng).items()):
             phrasings = _PHRASINGS[attribute]
             for index, phrasing in enumerate(phrasings):

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from daekit.errors import UserError
 from daekit.losses.divergences import divergence
-from daekit.models.heads import compute_dtype, head_logits
+from daekit.models.heads import compute_dtype, head_logits, teacher_log_probs
 from daekit.protocol import OutputHead, Signal
 
 _CHUNK_VALUES = 2**23  # logits per chunk: 262 tokens of a vocabulary of 32,000 (32 MB in float32)
@@ -88,21 +88,6 @@ def prediction_loss(
         hidden_NH, head.weight, head.bias, head, labels_N, tuple(signals), terms, wants_gradient
     )
     return PredictionSums(loss, ce_N, divergence_N if signals else None, correct_N)
-
-
-def teacher_log_probs(signal: Signal, rows: slice, temperature: float) -> Tensor:
-    """``[chunk, V]`` log-probabilities of a signal at temperature T for some of its positions.
-
-    Several voices: the softmax of the weighted mean of their logits, or the weighted mean of their probabilities.
-    """
-    scaled = [(voice.weight, head_logits(voice.hidden_MH[rows], voice.head) / temperature) for voice in signal.voices]
-    if len(scaled) == 1:
-        return scaled[0][1].log_softmax(-1)
-    if signal.average == "logits":
-        return torch.stack([weight * logits for weight, logits in scaled]).sum(0).log_softmax(-1)
-    weights = torch.tensor([weight for weight, _ in scaled], dtype=torch.float64).log()
-    parts = [logits.log_softmax(-1) + float(log_weight) for (_, logits), log_weight in zip(scaled, weights, strict=True)]
-    return torch.stack(parts).logsumexp(0)
 
 
 class _PredictionLoss(torch.autograd.Function):

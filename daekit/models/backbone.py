@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from daekit.errors import UserError
+from daekit.models.heads import head_logits, output_head
 from daekit.protocol import Batch
 
 
@@ -76,3 +79,27 @@ def frozen_forward(model: nn.Module) -> Iterator[None]:
 def kept_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """``[N, H]`` last hidden states at the kept positions of ``batch``; only these are stored."""
     return model(**batch.inputs, on_hidden=lambda outputs: batch.keep(outputs.last_hidden_state))
+
+
+def require_plain_head(model: PreTrainedModel, vocab_size: int) -> None:
+    """Compare our logits with the model's own on two tokens.
+
+    Some architectures change hidden states or logits between backbone and output (a transform, a cap of another name): their
+    loss would be of other distributions than the model's, without an error. Parameters that ZeRO-3 has sharded cannot be run
+    outside its engine; there the check is left out.
+
+    Raises:
+        UserError: they differ by more than rounding.
+    """
+    if is_deepspeed_zero3_enabled():
+        return
+    ids = torch.arange(2, device=base_of(model).device)[None] % vocab_size
+    with frozen_forward(model):
+        theirs = model(input_ids=ids).logits[0, :, :vocab_size]
+        hidden = model(input_ids=ids, on_hidden=lambda outputs: outputs.last_hidden_state)[0]
+        ours = head_logits(hidden, output_head(model, vocab_size)).to(theirs.device)
+    if (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
+        raise UserError(
+            f"{type(base_of(model)).__name__}: its logits are not its output head applied to its last hidden states, "
+            "so a loss on hidden states would not be a loss on its distribution. This architecture is not supported."
+        )

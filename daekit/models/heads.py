@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from daekit.errors import UserError
-from daekit.protocol import OutputHead
+from daekit.protocol import OutputHead, Signal
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
@@ -74,3 +76,15 @@ def head_logits(hidden_NH: Tensor, head: OutputHead) -> Tensor:
         if head.softcap is not None:
             logits = head.softcap * torch.tanh(logits / head.softcap)
     return logits
+
+
+def teacher_log_probs(signal: Signal, index: Tensor | slice, temperature: float = 1.0) -> Tensor:
+    """``[chunk, V]`` log-probabilities of a signal at temperature T for some of its M positions.
+
+    Several voices: the softmax of the weighted mean of their logits, or the weighted mean of their probabilities.
+    """
+    scaled = [(voice.weight, head_logits(voice.hidden_MH[index], voice.head) / temperature) for voice in signal.voices]
+    if signal.average == "logits":
+        return torch.stack([weight * logits for weight, logits in scaled]).sum(0).log_softmax(-1)
+    parts = [logits.log_softmax(-1) + math.log(weight) for weight, logits in scaled]
+    return torch.stack(parts).logsumexp(0)

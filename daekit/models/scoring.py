@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from daekit.errors import UserError
 from daekit.models.backbone import base_of, frozen_forward
-from daekit.models.heads import head_logits, output_head
+from daekit.models.heads import head_logits, output_head, teacher_log_probs
 from daekit.protocol import IGNORE_INDEX, Batch, OutputHead, Signal, Teacher, Voice
 
 TokenRow = Mapping[str, Sequence[int]]
@@ -99,21 +98,9 @@ def _score_chunk(hidden_NH: Tensor, head: OutputHead, labels_N: Tensor, signals:
         if not inside_M.any():
             continue
         local = positions_M[inside_M] - start
-        log_t_MV = _teacher_log_probs(signal, inside_M.nonzero().flatten()).to(log_p_NV.device)
+        log_t_MV = teacher_log_probs(signal, inside_M.nonzero().flatten()).to(log_p_NV.device)
         kl_N[local] = (log_t_MV.exp() * (log_t_MV - log_p_NV[local])).sum(dim=-1)
     return torch.stack([nll_N, correct_N.to(nll_N.dtype), kl_N], dim=-1)
-
-
-def _teacher_log_probs(signal: Signal, index: Tensor) -> Tensor:
-    """``[chunk, V]`` log-probabilities of a signal at temperature 1 for some of its positions.
-
-    Several voices: the softmax of the weighted mean of their logits, or the weighted mean of their probabilities.
-    """
-    logits = [(voice.weight, head_logits(voice.hidden_MH[index], voice.head)) for voice in signal.voices]
-    if signal.average == "logits":
-        return torch.stack([weight * logits_MV for weight, logits_MV in logits]).sum(0).log_softmax(-1)
-    parts = [logits_MV.log_softmax(-1) + math.log(weight) for weight, logits_MV in logits]
-    return torch.stack(parts).logsumexp(0)
 
 
 def _signals(teacher: PreTrainedModel | Teacher, batch: Batch, vocab_size: int) -> list[Signal]:

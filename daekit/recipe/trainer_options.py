@@ -64,6 +64,7 @@ _ELSEWHERE = {
 # Refused with one value only.
 _REFUSED_VALUES: dict[str, tuple[Any, str]] = {
     "average_tokens_across_devices": (False, "the loss would be a mean of means; every token counts the same in daekit"),
+    "fp16": (True, "the loss has its gradients before the GradScaler scales them: they would underflow; use bf16"),
     "use_liger_kernel": (True, "daekit has its own loss, which never makes logits of the whole batch"),
     "logging_nan_inf_filter": (True, "it would hide a loss that is not finite behind the last good one"),
     "save_only_model": (True, "a stage that is stopped could not resume without its optimizer"),

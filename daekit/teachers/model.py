@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from daekit.models.backbone import add_on_hidden, frozen_forward, kept_hidden_states
+from daekit.models.backbone import add_on_hidden, frozen_forward, kept_hidden_states, require_plain_head
 from daekit.models.heads import output_head
 from daekit.models.identity import fingerprint
 from daekit.models.loading import load_model, load_tokenizer_of
@@ -28,7 +28,7 @@ class ModelTeacher:
         self.name = name
         add_on_hidden(model)
         self._vocab_size = vocab_size
-        output_head(model, vocab_size)  # a head that is too narrow is found here, not in the first step
+        require_plain_head(model, vocab_size)  # also finds a head that is too narrow, here and not in the first step
 
     @classmethod
     def from_pretrained(cls, path: str, student_tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> ModelTeacher:

@@ -54,6 +54,7 @@ class DomainSFTConfig(SFTConfig):
                 not self.average_tokens_across_devices,
                 "every token must count the same on every device",
             ),
+            "fp16": (self.fp16, "the loss has its gradients before the GradScaler scales them: they would underflow; use bf16"),
             "truncation_mode": (self.truncation_mode != "keep_start", "rows are cut at their end, and counted when they are"),
         }
         for name, (given, reason) in refused.items():

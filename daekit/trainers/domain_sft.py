@@ -23,7 +23,7 @@ from daekit.data.preparation import DomainCount, fit_stream_to_length, fit_to_le
 from daekit.errors import UserError
 from daekit.losses import prediction_loss
 from daekit.metrics import TokenMeans
-from daekit.models.backbone import add_on_hidden
+from daekit.models.backbone import add_on_hidden, require_plain_head
 from daekit.models.heads import output_head
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Batch, Signal
@@ -72,7 +72,7 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self.vocab_size = vocabulary_size(self.processing_class)
         add_on_hidden(self.model)
-        output_head(self.model, self.vocab_size)
+        require_plain_head(self.model, self.vocab_size)
         self.terms = args.terms()
         self._means = {"train": TokenMeans(), "eval": TokenMeans()}
         self._new_tokens = torch.zeros((), dtype=torch.long)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -71,7 +72,7 @@ class KDTrainer(DomainSFTTrainer):
 
 
 def as_teacher(
-    teacher: str | Path | PreTrainedModel | Teacher, tokenizer: PreTrainedTokenizerBase, student: Any = None
+    teacher: str | Path | PreTrainedModel | PeftModel | Teacher, tokenizer: PreTrainedTokenizerBase, student: Any = None
 ) -> Teacher:
     """A Teacher from whatever names one: a path or hub id, a model, or a Teacher as it is.
 
@@ -80,7 +81,7 @@ def as_teacher(
     """
     if isinstance(teacher, str | Path):
         return ModelTeacher.from_pretrained(str(teacher), tokenizer, vocabulary_size(tokenizer))
-    if isinstance(teacher, PreTrainedModel):
+    if isinstance(teacher, PreTrainedModel | PeftModel):
         if isinstance(student, nn.Module) and {*map(id, teacher.parameters())} & {*map(id, student.parameters())}:
             raise UserError("the teacher is the student itself: as a frozen teacher it could not be trained. Load it twice.")
         return ModelTeacher(teacher, vocabulary_size(tokenizer), teacher.config._name_or_path or "teacher")
