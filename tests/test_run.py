@@ -1,0 +1,124 @@
+"""A whole recipe: stages in order, kept when complete, resumed when stopped, refused when changed, reported at the end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from daekit.errors import UserError
+from daekit.recipe import load_recipe_text
+from daekit.recipe.schema import Recipe
+from daekit.run import calibration, run_recipe
+
+RECIPE = """
+name: small
+output_dir: OUT
+tokenizer: {train: {vocab_size: 400, kind: words}}
+sources:
+  skills: {domain: general, path: "builtin:skills", validation: "builtin:skills", limit: 200, validation_limit: 6}
+  chat: {domain: general, path: "builtin:chat", limit: 100}
+  shop: {domain: shop, path: "builtin:shop", validation: "builtin:shop", limit: 60, validation_limit: 6}
+stages:
+  teacher:
+    type: sft
+    student: {config: &mixtral {model_type: mixtral, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1,
+              num_attention_heads: 2, num_key_value_heads: 1, num_local_experts: 2, num_experts_per_tok: 1}}
+    data: [skills]
+    trainer: &trainer {max_steps: 3, per_device_train_batch_size: 4, logging_steps: 1, save_steps: 2,
+                       gradient_checkpointing: false}
+  student:
+    type: kd
+    student: {config: {model_type: mistral, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1,
+              num_attention_heads: 2, num_key_value_heads: 1}}
+    teacher: {ensemble: [{model: "stage:teacher", weight: 0.5}, {model: {config: *mixtral}, weight: 0.5}]}
+    data: [skills]
+    trainer: *trainer
+  aligned:
+    type: dae
+    teachers: {shop: "stage:teacher"}
+    data: {shop: 0.5, chat: 0.5}
+    lora: {r: 2, merge: MERGE}
+    trainer: *trainer
+evaluation: {baseline: student, max_new_tokens: 4}
+"""
+
+
+def recipe(out: Path, *overrides: str, merge: bool = False) -> Recipe:
+    text = RECIPE.replace("OUT", str(out)).replace("MERGE", str(merge).lower())
+    return load_recipe_text(text, "small.yaml", overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    run_recipe(recipe(out))
+    return out
+
+
+def test_the_report_has_every_model_and_domain(finished: Path) -> None:
+    rows = json.loads((finished / "report" / "report.json").read_text())
+    assert all(row.keys() == {"model", "domain", "metric", "value", "low", "high", "n"} for row in rows)
+    measured = {(row["model"], row["domain"], row["metric"]) for row in rows}
+    for model in ("teacher", "student", "aligned"):
+        for domain in ("general", "shop"):
+            for metric in ("nll", "perplexity", "token_accuracy", "exact_match", "answer_match"):
+                assert (model, domain, metric) in measured
+    assert {("student", "general", "kl_to_teacher"), ("aligned", "shop", "kl_to_teacher")} <= measured
+    assert ("teacher", "shop", "kl_to_teacher") not in measured
+    assert (finished / "report" / "report.html").is_file()
+
+
+def test_provenance_lies_beside_the_weights(finished: Path) -> None:
+    folder = finished / "stages" / "aligned" / "model"
+    facts = json.loads((folder / "provenance.json").read_text())
+    assert facts["versions"].keys() >= {"torch", "transformers", "trl"}
+    assert facts["run"]["teacher"].keys() == {"general", "shop"}
+    assert facts["run"]["data"] and facts["mixture"][0]["used"] == facts["mixture"][1]["used"]
+    assert (folder / "recipe.yaml").is_file() and (folder / "adapter_model.safetensors").is_file()
+    assert not list(finished.rglob("training_args.bin"))
+
+
+def test_a_complete_run_is_kept(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    run_recipe(recipe(finished))
+    assert capsys.readouterr().out.count("complete, kept") == 4
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+
+
+def test_a_stage_that_lost_its_end_is_resumed_to_the_same_weights(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = finished / "stages" / "student"
+    straight = load_file(stage / "model" / "model.safetensors")
+    (stage / "stage.json").unlink()  # stopped after the last checkpoint, before the stage was declared complete
+    run_recipe(recipe(finished))
+    assert "resumed at step 3/3" in capsys.readouterr().out
+    resumed = load_file(stage / "model" / "model.safetensors")
+    assert all(resumed[name].equal(tensor) for name, tensor in straight.items())
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("stages.teacher.trainer.learning_rate=1e-3", "stage.trainer.learning_rate: "),
+        ("name=other", "recipe 'small'"),
+        ("sources.skills.limit=190", "sources.skills.limit"),
+    ],
+)
+def test_another_recipes_run_is_left_alone(finished: Path, override: str, wanted: str) -> None:
+    with pytest.raises(UserError, match=wanted):
+        run_recipe(recipe(finished, override))
+
+
+def test_a_merged_stage_is_a_plain_model(tmp_path: Path) -> None:
+    small = recipe(tmp_path / "run", merge=True)
+    run_recipe(replace(small, evaluation=None))
+    folder = tmp_path / "run" / "stages" / "aligned"
+    assert (folder / "model" / "model.safetensors").is_file()
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_calibration_says_how_fast_the_machine_is() -> None:
+    assert "ms" in calibration() and "GFLOP/s" in calibration()
