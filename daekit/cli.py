@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.resources
 import json
 import sys
@@ -24,6 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except UserError as error:
         print(f"daekit: error: {error}", file=sys.stderr)
+        return _STATUS_OF_USER_ERROR
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"daekit: error: the disk is full ({error}). Free some space; the same command goes on.", file=sys.stderr)
         return _STATUS_OF_USER_ERROR
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)

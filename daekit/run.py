@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import logging
@@ -55,10 +56,11 @@ def run_recipe(recipe: Recipe) -> None:
             _say(state, f"[{name}] complete, kept")
         else:
             _run_stage(recipe, name, folder, data, models)
+            _free_memory()
         state.wait_for_everyone()
+    # the other ranks are done: a barrier would time out while the main process generates answers
     if recipe.evaluation is not None and state.is_main_process:
         _report(recipe, folder, data, models, state)
-    state.wait_for_everyone()
 
 
 def calibration() -> str:
@@ -96,7 +98,9 @@ def _claim(recipe: Recipe, folder: RunFolder) -> None:
                     f"Choose another output_dir, or delete {folder.stage(name).root} and the stages that use it."
                 )
     folder.root.mkdir(parents=True, exist_ok=True)
-    folder.recipe.write_text(to_yaml(recipe))
+    half = folder.recipe.with_suffix(".half")
+    half.write_text(to_yaml(recipe))
+    half.replace(folder.recipe)
 
 
 def _run_stage(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, models: ModelBuilder) -> None:
@@ -160,9 +164,10 @@ def _provenance(trainer: DomainSFTTrainer, mixture: Mixture) -> dict[str, Any]:
 
 def _report(recipe: Recipe, folder: RunFolder, data: DataBuilder, models: ModelBuilder, state: PartialState) -> None:
     """Evaluate and write; kept if neither the stages nor the evaluation have changed since."""
-    key = json.loads(
-        json.dumps({"evaluation": asdict(recipe.evaluation), "stages": {n: stage_key(recipe, n) for n in recipe.stages}})  # type: ignore[arg-type]
-    )
+    assert recipe.evaluation is not None
+    sources = {name: asdict(recipe.sources[name]) for name in recipe.evaluation.sources}
+    stages = {name: folder.stage(name).done.read_text() for name in recipe.stages}
+    key = json.loads(json.dumps({"evaluation": asdict(recipe.evaluation), "sources": sources, "stages": stages}))
     key_file = folder.report / "report_key.json"
     if key_file.is_file() and json.loads(key_file.read_text()) == key:
         print(f"[report] complete, kept: {folder.report / 'report.html'}", flush=True)
@@ -172,6 +177,13 @@ def _report(recipe: Recipe, folder: RunFolder, data: DataBuilder, models: ModelB
     write_report(folder.report, report)
     write_json(key_file, key)
     print(f"\n{format_table(report.rows)}\n\nReport: {folder.report / 'report.html'}", flush=True)
+
+
+def _free_memory() -> None:
+    """A trainer and its model refer to each other in circles: without this a teacher would stay on the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _first_difference(then: Any, now: Any, path: str = "") -> str:
@@ -198,7 +210,8 @@ def _commit() -> str:
         )
     except FileNotFoundError:
         return "unknown"
-    return described.stdout.strip() or "unknown"
+    ours = (source.parent / ".git").exists()  # not a repository around the virtual environment
+    return described.stdout.strip() if ours and described.stdout.strip() else "unknown"
 
 
 def _say(state: PartialState, text: str) -> None:

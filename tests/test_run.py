@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from daekit.errors import UserError
 from daekit.recipe import load_recipe_text
-from daekit.recipe.schema import Recipe
+from daekit.recipe.schema import ModelSpec, Recipe, TeacherSpec
 from daekit.run import calibration, run_recipe
 
 RECIPE = """
@@ -118,6 +118,31 @@ def test_a_merged_stage_is_a_plain_model(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "stages" / "aligned"
     assert (folder / "model" / "model.safetensors").is_file()
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_an_adapter_on_an_adapter_keeps_both(tmp_path: Path) -> None:
+    small = recipe(tmp_path / "run")
+    teachers = {"shop": TeacherSpec(ModelSpec(stage="teacher"))}
+    first = replace(small.stages["aligned"], student=ModelSpec(stage="teacher"), teachers=teachers)
+    second = replace(first, student=ModelSpec(stage="first"))
+    run_recipe(replace(small, stages={"teacher": small.stages["teacher"], "first": first, "second": second}, evaluation=None))
+    folder = tmp_path / "run" / "stages"
+    base = json.loads((folder / "second" / "model" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(base) == (folder / "first" / "model").resolve()
+
+
+def test_a_report_of_other_rows_is_made_anew(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_recipe(recipe(finished, "sources.shop.validation_limit=5"))
+    assert "[report] evaluating" in capsys.readouterr().out
+
+
+def test_a_tokenizer_of_other_settings_is_not_used(tmp_path: Path) -> None:
+    small = replace(recipe(tmp_path), stages={}, evaluation=None)
+    run_recipe(small)
+    assert small.tokenizer is not None and small.tokenizer.train is not None
+    other = replace(small, tokenizer=replace(small.tokenizer, train=replace(small.tokenizer.train, vocab_size=399)))
+    with pytest.raises(UserError, match="other settings"):
+        run_recipe(other)
 
 
 def test_calibration_says_how_fast_the_machine_is() -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from daekit.build.folders import RunFolder
-from daekit.data.mixture import Mixture, mix
+from daekit.data.mixture import Mixture, in_common_features, mix
 from daekit.data.sources import load_source
 from daekit.data.tokenizer import load_tokenizer, source_texts, train_tokenizer
+from daekit.errors import UserError
 from daekit.evaluation import EvaluationSet, tokenize_rows
 from daekit.models.loading import load_tokenizer_of
-from daekit.recipe.schema import MixtureSpec, Recipe
+from daekit.recipe.schema import MixtureSpec, Recipe, SourceSpec
 
 
 class DataBuilder:
@@ -36,7 +38,7 @@ class DataBuilder:
     def validation(self, spec: MixtureSpec) -> Dataset | None:
         """The validation rows of the sources of a stage, one after another."""
         parts = [rows for name in spec.sources if (rows := self.source(name)[1]) is not None]
-        return concatenate_datasets(parts) if parts else None
+        return concatenate_datasets(in_common_features(parts)) if parts else None
 
     def evaluation_sets(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, EvaluationSet]:
         """The tokenised validation rows of the report's sources."""
@@ -63,10 +65,24 @@ class DataBuilder:
             return load_tokenizer_of(first)
         if spec.train is None:
             return load_tokenizer(spec)
+        facts = json.loads(json.dumps({name: _training(self.recipe.sources[name]) for name in spec.train.sources}))
+        facts["train"] = json.loads(json.dumps(asdict(spec.train)))
+        facts_file = folder.tokenizer / "trained_on.json"
+        if facts_file.is_file() and json.loads(facts_file.read_text()) != facts:
+            raise UserError(
+                f"{folder.tokenizer}: was trained with other settings or sources. Delete it and the stages that use it, "
+                "or choose another output_dir."
+            )
         if not folder.tokenizer.is_dir():
             texts = (text for name in spec.train.sources for text in source_texts(self.source(name)[0]))
             trained = train_tokenizer(texts, spec.train)
             half = folder.tokenizer.with_suffix(".half")
             trained.save_pretrained(half)
+            (half / facts_file.name).write_text(json.dumps(facts))
             half.rename(folder.tokenizer)
         return load_tokenizer(replace(spec, train=None, path=str(folder.tokenizer)))
+
+
+def _training(source: SourceSpec) -> dict[str, object]:
+    """The part of a source's spec that decides its training rows."""
+    return {key: value for key, value in asdict(source).items() if not key.startswith("validation")}

@@ -33,6 +33,7 @@ def build_report(
         model = models.model(ModelSpec(stage=name)).to(device)
         teachers = _teachers(recipe.stages[name], models, {each.domain for each in sets.values()}, device)
         evaluations.append(evaluate_model(name, model, models.tokenizer, sets, spec=spec, teachers=teachers))
+        del model, teachers  # before the next ones are loaded
     rows = [row for evaluation in evaluations for row in evaluation.rows(spec.bootstrap)]
     if spec.baseline is not None:
         domains = _reference_domains(recipe)
@@ -60,7 +61,9 @@ def _teachers(stage: StageSpec, models: ModelBuilder, domains: Iterable[str], de
         return dict.fromkeys(domains, models.teacher(stage.teacher).to(device))
     reference = stage.reference or TeacherSpec(model=stage.student)
     specs = stage.teachers | dict.fromkeys(stage.reference_domains, reference)
-    return {domain: models.teacher(specs[domain]).to(device) for domain in domains if domain in specs}
+    wanted = {domain: specs[domain] for domain in domains if domain in specs}
+    loaded = {text: models.teacher(spec).to(device) for text, spec in {repr(s): s for s in wanted.values()}.items()}
+    return {domain: loaded[repr(spec)] for domain, spec in wanted.items()}
 
 
 def _reference_domains(recipe: Recipe) -> list[str]:

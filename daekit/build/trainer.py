@@ -11,8 +11,7 @@ from daekit.build.data import DataBuilder
 from daekit.build.folders import StageFolder
 from daekit.build.models import ModelBuilder
 from daekit.data.mixture import Mixture
-from daekit.errors import UserError
-from daekit.recipe.schema import LoraSpec, Recipe, StageSpec
+from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe, StageSpec
 from daekit.trainers import (
     DAEConfig,
     DAETrainer,
@@ -39,7 +38,7 @@ def build_trainer(
         "train_dataset": mixture.dataset,
         "eval_dataset": data.validation(stage.data) if stage.trainer.get("eval_strategy", "no") != "no" else None,
         "processing_class": models.tokenizer,
-        "peft_config": _peft_config(stage.lora) if stage.lora else None,
+        "peft_config": _peft_config(stage.lora, stage.student) if stage.lora else None,
     }
     trainer = _trainer(stage, _student(stage, models, common["args"].seed), models, common)
     trainer.remove_callback(PrinterCallback)
@@ -63,8 +62,6 @@ def _trainer(stage: StageSpec, student: PreTrainedModel, models: ModelBuilder, c
 
 def _student(stage: StageSpec, models: ModelBuilder, seed: int) -> PreTrainedModel:
     assert stage.student is not None, "a resolved recipe names every student"
-    if stage.lora and stage.student.config is not None:
-        raise UserError("lora: a student made from a config has random weights, which an adapter cannot make up for")
     return models.model(stage.student, seed)
 
 
@@ -83,10 +80,11 @@ def _arguments(recipe: Recipe, stage: StageSpec, folder: StageFolder) -> DomainS
     return DAEConfig(**arguments, **vars(stage.loss), reference_domains=list(stage.reference_domains))
 
 
-def _peft_config(spec: LoraSpec) -> LoraConfig:
+def _peft_config(spec: LoraSpec, student: ModelSpec | None) -> LoraConfig:
     targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
     return LoraConfig(
         task_type="CAUSAL_LM",
+        revision=student.revision if student else None,
         r=spec.r,
         lora_alpha=spec.lora_alpha,
         lora_dropout=spec.lora_dropout,

@@ -59,7 +59,7 @@ def mix(sources: Mapping[str, Dataset], spec: MixtureSpec, seed: int) -> Mixture
     chosen = [
         take(part, _choose(len(part), count, seed, name)) for (name, part), count in zip(parts.items(), used, strict=True)
     ]
-    together = concatenate_datasets(_in_common_features(chosen))
+    together = concatenate_datasets(in_common_features(chosen))
     table = [
         SourceUse(name, part[0]["domain"], len(part), count, count / sum(used), count / len(part))
         for (name, part), count in zip(parts.items(), used, strict=True)
@@ -107,7 +107,7 @@ def _check_forms(parts: Mapping[str, Dataset]) -> None:
         raise UserError(f"data: sources of one stage must have rows of one form, but {listed}; bring them into one form")
 
 
-def _in_common_features(parts: list[Dataset]) -> list[Dataset]:
+def in_common_features(parts: list[Dataset]) -> list[Dataset]:
     """Missing ``answer`` and ``tools`` become null in concatenation; what null would break is filled in here."""
     for column in ("messages", "prompt", "completion"):
         types = [part.features.get(column) for part in parts]

@@ -140,11 +140,15 @@ def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
     base = config.base_model_name_or_path
     if not base:
         raise UserError(f"{directory}: its adapter_config.json names no base model (base_model_name_or_path)")
-    model = load_model(replace(spec, path=base, revision=None))  # which may be an adapter on its base in turn
+    # the base may be an adapter on its base in turn; code of a base that the recipe does not name is not trusted
+    model = load_model(replace(spec, path=base, revision=config.revision, trust_remote_code=False))
     # not PeftModel.from_pretrained: it reads pickles, and a missing weight is a warning only
     adapted = get_peft_model(model, config)
     restore_weights(adapted, directory)
-    return adapted.merge_and_unload()
+    merged = adapted.merge_and_unload()
+    # the next adapter trained on it must name this as its base, not the base without this adapter
+    merged.name_or_path = merged.config.name_or_path = str(directory.resolve())
+    return merged
 
 
 def quantization_config(spec: ModelSpec) -> BitsAndBytesConfig:

@@ -137,7 +137,7 @@ class MixtureSpec:
         sources: names of sources.
         weights: share of rows of each source, in the order of ``sources``; empty: all rows of every source, once.
         rows: rows of one epoch of a weighted mixture. Default: the most that repeats no row of any source. A source that
-            has fewer rows than its share asks for is repeated in whole passes.
+            has fewer rows than its share asks for is repeated: each row is used n or n + 1 times.
     """
 
     sources: tuple[str, ...]

@@ -60,6 +60,11 @@ class KDTrainer(DomainSFTTrainer):
                 f"chat_template_path={self.args.chat_template_path!r} added {self.vocab_size - size} tokens to the student's "
                 "tokenizer, which its teacher does not have. Set the tokenizer's chat_template yourself, without new tokens."
             )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(
+                "FSDP and DeepSpeed are not supported yet: ranks whose rows follow different teachers would wait for each "
+                "other for ever. Use DDP (accelerate launch --multi_gpu)."
+            )
         self.teacher.to(self.accelerator.device)
 
     def teacher_signals(self, batch: Batch) -> list[Signal]:
