@@ -85,7 +85,8 @@ def stages(draw: st.DrawFn, sources: dict[str, SourceSpec], earlier: list[str]) 
     if draw(st.booleans()):
         data = MixtureSpec(names, tuple(draw(floats) for _ in names), draw(st.none() | counts))
     student = draw(models(earlier) if not earlier else st.none() | models(earlier))
-    common: dict[str, Any] = {"data": data, "student": student, "trainer": draw(trainers), "lora": draw(st.none() | loras)}
+    lora = None if student is not None and student.config is not None else draw(st.none() | loras)
+    common: dict[str, Any] = {"data": data, "student": student, "trainer": draw(trainers), "lora": lora}
     kind = draw(st.sampled_from(["sft", "kd", "dae"]))
     if kind == "sft":
         return StageSpec(type="sft", **common)
