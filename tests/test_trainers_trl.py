@@ -115,7 +115,7 @@ def test_compute_metrics_gets_the_logits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
 def test_the_best_model_is_loaded_at_the_end_whole(kind: str, tmp_path: Path) -> None:
-    """A learning rate that ruins the student: the first checkpoint is the best one."""
+    """The highest loss is called the best, so that the best checkpoint is the first one and not the last."""
     data = tiny.rows(16)
     trainer = kd(
         tmp_path,
@@ -129,18 +129,19 @@ def test_the_best_model_is_loaded_at_the_end_whole(kind: str, tmp_path: Path) ->
         save_steps=1,
         save_total_limit=1,
         load_best_model_at_end=True,
-        learning_rate=30.0,
+        greater_is_better=True,
+        learning_rate=0.5,
         max_steps=3,
     )
     trainer.train()
     losses = logged(trainer, "eval_loss")
-    best = losses.index(min(losses)) + 1
+    best = losses.index(max(losses)) + 1
+    assert best < 3  # or the test would prove nothing
     assert Path(trainer.state.best_model_checkpoint).name == f"checkpoint-{best}"
     loaded = weights(trainer.model)
     restore_weights(trainer.model, tmp_path / f"checkpoint-{best}")
     assert torch.equal(loaded, weights(trainer.model))
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
-    assert best < 3  # or the test would prove nothing
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-5)
     assert trainer.args.save_total_limit == 1
 
 
