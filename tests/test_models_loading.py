@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from daekit.errors import UserError
-from daekit.models.backbone import base_of
+from daekit.models.backbone import add_on_hidden, base_of
 from daekit.models.loading import load_model
+from daekit.models.quantization import keep_four_bit_weights
 from daekit.models.restore import restore_weights
 from daekit.recipe.schema import ModelSpec
 from tests import tiny
@@ -191,6 +192,22 @@ def test_four_bits(saved: Path, tmp_path: Path) -> None:
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     with pytest.raises(UserError, match=r"quantization=4bit left most weights unquantised .*mixture-of-experts"):
         load_model(ModelSpec(path=str(saved / "mixtral"), quantization="4bit"))
+
+
+def test_four_bit_weights_are_not_repacked(tmp_path: Path) -> None:
+    """bitsandbytes repacks them at the first forward in eval mode, with rounding, on a CPU that knows AVX512-BF16."""
+    tiny.model(seed=1, hidden=64).save_pretrained(tmp_path)
+    model = load_model(ModelSpec(path=str(tmp_path), quantization="4bit"))
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.support_avx512bf16_for_cpu is False  # true or false before, as the CPU is
+    layer.support_avx512bf16_for_cpu = True
+    add_on_hidden(model)  # what every trainer and teacher calls, also with a model that the user has loaded
+    before = layer.weight.clone()
+    model.eval()(input_ids=torch.tensor([[1, 2]]))
+    assert layer.support_avx512bf16_for_cpu is False and torch.equal(layer.weight, before)
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(UserError, match="up_proj: a forward in eval mode has repacked"):
+        keep_four_bit_weights(model)
 
 
 # ---- restoring ---------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from daekit.errors import UserError
 from daekit.models.heads import head_logits, output_head
+from daekit.models.quantization import keep_four_bit_weights
 from daekit.protocol import Batch
 
 
@@ -30,7 +31,7 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 
 def add_on_hidden(model: nn.Module) -> None:
-    """Add the keyword ``on_hidden`` to the model's forward, once.
+    """Add the keyword ``on_hidden`` to the model's forward, once; every model that daekit runs passes here.
 
     ``model(**inputs, on_hidden=f)`` runs the backbone only and returns ``f(outputs)``, where ``outputs`` are those of the
     backbone (``last_hidden_state [B,T,H]``, ``router_logits`` if asked for). Without the keyword the forward is as before.
@@ -48,6 +49,7 @@ def add_on_hidden(model: nn.Module) -> None:
         # looked up on each call, because FSDP and PEFT replace modules after this point
         return on_hidden(self.base_model(*args, **(inputs | {"use_cache": False})))
 
+    keep_four_bit_weights(base)
     forward.takes_on_hidden = True  # type: ignore[attr-defined]
     base.forward = types.MethodType(forward, base)
 

@@ -14,7 +14,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 from daekit.errors import UserError
+from daekit.models.quantization import keep_four_bit_weights, quantization_config, require_quantised
 from daekit.models.restore import restore_weights
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.schema import ModelSpec
@@ -120,7 +120,8 @@ def _from_pretrained(spec: ModelSpec) -> PreTrainedModel:
             f"{spec.path}: the checkpoint does not fill the model: {_some(broken)}. It is incomplete or of another model."
         )
     if spec.quantization:
-        _require_quantised(model, spec)
+        require_quantised(model, spec)
+        keep_four_bit_weights(model)
     return model
 
 
@@ -149,37 +150,6 @@ def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
     # the next adapter trained on it must name this as its base, not the base without this adapter
     merged.name_or_path = merged.config.name_or_path = str(directory.resolve())
     return merged
-
-
-def quantization_config(spec: ModelSpec) -> BitsAndBytesConfig:
-    """bitsandbytes settings: nf4 with double quantisation computing in bfloat16, or 8 bits."""
-    if spec.quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=_DTYPES.get(spec.dtype, torch.bfloat16),
-    )
-
-
-def quantised_share(model: PreTrainedModel) -> float:
-    """Bytes of integer (quantised) parameters over the bytes of all weights but embeddings and the output head."""
-    outside = {  # the ends of the model stay as they are under every quantisation
-        id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()
-    }
-    sizes = [(p.numel() * p.element_size(), p.is_floating_point()) for p in model.parameters() if id(p) not in outside]
-    return sum(size for size, floating in sizes if not floating) / max(sum(size for size, _ in sizes), 1)
-
-
-def _require_quantised(model: PreTrainedModel, spec: ModelSpec) -> None:
-    share = quantised_share(model)
-    if share < 0.5:
-        raise UserError(
-            f"{spec.path}: quantization={spec.quantization} left most weights unquantised (only {share:.0%} of the bytes "
-            "outside the embeddings are quantised): transformers keeps mixture-of-experts weights in 16 bits. "
-            "Load this model without quantization."
-        )
 
 
 def _some(problems: dict[str, list[str]]) -> str:
