@@ -27,7 +27,7 @@ from daekit.recipe import stage_key, to_yaml
 from daekit.recipe.schema import ModelSpec, Recipe
 from daekit.report import format_table, write_report
 from daekit.trainers import DomainSFTTrainer
-from daekit.trainers.checkpoint import newest_whole, write_json
+from daekit.trainers.checkpoint import checkpoints, unsealed, write_json
 
 _PACKAGES = ("daekit", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
@@ -112,7 +112,7 @@ def _run_stage(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, 
     start = time.perf_counter()
     trainer, mixture = build_trainer(recipe, name, stage, data, models)
     _say(state, _stage_heading(name, recipe, trainer, mixture))
-    resume = newest_whole(stage.root) is not None
+    resume = any(not unsealed(each) for each in checkpoints(stage.root))
     trainer.train(resume_from_checkpoint=resume)
     _save_result(recipe, name, stage, trainer)
     if state.is_main_process:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +48,11 @@ class ModelBuilder:
             return self._single(spec.model)
         members = [self._single(member.model) for member in spec.ensemble]
         return EnsembleTeacher(members, [member.weight for member in spec.ensemble], spec.average)
+
+    def teachers(self, specs: Mapping[str, TeacherSpec]) -> dict[str, Teacher]:
+        """Domain -> teacher; one object for equal specs, so that a teacher of two domains is loaded once and runs once."""
+        loaded = {text: self.teacher(spec) for text, spec in {repr(spec): spec for spec in specs.values()}.items()}
+        return {domain: loaded[repr(spec)] for domain, spec in specs.items()}
 
     def _single(self, spec: ModelSpec) -> ModelTeacher:
         name = spec.stage or spec.path or "teacher"

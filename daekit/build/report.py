@@ -61,9 +61,8 @@ def _teachers(stage: StageSpec, models: ModelBuilder, domains: Iterable[str], de
         return dict.fromkeys(domains, models.teacher(stage.teacher).to(device))
     reference = stage.reference or TeacherSpec(model=stage.student)
     specs = stage.teachers | dict.fromkeys(stage.reference_domains, reference)
-    wanted = {domain: specs[domain] for domain in domains if domain in specs}
-    loaded = {text: models.teacher(spec).to(device) for text, spec in {repr(s): s for s in wanted.values()}.items()}
-    return {domain: loaded[repr(spec)] for domain, spec in wanted.items()}
+    teachers = models.teachers({domain: specs[domain] for domain in domains if domain in specs})
+    return {domain: teacher.to(device) for domain, teacher in teachers.items()}
 
 
 def _reference_domains(recipe: Recipe) -> list[str]:

@@ -53,11 +53,8 @@ def _trainer(stage: StageSpec, student: PreTrainedModel, models: ModelBuilder, c
     if stage.type == "kd":
         assert stage.teacher is not None, "checked when the recipe was loaded"
         return KDTrainer(student, models.teacher(stage.teacher), **common)
-    # one object for equal specs, so that a teacher of two domains is loaded once and runs once
-    loaded = {text: models.teacher(spec) for text, spec in {repr(spec): spec for spec in stage.teachers.values()}.items()}
-    teachers = {domain: loaded[repr(spec)] for domain, spec in stage.teachers.items()}
     reference = models.teacher(stage.reference) if stage.reference else None
-    return DAETrainer(student, teachers, reference, **common)
+    return DAETrainer(student, models.teachers(stage.teachers), reference, **common)
 
 
 def _student(stage: StageSpec, models: ModelBuilder, seed: int) -> PreTrainedModel:

@@ -46,11 +46,7 @@ class WholeCheckpointTrainer(SFTTrainer):
         output_dir = Path(self.args.output_dir)
         self._resume_folder = None
         if resume_from_checkpoint:
-            folder = checkpoint.newest_whole(output_dir) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
-            if folder is None:
-                raise UserError(f"{output_dir}: holds no whole checkpoint to resume from; train without resume_from_checkpoint")
-            self._require_resumable(folder)
-            self._resume_folder = folder
+            self._resume_folder = self._resumable(output_dir, resume_from_checkpoint)
         if self.args.should_save:
             checkpoint.clear_remains(output_dir)
         self.accelerator.wait_for_everyone()
@@ -68,13 +64,22 @@ class WholeCheckpointTrainer(SFTTrainer):
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
-    def _require_resumable(self, folder: Path) -> None:
-        problem = checkpoint.damage(folder)
-        if problem:
-            raise UserError(f"{folder}: cannot be resumed: {problem}")
+    def _resumable(self, output_dir: Path, wanted: str | bool) -> Path:
+        """The checkpoint to resume from; its files are hashed once, which for a large student takes a while."""
+        if wanted is True:
+            newest = checkpoint.newest_whole(output_dir)
+            if newest is None:
+                raise UserError(f"{output_dir}: holds no whole checkpoint to resume from; train without resume_from_checkpoint")
+            folder = newest
+        else:
+            folder = Path(str(wanted))
+            problem = checkpoint.damage(folder)
+            if problem:
+                raise UserError(f"{folder}: cannot be resumed: {problem}")
         checkpoint.require_same_run(folder, self.run_facts())
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled) and not (folder / "optimizer.pt").is_file():
             raise UserError(f"{folder}: has no optimizer.pt (save_only_model?), so the run cannot go on from it")
+        return folder
 
     def run_facts(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run. JSON-able."""
