@@ -10,6 +10,9 @@ N     kept positions: those that predict a token of the response (the label of t
 M     the kept positions that one Signal speaks for, M <= N
 H     width of the hidden states (teacher and student may differ)
 V     scored columns of the vocabulary, ``len(tokenizer)``
+K     tokens of a sparse distribution, the most likely ones
+A, G  heads of the queries, heads of the keys of an attention (G divides A)
+D     width of such a head
 ====  ==========================================================================================
 
 Everything here is a plain container: no weights are loaded and no loss is computed.
@@ -17,7 +20,7 @@ Everything here is a plain container: no weights are loaded and no loss is compu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -78,6 +81,18 @@ class Batch:
     def row_N(self) -> Tensor:
         """``[N]`` the row of each kept position."""
         return self.row_BT[:, :-1][self.kept_BT]
+
+    @cached_property
+    def layout(self) -> RowLayout:
+        """Where each row lies. The rows of a batch lie one after another, each in one piece."""
+        sequence_P, position_P = (self.row_BT >= 0).nonzero(as_tuple=True)
+        length_R = torch.bincount(self.row_BT[sequence_P, position_P], minlength=len(self.domains))
+        first_R = length_R.cumsum(0) - length_R  # of each row, among the P positions that are not padding
+        start_R = position_P[first_R]
+        end_R1 = torch.bincount(self.row_N, minlength=len(self.domains)).cumsum(0)
+        kept_R1 = torch.cat([end_R1.new_zeros(1), end_R1])
+        position_N = self.kept_BT.nonzero(as_tuple=True)[1]
+        return RowLayout(sequence_P[first_R], start_R, length_R, kept_R1, position_N - start_R[self.row_N])
 
     def keep(self, hidden_BTH: Tensor) -> Tensor:
         """``[N, H]``: the hidden states at the kept positions."""
@@ -165,6 +180,60 @@ def packed_lengths(position_ids_1T: Tensor) -> dict[str, Tensor | int]:
 
 
 @dataclass(frozen=True)
+class RowLayout:
+    """Where the R rows of a batch lie in its ``[B, T]`` positions, and which positions of each are kept.
+
+    Attributes:
+        sequence_R: index of the sequence that holds the row.
+        start_R: position of its first token in that sequence.
+        length_R: its tokens.
+        kept_R1: ``[R + 1]``, the kept positions of row r are ``kept_R1[r] .. kept_R1[r + 1] - 1`` of the N.
+        offset_N: each kept position, counted from the start of its row.
+    """
+
+    sequence_R: Tensor
+    start_R: Tensor
+    length_R: Tensor
+    kept_R1: Tensor
+    offset_N: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """Queries and keys of one attention layer, as its softmax meets them (after rotary embedding).
+
+    A query at offset q of its row attends to the keys of that row at the offsets ``k <= q``, with a window to those with
+    ``q - k < window``; the weights are ``softmax(scaling * q @ k)``.
+
+    Attributes:
+        query_NAD: queries at the kept positions.
+        key_BGTD: keys at all positions; head a of the queries goes with head ``a // (A / G)`` of the keys.
+        scaling: factor of the scores.
+        window: of a sliding-window attention, tokens; None: all of the row.
+    """
+
+    query_NAD: Tensor
+    key_BGTD: Tensor
+    scaling: float
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Internals:
+    """What a teacher's layers did, kept for the losses that look inside; keyed by the layer of the *student* that follows.
+
+    Attributes:
+        layout: of the batch that the teacher saw: its kept positions are those of the Signal, in the same order.
+        attention: student's layer -> queries and keys of the teacher's layer.
+        hidden_MH: student's layer -> hidden states behind the teacher's layer, at the kept positions.
+    """
+
+    layout: RowLayout
+    attention: Mapping[int, AttentionLayer]
+    hidden_MH: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
 class Voice:
     """One teacher's opinion on M kept positions: ``hidden_MH`` scored by ``head``, with its ``weight`` among the voices."""
 
@@ -174,19 +243,38 @@ class Voice:
 
 
 @dataclass(frozen=True)
+class TopK:
+    """A sparse distribution: its K most likely tokens; all other tokens together are one bucket, the tail.
+
+    Attributes:
+        ids_MK: the tokens, different ones in each row.
+        log_probs_MK: their log-probabilities in nats at ``temperature``; the rest of 1 is the tail's.
+        temperature: that of the softmax they come from; the loss must have the same.
+    """
+
+    ids_MK: Tensor
+    log_probs_MK: Tensor
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
 class Signal:
     """What one or several voices together say about some kept positions of a batch.
 
     Attributes:
         positions_M: indices into the N kept positions of the batch.
-        voices: K >= 1 voices, weights sum to 1.
+        voices: voices whose weights sum to 1; none where ``top_k`` is given.
         average: how several voices become one distribution, after the temperature: the weighted mean of their
             ``"logits"`` (BabyLlama-2) or of their ``"probabilities"``.
+        top_k: a sparse distribution instead of voices (what a cache or a server gives).
+        internals: what the attention and hidden-state losses need; only where they were asked for, and of one voice.
     """
 
     positions_M: Tensor
     voices: tuple[Voice, ...]
     average: str = "logits"
+    top_k: TopK | None = None
+    internals: Internals | None = None
 
 
 @runtime_checkable
