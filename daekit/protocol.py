@@ -94,9 +94,15 @@ class Batch:
         position_N = self.kept_BT.nonzero(as_tuple=True)[1]
         return RowLayout(sequence_P[first_R], start_R, length_R, kept_R1, position_N - start_R[self.row_N])
 
-    def keep(self, hidden_BTH: Tensor) -> Tensor:
-        """``[N, H]``: the hidden states at the kept positions."""
-        return hidden_BTH[:, :-1][self.kept_BT.to(hidden_BTH.device)]
+    @cached_property
+    def kept_N(self) -> Tensor:
+        """``[N]`` the kept positions as indices into the flattened ``[B, T]``."""
+        sequence_N, position_N = self.kept_BT.nonzero(as_tuple=True)
+        return sequence_N * self.labels_BT.shape[1] + position_N
+
+    def keep(self, values_BT: Tensor) -> Tensor:
+        """``[N, ...]``: whatever ``[B, T, ...]`` holds at the kept positions, the hidden states for instance."""
+        return values_BT.flatten(0, 1).index_select(0, self.kept_N.to(values_BT.device))
 
     def rows_of(self, names: Sequence[str]) -> list[int]:
         """Indices of the rows whose domain is one of ``names``."""

@@ -69,6 +69,46 @@ def loss(
     return total
 
 
+def attention_map(query: Tensor, key: Tensor, scaling: float, window: int | None, rows: list[int]) -> Tensor:
+    """``[A, T, T]`` attention of one sequence: queries ``[A, T, D]``, keys ``[G, T, D]``, the row of each token."""
+    heads, length, _ = query.shape
+    key = torch.stack([key[a // (heads // key.shape[0])] for a in range(heads)]).double()
+    score = scaling * torch.einsum("aqd,akd->aqk", query.double(), key)
+    hidden = torch.tensor(
+        [
+            [k > q or rows[k] != rows[q] or (window is not None and q - k >= window) for k in range(length)]
+            for q in range(length)
+        ]
+    )
+    score = torch.where(hidden, -torch.inf, score)
+    powers = torch.exp(score - score.max(dim=2, keepdim=True).values.detach())
+    return powers / powers.sum(dim=2, keepdim=True)
+
+
+def attention_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """``[T]`` KL(teacher || student) of attention maps ``[A, T, T]``, summed over heads; where the teacher has 0 it adds 0."""
+    looked_at = teacher > 0
+    ratio = torch.where(looked_at, teacher, 1.0) / torch.where(looked_at, student, 1.0)
+    return (teacher * torch.log(ratio)).sum(dim=(0, 2))
+
+
+def relation(states: Tensor, heads: int) -> Tensor:
+    """Heads ``[A, T, D]`` side by side, split into ``heads`` others (MiniLMv2)."""
+    count, _, width = states.shape
+    together = torch.cat([states[a] for a in range(count)], dim=1)
+    size = count * width // heads
+    return torch.stack([together[:, r * size : (r + 1) * size] for r in range(heads)])
+
+
+def hidden_distance(kind: str, student: Tensor, teacher: Tensor, matrix: Tensor | None) -> Tensor:
+    """``[N]`` 1 - cos or the mean squared difference of hidden states ``[N, H]``."""
+    image = student.double() if matrix is None else student.double() @ matrix.double().T
+    target = teacher.double()
+    if kind == "mse":
+        return ((image - target) ** 2).mean(dim=1)
+    return 1 - (image * target).sum(dim=1) / (image.norm(dim=1) * target.norm(dim=1))
+
+
 def kept(labels: list[list[int]], rows: list[list[int]]) -> list[tuple[int, int, int, int]]:
     """(sequence, position, label, row) of every position that predicts a token of a response, in order."""
     found = []

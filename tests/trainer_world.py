@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def dae(folder: Path | str, data: Any, student: nn.Module | None = None, **chang
 
 def in_float64(model: nn.Module) -> nn.Module:
     """An independent copy of a dense model in float64, with nothing that a trainer has hung on it."""
-    twin = type(model)(model.config).double().eval()
+    twin = type(model)(copy.deepcopy(model.config)).double().eval()
     twin.set_experts_implementation("eager")  # grouped matrix products know no float64
     twin.load_state_dict(model.state_dict())
     return twin

@@ -10,9 +10,10 @@ import torch
 from peft import PeftModel
 
 from daekit.errors import UserError
-from daekit.models.backbone import add_on_hidden, frozen_forward, kept_hidden_states
+from daekit.models.backbone import add_on_hidden, frozen_forward
 from daekit.models.heads import output_head
 from daekit.models.identity import hash_tensors
+from daekit.models.internals import Watch, Watched, kept_states
 from daekit.protocol import Batch, Signal, Voice
 
 
@@ -37,6 +38,7 @@ class AdapterTeacher:
         self.model = model
         self.adapter = adapter
         self._vocab_size = vocab_size
+        self._watched: Watched | None = None
         add_on_hidden(model)
         if adapter is not None:
             for parameter in adapter_parameters(model, adapter).values():
@@ -60,13 +62,18 @@ class AdapterTeacher:
             parameter.requires_grad_(flags.get(key, False))
         return cls(model, name, vocab_size)
 
+    def watch(self, watch: Watch) -> list[Watched]:
+        """Fill the internals of every signal from now on; see ``WatchableTeacher``."""
+        self._watched = watch.of(self.model.config)
+        return [self._watched]
+
     def signals(self, batch: Batch) -> list[Signal]:
         """One signal for all kept positions: hidden states ``[N, H]`` and the output head."""
         with frozen_forward(self.model), _speaking(self.model, self.adapter):
-            hidden_NH = kept_hidden_states(self.model, batch)
+            hidden_NH, internals = kept_states(self.model, batch, self._watched)
             head = output_head(self.model, self._vocab_size)
         positions = torch.arange(hidden_NH.shape[0], device=hidden_NH.device)
-        return [Signal(positions, (Voice(hidden_NH, head),))]
+        return [Signal(positions, (Voice(hidden_NH, head),), internals=internals)]
 
     def to(self, device: torch.device) -> AdapterTeacher:
         """Nothing to move: the weights are the student's."""

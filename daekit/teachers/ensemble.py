@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from daekit.errors import UserError
+from daekit.models.internals import Watch, Watched
 from daekit.protocol import Batch, Signal, Teacher, Voice
 
 
@@ -64,6 +65,13 @@ class EnsembleTeacher:
             replace(voice, weight=weight * voice.weight)
             for weight, signal in zip(self.weights, signals, strict=True)
             for voice in signal.voices
+        )
+
+    def watch(self, watch: Watch) -> list[Watched]:
+        """Refused: a mean of distributions has one set of probabilities but no attention and no hidden states."""
+        raise UserError(
+            "an ensemble has no attention or hidden states of its own: attention_weight and hidden_weight need one teacher per "
+            "row. Set them to 0, or choose one teacher."
         )
 
     def to(self, device: torch.device) -> EnsembleTeacher:

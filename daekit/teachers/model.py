@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from daekit.models.backbone import add_on_hidden, frozen_forward, kept_hidden_states, require_plain_head
+from daekit.models.backbone import add_on_hidden, frozen_forward, require_plain_head
 from daekit.models.heads import output_head
 from daekit.models.identity import fingerprint
+from daekit.models.internals import Watch, Watched, kept_states
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.vocabulary import require_same
 from daekit.protocol import Batch, Signal, Voice
@@ -28,6 +29,7 @@ class ModelTeacher:
         self.name = name
         add_on_hidden(model)
         self._vocab_size = vocab_size
+        self._watched: Watched | None = None
         require_plain_head(model, vocab_size)  # also finds a head that is too narrow, here and not in the first step
 
     @classmethod
@@ -44,12 +46,18 @@ class ModelTeacher:
             self.model.to(device)  # type: ignore[arg-type]
         return self
 
+    def watch(self, watch: Watch) -> list[Watched]:
+        """Fill the internals of every signal from now on; see ``WatchableTeacher``."""
+        self._watched = watch.of(self.model.config)
+        return [self._watched]
+
     def signals(self, batch: Batch) -> list[Signal]:
         """One signal for all kept positions: hidden states ``[N, H]`` and the output head."""
         with frozen_forward(self.model):
-            hidden_NH = kept_hidden_states(self.model, batch)
+            hidden_NH, internals = kept_states(self.model, batch, self._watched)
         positions = torch.arange(hidden_NH.shape[0], device=hidden_NH.device)
-        return [Signal(positions, (Voice(hidden_NH, output_head(self.model, self._vocab_size)),))]
+        voice = Voice(hidden_NH, output_head(self.model, self._vocab_size))
+        return [Signal(positions, (voice,), internals=internals)]
 
     def identity(self) -> dict[str, object]:
         """The model's type and a fingerprint of its weights."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from daekit.errors import UserError
+from daekit.models.internals import Watch, Watched, require_watchable
 from daekit.protocol import Batch, Signal, Teacher
 
 
@@ -38,6 +39,11 @@ class RoutedTeacher:
                 for signal in teacher.signals(batch.select(rows)):
                     signals.append(replace(signal, positions_M=positions_M[signal.positions_M]))
         return signals
+
+    def watch(self, watch: Watch) -> list[Watched]:
+        """Look into every teacher; see ``WatchableTeacher``."""
+        teachers = dict.fromkeys(self.routes.values())
+        return [watched for teacher in teachers for watched in require_watchable(teacher).watch(watch)]
 
     def to(self, device: torch.device) -> RoutedTeacher:
         """Move every teacher."""

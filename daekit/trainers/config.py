@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from trl import SFTConfig
@@ -70,39 +71,61 @@ class DomainSFTConfig(SFTConfig):
 class KDConfig(DomainSFTConfig):
     """DomainSFTConfig with the weights of the distillation loss.
 
-    ``loss = (ce_weight * CE + prediction_weight * T^2 * D(teacher, student)) / tokens``, in nats per kept token of the
-    global batch. The defaults are the released settings of "A Teacher Is Worth A Million Instructions" (arXiv 2406.19112)
-    but for its attention loss.
+    ``loss = (ce_weight * CE + prediction_weight * T^2 * D(teacher, student) + attention_weight * A + hidden_weight * H) / N``
+    with N the kept tokens of the global batch; CE, D and A in nats, H without unit. A is KL(teacher's attention || student's),
+    the mean over heads and layers, without T. The defaults are the released settings of "A Teacher Is Worth A Million
+    Instructions" (arXiv 2406.19112) but for attention_weight, which is 1 there.
 
     Args:
         ce_weight: weight of the cross-entropy with the labels, at temperature 1.
         prediction_weight: weight of the divergence from the teacher.
-        attention_weight: weight of the attention loss; only 0 is implemented.
+        attention_weight: weight of the attention loss; needs one teacher per row, whose attention is softmax attention.
         divergence: ``"forward_kl"`` KL(teacher || student), ``"reverse_kl"`` KL(student || teacher), or ``"jsd"``.
         beta: mixture weight of ``"jsd"``, between 0 and 1.
         temperature: T, divides the logits of both; the divergence is multiplied by T^2.
+        attention_layers: which layers are compared: ``"uniform"`` (all of the student's, spread over the teacher's),
+            ``"last_K"`` (the last K of both), or pairs of (student's layer, teacher's layer), counted from 0.
+        attention_relation_heads: compare in so many relation heads (MiniLMv2) instead of one head to one head.
+        hidden_weight: weight of the hidden-state loss.
+        hidden_loss: ``"cosine"`` 1 - cos, or ``"mse"`` mean squared difference; through a learned projection where the widths
+            of student and teacher differ.
+        hidden_layers: as ``attention_layers``.
     """
 
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy with the labels."})
     prediction_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence from the teacher."})
-    attention_weight: float = field(default=0.0, metadata={"help": "Weight of the attention loss (only 0 so far)."})
+    attention_weight: float = field(default=0.0, metadata={"help": "Weight of the attention loss."})
     divergence: str = field(
         default="forward_kl",
         metadata={"help": "Divergence from the teacher.", "choices": ["forward_kl", "reverse_kl", "jsd"]},
     )
     beta: float = field(default=0.5, metadata={"help": "Mixture weight of the jsd divergence."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the divergence."})
+    attention_layers: Any = field(
+        default="uniform", metadata={"help": "Layers whose attention is compared: 'uniform', 'last_K', or pairs."}
+    )
+    attention_relation_heads: int | None = field(
+        default=None, metadata={"help": "Compare attention in so many relation heads (default: one to one)."}
+    )
+    hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the hidden-state loss."})
+    hidden_loss: str = field(default="cosine", metadata={"help": "Hidden-state loss.", "choices": ["cosine", "mse"]})
+    hidden_layers: Any = field(
+        default="uniform", metadata={"help": "Layers whose hidden states are compared: 'uniform', 'last_K', or pairs."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = {name: getattr(self, name) for name in ("ce_weight", "prediction_weight", "attention_weight")}
+        names = ("ce_weight", "prediction_weight", "attention_weight", "hidden_weight")
+        weights = {name: getattr(self, name) for name in names}
         for name, value in weights.items():
             if value < 0:
                 raise UserError(f"{name}={value}: a weight of the loss cannot be negative")
         if not any(weights.values()):
-            raise UserError("ce_weight, prediction_weight and attention_weight are all 0: there is nothing to learn from")
-        if self.attention_weight:
-            raise UserError(f"attention_weight={self.attention_weight}: the attention loss is not implemented yet; set it to 0")
+            raise UserError(f"{', '.join(names)} are all 0: there is nothing to learn from")
+        if self.hidden_loss not in ("cosine", "mse"):
+            raise UserError(f"hidden_loss={self.hidden_loss!r} is unknown; choose cosine or mse")
+        if self.attention_relation_heads is not None and self.attention_relation_heads < 1:
+            raise UserError(f"attention_relation_heads={self.attention_relation_heads}: at least 1 is needed")
         if self.temperature <= 0:
             raise UserError(f"temperature={self.temperature} is not positive")
         divergence(self.divergence, self.beta)

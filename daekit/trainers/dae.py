@@ -64,10 +64,13 @@ class DAETrainer(KDTrainer):
         if reference is not None:
             routes |= dict.fromkeys(reference_domains, loaded[reference])
         self._domains = [*teachers, *reference_domains]
-        router = RoutedTeacher(routes)
-        super().__init__(model, router, args, train_dataset, tokenizer, **sft_arguments)
-        if reference is None:
-            router.routes |= dict.fromkeys(reference_domains, self._student_as_it_stands())
+        self._frozen_domains = reference_domains if reference is None else []
+        self._router = RoutedTeacher(routes)
+        super().__init__(model, self._router, args, train_dataset, tokenizer, **sft_arguments)
+
+    def _complete_teacher(self) -> None:
+        if self._frozen_domains:
+            self._router.routes |= dict.fromkeys(self._frozen_domains, self._student_as_it_stands())
 
     def _student_as_it_stands(self) -> Teacher:
         if not isinstance(self.model, PeftModel):

@@ -181,6 +181,10 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         with torch.no_grad():  # compute_metrics wants logits, which the loss never makes
             return loss, model(**batch.inputs)
 
+    def weights(self) -> dict[str, float]:
+        """Metric -> its weight in the loss; the loss is their weighted sum."""
+        return {"ce": self.terms.ce_weight, _METRIC_OF[self.terms.divergence]: self.terms.prediction_weight}
+
     def _forward_inputs(self, batch: Batch) -> dict[str, Any]:
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         return batch.inputs | router
@@ -263,8 +267,7 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         self._means["eval"].pop()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._pop_means("eval")
-        divergence = means.get(_METRIC_OF[self.terms.divergence], 0.0)
-        means["loss"] = self.terms.ce_weight * means["ce"] + self.terms.prediction_weight * divergence
+        means["loss"] = sum(weight * means.get(name, 0.0) for name, weight in self.weights().items())
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in means.items()})
         return output
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
@@ -18,6 +19,7 @@ from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
 from daekit.trainers.config import KDConfig
 from daekit.trainers.domain_sft import DomainSFTTrainer
+from daekit.trainers.inside import ATTENTION_METRIC, InsideLosses, hidden_metric
 
 
 class KDTrainer(DomainSFTTrainer):
@@ -66,14 +68,63 @@ class KDTrainer(DomainSFTTrainer):
                 "other for ever. Use DDP (accelerate launch --multi_gpu)."
             )
         self.teacher.to(self.accelerator.device)
+        self._complete_teacher()
+        wanted = self.args.attention_weight or self.args.hidden_weight
+        self.inside = InsideLosses(self.model, self.args, self.teacher) if wanted else None
+
+    def _complete_teacher(self) -> None:
+        """The student is ready: the moment to freeze a copy of it as a teacher."""
 
     def teacher_signals(self, batch: Batch) -> list[Signal]:
         """What the teacher says about the batch."""
-        return self.teacher.signals(batch)
+        signals = self.teacher.signals(batch)
+        if self.inside is not None:
+            self.inside.begin(batch, signals)
+        return signals
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's step; the backward pass of a checkpointed layer must find the attention probe, too."""
+        with self._watching():
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """See DomainSFTTrainer."""
+        with self._watching():
+            return super().compute_loss(*args, **kwargs)
+
+    def _watching(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.inside is None else self.inside.watching()
+
+    def _losses(self, outputs: Any, batch: Batch, signals: list[Signal]) -> dict[str, Tensor]:
+        out = super()._losses(outputs, batch, signals)
+        if self.inside is None:
+            return out
+        inside = self.inside.finish()
+        return out | inside | {"loss": out["loss"] + inside["loss"]}
+
+    def weights(self) -> dict[str, float]:
+        """See DomainSFTTrainer."""
+        args = self.args
+        return super().weights() | {ATTENTION_METRIC: args.attention_weight, hidden_metric(args): args.hidden_weight}
 
     def run_facts(self) -> dict[str, Any]:
-        """See WholeCheckpointTrainer; the teacher belongs to them."""
-        return super().run_facts() | {"teacher": self.teacher.identity()}
+        """See WholeCheckpointTrainer; the teacher and what is compared inside it belong to them."""
+        args = self.args
+        inside = {
+            "attention": [args.attention_weight, args.attention_layers, args.attention_relation_heads],
+            "hidden": [args.hidden_weight, args.hidden_layers, args.hidden_loss],
+        }
+        return super().run_facts() | {"teacher": self.teacher.identity()} | (inside if self.inside is not None else {})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.inside is not None and self.inside.projections is not None:
+            self.inside.projections.save(Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.inside is not None and self.inside.projections is not None:
+            self.inside.projections.load(Path(resume_from_checkpoint))
 
 
 def as_teacher(

@@ -1,0 +1,93 @@
+"""The hidden-state loss: how far the student's hidden states are from its teacher's, in chunks of kept positions.
+
+Per position ``1 - cos(s, t)`` or the mean over channels of ``(s - t)^2``, where s is the student's hidden state, projected by a
+learned matrix where the widths differ (FitNets, arXiv 1412.6550; TinyBERT, arXiv 1909.10351). The gradient is computed in the
+forward pass, so that nothing of the teacher's width outlives its chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_CHUNK = 512  # positions
+
+
+def hidden_loss(
+    student_NH: Tensor, teacher_MH: Tensor, positions_M: Tensor, projection_HH: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor]:
+    """The hidden-state loss of one layer for the positions of one signal.
+
+    Args:
+        student_NH: the student's hidden states at its N kept positions.
+        teacher_MH: its teacher's at the M positions it speaks for.
+        positions_M: which of the N those are.
+        projection_HH: ``[teacher's width, student's width]``, None for equal widths.
+        kind: ``cosine`` or ``mse``.
+
+    Returns:
+        The sum over the M positions, which carries the gradient for hidden states and projection; and ``[M]`` the values.
+    """
+    loss, value_M = _HiddenLoss.apply(
+        student_NH.index_select(0, positions_M), teacher_MH, projection_HH, kind, torch.is_grad_enabled()
+    )
+    return loss, value_M
+
+
+class _HiddenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student_MH: Tensor, teacher_MH: Tensor, projection: Tensor | None, kind: str, wants_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        exact = torch.promote_types(torch.float32, student_MH.dtype)
+        value_M = student_MH.new_zeros(len(student_MH), dtype=exact)
+        wants_hidden, _, wants_projection = (wants_gradient and needed for needed in ctx.needs_input_grad[:3])
+        grad_hidden = torch.zeros_like(student_MH) if wants_hidden else None
+        grad_projection = torch.zeros_like(projection, dtype=exact) if wants_projection else None  # type: ignore[arg-type]
+        matrix = None if projection is None else projection.detach().to(exact)
+        with torch.autocast(student_MH.device.type, enabled=False):
+            for start in range(0, len(student_MH), _CHUNK):
+                at = slice(start, start + _CHUNK)
+                hidden, target = student_MH[at].to(exact), teacher_MH[at].to(exact)
+                image = hidden if matrix is None else hidden @ matrix.T
+                value_M[at], slope = _COMPARISONS[kind](image, target)
+                if grad_projection is not None:
+                    grad_projection.addmm_(slope.T, hidden)
+                if grad_hidden is not None:
+                    grad_hidden[at] = (slope if matrix is None else slope @ matrix).to(grad_hidden.dtype)
+        ctx.save_for_backward(grad_hidden, grad_projection)
+        ctx.projection_dtype = None if projection is None else projection.dtype
+        ctx.mark_non_differentiable(value_M)
+        return value_M.sum(dtype=torch.float64).to(exact), value_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_projection = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_projection is not None:
+            grad_projection = (grad_projection * grad_loss).to(ctx.projection_dtype)
+        return grad_hidden, None, grad_projection, None, None
+
+
+def _cosine(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """``1 - cos`` per row, and its derivative with respect to the image: ``(cos * s / |s| - t / |t|) / |s|``."""
+    tiny = torch.finfo(image.dtype).tiny  # a hidden state of zeros has no direction: cosine 0, no gradient
+    length = image.norm(dim=-1, keepdim=True).clamp(min=tiny)
+    direction, wanted = image / length, target / target.norm(dim=-1, keepdim=True).clamp(min=tiny)
+    cosine = (direction * wanted).sum(-1, keepdim=True)
+    slope = (cosine * direction - wanted) / length
+    return 1 - cosine.squeeze(-1), torch.where(length > tiny, slope, 0.0)
+
+
+def _mse(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over channels of the squared difference, and its derivative."""
+    difference = image - target
+    return difference.square().mean(-1), difference * (2 / image.shape[-1])
+
+
+_COMPARISONS = {"cosine": _cosine, "mse": _mse}

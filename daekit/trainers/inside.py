@@ -1,0 +1,162 @@
+"""The losses that look inside: the student's attention and hidden states against its teachers', in its own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from daekit.errors import UserError
+from daekit.losses.attention import Pass, attention_loss, relation_heads, row_pairs
+from daekit.losses.hidden import hidden_loss
+from daekit.models.attention_probe import AttentionCall, probing
+from daekit.models.backbone import base_of
+from daekit.models.internals import Watch, kept_attention, observing_layers, require_seen, require_watchable
+from daekit.protocol import AttentionLayer, Batch, Internals, Signal, Teacher
+from daekit.trainers.config import KDConfig
+from daekit.trainers.projections import Projections
+
+ATTENTION_METRIC = "attention_kl"
+
+
+class InsideLosses:
+    """Attention and hidden-state losses of one student.
+
+    One batch: ``begin`` with the teachers' signals, the student's forward, ``finish`` inside it; all of that, and the backward
+    pass, inside ``watching``.
+
+    Args:
+        model: the student.
+        args: weights, layers and heads.
+        teacher: its signals carry what is compared from now on.
+
+    Raises:
+        UserError: a teacher that cannot be looked into, or whose layers or heads do not fit.
+    """
+
+    def __init__(self, model: nn.Module, args: KDConfig, teacher: Teacher) -> None:
+        self.model, self.args = model, args
+        config = base_of(model).config.get_text_config()
+        watch = Watch(
+            config,
+            attention=args.attention_layers if args.attention_weight else None,
+            hidden=args.hidden_layers if args.hidden_weight else None,
+            relation_heads=args.attention_relation_heads,
+        )
+        watched = require_watchable(teacher).watch(watch)
+        self._hidden_layers = {layer for each in watched for layer in each.hidden}
+        unequal = {(each.width, layer) for each in watched for layer in each.hidden if each.width != config.hidden_size}
+        self.projections = Projections(config.hidden_size, unequal, args.seed) if unequal else None
+        if self.projections is not None:
+            self.projections.live_in(model)
+        self._step: _Step | None = None
+        self._watching = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Compare while the student runs; the model is as before on leaving. Entered once more inside, it does nothing."""
+        if self._watching:
+            yield
+            return
+        with ExitStack() as stack:
+            if self.args.attention_weight:
+                stack.enter_context(probing(self.model, self._see_attention))
+            stack.enter_context(observing_layers(self.model, self._hidden_layers, self._see_hidden))
+            self._watching = True
+            try:
+                yield
+            finally:
+                self._watching, self._step = False, None
+
+    def begin(self, batch: Batch, signals: Sequence[Signal]) -> None:
+        """Compare the student's next forward with these signals."""
+        checkpointing = base_of(self.model).is_gradient_checkpointing and self.model.training and torch.is_grad_enabled()
+        self._step = _Step(batch, signals, checkpointing)
+
+    def finish(self) -> dict[str, Tensor]:
+        """The student's layers have run: the weighted sum of the losses as ``loss``, and their values ``[N]`` per position.
+
+        Raises:
+            UserError: a layer whose attention never came by.
+        """
+        step, args = self._step, self.args
+        assert step is not None, "begin was called"
+        step.finished = True
+        out: dict[str, Tensor] = {"loss": torch.zeros((), device=step.batch.labels_BT.device)}
+        if args.attention_weight:
+            require_seen(step.attention_layers(), step.attention)
+            step.add_mean(step.attention.values(), args.attention_weight, ATTENTION_METRIC, out)
+        if args.hidden_weight:
+            step.add_mean(step.hidden.values(), args.hidden_weight, hidden_metric(args), out)
+        return out
+
+    def _see_attention(self, call: AttentionCall) -> None:
+        step = self._step
+        if step is None or call.layer not in step.attention_layers() or (step.finished and not torch.is_grad_enabled()):
+            return  # the last: another forward of the student after its loss, for compute_metrics
+        if step.checkpointing and not torch.is_grad_enabled():
+            raise UserError(
+                "reentrant gradient checkpointing runs the layers without gradient, so the attention loss would teach nothing: "
+                "set gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        run = Pass.GRADIENT if step.finished else Pass.VALUE if step.checkpointing else Pass.BOTH
+        student = self._in_heads(kept_attention(call, step.batch))
+        teachers = [(self._in_heads(internals.attention[call.layer]), pairs_R8) for internals, pairs_R8 in step.teachers]
+        loss, value_N = attention_loss(student, teachers, step.batch.layout.offset_N, run)
+        if not step.finished:
+            heads = student.query_NAD.shape[1]
+            step.attention[call.layer] = (loss / heads, value_N / heads)
+
+    def _in_heads(self, layer: AttentionLayer) -> AttentionLayer:
+        heads = self.args.attention_relation_heads
+        return layer if heads is None else relation_heads(layer, heads)
+
+    def _see_hidden(self, layer: int, hidden_BTH: Tensor) -> None:
+        step = self._step
+        if step is None or step.finished:  # the forward of a teacher that shares the student's base, or one after the loss
+            return
+        hidden_NH = step.batch.keep(hidden_BTH)
+        loss = torch.zeros((), device=hidden_NH.device)
+        value_N = torch.zeros(len(hidden_NH), device=hidden_NH.device)
+        for signal, (internals, _) in zip(step.signals, step.teachers, strict=True):
+            teacher_MH = internals.hidden_MH[layer]
+            same = teacher_MH.shape[1] == hidden_NH.shape[1]
+            matrix = None if same or self.projections is None else self.projections.matrix(teacher_MH.shape[1], layer)
+            part, value_M = hidden_loss(hidden_NH, teacher_MH, signal.positions_M, matrix, self.args.hidden_loss)
+            loss = loss + part
+            value_N[signal.positions_M] = value_M.to(value_N.dtype)
+        step.hidden[layer] = (loss, value_N)
+
+
+def hidden_metric(args: KDConfig) -> str:
+    """Under which name the hidden-state loss is logged."""
+    return f"hidden_{args.hidden_loss}"
+
+
+class _Step:
+    """One batch on its way through the student."""
+
+    def __init__(self, batch: Batch, signals: Sequence[Signal], checkpointing: bool) -> None:
+        self.batch, self.signals, self.checkpointing = batch, signals, checkpointing
+        self.teachers = [self._paired(signal) for signal in signals]
+        self.attention: dict[int, tuple[Tensor, Tensor]] = {}
+        self.hidden: dict[int, tuple[Tensor, Tensor]] = {}
+        self.finished = False
+
+    def _paired(self, signal: Signal) -> tuple[Internals, Tensor]:
+        """What the signal holds, and which of its rows is which of the batch's."""
+        if signal.internals is None:
+            raise UserError("a teacher's signal has no internals, as attention_weight and hidden_weight need of every teacher")
+        return signal.internals, row_pairs(self.batch.layout, signal.internals.layout, signal.positions_M)
+
+    def attention_layers(self) -> set[int]:
+        """The layers of the student whose attention is compared."""
+        return {layer for internals, _ in self.teachers for layer in internals.attention}
+
+    @staticmethod
+    def add_mean(layers: Collection[tuple[Tensor, Tensor]], weight: float, name: str, out: dict[str, Tensor]) -> None:
+        """Add the mean over layers of (loss, value per position) to what ``finish`` returns."""
+        out["loss"] = out["loss"] + weight / len(layers) * torch.stack([loss for loss, _ in layers]).sum()
+        out[name] = torch.stack([value_N for _, value_N in layers]).mean(0)
