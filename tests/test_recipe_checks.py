@@ -94,11 +94,33 @@ PROVOKED = [
     # loss
     (["stages.kd.loss.temperature=0"], "temperature: 0.0 must be greater than 0"),
     (["stages.kd.loss.ce_weight=-0.5"], "ce_weight: -0.5 must not be negative"),
-    (["stages.kd.loss.prediction_weight=0"], "stages.kd.loss: ce_weight, prediction_weight and attention_weight are all 0"),
+    (
+        ["stages.kd.loss.prediction_weight=0"],
+        (
+            ["stages.kd.loss.prediction_weight=0"],
+            "stages.kd.loss: ce_weight, prediction_weight, attention_weight and hidden_weight are all 0",
+        ),
+    ),
     (["stages.kd.loss={divergence: jsd, beta: 1}"], "beta: 1.0 must lie between 0 and 1"),
     (["stages.kd.loss={divergence: jsd, beta: 0}"], "beta: 0.0 must lie between 0 and 1"),
     (["stages.kd.loss.beta=0.3"], "beta belongs to divergence: jsd, not to forward_kl"),
-    (["stages.kd.loss.attention_weight=1"], "stages.kd.loss.attention_weight: the attention loss is not implemented yet"),
+    (["stages.kd.loss.attention_weight=-1"], "stages.kd.loss.attention_weight: -1.0 must not be negative"),
+    (["stages.kd.loss.attention_layers=first_2"], "stages.kd.loss.attention_layers: 'first_2' is unknown; choose uniform"),
+    (["stages.kd.loss.hidden_layers=last_0"], "stages.kd.loss.hidden_layers: 'last_0' is unknown"),
+    (["stages.kd.loss.attention_layers=[[0, 1, 2]]"], "stages.kd.loss.attention_layers: wants pairs"),
+    (["stages.kd.loss.hidden_layers=[[0, -1]]"], "stages.kd.loss.hidden_layers: wants pairs"),
+    (["stages.kd.loss.hidden_layers=[]"], "stages.kd.loss.hidden_layers: wants pairs"),
+    (["stages.kd.loss.attention_layers=[0]"], "stages.kd.loss.attention_layers.0: wants a list"),
+    (["stages.kd.loss.attention_relation_heads=0"], "stages.kd.loss.attention_relation_heads: 0 must be at least 1"),
+    (["stages.kd.loss.hidden_loss=l1"], "stages.kd.loss.hidden_loss: l1 is not one of cosine, mse"),
+    (
+        [f"stages.kd.teacher={ENSEMBLE}", "stages.kd.loss.attention_weight=1"],
+        "stages.kd.loss.attention_weight: an ensemble has no attention or hidden states of its own; set attention_weight to 0",
+    ),
+    (
+        [f"stages.dae.teachers.ecommerce={ENSEMBLE}", "stages.dae.loss.hidden_weight=1"],
+        "stages.dae.loss.hidden_weight: an ensemble has no attention or hidden states of its own",
+    ),
     ([f"stages.kd.student={CONFIG}", "stages.kd.lora={}", "tokenizer=t"], "stages.kd.lora: a student made from a config"),
     ([f"stages.kd.teacher={ENSEMBLE}", "stages.kd.teacher.ensemble.0.weight=0.4"], "sum to 0.9, must sum to 1"),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from daekit.recipe.problems import Problems, listed, nearest
@@ -26,7 +27,8 @@ _FOREIGN = {
         "teacher": "a dae stage names a teacher per domain: `teachers: {DOMAIN: MODEL}`",
     },
 }
-_WEIGHTS = ("ce_weight", "prediction_weight", "attention_weight")
+_WEIGHTS = ("ce_weight", "prediction_weight", "attention_weight", "hidden_weight")
+_LAYERS = re.compile(r"^(uniform|last_[1-9]\d*)$")
 _SUM_TOLERANCE = 1e-6
 
 
@@ -127,8 +129,27 @@ def _check_loss(stage: StageSpec, path: Path, problems: Problems) -> None:
         problems.add_check((*where, "beta"), message)
     if loss.divergence != "jsd" and loss.beta != LossSpec.beta:
         problems.add_check((*where, "beta"), f"beta belongs to divergence: jsd, not to {loss.divergence}")
-    if loss.attention_weight > 0:
-        problems.add_check((*where, "attention_weight"), "the attention loss is not implemented yet; set it to 0")
+    for kind in ("attention", "hidden"):
+        _check_inside(stage, kind, where, problems)
+    if loss.attention_relation_heads is not None and loss.attention_relation_heads < 1:
+        problems.add_check((*where, "attention_relation_heads"), f"{loss.attention_relation_heads} must be at least 1")
+
+
+def _check_inside(stage: StageSpec, kind: str, where: Path, problems: Problems) -> None:
+    """A loss that looks inside its teachers: which layers, and that each row has one teacher to look into."""
+    weight, layers = getattr(stage.loss, f"{kind}_weight"), getattr(stage.loss, f"{kind}_layers")
+    if isinstance(layers, str) and not _LAYERS.match(layers):
+        message = f"{layers!r} is unknown; choose uniform, last_K (last_4), or pairs [[student's layer, teacher's layer], ...]"
+        problems.add_check((*where, f"{kind}_layers"), message)
+    if not isinstance(layers, str) and (not layers or any(len(pair) != 2 or min(pair) < 0 for pair in layers)):
+        problems.add_check((*where, f"{kind}_layers"), "wants pairs [student's layer, teacher's layer], counted from 0")
+    ensembles = [path for path, teacher in _teachers(stage, where[:-1]) if teacher.ensemble]
+    if weight > 0 and ensembles:
+        message = (
+            f"an ensemble has no attention or hidden states of its own; set {kind}_weight to 0, or `"
+            f"{'.'.join(str(part) for part in ensembles[0])}` to one model"
+        )
+        problems.add_check((*where, f"{kind}_weight"), message)
 
 
 def _teachers(stage: StageSpec, path: Path) -> Iterator[tuple[Path, TeacherSpec]]:

@@ -170,14 +170,26 @@ class LossSpec:
         divergence: ``forward_kl`` KL(teacher || student), ``reverse_kl``, or ``jsd``.
         beta: the mixture weight of ``jsd``.
         temperature: T; the divergence is multiplied by T^2.
+        attention_weight: of KL(teacher's attention || student's), the mean over heads and layers.
+        attention_layers: ``uniform`` (all layers of the student, spread over the teacher's), ``last_K`` (the last K of both),
+            or pairs ``[student's layer, teacher's layer]``, counted from 0.
+        attention_relation_heads: compare in so many relation heads; default: one head to one head.
+        hidden_weight: of the distance between hidden states.
+        hidden_loss: ``cosine`` (1 - cos) or ``mse``, through a learned projection where the widths differ.
+        hidden_layers: as ``attention_layers``.
     """
 
     ce_weight: float = 0.0
     prediction_weight: float = 1.0
     attention_weight: float = 0.0
+    hidden_weight: float = 0.0
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     beta: float = 0.5
     temperature: float = 1.0
+    attention_layers: str | tuple[tuple[int, ...], ...] = "uniform"
+    attention_relation_heads: int | None = None
+    hidden_loss: Literal["cosine", "mse"] = "cosine"
+    hidden_layers: str | tuple[tuple[int, ...], ...] = "uniform"
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path as FilePath
 from typing import Any
 
 from daekit.errors import UserError
 from daekit.recipe.problems import Problems, nearest
+from daekit.recipe.schema import LossSpec
 from daekit.recipe.tree import Node, Path
 
 # The dataclass and its bases, the most general first.
@@ -58,7 +59,7 @@ _ELSEWHERE = {
     "do_eval": _RUN,
     "do_predict": _RUN,
     "local_rank": "the launcher (accelerate, torchrun) sets it",
-    **dict.fromkeys(("ce_weight", "prediction_weight", "attention_weight", "divergence", "beta", "temperature"), _LOSS),
+    **dict.fromkeys((each.name for each in fields(LossSpec)), _LOSS),
     **dict.fromkeys(("reference_domains", "overlong"), "set `{stage}.{key}`"),
 }
 # Refused with one value only.
