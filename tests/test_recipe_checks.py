@@ -96,10 +96,7 @@ PROVOKED = [
     (["stages.kd.loss.ce_weight=-0.5"], "ce_weight: -0.5 must not be negative"),
     (
         ["stages.kd.loss.prediction_weight=0"],
-        (
-            ["stages.kd.loss.prediction_weight=0"],
-            "stages.kd.loss: ce_weight, prediction_weight, attention_weight and hidden_weight are all 0",
-        ),
+        "stages.kd.loss: ce_weight, prediction_weight, attention_weight and hidden_weight are all 0",
     ),
     (["stages.kd.loss={divergence: jsd, beta: 1}"], "beta: 1.0 must lie between 0 and 1"),
     (["stages.kd.loss={divergence: jsd, beta: 0}"], "beta: 0.0 must lie between 0 and 1"),
