@@ -23,6 +23,13 @@ from daekit.trainers import domain_sft
 
 SAME = 1e-5  # what rounding may do
 CASES = ["kd", "kd-lora", "kd-one-rank-all-masked", "dae", "dae-one-domain-per-rank", "dae-mixtral", "dae-lora-reference"]
+INSIDE = {"attention_weight": 0.5, "hidden_weight": 0.5}
+CASES += [
+    "kd-inside-one-rank-all-masked",
+    "dae-inside-one-domain-per-rank",
+    "dae-inside-checkpointing",
+    "dae-inside-lora-reference",
+]
 
 
 def rows(case: str) -> Dataset:
@@ -32,8 +39,8 @@ def rows(case: str) -> Dataset:
         length = 4 + (index * 7) % 9
         ids = [3 + (5 * index + step) % 40 for step in range(length)]
         second_rank = index % 4 >= 2
-        domain = ("shop", "general")[second_rank if case == "dae-one-domain-per-rank" else index % 2]
-        prompt = length if case == "kd-one-rank-all-masked" and second_rank else 1 + index % 3
+        domain = ("shop", "general")[second_rank if "one-domain-per-rank" in case else index % 2]
+        prompt = length if "one-rank-all-masked" in case and second_rank else 1 + index % 3
         made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "domain": domain})
     return Dataset.from_list(made)
 
@@ -49,6 +56,8 @@ def trainer_of(case: str, folder: Path, world: int) -> Any:
         num_train_epochs=2,
         logging_steps=1,
     )
+    if "inside" in case:
+        changes |= INSIDE | {"gradient_checkpointing": "checkpointing" in case}
     if "lora" in case:
         changes["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     if "reference" in case:
@@ -82,7 +91,7 @@ def train_patched(case: str, folder: Path, world: int) -> None:
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    compare(["dae-one-domain-per-rank"], tmp_path)
+    compare(["dae-one-domain-per-rank", "dae-inside-one-domain-per-rank"], tmp_path)
 
 
 @pytest.mark.slow
@@ -101,18 +110,9 @@ def compare(cases: list[str], folder: Path) -> None:
         assert torch.equal(first["weights"], second["weights"]), case
         assert relative(first["weights"] - start, one["weights"] - start) < SAME, case
         for ours, theirs in zip(first["history"], one["history"], strict=True):
-            for key in (
-                "loss",
-                "grad_norm",
-                "kl",
-                "ce",
-                "kl/shop",
-                "kl/general",
-                "tokens/shop",
-                "tokens/general",
-                "num_tokens",
-            ):
-                assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-4, abs=1e-6), (case, key)
+            assert ours.keys() == theirs.keys(), case
+            for key in theirs.keys() - {"learning_rate", "epoch"}:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (case, key)
         for key, value in one["metrics"].items():  # seven rows in batches of two on two ranks: one row is repeated
             if not key.endswith(("runtime", "per_second", "_time")):
                 assert first["metrics"][key] == pytest.approx(value, rel=1e-4, abs=1e-6), (case, key)

@@ -90,6 +90,8 @@ class InsideLosses:
             step.add_mean(step.attention.values(), args.attention_weight, ATTENTION_METRIC, out)
         if args.hidden_weight:
             step.add_mean(step.hidden.values(), args.hidden_weight, hidden_metric(args), out)
+        if self.projections is not None:  # DDP waits for every one, also for those whose teacher has no row on this rank
+            out["loss"] = out["loss"] + 0 * sum(matrix.sum() for matrix in self.projections.parameters())
         return out
 
     def _see_attention(self, call: AttentionCall) -> None:
