@@ -26,7 +26,7 @@ CASES = ["kd", "kd-lora", "kd-one-rank-all-masked", "dae", "dae-one-domain-per-r
 INSIDE = {"attention_weight": 0.5, "hidden_weight": 0.5}
 CASES += [
     "kd-inside-one-rank-all-masked",
-    "dae-inside-one-domain-per-rank",
+    "dae-inside-checkpointing-one-domain-per-rank",
     "dae-inside-checkpointing",
     "dae-inside-lora-reference",
 ]
@@ -91,7 +91,7 @@ def train_patched(case: str, folder: Path, world: int) -> None:
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    compare(["dae-one-domain-per-rank", "dae-inside-one-domain-per-rank"], tmp_path)
+    compare(["dae-one-domain-per-rank", "dae-inside-checkpointing-one-domain-per-rank"], tmp_path)
 
 
 @pytest.mark.slow
