@@ -67,9 +67,8 @@ def test_bfloat16(kind: str, autocast: bool) -> None:
     (0.3 * loss).backward()
     twin = both(kind, rounded[0].double(), rounded[1].double(), matrix, torch.arange(40))[1]
     assert leaves[0].grad.dtype == torch.bfloat16 and leaves[1].grad.dtype == loss.dtype == torch.float32
-    for mine, theirs, tolerance in zip(
-        [loss, values, *(leaf.grad for leaf in leaves)], twin, [1e-5, 1e-5, 5e-3, 1e-5], strict=True
-    ):
+    ours = [loss, values, *(leaf.grad for leaf in leaves)]
+    for mine, theirs, tolerance in zip(ours, twin, [1e-5, 1e-5, 5e-3, 1e-5], strict=True):
         assert (mine.double() - theirs).norm() < tolerance * theirs.norm()
 
 
