@@ -144,11 +144,12 @@ class Recorder:
         self.batch, self.watched = batch, watched
         self._attention: dict[int, AttentionLayer] = {}
         self._hidden: dict[int, Tensor] = {}
+        self._checked: set[tuple[int, int | None]] = set()
 
     def attention(self, call: AttentionCall) -> None:
         """The probe of the model's attention."""
         if call.layer in self.watched.attention.values():
-            self._attention[call.layer] = kept_attention(call, self.batch)
+            self._attention[call.layer] = kept_attention(call, self.batch, self._checked)
 
     def hidden(self, layer: int, hidden_BTH: Tensor) -> None:
         """The observer of the model's layers."""
@@ -184,9 +185,18 @@ def kept_states(model: nn.Module, batch: Batch, watched: Watched | None) -> tupl
     return hidden_NH, recorder.internals()
 
 
-def kept_attention(call: AttentionCall, batch: Batch) -> AttentionLayer:
-    """The call's queries at the kept positions, and its keys."""
-    require_row_mask(call, batch)
+def kept_attention(call: AttentionCall, batch: Batch, checked: set[tuple[int, int | None]]) -> AttentionLayer:
+    """The call's queries at the kept positions, and its keys; its mask is looked at once, as layers share it.
+
+    Args:
+        call: of a layer.
+        batch: what the model sees.
+        checked: the masks (by identity) and windows that have been looked at in this forward; added to.
+    """
+    kind = (id(call.mask), call.window)
+    if kind not in checked:
+        require_row_mask(call, batch)
+        checked.add(kind)
     return AttentionLayer(batch.keep(call.query_BATD.transpose(1, 2)), call.key_BGTD, call.scaling, call.window)
 
 

@@ -104,7 +104,7 @@ class InsideLosses:
                 "set gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         run = Pass.GRADIENT if step.finished else Pass.VALUE if step.checkpointing else Pass.BOTH
-        student = self._in_heads(kept_attention(call, step.batch))
+        student = self._in_heads(kept_attention(call, step.batch, step.checked_masks))
         teachers = [(self._in_heads(internals.attention[call.layer]), pairs_R8) for internals, pairs_R8 in step.teachers]
         loss, value_N = attention_loss(student, teachers, step.batch.layout.offset_N, run)
         if not step.finished:
@@ -145,6 +145,7 @@ class _Step:
         self.teachers = [self._paired(signal) for signal in signals]
         self.attention: dict[int, tuple[Tensor, Tensor]] = {}
         self.hidden: dict[int, tuple[Tensor, Tensor]] = {}
+        self.checked_masks: set[tuple[int, int | None]] = set()
         self.finished = False
 
     def _paired(self, signal: Signal) -> tuple[Internals, Tensor]:
