@@ -127,7 +127,7 @@ def _run_all(options: argparse.Namespace, cases: Sequence[Case]) -> int:
 def _run_child(case: Case, name: str) -> dict[str, Any]:
     """This script once more, for one contestant; what it measured, or why it did not."""
     command = [sys.executable, *sys.argv, "--run", case.name, name]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     sys.stderr.write(done.stderr)
@@ -198,7 +198,8 @@ def calibration(device: torch.device) -> str:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     best = min(seconds[1:])
-    return f"{cpu_calibration()}\nGPU: 8192^3 bfloat16 matrix product {best * 1e3:.2f} ms ({2 * 8192**3 / best / 1e12:.0f} TFLOP/s)"
+    speed = f"{best * 1e3:.2f} ms ({2 * 8192**3 / best / 1e12:.0f} TFLOP/s)"
+    return f"{cpu_calibration()}\nGPU: 8192^3 bfloat16 matrix product {speed}"
 
 
 def _cpu_name() -> str:

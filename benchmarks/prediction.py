@@ -193,7 +193,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
         large = replace(base, V=128_256, H=4096, trained_head=True)
         chosen = [case("trained head", replace(large, N=N)) for N in (1024, 8192)]
         chosen += [case("frozen head", replace(large, N=8192, trained_head=False))]
-        return chosen + [case("trained head, jsd", replace(large, N=8192, divergence="jsd"))]
+        return [*chosen, case("trained head, jsd", replace(large, N=8192, divergence="jsd"))]
     chosen = [
         case("frozen head", base),
         case("trained head", replace(base, trained_head=True)),
