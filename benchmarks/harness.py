@@ -120,7 +120,7 @@ def _run_all(options: argparse.Namespace, cases: Sequence[Case]) -> int:
         results += [row | facts for row in rows]
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(results, indent=1) + "\n")
+            options.json.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
     return 0 if sound else 1
 
 
@@ -151,10 +151,13 @@ def _judge(row: dict[str, Any], rows: list[dict[str, Any]], tolerance: float) ->
     """Compare with the first contestant of the case that has a check value: ours, if it ran. False: not sound."""
     first = next((other["check"] for other in rows if other["check"]), None)
     if row["check"] and first:
-        pairs = zip(row["check"], first, strict=False)
-        row["agrees"] = len(row["check"]) == len(first) and all(math.isclose(a, b, rel_tol=tolerance) for a, b in pairs)
-        if not row["agrees"]:
-            row["note"] = f"!!! COMPUTES SOMETHING ELSE: {row['check']} instead of {first}, tolerance {tolerance} !!!"
+        pairs = list(zip(row["check"], first, strict=True))
+        apart = [(a, b) for a, b in pairs if not math.isclose(a, b, rel_tol=tolerance)]
+        row["agrees"] = not apart
+        if apart:
+            row["note"] = (
+                f"!!! COMPUTES SOMETHING ELSE: {apart[0][0]:.8g} instead of {apart[0][1]:.8g} (tolerance {tolerance}) !!!"
+            )
     return row["agrees"] is not False and not row.get("failed", False)
 
 
