@@ -30,12 +30,14 @@ class Measurement:
         seconds_median: over the repeats.
         peak_mb: highest memory during the work, above the level just before it, in 2^20 bytes; None where unknown.
         check: the loss, then the norm of each gradient; empty for a yardstick.
+        product_ms: a matrix product of 1024^3 in float32 just before and just after: how fast the machine was.
     """
 
     seconds: float
     seconds_median: float
     peak_mb: float | None
     check: list[float]
+    product_ms: list[float]
 
 
 def measure(work: Work, device: torch.device, repeats: int) -> Measurement:
@@ -51,8 +53,20 @@ def measure(work: Work, device: torch.device, repeats: int) -> Measurement:
         outcome = work()
     check = values(outcome)
     del outcome
+    before = _product_ms(device)
     seconds = [_seconds(work, device) for _ in range(repeats)]
-    return Measurement(min(seconds), statistics.median(seconds), memory.megabytes, check)
+    products = [before, _product_ms(device)]
+    return Measurement(min(seconds), statistics.median(seconds), memory.megabytes, check, products)
+
+
+def _product_ms(device: torch.device) -> float:
+    a = torch.randn(1024, 1024, device=device)
+
+    def product() -> Outcome:
+        a @ a
+        return None, ()
+
+    return min(_seconds(product, device) for _ in range(5)) * 1e3
 
 
 def values(outcome: Outcome) -> list[float]:
