@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from harness import OURS, Case, Unavailable, main
+from harness import OURS, Case, main
 from measure import Outcome, Work
 from torch import Tensor
 
+from daekit.losses.attention import attention_loss, row_pairs
 from daekit.protocol import AttentionLayer, RowLayout
 
 BLOCK = 256  # queries per block of the floor
@@ -84,12 +85,10 @@ def with_gradients(loss: Tensor, student: list[Heads]) -> Outcome:
 
 
 def attention_sum(students: list[AttentionLayer], teachers: list[AttentionLayer], layout: RowLayout) -> Tensor:
-    """Our loss: the sum over kept positions of KL(teacher || student), divided by heads x layers. THE ADAPTER TO FILL IN.
-
-    Returns:
-        A scalar that carries the gradient of the students' queries and keys.
-    """
-    raise Unavailable("daekit.losses.attention is not wired in yet: benchmarks/attention.py, attention_sum")
+    """Our loss: the sum over kept positions of KL(teacher || student), divided by heads x layers; carries the gradient."""
+    pairs = row_pairs(layout, layout, torch.arange(len(layout.offset_N), device=layout.offset_N.device))
+    losses = [attention_loss(s, [(t, pairs)], layout.offset_N)[0] for s, t in zip(students, teachers, strict=True)]
+    return torch.stack(losses).sum() / (students[0].query_NAD.shape[1] * len(students))
 
 
 def ours(shape: Shape) -> Work:

@@ -16,7 +16,6 @@ import torch
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 YARDSTICKS = {"floor", "sdpa", "sft"}  # other work: nothing to agree on
-OPEN: set[tuple[str, str]] = {("attention.py", "ours")}  # not wired in yet
 
 
 def run(script: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -35,14 +34,10 @@ def test_contestants_agree(script: str, tmp_path: Path) -> None:
     for row in rows:
         assert {"case", "name", "seconds", "peak_mb", "ratio_time", "ratio_memory", "machine", "date", "versions"} <= row.keys()
         assert f"{row['case']:<44} {row['name']:<22}" in done.stdout
-        if (script, row["name"]) in OPEN:
-            assert row["seconds"] is None
-            continue
         assert row["seconds"] > 0 and row["peak_mb"] >= 0, row["note"]
         assert row["agrees"] is (None if row["name"] in YARDSTICKS else True)
-        if (script, "ours") not in OPEN:
-            ours = next(other for other in rows if (other["case"], other["name"]) == (row["case"], "ours"))
-            assert row["ratio_time"] == pytest.approx(row["seconds"] / ours["seconds"])
+        ours = next(other for other in rows if (other["case"], other["name"]) == (row["case"], "ours"))
+        assert row["ratio_time"] == pytest.approx(row["seconds"] / ours["seconds"])
 
 
 ODD_ONES = """
