@@ -46,6 +46,7 @@ def main() -> None:
             max_steps=options.max_steps,
             learning_rate=options.learning_rate,
             per_device_train_batch_size=options.per_device_train_batch_size,
+            attention_weight=1.0,  # new: the student also learns where its teacher looks
             logging_steps=5,
             report_to="none",
         ),

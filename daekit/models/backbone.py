@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from daekit.errors import UserError
 from daekit.models.heads import head_logits, output_head
@@ -28,6 +29,11 @@ from daekit.protocol import Batch
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself: ``model``, or the model inside a PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
+def checkpoints_layers(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on, so that in training every layer runs twice."""
+    return any(isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing for module in model.modules())
 
 
 def add_on_hidden(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from daekit.errors import UserError
 from daekit.losses.attention import Pass, attention_loss, relation_heads, row_pairs
 from daekit.losses.hidden import hidden_loss
 from daekit.models.attention_probe import AttentionCall, probing
-from daekit.models.backbone import base_of
+from daekit.models.backbone import base_of, checkpoints_layers
 from daekit.models.internals import Watch, kept_attention, observing_layers, require_seen, require_watchable
 from daekit.protocol import AttentionLayer, Batch, Internals, Signal, Teacher
 from daekit.trainers.config import KDConfig
@@ -72,7 +72,7 @@ class InsideLosses:
 
     def begin(self, batch: Batch, signals: Sequence[Signal]) -> None:
         """Compare the student's next forward with these signals."""
-        checkpointing = base_of(self.model).is_gradient_checkpointing and self.model.training and torch.is_grad_enabled()
+        checkpointing = checkpoints_layers(self.model) and self.model.training and torch.is_grad_enabled()
         self._step = _Step(batch, signals, checkpointing)
 
     def finish(self) -> dict[str, Tensor]:
