@@ -41,7 +41,7 @@ def run_recipe(recipe: Recipe) -> None:
     Raises:
         UserError: the output directory holds another run; anything that is wrong with data, models or settings.
     """
-    state = PartialState()
+    state = _ranks()
     _quieten()
     folder = RunFolder(Path(recipe.output_dir))
     if state.is_main_process:
@@ -78,6 +78,11 @@ def calibration() -> str:
     )
 
 
+def _ranks() -> PartialState:
+    """The processes of this run; on a CPU they are one run only if it is told so (the trainers' configs do the same)."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def _claim(recipe: Recipe, folder: RunFolder) -> None:
     """Make sure that what lies in the output directory is of this recipe, and write the recipe there."""
     if folder.recipe.is_file():
@@ -104,7 +109,7 @@ def _claim(recipe: Recipe, folder: RunFolder) -> None:
 
 
 def _run_stage(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, models: ModelBuilder) -> None:
-    state, stage = PartialState(), folder.stage(name)
+    state, stage = _ranks(), folder.stage(name)
     if state.is_main_process:
         stage.root.mkdir(parents=True, exist_ok=True)
         write_json(stage.key, stage_key(recipe, name))
