@@ -145,5 +145,18 @@ def test_a_tokenizer_of_other_settings_is_not_used(tmp_path: Path) -> None:
         run_recipe(other)
 
 
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("logging_steps=0", "stages.teacher: .*logging_steps"),  # by the config
+        ("report_to=wandbb", "stages.teacher: wandbb is not supported"),  # by the Trainer
+        ("padding_free=true", "stages.teacher: .*padding_free"),  # by TRL
+    ],
+)
+def test_what_the_libraries_refuse_names_the_stage(override: str, wanted: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=wanted):
+        run_recipe(recipe(tmp_path, f"stages.teacher.trainer.{override}"))
+
+
 def test_calibration_says_how_fast_the_machine_is() -> None:
     assert "ms" in calibration() and "GFLOP/s" in calibration()
