@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.set_defaults(run=_quickstart)
     quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
     for command in (check, train, quickstart):
-        command.add_argument("overrides", metavar="key=value", nargs="*", help=_OVERRIDES_HELP)
+        command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
     return parser
 
 

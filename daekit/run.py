@@ -16,10 +16,9 @@ from typing import Any
 import datasets
 import torch
 import transformers
-import yaml
 from accelerate import PartialState
 
-from daekit.build import DataBuilder, ModelBuilder, RunFolder, StageFolder, build_report, build_trainer
+from daekit.build import DataBuilder, ModelBuilder, RunFolder, StageFolder, build_report, build_trainer, read_file
 from daekit.data.mixture import Mixture
 from daekit.errors import UserError
 from daekit.models.loading import load_model
@@ -86,7 +85,7 @@ def _ranks() -> PartialState:
 def _claim(recipe: Recipe, folder: RunFolder) -> None:
     """Make sure that what lies in the output directory is of this recipe, and write the recipe there."""
     if folder.recipe.is_file():
-        theirs = yaml.safe_load(folder.recipe.read_text())["name"]
+        theirs = read_file(folder.recipe, delete=folder.recipe).get("name")
         if theirs != recipe.name:
             raise UserError(
                 f"output_dir={recipe.output_dir}: holds a run of the recipe {theirs!r}, not of {recipe.name!r}. "
@@ -96,13 +95,16 @@ def _claim(recipe: Recipe, folder: RunFolder) -> None:
         key_file = folder.stage(name).key
         if key_file.is_file():
             now = json.loads(json.dumps(stage_key(recipe, name)))
-            changed = _first_difference(json.loads(key_file.read_text()), now)
+            changed = _first_difference(read_file(key_file, delete=folder.stage(name).root), now)
             if changed:
                 raise UserError(
                     f"output_dir={recipe.output_dir}: its stage {name!r} was begun with another recipe ({changed}). "
                     f"Choose another output_dir, or delete {folder.stage(name).root} and the stages that use it."
                 )
-    folder.root.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir={recipe.output_dir}: cannot be made ({error.strerror}); choose another") from error
     half = folder.recipe.with_suffix(".half")
     half.write_text(to_yaml(recipe))
     half.replace(folder.recipe)
