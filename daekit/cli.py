@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib.resources
 import json
 import sys
 from collections.abc import Sequence
 
 from daekit import __version__
-from daekit.errors import UserError
+from daekit.errors import UserError, says_disk_is_full
 from daekit.recipe import load_recipe, load_recipe_text, to_yaml
 
 _OVERRIDES_HELP = "settings laid over the recipe: key.sub=value, the value as YAML (stages.kd.trainer.max_steps=10)"
@@ -26,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"daekit: error: {error}", file=sys.stderr)
         return _STATUS_OF_USER_ERROR
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:  # the libraries that write have no class in common for it
+        if not says_disk_is_full(error):
             raise
         print(f"daekit: error: the disk is full ({error}). Free some space; the same command goes on.", file=sys.stderr)
         return _STATUS_OF_USER_ERROR
@@ -56,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.set_defaults(run=_quickstart)
     quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
     for command in (check, train, quickstart):
-        command.add_argument("overrides", metavar="key=value", nargs="*", help=_OVERRIDES_HELP)
+        command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
     return parser
 
 

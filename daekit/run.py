@@ -16,10 +16,9 @@ from typing import Any
 import datasets
 import torch
 import transformers
-import yaml
 from accelerate import PartialState
 
-from daekit.build import DataBuilder, ModelBuilder, RunFolder, StageFolder, build_report, build_trainer
+from daekit.build import DataBuilder, ModelBuilder, RunFolder, StageFolder, build_report, build_trainer, read_file
 from daekit.data.mixture import Mixture
 from daekit.errors import UserError
 from daekit.models.loading import load_model
@@ -41,7 +40,7 @@ def run_recipe(recipe: Recipe) -> None:
     Raises:
         UserError: the output directory holds another run; anything that is wrong with data, models or settings.
     """
-    state = PartialState()
+    state = _ranks()
     _quieten()
     folder = RunFolder(Path(recipe.output_dir))
     if state.is_main_process:
@@ -78,10 +77,15 @@ def calibration() -> str:
     )
 
 
+def _ranks() -> PartialState:
+    """The processes of this run; on a CPU they are one run only if it is told so (the trainers' configs do the same)."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def _claim(recipe: Recipe, folder: RunFolder) -> None:
     """Make sure that what lies in the output directory is of this recipe, and write the recipe there."""
     if folder.recipe.is_file():
-        theirs = yaml.safe_load(folder.recipe.read_text())["name"]
+        theirs = read_file(folder.recipe, delete=folder.recipe).get("name")
         if theirs != recipe.name:
             raise UserError(
                 f"output_dir={recipe.output_dir}: holds a run of the recipe {theirs!r}, not of {recipe.name!r}. "
@@ -91,20 +95,23 @@ def _claim(recipe: Recipe, folder: RunFolder) -> None:
         key_file = folder.stage(name).key
         if key_file.is_file():
             now = json.loads(json.dumps(stage_key(recipe, name)))
-            changed = _first_difference(json.loads(key_file.read_text()), now)
+            changed = _first_difference(read_file(key_file, delete=folder.stage(name).root), now)
             if changed:
                 raise UserError(
                     f"output_dir={recipe.output_dir}: its stage {name!r} was begun with another recipe ({changed}). "
                     f"Choose another output_dir, or delete {folder.stage(name).root} and the stages that use it."
                 )
-    folder.root.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir={recipe.output_dir}: cannot be made ({error.strerror}); choose another") from error
     half = folder.recipe.with_suffix(".half")
     half.write_text(to_yaml(recipe))
     half.replace(folder.recipe)
 
 
 def _run_stage(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, models: ModelBuilder) -> None:
-    state, stage = PartialState(), folder.stage(name)
+    state, stage = _ranks(), folder.stage(name)
     if state.is_main_process:
         stage.root.mkdir(parents=True, exist_ok=True)
         write_json(stage.key, stage_key(recipe, name))

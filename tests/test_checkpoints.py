@@ -384,7 +384,7 @@ def assert_full_disk_is_survived(output: Path, fill: Callable[[], Any], empty: C
     run("dense", output)
 
 
-@pytest.mark.parametrize("writer", ["torch.save", "safetensors.torch.save_file", "builtins.open"])
+@pytest.mark.parametrize("writer", ["torch.save", "safetensors.torch.save_file", "tokenizers.Tokenizer.save", "builtins.open"])
 def test_a_full_disk(writer: str, tmp_path: Path, straight_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors import SafetensorError
 
@@ -395,9 +395,15 @@ def test_a_full_disk(writer: str, tmp_path: Path, straight_folder: Path, monkeyp
             return original_open(*arguments, **options)
         if writer == "safetensors.torch.save_file":
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        if writer == "tokenizers.Tokenizer.save":  # raises nothing narrower
+            raise Exception("No space left on device (os error 28)")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = "transformers.modeling_utils.safe_save_file" if "safetensors" in writer else writer
+    targets = {
+        "safetensors.torch.save_file": "transformers.modeling_utils.safe_save_file",
+        "tokenizers.Tokenizer.save": "transformers.PreTrainedTokenizerFast.save_pretrained",
+    }
+    target = targets.get(writer, writer)
     assert_full_disk_is_survived(tmp_path, lambda: monkeypatch.setattr(target, full), monkeypatch.undo)
     assert_the_same("dense", tmp_path, straight_folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import types
@@ -15,6 +16,7 @@ from daekit.cli import main
 from daekit.errors import UserError
 from daekit.recipe import Recipe, load_recipe, load_recipe_text
 
+DISK_FULL = "daekit: error: the disk is full ({}). Free some space; the same command goes on.\n"
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "numpy", "matplotlib")
 
 
@@ -93,6 +95,9 @@ def test_train_checks_before_it_runs(recipe_file: Path, runs: list[Recipe]) -> N
     [
         (UserError("out of luck; try again"), 2, "daekit: error: out of luck; try again\n"),
         (KeyboardInterrupt(), 130, "stopped; the same command resumes\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, DISK_FULL.format("[Errno 28] No space left on device")),
+        # safetensors and tokenizers say so in words only
+        (Exception("No space left on device (os error 28)"), 2, DISK_FULL.format("No space left on device (os error 28)")),
     ],
 )
 def test_what_a_run_raises(
@@ -143,3 +148,9 @@ def test_wrong_usage(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+
+
+def test_overrides_are_not_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["check"])
+    assert capsys.readouterr().err.endswith("required: RECIPE\n")

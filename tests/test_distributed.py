@@ -16,12 +16,17 @@ import transformers
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 from trainer_world import dae, kd, relative, weights
 
+from daekit.recipe import load_recipe
+from daekit.run import run_recipe
 from daekit.trainers import domain_sft
 
 SAME = 1e-5  # what rounding may do
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 CASES = ["kd", "kd-lora", "kd-one-rank-all-masked", "dae", "dae-one-domain-per-rank", "dae-mixtral", "dae-lora-reference"]
 INSIDE = {"attention_weight": 0.5, "hidden_weight": 0.5}
 CASES += [
@@ -94,15 +99,47 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     compare(["dae-one-domain-per-rank", "dae-inside-checkpointing-one-domain-per-rank"], tmp_path)
 
 
+RECIPE = """
+name: small
+output_dir: OUT
+tokenizer: {train: {vocab_size: 400, kind: words}}
+sources:
+  skills: {domain: general, path: "builtin:skills", validation: "builtin:skills", limit: 64, validation_limit: 4}
+  shop: {domain: shop, path: "builtin:shop", limit: 64}
+stages:
+  student:
+    type: sft
+    student: {config: {model_type: mistral, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1,
+              num_attention_heads: 2, num_key_value_heads: 1}}
+    data: [skills]
+    trainer: &trainer {max_steps: 2, per_device_train_batch_size: 4, logging_steps: 1, gradient_checkpointing: false,
+                       optim: sgd, learning_rate: 0.1}
+  aligned: {type: dae, teachers: {shop: "stage:student"}, data: {shop: 0.5, skills: 0.5}, loss: {ce_weight: 1},
+            trainer: *trainer}
+evaluation: {models: [aligned], max_new_tokens: 2}
+"""
+
+
+def test_a_recipe_runs_on_two_ranks_as_on_one(tmp_path: Path) -> None:
+    recipes = {}
+    for world in (1, 2):
+        text = RECIPE.replace("OUT", str(tmp_path / str(world))).replace("size: 4", f"size: {4 // world}")
+        recipes[world] = tmp_path / f"{world}.yaml"
+        recipes[world].write_text(text)
+    subprocess.run([*LAUNCHER, "-m", "daekit", "train", str(recipes[2])], check=True, env=ENVIRONMENT, capture_output=True)
+    run_recipe(load_recipe(recipes[1]))
+    one, two = (load_file(tmp_path / world / "stages/aligned/model/model.safetensors") for world in ("1", "2"))
+    assert all(relative(two[name], tensor) < SAME for name, tensor in one.items())
+    assert (tmp_path / "2" / "report" / "report.json").is_file()
+
+
 @pytest.mark.slow
 def test_two_ranks_equal_one_in_every_case(tmp_path: Path) -> None:
     compare(CASES, tmp_path)
 
 
 def compare(cases: list[str], folder: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launcher, __file__, str(folder), json.dumps(cases)], check=True, env=environment)
+    subprocess.run([*LAUNCHER, __file__, str(folder), json.dumps(cases)], check=True, env=ENVIRONMENT)
     for case in cases:
         train(case, folder, 1)
         one, first, second = (torch.load(folder / f"{case}-{name}.pt") for name in ("1-0", "2-0", "2-1"))

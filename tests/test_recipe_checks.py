@@ -153,6 +153,16 @@ PROVOKED = [
     (["stages.kd.trainer.temperature=2"], "set `stages.kd.loss.temperature`"),
     (["stages.kd.trainer.trust_remote_code=true"], "`stages.kd.student.trust_remote_code`"),
     (["stages.kd.trainer.hub_token=x"], "a secret does not belong in a recipe"),
+    # values of the trainer that it would stumble over late, or take for something else
+    (["stages.kd.trainer.learning_rate=-1"], "stages.kd.trainer.learning_rate: -1 must not be negative"),
+    (["stages.kd.trainer.warmup_steps=-1"], "stages.kd.trainer.warmup_steps: -1 must not be negative"),
+    (["stages.kd.trainer.per_device_train_batch_size=0"], "per_device_train_batch_size: 0 must be greater than 0"),
+    (["stages.kd.trainer.gradient_accumulation_steps=0"], "gradient_accumulation_steps: 0 must be greater than 0"),
+    (["stages.kd.trainer.max_length=0"], "stages.kd.trainer.max_length: 0 must be greater than 0"),
+    (["stages.kd.trainer.num_train_epochs=-1"], "stages.kd.trainer.num_train_epochs: -1 must be greater than 0"),
+    (["stages.kd.trainer.max_steps=0"], "stages.kd.trainer.max_steps: 0 would train num_train_epochs instead"),
+    (["stages.kd.trainer={packing: true, max_length: null}"], "stages.kd.trainer.packing: fills blocks of max_length tokens"),
+    (["stages.kd.trainer.load_best_model_at_end=true"], "load_best_model_at_end: needs evaluations to choose by"),
 ]
 
 
@@ -189,6 +199,7 @@ def test_no_sources_no_stages() -> None:
     [
         ["stages.kd.trainer.average_tokens_across_devices=true"],
         ["stages.kd.trainer.max_length=null"],
+        ["stages.kd.trainer={max_steps: -1, num_train_epochs: 0.5, learning_rate: 0, packing: true}"],
         ["stages.kd.student={path: a, quantization: 4bit}", "stages.kd.lora={}"],
         ["stages.dae.loss={divergence: jsd, beta: 0.1}"],
         ["stages.dae.reference={ensemble: [{model: a, weight: 0.3}, {model: b, weight: 0.7}]}"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,5 +146,35 @@ def test_a_tokenizer_of_other_settings_is_not_used(tmp_path: Path) -> None:
         run_recipe(other)
 
 
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("logging_steps=0", "stages.teacher: .*logging_steps"),  # by the config
+        ("report_to=wandbb", "stages.teacher: wandbb is not supported"),  # by the Trainer
+        ("padding_free=true", "stages.teacher: .*padding_free"),  # by TRL
+    ],
+)
+def test_what_the_libraries_refuse_names_the_stage(override: str, wanted: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=wanted):
+        run_recipe(recipe(tmp_path, f"stages.teacher.trainer.{override}"))
+
+
 def test_calibration_says_how_fast_the_machine_is() -> None:
     assert "ms" in calibration() and "GFLOP/s" in calibration()
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "tokenizer/trained_on.json", "stages/student/stage_key.json"])
+@pytest.mark.parametrize("content", ["", "{"])
+def test_a_damaged_file_of_the_run_is_named(name: str, content: str, finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    (copy / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name.split('/')[-1]}.*damaged"):
+        run_recipe(recipe(copy))
+
+
+def test_an_output_dir_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"output_dir=.*file"):
+            run_recipe(recipe(out))

@@ -7,13 +7,16 @@ from unittest.mock import MagicMock
 
 import pytest
 import tiny
+import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from trainer_world import dae, kd, options
+from transformers import AutoModelForCausalLM
 
 from daekit.errors import UserError
+from daekit.teachers import ModelTeacher
 from daekit.trainers import DAEConfig, DAETrainer, KDConfig, KDTrainer
 
 
@@ -112,6 +115,28 @@ def test_a_row_whose_domain_is_no_name(tmp_path: Any) -> None:
         dae(tmp_path, data)
 
 
+@pytest.mark.parametrize("domain", [None, 1, ""])
+def test_a_row_of_a_stream_whose_domain_is_no_name(domain: Any, tmp_path: Any) -> None:
+    data = Dataset.from_list([{"text": "w1 w2", "domain": domain}] * 4).to_iterable_dataset()
+    with pytest.raises(UserError, match="row 0: domain is"):
+        kd(tmp_path, data, max_steps=1).train()
+
+
+@pytest.mark.parametrize("where", ["train", "stream", "eval"])
+def test_a_data_set_without_rows(where: str, tmp_path: Any) -> None:
+    none = tiny.rows(4).select([])
+    with pytest.raises(UserError, match="data set is empty"):
+        if where == "eval":
+            kd(tmp_path, tiny.rows(4), eval_dataset=none)
+        else:
+            kd(tmp_path, none if where == "train" else IterableDataset.from_generator(none.__iter__), max_steps=1)
+
+
+def test_rows_that_are_no_data_set(tmp_path: Any) -> None:
+    with pytest.raises(TypeError, match="train_dataset"):
+        kd(tmp_path, [{"text": "w1 w2"}])
+
+
 @pytest.mark.parametrize("where", ["train", "eval", "eval dict"])
 def test_a_misspelt_domain_names_the_nearest(where: str, tmp_path: Any) -> None:
     good, bad = tiny.rows(8), tiny.rows(8, domains=("general", "shopp", "shop"))
@@ -171,6 +196,38 @@ def test_another_tokenizer_is_found_before_the_teachers_weights_are_loaded(
     tiny.tokenizer().save_pretrained(tmp_path / "teacher")
     with pytest.raises(AssertionError, match="weights were loaded"):
         kd(tmp_path, tiny.rows(4), teacher=str(tmp_path / "teacher"))
+
+
+def test_another_tokenizer_beside_a_teacher_that_is_loaded_already(tmp_path: Any) -> None:
+    tiny.model(seed=2).save_pretrained(tmp_path / "teacher")
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    kd(tmp_path, tiny.rows(4), teacher=teacher)  # no tokenizer there to compare with
+    other = tiny.tokenizer()
+    other.backend_tokenizer.post_processor = TemplateProcessing("</s> $A", special_tokens=[("</s>", 1)])
+    other.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match="cut differently"):
+        kd(tmp_path, tiny.rows(4), teacher=teacher)
+    with pytest.raises(UserError, match="cut differently"):
+        dae(tmp_path, tiny.rows(4), teachers={"shop": teacher})
+
+
+def test_a_student_whose_weights_are_a_pickle(tmp_path: Any) -> None:
+    student = tiny.model()
+    student.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(student.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        kd(tmp_path, tiny.rows(4), student=str(tmp_path))
+
+
+def test_a_teacher_that_says_nothing(tmp_path: Any) -> None:
+    class Silent(ModelTeacher):
+        def signals(self, batch: Any) -> list[Any]:
+            return []
+
+    trainer = kd(tmp_path, tiny.rows(4), teacher=Silent(tiny.model(seed=2), len(tiny.WORDS)))
+    with pytest.raises(UserError, match="says nothing"):
+        trainer.train()
 
 
 def test_a_teacher_with_a_head_that_is_too_narrow(tmp_path: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from daekit.build.folders import RunFolder
+from daekit.build.folders import RunFolder, read_file
 from daekit.data.mixture import Mixture, in_common_features, mix
 from daekit.data.sources import load_source
 from daekit.data.tokenizer import load_tokenizer, source_texts, train_tokenizer
@@ -68,7 +68,7 @@ class DataBuilder:
         facts = json.loads(json.dumps({name: _training(self.recipe.sources[name]) for name in spec.train.sources}))
         facts["train"] = json.loads(json.dumps(asdict(spec.train)))
         facts_file = folder.tokenizer / "trained_on.json"
-        if facts_file.is_file() and json.loads(facts_file.read_text()) != facts:
+        if facts_file.is_file() and read_file(facts_file, delete=folder.tokenizer) != facts:
             raise UserError(
                 f"{folder.tokenizer}: was trained with other settings or sources. Delete it and the stages that use it, "
                 "or choose another output_dir."

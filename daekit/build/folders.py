@@ -20,6 +20,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from daekit.errors import UserError
+
+
+def read_file(path: Path, delete: Path) -> Any:
+    """The content of a JSON or YAML file that a run has written.
+
+    Raises:
+        UserError: it is damaged; the remedy is to delete ``delete``.
+    """
+    parse = json.loads if path.suffix == ".json" else yaml.safe_load
+    try:
+        content = parse(path.read_text())
+    except (ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: this file of the run is damaged. Delete {delete} and run again.")
+    return content
+
 
 @dataclass(frozen=True)
 class RunFolder:

@@ -11,6 +11,7 @@ from daekit.build.data import DataBuilder
 from daekit.build.folders import StageFolder
 from daekit.build.models import ModelBuilder
 from daekit.data.mixture import Mixture
+from daekit.errors import UserError
 from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe, StageSpec
 from daekit.trainers import (
     DAEConfig,
@@ -29,10 +30,26 @@ def build_trainer(
     """The trainer of stage ``name``, and the rows that it trains on.
 
     Raises:
-        UserError: from the rooms that read the data and load the models.
+        UserError: from the rooms that read the data and load the models; what transformers and TRL say of options.
     """
     stage = recipe.stages[name]
     mixture = data.mixture(stage.data)
+    try:
+        trainer = _trainer_of(recipe, name, folder, data, models, mixture)
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:  # options that do not go together, a tracker that is not installed
+        raise UserError(f"stages.{name}: {' '.join(str(error).split())}") from error
+    trainer.remove_callback(PrinterCallback)
+    callback: TrainerCallback = ProgressCallback(name)
+    trainer.add_callback(callback)
+    return trainer, mixture
+
+
+def _trainer_of(
+    recipe: Recipe, name: str, folder: StageFolder, data: DataBuilder, models: ModelBuilder, mixture: Mixture
+) -> DomainSFTTrainer:
+    stage = recipe.stages[name]
     common: dict[str, Any] = {
         "args": _arguments(recipe, stage, folder),
         "train_dataset": mixture.dataset,
@@ -40,14 +57,7 @@ def build_trainer(
         "processing_class": models.tokenizer,
         "peft_config": _peft_config(stage.lora, stage.student) if stage.lora else None,
     }
-    trainer = _trainer(stage, _student(stage, models, common["args"].seed), models, common)
-    trainer.remove_callback(PrinterCallback)
-    callback: TrainerCallback = ProgressCallback(name)
-    trainer.add_callback(callback)
-    return trainer, mixture
-
-
-def _trainer(stage: StageSpec, student: PreTrainedModel, models: ModelBuilder, common: dict[str, Any]) -> DomainSFTTrainer:
+    student = _student(stage, models, common["args"].seed)
     if stage.type == "sft":
         return DomainSFTTrainer(student, **common)
     if stage.type == "kd":

@@ -43,13 +43,21 @@ class DomainCount:
     blank: int
 
 
+def first_row(dataset: Dataset | IterableDataset, name: str) -> dict[str, Any]:
+    """The first row of a data set; UserError if it has none."""
+    for row in dataset:
+        return row
+    raise UserError(f"the {name} data set is empty: it has no rows")
+
+
 def require_domains(dataset: Dataset | IterableDataset, name: str, default: str | None) -> Dataset | IterableDataset:
     """Make sure that every row has a domain; ``default`` fills in for a data set without that column.
 
     Raises:
-        UserError: no ``domain`` column and no default, or a row whose domain is not a name.
+        UserError: no rows, no ``domain`` column and no default, or a row whose domain is not a name (of a stream: when it
+            comes by).
     """
-    if "domain" not in (dataset.column_names or next(iter(dataset)).keys()):
+    if "domain" not in first_row(dataset, name):
         if default is None:
             raise UserError(
                 f"the {name} data set has no column 'domain': add one that names the domain of each row "
@@ -58,10 +66,19 @@ def require_domains(dataset: Dataset | IterableDataset, name: str, default: str 
         if isinstance(dataset, Dataset):
             return dataset.add_column("domain", [default] * len(dataset))
         return dataset.map(lambda row: {"domain": default})
-    if isinstance(dataset, Dataset):
-        for row, domain in enumerate(dataset["domain"]):
-            if not isinstance(domain, str) or not domain:
-                raise UserError(f"the {name} data set, row {row}: domain is {domain!r}, not a name")
+
+    def check(domain: Any, row: int) -> None:
+        if not isinstance(domain, str) or not domain:
+            raise UserError(f"the {name} data set, row {row}: domain is {domain!r}, not a name")
+
+    def check_row(values: dict[str, Any], row: int) -> dict[str, Any]:
+        check(values["domain"], row)
+        return values
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(check_row, with_indices=True, features=dataset.features)
+    for row, domain in enumerate(dataset["domain"]):
+        check(domain, row)
     return dataset
 
 
@@ -69,10 +86,8 @@ def fit_to_length(dataset: Dataset, max_length: int | None, overlong: str, name:
     """Apply the policy for overlong rows to tokenised rows (``input_ids``, ``labels``, ``domain``) and count.
 
     Raises:
-        UserError: no rows; a row longer than ``max_length`` when ``overlong`` is ``error``; a domain that loses all its rows.
+        UserError: a row longer than ``max_length`` when ``overlong`` is ``error``; a domain that loses all its rows.
     """
-    if not len(dataset):
-        raise UserError(f"the {name} data set is empty: it has no rows")
     limit = _NO_LIMIT if max_length is None else max_length
     sizes = _measure(dataset, limit)
     domains = np.asarray(dataset["domain"], dtype=object)

@@ -30,6 +30,15 @@ _FOREIGN = {
 _WEIGHTS = ("ce_weight", "prediction_weight", "attention_weight", "hidden_weight")
 _LAYERS = re.compile(r"^(uniform|last_[1-9]\d*)$")
 _SUM_TOLERANCE = 1e-6
+# Options of the trainer that it takes as they are and stumbles over later.
+_POSITIVE = (
+    "max_length",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+_NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
 
 
 def check_stage(recipe: Recipe, name: str, stage: StageSpec, problems: Problems) -> None:
@@ -51,6 +60,7 @@ def check_stage(recipe: Recipe, name: str, stage: StageSpec, problems: Problems)
     for where, teacher in _teachers(stage, path):
         _check_teacher(teacher, where, problems)
     _check_adapter(stage, path, problems)
+    _check_trainer(stage, (*path, "trainer"), problems)
 
 
 def _check_mixture(recipe: Recipe, mixture: MixtureSpec, path: Path, problems: Problems) -> None:
@@ -198,3 +208,19 @@ def _check_adapter(stage: StageSpec, path: Path, problems: Problems) -> None:
             problems.add_check((*path, "lora", key), f"{getattr(lora, key)} must be greater than 0")
     if not 0 <= lora.lora_dropout < 1:
         problems.add_check((*path, "lora", "lora_dropout"), f"{lora.lora_dropout} must be at least 0 and below 1")
+
+
+def _check_trainer(stage: StageSpec, path: Path, problems: Problems) -> None:
+    options = {key: value for key, value in stage.trainer.items() if value is not None}
+    for key in _POSITIVE:
+        if options.get(key, 1) <= 0:
+            problems.add_check((*path, key), f"{options[key]} must be greater than 0")
+    for key in _NOT_NEGATIVE:
+        if options.get(key, 0) < 0:
+            problems.add_check((*path, key), f"{options[key]} must not be negative")
+    if options.get("max_steps") == 0:
+        problems.add_check((*path, "max_steps"), "0 would train num_train_epochs instead; leave the stage out to train nothing")
+    if options.get("packing") and stage.trainer.get("max_length", 1) is None:
+        problems.add_check((*path, "packing"), "fills blocks of max_length tokens, which is null; give a number")
+    if options.get("load_best_model_at_end") and options.get("eval_strategy", "no") == "no":
+        problems.add_check((*path, "load_best_model_at_end"), "needs evaluations to choose by; set eval_strategy")

@@ -38,8 +38,11 @@ class DomainSFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        # SFTConfig turns bf16 on by default, which raises on a machine without an accelerator
-        if self.bf16 is None and not self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):  # type: ignore[has-type]
+        # without it the processes that torchrun starts on a CPU would each train alone, over each other's files
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        # SFTConfig turns bf16 on by default, which raises on a CPU
+        if self.bf16 is None and not self.fp16 and self.use_cpu:  # type: ignore[has-type]
             self.bf16 = False
         super().__post_init__()
         self._refuse_changed_objectives()

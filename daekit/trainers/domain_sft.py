@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from daekit.data.collator import EXAMPLES, DomainCollator, as_batch
-from daekit.data.preparation import DomainCount, fit_stream_to_length, fit_to_length, require_domains
+from daekit.data.preparation import DomainCount, first_row, fit_stream_to_length, fit_to_length, require_domains
 from daekit.errors import UserError
 from daekit.losses import prediction_loss
 from daekit.metrics import TokenMeans
@@ -62,6 +62,8 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         if not isinstance(args, self.config_class):
             raise UserError(f"args: {type(self).__name__} needs a {self.config_class.__name__}, not a {type(args).__name__}")
         _refuse(model, args, train_dataset, sft_arguments)
+        if isinstance(model, str):  # no pickle, here as elsewhere
+            args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})
         self.data_counts: dict[str, dict[str, DomainCount]] = {}
         super().__init__(model=model, args=args, train_dataset=train_dataset, **sft_arguments)
         parallel = self.accelerator.parallelism_config
@@ -294,5 +296,7 @@ def _refuse(
     configs = [arguments.get("peft_config"), *(model.peft_config.values() if isinstance(model, PeftModel) else ())]
     if any(isinstance(config, PromptLearningConfig) for config in configs):
         raise UserError("prompt-learning PEFT is not supported: virtual tokens have no counterpart in a teacher; use LoRA")
-    if train_dataset is not None and {"image", "images"} & set(train_dataset.column_names or ()):
+    if not isinstance(train_dataset, Dataset | IterableDataset):
+        return  # SFTTrainer says what it wants
+    if {"image", "images"} & first_row(train_dataset, "train").keys():
         raise UserError("the train data set has images: vision data is not supported; use a text-only data set")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.models.loading import load_tokenizer_of
-from daekit.models.vocabulary import vocabulary_size
+from daekit.models.vocabulary import require_same, vocabulary_size
 from daekit.protocol import Batch, Signal, Teacher
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
 from daekit.trainers.config import KDConfig
 from daekit.trainers.domain_sft import DomainSFTTrainer
 from daekit.trainers.inside import ATTENTION_METRIC, InsideLosses, hidden_metric
+
+logger = logging.getLogger(__name__)
 
 
 class KDTrainer(DomainSFTTrainer):
@@ -30,7 +33,8 @@ class KDTrainer(DomainSFTTrainer):
 
     Args:
         model: the student, as for SFTTrainer: a hub id, a directory, a model or a PEFT model.
-        teacher: a directory or hub id (its tokenizer is compared before its weights are loaded), a model, or any Teacher.
+        teacher: a directory or hub id (its tokenizer is compared before its weights are loaded), a model (compared if its
+            tokenizer lies where it was loaded from), or any Teacher.
         args: a KDConfig.
         train_dataset: rows in any of TRL's forms.
         processing_class: the tokenizer; default: the student's own.
@@ -76,8 +80,13 @@ class KDTrainer(DomainSFTTrainer):
         """The student is ready: the moment to freeze a copy of it as a teacher."""
 
     def teacher_signals(self, batch: Batch) -> list[Signal]:
-        """What the teacher says about the batch."""
+        """What the teacher says about the batch; UserError if it says nothing, for the loss would be 0 without a word."""
         signals = self.teacher.signals(batch)
+        if not signals and batch.labels_N.numel():
+            raise UserError(
+                f"{type(self.teacher).__name__} says nothing about a batch of {batch.labels_N.numel()} kept positions: its "
+                "signals must cover every kept position exactly once"
+            )
         if self.inside is not None:
             self.inside.begin(batch, signals)
         return signals
@@ -140,6 +149,7 @@ def as_teacher(
     if isinstance(teacher, PreTrainedModel | PeftModel):
         if isinstance(student, nn.Module) and {*map(id, teacher.parameters())} & {*map(id, student.parameters())}:
             raise UserError("the teacher is the student itself: as a frozen teacher it could not be trained. Load it twice.")
+        _compare_tokenizers(tokenizer, teacher.config._name_or_path)
         return ModelTeacher(teacher, vocabulary_size(tokenizer), teacher.config._name_or_path or "teacher")
     if isinstance(teacher, Teacher):
         return teacher
@@ -147,6 +157,18 @@ def as_teacher(
         f"{type(teacher).__name__} is no teacher: give a directory or hub id, a transformers model, or an object with the "
         "methods signals(batch), identity() and to(device)"
     )
+
+
+def _compare_tokenizers(tokenizer: PreTrainedTokenizerBase, teacher_path: str) -> None:
+    """Compare with the tokenizer that lies beside a teacher that is loaded already, if there is one."""
+    try:
+        theirs = load_tokenizer_of(ModelSpec(path=teacher_path)) if teacher_path else None
+    except UserError:
+        theirs = None
+    if theirs is None:
+        logger.warning("the tokenizer of the teacher is not known: nobody checks that it is the student's")
+    else:
+        require_same(tokenizer, theirs, teacher_path)
 
 
 def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import tempfile
@@ -12,13 +11,12 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from daekit.data.fingerprint import fingerprint as data_fingerprint
-from daekit.errors import UserError
+from daekit.errors import UserError, says_disk_is_full
 from daekit.models.identity import hash_tensors
 from daekit.models.restore import restore_weights
 from daekit.trainers import checkpoint
@@ -136,7 +134,7 @@ class WholeCheckpointTrainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoint.seal(folder, self.run_facts())
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # the libraries that write have no class in common for a full disk
             if _is_full_disk(error, folder.parent):
                 raise UserError(
                     f"{folder}: the disk is full, so this checkpoint was not saved; earlier ones are whole. Free some space "
@@ -190,7 +188,7 @@ class _RestoreAccumulators(TrainerCallback):
 
 
 def _is_full_disk(error: Exception, folder: Path) -> bool:
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
+    if says_disk_is_full(error):
         return True
     if not isinstance(error, RuntimeError):
         return False
@@ -198,5 +196,5 @@ def _is_full_disk(error: Exception, folder: Path) -> bool:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(1 << 20))
     except OSError as refusal:
-        return refusal.errno in (errno.ENOSPC, errno.EDQUOT)
+        return says_disk_is_full(refusal)
     return False
