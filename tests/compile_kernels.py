@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from daekit.losses.kernels import prediction
+from daekit.losses.kernels import attention, prediction
 
 
 def prediction_cases() -> Iterator[tuple]:
@@ -32,6 +32,27 @@ def prediction_cases() -> Iterator[tuple]:
                 constants["BLOCK"] = 4096
                 name = f"{divergence} {dtype}{' tempered capped ce' if full else ''}"
                 yield name, prediction._chunk_kernel, types, constants, {"num_warps": 16}
+
+
+def attention_cases() -> Iterator[tuple]:
+    """(name, kernel, types of the arguments, constants, options)"""
+    shapes = [("bf16", 128, 128), ("bf16", 64, 128), ("bf16", 80, 96), ("fp16", 128, 128), ("bf16", 256, 256)]
+    for dtype, width_s, width_t in [*shapes, ("fp32", 128, 128), ("fp32", 256, 256)]:
+        outer, inner, warps, stages = attention._tiles(max(width_s, width_t), 4 if dtype == "fp32" else 2)
+        constants = dict(GROUP_S=4, GROUP_T=8, D_S=width_s, D_T=width_t, OUTER=outer, INNER=inner)
+        constants |= dict(PAD_S=attention._padded(width_s), PAD_T=attention._padded(width_t))
+        options = {"num_warps": warps, "num_stages": stages}
+        for title, kernel, more in [
+            ("value", attention._query_kernel, {"GRADIENT": False}),
+            ("value and query", attention._query_kernel, {"GRADIENT": True}),
+            ("key", attention._key_kernel, {}),
+        ]:
+            types = {name: "i32" for name in kernel.arg_names if "stride" in name or "window" in name or name == "heads"}
+            types |= {f"{name}_{who}_ptr": f"*{dtype}" for name in ("query", "key") for who in "st"}
+            types |= {"grad_ptr": f"*{dtype}", "blocks_ptr": "*i64", "offset_ptr": "*i64"}
+            types |= {name: "*fp32" for name in ("kl_ptr", "lse_s_ptr", "lse_t_ptr")}
+            types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+            yield f"attention {title} {dtype} {width_s} {width_t}", kernel, types, constants | more, options
 
 
 def compiled(kernel: triton.JITFunction, types: dict[str, str], constants: dict[str, object], arch: int, options: dict) -> object:
@@ -56,6 +77,6 @@ def usage(binary: object) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    for name, kernel, types, constants, options in prediction_cases():
+    for name, kernel, types, constants, options in [*attention_cases(), *prediction_cases()]:
         binary = compiled(kernel, types, constants, int(sys.argv[1]) if len(sys.argv) > 1 else 90, options)
         print(json.dumps({"kernel": name, **usage(binary)}), flush=True)
