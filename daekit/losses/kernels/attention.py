@@ -66,23 +66,24 @@ def attention_kl_(
     )  # fmt: skip
     with torch.cuda.device_of(query_s):
         grad = query_s if grad_query_NAD is None else _checked(grad_query_NAD)
-        blocks_P9 = _blocks(pairs_R8, pairs_R8[:, 2], outer, queries)
-        _query_kernel[(blocks_P9.shape[0], heads)](
-            query_s, key_s, query_t, key_t, blocks_P9, offset_N, kl_NA, lse_s_NA, lse_t_NA, grad,
+        blocks = _blocks(pairs_R8, pairs_R8[:, 2], outer, queries)
+        _query_kernel[(blocks.shape[0], heads)](
+            query_s, key_s, query_t, key_t, blocks, offset_N, kl_NA, lse_s_NA, lse_t_NA, grad,
             *strides, *grad.stride()[:2], heads, *masks, GRADIENT=grad_query_NAD is not None, **constants,
         )  # fmt: skip
         if grad_key_BGTD is not None:
             grad = _checked(grad_key_BGTD)
-            blocks_P9 = _blocks(pairs_R8, pairs_R8[:, 7], outer, key_s.shape[0] * key_s.shape[2])
-            _key_kernel[(blocks_P9.shape[0], key_s.shape[1])](
-                query_s, key_s, query_t, key_t, blocks_P9, offset_N, lse_s_NA, lse_t_NA, grad,
+            blocks = _blocks(pairs_R8, pairs_R8[:, 7], outer, key_s.shape[0] * key_s.shape[2])
+            _attending_kernel[(blocks.shape[0],)](blocks, offset_N, masks[2], OUTER=outer, STEP=1024)
+            _key_kernel[(blocks.shape[0], key_s.shape[1])](
+                query_s, key_s, query_t, key_t, blocks, offset_N, lse_s_NA, lse_t_NA, grad,
                 *strides, *grad.stride()[:3], heads, *masks, **constants,
             )  # fmt: skip
     value_N.copy_(kl_NA.sum(1))
 
 
 def _blocks(pairs_R8: Tensor, size_R: Tensor, block: int, most: int) -> Tensor:
-    """``[P, 9]`` for each program the line of its row and which block of the row is its own.
+    """``[P, 11]`` for each program the line of its row, which block of the row is its own, and two columns for the key kernel.
 
     P is an upper bound, for sizes that sum to ``most`` or less: to know the number itself, the host would have to wait.
     Programs beyond it get a block behind the end of the last row.
@@ -92,7 +93,7 @@ def _blocks(pairs_R8: Tensor, size_R: Tensor, block: int, most: int) -> Tensor:
     program_P = torch.arange(most // block + size_R.shape[0], device=size_R.device)
     row_P = torch.searchsorted(end_R, program_P, right=True).clamp_(max=size_R.shape[0] - 1)
     block_P = program_P - (end_R - blocks_R)[row_P]
-    return torch.cat([pairs_R8[row_P].long(), block_P[:, None]], dim=1)
+    return torch.cat([pairs_R8[row_P].long(), block_P[:, None].expand(-1, 3)], dim=1)
 
 
 def _tiles(width: int, bytes_per_value: int) -> tuple[int, int, int, int]:
@@ -122,7 +123,7 @@ def _query_kernel(
     PAD_S: tl.constexpr, PAD_T: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Value, normalisers and gradient of OUTER queries of one row and head; the axes of a tile are queries, keys."""
-    line = blocks_ptr + 9 * (tl.num_programs(0) - 1 - tl.program_id(0))  # the last blocks of rows are longest: they go first
+    line = blocks_ptr + 11 * (tl.num_programs(0) - 1 - tl.program_id(0))  # the last blocks of rows are longest: they go first
     head = tl.program_id(1).to(tl.int64)
     first, count = tl.load(line + 8) * OUTER, tl.load(line + 2)
     if first >= count:
@@ -188,14 +189,14 @@ def _key_kernel(
     PAD_S: tl.constexpr, PAD_T: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Gradient of OUTER keys of one row and key head; the axes of a tile are keys, queries."""
-    line = blocks_ptr + 9 * tl.program_id(0)
+    line = blocks_ptr + 11 * tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
     first, length = tl.load(line + 8) * OUTER, tl.load(line + 7)
     if first >= length:
         return
     n, m, count = tl.load(line), tl.load(line + 1), tl.load(line + 2)
     offset_ptr += n
-    low, high = _attending(offset_ptr, count, first, first + OUTER - 1 + window_s)
+    low, high = tl.load(line + 9) // INNER * INNER, tl.load(line + 10)
     token_s, token_t = tl.load(line + 4) + first, tl.load(line + 6) + first
     key_s_ptr += tl.load(line + 3) * key_s_stride_b + group * key_s_stride_g + token_s * key_s_stride_t
     key_t_ptr += tl.load(line + 5) * key_t_stride_b + token_t * key_t_stride_t
@@ -227,16 +228,25 @@ def _key_kernel(
 
 
 @triton.jit
-def _attending(offset_ptr, count, first, end):
-    """Of a row's ascending offsets, how many lie before ``first`` and how many before ``end``: between them, who attends."""
-    before_L = tl.zeros([1024], tl.int64)
-    within_L = tl.zeros([1024], tl.int64)
-    for start in range(0, count, 1024):
-        at_L = start + tl.arange(0, 1024)
+def _attending_kernel(blocks_ptr, offset_ptr, window_s, OUTER: tl.constexpr, STEP: tl.constexpr):
+    """Columns 9 and 10 of a block of keys: of its row's queries, the first that attends to it and the first behind those.
+
+    Offsets ascend, so counting finds both. It has a kernel of its own: once for all heads, and with bounds that come from a sum
+    instead of a load, Triton 3.9 no longer sees in the loop over the queries that their addresses are aligned.
+    """
+    line = blocks_ptr + 11 * tl.program_id(0)
+    offset_ptr += tl.load(line)
+    count = tl.load(line + 2)
+    first = tl.load(line + 8) * OUTER
+    before_L = tl.zeros([STEP], tl.int64)
+    within_L = tl.zeros([STEP], tl.int64)
+    for start in range(0, count, STEP):
+        at_L = start + tl.arange(0, STEP)
         offset_L = tl.load(offset_ptr + at_L, mask=at_L < count, other=0)
         before_L += ((offset_L < first) & (at_L < count)).to(tl.int64)
-        within_L += ((offset_L < end) & (at_L < count)).to(tl.int64)
-    return tl.sum(before_L, 0), tl.sum(within_L, 0)
+        within_L += ((offset_L < first + OUTER - 1 + window_s) & (at_L < count)).to(tl.int64)
+    tl.store(line + 9, tl.sum(before_L, 0))
+    tl.store(line + 10, tl.sum(within_L, 0))
 
 
 @triton.jit
@@ -249,10 +259,10 @@ def _scores(rows, columns, scaling, allowed):
 def _tile(ptr, stride, count, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
     """The ROWS vectors from ``ptr`` on, zeros from the ``count``-th on and beyond their width."""
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
-    return tl.load(ptr + row * stride + column, mask=(row < count) & (column < WIDTH), other=0.0)
+    return tl.load(ptr + row * stride + column, mask=(row < count.to(tl.int32)) & (column < WIDTH), other=0.0)
 
 
 @triton.jit
 def _store_tile(ptr, stride, tile, count, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
-    tl.store(ptr + row * stride + column, tile.to(ptr.dtype.element_ty), mask=(row < count) & (column < WIDTH))
+    tl.store(ptr + row * stride + column, tile.to(ptr.dtype.element_ty), mask=(row < count.to(tl.int32)) & (column < WIDTH))
