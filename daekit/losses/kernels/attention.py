@@ -10,8 +10,6 @@ return at once.
 # (Triton gives the arguments of a kernel their types when it compiles it)
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -48,36 +46,38 @@ def attention_kl_(
     """
     if not pairs_R8.shape[0]:
         return
-    queries, heads, width = student.query_NAD.shape
+    queries, heads, width_s = student.query_NAD.shape
     device = student.query_NAD.device
     pairs_R8, offset_N = pairs_R8.to(device), offset_N.to(device)
-    query_s, key_s = _checked(student.query_NAD), _checked(student.key_BGTD)
-    query_t, key_t = _checked(teacher.query_NAD), _checked(teacher.key_BGTD)
-    outer, inner, warps, stages = _tiles(max(width, query_t.shape[2]), query_s.element_size())
+    layers = [_checked(x) for x in (student.query_NAD, student.key_BGTD, teacher.query_NAD, teacher.key_BGTD)]
+    query_s, key_s, query_t, key_t = layers
+    width_t = query_t.shape[2]
     kl_NA = value_N.new_zeros(queries, heads)
     kl_NA[:, 0] = value_N  # what no program overwrites survives the sum over heads
     lse_s_NA, lse_t_NA = torch.empty_like(kl_NA), torch.empty_like(kl_NA)
-    strides = (*query_s.stride()[:2], *key_s.stride()[:3], *query_t.stride()[:2], *key_t.stride()[:3])
-    masks = (student.scaling, teacher.scaling, student.window or _NO_WINDOW, teacher.window or _NO_WINDOW)
-    constants: dict[str, Any] = dict(
-        GROUP_S=heads // key_s.shape[1], GROUP_T=heads // key_t.shape[1], D_S=width, D_T=query_t.shape[2],
-        PAD_S=_padded(width), PAD_T=_padded(query_t.shape[2]), OUTER=outer, INNER=inner,
-        num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+    numbers = (
+        *query_s.stride()[:2], *key_s.stride()[:3], *query_t.stride()[:2], *key_t.stride()[:3], heads,
+        float(student.scaling), float(teacher.scaling), student.window or _NO_WINDOW, teacher.window or _NO_WINDOW,
     )  # fmt: skip
+    shapes = dict(
+        GROUP_S=heads // key_s.shape[1], GROUP_T=heads // key_t.shape[1],
+        D_S=width_s, D_T=width_t, PAD_S=_padded(width_s), PAD_T=_padded(width_t),
+    )  # fmt: skip
+    query_tiles, key_tiles = _tiles(max(width_s, width_t), max(x.element_size() for x in layers), _roomy(device))
     with torch.cuda.device_of(query_s):
         grad = query_s if grad_query_NAD is None else _checked(grad_query_NAD)
-        blocks = _blocks(pairs_R8, pairs_R8[:, 2], outer, queries)
+        blocks = _blocks(pairs_R8, pairs_R8[:, 2], query_tiles["OUTER"], queries)
         _query_kernel[(blocks.shape[0], heads)](
-            query_s, key_s, query_t, key_t, blocks, offset_N, kl_NA, lse_s_NA, lse_t_NA, grad,
-            *strides, *grad.stride()[:2], heads, *masks, GRADIENT=grad_query_NAD is not None, **constants,
+            *layers, blocks, offset_N, kl_NA, lse_s_NA, lse_t_NA, grad, *grad.stride()[:2], *numbers,
+            GRADIENT=grad_query_NAD is not None, **shapes, **query_tiles, enable_fp_fusion=True,
         )  # fmt: skip
         if grad_key_BGTD is not None:
             grad = _checked(grad_key_BGTD)
-            blocks = _blocks(pairs_R8, pairs_R8[:, 7], outer, key_s.shape[0] * key_s.shape[2])
-            _attending_kernel[(blocks.shape[0],)](blocks, offset_N, masks[2], OUTER=outer, STEP=1024)
+            blocks = _blocks(pairs_R8, pairs_R8[:, 7], key_tiles["OUTER"], key_s.shape[0] * key_s.shape[2])
+            _attending_kernel[(blocks.shape[0],)](blocks, offset_N, student.window or _NO_WINDOW, key_tiles["OUTER"], STEP=1024)
             _key_kernel[(blocks.shape[0], key_s.shape[1])](
-                query_s, key_s, query_t, key_t, blocks, offset_N, lse_s_NA, lse_t_NA, grad,
-                *strides, *grad.stride()[:3], heads, *masks, **constants,
+                *layers, blocks, offset_N, lse_s_NA, lse_t_NA, grad, *grad.stride()[:3], *numbers,
+                **shapes, **key_tiles, enable_fp_fusion=True,
             )  # fmt: skip
     value_N.copy_(kl_NA.sum(1))
 
@@ -96,11 +96,26 @@ def _blocks(pairs_R8: Tensor, size_R: Tensor, block: int, most: int) -> Tensor:
     return torch.cat([pairs_R8[row_P].long(), block_P[:, None].expand(-1, 3)], dim=1)
 
 
-def _tiles(width: int, bytes_per_value: int) -> tuple[int, int, int, int]:
-    """Rows of a program's own block, rows of a block it walks over, warps, stages: what shared memory and registers hold."""
+def _tiles(width: int, bytes_per_value: int, roomy: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Launch options of the query and of the key kernel: as much as fits in shared memory, without spilling registers.
+
+    OUTER is the block that a program holds, INNER those that it walks over. Found by compiling for sm_90, 80 and 89 and reading
+    the spills (``python -m tests.compile_kernels``), not by timing.
+    """
+    wide = width > 128
     if bytes_per_value > 2:
-        return 32, 32, 4, 1
-    return (128, 64, 8, 2) if width <= 128 else (64, 32, 4, 2)
+        query = key = (16, 16, 8, 1) if wide else (32, 32, 8, 1)
+    elif roomy:
+        query, key = ((128, 32, 8, 2), (64, 16, 8, 2)) if wide else ((128, 64, 8, 2), (128, 32, 8, 2))
+    else:
+        query, key = ((64, 32, 4, 1), (64, 16, 4, 1)) if wide else ((64, 32, 4, 2), (64, 32, 4, 2))
+    names = ("OUTER", "INNER", "num_warps", "num_stages")
+    return dict(zip(names, query, strict=True)), dict(zip(names, key, strict=True))
+
+
+def _roomy(device: torch.device) -> bool:
+    """Whether a program may have more than 200 KiB of shared memory: Hopper and Blackwell of the data centre."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _padded(width: int) -> int:
@@ -116,8 +131,9 @@ def _checked(tensor: Tensor) -> Tensor:
 @triton.jit
 def _query_kernel(
     query_s_ptr, key_s_ptr, query_t_ptr, key_t_ptr, blocks_ptr, offset_ptr, kl_ptr, lse_s_ptr, lse_t_ptr, grad_ptr,
+    grad_stride_n, grad_stride_a,
     query_s_stride_n, query_s_stride_a, key_s_stride_b, key_s_stride_g, key_s_stride_t,
-    query_t_stride_n, query_t_stride_a, key_t_stride_b, key_t_stride_g, key_t_stride_t, grad_stride_n, grad_stride_a,
+    query_t_stride_n, query_t_stride_a, key_t_stride_b, key_t_stride_g, key_t_stride_t,
     heads, scaling_s, scaling_t, window_s, window_t,
     GRADIENT: tl.constexpr, GROUP_S: tl.constexpr, GROUP_T: tl.constexpr, D_S: tl.constexpr, D_T: tl.constexpr,
     PAD_S: tl.constexpr, PAD_T: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
@@ -133,8 +149,10 @@ def _query_kernel(
     n, m = tl.load(line) + first, tl.load(line + 1) + first
     # queries behind the last count as the last one, so that nothing is empty; they are not stored
     offset_O = tl.load(offset_ptr + n + tl.minimum(local_O, count - first - 1)).to(tl.int32)
-    query_s = _tile(query_s_ptr + head * query_s_stride_a + n * query_s_stride_n, query_s_stride_n, count - first, D_S, PAD_S, OUTER)
-    query_t = _tile(query_t_ptr + head * query_t_stride_a + m * query_t_stride_n, query_t_stride_n, count - first, D_T, PAD_T, OUTER)
+    query_s_ptr += head * query_s_stride_a + n * query_s_stride_n
+    query_t_ptr += head * query_t_stride_a + m * query_t_stride_n
+    query_s = _tile(query_s_ptr, query_s_stride_n, count - first, D_S, PAD_S, OUTER)
+    query_t = _tile(query_t_ptr, query_t_stride_n, count - first, D_T, PAD_T, OUTER)
     key_s_ptr += tl.load(line + 3) * key_s_stride_b + head // GROUP_S * key_s_stride_g + tl.load(line + 4) * key_s_stride_t
     key_t_ptr += tl.load(line + 5) * key_t_stride_b + head // GROUP_T * key_t_stride_g + tl.load(line + 6) * key_t_stride_t
     low = (tl.maximum(tl.min(offset_O, 0) - window_s + 1, 0) // INNER * INNER).to(tl.int64)
@@ -182,9 +200,10 @@ def _query_kernel(
 @triton.jit
 def _key_kernel(
     query_s_ptr, key_s_ptr, query_t_ptr, key_t_ptr, blocks_ptr, offset_ptr, lse_s_ptr, lse_t_ptr, grad_ptr,
+    grad_stride_b, grad_stride_g, grad_stride_t,
     query_s_stride_n, query_s_stride_a, key_s_stride_b, key_s_stride_g, key_s_stride_t,
     query_t_stride_n, query_t_stride_a, key_t_stride_b, key_t_stride_g, key_t_stride_t,
-    grad_stride_b, grad_stride_g, grad_stride_t, heads, scaling_s, scaling_t, window_s, window_t,
+    heads, scaling_s, scaling_t, window_s, window_t,
     GROUP_S: tl.constexpr, GROUP_T: tl.constexpr, D_S: tl.constexpr, D_T: tl.constexpr,
     PAD_S: tl.constexpr, PAD_T: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +213,7 @@ def _key_kernel(
     first, length = tl.load(line + 8) * OUTER, tl.load(line + 7)
     if first >= length:
         return
-    n, m, count = tl.load(line), tl.load(line + 1), tl.load(line + 2)
+    n, m = tl.load(line), tl.load(line + 1)
     offset_ptr += n
     low, high = tl.load(line + 9) // INNER * INNER, tl.load(line + 10)
     token_s, token_t = tl.load(line + 4) + first, tl.load(line + 6) + first
