@@ -121,6 +121,24 @@ def _require_wide_window(student: AttentionLayer, teacher: AttentionLayer, pairs
         )
 
 
+def _attention_kl_(
+    student: AttentionLayer,
+    teacher: AttentionLayer,
+    pairs_R8: Tensor,
+    offset_N: Tensor,
+    value_N: Tensor | None,
+    gradients: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Write values and gradients in place: by Triton kernels on CUDA, by blocks of torch elsewhere; the same result."""
+    if not student.query_NAD.is_cuda:
+        attention_kl_(student, teacher, pairs_R8, offset_N, value_N, gradients)
+        return
+    from daekit.losses.kernels import attention as kernels  # needs triton
+
+    value_N = student.query_NAD.new_empty(len(offset_N), dtype=torch.float32) if value_N is None else value_N
+    kernels.attention_kl_(student, teacher, pairs_R8, offset_N, value_N, *(gradients or (None, None)))
+
+
 class _AttentionLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -139,7 +157,7 @@ class _AttentionLoss(torch.autograd.Function):
             gradients = torch.zeros_like(query_NAD), torch.zeros_like(key_BGTD)
         with torch.autocast(query_NAD.device.type, enabled=False):
             for teacher, pairs_R8 in teachers:
-                attention_kl_(student, teacher, pairs_R8, offset_N, None if run is Pass.GRADIENT else value_N, gradients)
+                _attention_kl_(student, teacher, pairs_R8, offset_N, None if run is Pass.GRADIENT else value_N, gradients)
         # Checkpointing hands to the backward pass what the second run saves here, in the place of what the first one saved.
         # The mark says whose it is, so that queries can never be taken for their gradient.
         mark = torch.tensor(gradients is not None)
