@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from daekit.errors import UserError
-from daekit.losses import PredictionSums, PredictionTerms, divergence, forward_kl, jsd, prediction_loss, reverse_kl
+from daekit.losses import PredictionSums, PredictionTerms, divergence, prediction_loss
+from daekit.losses.divergences import forward_kl, jsd, reverse_kl
 from daekit.protocol import OutputHead, Signal, Voice
 from tests import reference
 
@@ -113,7 +114,7 @@ def check(case: Case, terms: PredictionTerms, tolerance: float, upstream: float 
 @pytest.mark.parametrize(("name", "beta"), DIVERGENCES)
 @pytest.mark.parametrize("weights", [(0.0, 1.0), (0.3, 0.7), (1.0, 0.0)], ids=["prediction", "both", "ce"])
 def test_float32_equals_the_twin(name: str, beta: float, temperature: float, weights: tuple[float, float]) -> None:
-    terms = PredictionTerms(*weights, name, beta, temperature, chunk_tokens=4)
+    terms = PredictionTerms(*weights, name, beta, temperature=temperature, chunk_tokens=4)
     check(make_case(n=23).to(torch.float32), terms, 1e-5, upstream=0.37)
 
 
@@ -129,14 +130,14 @@ def test_cross_entropy_alone_needs_no_signal() -> None:
     "features", [dict(bias=True), dict(scale=0.4), dict(softcap=1.5), dict(bias=True, scale=2.0, softcap=3.0)]
 )
 def test_bias_scale_and_softcap(name: str, beta: float, features: dict[str, Any]) -> None:
-    check(make_case(**features), PredictionTerms(0.3, 0.7, name, beta, 2.0, chunk_tokens=4), 1e-12)
+    check(make_case(**features), PredictionTerms(0.3, 0.7, name, beta, temperature=2.0, chunk_tokens=4), 1e-12)
 
 
 @pytest.mark.parametrize("average", ["logits", "probabilities"])
 @pytest.mark.parametrize(("name", "beta"), DIVERGENCES)
 def test_ensembles_of_teachers_that_differ_in_width(name: str, beta: float, average: str) -> None:
     case = make_case(widths=(13, 11, 16, 12), hidden=(6, 8, 3, 5), weights=(0.5, 0.3, 0.2), average=average)
-    check(case, PredictionTerms(0.3, 0.7, name, beta, 2.0, chunk_tokens=4), 1e-12)
+    check(case, PredictionTerms(0.3, 0.7, name, beta, temperature=2.0, chunk_tokens=4), 1e-12)
 
 
 def test_the_two_means_differ() -> None:
@@ -164,7 +165,7 @@ def test_bfloat16(name: str, beta: float, autocast: bool) -> None:
     """A logit of size 2 to 8 rounds to within 2**-7 in bfloat16, so a gradient is right to a few per cent, a sum to less."""
     case = make_case(n=200, widths=(40, 48), hidden=(16, 24), vocab=37, bias=True)
     rounded = case.to(torch.bfloat16)
-    terms = PredictionTerms(0.3, 0.7, name, beta, 2.0, chunk_tokens=16)
+    terms = PredictionTerms(0.3, 0.7, name, beta, temperature=2.0, chunk_tokens=16)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         sums, gradients = ours(case.to(torch.float32) if autocast else rounded, terms)
     loss, expected = twin(rounded, terms)
@@ -184,7 +185,7 @@ def test_gradcheck(name: str, beta: float) -> None:
     weight_t, state_t, head_t = case.voices[0]
     teacher = OutputHead(head_t.weight, head_t.bias, 6, head_t.scale, head_t.softcap)
     signals = [Signal(torch.arange(5), (Voice(state_t, teacher, weight_t),))]
-    terms = PredictionTerms(0.3, 0.7, name, beta, 1.7, chunk_tokens=2)
+    terms = PredictionTerms(0.3, 0.7, name, beta, temperature=1.7, chunk_tokens=2)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return prediction_loss(hidden, OutputHead(weight, bias, 6, 0.8, 3.0), case.labels, signals, terms).loss
@@ -224,7 +225,7 @@ def test_any_shape_and_any_partition(data: st.DataObject) -> None:
     case.parts = [order[a:b] for a, b in zip([0, *cuts], [*cuts, n], strict=True)]
     name, beta = draw(st.sampled_from(DIVERGENCES))
     ce, prediction, temperature = draw(st.floats(0, 2)), draw(st.floats(0, 2)), draw(st.sampled_from([0.7, 1.0, 2.0]))
-    terms = PredictionTerms(ce, prediction, name, beta, temperature, draw(st.sampled_from([None, 1, 2, 5])))
+    terms = PredictionTerms(ce, prediction, name, beta, temperature=temperature, chunk_tokens=draw(st.sampled_from([None, 1, 2, 5])))
     sums, gradients = ours(case, terms)
     if n == 0:
         assert sums.loss == 0
@@ -253,7 +254,7 @@ def test_values_per_position() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 9, 1000, None])
 def test_chunk_size_changes_nothing(chunk: int | None) -> None:
-    case, terms = make_case(bias=True), PredictionTerms(0.3, 0.7, "jsd", 0.3, 2.0)
+    case, terms = make_case(bias=True), PredictionTerms(0.3, 0.7, "jsd", 0.3, temperature=2.0)
     whole, gradients = ours(case, replace(terms, chunk_tokens=9))
     sums, others = ours(case, replace(terms, chunk_tokens=chunk))
     torch.testing.assert_close(sums.ce_N, whole.ce_N, rtol=1e-12, atol=0)
@@ -285,7 +286,7 @@ def test_without_gradient_the_value_is_the_same() -> None:
 def test_a_teacher_equal_to_the_student_gives_zero(name: str, beta: float) -> None:
     case = make_case().to(torch.float32)
     case.voices = [(1.0, case.hidden, case.head)]
-    sums, gradients = ours(case, PredictionTerms(0.0, 1.0, name, beta, 2.0, chunk_tokens=4))
+    sums, gradients = ours(case, PredictionTerms(0.0, 1.0, name, beta, temperature=2.0, chunk_tokens=4))
     if name == "jsd":  # its mixture is computed, so it is equal to rounding only
         assert sums.loss.abs() < 1e-5 and gradients[0].abs().max() < 1e-5
     else:
@@ -326,7 +327,7 @@ def test_a_teacher_that_leaves_positions_out_is_an_error() -> None:
 @pytest.mark.parametrize("poison", [float("nan"), 1e4])
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_padding_columns_are_never_scored(whose: str, poison: float) -> None:
-    terms = PredictionTerms(0.3, 0.7, "jsd", 0.3, 2.0, chunk_tokens=4)
+    terms = PredictionTerms(0.3, 0.7, "jsd", 0.3, temperature=2.0, chunk_tokens=4)
     clean, poisoned = make_case(bias=True), make_case(bias=True)
     head = poisoned.head if whose == "student" else poisoned.voices[0][2]
     head.weight[V:], head.bias[V:] = poison, poison

@@ -120,7 +120,7 @@ def largest_tensor(chunk: int, size: int = 4, length: int = 64, vocab: int = 300
     with Recorder() as recorder:
         signals = speaker.signals(batch)
         hidden = kept_hidden_states(student, batch)
-        terms = PredictionTerms(0.5, 0.5, "jsd", 0.5, 2.0, chunk)
+        terms = PredictionTerms(0.5, 0.5, "jsd", 0.5, temperature=2.0, chunk_tokens=chunk)
         prediction_loss(hidden, output_head(student, vocab), batch.labels_N, signals, terms).loss.backward()
     return recorder.largest
 

@@ -9,7 +9,7 @@ from trl import SFTConfig
 
 from daekit.data.preparation import OVERLONG
 from daekit.errors import UserError
-from daekit.losses import PredictionTerms, divergence
+from daekit.losses import DIVERGENCES, PredictionTerms, divergence
 
 
 @dataclass
