@@ -16,7 +16,7 @@ from daekit.models.heads import output_head
 from daekit.protocol import Batch
 from daekit.teachers import ModelTeacher
 from tests import reference
-from tests.test_losses import V, make_case, ours, relative_error, twin
+from tests.loss_cases import V, make_case, ours, relative_error, twin
 
 
 class Recorder(TorchDispatchMode):
@@ -32,7 +32,7 @@ class Recorder(TorchDispatchMode):
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, Tensor):
                 self.largest = max(self.largest, tensor.numel())
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             self.products.append(tuple(out.shape))
         return out
 

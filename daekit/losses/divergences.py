@@ -119,7 +119,7 @@ def divergence(name: str, parameter: float) -> Divergence:
 
 
 def value_factor(name: str, temperature: float) -> float:
-    """What a divergence at temperature T is multiplied by: T^2 (Hinton et al. 2015), but 1 for ``tv``, which stays a distance."""
+    """What a divergence at temperature T is multiplied by: T^2 (Hinton et al. 2015); 1 for ``tv``, which stays a distance."""
     return 1.0 if name == "tv" else temperature**2
 
 

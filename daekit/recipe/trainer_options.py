@@ -58,7 +58,8 @@ _ELSEWHERE = {
     "do_eval": _RUN,
     "do_predict": _RUN,
     "local_rank": "the launcher (accelerate, torchrun) sets it",
-    **dict.fromkeys(("ce_weight", "prediction_weight", "attention_weight", "divergence", "beta", "temperature"), _LOSS),
+    **dict.fromkeys(("ce_weight", "prediction_weight", "attention_weight", "temperature"), _LOSS),
+    **dict.fromkeys(("divergence", "beta", "skew_alpha"), _LOSS),
     **dict.fromkeys(("reference_domains", "overlong"), "set `{stage}.{key}`"),
 }
 # Refused with one value only.

@@ -78,9 +78,12 @@ class KDConfig(DomainSFTConfig):
         ce_weight: weight of the cross-entropy with the labels, at temperature 1.
         prediction_weight: weight of the divergence from the teacher.
         attention_weight: weight of the attention loss; only 0 is implemented.
-        divergence: ``"forward_kl"`` KL(teacher || student), ``"reverse_kl"`` KL(student || teacher), or ``"jsd"``.
+        divergence: ``"forward_kl"`` KL(teacher || student), ``"reverse_kl"`` KL(student || teacher), ``"jsd"``,
+            ``"skew_kl"`` KL(teacher || mixture) and ``"skew_reverse_kl"`` KL(student || mixture) of DistiLLM
+            (arXiv 2402.03898), or ``"tv"``, half the sum of the absolute differences.
         beta: mixture weight of ``"jsd"``, between 0 and 1.
-        temperature: T, divides the logits of both; the divergence is multiplied by T^2.
+        skew_alpha: of the skew divergences, the share of the distribution on the left in the mixture; 0 <= skew_alpha < 1.
+        temperature: T, divides the logits of both; the divergence is multiplied by T^2, but for ``"tv"``.
     """
 
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy with the labels."})
@@ -88,9 +91,12 @@ class KDConfig(DomainSFTConfig):
     attention_weight: float = field(default=0.0, metadata={"help": "Weight of the attention loss (only 0 so far)."})
     divergence: str = field(
         default="forward_kl",
-        metadata={"help": "Divergence from the teacher.", "choices": ["forward_kl", "reverse_kl", "jsd"]},
+        metadata={"help": "Divergence from the teacher.", "choices": list(DIVERGENCES)},
     )
     beta: float = field(default=0.5, metadata={"help": "Mixture weight of the jsd divergence."})
+    skew_alpha: float = field(
+        default=0.1, metadata={"help": "Share of the left distribution in the mixture of skew_kl and skew_reverse_kl."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the divergence."})
 
     def __post_init__(self) -> None:
@@ -105,11 +111,13 @@ class KDConfig(DomainSFTConfig):
             raise UserError(f"attention_weight={self.attention_weight}: the attention loss is not implemented yet; set it to 0")
         if self.temperature <= 0:
             raise UserError(f"temperature={self.temperature} is not positive")
-        divergence(self.divergence, self.beta)
+        divergence(self.divergence, self.terms().parameter)
 
     def terms(self) -> PredictionTerms:
         """The terms of the loss."""
-        return PredictionTerms(self.ce_weight, self.prediction_weight, self.divergence, self.beta, self.temperature)
+        return PredictionTerms(
+            self.ce_weight, self.prediction_weight, self.divergence, self.beta, self.skew_alpha, self.temperature
+        )
 
 
 @dataclass

@@ -191,7 +191,7 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         sums = prediction_loss(batch.keep(outputs.last_hidden_state), head, batch.labels_N, signals, self.terms)
         out = {"loss": sums.loss, "ce": sums.ce_N, "mean_token_accuracy": sums.correct_N}
         if sums.divergence_N is not None:
-            out[_METRIC_OF[self.terms.divergence]] = sums.divergence_N
+            out[_metric_of(self.terms.divergence)] = sums.divergence_N
         if self.aux_loss_enabled:
             config = self.model.config.get_text_config()
             mask = batch.inputs.get("attention_mask")
@@ -263,13 +263,15 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         self._means["eval"].pop()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._pop_means("eval")
-        divergence = means.get(_METRIC_OF[self.terms.divergence], 0.0)
+        divergence = means.get(_metric_of(self.terms.divergence), 0.0)
         means["loss"] = self.terms.ce_weight * means["ce"] + self.terms.prediction_weight * divergence
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in means.items()})
         return output
 
 
-_METRIC_OF = {"forward_kl": "kl", "reverse_kl": "reverse_kl", "jsd": "jsd"}
+def _metric_of(divergence: str) -> str:
+    """The name under which a divergence is logged: its own, and ``kl`` for the usual one."""
+    return "kl" if divergence == "forward_kl" else divergence
 
 
 def _name_of(model: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-_SHOWN = ("loss", "eval_loss", "ce", "kl", "reverse_kl", "jsd")
+_SHOWN = ("loss", "eval_loss", "ce", "kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv")
 
 
 class ProgressCallback(TrainerCallback):
