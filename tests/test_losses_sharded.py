@@ -1,13 +1,15 @@
-"""Output heads sharded by FSDP2 over two real processes: the loss and gradients of one process, one gather per call."""
+"""Output heads sharded by FSDP2 or ZeRO-3 over two real processes equal whole ones, with one gather per call of the loss."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -61,7 +63,7 @@ class Student(nn.Module):
         return loss_of(self.body(x), teacher_hidden, labels, head_of(self.head), teacher).loss
 
 
-def run_rank(folder: Path) -> None:
+def run_fsdp(folder: Path) -> None:
     from torch.distributed.fsdp import fully_shard
 
     torch.distributed.init_process_group("gloo")
@@ -93,12 +95,83 @@ def run_rank(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_with_unequal_positions_equal_one(tmp_path: Path) -> None:
+class Scorer(nn.Module):
+    """A teacher of which only the head matters here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = linear(20, TEACHER_H, False)
+
+
+def run_zero3(folder: Path) -> None:
+    """One SGD step of rate 1 of the engine, which gathers and reduces by its own hooks."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    rank = torch.distributed.get_rank()
+    torch.set_default_dtype(torch.float64)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 1e9,
+    }
+    gathers: list[int] = []
+    original = deepspeed.zero.GatheredParameters
+
+    class Counted(original):
+        def __enter__(self) -> Any:
+            gathers.append(len(self.params))
+            return super().__enter__()
+
+    results = []
+    for kept in KEPT:
+        student, teacher = Student(), Scorer()
+        optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+        engine = deepspeed.initialize(model=student, optimizer=optimizer, config=config)[0]
+        deepspeed.initialize(model=teacher, config=config)
+        assert student.head.weight.numel() == teacher.head.weight.numel() == 0  # sharded
+        hidden, teacher_hidden, labels = data(kept, rank)
+        gathers.clear()
+        deepspeed.zero.GatheredParameters = Counted
+        loss = engine(hidden.detach(), teacher_hidden, labels, head_of(teacher.head))
+        deepspeed.zero.GatheredParameters = original
+        engine.backward(loss)
+        engine.step()
+        with original(list(student.parameters())):
+            results.append([loss.detach(), [p.detach().clone() for p in student.parameters()], list(gathers)])
+    torch.save(results, folder / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def results_of(engine: str, folder: Path) -> list[Any]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launcher, __file__, str(tmp_path)], check=True, env=environment, timeout=300)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for kept, first, second in zip(KEPT, *ranks, strict=True):
+    subprocess.run([*launcher, __file__, engine, str(folder)], check=True, env=environment, timeout=300)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_zero3_steps_as_one_process(tmp_path: Path) -> None:
+    for kept, first, second in zip(KEPT, *results_of("zero3", tmp_path), strict=True):
+        hidden, teacher_hidden, labels = data(kept, None)
+        whole = Student()
+        loss = whole(hidden.detach(), teacher_hidden, labels, head_of(linear(20, TEACHER_H, False)))
+        loss.backward()
+        for rank in (first, second):
+            for mine, parameter in zip(rank[1], whole.parameters(), strict=True):
+                expected = parameter.detach() - parameter.grad / 2
+                torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)  # the engine steps in float32
+            assert rank[2] == [
+                2
+            ]  # the teacher's weight and bias; the engine gathers the student's where its forward reads them
+        torch.testing.assert_close(first[0] + second[0], loss.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_two_ranks_with_unequal_positions_equal_one(tmp_path: Path) -> None:
+    for kept, first, second in zip(KEPT, *results_of("fsdp", tmp_path), strict=True):
         student, teacher = linear(10, H, True), linear(20, TEACHER_H, False)
         hidden, teacher_hidden, labels = data(kept, None)
         sums = loss_of(hidden, teacher_hidden, labels, head_of(student), head_of(teacher))
@@ -116,4 +189,4 @@ def test_two_ranks_with_unequal_positions_equal_one(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))
+    {"fsdp": run_fsdp, "zero3": run_zero3}[sys.argv[1]](Path(sys.argv[2]))
