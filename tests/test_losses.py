@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from daekit.errors import UserError
-from daekit.losses import PredictionTerms, prediction_loss
+from daekit.losses import PredictionTerms, prediction, prediction_loss
 from daekit.protocol import OutputHead, Signal, Voice
 from tests import reference
 from tests.loss_cases import DIVERGENCES, V, check, make_case, ours, relative_error, terms_of, twin
@@ -87,6 +87,18 @@ def test_bfloat16(name: str, parameter: float, autocast: bool) -> None:
     if autocast:  # the projection really ran in bfloat16
         exact, _ = ours(case.to(torch.float32), terms)
         assert relative_error(sums.loss, exact.loss) > 1e-6
+
+
+@pytest.mark.parametrize("by", ["chunks", "signals"])
+def test_a_bfloat16_head_gathers_its_gradient_in_float32(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """600 chunks of one token, or 600 signals in one chunk: a bfloat16 sum of so many stands still long before its end."""
+    monkeypatch.setattr(prediction, "_TILE_VALUES", 80)  # tiles of 5 of the 40 rows
+    case = make_case(n=600, widths=(40, 48), hidden=(16, 24), vocab=37).to(torch.bfloat16)
+    case.hidden = case.hidden.abs()
+    if by == "signals":
+        case.parts = list(torch.arange(600).split(1))
+    terms = PredictionTerms(0.3, 0.7, chunk_tokens=1 if by == "chunks" else None)
+    assert relative_error(ours(case, terms)[1][1], twin(case, terms)[1][1]) < 8e-3
 
 
 @pytest.mark.parametrize(("name", "parameter"), DIVERGENCES)
