@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig
 
-from daekit.losses import PredictionTerms, prediction_loss
+from daekit.losses import PredictionTerms, prediction, prediction_loss
 from daekit.models.backbone import add_on_hidden, kept_hidden_states
 from daekit.models.heads import output_head
 from daekit.protocol import Batch
@@ -129,3 +129,10 @@ def test_logits_exist_for_one_chunk_at_a_time() -> None:
     """Teacher, student, loss and backward: nothing is larger than the head's own gradient."""
     assert largest_tensor(chunk=4) <= 3000 * 16
     assert largest_tensor(chunk=10**6) > 80 * 3000  # the recorder does see logits where there are some
+
+
+def test_a_bfloat16_head_makes_no_second_gradient_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction, "_TILE_VALUES", 30)
+    with Recorder() as recorder:
+        ours(make_case(n=12).to(torch.bfloat16), PredictionTerms(0.3, 0.7, chunk_tokens=4))
+    assert (5, 6) in recorder.products and (V, 6) not in recorder.products
