@@ -40,7 +40,7 @@ if command -v nvidia-smi >/dev/null; then
     nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,temperature.gpu --format=csv
 fi
 if wanted tests; then
-    if [[ -f tests/test_kernels.py ]]; then tests -m "not slow" tests/test_kernels.py; fi
+    tests -m "not slow" tests/test_kernels*.py
     tests -m gpu tests
 fi
 benchmark prediction prediction

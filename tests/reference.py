@@ -43,13 +43,29 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     return (p * torch.log(p / q)).sum(dim=1)
 
 
-def divergence(name: str, student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+def divergence(name: str, student: Tensor, teacher: Tensor, parameter: float) -> Tensor:
+    """``[N]`` of two distributions; ``parameter`` is beta of jsd, alpha of the skew divergences."""
     if name == "forward_kl":
         return kl(teacher, student)
     if name == "reverse_kl":
         return kl(student, teacher)
-    mixture = beta * teacher + (1 - beta) * student
-    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+    if name == "skew_kl":
+        return kl(teacher, parameter * teacher + (1 - parameter) * student)
+    if name == "skew_reverse_kl":
+        return kl(student, (1 - parameter) * teacher + parameter * student)
+    if name == "tv":
+        return (teacher - student).abs().sum(dim=1) / 2
+    mixture = parameter * teacher + (1 - parameter) * student
+    return parameter * kl(teacher, mixture) + (1 - parameter) * kl(student, mixture)
+
+
+def buckets(p: Tensor, ids: Tensor) -> Tensor:
+    """``[N, K + 1]`` (K where the ids name all tokens): probabilities of the tokens ``ids [N, K]``, and of all others."""
+    rows = []
+    for row, chosen in zip(p, ids.tolist(), strict=True):
+        others = [v for v in range(len(row)) if v not in chosen]
+        rows.append(torch.stack([row[v] for v in chosen] + ([row[others].sum()] if others else [])))
+    return torch.stack(rows)
 
 
 def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
@@ -58,14 +74,19 @@ def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def loss(
-    student_logits: Tensor, labels: Tensor, teacher: Tensor | None, name: str, beta: float, temperature: float,
-    ce_weight: float, prediction_weight: float,
+    student_logits: Tensor, labels: Tensor, teacher: Tensor | None, name: str, parameter: float, temperature: float,
+    ce_weight: float, prediction_weight: float, ids: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """``ce_weight * sum CE + prediction_weight * T^2 * sum D`` for ``[N, V]`` logits and teacher probabilities at T."""
+    """``ce_weight * sum CE + prediction_weight * T^2 * sum D`` (tv: without T^2) for ``[N, V]`` logits and teacher
+    probabilities at T; with ``ids [N, K]`` D is between the buckets that they make.
+    """
     total = ce_weight * cross_entropy(student_logits, labels).sum()
     if teacher is not None:
         student = probabilities(student_logits, temperature)
-        total = total + prediction_weight * temperature**2 * divergence(name, student, teacher, beta).sum()
+        if ids is not None:
+            student, teacher = buckets(student, ids), buckets(teacher, ids)
+        factor = 1.0 if name == "tv" else temperature**2
+        total = total + prediction_weight * factor * divergence(name, student, teacher, parameter).sum()
     return total
 
 

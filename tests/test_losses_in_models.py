@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig
 
-from daekit.losses import PredictionTerms, prediction_loss
+from daekit.losses import PredictionTerms, prediction, prediction_loss
 from daekit.models.backbone import add_on_hidden, kept_hidden_states
 from daekit.models.heads import output_head
 from daekit.protocol import Batch
 from daekit.teachers import ModelTeacher
 from tests import reference
-from tests.test_losses import V, make_case, ours, relative_error, twin
+from tests.loss_cases import V, make_case, ours, relative_error, twin
 
 
 class Recorder(TorchDispatchMode):
@@ -32,7 +32,7 @@ class Recorder(TorchDispatchMode):
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, Tensor):
                 self.largest = max(self.largest, tensor.numel())
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             self.products.append(tuple(out.shape))
         return out
 
@@ -120,7 +120,7 @@ def largest_tensor(chunk: int, size: int = 4, length: int = 64, vocab: int = 300
     with Recorder() as recorder:
         signals = speaker.signals(batch)
         hidden = kept_hidden_states(student, batch)
-        terms = PredictionTerms(0.5, 0.5, "jsd", 0.5, 2.0, chunk)
+        terms = PredictionTerms(0.5, 0.5, "jsd", 0.5, temperature=2.0, chunk_tokens=chunk)
         prediction_loss(hidden, output_head(student, vocab), batch.labels_N, signals, terms).loss.backward()
     return recorder.largest
 
@@ -129,3 +129,10 @@ def test_logits_exist_for_one_chunk_at_a_time() -> None:
     """Teacher, student, loss and backward: nothing is larger than the head's own gradient."""
     assert largest_tensor(chunk=4) <= 3000 * 16
     assert largest_tensor(chunk=10**6) > 80 * 3000  # the recorder does see logits where there are some
+
+
+def test_a_bfloat16_head_makes_no_second_gradient_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction, "_TILE_VALUES", 30)
+    with Recorder() as recorder:
+        ours(make_case(n=12).to(torch.bfloat16), PredictionTerms(0.3, 0.7, chunk_tokens=4))
+    assert (5, 6) in recorder.products and (V, 6) not in recorder.products

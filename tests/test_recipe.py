@@ -234,6 +234,7 @@ def test_one_error_does_not_bring_others_with_it() -> None:
         ("stages.kd.loss.temperature", "hot", "temperature: wants a number, not hot"),
         ("stages.kd.loss.temperature", ".inf", "temperature: .inf is not a finite number"),
         ("stages.kd.loss.divergence", "forward-kl", "divergence: forward-kl is not one of forward_kl"),
+        ("stages.kd.loss.divergence", "skew_revers_kl", "did you mean 'skew_reverse_kl'?"),
         ("stages.kd.student", "null", None),
         ("stages.kd.student", "[a]", "student: wants a path or a mapping, not a list"),
         ("stages.kd.teacher.ensembel", "[]", "ensembel: unknown key; did you mean 'ensemble'?"),

@@ -118,6 +118,12 @@ PROVOKED = [
         [f"stages.dae.teachers.ecommerce={ENSEMBLE}", "stages.dae.loss.hidden_weight=1"],
         "stages.dae.loss.hidden_weight: an ensemble has no attention or hidden states of its own",
     ),
+    (["stages.kd.loss={divergence: skew_kl, skew_alpha: 1}"], "skew_alpha: 1.0 must be at least 0"),
+    (["stages.kd.loss={divergence: skew_reverse_kl, skew_alpha: -0.1}"], "skew_alpha: -0.1 must be at least 0"),
+    (["stages.kd.loss.skew_alpha=0.3"], "skew_alpha belongs to divergence: skew_kl or skew_reverse_kl, not to forward_kl"),
+    (["stages.kd.loss={divergence: jsd, skew_alpha: 0.3}"], "skew_alpha belongs to divergence: skew_kl"),
+    (["stages.kd.loss={divergence: skew_kl, beta: 0.3}"], "beta belongs to divergence: jsd, not to skew_kl"),
+    (["stages.kd.trainer.skew_alpha=0.3"], "the objective is the stage's: set `stages.kd.loss.skew_alpha`"),
     ([f"stages.kd.student={CONFIG}", "stages.kd.lora={}", "tokenizer=t"], "stages.kd.lora: a student made from a config"),
     ([f"stages.kd.teacher={ENSEMBLE}", "stages.kd.teacher.ensemble.0.weight=0.4"], "sum to 0.9, must sum to 1"),
     (
@@ -202,6 +208,9 @@ def test_no_sources_no_stages() -> None:
         ["stages.kd.trainer={max_steps: -1, num_train_epochs: 0.5, learning_rate: 0, packing: true}"],
         ["stages.kd.student={path: a, quantization: 4bit}", "stages.kd.lora={}"],
         ["stages.dae.loss={divergence: jsd, beta: 0.1}"],
+        ["stages.dae.loss={divergence: skew_kl, skew_alpha: 0}"],
+        ["stages.dae.loss={divergence: skew_reverse_kl, skew_alpha: 0.3}"],
+        ["stages.dae.loss={divergence: tv}"],
         ["stages.dae.reference={ensemble: [{model: a, weight: 0.3}, {model: b, weight: 0.7}]}"],
         [f"stages.kd.teacher={ENSEMBLE}"],
         ["stages.dae.data=[shop]"],  # the default reference domain may have no rows

@@ -21,6 +21,9 @@ TERMS: list[dict[str, Any]] = [
     {"temperature": 2.0},
     {"divergence": "reverse_kl", "temperature": 2.0, "ce_weight": 0.5},
     {"divergence": "jsd", "beta": 0.3, "ce_weight": 0.5, "prediction_weight": 2.0},
+    {"divergence": "skew_kl", "skew_alpha": 0.3, "temperature": 2.0},
+    {"divergence": "skew_reverse_kl"},
+    {"divergence": "tv", "temperature": 2.0, "ce_weight": 0.5},
     {"ce_weight": 1.0, "prediction_weight": 0.0},
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args, get_type_hints
 from unittest.mock import MagicMock
 
 import pytest
@@ -16,6 +16,8 @@ from trainer_world import dae, kd, options
 from transformers import AutoModelForCausalLM
 
 from daekit.errors import UserError
+from daekit.losses import DIVERGENCES, PredictionTerms
+from daekit.recipe.schema import LossSpec
 from daekit.teachers import ModelTeacher
 from daekit.trainers import DAEConfig, DAETrainer, KDConfig, KDTrainer
 
@@ -53,6 +55,17 @@ def test_all_weights_zero() -> None:
 def test_beta_must_be_inside_its_interval() -> None:
     with pytest.raises(UserError, match="beta"):
         KDConfig("unused", use_cpu=True, divergence="jsd", beta=1.0)
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), [("skew_kl", 1.0), ("skew_reverse_kl", -0.1)])
+def test_skew_alpha_must_be_inside_its_interval(divergence: str, alpha: float) -> None:
+    with pytest.raises(UserError, match="skew_alpha"):
+        KDConfig("unused", use_cpu=True, divergence=divergence, skew_alpha=alpha)
+
+
+def test_recipe_and_losses_know_the_same_divergences() -> None:
+    assert get_args(get_type_hints(LossSpec)["divergence"]) == DIVERGENCES
+    assert LossSpec().skew_alpha == KDConfig("unused", use_cpu=True).skew_alpha == PredictionTerms().skew_alpha
 
 
 def test_configs_choose_float32_on_a_cpu_and_only_there() -> None:

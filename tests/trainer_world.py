@@ -121,7 +121,7 @@ class Twin:
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """``T^2 * D`` per position."""
-        temperature, beta = self.config.temperature, self.config.beta
+        temperature, beta, a = self.config.temperature, self.config.beta, self.config.skew_alpha
         s, t = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
         m = beta * t + (1 - beta) * s
 
@@ -129,6 +129,9 @@ class Twin:
             return (p * (p.log() - q.log())).sum(-1)
 
         value = {"forward_kl": kl(t, s), "reverse_kl": kl(s, t), "jsd": beta * kl(t, m) + (1 - beta) * kl(s, m)}
+        value |= {"skew_kl": kl(t, a * t + (1 - a) * s), "skew_reverse_kl": kl(s, (1 - a) * t + a * s)}
+        if self.config.divergence == "tv":
+            return (t - s).abs().sum(-1) / 2
         return temperature**2 * value[self.config.divergence]
 
 

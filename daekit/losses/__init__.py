@@ -1,6 +1,6 @@
 """Losses: each turns the student's state and a teacher's Signal into a sum over kept positions."""
 
-from daekit.losses.divergences import divergence, forward_kl, jsd, reverse_kl
+from daekit.losses.divergences import DIVERGENCES, divergence
 from daekit.losses.prediction import PredictionSums, PredictionTerms, prediction_loss
 
-__all__ = ["PredictionSums", "PredictionTerms", "divergence", "forward_kl", "jsd", "prediction_loss", "reverse_kl"]
+__all__ = ["DIVERGENCES", "PredictionSums", "PredictionTerms", "divergence", "prediction_loss"]

@@ -2,14 +2,15 @@
 
 Logits exist for one chunk of tokens at a time, in both models. The gradient with respect to the hidden states and the head
 is computed in the forward pass, while the chunk's logits are there, so that nothing of size N x V outlives its chunk.
-Memory beyond the inputs: N x H for the gradient of the hidden states, V x H (float32) for that of the head if it is trained,
-and about ``8 x chunk x V`` floats of work space.
+Memory beyond the inputs: N x H for the gradient of the hidden states, V x H for that of the head if it is trained (float32
+where several chunks are summed), the heads in the compute dtype where they have another, and about ``4 x chunk x V`` floats of
+work space.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +18,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from daekit.errors import UserError
-from daekit.losses.divergences import divergence
-from daekit.models.heads import compute_dtype, head_logits, teacher_log_probs
+from daekit.losses.chunk import Values, chunk_terms_on, chunk_terms_top_k
+from daekit.losses.top_k import bucket_log_probs
+from daekit.models.heads import compute_dtype, in_dtype, project, teacher_logits
+from daekit.models.sharded import whole_heads
 from daekit.protocol import OutputHead, Signal
 
-_CHUNK_VALUES = 2**23  # logits per chunk: 262 tokens of a vocabulary of 32,000 (32 MB in float32)
+# Logits per chunk: 256 tokens of a vocabulary of 32,000, 32 MB in float32. CPU seconds of one thread for 1024 tokens of width
+# 1024 (forward KL, frozen head; the matrix products alone 2.30): 64 tokens 3.26, 128: 2.71, 256: 2.43, 512: 2.46.
+_CHUNK_VALUES = 2**23
+# On a GPU 1,046 tokens of a vocabulary of 128,256: 0.8 GB of work space with a 16-bit student. Not measured: a kernel has one
+# program per token, so that fewer would leave processors idle, and a head's gradient is summed once per chunk.
+_CHUNK_VALUES_GPU = 2**27
+_ROWS = 32  # matrix products like a chunk whose tokens are a multiple of this
+_TILE_VALUES = 2**22  # values of the head's gradient that are computed at a time where they are summed in float32
 
 
 @dataclass(frozen=True)
@@ -30,19 +40,26 @@ class PredictionTerms:
 
     Attributes:
         ce_weight: of the cross-entropy with the labels, at temperature 1.
-        prediction_weight: of ``T^2 * D(teacher, student)``.
-        divergence: ``forward_kl``, ``reverse_kl`` or ``jsd``.
+        prediction_weight: of ``T^2 * D(teacher, student)`` (``tv``: without T^2).
+        divergence: one of ``daekit.losses.DIVERGENCES``.
         beta: of ``jsd``.
+        skew_alpha: of ``skew_kl`` and ``skew_reverse_kl``.
         temperature: T.
-        chunk_tokens: tokens per chunk; None: so many that a chunk has about 8 million logits.
+        chunk_tokens: tokens per chunk; None: so many that a chunk has about 8 million logits (on a GPU 134 million).
     """
 
     ce_weight: float = 0.0
     prediction_weight: float = 1.0
     divergence: str = "forward_kl"
     beta: float = 0.5
+    skew_alpha: float = 0.1
     temperature: float = 1.0
     chunk_tokens: int | None = None
+
+    @property
+    def parameter(self) -> float:
+        """The one number that the divergence depends on, if it does."""
+        return self.beta if self.divergence == "jsd" else self.skew_alpha
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ class PredictionSums:
     Attributes:
         loss: ``ce_weight * sum(ce_N) + prediction_weight * sum(divergence_N)``, nats.
         ce_N: cross-entropy with the label at temperature 1, nats.
-        divergence_N: ``T^2 * D``, nats; None without signals.
+        divergence_N: ``T^2 * D``, nats (``tv``: D, without unit); None without signals.
         correct_N: whether the label is the student's most likely token.
     """
 
@@ -67,6 +84,9 @@ def prediction_loss(
 ) -> PredictionSums:
     """The sum of CE and divergence over the kept positions, with gradients for ``hidden_NH`` and a trainable head.
 
+    Where heads are sharded this is a collective call: all ranks must call it, with signals of the same teachers (of M = 0
+    positions where a teacher has none to speak for).
+
     Args:
         hidden_NH: the student's hidden states at the kept positions; N may be 0 (the loss is then a differentiable 0).
         head: the student's output head.
@@ -75,7 +95,8 @@ def prediction_loss(
         terms: weights, divergence and temperature.
 
     Raises:
-        UserError: the signals do not speak for as many positions as there are (a teacher of the user's own, as a rule).
+        UserError: the signals do not speak for as many positions as there are (a teacher of the user's own, as a rule), or a
+            sparse signal is no distribution over this vocabulary at this temperature.
     """
     spoken_for = sum(signal.positions_M.numel() for signal in signals)
     if signals and spoken_for != labels_N.numel():
@@ -83,10 +104,15 @@ def prediction_loss(
             f"the teacher speaks for {spoken_for} positions of a batch that keeps {labels_N.numel()}: "
             "its signals must cover every kept position exactly once"
         )
-    wants_gradient = torch.is_grad_enabled()
-    loss, ce_N, divergence_N, correct_N = _PredictionLoss.apply(
-        hidden_NH, head.weight, head.bias, head, labels_N, tuple(signals), terms, wants_gradient
-    )
+    voices = [voice for signal in signals for voice in signal.voices]
+    with whole_heads([head, *(voice.head for voice in voices)]) as (head, *theirs):
+        whole = iter(theirs)
+        signals = [
+            replace(signal, voices=tuple(replace(voice, head=next(whole)) for voice in signal.voices)) for signal in signals
+        ]
+        loss, ce_N, divergence_N, correct_N = _PredictionLoss.apply(
+            hidden_NH, head.weight, head.bias, head, labels_N, signals, terms, torch.is_grad_enabled()
+        )
     return PredictionSums(loss, ce_N, divergence_N if signals else None, correct_N)
 
 
@@ -99,14 +125,13 @@ class _PredictionLoss(torch.autograd.Function):
         bias: Tensor | None,
         head: OutputHead,
         labels_N: Tensor,
-        signals: tuple[Signal, ...],
+        signals: Sequence[Signal],
         terms: PredictionTerms,
         wants_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        work = _Work(hidden_NH, head, labels_N, terms, wants_gradient and any(ctx.needs_input_grad))
-        for signal in signals or (None,):
-            work.run(signal)
-        ctx.save_for_backward(*work.gradients())
+        work = _Work(hidden_NH, head, labels_N, signals, terms, wants_gradient and any(ctx.needs_input_grad))
+        work.run()
+        ctx.save_for_backward(*work.gradients(head))
         ctx.mark_non_differentiable(work.ce_N, work.divergence_N, work.correct_N)
         return work.total(), work.ce_N, work.divergence_N, work.correct_N
 
@@ -121,78 +146,109 @@ class _Work:
     """One pass over the chunks: per-token values, and gradients where they are wanted."""
 
     def __init__(
-        self, hidden_NH: Tensor, head: OutputHead, labels_N: Tensor, terms: PredictionTerms, wants_gradient: bool
+        self,
+        hidden_NH: Tensor,
+        head: OutputHead,
+        labels_N: Tensor,
+        signals: Sequence[Signal],
+        terms: PredictionTerms,
+        wants_gradient: bool,
     ) -> None:
-        self.hidden_NH, self.head, self.labels_N, self.terms = hidden_NH, head, labels_N, terms
-        self.divergence = divergence(terms.divergence, terms.beta)
+        self.hidden_NH, self.labels_N, self.signals, self.terms = hidden_NH, labels_N, signals, terms
         self.dtype = compute_dtype(hidden_NH)
-        exact = torch.promote_types(torch.float32, hidden_NH.dtype)
-        positions = hidden_NH.shape[0]
-        self.ce_N = hidden_NH.new_zeros(positions, dtype=exact)
+        self.exact = torch.promote_types(torch.float32, self.dtype)
+        self.head = in_dtype(head, self.dtype)
+        self.step = terms.chunk_tokens or _chunk_tokens(head.vocab_size, hidden_NH.is_cuda)
+        # work space of all chunks: fresh memory for each costs more than a pass over it
+        size = min(self.step, hidden_NH.shape[0]), head.vocab_size
+        self.student_MV = hidden_NH.new_empty(size, dtype=self.dtype)
+        self.teacher_MV = hidden_NH.new_empty(size, dtype=self.exact) if any(signal.voices for signal in signals) else None
+        self.ce_N = hidden_NH.new_zeros(hidden_NH.shape[0], dtype=self.exact)
         self.divergence_N = torch.zeros_like(self.ce_N)
         self.correct_N = torch.zeros_like(labels_N, dtype=torch.bool)
         self.wants_gradient = wants_gradient
         self.grad_hidden = torch.zeros_like(hidden_NH) if wants_gradient else None
-        trains_head = wants_gradient and head.weight.requires_grad
-        self.grad_weight = torch.zeros_like(head.weight, dtype=exact) if trains_head else None
-        trains_bias = wants_gradient and head.bias is not None and head.bias.requires_grad
-        self.grad_bias = torch.zeros_like(head.bias, dtype=exact) if trains_bias else None  # type: ignore[arg-type]
+        self.grad_weight = self._accumulator(head.weight)
+        self.grad_bias = self._accumulator(head.bias)
 
-    def run(self, signal: Signal | None) -> None:
-        """All chunks of one signal (None: of all positions, without a teacher)."""
-        positions_M = None if signal is None else signal.positions_M
-        count = self.hidden_NH.shape[0] if positions_M is None else positions_M.numel()
-        step = self.terms.chunk_tokens or max(1, _CHUNK_VALUES // self.head.vocab_size)
-        for start in range(0, count, step):
-            rows = slice(start, min(start + step, count))
-            self._chunk(rows if positions_M is None else positions_M[rows], rows, signal)
+    def _accumulator(self, parameter: Tensor | None) -> Tensor | None:
+        """Zeros for the gradient of a trained parameter: float32 where several chunks are summed, or the sum would round."""
+        if parameter is None or not (self.wants_gradient and parameter.requires_grad):
+            return None
+        one_chunk = self.hidden_NH.shape[0] <= self.step and len(self.signals) <= 1
+        return torch.zeros_like(parameter, dtype=parameter.dtype if one_chunk else self.exact)
 
-    def _chunk(self, at: Tensor | slice, rows: slice, signal: Signal | None) -> None:
-        terms, labels = self.terms, self.labels_N[at]
-        hidden = self.hidden_NH[at]
-        logits = head_logits(hidden, self.head)
-        log_probs = logits.log_softmax(-1)
-        self.ce_N[at] = -log_probs.gather(-1, labels[:, None]).squeeze(-1)
-        self.correct_N[at] = logits.argmax(-1) == labels
-        slope = None
-        if self.wants_gradient and terms.ce_weight:
-            slope = log_probs.exp()
-            slope[torch.arange(labels.numel(), device=labels.device), labels] -= 1.0
-            slope *= terms.ce_weight
-        if signal is not None:
-            temperature = terms.temperature
-            student = log_probs if temperature == 1.0 else (logits / temperature).log_softmax(-1)
-            value, pull = self.divergence(student, teacher_log_probs(signal, rows, temperature))
-            self.divergence_N[at] = temperature**2 * value
-            # d(T^2 D)/d logits = T^2 * dD/d(logits/T) / T
-            pull = pull.mul_(terms.prediction_weight * temperature)
-            slope = pull if slope is None else slope.add_(pull)
-        if self.wants_gradient and slope is not None:
-            self._add_gradients(at, hidden, logits, slope)
+    def run(self) -> None:
+        """All chunks of all signals (of all positions where there is no teacher)."""
+        for signal in self.signals or (None,):
+            positions_M = None if signal is None else signal.positions_M
+            count = self.hidden_NH.shape[0] if positions_M is None else positions_M.numel()
+            values = self._values_of(signal)
+            for start in range(0, count, self.step):
+                rows = slice(start, min(start + self.step, count))
+                self._chunk(rows if positions_M is None else positions_M[rows], rows, values)
 
-    def _add_gradients(self, at: Tensor | slice, hidden: Tensor, logits: Tensor, slope: Tensor) -> None:
-        head, columns = self.head, self.head.vocab_size
-        if head.softcap is not None:
-            slope = slope * (1 - (logits / head.softcap) ** 2)
-        if head.scale != 1.0:
-            slope = slope * head.scale
-        if self.grad_bias is not None:
-            self.grad_bias[:columns] += slope.sum(0)
-        slope = slope.to(self.dtype)
-        with torch.autocast(slope.device.type, enabled=False):
-            self.grad_hidden[at] = (slope @ head.weight[:columns].to(self.dtype)).to(hidden.dtype)  # type: ignore[index]
+    def _values_of(self, signal: Signal | None) -> Callable[[Tensor, Tensor, slice], Values]:
+        """The terms of a chunk, given the student's linear outputs, the labels and the chunk's place in the signal."""
+        terms, head = self.terms, self.head
+        numbers = (terms.divergence, terms.parameter, terms.temperature, terms.ce_weight, terms.prediction_weight)
+        numbers_of_student = (head.softcap, head.scale, self.wants_gradient)
+        dense = chunk_terms_on(self.hidden_NH.device, self.dtype)
+        if signal is None:
+            return lambda student, labels, rows: dense(student, None, labels, *numbers, *numbers_of_student)
+        if signal.top_k is not None:
+            ids = signal.top_k.ids_MK.long()
+            buckets = bucket_log_probs(signal, head.vocab_size, terms.temperature, self.exact)
+            return lambda student, labels, rows: chunk_terms_top_k(
+                student, ids[rows], buckets[rows], labels, *numbers, *numbers_of_student
+            )
+        voices = tuple(replace(v, head=in_dtype(v.head, compute_dtype(v.hidden_MH))) for v in signal.voices)
+        speaking, space = replace(signal, voices=voices), self.teacher_MV
+        assert space is not None
+
+        def values(student: Tensor, labels: Tensor, rows: slice) -> Values:
+            teacher = teacher_logits(speaking, rows, terms.temperature, space[: labels.numel()])
+            return dense(student, teacher, labels, *numbers, *numbers_of_student)
+
+        return values
+
+    def _chunk(self, at: Tensor | slice, rows: slice, values: Callable[[Tensor, Tensor, slice], Values]) -> None:
+        hidden_MH = self.hidden_NH[at].to(self.dtype)
+        student_MV = project(hidden_MH, self.head, self.student_MV[: len(hidden_MH)])
+        self.ce_N[at], self.divergence_N[at], self.correct_N[at] = values(student_MV, self.labels_N[at], rows)
+        if not self.wants_gradient:
+            return
+        slope_MV = student_MV
+        with torch.autocast(slope_MV.device.type, enabled=False):
+            self.grad_hidden[at] = (slope_MV @ self.head.weight).to(self.hidden_NH.dtype)  # type: ignore[index]
             if self.grad_weight is not None:
-                self.grad_weight[:columns] += slope.T @ hidden.to(self.dtype)
+                self._add_to(self.grad_weight[: self.head.vocab_size], slope_MV, hidden_MH)
+        if self.grad_bias is not None:
+            self.grad_bias[: self.head.vocab_size] += slope_MV.sum(0, dtype=self.exact)
+
+    def _add_to(self, grad_VH: Tensor, slope_MV: Tensor, hidden_MH: Tensor) -> None:
+        if grad_VH.dtype == self.dtype:
+            grad_VH.addmm_(slope_MV.T, hidden_MH)
+            return
+        step = max(1, _TILE_VALUES // hidden_MH.shape[1])  # a product of all V x H would be as large as the gradient
+        for start in range(0, grad_VH.shape[0], step):
+            tile = slice(start, start + step)
+            grad_VH[tile] += slope_MV[:, tile].T @ hidden_MH
 
     def total(self) -> Tensor:
         """The weighted sum over all positions, summed in float64."""
         terms = self.terms
         total = terms.ce_weight * self.ce_N.sum(dtype=torch.float64)
         total = total + terms.prediction_weight * self.divergence_N.sum(dtype=torch.float64)
-        return total.to(self.ce_N.dtype)
+        return total.to(self.exact)
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def gradients(self, head: OutputHead) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients for hidden states, head weight and head bias, each in the dtype of its input."""
-        weight = None if self.grad_weight is None else self.grad_weight.to(self.head.weight.dtype)
-        bias = None if self.grad_bias is None else self.grad_bias.to(self.head.weight.dtype)
+        weight = None if self.grad_weight is None else self.grad_weight.to(head.weight.dtype)
+        bias = None if self.grad_bias is None or head.bias is None else self.grad_bias.to(head.bias.dtype)
         return self.grad_hidden, weight, bias
+
+
+def _chunk_tokens(vocab_size: int, on_gpu: bool) -> int:
+    tokens = max(1, (_CHUNK_VALUES_GPU if on_gpu else _CHUNK_VALUES) // vocab_size)
+    return tokens - tokens % _ROWS if tokens > _ROWS else tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -63,28 +64,65 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def head_logits(hidden_NH: Tensor, head: OutputHead) -> Tensor:
-    """``[N, V]`` logits in float32 (float64 for float64 hidden states). Materialises N x V values: call it on chunks."""
-    dtype = compute_dtype(hidden_NH)
-    weight = head.weight[: head.vocab_size].to(dtype)
+def in_dtype(head: OutputHead, dtype: torch.dtype) -> OutputHead:
+    """The V scored rows of the head in the dtype of its matrix products; without a copy where they have it already."""
     bias = None if head.bias is None else head.bias[: head.vocab_size].to(dtype)
+    return replace(head, weight=head.weight[: head.vocab_size].to(dtype), bias=bias)
+
+
+def project(hidden_NH: Tensor, head: OutputHead, out_NV: Tensor | None = None) -> Tensor:
+    """``[N, V]`` outputs of the linear layer in the compute dtype, before scale and soft-capping."""
+    head = in_dtype(head, compute_dtype(hidden_NH))
+    hidden_NH = hidden_NH.to(head.weight.dtype)
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        logits = torch.nn.functional.linear(hidden_NH.to(dtype), weight, bias)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if head.scale != 1.0:
-            logits = logits * head.scale
-        if head.softcap is not None:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
+        if head.bias is None:
+            return torch.mm(hidden_NH, head.weight.T, out=out_NV)
+        return torch.addmm(head.bias, hidden_NH, head.weight.T, out=out_NV)
+
+
+def scale_and_cap_(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """``softcap * tanh(scale * logits / softcap)`` in place."""
+    if scale != 1.0:
+        logits.mul_(scale)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
     return logits
 
 
-def teacher_log_probs(signal: Signal, index: Tensor | slice, temperature: float = 1.0) -> Tensor:
-    """``[chunk, V]`` log-probabilities of a signal at temperature T for some of its M positions.
+def head_logits(hidden_NH: Tensor, head: OutputHead, out_NV: Tensor | None = None) -> Tensor:
+    """``[N, V]`` logits in float32 (float64 for float64 hidden states), in ``out_NV`` if given; without gradient.
 
-    Several voices: the softmax of the weighted mean of their logits, or the weighted mean of their probabilities.
+    Materialises N x V values: call it on chunks.
     """
-    scaled = [(voice.weight, head_logits(voice.hidden_MH[index], voice.head) / temperature) for voice in signal.voices]
+    dtype = compute_dtype(hidden_NH)
+    exact = torch.promote_types(dtype, torch.float32)
+    with torch.no_grad():
+        linear = project(hidden_NH, head, out_NV if dtype == exact else None)
+        logits = linear.to(exact) if out_NV is None or linear is out_NV else out_NV.copy_(linear)
+        return scale_and_cap_(logits, head.scale, head.softcap)
+
+
+def teacher_logits(signal: Signal, index: Tensor | slice, temperature: float, out_MV: Tensor | None = None) -> Tensor:
+    """``[chunk, V]`` logits whose softmax at temperature T is what the voices of a signal say, for some of its M positions.
+
+    Several voices: the weighted mean of their logits, or T times the logarithm of the weighted mean of their probabilities.
+    """
+    first, *others = signal.voices
+    total = head_logits(first.hidden_MH[index], first.head, out_MV)
+    if not others:
+        return total
     if signal.average == "logits":
-        return torch.stack([weight * logits for weight, logits in scaled]).sum(0).log_softmax(-1)
-    parts = [logits.log_softmax(-1) + math.log(weight) for weight, logits in scaled]
-    return torch.stack(parts).logsumexp(0)
+        total.mul_(first.weight)
+        for voice in others:
+            total.add_(head_logits(voice.hidden_MH[index], voice.head), alpha=voice.weight)
+        return total
+    total = total.div_(temperature).log_softmax(-1).add_(math.log(first.weight))
+    for voice in others:
+        part = head_logits(voice.hidden_MH[index], voice.head).div_(temperature).log_softmax(-1)
+        torch.logaddexp(total, part.add_(math.log(voice.weight)), out=total)
+    return total.mul_(temperature)
+
+
+def teacher_log_probs(signal: Signal, index: Tensor | slice, temperature: float = 1.0) -> Tensor:
+    """``[chunk, V]`` log-probabilities of a signal's voices at temperature T for some of its M positions."""
+    return teacher_logits(signal, index, temperature).div_(temperature).log_softmax(-1)

@@ -62,8 +62,8 @@ def score_rows(
         domain: the domain of the rows, for a teacher that chooses by it.
 
     Raises:
-        UserError: for a prompt-learning adapter, whose virtual tokens a call of the backbone would miss, and for what
-            ``output_head`` refuses.
+        UserError: for a prompt-learning adapter, whose virtual tokens a call of the backbone would miss, for a teacher that
+            gives sparse distributions, and for what ``output_head`` refuses.
     """
     _refuse_prompt_learning(model)
     head = output_head(model, vocab_size)
@@ -105,7 +105,13 @@ def _score_chunk(hidden_NH: Tensor, head: OutputHead, labels_N: Tensor, signals:
 
 def _signals(teacher: PreTrainedModel | Teacher, batch: Batch, vocab_size: int) -> list[Signal]:
     if isinstance(teacher, Teacher):
-        return teacher.signals(batch)
+        signals = teacher.signals(batch)
+        if any(signal.top_k is not None for signal in signals):
+            raise UserError(
+                "the KL to a teacher is of whole distributions, but this teacher gives only its most likely tokens (top_k), "
+                "whose KL is smaller: compare with the model that they come from"
+            )
+        return signals
     _refuse_prompt_learning(teacher)
     with frozen_forward(teacher):
         voice = Voice(_hidden(teacher, batch), output_head(teacher, vocab_size))

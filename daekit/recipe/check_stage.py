@@ -139,6 +139,13 @@ def _check_loss(stage: StageSpec, path: Path, problems: Problems) -> None:
         problems.add_check((*where, "beta"), message)
     if loss.divergence != "jsd" and loss.beta != LossSpec.beta:
         problems.add_check((*where, "beta"), f"beta belongs to divergence: jsd, not to {loss.divergence}")
+    skewed = loss.divergence in ("skew_kl", "skew_reverse_kl")
+    if skewed and not 0 <= loss.skew_alpha < 1:
+        message = f"{loss.skew_alpha} must be at least 0 (the KL without skew) and below 1 (where the divergence is 0)"
+        problems.add_check((*where, "skew_alpha"), message)
+    if not skewed and loss.skew_alpha != LossSpec.skew_alpha:
+        message = f"skew_alpha belongs to divergence: skew_kl or skew_reverse_kl, not to {loss.divergence}"
+        problems.add_check((*where, "skew_alpha"), message)
     for kind in ("attention", "hidden"):
         _check_inside(stage, kind, where, problems)
     if loss.attention_relation_heads is not None and loss.attention_relation_heads < 1:

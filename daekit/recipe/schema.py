@@ -167,9 +167,10 @@ class LossSpec:
     """The objective of a ``kd`` or ``dae`` stage; weights are per kept token, in nats.
 
     Attributes:
-        divergence: ``forward_kl`` KL(teacher || student), ``reverse_kl``, or ``jsd``.
+        divergence: ``forward_kl`` KL(teacher || student), ``reverse_kl``, ``jsd``, ``skew_kl``, ``skew_reverse_kl`` or ``tv``.
         beta: the mixture weight of ``jsd``.
-        temperature: T; the divergence is multiplied by T^2.
+        skew_alpha: of ``skew_kl`` and ``skew_reverse_kl``: how much of the distribution on the left is in the mixture.
+        temperature: T; the divergence is multiplied by T^2 (``tv`` is not).
         attention_weight: of KL(teacher's attention || student's), the mean over heads and layers.
         attention_layers: ``uniform`` (all layers of the student, spread over the teacher's), ``last_K`` (the last K of both),
             or pairs ``[student's layer, teacher's layer]``, counted from 0.
@@ -183,8 +184,9 @@ class LossSpec:
     prediction_weight: float = 1.0
     attention_weight: float = 0.0
     hidden_weight: float = 0.0
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv"] = "forward_kl"
     beta: float = 0.5
+    skew_alpha: float = 0.1
     temperature: float = 1.0
     attention_layers: str | tuple[tuple[int, ...], ...] = "uniform"
     attention_relation_heads: int | None = None

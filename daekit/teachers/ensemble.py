@@ -44,6 +44,11 @@ class EnsembleTeacher:
         """The members' signals, averaged where they overlap."""
         per_member = [member.signals(batch) for member in self.members]
         for signal in (signal for signals in per_member for signal in signals):
+            if signal.top_k is not None:
+                raise UserError(
+                    "an ensemble cannot hold a teacher that gives only its most likely tokens (top_k): their tails are not "
+                    "known token by token, so there is no mean; use the model that they come from, or it alone"
+                )
             if len(signal.voices) > 1 and signal.average != self.average:
                 raise UserError(f"an ensemble that averages {self.average} cannot hold one that averages {signal.average}")
         together = [signals[0] for signals in per_member if len(signals) == 1]

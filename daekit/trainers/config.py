@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from daekit.data.preparation import OVERLONG
 from daekit.errors import UserError
-from daekit.losses import PredictionTerms, divergence
+from daekit.losses import DIVERGENCES, PredictionTerms, divergence
 
 
 @dataclass
@@ -83,9 +83,12 @@ class KDConfig(DomainSFTConfig):
         ce_weight: weight of the cross-entropy with the labels, at temperature 1.
         prediction_weight: weight of the divergence from the teacher.
         attention_weight: weight of the attention loss; needs one teacher per row, whose attention is softmax attention.
-        divergence: ``"forward_kl"`` KL(teacher || student), ``"reverse_kl"`` KL(student || teacher), or ``"jsd"``.
+        divergence: ``"forward_kl"`` KL(teacher || student), ``"reverse_kl"`` KL(student || teacher), ``"jsd"``,
+            ``"skew_kl"`` KL(teacher || mixture) and ``"skew_reverse_kl"`` KL(student || mixture) of DistiLLM
+            (arXiv 2402.03898), or ``"tv"``, half the sum of the absolute differences.
         beta: mixture weight of ``"jsd"``, between 0 and 1.
-        temperature: T, divides the logits of both; the divergence is multiplied by T^2.
+        skew_alpha: of the skew divergences, the share of the distribution on the left in the mixture; 0 <= skew_alpha < 1.
+        temperature: T, divides the logits of both; the divergence is multiplied by T^2, but for ``"tv"``.
         attention_layers: which layers are compared: ``"uniform"`` (all of the student's, spread over the teacher's),
             ``"last_K"`` (the last K of both), or pairs of (student's layer, teacher's layer), counted from 0.
         attention_relation_heads: compare in so many relation heads (MiniLMv2) instead of one head to one head.
@@ -100,9 +103,12 @@ class KDConfig(DomainSFTConfig):
     attention_weight: float = field(default=0.0, metadata={"help": "Weight of the attention loss."})
     divergence: str = field(
         default="forward_kl",
-        metadata={"help": "Divergence from the teacher.", "choices": ["forward_kl", "reverse_kl", "jsd"]},
+        metadata={"help": "Divergence from the teacher.", "choices": list(DIVERGENCES)},
     )
     beta: float = field(default=0.5, metadata={"help": "Mixture weight of the jsd divergence."})
+    skew_alpha: float = field(
+        default=0.1, metadata={"help": "Share of the left distribution in the mixture of skew_kl and skew_reverse_kl."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the divergence."})
     attention_layers: Any = field(
         default="uniform", metadata={"help": "Layers whose attention is compared: 'uniform', 'last_K', or pairs."}
@@ -131,11 +137,13 @@ class KDConfig(DomainSFTConfig):
             raise UserError(f"attention_relation_heads={self.attention_relation_heads}: at least 1 is needed")
         if self.temperature <= 0:
             raise UserError(f"temperature={self.temperature} is not positive")
-        divergence(self.divergence, self.beta)
+        divergence(self.divergence, self.terms().parameter)
 
     def terms(self) -> PredictionTerms:
         """The terms of the loss."""
-        return PredictionTerms(self.ce_weight, self.prediction_weight, self.divergence, self.beta, self.temperature)
+        return PredictionTerms(
+            self.ce_weight, self.prediction_weight, self.divergence, self.beta, self.skew_alpha, self.temperature
+        )
 
 
 @dataclass

@@ -185,7 +185,7 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
 
     def weights(self) -> dict[str, float]:
         """Metric -> its weight in the loss; the loss is their weighted sum."""
-        return {"ce": self.terms.ce_weight, _METRIC_OF[self.terms.divergence]: self.terms.prediction_weight}
+        return {"ce": self.terms.ce_weight, _metric_of(self.terms.divergence): self.terms.prediction_weight}
 
     def _forward_inputs(self, batch: Batch) -> dict[str, Any]:
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
@@ -197,7 +197,7 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         sums = prediction_loss(batch.keep(outputs.last_hidden_state), head, batch.labels_N, signals, self.terms)
         out = {"loss": sums.loss, "ce": sums.ce_N, "mean_token_accuracy": sums.correct_N}
         if sums.divergence_N is not None:
-            out[_METRIC_OF[self.terms.divergence]] = sums.divergence_N
+            out[_metric_of(self.terms.divergence)] = sums.divergence_N
         if self.aux_loss_enabled:
             config = self.model.config.get_text_config()
             mask = batch.inputs.get("attention_mask")
@@ -274,7 +274,9 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         return output
 
 
-_METRIC_OF = {"forward_kl": "kl", "reverse_kl": "reverse_kl", "jsd": "jsd"}
+def _metric_of(divergence: str) -> str:
+    """The name under which a divergence is logged: its own, and ``kl`` for the usual one."""
+    return "kl" if divergence == "forward_kl" else divergence
 
 
 def _name_of(model: Any) -> str:

@@ -8,7 +8,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-_SHOWN = ("loss", "eval_loss", "ce", "kl", "reverse_kl", "jsd", "attention_kl", "hidden_cosine", "hidden_mse")
+from daekit.losses import DIVERGENCES
+
+_SHOWN = {"loss", "eval_loss", "ce", "kl", *DIVERGENCES, "attention_kl", "hidden_cosine", "hidden_mse"}
 
 
 class ProgressCallback(TrainerCallback):

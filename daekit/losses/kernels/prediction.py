@@ -44,7 +44,7 @@ def chunk_terms(
         labels_M: the tokens, each in ``0 .. V - 1`` (any other makes its cross-entropy NaN).
         divergence: one of ``DIVERGENCES``, between the teacher t and the student s at temperature T.
         parameter: beta of ``jsd``, a of ``skew_kl`` (KL(t || a t + (1-a) s)) and ``skew_reverse_kl`` (KL(s || (1-a) t + a s)),
-            between 0 and 1, both excluded.
+            between 0 and 1, both excluded, but for a = 0, which is the KL.
         temperature: T; the cross-entropy is at 1.
 
     Returns:
@@ -53,6 +53,8 @@ def chunk_terms(
     """
     if divergence not in DIVERGENCES:
         raise UserError(f"divergence: {divergence!r} is unknown; choose one of {', '.join(DIVERGENCES)}")
+    if parameter == 0.0:
+        divergence = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}.get(divergence, divergence)
     tokens, columns = student_MV.shape
     teacher = student_MV if teacher_MV is None else teacher_MV
     if columns > 1 and (student_MV.stride(1) != 1 or teacher.stride(1) != 1):
