@@ -61,7 +61,17 @@ def teachers(draw: st.DrawFn, earlier: list[str]) -> TeacherSpec:
     return TeacherSpec(ensemble=members, average=draw(st.sampled_from(["logits", "probabilities"])))
 
 
-losses = st.builds(LossSpec, ce_weight=floats, divergence=st.sampled_from(["forward_kl", "jsd"]), temperature=floats)
+layers = st.sampled_from(["uniform", "last_2"]) | st.lists(st.tuples(counts, counts), min_size=1).map(tuple)
+losses = st.builds(
+    LossSpec,
+    ce_weight=floats,
+    divergence=st.sampled_from(["forward_kl", "jsd", "tv"]),
+    temperature=floats,
+    attention_layers=layers,
+    hidden_layers=layers,
+    attention_relation_heads=st.none() | counts,
+    hidden_loss=st.sampled_from(["cosine", "mse"]),
+)
 loras = st.builds(LoraSpec, r=counts, lora_dropout=st.floats(0, 0.9), target_modules=texts | st.just(("q", "no")))
 trainers = st.fixed_dictionaries(
     {},
@@ -75,7 +85,7 @@ trainers = st.fixed_dictionaries(
         "report_to": st.lists(texts, max_size=2),
         "lr_scheduler_kwargs": st.dictionaries(texts, anything, max_size=2),
     },
-)
+).filter(lambda options: not options.get("packing") or options.get("max_length", 1) is not None)
 
 
 @st.composite
@@ -176,9 +186,9 @@ def test_stage_key_changes_with_what_the_result_depends_on() -> None:
 
 
 def test_stage_key_holds_validation_rows_when_the_training_looks_at_them() -> None:
-    best = "stages.kd.trainer.load_best_model_at_end=true"
-    with_rows = stage_key(load(BASE, best, "sources.general.validation=builtin:chat"), "kd")
-    assert with_rows != stage_key(load(BASE, best), "kd")
+    best = ["stages.kd.trainer.load_best_model_at_end=true", "stages.kd.trainer.eval_strategy=epoch"]
+    with_rows = stage_key(load(BASE, *best, "sources.general.validation=builtin:chat"), "kd")
+    assert with_rows != stage_key(load(BASE, *best), "kd")
 
 
 def test_stage_key_holds_the_sources_of_a_trained_tokenizer() -> None:
