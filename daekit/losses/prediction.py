@@ -24,9 +24,9 @@ from daekit.models.heads import compute_dtype, in_dtype, project, teacher_logits
 from daekit.models.sharded import whole_heads
 from daekit.protocol import OutputHead, Signal
 
-# Logits per chunk: 256 tokens of a vocabulary of 32,000, 32 MB in float32. CPU seconds of one thread for 1024 tokens of width
-# 1024 (forward KL, frozen head; the matrix products alone 2.30): 64 tokens 3.26, 128: 2.71, 256: 2.43, 512: 2.46.
-_CHUNK_VALUES = 2**23
+# Logits per chunk: 512 tokens of a vocabulary of 32,000, 64 MB in float32. Seconds on 2 cores for 2048 tokens of width 1024
+# (forward KL, frozen head), by tokens per chunk: 128 3.13, 256 2.85, 512 2.57, 1024 2.42: matrix products like long chunks.
+_CHUNK_VALUES = 2**24
 # On a GPU 1,046 tokens of a vocabulary of 128,256: 0.8 GB of work space with a 16-bit student. Not measured: a kernel has one
 # program per token, so that fewer would leave processors idle, and a head's gradient is summed once per chunk.
 _CHUNK_VALUES_GPU = 2**27
@@ -45,7 +45,7 @@ class PredictionTerms:
         beta: of ``jsd``.
         skew_alpha: of ``skew_kl`` and ``skew_reverse_kl``.
         temperature: T.
-        chunk_tokens: tokens per chunk; None: so many that a chunk has about 8 million logits (on a GPU 134 million).
+        chunk_tokens: tokens per chunk; None: so many that a chunk has about 17 million logits (on a GPU 134 million).
     """
 
     ce_weight: float = 0.0
