@@ -7,13 +7,12 @@ from unittest.mock import MagicMock
 
 import pytest
 import tiny
-import torch
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
-from trainer_world import dae, kd, options
-from transformers import AutoModelForCausalLM
+from trainer_world import dae, kd, options, sft
+from transformers import AutoModelForCausalLM, Trainer
 
 from daekit.errors import UserError
 from daekit.teachers import ModelTeacher
@@ -211,13 +210,18 @@ def test_another_tokenizer_beside_a_teacher_that_is_loaded_already(tmp_path: Any
         dae(tmp_path, tiny.rows(4), teachers={"shop": teacher})
 
 
-def test_a_student_whose_weights_are_a_pickle(tmp_path: Any) -> None:
-    student = tiny.model()
-    student.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(student.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match=r"model\.safetensors"):
-        kd(tmp_path, tiny.rows(4), student=str(tmp_path))
+@pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharded_models_of_every_trainer(sharding: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = Trainer.create_accelerator_and_postprocess
+
+    def sharded(self: Trainer) -> None:
+        create(self)
+        setattr(self, sharding, True)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
+    for method in (sft, kd, dae):
+        with pytest.raises(UserError, match="FSDP and DeepSpeed are not supported"):
+            method(tmp_path, tiny.rows(4))
 
 
 def test_a_teacher_that_says_nothing(tmp_path: Any) -> None:

@@ -75,7 +75,7 @@ class WholeCheckpointTrainer(SFTTrainer):
             if problem:
                 raise UserError(f"{folder}: cannot be resumed: {problem}")
         checkpoint.require_same_run(folder, self.run_facts())
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled) and not (folder / "optimizer.pt").is_file():
+        if not (folder / "optimizer.pt").is_file():
             raise UserError(f"{folder}: has no optimizer.pt (save_only_model?), so the run cannot go on from it")
         return folder
 
@@ -158,16 +158,10 @@ class WholeCheckpointTrainer(SFTTrainer):
         return folder / f"daekit_state_{self.args.process_index}.json"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            restore_weights(model or self.model, self._weights_folder(Path(resume_from_checkpoint)))
+        restore_weights(model or self.model, self._weights_folder(Path(resume_from_checkpoint)))
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            restore_weights(self.model, self._weights_folder(Path(self.state.best_model_checkpoint)))
+        restore_weights(self.model, self._weights_folder(Path(self.state.best_model_checkpoint)))
 
     def _weights_folder(self, folder: Path) -> Path:
         """Where PEFT saves the student: an adapter called ``default`` at the top, any other in a folder of its name."""
