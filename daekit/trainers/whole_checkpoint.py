@@ -13,13 +13,19 @@ from datasets import IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from daekit.data.fingerprint import fingerprint as data_fingerprint
 from daekit.errors import UserError, says_disk_is_full
 from daekit.models.identity import hash_tensors
 from daekit.models.restore import restore_weights
 from daekit.trainers import checkpoint
+
+_OPTIMIZATION = (
+    *("optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+)
+_ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")  # schedules that do not see the end
 
 
 class WholeCheckpointTrainer(SFTTrainer):
@@ -80,7 +86,12 @@ class WholeCheckpointTrainer(SFTTrainer):
         return folder
 
     def run_facts(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to be the same run. JSON-able."""
+        """What must be the same for a resumed run to be the same run. JSON-able.
+
+        All options of the optimizer and its schedule belong to it: the checkpoint's would win over new ones without a word.
+        The end (``max_steps``, ``num_train_epochs``) may move only where the learning rate does not depend on it (constant,
+        inverse_sqrt...), for there the longer run is the run that was begun. An optimizer object of the user's own is not seen.
+        """
         args = self.args
         frozen = ((name, parameter) for name, parameter in self.model.named_parameters() if not parameter.requires_grad)
         return {
@@ -93,7 +104,8 @@ class WholeCheckpointTrainer(SFTTrainer):
             "data": self._data_fingerprint(),
             "seed": [args.seed, args.data_seed],
             "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size],
-        }
+            "end": _end(args),
+        } | {name: getattr(args, name) for name in _OPTIMIZATION}
 
     def _data_fingerprint(self) -> str | None:
         if isinstance(self.train_dataset, IterableDataset):
@@ -179,6 +191,14 @@ class _RestoreAccumulators(TrainerCallback):
         trainer = self.trainer
         if trainer._resume_folder is not None:
             trainer.restore_accumulators(json.loads(trainer._accumulators_file(trainer._resume_folder).read_text()))
+
+
+def _end(args: SFTConfig) -> dict[str, float] | None:
+    """Where the run ends, if its learning rate depends on that; a ``warmup_steps`` below 1 is a share of the whole run."""
+    if args.lr_scheduler_type in _ENDLESS and (args.lr_scheduler_type == "constant" or not 0 < args.warmup_steps < 1):
+        return None
+    name = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+    return {name: getattr(args, name)}
 
 
 def _is_full_disk(error: Exception, folder: Path) -> bool:
