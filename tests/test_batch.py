@@ -261,6 +261,33 @@ def test_a_stream_names_the_row_that_is_too_long() -> None:
         list(fit_stream_to_length(stream, 4, "error", "train"))
 
 
+@pytest.mark.parametrize(
+    ("overlong", "expected"),
+    [
+        ("drop", ["row 1 (domain 'shop'): left out, for it has nothing", "row 2 (domain 'shop'): left out, for it is longer"]),
+        ("truncate", ["row 1 (domain 'shop'): left out, for it has nothing", "row 2 (domain 'shop'): cut at", "row 4 "]),
+    ],
+)
+def test_a_stream_says_what_it_leaves_out_or_cuts(overlong: str, expected: list[str], caplog: Any) -> None:
+    """The first row of each kind and domain, and once only."""
+    long, emptied = [True] * 6, [False] * 4 + [True]
+    rows = [
+        ("shop", [True] * 3),
+        ("shop", [False] * 3),
+        ("shop", long),
+        ("shop", long),
+        ("general", emptied),
+        ("shop", [False]),
+    ]
+    stream = fit_stream_to_length(tokenised(rows).to_iterable_dataset(), 4, overlong, "train")
+    for _ in range(2):
+        assert [len(row["input_ids"]) for row in stream] == ([3, 4, 4] if overlong == "truncate" else [3])
+    said = [record.message for record in caplog.records if record.name == "daekit.data.preparation"]
+    expected = expected if overlong == "truncate" else [*expected, "row 4 (domain 'general'): left out, for it is longer"]
+    assert len(said) == len(expected)
+    assert all(words in message for words, message in zip(expected, said, strict=True))
+
+
 def test_domains_are_required_or_filled_in() -> None:
     bare = Dataset.from_list([{"text": "a"}, {"text": "b"}])
     with pytest.raises(UserError, match="no column 'domain'"):
