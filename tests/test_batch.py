@@ -252,7 +252,7 @@ def test_a_domain_that_loses_all_its_rows_says_why() -> None:
 
 def test_an_empty_data_set_is_an_error() -> None:
     with pytest.raises(UserError, match="empty"):
-        fit_to_length(tokenised([("shop", [True] * 3)]).select([]), 4, "truncate", "train")
+        require_domains(tokenised([("shop", [True] * 3)]).select([]), "train", "general")
 
 
 def test_a_stream_names_the_row_that_is_too_long() -> None:
