@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from daekit.errors import UserError
 from daekit.teachers import ModelTeacher
-from daekit.trainers import DAEConfig, DAETrainer, KDConfig, KDTrainer
+from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, KDConfig, KDTrainer
 
 
 @pytest.mark.parametrize(
@@ -255,6 +255,23 @@ def test_parallelism_over_the_sequence(tmp_path: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Accelerator, "parallelism_config", property(lambda _: parallel))
     with pytest.raises(UserError, match="context and sequence parallelism"):
         kd(tmp_path, tiny.rows(4))
+
+
+def test_a_stream_that_several_processes_would_evaluate(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that fill the last batch would count twice: refused when it is given, and at the latest at the last batch."""
+    stream = tiny.rows(4).to_iterable_dataset()
+    trainer = sft(tmp_path, tiny.rows(4), eval_dataset=stream)
+    monkeypatch.setattr(DomainSFTConfig, "world_size", 2)
+    with pytest.raises(UserError, match=r"eval data set is a stream, evaluated by 2 processes"):
+        trainer.evaluate(stream)
+    trainer.accelerator = MagicMock(num_processes=2, process_index=1)
+    trainer.accelerator.gradient_state = MagicMock(end_of_dataloader=True, remainder=-1)
+    with pytest.raises(UserError, match=r"evaluated by 2 processes"):
+        trainer._counted((0, 1), "eval")
+    trainer.args.dataloader_drop_last = True  # nothing is repeated then
+    assert trainer._counted((0, 1), "eval") == [True, True]
+    trainer.accelerator.gradient_state = MagicMock(end_of_dataloader=True, remainder=5)
+    assert trainer._counted((0, 1), "eval") == [True, False]
 
 
 def test_dae_config_is_a_kd_config_with_reference_domains() -> None:

@@ -27,7 +27,7 @@ from daekit.models.heads import output_head
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Batch, Signal
 from daekit.trainers.config import DomainSFTConfig
-from daekit.trainers.refusals import refuse_arguments, refuse_sharding
+from daekit.trainers.refusals import refuse_arguments, refuse_sharding, refuse_shared_stream
 from daekit.trainers.student import load_student, name_of, tokenizer_of
 from daekit.trainers.whole_checkpoint import WholeCheckpointTrainer
 
@@ -96,6 +96,8 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         """TRL's preparation in two steps, tokenise then pack, with the length policy between and the domain kept."""
+        if isinstance(dataset, IterableDataset) and dataset_name != "train":
+            refuse_shared_stream(args, dataset_name)
         dataset = require_domains(dataset, dataset_name, self.default_domain)
         if "seq_lengths" in (dataset.column_names or ()):
             return dataset  # prepared and packed before: `evaluate` was given one of our own data sets
@@ -225,7 +227,10 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
     def _counted(self, examples: tuple[int, ...], mode: str) -> list[bool]:
         """Which rows count: not those that a distributed evaluation repeats to fill its last batch."""
         state = self.accelerator.gradient_state
-        if mode == "train" or self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if mode == "train" or self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder == 0:
+            return [True] * len(examples)
+        if state.remainder < 0:  # its length is not known, or rows that do not fill a batch are left out
+            refuse_shared_stream(self.args, mode)
             return [True] * len(examples)
         first = self.accelerator.process_index * self.args.per_device_eval_batch_size
         return [first + example < state.remainder for example in examples]

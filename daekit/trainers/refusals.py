@@ -41,3 +41,12 @@ def refuse_sharding(trainer: SFTTrainer) -> None:
             "FSDP and DeepSpeed are not supported yet: ranks whose rows follow different teachers would wait for each other "
             "for ever, and checkpoints are of whole models. Use DDP (accelerate launch --multi_gpu)."
         )
+
+
+def refuse_shared_stream(args: SFTConfig, name: str) -> None:
+    """Raise UserError where several processes would evaluate a stream."""
+    if args.world_size > 1 and not args.dataloader_drop_last:
+        raise UserError(
+            f"the {name} data set is a stream, evaluated by {args.world_size} processes: the last batch repeats rows to be "
+            "full, and which ones cannot be told. Give a map-style Dataset (datasets.Dataset.from_list(list(stream)))."
+        )
