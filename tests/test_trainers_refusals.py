@@ -18,6 +18,8 @@ from daekit.errors import UserError
 from daekit.teachers import ModelTeacher
 from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, KDConfig, KDTrainer
 
+MESSAGE = {"role": "assistant", "content": "w1"}
+
 
 @pytest.mark.parametrize(
     ("option", "value"),
@@ -119,6 +121,15 @@ def test_a_row_of_a_stream_whose_domain_is_no_name(domain: Any, tmp_path: Any) -
     data = Dataset.from_list([{"text": "w1 w2", "domain": domain}] * 4).to_iterable_dataset()
     with pytest.raises(UserError, match="row 0: domain is"):
         kd(tmp_path, data, max_steps=1).train()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("row", [{"text": "w1"}, {"prompt": "w1 ", "completion": "w2"}, {"messages": [MESSAGE]}])
+def test_a_row_without_a_value(row: dict[str, Any], streaming: bool, tmp_path: Any) -> None:
+    column = list(row)[-1]
+    data = Dataset.from_list([{**row, column: None}, row, row, {**row, column: None}]).select([1, 2, 3])
+    with pytest.raises(UserError, match=rf"row 2: {column} is None"):
+        sft(tmp_path, data.to_iterable_dataset() if streaming else data, max_steps=3).train()
 
 
 @pytest.mark.parametrize("where", ["train", "stream", "eval"])

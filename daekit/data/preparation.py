@@ -90,6 +90,36 @@ def require_domains(dataset: Dataset | IterableDataset, name: str, default: str 
     return dataset
 
 
+def require_values(dataset: Dataset | IterableDataset, name: str, text_field: str) -> Dataset | IterableDataset:
+    """Make sure that no row lacks what TRL trains on; TRL's own error would not name the row.
+
+    Raises:
+        UserError: a row with None in one of its columns (of a stream: when it comes by).
+    """
+    present = first_row(dataset, name).keys()
+    forms = [("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",), (text_field,)]
+    columns = next((list(form) for form in forms if present >= set(form)), [])
+
+    def missing(column: str, row: int) -> UserError:
+        return UserError(f"the {name} data set, row {row}: {column} is None; fill it in or remove the row")
+
+    def check_row(values: dict[str, Any], row: int) -> dict[str, Any]:
+        for column in columns:
+            if values[column] is None:
+                raise missing(column, row)
+        return values
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(check_row, with_indices=True, features=dataset.features)
+    start = 0
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000) if columns else ():
+        for column in columns:
+            if table[column].null_count:
+                raise missing(column, start + table[column].is_null().index(True).as_py())
+        start += len(table)
+    return dataset
+
+
 def fit_to_length(dataset: Dataset, max_length: int | None, overlong: str, name: str) -> tuple[Dataset, dict[str, DomainCount]]:
     """Apply the policy for overlong rows to tokenised rows (``input_ids``, ``labels``, ``domain``) and count.
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from daekit.data.collator import EXAMPLES, DomainCollator, as_batch
-from daekit.data.preparation import DomainCount, fit_stream_to_length, fit_to_length, require_domains
+from daekit.data.preparation import DomainCount, fit_stream_to_length, fit_to_length, require_domains, require_values
 from daekit.errors import UserError
 from daekit.losses import prediction_loss
 from daekit.metrics import TokenMeans
@@ -101,6 +101,8 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         dataset = require_domains(dataset, dataset_name, self.default_domain)
         if "seq_lengths" in (dataset.column_names or ()):
             return dataset  # prepared and packed before: `evaluate` was given one of our own data sets
+        if formatting_func is None:
+            dataset = require_values(dataset, dataset_name, args.dataset_text_field)
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
