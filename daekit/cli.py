@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import json
+import logging
+import os
 import sys
+import time
 from collections.abc import Sequence
 
 from daekit import __version__
@@ -15,25 +18,44 @@ from daekit.recipe import load_recipe, load_recipe_text, to_yaml
 _OVERRIDES_HELP = "settings laid over the recipe: key.sub=value, the value as YAML (stages.kd.trainer.max_steps=10)"
 _STATUS_OF_USER_ERROR = 2
 _STATUS_OF_INTERRUPT = 130
+_PATIENCE = 5.0  # seconds; torchrun looks after its processes ten times a second
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; ``arguments`` default to those of the process. Returns the exit status."""
     options = _parser().parse_args(arguments)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
     try:
         options.run(options)
     except UserError as error:
-        print(f"daekit: error: {error}", file=sys.stderr)
+        _complain(f"daekit: error: {error}")
         return _STATUS_OF_USER_ERROR
     except Exception as error:  # the libraries that write have no class in common for it
         if not says_disk_is_full(error):
             raise
-        print(f"daekit: error: the disk is full ({error}). Free some space; the same command goes on.", file=sys.stderr)
+        _complain(f"daekit: error: the disk is full ({error}). Free some space; the same command goes on.")
         return _STATUS_OF_USER_ERROR
     except KeyboardInterrupt:
-        print("stopped; the same command resumes", file=sys.stderr)
+        _complain("stopped; the same command resumes")
         return _STATUS_OF_INTERRUPT
     return 0
+
+
+def _complain(message: str) -> None:
+    """Print to stderr, of several ranks the main process first: the launcher then ends the others before they say it again.
+
+    A rank that is still there after a while has an error that the main process does not know of.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(_PATIENCE)
+        message = f"[rank {rank}] {message}"
+    print(message, file=sys.stderr, flush=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not so what bitsandbytes says on import of a kernel that daekit does not use."""
+    return "Failed to load CPU gemm_4bit_forward" not in str(record.msg)
 
 
 def _parser() -> argparse.ArgumentParser:

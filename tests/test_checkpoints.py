@@ -227,6 +227,19 @@ def test_resumed_from_its_last_checkpoint_a_run_trains_no_more(end: dict[str, An
     assert results[1]["history"] == results[0]["history"]
 
 
+def test_a_run_goes_on_beyond_its_end_where_the_learning_rate_does_not_depend_on_it(tmp_path: Path) -> None:
+    """With a constant rate the longer run is the run that was begun; with a warm-up that is a share of it, it is not."""
+    constant: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}
+    run("dense", tmp_path / "straight", max_steps=9, **constant)
+    for end in (3, 9):
+        run("dense", tmp_path / "longer", max_steps=end, **constant)
+    straight, longer = (torch.load(tmp_path / name / "result.pt") for name in ("straight", "longer"))
+    assert torch.equal(longer["weights"], straight["weights"])
+    assert longer["history"] == straight["history"]
+    with pytest.raises(UserError, match=r"end: .*warmup_steps"):
+        run("dense", tmp_path / "longer", max_steps=10, **(constant | {"warmup_steps": 0.5}))
+
+
 # ---- damaged, foreign and other runs' checkpoints ---------------------------------------------------------------------
 
 
@@ -284,6 +297,16 @@ def test_a_damaged_checkpoint_is_named_and_not_stepped_over(problem: str, output
         ("terms", {"ce_weight": 0.3}),
         ("seed", {"seed": 7}),
         ("batch", {"gradient_accumulation_steps": 1}),
+        ("optim: .adamw_torch. then, .sgd. now", {"optim": "sgd"}),
+        ("learning_rate: 0.01 then, 0.02 now", {"learning_rate": 0.02}),
+        ("lr_scheduler_type", {"lr_scheduler_type": "linear"}),
+        ("lr_scheduler_kwargs", {"lr_scheduler_kwargs": {"num_cycles": 1.5}}),
+        ("warmup_steps", {"warmup_steps": 2}),
+        ("weight_decay", {"weight_decay": 0.1}),
+        ("adam_beta2", {"adam_beta2": 0.99}),
+        ("max_grad_norm", {"max_grad_norm": 2.0}),
+        ("end: .*6.* then, .*8.* now", {"max_steps": 8}),
+        ("end", {"max_steps": -1}),
     ],
 )
 def test_another_run_is_refused(what: str, changes: dict[str, Any], output: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import subprocess
 import sys
 import types
@@ -115,6 +116,26 @@ def test_what_a_run_raises(
     monkeypatch.setattr(sys.modules["daekit.run"], "run_recipe", fail)
     assert main(["train", str(recipe_file)]) == status
     assert capsys.readouterr().err == message
+
+
+def test_an_error_of_another_rank_alone_is_not_lost(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    assert main(["check", str(recipe_file), "sed=7"]) == 2
+    assert waited and capsys.readouterr().err.startswith("[rank 1] daekit: error")
+
+
+def test_a_kernel_that_bitsandbytes_misses_is_no_news(
+    recipe_file: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(recipe_file)]) == 0
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no module")
+    logger.warning("something else")
+    assert [record.message for record in caplog.records] == ["something else"]
 
 
 def test_a_defect_keeps_its_traceback(recipe_file: Path, runs: list[Recipe], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from daekit.models.loading import load_model
 from daekit.protocol import Batch, Teacher
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import AdapterTeacher, EnsembleTeacher, ModelTeacher, RoutedTeacher
+from daekit.teachers.adapter import adapter_parameters
 from tests import tiny
 from tests.test_teachers import V, batch_of, says
 
@@ -201,6 +202,28 @@ def test_identity_of_an_adapter_teacher() -> None:
 def test_an_adapter_that_is_not_loaded_is_an_error() -> None:
     with pytest.raises(UserError, match="'expert' is not loaded; the model has: default"):
         AdapterTeacher(adapted(), "expert", V)
+
+
+@pytest.mark.parametrize("name", ["mlp", "q_proj", "model", "lora_A"])
+def test_an_adapter_with_the_name_of_a_part_of_the_base(name: str) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS, modules_to_save=["lm_head"])
+    student = get_peft_model(tiny.model(seed=1), config, adapter_name=name)
+    plain = adapted(modules_to_save=["lm_head"])
+    assert adapter_parameters(student, name).keys() == adapter_parameters(plain, "default").keys()
+    trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+    assert {*map(id, adapter_parameters(student, name).values())} == trained
+    reference = AdapterTeacher.copy_of_active(student, "reference", V)
+    assert {id(parameter) for parameter in student.parameters() if parameter.requires_grad} == trained
+    assert kl_to(reference, student, batch_of()) == 0
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_that_trains_the_biases_of_the_base(bias: str) -> None:
+    student = adapted(bias=bias)
+    for make in (lambda: AdapterTeacher.copy_of_active(student, "reference", V), lambda: AdapterTeacher(student, None, V)):
+        with pytest.raises(UserError, match=rf"adapter 'default': bias='{bias}' .*Use bias='none', or give"):
+            make()
 
 
 def test_adapters_route_and_average_like_models() -> None:

@@ -7,19 +7,20 @@ from unittest.mock import MagicMock
 
 import pytest
 import tiny
-import torch
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
-from trainer_world import dae, kd, options
-from transformers import AutoModelForCausalLM
+from trainer_world import dae, kd, options, sft
+from transformers import AutoModelForCausalLM, Trainer
 
 from daekit.errors import UserError
 from daekit.losses import DIVERGENCES, PredictionTerms
 from daekit.recipe.schema import LossSpec
 from daekit.teachers import ModelTeacher
-from daekit.trainers import DAEConfig, DAETrainer, KDConfig, KDTrainer
+from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, KDConfig, KDTrainer
+
+MESSAGE = {"role": "assistant", "content": "w1"}
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,15 @@ def test_a_row_of_a_stream_whose_domain_is_no_name(domain: Any, tmp_path: Any) -
         kd(tmp_path, data, max_steps=1).train()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("row", [{"text": "w1"}, {"prompt": "w1 ", "completion": "w2"}, {"messages": [MESSAGE]}])
+def test_a_row_without_a_value(row: dict[str, Any], streaming: bool, tmp_path: Any) -> None:
+    column = list(row)[-1]
+    data = Dataset.from_list([{**row, column: None}, row, row, {**row, column: None}]).select([1, 2, 3])
+    with pytest.raises(UserError, match=rf"row 2: {column} is None"):
+        sft(tmp_path, data.to_iterable_dataset() if streaming else data, max_steps=3).train()
+
+
 @pytest.mark.parametrize("where", ["train", "stream", "eval"])
 def test_a_data_set_without_rows(where: str, tmp_path: Any) -> None:
     none = tiny.rows(4).select([])
@@ -224,13 +234,18 @@ def test_another_tokenizer_beside_a_teacher_that_is_loaded_already(tmp_path: Any
         dae(tmp_path, tiny.rows(4), teachers={"shop": teacher})
 
 
-def test_a_student_whose_weights_are_a_pickle(tmp_path: Any) -> None:
-    student = tiny.model()
-    student.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(student.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match=r"model\.safetensors"):
-        kd(tmp_path, tiny.rows(4), student=str(tmp_path))
+@pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharded_models_of_every_trainer(sharding: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = Trainer.create_accelerator_and_postprocess
+
+    def sharded(self: Trainer) -> None:
+        create(self)
+        setattr(self, sharding, True)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
+    for method in (sft, kd, dae):
+        with pytest.raises(UserError, match="FSDP and DeepSpeed are not supported"):
+            method(tmp_path, tiny.rows(4))
 
 
 def test_a_teacher_that_says_nothing(tmp_path: Any) -> None:
@@ -264,6 +279,23 @@ def test_parallelism_over_the_sequence(tmp_path: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Accelerator, "parallelism_config", property(lambda _: parallel))
     with pytest.raises(UserError, match="context and sequence parallelism"):
         kd(tmp_path, tiny.rows(4))
+
+
+def test_a_stream_that_several_processes_would_evaluate(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that fill the last batch would count twice: refused when it is given, and at the latest at the last batch."""
+    stream = tiny.rows(4).to_iterable_dataset()
+    trainer = sft(tmp_path, tiny.rows(4), eval_dataset=stream)
+    monkeypatch.setattr(DomainSFTConfig, "world_size", 2)
+    with pytest.raises(UserError, match=r"eval data set is a stream, evaluated by 2 processes"):
+        trainer.evaluate(stream)
+    trainer.accelerator = MagicMock(num_processes=2, process_index=1)
+    trainer.accelerator.gradient_state = MagicMock(end_of_dataloader=True, remainder=-1)
+    with pytest.raises(UserError, match=r"evaluated by 2 processes"):
+        trainer._counted((0, 1), "eval")
+    trainer.args.dataloader_drop_last = True  # nothing is repeated then
+    assert trainer._counted((0, 1), "eval") == [True, True]
+    trainer.accelerator.gradient_state = MagicMock(end_of_dataloader=True, remainder=5)
+    assert trainer._counted((0, 1), "eval") == [True, False]
 
 
 def test_dae_config_is_a_kd_config_with_reference_domains() -> None:

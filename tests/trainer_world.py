@@ -13,7 +13,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, KDConfig, KDTrainer
+from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, DomainSFTTrainer, KDConfig, KDTrainer
 
 V = len(tiny.WORDS)
 gc.freeze()  # every train() collects garbage: without this it walks through all imported modules, 0.5 s each time
@@ -40,6 +40,18 @@ def options(folder: Path | str, **changes: Any) -> dict[str, Any]:
             num_train_epochs=1,
         )
         | changes
+    )
+
+
+def sft(folder: Path | str, data: Any, student: nn.Module | str | None = None, **changes: Any) -> DomainSFTTrainer:
+    """A DomainSFTTrainer on a tiny student."""
+    arguments = {key: changes.pop(key) for key in ("eval_dataset", "peft_config", "quantization_config") if key in changes}
+    return DomainSFTTrainer(
+        model=student if student is not None else tiny.model(seed=1),
+        args=DomainSFTConfig(**options(folder, **changes)),
+        train_dataset=data,
+        processing_class=tiny.tokenizer(),
+        **arguments,
     )
 
 

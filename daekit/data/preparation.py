@@ -6,6 +6,7 @@ rows are measured first.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,13 @@ from daekit.protocol import IGNORE_INDEX
 
 OVERLONG = ("error", "truncate", "drop")
 _NO_LIMIT = np.iinfo(np.int64).max
+_FATES = {
+    "truncated": "cut at max_length={}",
+    "dropped": "left out, for it is longer than max_length={}",
+    "emptied": "left out, for it loses its whole response at max_length={}",
+    "blank": "left out, for it has nothing to predict",
+}
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,36 @@ def require_domains(dataset: Dataset | IterableDataset, name: str, default: str 
     return dataset
 
 
+def require_values(dataset: Dataset | IterableDataset, name: str, text_field: str) -> Dataset | IterableDataset:
+    """Make sure that no row lacks what TRL trains on; TRL's own error would not name the row.
+
+    Raises:
+        UserError: a row with None in one of its columns (of a stream: when it comes by).
+    """
+    present = first_row(dataset, name).keys()
+    forms = [("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",), (text_field,)]
+    columns = next((list(form) for form in forms if present >= set(form)), [])
+
+    def missing(column: str, row: int) -> UserError:
+        return UserError(f"the {name} data set, row {row}: {column} is None; fill it in or remove the row")
+
+    def check_row(values: dict[str, Any], row: int) -> dict[str, Any]:
+        for column in columns:
+            if values[column] is None:
+                raise missing(column, row)
+        return values
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(check_row, with_indices=True, features=dataset.features)
+    start = 0
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000) if columns else ():
+        for column in columns:
+            if table[column].null_count:
+                raise missing(column, start + table[column].is_null().index(True).as_py())
+        start += len(table)
+    return dataset
+
+
 def fit_to_length(dataset: Dataset, max_length: int | None, overlong: str, name: str) -> tuple[Dataset, dict[str, DomainCount]]:
     """Apply the policy for overlong rows to tokenised rows (``input_ids``, ``labels``, ``domain``) and count.
 
@@ -125,19 +163,41 @@ def fit_to_length(dataset: Dataset, max_length: int | None, overlong: str, name:
 
 
 def fit_stream_to_length(dataset: IterableDataset, max_length: int | None, overlong: str, name: str) -> IterableDataset:
-    """The same policy for a stream: errors name the row when it comes by; counts cannot be known beforehand."""
+    """The same policy for a stream: a row that is too long, or left out, is named when it comes by.
+
+    Only the first one of each kind and domain (in each process that reads) is a warning. They are not counted: SFTTrainer
+    peeks at the first rows, packing reads the stream once per domain, and ranks and workers each read for themselves.
+    """
     limit = _NO_LIMIT if max_length is None else max_length
+    told: set[tuple[str, str]] = set()
 
-    def check(row: dict[str, Any], index: int) -> dict[str, Any]:
-        if overlong == "error" and len(row["input_ids"]) > limit:
+    def stays(row: dict[str, Any], index: int) -> bool:
+        place = f"the {name} stream, row {index} (domain {row['domain']!r}): "
+        long = len(row["input_ids"]) > limit
+        if long and overlong == "error":
             raise UserError(
-                f"the {name} stream, row {index} (domain {row['domain']!r}): {len(row['input_ids'])} tokens, more than "
-                f"max_length={max_length}. Raise max_length, or set overlong to 'truncate' or 'drop'."
+                f"{place}{len(row['input_ids'])} tokens, more than max_length={max_length}. "
+                "Raise max_length, or set overlong to 'truncate' or 'drop'."
             )
-        return _cut(row, limit) if overlong == "truncate" else row
+        fate = _fate(row["labels"], limit, long, overlong)
+        if fate is not None and (row["domain"], fate) not in told:
+            told.add((row["domain"], fate))
+            logger.warning("%s%s; further such rows of this domain are not named", place, _FATES[fate].format(max_length))
+        return fate in (None, "truncated")
 
-    dataset = dataset.map(check, with_indices=True)
-    return dataset.filter(lambda row: len(row["input_ids"]) <= limit and _predicts(row["labels"]))
+    dataset = dataset.filter(stays, with_indices=True)
+    return dataset.map(lambda row: _cut(row, limit)) if overlong == "truncate" else dataset
+
+
+def _fate(labels: list[int], limit: int, long: bool, overlong: str) -> str | None:
+    """What becomes of a row, in the words of ``DomainCount``; None: it stays as it is."""
+    if not _predicts(labels):
+        return "blank"
+    if not long:
+        return None
+    if overlong == "drop":
+        return "dropped"
+    return "truncated" if _predicts(labels[:limit]) else "emptied"
 
 
 def _measure(dataset: Dataset, limit: int) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from daekit.recipe.schema import ModelSpec
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# no pickles; what is missing or of another shape is named, where transformers would fill in random weights
+ALWAYS = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
 
 
 def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0) -> PreTrainedModel:
@@ -49,6 +52,27 @@ def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None
     if (directory / _ADAPTER_CONFIG).is_file():
         return _merged_adapter(directory, spec)
     return _from_pretrained(spec)
+
+
+def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
+    """``load(path, **arguments)``, which is ``from_pretrained`` or takes its arguments; no weight is left to chance.
+
+    Raises:
+        UserError: no model there, a pickle, unreadable weights, missing weights or weights of another shape.
+    """
+    try:
+        model, info = load(path, **arguments, **ALWAYS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: the model could not be loaded ({_first_line(error)}). "
+            "It must be a hub id or a directory with config.json and whole *.safetensors files."
+        ) from error
+    broken = {what: sorted(map(str, info[what])) for what in ("missing_keys", "mismatched_keys") if info[what]}
+    if broken:
+        raise UserError(
+            f"{path}: the checkpoint does not fill the model: {_some(broken)}. It is incomplete or of another model."
+        )
+    return model
 
 
 def load_tokenizer_of(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -99,26 +123,8 @@ def _from_pretrained(spec: ModelSpec) -> PreTrainedModel:
         arguments["attn_implementation"] = spec.attn_implementation
     if spec.quantization:
         arguments["quantization_config"] = quantization_config(spec)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            spec.path,
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are named below
-            output_loading_info=True,
-            **arguments,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"{spec.path}: the model could not be loaded ({_first_line(error)}). "
-            "It must be a hub id or a directory with config.json and whole *.safetensors files."
-        ) from error
-    broken = {what: sorted(map(str, info[what])) for what in ("missing_keys", "mismatched_keys") if info[what]}
-    if broken:
-        raise UserError(
-            f"{spec.path}: the checkpoint does not fill the model: {_some(broken)}. It is incomplete or of another model."
-        )
+    arguments |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    model = load_whole(AutoModelForCausalLM.from_pretrained, str(spec.path), arguments)
     if spec.quantization:
         require_quantised(model, spec)
         keep_four_bit_weights(model)

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
 
 from daekit.errors import UserError
 from daekit.models.backbone import add_on_hidden, frozen_forward
@@ -29,12 +32,13 @@ class AdapterTeacher:
         vocab_size: V, the number of ids of the tokenizer.
 
     Raises:
-        UserError: the model has no adapter of that name.
+        UserError: the model has no adapter of that name, or an adapter that trains biases of the base.
     """
 
     def __init__(self, model: PeftModel, adapter: str | None, vocab_size: int) -> None:
         if adapter is not None and adapter not in model.peft_config:
             raise UserError(f"adapter {adapter!r} is not loaded; the model has: {', '.join(sorted(model.peft_config))}")
+        _require_fixed_base(model)
         self.model = model
         self.adapter = adapter
         self._vocab_size = vocab_size
@@ -47,6 +51,7 @@ class AdapterTeacher:
     @classmethod
     def copy_of_active(cls, model: PeftModel, name: str, vocab_size: int) -> AdapterTeacher:
         """Freeze the student as it stands: its adapter is copied, value by value and dtype by dtype, under ``name``."""
+        _require_fixed_base(model)
         student = model.active_adapter
         config = copy.deepcopy(model.peft_config[student])
         config.inference_mode = True
@@ -88,13 +93,34 @@ class AdapterTeacher:
         return {"kind": "adapter", "weights": weights, "base": base}
 
 
-def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, torch.nn.Parameter]:
-    """Parameters of one adapter, by their name with the adapter's own name taken out."""
-    return {
-        name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}"): parameter
-        for name, parameter in model.named_parameters()
-        if f".{adapter}." in name or name.endswith(f".{adapter}")
-    }
+def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
+    """Parameters of one adapter, by their name with the adapter's own name taken out.
+
+    They are looked for where PEFT's layers keep them, for a part of the base may bear an adapter's name (``mlp``).
+    """
+    homes = tuple(
+        f"{path}.{part}.{adapter}"
+        for path, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        for part in layer.adapter_layer_names
+    )
+    found = {}
+    for name, parameter in model.named_parameters():
+        home = next((home for home in homes if name == home or name.startswith(home + ".")), None)
+        if home is not None:
+            found[home.removesuffix(f".{adapter}") + name.removeprefix(home)] = parameter
+    return found
+
+
+def _require_fixed_base(model: PeftModel) -> None:
+    """Refuse a student whose adapter trains the biases of the base, which its other adapters speak with."""
+    for name, config in model.peft_config.items():
+        bias = getattr(config, "bias", "none")
+        if bias != "none":
+            raise UserError(
+                f"peft_config of adapter {name!r}: bias={bias!r} trains biases of the base itself, so no teacher or reference "
+                "on it would stay as it is. Use bias='none', or give the trainer another model (or its path) as reference."
+            )
 
 
 @contextmanager

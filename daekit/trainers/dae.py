@@ -14,7 +14,8 @@ from daekit.models.backbone import frozen_copy
 from daekit.protocol import Teacher
 from daekit.teachers import AdapterTeacher, ModelTeacher, RoutedTeacher, unknown_domain
 from daekit.trainers.config import DAEConfig
-from daekit.trainers.kd import KDTrainer, _tokenizer_of, as_teacher
+from daekit.trainers.kd import KDTrainer, as_teacher
+from daekit.trainers.student import tokenizer_of
 
 _REFERENCE_ADAPTER = "daekit_reference"
 
@@ -55,7 +56,7 @@ class DAETrainer(KDTrainer):
         evaluated = sft_arguments.get("eval_dataset")
         others = evaluated.values() if isinstance(evaluated, Mapping) else [evaluated]
         _check_domains(teachers, reference_domains, [train_dataset, *others])
-        tokenizer = processing_class or _tokenizer_of(model)
+        tokenizer = processing_class or tokenizer_of(model, args)
         loaded: dict[Any, Teacher] = {}  # what speaks for several domains is loaded once, and asked once per batch
         for speaker in (*teachers.values(), reference):
             if speaker is not None and speaker not in loaded:

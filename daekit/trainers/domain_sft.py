@@ -1,4 +1,4 @@
-"""SFTTrainer for rows that have a domain. With whole_checkpoint.py the only file that leans on private names of TRL.
+"""SFTTrainer for rows that have a domain. With whole_checkpoint.py and student.py what leans on private names of TRL.
 
 It changes three things and leaves the rest to TRL: the domain survives preparation, packing and collation; overlong rows are
 counted instead of cut in silence; the loss is a sum over kept tokens inside the model's forward, divided once.
@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
-from peft import PeftModel, PromptLearningConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from daekit.data.collator import EXAMPLES, DomainCollator, as_batch
-from daekit.data.preparation import DomainCount, first_row, fit_stream_to_length, fit_to_length, require_domains
+from daekit.data.preparation import DomainCount, fit_stream_to_length, fit_to_length, require_domains, require_values
 from daekit.errors import UserError
 from daekit.losses import prediction_loss
 from daekit.metrics import TokenMeans
@@ -28,6 +27,8 @@ from daekit.models.heads import output_head
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Batch, Signal
 from daekit.trainers.config import DomainSFTConfig
+from daekit.trainers.refusals import refuse_arguments, refuse_sharding, refuse_shared_stream
+from daekit.trainers.student import load_student, name_of, tokenizer_of
 from daekit.trainers.whole_checkpoint import WholeCheckpointTrainer
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
     logging window, in nats: ``ce/<domain>``, ``tokens/<domain>``, ``mean_token_accuracy/<domain>``; without suffix over all.
 
     Raises:
-        UserError: vision data, ``compute_loss_func``, prompt-learning PEFT, context or sequence parallelism, overlong rows.
+        UserError: a student without whole weights, vision data, ``compute_loss_func``, prompt-learning PEFT, FSDP, DeepSpeed,
+            context or sequence parallelism, overlong rows.
     """
 
     _tag_names = ["trl", "daekit", "sft"]
@@ -58,17 +60,20 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         train_dataset: Dataset | IterableDataset | None = None,
         **sft_arguments: Any,  # of SFTTrainer, which refuses an unknown one
     ) -> None:
-        args = args if args is not None else self.config_class(f"{_name_of(model)}-{self._name.replace(' ', '-')}")
+        args = args if args is not None else self.config_class(f"{name_of(model)}-{self._name.replace(' ', '-')}")
         if not isinstance(args, self.config_class):
             raise UserError(f"args: {type(self).__name__} needs a {self.config_class.__name__}, not a {type(args).__name__}")
-        _refuse(model, args, train_dataset, sft_arguments)
-        if isinstance(model, str):  # no pickle, here as elsewhere
-            args.model_init_kwargs = {"use_safetensors": True} | (args.model_init_kwargs or {})
+        refuse_arguments(model, args, train_dataset, sft_arguments)
+        init_kwargs = args.model_init_kwargs
+        if isinstance(model, str):
+            sft_arguments["processing_class"] = sft_arguments.get("processing_class") or tokenizer_of(model, args)
+            model = load_student(model, args, sft_arguments.pop("quantization_config", None))
+            args = copy.copy(args)
+            args.model_init_kwargs = None  # used; SFTTrainer would say that they are not
         self.data_counts: dict[str, dict[str, DomainCount]] = {}
         super().__init__(model=model, args=args, train_dataset=train_dataset, **sft_arguments)
-        parallel = self.accelerator.parallelism_config
-        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
-            raise UserError("context and sequence parallelism are not supported: the loss needs whole sequences on each rank")
+        self.args.model_init_kwargs = init_kwargs
+        refuse_sharding(self)
         self.data_collator = DomainCollator(self.data_collator)  # type: ignore[has-type]
         # so that the Trainer counts the kept tokens of the global batch, whatever loss the student's class declares
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
@@ -91,9 +96,13 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         """TRL's preparation in two steps, tokenise then pack, with the length policy between and the domain kept."""
+        if isinstance(dataset, IterableDataset) and dataset_name != "train":
+            refuse_shared_stream(args, dataset_name)
         dataset = require_domains(dataset, dataset_name, self.default_domain)
         if "seq_lengths" in (dataset.column_names or ()):
             return dataset  # prepared and packed before: `evaluate` was given one of our own data sets
+        if formatting_func is None:
+            dataset = require_values(dataset, dataset_name, args.dataset_text_field)
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
@@ -220,7 +229,10 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
     def _counted(self, examples: tuple[int, ...], mode: str) -> list[bool]:
         """Which rows count: not those that a distributed evaluation repeats to fill its last batch."""
         state = self.accelerator.gradient_state
-        if mode == "train" or self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if mode == "train" or self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder == 0:
+            return [True] * len(examples)
+        if state.remainder < 0:  # its length is not known, or rows that do not fill a batch are left out
+            refuse_shared_stream(self.args, mode)
             return [True] * len(examples)
         first = self.accelerator.process_index * self.args.per_device_eval_batch_size
         return [first + example < state.remainder for example in examples]
@@ -277,28 +289,3 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
 def _metric_of(divergence: str) -> str:
     """The name under which a divergence is logged: its own, and ``kl`` for the usual one."""
     return "kl" if divergence == "forward_kl" else divergence
-
-
-def _name_of(model: Any) -> str:
-    return (
-        (model if isinstance(model, str) else model.config._name_or_path or model.config.model_type).rstrip("/").split("/")[-1]
-    )
-
-
-def _refuse(
-    model: Any, args: DomainSFTConfig, train_dataset: Dataset | IterableDataset | None, arguments: Mapping[str, Any]
-) -> None:
-    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        raise UserError(
-            "dataset_kwargs={'skip_prepare_dataset': True} is not supported: rows would get no domain and no length check. "
-            "Leave it out: a tokenised data set (input_ids, labels) is taken as it is."
-        )
-    if arguments.get("compute_loss_func") is not None:
-        raise UserError("compute_loss_func is not supported: the loss is the trainer's own, set by its config")
-    configs = [arguments.get("peft_config"), *(model.peft_config.values() if isinstance(model, PeftModel) else ())]
-    if any(isinstance(config, PromptLearningConfig) for config in configs):
-        raise UserError("prompt-learning PEFT is not supported: virtual tokens have no counterpart in a teacher; use LoRA")
-    if not isinstance(train_dataset, Dataset | IterableDataset):
-        return  # SFTTrainer says what it wants
-    if {"image", "images"} & first_row(train_dataset, "train").keys():
-        raise UserError("the train data set has images: vision data is not supported; use a text-only data set")

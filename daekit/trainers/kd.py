@@ -21,6 +21,7 @@ from daekit.teachers import ModelTeacher
 from daekit.trainers.config import KDConfig
 from daekit.trainers.domain_sft import DomainSFTTrainer
 from daekit.trainers.inside import ATTENTION_METRIC, InsideLosses, hidden_metric
+from daekit.trainers.student import tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class KDTrainer(DomainSFTTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **sft_arguments: Any,
     ) -> None:
-        tokenizer = processing_class or _tokenizer_of(model)
+        tokenizer = processing_class or tokenizer_of(model, args)
         self.teacher = as_teacher(teacher, tokenizer, student=model)
         size = vocabulary_size(tokenizer)
         super().__init__(model, args, train_dataset, processing_class=tokenizer, **sft_arguments)
@@ -65,11 +66,6 @@ class KDTrainer(DomainSFTTrainer):
             raise UserError(
                 f"chat_template_path={self.args.chat_template_path!r} added {self.vocab_size - size} tokens to the student's "
                 "tokenizer, which its teacher does not have. Set the tokenizer's chat_template yourself, without new tokens."
-            )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError(
-                "FSDP and DeepSpeed are not supported yet: ranks whose rows follow different teachers would wait for each "
-                "other for ever. Use DDP (accelerate launch --multi_gpu)."
             )
         self.teacher.to(self.accelerator.device)
         self._complete_teacher()
@@ -169,10 +165,3 @@ def _compare_tokenizers(tokenizer: PreTrainedTokenizerBase, teacher_path: str) -
         logger.warning("the tokenizer of the teacher is not known: nobody checks that it is the student's")
     else:
         require_same(tokenizer, theirs, teacher_path)
-
-
-def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
-    path = model if isinstance(model, str) else model.config._name_or_path
-    if not path:
-        raise UserError("processing_class is missing: the student was not loaded from a directory that holds its tokenizer")
-    return load_tokenizer_of(ModelSpec(path=path))

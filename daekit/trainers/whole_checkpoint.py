@@ -13,13 +13,19 @@ from datasets import IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from daekit.data.fingerprint import fingerprint as data_fingerprint
 from daekit.errors import UserError, says_disk_is_full
 from daekit.models.identity import hash_tensors
 from daekit.models.restore import restore_weights
 from daekit.trainers import checkpoint
+
+_OPTIMIZATION = (
+    *("optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+)
+_ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")  # schedules that do not see the end
 
 
 class WholeCheckpointTrainer(SFTTrainer):
@@ -75,12 +81,17 @@ class WholeCheckpointTrainer(SFTTrainer):
             if problem:
                 raise UserError(f"{folder}: cannot be resumed: {problem}")
         checkpoint.require_same_run(folder, self.run_facts())
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled) and not (folder / "optimizer.pt").is_file():
+        if not (folder / "optimizer.pt").is_file():
             raise UserError(f"{folder}: has no optimizer.pt (save_only_model?), so the run cannot go on from it")
         return folder
 
     def run_facts(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to be the same run. JSON-able."""
+        """What must be the same for a resumed run to be the same run. JSON-able.
+
+        All options of the optimizer and its schedule belong to it: the checkpoint's would win over new ones without a word.
+        The end (``max_steps``, ``num_train_epochs``) may move only where the learning rate does not depend on it (constant,
+        inverse_sqrt...), for there the longer run is the run that was begun. An optimizer object of the user's own is not seen.
+        """
         args = self.args
         frozen = ((name, parameter) for name, parameter in self.model.named_parameters() if not parameter.requires_grad)
         return {
@@ -93,7 +104,8 @@ class WholeCheckpointTrainer(SFTTrainer):
             "data": self._data_fingerprint(),
             "seed": [args.seed, args.data_seed],
             "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size],
-        }
+            "end": _end(args),
+        } | {name: getattr(args, name) for name in _OPTIMIZATION}
 
     def _data_fingerprint(self) -> str | None:
         if isinstance(self.train_dataset, IterableDataset):
@@ -158,16 +170,10 @@ class WholeCheckpointTrainer(SFTTrainer):
         return folder / f"daekit_state_{self.args.process_index}.json"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            restore_weights(model or self.model, self._weights_folder(Path(resume_from_checkpoint)))
+        restore_weights(model or self.model, self._weights_folder(Path(resume_from_checkpoint)))
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            restore_weights(self.model, self._weights_folder(Path(self.state.best_model_checkpoint)))
+        restore_weights(self.model, self._weights_folder(Path(self.state.best_model_checkpoint)))
 
     def _weights_folder(self, folder: Path) -> Path:
         """Where PEFT saves the student: an adapter called ``default`` at the top, any other in a folder of its name."""
@@ -185,6 +191,14 @@ class _RestoreAccumulators(TrainerCallback):
         trainer = self.trainer
         if trainer._resume_folder is not None:
             trainer.restore_accumulators(json.loads(trainer._accumulators_file(trainer._resume_folder).read_text()))
+
+
+def _end(args: SFTConfig) -> dict[str, float] | None:
+    """Where the run ends, if its learning rate depends on that; a ``warmup_steps`` below 1 is a share of the whole run."""
+    if args.lr_scheduler_type in _ENDLESS and (args.lr_scheduler_type == "constant" or not 0 < args.warmup_steps < 1):
+        return None
+    name = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+    return {name: getattr(args, name)}
 
 
 def _is_full_disk(error: Exception, folder: Path) -> bool:
