@@ -100,7 +100,8 @@ def ours(shape: Shape) -> Work:
     layout = RowLayout(index([0]), index([0]), index([shape.T]), index([0, kept]), offset_N)
 
     def captured(layers: list[Heads]) -> list[AttentionLayer]:
-        return [AttentionLayer(x.query[0, :, shape.first_kept :].transpose(0, 1), x.key, x.scaling) for x in layers]
+        states = [x.query.transpose(1, 2).flatten(0, 1).index_select(0, offset_N) for x in layers]  # as Batch.keep does
+        return [AttentionLayer(query, x.key, x.scaling) for query, x in zip(states, layers, strict=True)]
 
     def work() -> Outcome:
         return with_gradients(attention_sum(captured(student), captured(teacher), layout), student)

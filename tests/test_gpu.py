@@ -69,6 +69,8 @@ def test_a_step_of_training(checkpointing: bool, packing: bool, tmp_path: Any) -
     for use_cpu in (True, False):
         options = weights | {"use_cpu": use_cpu, "bf16": False, "gradient_checkpointing": checkpointing, "packing": packing}
         trainer = kd(tmp_path, tiny.rows(8), tiny.model(seed=1), tiny.model(seed=2, hidden=48), **options)
+        if checkpointing:  # which the Trainer turns on in train() only
+            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         batch = trainer._prepare_inputs(micro_batches(trainer, 8)[0])
         with trainer.inside.watching():
             loss = trainer.compute_loss(trainer.model.train(), batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -67,11 +68,17 @@ losses = st.builds(
     ce_weight=floats,
     divergence=st.sampled_from(["forward_kl", "jsd", "tv"]),
     temperature=floats,
-    attention_layers=layers,
+    hidden_weight=floats,
     hidden_layers=layers,
-    attention_relation_heads=st.none() | counts,
     hidden_loss=st.sampled_from(["cosine", "mse"]),
 )
+
+
+def plain(loss: LossSpec) -> LossSpec:
+    """Without what an ensemble has not."""
+    return replace(loss, hidden_weight=0.0, hidden_layers="uniform", hidden_loss="cosine")
+
+
 loras = st.builds(LoraSpec, r=counts, lora_dropout=st.floats(0, 0.9), target_modules=texts | st.just(("q", "no")))
 trainers = st.fixed_dictionaries(
     {},
@@ -101,11 +108,12 @@ def stages(draw: st.DrawFn, sources: dict[str, SourceSpec], earlier: list[str]) 
     if kind == "sft":
         return StageSpec(type="sft", **common)
     if kind == "kd":
-        return StageSpec(type="kd", teacher=draw(teachers(earlier)), loss=draw(losses), **common)
+        teacher = draw(teachers(earlier))
+        return StageSpec(type="kd", teacher=teacher, loss=plain(draw(losses)) if teacher.ensemble else draw(losses), **common)
     domains = sorted({sources[name].domain for name in names})
     experts = {domain: draw(teachers(earlier)) for domain in domains}
     reference = draw(st.none() | teachers(earlier))
-    return StageSpec(type="dae", teachers=experts, reference=reference, loss=draw(losses), **common)
+    return StageSpec(type="dae", teachers=experts, reference=reference, loss=plain(draw(losses)), **common)
 
 
 @st.composite

@@ -121,7 +121,7 @@ def _require_wide_window(student: AttentionLayer, teacher: AttentionLayer, pairs
         )
 
 
-def _attention_kl_(
+def _write_kl_(
     student: AttentionLayer,
     teacher: AttentionLayer,
     pairs_R8: Tensor,
@@ -129,8 +129,8 @@ def _attention_kl_(
     value_N: Tensor | None,
     gradients: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Write values and gradients in place: by Triton kernels on CUDA, by blocks of torch elsewhere; the same result."""
-    if not student.query_NAD.is_cuda:
+    """Write values and gradients in place: by Triton kernels on CUDA (but for float64), by blocks of torch elsewhere."""
+    if not student.query_NAD.is_cuda or student.query_NAD.dtype == torch.float64:
         attention_kl_(student, teacher, pairs_R8, offset_N, value_N, gradients)
         return
     from daekit.losses.kernels import attention as kernels  # needs triton
@@ -157,7 +157,7 @@ class _AttentionLoss(torch.autograd.Function):
             gradients = torch.zeros_like(query_NAD), torch.zeros_like(key_BGTD)
         with torch.autocast(query_NAD.device.type, enabled=False):
             for teacher, pairs_R8 in teachers:
-                _attention_kl_(student, teacher, pairs_R8, offset_N, None if run is Pass.GRADIENT else value_N, gradients)
+                _write_kl_(student, teacher, pairs_R8, offset_N, None if run is Pass.GRADIENT else value_N, gradients)
         # Checkpointing hands to the backward pass what the second run saves here, in the place of what the first one saved.
         # The mark says whose it is, so that queries can never be taken for their gradient.
         mark = torch.tensor(gradients is not None)

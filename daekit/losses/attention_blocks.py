@@ -117,7 +117,7 @@ class _Block:
 def _softmax_(score_AQK: Tensor, hidden: list[tuple[slice, Tensor]]) -> Tensor:
     """Turn scores into attention weights in place; returns ``[A, Q]`` the logarithms of their normalisers."""
     for columns, mask_QK in hidden:
-        score_AQK[..., columns].masked_fill_(mask_QK, float("-inf"))
+        score_AQK[..., columns].masked_fill_(mask_QK.to(score_AQK.device), float("-inf"))
     largest = score_AQK.amax(-1)
     torch.softmax(score_AQK, dim=-1, out=score_AQK)
     return largest - score_AQK.amax(-1).log()  # of the likeliest key: x - log Z = log p

@@ -98,12 +98,8 @@ def prediction_loss(
         UserError: the signals do not speak for as many positions as there are (a teacher of the user's own, as a rule), or a
             sparse signal is no distribution over this vocabulary at this temperature.
     """
-    spoken_for = sum(signal.positions_M.numel() for signal in signals)
-    if signals and spoken_for != labels_N.numel():
-        raise UserError(
-            f"the teacher speaks for {spoken_for} positions of a batch that keeps {labels_N.numel()}: "
-            "its signals must cover every kept position exactly once"
-        )
+    if signals:
+        _require_each_once([signal.positions_M for signal in signals], labels_N.numel())
     voices = [voice for signal in signals for voice in signal.voices]
     with whole_heads([head, *(voice.head for voice in voices)]) as (head, *theirs):
         whole = iter(theirs)
@@ -114,6 +110,15 @@ def prediction_loss(
             hidden_NH, head.weight, head.bias, head, labels_N, signals, terms, torch.is_grad_enabled()
         )
     return PredictionSums(loss, ce_N, divergence_N if signals else None, correct_N)
+
+
+def _require_each_once(positions: list[Tensor], kept: int) -> None:
+    together = torch.cat(positions)
+    if together.numel() != kept or not torch.equal(together.sort().values, torch.arange(kept, device=together.device)):
+        raise UserError(
+            f"the teacher speaks for {together.numel()} positions of a batch that keeps {kept}: "
+            "its signals must cover every kept position exactly once"
+        )
 
 
 class _PredictionLoss(torch.autograd.Function):

@@ -31,9 +31,10 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
 
 
-def checkpoints_layers(model: nn.Module) -> bool:
-    """Whether gradient checkpointing is on, so that in training every layer runs twice."""
-    return any(isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing for module in model.modules())
+def checkpointed_layers(model: nn.Module) -> set[int]:
+    """The layers that run twice in training, because gradient checkpointing is on for them."""
+    checkpointed = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    return {int(part.layer_idx) for layer in checkpointed for part in layer.modules() if hasattr(part, "layer_idx")}  # type: ignore[arg-type]
 
 
 def add_on_hidden(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from daekit.errors import UserError
 from daekit.models.attention_probe import AttentionCall, probed_name, probing, require_row_mask
 from daekit.models.backbone import base_of, kept_hidden_states
+from daekit.models.heads import compute_dtype
 from daekit.protocol import AttentionLayer, Batch, Internals, Teacher
 
 LayerChoice = str | tuple[tuple[int, int], ...]
@@ -53,6 +54,9 @@ class Watch:
             probed_name(ours._attn_implementation, f"student ({ours.model_type})")
             if self.relation_heads is None:
                 require_equal_heads(ours.num_attention_heads, theirs.num_attention_heads)
+            else:
+                for who, config in (("student", ours), ("teacher", theirs)):
+                    require_divisible(who, config, self.relation_heads)
         depths = ours.num_hidden_layers, theirs.num_hidden_layers
         attention = match_layers(self.attention, *depths) if self.attention is not None else {}
         hidden = match_layers(self.hidden, *depths) if self.hidden is not None else {}
@@ -111,15 +115,26 @@ def require_equal_heads(ours: int, theirs: int) -> None:
 
 @runtime_checkable
 class WatchableTeacher(Teacher, Protocol):
-    """A teacher that can be looked into: from ``watch`` on its signals carry internals."""
+    """A teacher that can be looked into: between ``watch(...)`` and ``watch(None)`` its signals carry internals."""
 
-    def watch(self, watch: Watch) -> list[Watched]:
-        """Fill the internals of every signal from now on; returns what that means for each of its models.
+    def watch(self, watch: Watch | None) -> list[Watched]:
+        """Fill the internals of every signal until ``watch(None)``; returns what that means for each of its models.
 
         Raises:
             UserError: the student's layers or heads have no counterpart here.
         """
         ...
+
+
+def require_divisible(who: str, config: PreTrainedConfig, relation_heads: int) -> None:
+    """The width of all heads together must split into relation heads, otherwise UserError."""
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)  # as transformers reads it
+    if width % relation_heads:
+        raise UserError(
+            f"attention_relation_heads={relation_heads}: does not divide the width of all heads of the {who}, {width} "
+            f"({heads} heads); choose a number that divides it in student and teacher"
+        )
 
 
 def require_watchable(teacher: Teacher) -> WatchableTeacher:
@@ -162,6 +177,7 @@ class Recorder:
             UserError: a layer whose attention never came by.
         """
         require_seen(self.watched.attention.values(), self._attention)
+        require_layers(self.watched.hidden.values(), self._hidden)
         return Internals(
             self.batch.layout,
             {ours: self._attention[theirs] for ours, theirs in self.watched.attention.items()},
@@ -188,6 +204,8 @@ def kept_states(model: nn.Module, batch: Batch, watched: Watched | None) -> tupl
 def kept_attention(call: AttentionCall, batch: Batch, checked: set[tuple[int, int | None]]) -> AttentionLayer:
     """The call's queries at the kept positions, and its keys; its mask is looked at once, as layers share it.
 
+    Under autocast both are rounded as the model's own attention rounds them (rotary embedding leaves them in float32).
+
     Args:
         call: of a layer.
         batch: what the model sees.
@@ -197,7 +215,9 @@ def kept_attention(call: AttentionCall, batch: Batch, checked: set[tuple[int, in
     if kind not in checked:
         require_row_mask(call, batch)
         checked.add(kind)
-    return AttentionLayer(batch.keep(call.query_BATD.transpose(1, 2)), call.key_BGTD, call.scaling, call.window)
+    dtype = compute_dtype(call.query_BATD)
+    query_NAD = batch.keep(call.query_BATD.transpose(1, 2)).to(dtype)
+    return AttentionLayer(query_NAD, call.key_BGTD.to(dtype), call.scaling, call.window)
 
 
 def require_seen(wanted: Iterable[int], seen: Mapping[int, Any]) -> None:
@@ -210,8 +230,16 @@ def require_seen(wanted: Iterable[int], seen: Mapping[int, Any]) -> None:
     if missing:
         raise UserError(
             f"the attention of layers {missing} cannot be captured: they never called transformers' attention function (linear "
-            "attention or a state-space layer). Name other layers in attention_layers, or set attention_weight to 0."
+            "attention, a state-space layer, or code of their own). Name other layers in attention_layers, or set "
+            "attention_weight to 0."
         )
+
+
+def require_layers(wanted: Iterable[int], seen: Mapping[int, Any]) -> None:
+    """Every wanted layer must have run, otherwise UserError: a mean over fewer would be another loss."""
+    missing = sorted(set(wanted) - set(seen))
+    if missing:
+        raise UserError(f"layers {missing} did not run, so their hidden states cannot be compared; set hidden_weight to 0")
 
 
 @contextmanager

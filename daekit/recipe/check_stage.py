@@ -160,6 +160,10 @@ def _check_inside(stage: StageSpec, kind: str, where: Path, problems: Problems) 
         problems.add_check((*where, f"{kind}_layers"), message)
     if not isinstance(layers, str) and (not layers or any(len(pair) != 2 or min(pair) < 0 for pair in layers)):
         problems.add_check((*where, f"{kind}_layers"), "wants pairs [student's layer, teacher's layer], counted from 0")
+    options = {f"{kind}_layers"} | ({"attention_relation_heads"} if kind == "attention" else {"hidden_loss"})
+    for key in sorted(options):
+        if not weight and getattr(stage.loss, key) != getattr(LossSpec, key):
+            problems.add_check((*where, key), f"belongs to {kind}_weight, which is 0: it would do nothing")
     ensembles = [path for path, teacher in _teachers(stage, where[:-1]) if teacher.ensemble]
     if weight > 0 and ensembles:
         message = (

@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from daekit.errors import UserError
-from daekit.models.backbone import add_on_hidden, frozen_forward
+from daekit.models.backbone import add_on_hidden, base_of, frozen_forward
 from daekit.models.heads import output_head
 from daekit.models.identity import hash_tensors
 from daekit.models.internals import Watch, Watched, kept_states
@@ -67,10 +67,10 @@ class AdapterTeacher:
             parameter.requires_grad_(flags.get(key, False))
         return cls(model, name, vocab_size)
 
-    def watch(self, watch: Watch) -> list[Watched]:
-        """Fill the internals of every signal from now on; see ``WatchableTeacher``."""
-        self._watched = watch.of(self.model.config)
-        return [self._watched]
+    def watch(self, watch: Watch | None) -> list[Watched]:
+        """See ``WatchableTeacher``."""
+        self._watched = None if watch is None else watch.of(self.model.config)
+        return [] if self._watched is None else [self._watched]
 
     def signals(self, batch: Batch) -> list[Signal]:
         """One signal for all kept positions: hidden states ``[N, H]`` and the output head."""
@@ -88,7 +88,7 @@ class AdapterTeacher:
         """Fingerprints of the adapter (None: the bare base) and of the base without any adapter."""
         adapters = {name: adapter_parameters(self.model, name) for name in self.model.peft_config}
         learnt = {id(parameter) for parameters in adapters.values() for parameter in parameters.values()}
-        base = hash_tensors((name, p) for name, p in self.model.named_parameters() if id(p) not in learnt)
+        base = hash_tensors((name, p) for name, p in base_of(self.model).named_parameters() if id(p) not in learnt)
         weights = None if self.adapter is None else hash_tensors(adapters[self.adapter].items())
         return {"kind": "adapter", "weights": weights, "base": base}
 

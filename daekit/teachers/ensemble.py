@@ -72,8 +72,10 @@ class EnsembleTeacher:
             for voice in signal.voices
         )
 
-    def watch(self, watch: Watch) -> list[Watched]:
+    def watch(self, watch: Watch | None) -> list[Watched]:
         """Refused: a mean of distributions has one set of probabilities but no attention and no hidden states."""
+        if watch is None:
+            return []
         raise UserError(
             "an ensemble has no attention or hidden states of its own: attention_weight and hidden_weight need one teacher per "
             "row. Set them to 0, or choose one teacher."

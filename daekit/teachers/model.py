@@ -46,10 +46,10 @@ class ModelTeacher:
             self.model.to(device)  # type: ignore[arg-type]
         return self
 
-    def watch(self, watch: Watch) -> list[Watched]:
-        """Fill the internals of every signal from now on; see ``WatchableTeacher``."""
-        self._watched = watch.of(self.model.config)
-        return [self._watched]
+    def watch(self, watch: Watch | None) -> list[Watched]:
+        """See ``WatchableTeacher``."""
+        self._watched = None if watch is None else watch.of(self.model.config)
+        return [] if self._watched is None else [self._watched]
 
     def signals(self, batch: Batch) -> list[Signal]:
         """One signal for all kept positions: hidden states ``[N, H]`` and the output head."""

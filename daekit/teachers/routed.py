@@ -40,7 +40,7 @@ class RoutedTeacher:
                     signals.append(replace(signal, positions_M=positions_M[signal.positions_M]))
         return signals
 
-    def watch(self, watch: Watch) -> list[Watched]:
+    def watch(self, watch: Watch | None) -> list[Watched]:
         """Look into every teacher; see ``WatchableTeacher``."""
         teachers = dict.fromkeys(self.routes.values())
         return [watched for teacher in teachers for watched in require_watchable(teacher).watch(watch)]

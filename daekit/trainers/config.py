@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from trl import SFTConfig
@@ -110,7 +109,7 @@ class KDConfig(DomainSFTConfig):
         default=0.1, metadata={"help": "Share of the left distribution in the mixture of skew_kl and skew_reverse_kl."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the divergence."})
-    attention_layers: Any = field(
+    attention_layers: str = field(  # or pairs; HfArgumentParser can read neither Any nor a union
         default="uniform", metadata={"help": "Layers whose attention is compared: 'uniform', 'last_K', or pairs."}
     )
     attention_relation_heads: int | None = field(
@@ -118,7 +117,7 @@ class KDConfig(DomainSFTConfig):
     )
     hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the hidden-state loss."})
     hidden_loss: str = field(default="cosine", metadata={"help": "Hidden-state loss.", "choices": ["cosine", "mse"]})
-    hidden_layers: Any = field(
+    hidden_layers: str = field(
         default="uniform", metadata={"help": "Layers whose hidden states are compared: 'uniform', 'last_K', or pairs."}
     )
 
@@ -135,6 +134,12 @@ class KDConfig(DomainSFTConfig):
             raise UserError(f"hidden_loss={self.hidden_loss!r} is unknown; choose cosine or mse")
         if self.attention_relation_heads is not None and self.attention_relation_heads < 1:
             raise UserError(f"attention_relation_heads={self.attention_relation_heads}: at least 1 is needed")
+        selective = self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("selective")
+        if self.attention_weight and selective:
+            raise UserError(
+                "gradient_checkpointing_kwargs={'selective': True}: it does not let the second run of a layer compute "
+                "the gradient of the attention loss. Leave it out, or set attention_weight to 0."
+            )
         if self.temperature <= 0:
             raise UserError(f"temperature={self.temperature} is not positive")
         divergence(self.divergence, self.terms().parameter)

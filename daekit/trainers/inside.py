@@ -12,8 +12,16 @@ from daekit.errors import UserError
 from daekit.losses.attention import Pass, attention_loss, relation_heads, row_pairs
 from daekit.losses.hidden import hidden_loss
 from daekit.models.attention_probe import AttentionCall, probing
-from daekit.models.backbone import base_of, checkpoints_layers
-from daekit.models.internals import Watch, kept_attention, observing_layers, require_seen, require_watchable
+from daekit.models.backbone import base_of, checkpointed_layers
+from daekit.models.internals import (
+    Watch,
+    decoder_layers,
+    kept_attention,
+    observing_layers,
+    require_layers,
+    require_seen,
+    require_watchable,
+)
 from daekit.protocol import AttentionLayer, Batch, Internals, Signal, Teacher
 from daekit.trainers.config import KDConfig
 from daekit.trainers.projections import Projections
@@ -30,7 +38,7 @@ class InsideLosses:
     Args:
         model: the student.
         args: weights, layers and heads.
-        teacher: its signals carry what is compared from now on.
+        teacher: its signals carry what is compared inside ``watching``, and only there: it may be another student's, too.
 
     Raises:
         UserError: a teacher that cannot be looked into, or whose layers or heads do not fit.
@@ -39,13 +47,18 @@ class InsideLosses:
     def __init__(self, model: nn.Module, args: KDConfig, teacher: Teacher) -> None:
         self.model, self.args = model, args
         config = base_of(model).config.get_text_config()
-        watch = Watch(
+        self.teacher = require_watchable(teacher)
+        self.watch = Watch(
             config,
             attention=args.attention_layers if args.attention_weight else None,
             hidden=args.hidden_layers if args.hidden_weight else None,
             relation_heads=args.attention_relation_heads,
         )
-        watched = require_watchable(teacher).watch(watch)
+        watched = self.teacher.watch(self.watch)
+        self.teacher.watch(None)
+        if args.hidden_weight:
+            decoder_layers(model)  # says what is wrong now and not in the first step
+        self._attention_layers = {layer for each in watched for layer in each.attention}
         self._hidden_layers = {layer for each in watched for layer in each.hidden}
         unequal = {(each.width, layer) for each in watched for layer in each.hidden if each.width != config.hidden_size}
         self.projections = Projections(config.hidden_size, unequal, args.seed) if unequal else None
@@ -64,16 +77,18 @@ class InsideLosses:
             if self.args.attention_weight:
                 stack.enter_context(probing(self.model, self._see_attention))
             stack.enter_context(observing_layers(self.model, self._hidden_layers, self._see_hidden))
+            self.teacher.watch(self.watch)
             self._watching = True
             try:
                 yield
             finally:
+                self.teacher.watch(None)
                 self._watching, self._step = False, None
 
     def begin(self, batch: Batch, signals: Sequence[Signal]) -> None:
         """Compare the student's next forward with these signals."""
-        checkpointing = checkpoints_layers(self.model) and self.model.training and torch.is_grad_enabled()
-        self._step = _Step(batch, signals, checkpointing)
+        wants_gradient = self.model.training and torch.is_grad_enabled()
+        self._step = _Step(batch, signals, wants_gradient, checkpointed_layers(self.model) if wants_gradient else set())
 
     def finish(self) -> dict[str, Tensor]:
         """The student's layers have run: the weighted sum of the losses as ``loss``, and their values ``[N]`` per position.
@@ -86,24 +101,26 @@ class InsideLosses:
         step.finished = True
         out: dict[str, Tensor] = {"loss": torch.zeros((), device=step.batch.labels_BT.device)}
         if args.attention_weight:
-            require_seen(step.attention_layers(), step.attention)
+            require_seen(self._attention_layers, step.attention)
             step.add_mean(step.attention.values(), args.attention_weight, ATTENTION_METRIC, out)
         if args.hidden_weight:
+            require_layers(self._hidden_layers, step.hidden)
             step.add_mean(step.hidden.values(), args.hidden_weight, hidden_metric(args), out)
         if self.projections is not None:  # DDP waits for every one, also for those whose teacher has no row on this rank
             out["loss"] = out["loss"] + 0 * sum(matrix.sum() for matrix in self.projections.parameters())
+        if not step.checkpointed:
+            step.teachers = []  # nothing looks at them again: their memory is free for the backward pass
         return out
 
     def _see_attention(self, call: AttentionCall) -> None:
         step = self._step
-        if step is None or call.layer not in step.attention_layers() or (step.finished and not torch.is_grad_enabled()):
-            return  # the last: another forward of the student after its loss, for compute_metrics
-        if step.checkpointing and not torch.is_grad_enabled():
-            raise UserError(
-                "reentrant gradient checkpointing runs the layers without gradient, so the attention loss would teach nothing: "
-                "set gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        run = Pass.GRADIENT if step.finished else Pass.VALUE if step.checkpointing else Pass.BOTH
+        if step is None or call.layer not in self._attention_layers:
+            return
+        again = call.layer in step.checkpointed
+        if step.finished and not (again and torch.is_grad_enabled()):
+            return  # another forward of the student after its loss, for compute_metrics
+        step.require_graph()
+        run = Pass.GRADIENT if step.finished else Pass.VALUE if again else Pass.BOTH
         student = self._in_heads(kept_attention(call, step.batch, step.checked_masks))
         teachers = [(self._in_heads(internals.attention[call.layer]), pairs_R8) for internals, pairs_R8 in step.teachers]
         loss, value_N = attention_loss(student, teachers, step.batch.layout.offset_N, run)
@@ -119,16 +136,17 @@ class InsideLosses:
         step = self._step
         if step is None or step.finished:  # the forward of a teacher that shares the student's base, or one after the loss
             return
+        step.require_graph()
         hidden_NH = step.batch.keep(hidden_BTH)
         loss = torch.zeros((), device=hidden_NH.device)
         value_N = torch.zeros(len(hidden_NH), device=hidden_NH.device)
-        for signal, (internals, _) in zip(step.signals, step.teachers, strict=True):
+        for positions_M, (internals, _) in zip(step.positions, step.teachers, strict=True):
             teacher_MH = internals.hidden_MH[layer]
             same = teacher_MH.shape[1] == hidden_NH.shape[1]
             matrix = None if same or self.projections is None else self.projections.matrix(teacher_MH.shape[1], layer)
-            part, value_M = hidden_loss(hidden_NH, teacher_MH, signal.positions_M, matrix, self.args.hidden_loss)
+            part, value_M = hidden_loss(hidden_NH, teacher_MH, positions_M, matrix, self.args.hidden_loss)
             loss = loss + part
-            value_N[signal.positions_M] = value_M.to(value_N.dtype)
+            value_N[positions_M] = value_M.to(value_N.dtype)
         step.hidden[layer] = (loss, value_N)
 
 
@@ -140,8 +158,9 @@ def hidden_metric(args: KDConfig) -> str:
 class _Step:
     """One batch on its way through the student."""
 
-    def __init__(self, batch: Batch, signals: Sequence[Signal], checkpointing: bool) -> None:
-        self.batch, self.signals, self.checkpointing = batch, signals, checkpointing
+    def __init__(self, batch: Batch, signals: Sequence[Signal], wants_gradient: bool, checkpointed: set[int]) -> None:
+        self.batch, self.wants_gradient, self.checkpointed = batch, wants_gradient, checkpointed
+        self.positions = [signal.positions_M for signal in signals]
         self.teachers = [self._paired(signal) for signal in signals]
         self.attention: dict[int, tuple[Tensor, Tensor]] = {}
         self.hidden: dict[int, tuple[Tensor, Tensor]] = {}
@@ -154,9 +173,13 @@ class _Step:
             raise UserError("a teacher's signal has no internals, as attention_weight and hidden_weight need of every teacher")
         return signal.internals, row_pairs(self.batch.layout, signal.internals.layout, signal.positions_M)
 
-    def attention_layers(self) -> set[int]:
-        """The layers of the student whose attention is compared."""
-        return {layer for internals, _ in self.teachers for layer in internals.attention}
+    def require_graph(self) -> None:
+        """UserError where a layer runs without gradient that will be run again with one: what is compared would be lost."""
+        if self.wants_gradient and not torch.is_grad_enabled():
+            raise UserError(
+                "reentrant gradient checkpointing runs the layers without gradient, so attention and hidden-state losses would "
+                "teach nothing: set gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
 
     @staticmethod
     def add_mean(layers: Collection[tuple[Tensor, Tensor]], weight: float, name: str, out: dict[str, Tensor]) -> None:

@@ -21,6 +21,7 @@ from daekit.teachers import ModelTeacher
 from daekit.trainers.config import KDConfig
 from daekit.trainers.domain_sft import DomainSFTTrainer
 from daekit.trainers.inside import ATTENTION_METRIC, InsideLosses, hidden_metric
+from daekit.trainers.projections import forget_projections
 from daekit.trainers.student import tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class KDTrainer(DomainSFTTrainer):
         **sft_arguments: Any,
     ) -> None:
         tokenizer = processing_class or tokenizer_of(model, args)
+        forget_projections(model)
         self.teacher = as_teacher(teacher, tokenizer, student=model)
         size = vocabulary_size(tokenizer)
         super().__init__(model, args, train_dataset, processing_class=tokenizer, **sft_arguments)
@@ -71,6 +73,11 @@ class KDTrainer(DomainSFTTrainer):
         self._complete_teacher()
         wanted = self.args.attention_weight or self.args.hidden_weight
         self.inside = InsideLosses(self.model, self.args, self.teacher) if wanted else None
+        if self.inside is not None and self.inside.projections is not None and self.optimizer is not None:
+            raise UserError(
+                "optimizers: an optimizer of your own does not hold the projections that hidden_weight needs for a teacher of "
+                "another width, so they would stay random. Leave it out, or set hidden_weight to 0."
+            )
 
     def _complete_teacher(self) -> None:
         """The student is ready: the moment to freeze a copy of it as a teacher."""
@@ -130,6 +137,11 @@ class KDTrainer(DomainSFTTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.inside is not None and self.inside.projections is not None:
             self.inside.projections.load(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.inside is not None and self.inside.projections is not None:
+            self.inside.projections.load(Path(self.state.best_model_checkpoint))
 
 
 def as_teacher(

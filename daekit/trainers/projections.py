@@ -61,6 +61,12 @@ class Projections(nn.Module):
             raise UserError(f"{folder / _FILE}: the projections of the hidden-state loss cannot be read ({error})") from error
 
 
+def forget_projections(student: object) -> None:
+    """Take out what an earlier trainer left in a student: nobody's now, and part of any copy."""
+    if isinstance(student, nn.Module) and hasattr(student, _NAME):
+        delattr(student, _NAME)
+
+
 def _leave_out(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
     for key in [key for key in state if key.startswith(f"{prefix}{_NAME}.")]:
         del state[key]

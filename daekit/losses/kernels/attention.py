@@ -102,6 +102,8 @@ def _tiles(width: int, bytes_per_value: int, roomy: bool) -> tuple[dict[str, int
     OUTER is the block that a program holds, INNER those that it walks over. Found by compiling for sm_90, 80 and 89 and reading
     the spills (``python -m tests.compile_kernels``), not by timing: none for half precision up to width 128 on sm_90.
     """
+    if width > 256:
+        raise UserError(f"attention heads of width {width}: the kernels know at most 256; choose more attention_relation_heads")
     wide = width > 128
     if bytes_per_value > 2:
         query = key = (16, 16, 8, 1) if wide else (32, 32, 8, 1)
