@@ -219,13 +219,14 @@ def cases(options: argparse.Namespace) -> list[Case]:
         large = replace(base, V=128_256, A=32, G=8, layers=16, student_H=2048, teacher_H=3072)
         sizes = [replace(large, T=T) for T in (2048, 4096)]
     else:
-        sizes = [base]
+        # the narrower the models, the more of the step is the losses'
+        sizes = [base, replace(base, student_H=256, teacher_H=384)]
     tolerance = 1e-3 if options.dtype == torch.float32 else 5e-2
     makers = {OURS: ours, "materialised": materialised, "sft": sft}
 
     def case(shape: Shape) -> Case:
         losses = "prediction+attention" if shape.attention_weight else "prediction"
-        name = f"{losses} T={shape.T} layers={shape.layers}{' checkpointing' if shape.checkpointing else ''}"
+        name = f"{losses} T={shape.T} H={shape.student_H}{' checkpointing' if shape.checkpointing else ''}"
         return Case(name, {who: functools.partial(make, shape) for who, make in makers.items()}, tolerance)
 
     return [case(replace(size, checkpointing=checkpointing)) for size in sizes for checkpointing in (False, True)]
