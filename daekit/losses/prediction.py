@@ -27,6 +27,7 @@ from daekit.protocol import OutputHead, Signal
 # Logits per chunk: 512 tokens of a vocabulary of 32,000, 64 MB in float32. Seconds on 2 cores for 2048 tokens of width 1024
 # (forward KL, frozen head), by tokens per chunk: 128 3.13, 256 2.85, 512 2.57, 1024 2.42: matrix products like long chunks.
 _CHUNK_VALUES = 2**24
+_FEWEST_TOKENS = 512  # also for larger vocabularies: at V=64,000 chunks of 256 tokens were slower than whole logits
 # On a GPU 1,046 tokens of a vocabulary of 128,256: 0.8 GB of work space with a 16-bit student. Not measured: a kernel has one
 # program per token, so that fewer would leave processors idle, and a head's gradient is summed once per chunk.
 _CHUNK_VALUES_GPU = 2**27
@@ -45,7 +46,8 @@ class PredictionTerms:
         beta: of ``jsd``.
         skew_alpha: of ``skew_kl`` and ``skew_reverse_kl``.
         temperature: T.
-        chunk_tokens: tokens per chunk; None: so many that a chunk has about 17 million logits (on a GPU 134 million).
+        chunk_tokens: tokens per chunk; None: so many that a chunk has about 17 million logits (on a GPU 134 million),
+            at least 512.
     """
 
     ce_weight: float = 0.0
@@ -255,5 +257,5 @@ class _Work:
 
 
 def _chunk_tokens(vocab_size: int, on_gpu: bool) -> int:
-    tokens = max(1, (_CHUNK_VALUES_GPU if on_gpu else _CHUNK_VALUES) // vocab_size)
-    return tokens - tokens % _ROWS if tokens > _ROWS else tokens
+    tokens = max(_FEWEST_TOKENS, (_CHUNK_VALUES_GPU if on_gpu else _CHUNK_VALUES) // vocab_size)
+    return tokens - tokens % _ROWS
