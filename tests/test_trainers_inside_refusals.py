@@ -13,6 +13,7 @@ from trainer_world import V, dae, kd, logged, options, relative, weights
 from transformers import HfArgumentParser
 
 from daekit.errors import UserError
+from daekit.losses.attention_blocks import attention_kl_
 from daekit.models.backbone import checkpointed_layers
 from daekit.protocol import Batch, Signal
 from daekit.teachers import EnsembleTeacher, ModelTeacher
@@ -61,6 +62,25 @@ def test_some_layers_checkpointed(tmp_path: Any) -> None:
     (loss, gradient), *others = results
     for other, too in others:
         assert other == pytest.approx(loss, rel=1e-6) and relative(too, gradient) < 1e-6
+
+
+def test_a_checkpointed_layer_does_each_half_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    halves: list[tuple[bool, bool]] = []
+
+    def counted(student: Any, teacher: Any, pairs: Any, offsets: Any, value: Any, gradients: Any) -> None:
+        halves.append((value is not None, gradients is not None))
+        attention_kl_(student, teacher, pairs, offsets, value, gradients)
+
+    monkeypatch.setattr("daekit.losses.attention.attention_kl_", counted)
+    trainer = kd(tmp_path, tiny.rows(8), tiny.model(seed=1), tiny.model(seed=2), attention_weight=1.0)
+    with trainer.inside.watching():
+        loss_and_gradient(trainer, micro_batches(trainer, 8))
+    assert halves == [(True, True)] * 2
+    halves.clear()
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    with trainer.inside.watching():
+        loss_and_gradient(trainer, micro_batches(trainer, 8))
+    assert halves == [(True, False)] * 2 + [(False, True)] * 2
 
 
 def test_lora_dae_with_projections_resumes(tmp_path: Any) -> None:
