@@ -12,6 +12,7 @@ from test_trainers_loss import loss_and_gradient, micro_batches
 from trainer_world import V, dae, kd, logged, options, relative, weights
 from transformers import HfArgumentParser
 
+from daekit.data.collator import as_batch
 from daekit.errors import UserError
 from daekit.losses.attention_blocks import attention_kl_
 from daekit.models.backbone import checkpointed_layers
@@ -44,8 +45,6 @@ def test_one_teacher_of_two_trainers(tmp_path: Any) -> None:
     assert again == alone
     plain = kd(tmp_path, data, tiny.model(seed=1), teacher)
     batch = plain.data_collator([plain.train_dataset[0]])
-    from daekit.data.collator import as_batch
-
     assert teacher.signals(as_batch(batch))[0].internals is None
 
 
