@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import json
 import logging
-import subprocess
 import time
 import warnings
 from dataclasses import asdict
@@ -25,10 +23,9 @@ from daekit.models.loading import load_model
 from daekit.recipe import stage_key, to_yaml
 from daekit.recipe.schema import ModelSpec, Recipe
 from daekit.report import format_table, write_report
+from daekit.report.provenance import commit, versions
 from daekit.trainers import DomainSFTTrainer
 from daekit.trainers.checkpoint import checkpoints, unsealed, write_json
-
-_PACKAGES = ("daekit", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
 def run_recipe(recipe: Recipe) -> None:
@@ -161,8 +158,8 @@ def _stage_heading(name: str, recipe: Recipe, trainer: DomainSFTTrainer, mixture
 
 def _provenance(trainer: DomainSFTTrainer, mixture: Mixture) -> dict[str, Any]:
     return {
-        "versions": _versions(),
-        "commit": _commit(),
+        "versions": versions(),
+        "commit": commit(),
         "run": trainer.run_facts(),
         "mixture": [asdict(use) for use in mixture.table],
         "rows": {name: {d: asdict(c) for d, c in counts.items()} for name, counts in trainer.data_counts.items()},
@@ -179,7 +176,7 @@ def _report(recipe: Recipe, folder: RunFolder, data: DataBuilder, models: ModelB
     if key_file.is_file() and json.loads(key_file.read_text()) == key:
         print(f"[report] complete, kept: {folder.report / 'report.html'}", flush=True)
         return
-    provenance = {"versions": _versions(), "commit": _commit(), "machine": calibration()}
+    provenance = {"versions": versions(), "commit": commit(), "machine": calibration()}
     report = build_report(recipe, folder, data, models, state.device, provenance)
     write_report(folder.report, report)
     write_json(key_file, key)
@@ -202,23 +199,6 @@ def _first_difference(then: Any, now: Any, path: str = "") -> str:
                 return found
         return ""
     return "" if then == now else f"{path}: {json.dumps(then)} then, {json.dumps(now)} now"
-
-
-def _versions() -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in _PACKAGES}
-
-
-def _commit() -> str:
-    """The commit of daekit's source, with a mark if it has been changed since; "unknown" outside a checkout."""
-    source = Path(__file__).parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=source, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return "unknown"
-    ours = (source.parent / ".git").exists()  # not a repository around the virtual environment
-    return described.stdout.strip() if ours and described.stdout.strip() else "unknown"
 
 
 def _say(state: PartialState, text: str) -> None:

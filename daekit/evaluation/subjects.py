@@ -63,6 +63,10 @@ class Subject:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"models.{self.name}: no model could be found at {path} ({reason})") from error
 
+    def require_there(self) -> None:
+        """Look at config and tokenizer; UserError if the model is not there."""
+        _ = self.config, self.tokenizer
+
     @property
     def context_length(self) -> int | None:
         """The longest sequence that the model is made for, in tokens; None if its config does not say."""
@@ -136,7 +140,8 @@ def device() -> torch.device:
 
 
 def file_fingerprint(directory: Path) -> dict[str, str] | None:
-    """File -> hash of its size and of up to 64 evenly spaced pieces of 4 KB: weights and configs of a directory; None for a hub id.
+    """File -> hash of its size and of up to 64 evenly spaced pieces of 4 KB: weights and configs of a directory; None for a
+    hub id.
 
     It reads some hundred kilobytes of a model of any size, and knows two trainings apart; not a change of single values.
     """
@@ -148,7 +153,11 @@ def file_fingerprint(directory: Path) -> dict[str, str] | None:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the vocabulary, the special tokens and the chat template."""
-    facts = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.special_tokens_map.items())), tokenizer.chat_template]
+    facts = [
+        sorted(tokenizer.get_vocab().items()),
+        sorted(map(str, tokenizer.special_tokens_map.items())),
+        tokenizer.chat_template,
+    ]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 

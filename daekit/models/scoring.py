@@ -111,7 +111,9 @@ def _scores(
             hidden_NH = _hidden(model, batch)
             signals = [] if teacher is None else _signals(teacher, batch, vocab_size)
             scores = [
-                _score_chunk(hidden_NH[start : start + chunk_size], head, batch.labels_N[start : start + chunk_size], signals, start)
+                _score_chunk(
+                    hidden_NH[start : start + chunk_size], head, batch.labels_N[start : start + chunk_size], signals, start
+                )
                 for start in range(0, len(hidden_NH), chunk_size)
             ]
         if scores:

@@ -10,12 +10,15 @@ from pathlib import Path as FilePath
 
 from daekit.errors import UserError
 from daekit.recipe.convert import convert_suite
+from daekit.recipe.judge import JudgeSpec, judge_problems
 from daekit.recipe.overrides import apply_overrides
 from daekit.recipe.problems import Problems, listed, nearest
 from daekit.recipe.suite import (
     LIKELIHOOD,
+    AlpacaEvalSpec,
     LMEvalSpec,
     MinimalPairsSpec,
+    MTBenchSpec,
     MultipleChoiceSpec,
     PerplexitySpec,
     RowsSpec,
@@ -127,8 +130,16 @@ def _check(suite: SuiteSpec, problems: Problems, need_models: bool) -> None:
     for name, benchmark in (suite.benchmarks or {}).items():
         if benchmark is not None:
             _check_benchmark(benchmark, ("benchmarks", name), problems)
+        if isinstance(benchmark, (MTBenchSpec, AlpacaEvalSpec)):
+            _check_judge(benchmark.judge, ("benchmarks", name, "judge"), problems)
+        if isinstance(benchmark, MTBenchSpec):
+            _check_games(benchmark, ("benchmarks", name), suite, problems)
+    _check_judge(suite.judge, ("judge",), problems)
+    _check_domains(suite, problems)
     if suite.baseline is not None and suite.models and suite.baseline not in suite.models:
-        message = f"there is no model {suite.baseline!r} (there are: {listed(suite.models)}){nearest(suite.baseline, suite.models)}"
+        message = (
+            f"there is no model {suite.baseline!r} (there are: {listed(suite.models)}){nearest(suite.baseline, suite.models)}"
+        )
         problems.add_check(("baseline",), message)
 
 
@@ -153,7 +164,7 @@ def _check_subject(name: str, subject: SubjectSpec, suite: SuiteSpec, problems: 
 
 def _check_benchmark(spec: object, path: Path, problems: Problems) -> None:
     _positive(spec, ("limit", "window", "stride", "block", "max_new_tokens", "max_length"), path, problems)
-    if isinstance(spec, (MinimalPairsSpec, MultipleChoiceSpec)):
+    if isinstance(spec, (MinimalPairsSpec, MultipleChoiceSpec, MTBenchSpec, AlpacaEvalSpec)):
         _must_exist(spec.path, (*path, "path"), problems, local=True)
     if isinstance(spec, RowsSpec) and not spec.path.startswith("builtin:"):
         _must_exist(spec.path, (*path, "path"), problems)
@@ -175,6 +186,40 @@ def _check_benchmark(spec: object, path: Path, problems: Problems) -> None:
         _must_exist(spec.include_path, (*path, "include_path"), problems, local=True)
 
 
+def _check_judge(judge: JudgeSpec | None, path: Path, problems: Problems) -> None:
+    for key, message in [] if judge is None else judge_problems(judge):
+        problems.add_check((*path, key), message)
+
+
+def _check_games(spec: MTBenchSpec, path: Path, suite: SuiteSpec, problems: Problems) -> None:
+    """What a pairwise MT-Bench needs."""
+    if spec.mode == "pairwise-baseline" and spec.baseline is None:
+        problems.add_check((*path, "baseline"), "mode: pairwise-baseline needs the model that the others are compared with")
+    if spec.mode != "pairwise-baseline" and spec.baseline is not None:
+        problems.add_check((*path, "baseline"), f"mode: {spec.mode} has no baseline; leave it out, or use pairwise-baseline")
+    elif spec.baseline is not None and suite.models and spec.baseline not in suite.models:
+        problems.add_check((*path, "baseline"), f"there is no model {spec.baseline!r}{nearest(spec.baseline, suite.models)}")
+    if spec.mode != "single" and len(suite.models or {}) == 1:
+        problems.add_check((*path, "mode"), f"{spec.mode} compares models, and there is only one")
+
+
+def _check_domains(suite: SuiteSpec, problems: Problems) -> None:
+    """A domain of the report belongs to one benchmark, or to several of rows."""
+    seen: dict[str, str] = {}
+    for name, benchmark in (suite.benchmarks or {}).items():
+        domains = benchmark.texts if isinstance(benchmark, PerplexitySpec) else [name]
+        if isinstance(benchmark, RowsSpec):
+            domains = [benchmark.domain or name]
+        for domain in domains:
+            before = seen.setdefault(domain, name)
+            both_rows = isinstance(benchmark, RowsSpec) and isinstance(suite.benchmarks[before], RowsSpec)
+            if before != name and not both_rows:
+                message = (
+                    f"its domain {domain!r} is also that of {before!r}, and the report could not tell them apart; rename one"
+                )
+                problems.add_check(("benchmarks", name), message)
+
+
 def _positive(spec: object, keys: Sequence[str], path: Path, problems: Problems) -> None:
     for key, value in vars(spec).items():
         if key in keys and value is not None and value <= 0:
@@ -185,7 +230,9 @@ def _must_exist(value: str | None, path: Path, problems: Problems, local: bool =
     """Unless ``local``, what looks like a hub id may be one."""
     if value is None:
         return
-    local = local or value.startswith((".", "/", "~")) or value.count("/") > 1 or value.endswith((".json", ".jsonl", ".parquet"))
+    local = (
+        local or value.startswith((".", "/", "~")) or value.count("/") > 1 or value.endswith((".json", ".jsonl", ".parquet"))
+    )
     if local and not FilePath(value).expanduser().exists():
         key = ".".join(map(str, path))
         problems.add_check(path, f"{value!r} does not exist; correct it, or set it on the command line: {key}=...")

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from daekit.errors import UserError
 from daekit.evaluation.evaluate import Key
 from daekit.evaluation.intervals import RowValues
-from daekit.evaluation.sets import EvaluationSet
 from daekit.protocol import IGNORE_INDEX
 from daekit.recipe.suite import Prefix
 
@@ -30,7 +29,6 @@ class Measured:
         items: a JSON-able record per row, for who wants to look.
         notes: what a reader must know, without the model's name.
         generated: source -> generated texts.
-        sets: source -> the rows that they answer.
         rows: (domain, metric, value, low, high, n) of values that come with intervals of their own.
     """
 
@@ -38,7 +36,6 @@ class Measured:
     items: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     generated: dict[str, list[str]] = field(default_factory=dict)
-    sets: dict[str, EvaluationSet] = field(default_factory=dict)
     rows: list[tuple[str, str, float, float, float, int]] = field(default_factory=list)
 
 
@@ -136,4 +133,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 def require_context(name: str, where: str, longest: int, context_length: int | None, remedy: str) -> None:
     """Raise a UserError if ``longest`` tokens are more than a model is made for."""
     if context_length is not None and longest > context_length:
-        raise UserError(f"{where}: {longest} tokens are more than the {context_length} that models.{name} is made for; {remedy}")
+        raise UserError(
+            f"{where}: {longest} tokens are more than the {context_length} that models.{name} is made for; {remedy}"
+        )

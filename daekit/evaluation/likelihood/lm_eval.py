@@ -28,7 +28,9 @@ class LMEval:
     def __init__(self, name: str, spec: LMEvalSpec) -> None:
         self.name, self.spec, self.where = name, spec, f"benchmarks.{name}"
         if importlib.util.find_spec("lm_eval") is None:
-            raise UserError(f"{self.where}: lm-eval is not installed; run `pip install lm-eval==0.4.13`, or leave this benchmark out")
+            raise UserError(
+                f"{self.where}: lm-eval is not installed; run `pip install lm-eval==0.4.13`, or leave this benchmark out"
+            )
         from lm_eval.tasks import TaskManager
 
         self.manager = TaskManager(include_path=spec.include_path)
@@ -64,10 +66,14 @@ class LMEval:
         )
         found = Measured(rows=[row for task, values in results["results"].items() for row in self._rows(task, values, results)])
         version = self.data["lm_eval"]
-        found.notes.append(f"{self.name}: measured by lm-eval {version}; intervals are 1.96 of its standard errors, clipped nowhere.")
+        found.notes.append(
+            f"{self.name}: measured by lm-eval {version}; intervals are 1.96 of its standard errors, clipped nowhere."
+        )
         return found
 
-    def _rows(self, task: str, values: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, str, float, float, float, int]]:
+    def _rows(
+        self, task: str, values: dict[str, Any], results: dict[str, Any]
+    ) -> list[tuple[str, str, float, float, float, int]]:
         count = int(results.get("n-samples", {}).get(task, {}).get("effective", 0))
         rows = []
         for key, value in values.items():

@@ -77,7 +77,8 @@ class MinimalPairs:
             ]
         prefix = describe_prefix(tokenizer, self.spec.prefix, self.where)
         found.notes.append(
-            f"{self.name}: {len(self.pairs)} paradigms, {len(flat)} pairs, macro average; summed log-probability of both sentences; "
+            f"{self.name}: {len(self.pairs)} paradigms, {len(flat)} pairs, macro average; summed log-probability of both "
+            f"sentences; "
             f"{prefix}; {int((goods == bads).sum())} ties, which count as wrong."
         )
         return found

@@ -44,7 +44,8 @@ class MultipleChoice:
     """Questions read from a file.
 
     Raises:
-        UserError: an unreadable file, a row without a column of the prompt, with fewer than two choices or an answer that is none of them.
+        UserError: an unreadable file, a row without a column of the prompt, with fewer than two choices or an answer that is
+            none of them.
     """
 
     def __init__(self, name: str, spec: MultipleChoiceSpec) -> None:
@@ -82,7 +83,9 @@ class MultipleChoice:
         for metric, hits in right.items():
             found.values[self.name, self.name, metric] = RowValues(np.array(hits, dtype=np.float64), np.ones(len(hits)))
         prefix = describe_prefix(tokenizer, self.spec.prefix, self.where)
-        merging = f"; in {merged} of them tokens merge across the boundary, and the merged token is scored too" if merged else ""
+        merging = (
+            f"; in {merged} of them tokens merge across the boundary, and the merged token is scored too" if merged else ""
+        )
         found.notes.append(
             f"{self.name}: {len(self.questions)} questions by the likelihood of their choices{merging}; "
             f"{prefix.split(', and')[0]}; {ties} ties for the first place, which count as wrong."
@@ -90,8 +93,8 @@ class MultipleChoice:
         return found
 
     def _rows(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenRow], int]:
-        """One row per choice, scored from where the choices of a question begin to differ from its prompt; and how many questions that is
-        earlier than at the end of the prompt."""
+        """One row per choice, scored from where the choices of a question begin to differ from its prompt; and how many
+        questions that is earlier than at the end of the prompt."""
         before = prefix_ids(tokenizer, self.spec.prefix, self.where)
         prompts = encode(tokenizer, [question.prompt for question in self.questions])
         wholes = encode(tokenizer, [question.prompt + choice for question in self.questions for choice in question.choices])
@@ -129,7 +132,8 @@ class MultipleChoice:
         if isinstance(answer, str) and len(answer) == 1 and 0 <= ord(answer.upper()) - ord("A") < len(choices):
             return ord(answer.upper()) - ord("A")
         raise UserError(
-            f"{place}: {self.spec.answer!r} is {answer!r}; it must be the index (from 0), the letter or the text of one of the choices"
+            f"{place}: {self.spec.answer!r} is {answer!r}; it must be the index (from 0), the letter or the text of one of "
+            f"the choices"
         )
 
 

@@ -48,7 +48,8 @@ class Perplexity:
         require_context(name, f"{self.where}.window", self.spec.window, context_length, "set a smaller window and stride")
         if not tokenizer.is_fast:
             raise UserError(
-                f"{self.where}: the tokenizer of models.{name} ({type(tokenizer).__name__}) does not say where its tokens lie in the "
+                f"{self.where}: the tokenizer of models.{name} ({type(tokenizer).__name__}) does not say where its tokens "
+                f"lie in the "
                 "text, which the bytes of a block need; use a model with a tokenizer.json"
             )
 
@@ -65,7 +66,8 @@ class Perplexity:
             ]
             if unknown:
                 found.notes.append(
-                    f"{domain}: {unknown} tokens are {tokenizer.unk_token}: what the tokenizer cannot say costs nothing more here, so its "
+                    f"{domain}: {unknown} tokens are {tokenizer.unk_token}: what the tokenizer cannot say costs nothing "
+                    f"more here, so its "
                     "values are too good to be compared with another tokenizer's."
                 )
             found.notes.append(self._how(tokenizer, domain, documents, blocks))
@@ -85,7 +87,9 @@ class Perplexity:
             skipped = 0 if before else len(text[: encoded["offset_mapping"][0][1]].encode())
             parts.append(blocks_of(text, self.spec.block, nll_N, starts[first:], skipped))
             unknown += 0 if tokenizer.unk_token_id is None else ids.count(tokenizer.unk_token_id)
-        return Blocks(*(np.concatenate([getattr(part, key) for part in parts]) for key in ("nll_R", "tokens_R", "bytes_R"))), unknown
+        return Blocks(
+            *(np.concatenate([getattr(part, key) for part in parts]) for key in ("nll_R", "tokens_R", "bytes_R"))
+        ), unknown
 
     def _read(self, domain: str, path: Path) -> list[str]:
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
@@ -104,7 +108,8 @@ class Perplexity:
 
     def _how(self, tokenizer: PreTrainedTokenizerBase, domain: str, documents: Sequence[str], blocks: Blocks) -> str:
         return (
-            f"{domain}: {len(documents)} documents, {int(blocks.bytes_R.sum()):,} bytes, {int(blocks.tokens_R.sum()):,} tokens; windows of "
+            f"{domain}: {len(documents)} documents, {int(blocks.bytes_R.sum()):,} bytes, {int(blocks.tokens_R.sum()):,} "
+            f"tokens; windows of "
             f"{self.spec.window} tokens, {self.spec.stride} apart; {describe_prefix(tokenizer, self.spec.prefix, self.where)}; "
             f"resampled in blocks of {self.spec.block} characters."
         )
@@ -124,8 +129,8 @@ class Blocks:
 
 
 def windows(ids: Sequence[int], window: int, stride: int) -> list[TokenRow]:
-    """Rows that score every id but the first exactly once, in order, with at least ``window - stride`` ids before it from the second
-    window on."""
+    """Rows that score every id but the first exactly once, in order, with at least ``window - stride`` ids before it from
+    the second window on."""
     rows = [{"input_ids": list(ids[:window]), "labels": list(ids[:window])}]
     for start in range(stride, len(ids) - window + stride, stride):
         part = list(ids[start : start + window])

@@ -42,33 +42,36 @@ class Rows:
 
     def check(self, name: str, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> None:
         """The rows can be tokenised and fit; the reference has the model's tokenizer."""
-        rows = self._set(tokenizer).rows
+        rows = self.rows(tokenizer).rows
         longest = max(len(row.input_ids) for row in rows)
         remedy = "set max_length and overlong: drop to leave such rows out, or a smaller max_new_tokens"
         if context_length is not None and self.spec.generate:
             prompts = [len(row.prompt_ids) for row in rows if row.prompt_ids is not None]
             longest = max([longest, *(length + self.spec.max_new_tokens for length in prompts)])
         if context_length is not None and longest > context_length:
-            raise UserError(f"{self.where}: a row needs {longest} tokens, more than the {context_length} of models.{name}; {remedy}")
+            raise UserError(
+                f"{self.where}: a row needs {longest} tokens, more than the {context_length} of models.{name}; {remedy}"
+            )
         if self.spec.reference is not None:
             require_same(tokenizer, load_tokenizer_of(self.spec.reference), f"{self.where}.reference")
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Measured:
         """What ``evaluate_model`` measures; KL is named after the reference."""
-        rows = self._set(tokenizer)
+        rows = self.rows(tokenizer)
         teachers = {}
         if self.spec.reference is not None:
             reference = load_model(self.spec.reference)
             teachers[self.domain] = reference if self.spec.reference.quantization else reference.to(model.device)
         how = EvaluationSpec(generate=self.spec.generate, max_new_tokens=self.spec.max_new_tokens, batch_size=batch_size)
         result = evaluate_model("", model, tokenizer, {self.name: rows}, spec=how, teachers=teachers)
-        found = Measured(generated=result.generated, sets={self.name: rows}, notes=rows.notes(self.name))
+        found = Measured(generated=result.generated, notes=rows.notes(self.name))
         for (domain, source, metric), values in result.values.items():
             found.values[domain, source, metric.replace("kl_to_teacher", "kl_to_reference")] = values
         found.items = [{"row": at, "generated": text} for at, text in enumerate(result.generated.get(self.name, []))]
         return found
 
-    def _set(self, tokenizer: PreTrainedTokenizerBase) -> EvaluationSet:
+    def rows(self, tokenizer: PreTrainedTokenizerBase) -> EvaluationSet:
+        """The rows as a tokenizer cuts them."""
         spec = self.spec
         return tokenize_rows(
             self.dataset, tokenizer, source=self.name, domain=self.domain, max_length=spec.max_length, overlong=spec.overlong
