@@ -27,3 +27,54 @@ class Judged:
     refusals: Sequence[str] = ()
     manifest: Mapping[str, Any] = field(default_factory=dict)
     verdicts: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Judgments of one model that are not there.
+
+    Attributes:
+        unanswered: the judge was not asked, or did not answer.
+        unread: its answer holds no verdict that the parser reads.
+        total: judgments that there should be.
+    """
+
+    unanswered: int
+    unread: int
+    total: int
+
+    @property
+    def count(self) -> int:
+        """All that are missing."""
+        return self.unanswered + self.unread
+
+
+def withhold(
+    benchmark: str,
+    scores: Mapping[str, Sequence[Row]],
+    missing: Mapping[str, Missing],
+    allow_missing: int,
+    stopped: str | None,
+) -> tuple[list[Row], list[str], list[str]]:
+    """(rows, notes, refusals): the scores of each model unless more than ``allow_missing`` judgments are missing, and always
+    how many are."""
+    rows: list[Row] = []
+    notes, refusals = [], []
+    for model, its in scores.items():
+        lack = missing[model]
+        rows.append(Row(model, benchmark, "missing_judgments", lack.count, lack.count, lack.count, lack.total))
+        said = (
+            f"{benchmark}: {lack.count} of {lack.total} judgments of {model} are missing ({lack.unanswered} without an answer, "
+            f"{lack.unread} whose answer holds no verdict)"
+        )
+        if lack.count > allow_missing:
+            why = f" The run ended early: {stopped}." if stopped else ""
+            refusals.append(
+                f"{said}; its scores are withheld.{why} Run again to send what is missing, or allow it: "
+                f"--allow-missing {lack.count}."
+            )
+            continue
+        if lack.count:
+            notes.append(f"{said}; its scores are of the others (--allow-missing {allow_missing}).")
+        rows += its
+    return rows, notes, refusals
