@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import urlsplit
 
 from daekit.errors import UserError
 from daekit.evaluation.judging.budget import Budget, Progress, estimate
@@ -219,6 +220,12 @@ def require_sound(spec: JudgeSpec) -> None:
 def identity(spec: JudgeSpec) -> str:
     """What tells this judge from others besides its name: the endpoint, or the path and what lies there."""
     return spec.endpoint if spec.path is None else f"{spec.path}#{directory_fingerprint(spec.path)}"
+
+
+def is_official_host(spec: JudgeSpec) -> bool:
+    """Whether OpenAI answers: any server can call its model gpt-4."""
+    host = urlsplit(spec.base_url or "").hostname or ""
+    return host == "api.openai.com" or host.endswith(".openai.azure.com")
 
 
 @contextmanager

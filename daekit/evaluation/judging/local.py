@@ -19,7 +19,7 @@ from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.schema import ModelSpec
 
-_KNOWN = {"max_tokens", "temperature", "seed"}  # greedy answers depend on neither temperature nor seed
+_KNOWN = {"max_tokens", "temperature", "top_p", "seed"}  # greedy answers depend on the first only
 _WHOLE = 1 << 20  # bytes of a file that are hashed in full; of larger ones the first and the last so many
 
 

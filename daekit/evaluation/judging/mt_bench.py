@@ -11,7 +11,7 @@ from typing import Any, Literal
 from daekit.errors import UserError
 from daekit.evaluation.judging import budget, fastchat
 from daekit.evaluation.judging.calls import CHARACTERS_PER_TOKEN, Estimate, JudgeRequest
-from daekit.evaluation.judging.engine import Engine, identity, opened, require_sound
+from daekit.evaluation.judging.engine import Engine, identity, is_official_host, opened, require_sound
 from daekit.evaluation.judging.fastchat import BenchData, Record
 from daekit.evaluation.judging.manifest import describe, hash_of, hash_of_file, write_lines
 from daekit.evaluation.judging.mt_bench_scores import pair_rows, single_rows
@@ -23,7 +23,6 @@ from daekit.report.rows import Row
 
 Mode = Literal["single", "pairwise-baseline", "pairwise-all"]
 _OFFICIAL_JUDGE, _OFFICIAL_QUESTIONS = "gpt-4", 80
-_OFFICIAL_HOSTS = ("api.openai.com", ".openai.azure.com")
 
 
 @dataclass(frozen=True)
@@ -227,7 +226,7 @@ def _not_comparable(spec: JudgeSpec, data: BenchData, differ: int) -> list[str]:
     reasons = []
     if spec.name != _OFFICIAL_JUDGE:
         reasons.append(f"the judge is {spec.name}, not {_OFFICIAL_JUDGE}")
-    elif not any(host in spec.endpoint for host in _OFFICIAL_HOSTS):
+    elif not is_official_host(spec):
         reasons.append(f"{_OFFICIAL_JUDGE} is not asked at OpenAI")
     if len(data.questions) != _OFFICIAL_QUESTIONS:
         reasons.append(f"{len(data.questions)} questions, not {_OFFICIAL_QUESTIONS}")
