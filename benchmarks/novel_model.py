@@ -1,6 +1,6 @@
 """A small causal language model of English, trained on plain text files in some minutes on a CPU: something to measure.
 
-    python benchmarks/novel_model.py --texts DIR --output runs/novel-model
+python benchmarks/novel_model.py --texts DIR --output runs/novel-model
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Suites end to end, through the command line: small models from a directory, an adapter and an endpoint, with a scripted judge."""
+"""Suites end to end, through the command line: small models from directories, adapters and endpoints, a scripted judge."""
 
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +11,13 @@ import numpy as np
 import pytest
 import tiny
 import yaml
-from peft import LoraConfig, get_peft_model
+from suite_world import build_world, save
 
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.evaluation.subjects import Subject, file_fingerprint
 from daekit.evaluation.suites import Options, run_suite
+from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.load_suite import load_suite_text, parse_models
 from daekit.recipe.suite import SubjectSpec
 from daekit.report import read_rows
@@ -26,68 +26,9 @@ from tests.judge_server import JudgeServer
 MT_BENCH = Path("/work/shared/data/mt_bench")
 
 
-def save(folder: Path, seed: int, template: bool = True) -> Path:
-    tiny.model(seed=seed).save_pretrained(folder)
-    tokenizer = tiny.tokenizer()
-    if not template:
-        tokenizer.chat_template = None
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def lora(model, folder: Path, seed: int) -> Path:
-    """An adapter on ``model`` that changes it."""
-    import torch
-
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-    torch.manual_seed(seed)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.data.normal_(std=0.3)
-    adapted.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """Two models, an adapter on the first, and inputs for the likelihood benchmarks."""
-    root = tmp_path_factory.mktemp("world")
-    save(root / "one", 0)
-    save(root / "two", 1)
-    base = tiny.model(seed=0)
-    base.name_or_path = base.config._name_or_path = str(root / "one")
-    lora(base, root / "adapter", 2)
-    rng = random.Random(0)
-    (root / "pairs").mkdir()
-    for paradigm in range(6):
-        lines = [json.dumps({"sentence_good": tiny.words(rng, 2, 6), "sentence_bad": tiny.words(rng, 2, 6)}) for _ in range(8)]
-        (root / "pairs" / f"paradigm_{paradigm}.jsonl").write_text("\n".join(lines))
-    (root / "text.txt").write_text(tiny.words(rng, 150, 160))
-    quiz = [{"question": "w1", "choices": [tiny.words(rng, 1, 3) for _ in range(3)], "answer": 1} for _ in range(10)]
-    (root / "quiz.jsonl").write_text("\n".join(map(json.dumps, quiz)))
-    rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in tiny.rows(10, seed=1)]
-    (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    suite = {
-        "name": "all",
-        "output_dir": str(root / "out"),
-        "baseline": "one",
-        "bootstrap": 100,
-        "batch_size": 4,
-        "reference_domains": ["general", "english"],
-        "benchmarks": {
-            "blimp": {"type": "minimal_pairs", "path": str(root / "pairs")},
-            "text": {"type": "perplexity", "texts": {"english": str(root / "text.txt")}, "window": 32, "stride": 16, "block": 50},
-            "quiz": {"type": "multiple_choice", "path": str(root / "quiz.jsonl"), "prompt": "{question}"},
-            "general": {
-                "type": "rows",
-                "path": str(root / "rows.jsonl"),
-                "max_new_tokens": 4,
-                "reference": {"path": str(root / "one")},
-            },
-        },
-    }
-    (root / "suite.yaml").write_text(yaml.safe_dump(suite))
-    return root
+    return build_world(tmp_path_factory.mktemp("world"))
 
 
 def by_key(path: Path) -> dict[tuple[str, str, str], float]:
@@ -158,7 +99,7 @@ def test_a_dry_run_does_nothing(world, tmp_path, capsys):
         (["--model", "one={empty}"], "models.one: no model could be found"),
         (["--model", "one={other}"], "general.reference: its tokenizer is not"),
         (["--model", "one={one}+{two}"], "adapter_config.json cannot be read"),
-        (["--model", "one={one}", "benchmarks.text.window=1024", "benchmarks.text.stride=512"], "1024 tokens are more than the 256"),
+        (["--model", "one={one}", "benchmarks.text.window=1024"], "1024 tokens are more than the 256"),
         (["--model", "one={one}", "benchmarks.blimp.prefix=bos"], "no such token"),
     ],
 )
@@ -300,7 +241,8 @@ def test_mt_bench_judged_and_read_by_show_result(world, tmp_path, capsys):
         text=True,
         check=True,
     ).stdout
-    average = {line.split()[0]: float(line.split()[-1]) for line in shown.split("Average")[1].splitlines() if line[:3] in ("one", "two")}
+    lines = [line.split() for line in shown.split("Average")[1].splitlines() if line[:3] in ("one", "two")]
+    average = {words[0]: float(words[-1]) for words in lines}
     assert average.keys() == {"one", "two"}
     for model, score in average.items():
         assert values[model, "mt", "judge_score"] == pytest.approx(score, abs=1e-6)
@@ -313,8 +255,6 @@ def test_mt_bench_judged_and_read_by_show_result(world, tmp_path, capsys):
 
 def test_alpaca_eval_on_a_local_set(world, tmp_path, capsys):
     pytest.importorskip("alpaca_eval")
-    from tests.test_judging_alpaca import RANKING
-
     reference = [{"instruction": f"w{at} w{at + 1}", "output": f"w{at}", "generator": "ref"} for at in range(8)]
     (tmp_path / "reference.json").write_text(json.dumps(reference))
     with JudgeServer() as server:
@@ -327,7 +267,7 @@ def test_alpaca_eval_on_a_local_set(world, tmp_path, capsys):
                 "alpaca_eval": {
                     "type": "alpaca_eval",
                     "path": str(tmp_path / "reference.json"),
-                    "annotator": RANKING,
+                    "annotator": "alpaca_eval_gpt4",
                     "max_new_tokens": 4,
                 }
             },
@@ -340,8 +280,6 @@ def test_alpaca_eval_on_a_local_set(world, tmp_path, capsys):
 
 
 def test_options_reach_every_judge(tmp_path):
-    from daekit.recipe.judge import JudgeSpec
-
     judge = Options(max_calls=3, score_parser="fastchat").judge(JudgeSpec(model="m", base_url="http://x/v1", max_cost=None))
     assert (judge.max_calls, judge.score_parser, judge.max_cost) == (3, "fastchat", None)
 
