@@ -43,7 +43,8 @@ def subject(tmp_path_factory) -> Subject:
 
 def conversations(count: int, temperature: float = 0.0) -> list[Conversation]:
     return [
-        Conversation(81 + at, "writing", (" ".join(["w5", f"w{at}"] * (1 + at % 5)), f"w{at} w7"), temperature) for at in range(count)
+        Conversation(81 + at, "writing", (" ".join(["w5", f"w{at}"] * (1 + at % 5)), f"w{at} w7"), temperature)
+        for at in range(count)
     ]
 
 
@@ -225,7 +226,11 @@ def test_a_system_message_and_variables_reach_the_template(tmp_path, subject):
 @pytest.mark.skipif(FASTCHAT is None, reason="fschat is not installed")
 def test_temperatures_are_fastchats():
     source = (Path(FASTCHAT.submodule_search_locations[0]) / "llm_judge" / "common.py").read_text()
-    found = [node.value for node in ast.parse(source).body if isinstance(node, ast.Assign) and node.targets[0].id == "temperature_config"]
+    found = [
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "temperature_config"
+    ]
     assert ast.literal_eval(found[0]) == TEMPERATURES
 
 

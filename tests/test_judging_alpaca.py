@@ -325,6 +325,10 @@ def test_an_annotator_of_ones_own(tmp_path: Path) -> None:
         assert not judged(server, tmp_path, str(own)).refusals
         assert server.calls[0].body["max_tokens"] == 50
     assert (tmp_path / "small" / "mine" / "annotations.json").is_file()
+    for broken in ("mine: {}", "mine: [", "", "mine: {prompt_template: none.txt, completions_kwargs: {model_name: x}}"):
+        (own / "configs.yaml").write_text(broken)
+        with pytest.raises(UserError, match=r"annotator: .*configs\.yaml cannot be read"):
+            annotators.read_annotator(str(own))
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,9 @@ def test_without_a_prefix_the_first_token_and_its_bytes_do_not_count(tmp_path, m
 
 def test_unknown_tokens_are_told(tmp_path, model, tokenizer):
     (tmp_path / "a.txt").write_text("w1 zebra w3 zoo")
-    found = likelihood_benchmark("t", PerplexitySpec({"d": str(tmp_path / "a.txt")}, window=8, stride=4)).measure(model, tokenizer, 4)
+    found = likelihood_benchmark("t", PerplexitySpec({"d": str(tmp_path / "a.txt")}, window=8, stride=4)).measure(
+        model, tokenizer, 4
+    )
     assert any("2 tokens are <unk>" in note for note in found.notes)
 
 
@@ -197,7 +199,9 @@ def test_multiple_choice_item_by_item(tmp_path, model, tokenizer):
     for at in range(20):
         choices = list(dict.fromkeys(tiny.words(rng, 1, 5) for _ in range(4)))
         answer = rng.randrange(len(choices))
-        rows.append({"q": tiny.words(rng, 2, 6), "choices": choices, "answer": [answer, "ABCD"[answer], choices[answer]][at % 3]})
+        rows.append(
+            {"q": tiny.words(rng, 2, 6), "choices": choices, "answer": [answer, "ABCD"[answer], choices[answer]][at % 3]}
+        )
     spec = MultipleChoiceSpec(str(write_lines(tmp_path / "m.jsonl", rows)), prompt="w0 {q} w1")
     found = likelihood_benchmark("quiz", spec).measure(model, tokenizer, 4)
     right: dict[str, list[bool]] = {"accuracy": [], "accuracy_per_token": [], "accuracy_per_byte": []}
@@ -284,7 +288,10 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, tokenizer):
         (MinimalPairsSpec(str(tmp_path / "empty")), "holds no .jsonl file"),
         (MinimalPairsSpec(str(write_lines(tmp_path / "a.jsonl", [{"sentence_good": "a"}]))), "needs a text in 'sentence_bad'"),
         (MinimalPairsSpec(str(write_lines(tmp_path / "b.jsonl", []))), "has no pairs"),
-        (MinimalPairsSpec(str(write_lines(tmp_path / "c.jsonl", [{"sentence_good": "a", "sentence_bad": "a"}]))), "are the same"),
+        (
+            MinimalPairsSpec(str(write_lines(tmp_path / "c.jsonl", [{"sentence_good": "a", "sentence_bad": "a"}]))),
+            "are the same",
+        ),
         (PerplexitySpec({"d": str(tmp_path / "empty")}), "has no text"),
         (PerplexitySpec({"d": str(write_lines(tmp_path / "d.jsonl", [{"txt": "a"}]))}), "needs a text in 'text'"),
     ]
