@@ -143,7 +143,7 @@ def evaluate(
     outputs: Sequence[Mapping[str, Any]],
     reply: Callable[[Messages], JudgeReply | None],
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """(leaderboard, annotations) of alpaca_eval, in the order of ``reference``; a preference that is missing is None or NaN.
+    """(leaderboard, annotations) of alpaca_eval, in the order of ``reference``; what is missing is None.
 
     Raises:
         Unreadable: there is no preference at all (alpaca_eval crashes then).
@@ -179,7 +179,7 @@ def evaluate(
             annotation_kwargs={"chunksize": None},
             Annotator=_annotator_class(annotator, complete),
         )
-    return leaderboard, annotations
+    return leaderboard, [{key: None if value != value else value for key, value in row.items()} for row in annotations]
 
 
 def _tokens(reply: JudgeReply) -> int:

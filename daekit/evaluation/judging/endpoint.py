@@ -72,6 +72,8 @@ class Endpoint:
             raise self._failure(error.status_code, error.response.text, error.response.headers) from None
         except openai.APIConnectionError as error:  # time-outs too
             raise PassingFailure(self._clean(f"{type(error).__name__}: {error.__cause__ or error}")) from None
+        except UnicodeEncodeError as error:
+            raise RefusedRequest(f"the prompt is no text that can be sent ({error})") from None
         return self._reply(request, raw.http_response.content)
 
     def _reply(self, request: JudgeRequest, body: bytes) -> JudgeReply:

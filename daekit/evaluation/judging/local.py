@@ -77,8 +77,8 @@ class LocalJudge:
                 yield at, self._reply(len(prompts[at]), ids, first["max_tokens"], top)
 
     def _next_tokens(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[tuple[str, float]]]:
-        """After each prompt the ``count`` likeliest texts of one token and their log-probabilities; texts that several tokens have
-        (with and without the mark of a word's beginning) are added up."""
+        """After each prompt the ``count`` likeliest texts of one token and their log-probabilities; tokens of one text (with
+        and without the mark of a word's beginning) are added up."""
         width = max(map(len, prompts))
         mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         input_ids_BT = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
