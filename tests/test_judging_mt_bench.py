@@ -106,7 +106,7 @@ def test_the_prompts_are_those_of_fastchat(tmp_path: Path) -> None:
     prompts = {p["name"]: p for p in lines_of(DATA / "judge_prompts.jsonl")}
     references = {r["question_id"]: r["choices"][0]["turns"] for r in lines_of(DATA / "reference_answer" / "gpt-4.jsonl")}
     with JudgeServer() as server:
-        judged(server, tmp_path, ("small",))
+        judged(server, tmp_path, ("small",), limit=31)
         sent = {json.dumps(call.body["messages"]) for call in server.calls}
         assert {(call.body["temperature"], call.body["max_tokens"]) for call in server.calls} == {(0, 2048)}
     by_id = {q["question_id"]: q for q in questions()}
@@ -127,12 +127,12 @@ def test_the_prompts_are_those_of_fastchat(tmp_path: Path) -> None:
 def test_pairs_are_judged_in_both_orders_and_show_result_agrees(mode: str, tmp_path: Path) -> None:
     models, base = ("small", "mid", "large"), "large" if mode == "pairwise-baseline" else None
     with JudgeServer() as server:
-        result = judged(server, tmp_path, models, mode=mode, baseline=base, limit=30)
+        result = judged(server, tmp_path, models, mode=mode, baseline=base, limit=12)
         pairs = 2 if base else 3
-        assert len(server.calls) == pairs * 60 * 2
+        assert len(server.calls) == pairs * 24 * 2
     file = tmp_path / "scripted_pair.jsonl"
     lines = lines_of(file)
-    assert len(lines) == pairs * 60
+    assert len(lines) == pairs * 24
     for line in lines:  # the second prompt holds the two answers the other way round
         for order, names in (("g1", ("model_1", "model_2")), ("g2", ("model_2", "model_1"))):
             places = [line[f"{order}_user_prompt"].find(f"{line[name]} on {line['question_id']}, turn 1") for name in names]
@@ -154,17 +154,17 @@ def unrated(call: Call) -> str | None:
 
 def test_a_score_is_withheld_while_judgments_are_missing(tmp_path: Path) -> None:
     with JudgeServer(unrated) as server:
-        result = judged(server, tmp_path, ("small",))
+        result = judged(server, tmp_path, ("small",), limit=30)
         missing = sum(call.one_in(16) for call in server.calls)
-        assert 0 < missing < 30
-        assert [(row.metric, row.value, row.n) for row in result.rows] == [("missing_judgments", missing, 160)]
-        assert f"{missing} of 160 judgments of small are missing (0 without an answer, {missing}" in result.refusals[0]
-        assert judged(server, tmp_path, ("small",), allow_missing=missing - 1).refusals
-        allowed = judged(server, tmp_path, ("small",), allow_missing=missing)
+        assert 0 < missing < 20
+        assert [(row.metric, row.value, row.n) for row in result.rows] == [("missing_judgments", missing, 60)]
+        assert f"{missing} of 60 judgments of small are missing (0 without an answer, {missing}" in result.refusals[0]
+        assert judged(server, tmp_path, ("small",), limit=30, allow_missing=missing - 1).refusals
+        allowed = judged(server, tmp_path, ("small",), limit=30, allow_missing=missing)
         assert not allowed.refusals and any("scores are of the others" in note for note in allowed.notes)
-        assert len(server.calls) == 160, "an answer without a rating is read again, not asked again"
+        assert len(server.calls) == 60, "an answer without a rating is read again, not asked again"
         kept = [line["score"] for line in lines_of(tmp_path / "scripted_single.jsonl") if line["score"] != -1]
-        assert len(kept) == 160 - missing
+        assert len(kept) == 60 - missing
         (both,) = shown(show_result(tmp_path / "scripted_single.jsonl"))[2:]
         row = values(allowed)["small", "mt_bench"]
         assert row.value == pytest.approx(np.mean(kept)) == pytest.approx(both["small"][-1], abs=1e-5)
@@ -173,22 +173,22 @@ def test_a_score_is_withheld_while_judgments_are_missing(tmp_path: Path) -> None
 def test_an_error_never_becomes_a_score(tmp_path: Path) -> None:
     broken = True
     with JudgeServer(lambda call: "500" if broken and call.one_in(16) else None) as server:
-        result = judged(server, tmp_path, ("small",))
+        result = judged(server, tmp_path, ("small",), limit=30)
         lines = lines_of(tmp_path / "scripted_single.jsonl")
         assert "without an answer" in result.refusals[0]
         assert not any("$ERROR$" in line["judgment"] or line["score"] == -1 for line in lines)
         broken = False
-        sent, missing = len(server.calls), 160 - len(lines)
-        assert not judged(server, tmp_path, ("small",)).refusals
+        sent, missing = len(server.calls), 60 - len(lines)
+        assert not judged(server, tmp_path, ("small",), limit=30).refusals
         assert len(server.calls) == sent + missing
 
 
 def test_a_limit_is_said_and_a_rerun_goes_on(tmp_path: Path) -> None:
     with JudgeServer() as server:
-        result = judged(server, tmp_path, ("small",), max_calls=100)
-        assert "60 without an answer" in result.refusals[0] and "max_calls=100 is reached" in result.refusals[0]
-        assert not judged(server, tmp_path, ("small",), max_calls=100).refusals
-        assert len(server.calls) == 160
+        result = judged(server, tmp_path, ("small",), limit=30, max_calls=40)
+        assert "20 without an answer" in result.refusals[0] and "max_calls=40 is reached" in result.refusals[0]
+        assert not judged(server, tmp_path, ("small",), limit=30, max_calls=40).refusals
+        assert len(server.calls) == 60
 
 
 @pytest.mark.parametrize(

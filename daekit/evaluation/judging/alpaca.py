@@ -187,9 +187,8 @@ def _annotate(
 
 
 def _preference(row: Mapping[str, Any]) -> float | None:
-    """1: the reference is better, 2: the model is; None where it is missing (NaN in a data frame)."""
-    value = row["preference"]
-    return None if value is None or value != value else float(value)
+    """1: the reference is better, 2: the model is; None where it is missing."""
+    return None if row["preference"] is None else float(row["preference"])
 
 
 def _rows(

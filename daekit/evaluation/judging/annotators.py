@@ -22,6 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import yaml
+
 from daekit.errors import UserError
 from daekit.evaluation.judging.calls import JudgeReply
 from daekit.recipe.problems import nearest
@@ -68,26 +70,27 @@ def read_annotator(name: str) -> Annotator:
             f"annotator: {name!r} is neither one of alpaca_eval's evaluators nor a directory with configs.yaml"
             f"{nearest(name, names)}"
         )
-    configs = utils.load_configs(directory / "configs.yaml")
-    config = next(iter(configs.values()))
+    try:
+        configs = yaml.safe_load((directory / "configs.yaml").read_text(encoding="utf-8"))
+        config = next(iter(configs.values()))
+        arguments, template = config["completions_kwargs"], config["prompt_template"]
+        model, text = arguments["model_name"], utils.read_or_return(template, relative_to=directory.parent)
+    except (OSError, yaml.YAMLError, AttributeError, StopIteration, TypeError, KeyError) as error:
+        raise UserError(f"annotator: {directory / 'configs.yaml'} cannot be read ({type(error).__name__}: {error})") from error
     if len(configs) > 1 or config.get("batch_size", 1) > 1:
         raise UserError(f"annotator: {name} {_asks('several prompts or judges at once')}")
     if config.get("fn_completions", "openai_completions") != "openai_completions":
         raise UserError(f"annotator: {name} {_asks(config['fn_completions'])}")
-    arguments = config.get("completions_kwargs") or {}
     unknown = [key for key in arguments if key not in _SENT | _OURS]
     if unknown:
         raise UserError(f"annotator: {name} {_asks(', '.join(unknown))}")
-    text = utils.read_or_return(config["prompt_template"], relative_to=directory.parent)
     if not text.strip().startswith("<|im_start|>"):
         raise UserError(f"annotator: {name} {_asks('a completion of plain text, not an answer in a chat')}")
     foreign = set(_PLACEHOLDER.findall(text)) - _COLUMNS
     if foreign:
         raise UserError(f"annotator: {name} {_asks('the columns ' + ', '.join(sorted(foreign)))}")
     sent = {"temperature": 0.7, "max_tokens": 2048} | {key: arguments[key] for key in arguments if key in _SENT}  # its defaults
-    return Annotator(
-        directory.name, directory / "configs.yaml", arguments["model_name"], utils.prompt_to_chatml(text), text, sent
-    )
+    return Annotator(directory.name, directory / "configs.yaml", model, utils.prompt_to_chatml(text), text, sent)
 
 
 def _asks(what: str) -> str:
@@ -140,7 +143,7 @@ def evaluate(
     outputs: Sequence[Mapping[str, Any]],
     reply: Callable[[Messages], JudgeReply | None],
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """(leaderboard, annotations) of alpaca_eval, in the order of ``reference``; a preference that is missing is None or NaN.
+    """(leaderboard, annotations) of alpaca_eval, in the order of ``reference``; what is missing is None.
 
     Raises:
         Unreadable: there is no preference at all (alpaca_eval crashes then).
@@ -176,7 +179,7 @@ def evaluate(
             annotation_kwargs={"chunksize": None},
             Annotator=_annotator_class(annotator, complete),
         )
-    return leaderboard, annotations
+    return leaderboard, [{key: None if value != value else value for key, value in row.items()} for row in annotations]
 
 
 def _tokens(reply: JudgeReply) -> int:

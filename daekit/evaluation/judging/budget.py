@@ -88,8 +88,8 @@ class Budget:
 class Progress:
     """Prints ``[judge gpt-4] 120/160  3.1 calls/s  0:13 left  $0.42  4 repeated`` every ten seconds and at the end."""
 
-    def __init__(self, spec: JudgeSpec, budget: Budget, total: int) -> None:
-        self._spec, self._budget, self._total = spec, budget, total
+    def __init__(self, who: str, spec: JudgeSpec, budget: Budget, total: int) -> None:
+        self._who, self._spec, self._budget, self._total = who, spec, budget, total
         self._done = 0
         self._start = self._last = time.monotonic()
 
@@ -103,7 +103,7 @@ class Progress:
         """Print the line."""
         self._last = time.monotonic()
         speed = self._done / max(self._last - self._start, 1e-9)
-        parts = [f"[judge {self._spec.name}] {self._done}/{self._total}", f"{speed:.1f} calls/s"]
+        parts = [f"[{self._who}] {self._done}/{self._total}", f"{speed:.1f} calls/s"]
         if speed and self._done < self._total:
             left = int((self._total - self._done) / speed)
             parts.append(f"{left // 60}:{left % 60:02d} left")

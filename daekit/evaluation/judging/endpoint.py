@@ -36,11 +36,12 @@ class RefusedRequest(Exception):
 class Endpoint:
     """Sends single calls; used inside one event loop."""
 
-    def __init__(self, spec: JudgeSpec) -> None:
+    def __init__(self, who: str, spec: JudgeSpec) -> None:
         import openai  # takes a second, and only judges need it
 
         assert spec.base_url is not None
         self._spec, self._openai = spec, openai
+        self._who = f"{who} at {spec.endpoint}"
         self._key = os.environ.get(spec.api_key_env, "")
         # without a key local servers take any; our retries are counted, the package's own are not
         self._client = openai.AsyncOpenAI(
@@ -71,6 +72,8 @@ class Endpoint:
             raise self._failure(error.status_code, error.response.text, error.response.headers) from None
         except openai.APIConnectionError as error:  # time-outs too
             raise PassingFailure(self._clean(f"{type(error).__name__}: {error.__cause__ or error}")) from None
+        except UnicodeEncodeError as error:
+            raise RefusedRequest(f"the prompt is no text that can be sent ({error})") from None
         return self._reply(request, raw.http_response.content)
 
     def _reply(self, request: JudgeRequest, body: bytes) -> JudgeReply:
@@ -84,23 +87,24 @@ class Endpoint:
             raise PassingFailure(f"the reply holds no message: {self._clean(json.dumps(response)[:_SHOWN])}")
         if request.parameters.get("logprobs") and not (response["choices"][0].get("logprobs") or {}).get("content"):
             raise UserError(
-                f"judge {self._spec.name} at {self._spec.endpoint}: it sends no logprobs, which the annotator needs. Choose an "
+                f"{self._who}: it sends no logprobs, which the annotator needs. Choose an "
                 "annotator that reads the judge's text (annotator: alpaca_eval_gpt4), or an endpoint that has logprobs."
             )
         return JudgeReply(text, response, time.time())
 
     def _failure(self, status: int, body: str, headers: Mapping[str, str]) -> Exception:
         said = f"HTTP {status}: {self._clean(body[:_SHOWN])}"
-        judge = f"judge {self._spec.name} at {self._spec.endpoint}"
         if "insufficient_quota" in body:
-            return UserError(f"{judge}: nothing is left to spend ({said}). Replies so far are kept; run again later.")
+            return UserError(f"{self._who}: nothing is left to spend ({said}). Replies so far are kept; run again later.")
         if status in _PASSING or status >= 500:
             return PassingFailure(said, _wait(headers))
         if status in (401, 403):
             have = f"the key in {self._spec.api_key_env} is refused" if self._key else f"{self._spec.api_key_env} is not set"
-            return UserError(f"{judge}: {have} ({said}). Set the environment variable to a valid key.")
+            return UserError(f"{self._who}: {have} ({said}). Set the environment variable to a valid key.")
         if status == 404:
-            return UserError(f"{judge}: no such model or URL ({said}). base_url ends in /v1 as a rule; correct it or model.")
+            return UserError(
+                f"{self._who}: no such model or URL ({said}). base_url ends in /v1 as a rule; correct it or model."
+            )
         return RefusedRequest(said)
 
     def _clean(self, text: str) -> str:

@@ -40,18 +40,22 @@ class Engine:
         budget: what was sent and spent so far.
 
     Args:
+        role: what the one that is asked is called in messages.
         first_wait: seconds before a failed call is first repeated; doubled each time.
 
     Raises:
         UserError: the spec contradicts itself; another process uses the folder; a file in it is damaged.
     """
 
-    def __init__(self, spec: JudgeSpec, folder: Path, *, first_wait: float = 1.0) -> None:
+    def __init__(self, spec: JudgeSpec, folder: Path, *, role: str = "judge", first_wait: float = 1.0) -> None:
         require_sound(spec)
         self.spec, self.budget = spec, Budget(spec)
         self.identity = identity(spec)
+        self._who = f"{role} {spec.name}"
         self._first_wait = first_wait
         self._store = ReplyStore(folder)
+        if self._store.cut:
+            print(f"[{self._who}] {folder}: the last line was torn (the run was killed); its call is sent again", flush=True)
         self._local: LocalJudge | None = None
         self._resume_at = 0.0  # on the clock of the event loop: a Retry-After holds for all calls
         self._in_a_row = 0
@@ -71,7 +75,7 @@ class Engine:
         keys = [self.key(request) for request in requests]
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._store.replies}
         if missing:
-            progress = Progress(self.spec, self.budget, len(missing))
+            progress = Progress(self._who, self.spec, self.budget, len(missing))
             try:
                 self._send(list(missing.items()), progress)
             finally:
@@ -92,10 +96,10 @@ class Engine:
         replies = [reply for reply in map(self.reply, requests) if reply is not None]
         models = sorted({reply.model for reply in replies if reply.model})
         if len(models) > 1:
-            notes.append(f"Judge {self.spec.name}: the endpoint answered as several models: {', '.join(models)}.")
+            notes.append(f"{self._who}: the endpoint answered as several models: {', '.join(models)}.")
         cut = sum(_is_cut(reply) for reply in replies)
         if cut:
-            notes.append(f"Judge {self.spec.name}: {cut} of {len(replies)} replies were cut at max_tokens.")
+            notes.append(f"{self._who}: {cut} of {len(replies)} replies were cut at max_tokens.")
         return notes
 
     def estimate(self, requests: Sequence[JudgeRequest]) -> Estimate:
@@ -120,7 +124,7 @@ class Engine:
             progress.step()
 
     async def _send_all(self, missing: list[Open], progress: Progress) -> None:
-        endpoint = Endpoint(self.spec)
+        endpoint = Endpoint(self._who, self.spec)
         self._resume_at = 0.0
         try:
             queue = iter(missing)
@@ -145,9 +149,15 @@ class Engine:
             failure = await self._answer(endpoint, key, request)
             progress.step()
             if failure is None:
+                self._say_who_answers(key)
                 return
         if not self._store.replies and not self.budget.stopped:
             self.budget.stopped = f"the first requests all failed, the last with: {failure}"
+
+    def _say_who_answers(self, key: str) -> None:
+        reply = self._store.replies.get(key)
+        if reply is not None:  # None: a limit kept it from being sent
+            print(f"[{self._who}] {self.spec.endpoint} answers as {reply.model}", flush=True)
 
     async def _work(self, endpoint: Endpoint, queue: Iterator[Open], progress: Progress) -> None:
         for key, request in queue:

@@ -20,7 +20,7 @@ def length_controlled(
         return [], f"it belongs to the annotator {OFFICIAL_ANNOTATOR}"
     if len(reference) != OFFICIAL_COUNT:
         return [], f"it needs all {OFFICIAL_COUNT} official instructions, and there are {len(reference)}"
-    if any(row["preference"] is None or row["preference"] != row["preference"] for row in annotations):
+    if any(row["preference"] is None for row in annotations):
         return [], "judgments are missing"
     glm = module("metrics.glm_winrate")
     try:

@@ -7,19 +7,32 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.evaluation.judging.calls import JudgeReply, JudgeRequest, Message
+from daekit.models.backbone import frozen_forward
 from daekit.models.generation import generate
 from daekit.models.loading import load_model, load_tokenizer_of
+from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.schema import ModelSpec
 
-_KNOWN = {"max_tokens", "temperature", "top_p", "seed"}  # greedy answers depend on the first only
+_KNOWN = {
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "logprobs",
+    "top_logprobs",
+}  # temperature, top_p, seed: greedy all the same
+_CANDIDATES = 100  # tokens at least among which the likeliest texts are sought
+_NO_TEXT = "\N{REPLACEMENT CHARACTER}"
 _WHOLE = 1 << 20  # bytes of a file that are hashed in full; of larger ones the first and the last so many
 
 
@@ -50,25 +63,61 @@ class LocalJudge:
         for at in order:
             self._require_room(requests[at], prompts[at])
         while order:
-            most = requests[order[0]].parameters["max_tokens"]
-            batch = [at for at in order[: self._spec.batch_size] if requests[at].parameters["max_tokens"] == most]
+            first = requests[order[0]].parameters
+            batch = [at for at in order[: self._spec.batch_size] if requests[at].parameters == first]
             order = order[len(batch) :]
+            batch_prompts = [prompts[at] for at in batch]
+            tops: list[list[tuple[str, float]] | None] = [None] * len(batch)
+            if first.get("logprobs"):
+                tops = [*self._next_tokens(batch_prompts, first.get("top_logprobs", 0))]
             answers = generate(
-                self._model, self._tokenizer, [prompts[at] for at in batch], max_new_tokens=most, batch_size=len(batch)
+                self._model, self._tokenizer, batch_prompts, max_new_tokens=first["max_tokens"], batch_size=len(batch)
             )
-            for at, ids in zip(batch, answers, strict=True):
-                yield at, self._reply(len(prompts[at]), ids, most)
+            for at, ids, top in zip(batch, answers, tops, strict=True):
+                yield at, self._reply(len(prompts[at]), ids, first["max_tokens"], top)
 
-    def _reply(self, prompt_tokens: int, ids: list[int], most: int) -> JudgeReply:
+    def _next_tokens(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[tuple[str, float]]]:
+        """After each prompt the ``count`` likeliest texts of one token and their log-probabilities; tokens of one text (with
+        and without the mark of a word's beginning) are added up."""
+        width = max(map(len, prompts))
+        mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        input_ids_BT = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        device = self._model.device
+        with frozen_forward(self._model):
+            logits_BV = self._model(
+                input_ids=input_ids_BT.to(device),
+                attention_mask=mask_BT.to(device),
+                position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0).to(device),
+                logits_to_keep=1,
+            ).logits[:, -1, : vocabulary_size(self._tokenizer)]
+        candidates = min(max(_CANDIDATES, 4 * count), logits_BV.shape[-1])
+        likeliest = logits_BV.double().log_softmax(-1).topk(candidates)
+        found = []
+        for values, ids in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
+            texts: dict[str, float] = {}
+            for value, token in zip(values, ids, strict=True):
+                text = self._tokenizer.decode([token])
+                if _NO_TEXT in text:  # a part of a letter: such tokens are not one text
+                    text = self._tokenizer.convert_ids_to_tokens(token)
+                texts[text] = float(np.logaddexp(texts.get(text, -np.inf), value))
+            found.append(sorted(texts.items(), key=lambda item: -item[1])[:count])
+        return found
+
+    def _reply(self, prompt_tokens: int, ids: list[int], most: int, top: list[tuple[str, float]] | None) -> JudgeReply:
         """In the form of the OpenAI protocol."""
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}}
+        choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}}
         choice["finish_reason"] = "length" if len(ids) >= most else "stop"
+        if top is not None:
+            entries = [{"token": token, "logprob": value, "bytes": None} for token, value in top]
+            choice["logprobs"] = {"content": [{"token": text, "bytes": None, "top_logprobs": entries}]}
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(ids)}
         return JudgeReply(text, {"model": self._spec.name, "choices": [choice], "usage": usage}, time.time())
 
     def _require_possible(self, request: JudgeRequest) -> None:
         unknown = [name for name in request.parameters if name not in _KNOWN]
+        if request.parameters.get("logprobs") and request.parameters["max_tokens"] != 1:
+            unknown.append("logprobs of more than one token")
         if unknown:
             raise UserError(
                 f"judge.path: a local judge does not know {', '.join(unknown)}, which the annotator asks for. Choose an "

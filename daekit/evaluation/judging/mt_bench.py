@@ -87,7 +87,10 @@ def judge_mt_bench(
             "questions": len(data.questions),
             "data": {file.name: hash_of_file(file) for file in data.files},
             "prompts": {name: hash_of(prompt) for name, prompt in data.prompts.items()},
-            "answers": {model: hash_of(list(its.values())) for model, its in by_question.items()},
+            "answers": {
+                model: hash_of([(number, its[number]["choices"][0]["turns"]) for number in its])
+                for model, its in by_question.items()
+            },
         }
         return Judged(rows, notes, refusals, manifest, records)
 

@@ -62,7 +62,8 @@ def withhold(
     notes, refusals = [], []
     for model, its in scores.items():
         lack = missing[model]
-        rows.append(Row(model, benchmark, "missing_judgments", lack.count, lack.count, lack.count, lack.total))
+        count = float(lack.count)
+        rows.append(Row(model, benchmark, "missing_judgments", count, count, count, lack.total))
         said = (
             f"{benchmark}: {lack.count} of {lack.total} judgments of {model} are missing ({lack.unanswered} without an answer, "
             f"{lack.unread} whose answer holds no verdict)"
