@@ -18,9 +18,9 @@ metric                   better    value
 ``<metric>_forgetting``  lower     on the reference domains: how much worse than the baseline (``nll``: how much higher)
 =======================  ========  =====================================================================================
 
-``<metric>`` is any of those above but ``perplexity`` and the KLs. Scores of judges: ``daekit.evaluation.judging``. ``n`` counts rows of the data, which
-are also what the bootstrap resamples; token metrics are ratios of sums over the rows. A domain's row pools the rows of
-all its sources; if it has several, each has rows of its own under ``domain/source``.
+``<metric>`` is any of those above but ``perplexity`` and the KLs. Scores of judges: ``daekit.evaluation.judging``. ``n``
+counts rows of the data, which are also what the bootstrap resamples; token metrics are ratios of sums over the rows. A
+domain's row pools the rows of all its sources; if it has several, each has rows of its own under ``domain/source``.
 """
 
 from daekit.evaluation.compare import compare, select_samples
