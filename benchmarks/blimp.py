@@ -5,7 +5,9 @@
 
 Each contestant runs in a process of its own; times are from reading the data to the accuracies, without imports and loading
 the model. The direct computation takes whole logits in float64, sentences of one length at a time, without padding.
-``--lm-eval-python`` names the interpreter of an environment with lm-eval 0.4.13, where this one has none.
+``--lm-eval-python`` names the interpreter of an environment with lm-eval 0.4.13, where this one has none. lm-eval's own
+BLiMP puts a space before each sentence (``target_delimiter``) and counts a tie as right; here it gets the sentences as they
+are.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ dataset_kwargs: {{data_files: {{train: {file}}}}}
 output_type: multiple_choice
 validation_split: train
 doc_to_text: ""
+target_delimiter: ""
 doc_to_target: 0
 doc_to_choice: "{{{{[sentence_good, sentence_bad]}}}}"
 num_fewshot: 0

@@ -14,7 +14,7 @@ from daekit.report.curves import curves_svg
 from daekit.report.gain_forgetting import drawn_metrics, gain_forgetting_figure
 from daekit.report.html import render_html
 from daekit.report.markdown import render_markdown
-from daekit.report.tables import bar_of, breakdowns, format_interval, format_seconds, format_value, pivot
+from daekit.report.tables import bar_of, blocks, breakdowns, format_interval, format_seconds, format_value, pivot
 
 NASTY = '<script>alert(1)</script> & "$x$" | `*'
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -269,6 +269,17 @@ def test_many_parts_of_a_domain_stand_apart():
         assert text.replace("_", r"\_") in markdown
     assert bars_svg(breakdown, ["a", "b"]) is not None
     assert bars_svg(breakdowns(parts("a", 67))[0], ["a"]) is None, "67 bars cannot be told apart"
+
+
+def test_a_wide_table_is_shown_in_blocks():
+    rows = [Row("a", f"d{at}", metric, 0.5, 0.4, 0.6, 9) for at in range(5) for metric in ("exact_match", "nll", "accuracy")]
+    table = pivot(rows)
+    found = blocks(table)
+    assert [len(block.columns) for block in found] == [6, 6, 3]
+    assert sum((block.columns for block in found), ()) == table.columns
+    assert blocks(pivot(rows[:6])) == [pivot(rows[:6])]
+    wide = replace(example(), rows=[Row("a", "d", f"m{at}", 0.5, 0.4, 0.6, 9) for at in range(3)])
+    assert [len(block.columns) for block in blocks(pivot(wide.rows, ("m0", "m1", "m2")), 2)] == [3], "a domain stays together"
 
 
 def test_parts_without_a_whole_are_domains_of_their_own():

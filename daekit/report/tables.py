@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from daekit.report.rows import Row
 
@@ -109,6 +109,17 @@ def split_comparison(metric: str) -> tuple[str, str | None]:
         if metric.endswith(f"_{kind}"):
             return metric.removesuffix(f"_{kind}"), kind
     return metric, None
+
+
+def blocks(table: Pivot, most: int = 7) -> list[Pivot]:
+    """The table in parts of at most ``most`` columns, so that a page need not be scrolled; a domain's columns stay together."""
+    parts: list[list[Column]] = [[]]
+    for domain in dict.fromkeys(column.domain for column in table.columns):
+        columns = [column for column in table.columns if column.domain == domain]
+        if parts[-1] and len(parts[-1]) + len(columns) > most:
+            parts.append([])
+        parts[-1] += columns
+    return [replace(table, columns=tuple(part)) for part in parts]
 
 
 def pivot(rows: Sequence[Row], metrics: Iterable[str] = HEADLINE) -> Pivot:
