@@ -190,6 +190,17 @@ def test_nothing_readable_is_no_score_and_no_crash(tmp_path: Path) -> None:
         assert [row["preference"] for row in annotations_of(tmp_path, "small")] == [None] * COUNT
 
 
+def test_limits_hold_for_all_that_one_engine_is_asked(tmp_path: Path) -> None:
+    reference, outputs = world(tmp_path)
+    with JudgeServer() as server:
+        spec = JudgeSpec(model="scripted", base_url=server.url, max_calls=3 * COUNT)
+        with Engine(spec, tmp_path / "calls", role="referee") as engine:
+            first = judge_alpaca_eval(engine, RANKING, reference, outputs, tmp_path / "a", bootstrap=50)
+            second = judge_alpaca_eval(engine, WEIGHTED, reference, outputs, tmp_path / "b", bootstrap=50)
+        assert not first.refusals and second.refusals
+        assert len(server.calls) == 3 * COUNT
+
+
 def test_a_server_without_logprobs_is_refused_after_one_call_and_another_annotator_works(tmp_path: Path) -> None:
     with JudgeServer(lambda call: "no_logprobs") as server:
         with pytest.raises(UserError, match=r"no logprobs.*alpaca_eval_gpt4"):

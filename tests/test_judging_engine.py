@@ -359,6 +359,7 @@ def test_two_processes_on_one_folder(tmp_path: Path) -> None:
         ({"base_url": "https://x/v1?api-key=secret", "model": "m"}, "base_url"),
         ({"path": "judge", "max_cost": 1.0}, "max_cost"),
         ({"path": "judge", "temperature": 0.5}, "temperature"),
+        ({"base_url": "http://x/v1", "model": "m", "quantization": "4bit"}, "quantization"),
         ({"path": "judge", "concurrency": 0}, "concurrency"),
         ({"path": "judge", "max_retries": -1}, "max_retries"),
     ],
