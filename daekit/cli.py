@@ -24,7 +24,7 @@ _PATIENCE = 5.0  # seconds; torchrun looks after its processes ten times a secon
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; ``arguments`` default to those of the process. Returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
     try:
         options.run(options)
@@ -40,6 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain("stopped; the same command resumes")
         return _STATUS_OF_INTERRUPT
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Settings (``key=value``) may stand before and after options; argparse takes them in one place only."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _complain(message: str) -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ from accelerate import PartialState
 from daekit.build import DataBuilder, ModelBuilder, RunFolder, StageFolder, build_report, build_trainer, read_file
 from daekit.data.mixture import Mixture
 from daekit.errors import UserError
+from daekit.evaluation.suites import run_suite
 from daekit.models.loading import load_model
 from daekit.recipe import stage_key, to_yaml
+from daekit.recipe.load_suite import load_suite
 from daekit.recipe.schema import ModelSpec, Recipe
+from daekit.recipe.suite import SubjectSpec
 from daekit.report import format_table, write_report
 from daekit.report.provenance import commit, versions
 from daekit.trainers import DomainSFTTrainer
@@ -56,7 +59,9 @@ def run_recipe(recipe: Recipe) -> None:
         state.wait_for_everyone()
     # the other ranks are done: a barrier would time out while the main process generates answers
     if recipe.evaluation is not None and state.is_main_process:
-        _report(recipe, folder, data, models, state)
+        if recipe.evaluation.sources:
+            _report(recipe, folder, data, models, state)
+        _suites(recipe, folder)
 
 
 def calibration() -> str:
@@ -181,6 +186,24 @@ def _report(recipe: Recipe, folder: RunFolder, data: DataBuilder, models: ModelB
     write_report(folder.report, report)
     write_json(key_file, key)
     print(f"\n{format_table(report.rows)}\n\nReport: {folder.report / 'report.html'}", flush=True)
+
+
+def _suites(recipe: Recipe, folder: RunFolder) -> None:
+    """The suites of the recipe, each on the results of its stages and whatever models it names itself."""
+    assert recipe.evaluation is not None
+    stages = {name: SubjectSpec(path=str(folder.stage(name).model.resolve())) for name in recipe.evaluation.models}
+    for path in recipe.evaluation.suites:
+        suite = load_suite(path, need_models=False)
+        report = run_suite(
+            replace(
+                suite,
+                models=stages | suite.models,
+                output_dir=str(folder.suite(suite.name)),
+                baseline=suite.baseline or recipe.evaluation.baseline,
+            )
+        )
+        assert report is not None  # no dry run
+        print(f"\n{format_table(report.rows)}\n\nSuite: {folder.suite(suite.name) / 'report.html'}", flush=True)
 
 
 def _free_memory() -> None:

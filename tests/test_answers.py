@@ -42,10 +42,8 @@ def subject(tmp_path_factory) -> Subject:
 
 
 def conversations(count: int, temperature: float = 0.0) -> list[Conversation]:
-    return [
-        Conversation(81 + at, "writing", (" ".join(["w5", f"w{at}"] * (1 + at % 5)), f"w{at} w7"), temperature)
-        for at in range(count)
-    ]
+    firsts = [" ".join(["w5", f"w{at}"] * (1 + at % 5)) for at in range(count)]
+    return [Conversation(81 + at, "writing", (first, f"w{at} w7"), temperature) for at, first in enumerate(firsts)]
 
 
 def answered(subject, folder, asked, batch_size=4, how=None) -> dict[int, list[str]]:
@@ -203,7 +201,7 @@ def test_no_chat_template_is_said(tmp_path):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="models.bare has no chat template"):
+    with pytest.raises(UserError, match=r"models\.bare has no chat template"):
         require_answerable(Subject("bare", SubjectSpec(path=str(tmp_path))), conversations(1), HowToAnswer(4), "benchmarks.mt")
 
 
@@ -226,12 +224,9 @@ def test_a_system_message_and_variables_reach_the_template(tmp_path, subject):
 @pytest.mark.skipif(FASTCHAT is None, reason="fschat is not installed")
 def test_temperatures_are_fastchats():
     source = (Path(FASTCHAT.submodule_search_locations[0]) / "llm_judge" / "common.py").read_text()
-    found = [
-        node.value
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "temperature_config"
-    ]
-    assert ast.literal_eval(found[0]) == TEMPERATURES
+    assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    (table,) = [node.value for node in assigned if node.targets[0].id == "temperature_config"]
+    assert ast.literal_eval(table) == TEMPERATURES
 
 
 @pytest.mark.skipif(not MT_BENCH.is_dir(), reason="no MT-Bench data here")

@@ -19,6 +19,7 @@ from daekit.evaluation.likelihood.perplexity import blocks_of, windows
 from daekit.evaluation.matching import rouge_l
 from daekit.models.scoring import score_rows, score_tokens
 from daekit.protocol import IGNORE_INDEX
+from daekit.recipe.schema import ModelSpec
 from daekit.recipe.suite import MinimalPairsSpec, MultipleChoiceSpec, PerplexitySpec, RowsSpec
 
 EOS = 1  # the tiny tokenizer has no BOS
@@ -167,9 +168,8 @@ def test_without_a_prefix_the_first_token_and_its_bytes_do_not_count(tmp_path, m
 
 def test_unknown_tokens_are_told(tmp_path, model, tokenizer):
     (tmp_path / "a.txt").write_text("w1 zebra w3 zoo")
-    found = likelihood_benchmark("t", PerplexitySpec({"d": str(tmp_path / "a.txt")}, window=8, stride=4)).measure(
-        model, tokenizer, 4
-    )
+    spec = PerplexitySpec({"d": str(tmp_path / "a.txt")}, window=8, stride=4)
+    found = likelihood_benchmark("t", spec).measure(model, tokenizer, 4)
     assert any("2 tokens are <unk>" in note for note in found.notes)
 
 
@@ -199,9 +199,8 @@ def test_multiple_choice_item_by_item(tmp_path, model, tokenizer):
     for at in range(20):
         choices = list(dict.fromkeys(tiny.words(rng, 1, 5) for _ in range(4)))
         answer = rng.randrange(len(choices))
-        rows.append(
-            {"q": tiny.words(rng, 2, 6), "choices": choices, "answer": [answer, "ABCD"[answer], choices[answer]][at % 3]}
-        )
+        said = [answer, "ABCD"[answer], choices[answer]][at % 3]
+        rows.append({"q": tiny.words(rng, 2, 6), "choices": choices, "answer": said})
     spec = MultipleChoiceSpec(str(write_lines(tmp_path / "m.jsonl", rows)), prompt="w0 {q} w1")
     found = likelihood_benchmark("quiz", spec).measure(model, tokenizer, 4)
     right: dict[str, list[bool]] = {"accuracy": [], "accuracy_per_token": [], "accuracy_per_byte": []}
@@ -255,10 +254,7 @@ def test_rows_measure_the_distance_to_a_reference(tmp_path, model, tokenizer):
     path = str(write_lines(tmp_path / "rows.jsonl", rows))
 
     def measure(reference):
-        text = {"path": str(tmp_path / reference)}
-        from daekit.recipe.schema import ModelSpec
-
-        spec = RowsSpec(path, domain="shop", max_new_tokens=3, reference=ModelSpec(**text))
+        spec = RowsSpec(path, domain="shop", max_new_tokens=3, reference=ModelSpec(path=str(tmp_path / reference)))
         benchmark = likelihood_benchmark("rows", spec)
         benchmark.check("m", tokenizer, 256)
         return benchmark.measure(model, tokenizer, 4)
@@ -284,14 +280,12 @@ def test_rows_that_do_not_fit_are_told_before_the_weights(tmp_path, tokenizer):
 
 def test_what_is_wrong_with_a_file_is_said(tmp_path, tokenizer):
     (tmp_path / "empty").mkdir()
+    same = {"sentence_good": "a", "sentence_bad": "a"}
     cases = [
         (MinimalPairsSpec(str(tmp_path / "empty")), "holds no .jsonl file"),
         (MinimalPairsSpec(str(write_lines(tmp_path / "a.jsonl", [{"sentence_good": "a"}]))), "needs a text in 'sentence_bad'"),
         (MinimalPairsSpec(str(write_lines(tmp_path / "b.jsonl", []))), "has no pairs"),
-        (
-            MinimalPairsSpec(str(write_lines(tmp_path / "c.jsonl", [{"sentence_good": "a", "sentence_bad": "a"}]))),
-            "are the same",
-        ),
+        (MinimalPairsSpec(str(write_lines(tmp_path / "c.jsonl", [same]))), "are the same"),
         (PerplexitySpec({"d": str(tmp_path / "empty")}), "has no text"),
         (PerplexitySpec({"d": str(write_lines(tmp_path / "d.jsonl", [{"txt": "a"}]))}), "needs a text in 'text'"),
     ]

@@ -132,5 +132,6 @@ def test_models_of_the_command_line(tmp_path: Path) -> None:
 
 
 def test_suites_import_neither_torch_nor_transformers() -> None:
-    code = "import sys, daekit.recipe.load_suite, daekit.cli; print([n for n in ('torch','transformers','numpy') if n in sys.modules])"
+    heavy = ("torch", "transformers", "numpy")
+    code = f"import sys, daekit.recipe.load_suite, daekit.cli; print([n for n in {heavy} if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

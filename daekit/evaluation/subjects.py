@@ -15,11 +15,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from daekit.errors import UserError
 from daekit.models.identity import fingerprint
-from daekit.models.loading import load_model, load_tokenizer_of, merge_adapter
+from daekit.models.loading import adapter_config, load_model, load_tokenizer_of, merge_adapter
 from daekit.recipe.schema import ModelSpec
 from daekit.recipe.suite import SubjectSpec
 
 _ADAPTER_CONFIG = "adapter_config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
@@ -42,19 +43,17 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer beside the model, or beside its adapter if that is the only one."""
-        spec = self._model_spec
-        try:
-            return load_tokenizer_of(spec)
-        except UserError:
-            if self.spec.adapter is None:
-                raise
-            return load_tokenizer_of(replace(spec, path=self.spec.adapter))
+        """The tokenizer beside the adapter where there is one, else that beside its base."""
+        *adapters, base = [path for path in (self.spec.adapter, *self._chain()) if path]
+        for path in adapters:
+            if any((Path(path).expanduser() / name).is_file() for name in _TOKENIZER_FILES):
+                return load_tokenizer_of(replace(self._model_spec, path=path, revision=None))
+        return load_tokenizer_of(replace(self._model_spec, path=base))
 
     @cached_property
     def config(self) -> PreTrainedConfig:
         """The config of the model that carries the weights (of an adapter: its base's)."""
-        path = self._base_path()
+        path = self._chain()[-1]
         try:
             return AutoConfig.from_pretrained(
                 path, revision=self.spec.revision, trust_remote_code=self.spec.trust_remote_code
@@ -64,8 +63,11 @@ class Subject:
             raise UserError(f"models.{self.name}: no model could be found at {path} ({reason})") from error
 
     def require_there(self) -> None:
-        """Look at config and tokenizer; UserError if the model is not there."""
-        _ = self.config, self.tokenizer
+        """Look at config, adapter and tokenizer; UserError if the model is not there."""
+        _ = self.config
+        if self.spec.adapter is not None:
+            adapter_config(Path(self.spec.adapter).expanduser())
+        _ = self.tokenizer
 
     @property
     def context_length(self) -> int | None:
@@ -97,7 +99,7 @@ class Subject:
         if self.is_endpoint:
             return {"kind": "endpoint", "url": self.spec.url, "model": self.spec.served_model}
         told = {key: value for key, value in vars(self.spec).items() if value is not None and key != "api_key_env"}
-        files = [file_fingerprint(Path(path).expanduser()) for path in (self._model_spec.path, self.spec.adapter) if path]
+        files = [file_fingerprint(Path(path).expanduser()) for path in (*self._chain(), self.spec.adapter) if path]
         return {
             "kind": "model",
             "told": told,
@@ -124,14 +126,15 @@ class Subject:
             quantization=spec.quantization,
         )
 
-    def _base_path(self) -> str:
-        path = str(self.spec.path)
-        while (adapter := Path(path).expanduser() / _ADAPTER_CONFIG).is_file():
+    def _chain(self) -> list[str]:
+        """The path, and while that is an adapter the base that it names; the last carries the weights."""
+        chain = [str(self.spec.path)]
+        while (adapter := Path(chain[-1]).expanduser() / _ADAPTER_CONFIG).is_file():
             base = json.loads(adapter.read_text()).get("base_model_name_or_path")
-            if not base:
+            if not base or base in chain:
                 raise UserError(f"models.{self.name}: {adapter} names no base model (base_model_name_or_path)")
-            path = base
-        return path
+            chain.append(base)
+        return chain
 
 
 def device() -> torch.device:

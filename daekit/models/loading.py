@@ -141,7 +141,7 @@ def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
             f"{directory}: holds a LoRA adapter, which is merged into its 16-bit base; quantization={spec.quantization} "
             "is not possible then. Merge it first and load the merged model in 4 bits."
         )
-    config = _adapter_config(directory)
+    config = adapter_config(directory)
     base = config.base_model_name_or_path
     if not base:
         raise UserError(f"{directory}: its adapter_config.json names no base model (base_model_name_or_path)")
@@ -159,7 +159,7 @@ def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
 
     # not PeftModel.from_pretrained: it reads pickles, and a missing weight is a warning only
     try:
-        adapted = get_peft_model(model, _adapter_config(directory))
+        adapted = get_peft_model(model, adapter_config(directory))
     except ValueError as error:
         raise UserError(f"{directory}: the adapter does not fit the model ({_first_line(error)})") from error
     restore_weights(adapted, directory)
@@ -169,7 +169,8 @@ def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     return merged
 
 
-def _adapter_config(directory: Path) -> PeftConfig:
+def adapter_config(directory: Path) -> PeftConfig:
+    """The config of the adapter in a directory; UserError if there is none."""
     from peft import PeftConfig
 
     try:

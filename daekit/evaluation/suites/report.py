@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,8 @@ def suite_report(prepared: Prepared, found: Found) -> Report:
     suite = prepared.suite
     rows = [row for evaluation in found.evaluations.values() for row in evaluation.rows(suite.bootstrap)]
     rows += [Row(model, *row) for (model, _), measured in found.measured.items() for row in measured.rows]
-    rows += [row for judged in found.judged.values() for row in judged.rows]
+    for name, judged in found.judged.items():  # the judges know their benchmark by its type
+        rows += [replace(row, domain="/".join([name, *row.domain.split("/")[1:]])) for row in judged.rows]
     compared, notes = _compared(prepared, found)
     samples = _row_samples(prepared, found)
     for questions in prepared.questions.values():
