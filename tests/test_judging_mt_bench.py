@@ -123,7 +123,7 @@ def test_the_prompts_are_those_of_fastchat(tmp_path: Path) -> None:
             assert json.dumps(messages) in sent
 
 
-@pytest.mark.parametrize("mode", ["pairwise-baseline", "pairwise-all"])
+@pytest.mark.parametrize("mode", ["pairwise-baseline", pytest.param("pairwise-all", marks=pytest.mark.slow)])
 def test_pairs_are_judged_in_both_orders_and_show_result_agrees(mode: str, tmp_path: Path) -> None:
     models, base = ("small", "mid", "large"), "large" if mode == "pairwise-baseline" else None
     with JudgeServer() as server:
