@@ -46,7 +46,7 @@ def judged(server: JudgeServer, folder: Path, annotator: str = RANKING, count: i
     reference, outputs = world(folder, count)
     outputs = options.pop("outputs", outputs)
     fields = {name: options.pop(name) for name in list(options) if name in JudgeSpec.__dataclass_fields__}
-    spec = JudgeSpec(**({"model": "scripted", "base_url": server.url, "timeout": 5.0, "max_retries": 1} | fields))
+    spec = JudgeSpec(**({"model": "scripted", "base_url": server.url, "timeout": 60.0, "max_retries": 1} | fields))
     with Engine(spec, folder, first_wait=0.005) as engine:
         return judge_alpaca_eval(engine, annotator, reference, outputs, folder, bootstrap=200, **options)
 

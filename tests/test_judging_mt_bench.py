@@ -45,7 +45,7 @@ def answers(*models: str, text: str = "{model} on {question}, turn {turn}") -> d
 
 def judged(server: JudgeServer, folder: Path, models: tuple[str, ...] = ("small", "large"), **options: Any) -> Judged:
     fields = {name: options.pop(name) for name in list(options) if name in JudgeSpec.__dataclass_fields__}
-    spec = JudgeSpec(**({"model": "scripted", "base_url": server.url, "timeout": 5.0, "max_retries": 1} | fields))
+    spec = JudgeSpec(**({"model": "scripted", "base_url": server.url, "timeout": 60.0, "max_retries": 1} | fields))
     own = options.pop("answers", None) or answers(*models)
     with Engine(spec, folder, first_wait=0.005) as engine:
         return judge_mt_bench(engine, DATA, own, folder, bootstrap=200, **options)
