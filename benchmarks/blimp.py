@@ -3,9 +3,9 @@
     python benchmarks/novel_model.py --texts TEXTS --output MODEL
     python benchmarks/blimp.py --model MODEL --data BLIMP --json benchmarks/results/blimp.json
 
-Each contestant runs in a process of its own; times are from reading the data to the accuracies, without imports and loading the
-model. The direct computation takes whole logits in float64, sentences of one length at a time, without padding. ``--lm-eval-python``
-names the interpreter of an environment with lm-eval 0.4.13, where this one has none.
+Each contestant runs in a process of its own; times are from reading the data to the accuracies, without imports and loading
+the model. The direct computation takes whole logits in float64, sentences of one length at a time, without padding.
+``--lm-eval-python`` names the interpreter of an environment with lm-eval 0.4.13, where this one has none.
 """
 
 from __future__ import annotations

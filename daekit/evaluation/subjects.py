@@ -96,6 +96,10 @@ class Subject:
 
     def identity(self) -> dict[str, Any]:
         """What a score depends on: where the model is, which weights, which tokenizer and template. Loads no weights."""
+        return dict(self._identity)
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
         if self.is_endpoint:
             return {"kind": "endpoint", "url": self.spec.url, "model": self.spec.served_model}
         told = {key: value for key, value in vars(self.spec).items() if value is not None and key != "api_key_env"}

@@ -30,7 +30,8 @@ class MinimalPairs:
     """Paradigms of sentence pairs, read from files.
 
     Raises:
-        UserError: no files, an empty one, a row without both sentences, or with twice the same.
+        UserError: no files, an empty one, a row without both sentences. (BLiMP itself has pairs of twice the same sentence:
+            they are ties.)
     """
 
     def __init__(self, name: str, spec: MinimalPairsSpec) -> None:
@@ -46,10 +47,7 @@ class MinimalPairs:
             self.data[file.name] = hash_of(content)
             pairs = []
             for place, row in json_lines(content, file, self.where):
-                good, bad = text_of(row, spec.good, place), text_of(row, spec.bad, place)
-                if good == bad:
-                    raise UserError(f"{place}: both sentences are the same ({good!r})")
-                pairs.append((good, bad))
+                pairs.append((text_of(row, spec.good, place), text_of(row, spec.bad, place)))
             if not pairs:
                 raise UserError(f"{self.where}: {file} has no pairs")
             self.pairs[file.stem] = pairs[: spec.limit]

@@ -140,10 +140,11 @@ def _answer_samples(prepared: Prepared, questions: Questions, found: Found) -> l
     ordered = [*sorted(firsts, key=lambda each: each.id), *questions.conversations]
     chosen = {each.id: each for each in ordered}
     judged = found.judged.get(questions.name)
+    stores = {name: questions.store(subject) for name, subject in prepared.subjects.items()}
     samples = []
     for conversation in list(chosen.values())[:_SHOWN_QUESTIONS]:
-        for name, subject in prepared.subjects.items():
-            record = questions.store(subject).records.get(conversation.id)
+        for name, store in stores.items():
+            record = store.records.get(conversation.id)
             if record is None:
                 continue
             marks = _marks([] if judged is None else judged.verdicts, name, conversation.id)
