@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,22 @@ def test_nothing_is_written_into_the_package_and_nothing_is_left_changed(tmp_pat
     assert state() == before
     assert logging.root.level == level and logging.root.manager.disable == 0
     assert dict(os.environ) == environment
+
+
+@pytest.mark.slow
+def test_the_first_import_leaves_logging_and_the_environment_alone(tmp_path: Path) -> None:
+    """In a process of its own, with a .env file where the package looks for one."""
+    code = (
+        "import logging, os, dotenv\n"
+        "from daekit.evaluation.judging import annotators\n"
+        "dotenv.load_dotenv = lambda *a, **k: os.environ.update(DAEKIT_TEST_DOTENV='1')\n"
+        "annotators.read_annotator('alpaca_eval_gpt4')\n"
+        "print(logging.root.level == logging.WARNING, 'DAEKIT_TEST_DOTENV' in os.environ)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:alpaca_eval", "-c", code], capture_output=True, text=True
+    )
+    assert result.stdout.split() == ["True", "False"], result.stderr
 
 
 def official(folder: Path, monkeypatch: pytest.MonkeyPatch, gamed: bool = True) -> None:

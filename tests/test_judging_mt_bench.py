@@ -183,6 +183,22 @@ def test_an_error_never_becomes_a_score(tmp_path: Path) -> None:
         assert len(server.calls) == sent + missing
 
 
+def test_a_game_counts_with_both_orders_or_not_at_all(tmp_path: Path) -> None:
+    broken = True
+    options: dict[str, Any] = {"mode": "pairwise-baseline", "baseline": "large", "limit": 8}
+    with JudgeServer(lambda call: "500" if broken and call.one_in(8) else None) as server:
+        result = judged(server, tmp_path, **options)
+        lines = lines_of(tmp_path / "scripted_pair.jsonl")
+        answered = {call.body["messages"][-1]["content"] for call in server.calls if not call.one_in(8)}
+        bad = {call.key for call in server.calls if call.one_in(8)}
+        assert len(bad) > 0 and all(line["g1_user_prompt"] in answered and line["g2_user_prompt"] in answered for line in lines)
+        assert f"{16 - len(lines)} of 16 judgments of small are missing" in result.refusals[0]
+        broken, sent = False, len(server.calls)
+        assert not judged(server, tmp_path, **options).refusals
+        assert {call.key for call in server.calls[sent:]} == bad and len(server.calls) == sent + len(bad)
+    assert len(lines_of(tmp_path / "scripted_pair.jsonl")) == 16
+
+
 def test_a_limit_is_said_and_a_rerun_goes_on(tmp_path: Path) -> None:
     with JudgeServer() as server:
         result = judged(server, tmp_path, ("small",), limit=30, max_calls=40)
