@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import email.utils
 import errno
-import itertools
 import json
 import multiprocessing
 import os
@@ -38,7 +37,7 @@ def requests(count: int = COUNT, **parameters: Any) -> list[JudgeRequest]:
 
 
 def spec(server: JudgeServer, **fields: Any) -> JudgeSpec:
-    return dataclasses.replace(JudgeSpec(model="judge", base_url=server.url, timeout=0.5, concurrency=8), **fields)
+    return dataclasses.replace(JudgeSpec(model="judge", base_url=server.url, timeout=30.0, concurrency=8), **fields)
 
 
 def ask(server: JudgeServer, folder: Path, wanted: list[JudgeRequest] | None = None, **fields: Any) -> list[Any]:
@@ -62,9 +61,11 @@ FAULTS = ["429", "429 0.02", "500", "503", "hang", "trickle", "truncated", "cut"
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_fault_that_passes_loses_nothing_and_counts_nothing_twice(kind: str, tmp_path: Path) -> None:
-    with JudgeServer(first_attempts(kind)) as server:
-        replies = ask(server, tmp_path)
+    with JudgeServer(first_attempts(kind), slowness=60.0) as server:
+        start = time.monotonic()
+        replies = ask(server, tmp_path, timeout=1.5 if kind in ("hang", "trickle") else 30.0)
         assert right(replies, server)
+        assert time.monotonic() - start < 40, "a call that hangs, or trickles in for ever, is given up in time"
         faulty = {call.key for call in server.calls if call.one_in(2)}
         assert 0 < len(faulty) < COUNT
         assert len(server.calls) == COUNT + len(faulty)
@@ -103,13 +104,17 @@ def test_an_answer_without_a_rating_is_kept_and_not_asked_again(tmp_path: Path) 
 
 
 def test_retry_after_holds_for_every_call(tmp_path: Path) -> None:
-    with JudgeServer(lambda call: "429 1" if call.number == 4 else None, pause=0.05) as server:
-        times: list[float] = []
-        receive = server.receive
-        server.receive = lambda body: (times.append(time.monotonic()), receive(body))[1]  # type: ignore[method-assign]
+    times: list[float] = []
+
+    def once(call: Call) -> str | None:
+        times.append(time.monotonic())
+        return "429 1" if call.number == 4 else None
+
+    with JudgeServer(once, pause=0.02) as server:
         ask(server, tmp_path, concurrency=2)
-        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-        assert sum(gap > 0.8 for gap in gaps) == 1, "all calls wait once"
+    during = [at for at in times if times[4] < at < times[4] + 0.9]
+    assert len(during) <= 2, "what was under way comes in, nothing else"
+    assert len(times) == COUNT + 1
 
 
 def test_a_wait_that_is_too_long_is_given_up_not_shortened(tmp_path: Path) -> None:
@@ -121,8 +126,8 @@ def test_a_wait_that_is_too_long_is_given_up_not_shortened(tmp_path: Path) -> No
 
 
 def test_concurrency_is_bounded_and_used(tmp_path: Path) -> None:
-    with JudgeServer(pause=0.03) as server:
-        ask(server, tmp_path, concurrency=4)
+    with JudgeServer(pause=0.2) as server:
+        ask(server, tmp_path, requests(9), concurrency=4)
         assert server.most_at_once == 4
 
 
@@ -277,7 +282,7 @@ def test_killed_in_the_middle_it_resumes_with_exactly_the_missing_calls(after: i
         assert 0 < kept < 120
         time.sleep(0.1)
         sent = len(server.calls)
-        replies = ask(server, tmp_path, requests(120), timeout=5.0)
+        replies = ask(server, tmp_path, requests(120))
         assert right(replies, server)
         assert len(server.calls) - sent == 120 - kept, "exactly the calls whose replies were not kept"
         assert max(server.answered.values()) <= 2 and sum(n - 1 for n in server.answered.values()) <= 4  # under way when killed
@@ -359,6 +364,7 @@ def test_two_processes_on_one_folder(tmp_path: Path) -> None:
         ({"base_url": "https://x/v1?api-key=secret", "model": "m"}, "base_url"),
         ({"path": "judge", "max_cost": 1.0}, "max_cost"),
         ({"path": "judge", "temperature": 0.5}, "temperature"),
+        ({"base_url": "http://x/v1", "model": "m", "quantization": "4bit"}, "quantization"),
         ({"path": "judge", "concurrency": 0}, "concurrency"),
         ({"path": "judge", "max_retries": -1}, "max_retries"),
     ],

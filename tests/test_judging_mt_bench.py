@@ -45,7 +45,7 @@ def answers(*models: str, text: str = "{model} on {question}, turn {turn}") -> d
 
 def judged(server: JudgeServer, folder: Path, models: tuple[str, ...] = ("small", "large"), **options: Any) -> Judged:
     fields = {name: options.pop(name) for name in list(options) if name in JudgeSpec.__dataclass_fields__}
-    spec = JudgeSpec(**({"model": "scripted", "base_url": server.url, "timeout": 5.0, "max_retries": 1} | fields))
+    spec = JudgeSpec(**({"model": "scripted", "base_url": server.url, "timeout": 60.0, "max_retries": 1} | fields))
     own = options.pop("answers", None) or answers(*models)
     with Engine(spec, folder, first_wait=0.005) as engine:
         return judge_mt_bench(engine, DATA, own, folder, bootstrap=200, **options)
@@ -123,7 +123,7 @@ def test_the_prompts_are_those_of_fastchat(tmp_path: Path) -> None:
             assert json.dumps(messages) in sent
 
 
-@pytest.mark.parametrize("mode", ["pairwise-baseline", "pairwise-all"])
+@pytest.mark.parametrize("mode", ["pairwise-baseline", pytest.param("pairwise-all", marks=pytest.mark.slow)])
 def test_pairs_are_judged_in_both_orders_and_show_result_agrees(mode: str, tmp_path: Path) -> None:
     models, base = ("small", "mid", "large"), "large" if mode == "pairwise-baseline" else None
     with JudgeServer() as server:
@@ -181,6 +181,22 @@ def test_an_error_never_becomes_a_score(tmp_path: Path) -> None:
         sent, missing = len(server.calls), 60 - len(lines)
         assert not judged(server, tmp_path, ("small",), limit=30).refusals
         assert len(server.calls) == sent + missing
+
+
+def test_a_game_counts_with_both_orders_or_not_at_all(tmp_path: Path) -> None:
+    broken = True
+    options: dict[str, Any] = {"mode": "pairwise-baseline", "baseline": "large", "limit": 8}
+    with JudgeServer(lambda call: "500" if broken and call.one_in(8) else None) as server:
+        result = judged(server, tmp_path, **options)
+        lines = lines_of(tmp_path / "scripted_pair.jsonl")
+        answered = {call.body["messages"][-1]["content"] for call in server.calls if not call.one_in(8)}
+        bad = {call.key for call in server.calls if call.one_in(8)}
+        assert len(bad) > 0 and all(line["g1_user_prompt"] in answered and line["g2_user_prompt"] in answered for line in lines)
+        assert f"{16 - len(lines)} of 16 judgments of small are missing" in result.refusals[0]
+        broken, sent = False, len(server.calls)
+        assert not judged(server, tmp_path, **options).refusals
+        assert {call.key for call in server.calls[sent:]} == bad and len(server.calls) == sent + len(bad)
+    assert len(lines_of(tmp_path / "scripted_pair.jsonl")) == 16
 
 
 def test_a_limit_is_said_and_a_rerun_goes_on(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
+from daekit.recipe.schema import Dtype, Quantization
+
 
 @dataclass(frozen=True)
 class JudgeSpec:
@@ -31,6 +33,8 @@ class JudgeSpec:
         score_parser: ``strict``: the last ``[[rating]]`` within 1 and 10 (the last verdict of a pairwise game); ``fastchat``:
             the first rating whatever its size, as FastChat reads it.
         batch_size: prompts per batch of a local judge.
+        dtype: of a local judge's weights.
+        quantization: of a local judge: ``4bit`` or ``8bit``.
     """
 
     model: str | None = None
@@ -50,6 +54,8 @@ class JudgeSpec:
     max_cost: float | None = None
     score_parser: Literal["strict", "fastchat"] = "strict"
     batch_size: int = 8
+    dtype: Dtype = "auto"
+    quantization: Quantization | None = None
 
     @property
     def name(self) -> str:
@@ -82,6 +88,8 @@ def judge_problems(spec: JudgeSpec) -> Iterator[tuple[str, str]]:
         value = getattr(spec, key)
         if value is not None and value < 0:
             yield key, f"{value} must not be negative"
+    if spec.path is None and (spec.quantization is not None or spec.dtype != "auto"):
+        yield "quantization" if spec.quantization else "dtype", "belongs to a local judge (path); an endpoint decides it itself"
     if spec.path is not None and spec.temperature:
         yield "temperature", f"{spec.temperature} is not possible with path: a local judge answers greedily; leave it out"
     if spec.max_cost is not None and (spec.price_prompt is None or spec.price_completion is None):

@@ -179,10 +179,11 @@ def _annotate(
     try:
         leaderboard, annotations = annotators.evaluate(annotator, model, reference, outputs, reply)
     except Unreadable:
-        return [
-            {"instruction": theirs["instruction"], "output_1": theirs["output"], "output_2": ours["output"], "preference": None}
-            for theirs, ours in zip(reference, outputs, strict=True)
-        ], None
+        annotations, leaderboard = [], None
+        for theirs, ours in zip(reference, outputs, strict=True):
+            answers = {"output_1": theirs["output"], "output_2": ours["output"]}
+            preference = 1.5 if theirs["output"] == ours["output"] else None  # a draw needs no judge
+            annotations.append({"instruction": theirs["instruction"], **answers, "preference": preference})
     return annotations, leaderboard
 
 

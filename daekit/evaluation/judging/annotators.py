@@ -128,9 +128,10 @@ def prompts_for(
         raise _Prompts(prompts)
 
     try:
-        _annotator_class(annotator, note)(annotators_config=annotator.config).annotate_head2head(
-            outputs_1=list(reference), outputs_2=list(outputs), chunksize=None
-        )
+        with _quiet():
+            _annotator_class(annotator, note)(annotators_config=annotator.config).annotate_head2head(
+                outputs_1=list(reference), outputs_2=list(outputs), chunksize=None
+            )
     except _Prompts as asked:
         return asked.prompts
     return []

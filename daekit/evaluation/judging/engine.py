@@ -229,7 +229,9 @@ def require_sound(spec: JudgeSpec) -> None:
 
 def identity(spec: JudgeSpec) -> str:
     """What tells this judge from others besides its name: the endpoint, or the path and what lies there."""
-    return spec.endpoint if spec.path is None else f"{spec.path}#{directory_fingerprint(spec.path)}"
+    if spec.path is None:
+        return spec.endpoint
+    return f"{spec.path}#{directory_fingerprint(spec.path)},{spec.dtype},{spec.quantization or 'plain'}"
 
 
 def is_official_host(spec: JudgeSpec) -> bool:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.evaluation.judging.calls import JudgeReply, JudgeRequest, Message
+from daekit.evaluation.subjects import device
 from daekit.models.backbone import frozen_forward
 from daekit.models.generation import generate
 from daekit.models.loading import load_model, load_tokenizer_of
@@ -42,12 +43,13 @@ class LocalJudge:
     def __init__(self, spec: JudgeSpec) -> None:
         assert spec.path is not None
         self._spec = spec
-        model_spec = ModelSpec(path=spec.path)
+        model_spec = ModelSpec(path=spec.path, dtype=spec.dtype, quantization=spec.quantization)
         self._tokenizer = load_tokenizer_of(model_spec)
         if not self._tokenizer.chat_template:
             raise UserError(f"judge.path: {spec.path} has no chat template; a judge must be a chat model.")
         model = load_model(model_spec)
-        self._model: PreTrainedModel = model.to("cuda") if torch.cuda.is_available() else model  # type: ignore[arg-type]
+        # bitsandbytes has placed its weights already
+        self._model: PreTrainedModel = model if spec.quantization else model.to(device())  # type: ignore[arg-type]
 
     def answer(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, JudgeReply]]:
         """(index, reply), a batch at a time, shortest prompts first.
@@ -82,12 +84,12 @@ class LocalJudge:
         width = max(map(len, prompts))
         mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         input_ids_BT = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-        device = self._model.device
+        where = self._model.device
         with frozen_forward(self._model):
             logits_BV = self._model(
-                input_ids=input_ids_BT.to(device),
-                attention_mask=mask_BT.to(device),
-                position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0).to(device),
+                input_ids=input_ids_BT.to(where),
+                attention_mask=mask_BT.to(where),
+                position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0).to(where),
                 logits_to_keep=1,
             ).logits[:, -1, : vocabulary_size(self._tokenizer)]
         candidates = min(max(_CANDIDATES, 4 * count), logits_BV.shape[-1])
