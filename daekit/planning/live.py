@@ -55,12 +55,20 @@ class Live(TorchDispatchMode):
         self.bytes -= size
 
 
+class GroupedProducts(TorchDispatchMode):
+    """Inside, fake tensors know products of experts in all dtypes; torch knows those of a GPU, in bfloat16, only."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **kwargs)
+        a, b = args[:2]
+        offsets = args[2] if len(args) > 2 else kwargs["offs"]
+        return a.new_empty((a.shape[0], b.shape[2]) if b.ndim == 3 else (len(offsets), a.shape[0], b.shape[1]))
+
+
 def size_of(*tensors: Any) -> int:
     """Bytes of the storages of tensors, each once; what is no tensor is nothing."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_leaves(tensors) if isinstance(t, Tensor)}
     return sum(storages.values())
 
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool = False) -> Tensor:
-    """An uninitialised tensor, fake inside a FakeTensorMode."""
-    return torch.empty(shape, dtype=dtype, requires_grad=requires_grad)

@@ -239,9 +239,9 @@ class StageMemory:
     @cached_property
     def _inside(self) -> int:
         config, width = self.student.config, self._compute_width
-        attention, hidden = self._watched_layers
-        keys = self.kept * config.num_key_value_heads * _head_width(config) * width
-        queries = self.kept * config.num_attention_heads * _head_width(config) * width
+        attention, hidden = self.watched_layers
+        keys = self.kept * config.num_key_value_heads * head_width(config) * width
+        queries = self.kept * config.num_attention_heads * head_width(config) * width
         return attention * (queries + keys) + hidden * self._hidden
 
     @cached_property
@@ -261,7 +261,7 @@ class StageMemory:
         )
 
     @cached_property
-    def _watched_layers(self) -> tuple[int, int]:
+    def watched_layers(self) -> tuple[int, int]:
         """How many layers of the student are compared: their attention, their hidden states."""
         if self._watch is None:
             return 0, 0
@@ -281,9 +281,9 @@ class StageMemory:
     def _internals(self, speaker: Speaker) -> int:
         """Queries, keys and hidden states that one teacher's layers leave."""
         config = speaker.skeleton.config
-        attention, hidden = self._watched_layers
+        attention, hidden = self.watched_layers
         width = self.training.autocast.itemsize if self.training.autocast is not None else self._width_of(speaker)
-        heads = (config.num_attention_heads + config.num_key_value_heads) * _head_width(config)
+        heads = (config.num_attention_heads + config.num_key_value_heads) * head_width(config)
         return self.kept * (attention * heads * width + hidden * int(config.hidden_size) * self._width_of(speaker))
 
     def _width_of(self, speaker: Speaker) -> int:
@@ -292,7 +292,7 @@ class StageMemory:
     @cached_property
     def _scores(self) -> int:
         """Blocks of attention scores of both models; GPU kernels have none."""
-        if not self._watched_layers[0] or self.machine.gpu:
+        if not self.watched_layers[0] or self.machine.gpu:
             return 0
         row = self.student.config.num_attention_heads * self.training.length
         return 4 * 4 * max(_BLOCK_SCORES, _SHORTEST_BLOCK * row)
@@ -364,7 +364,7 @@ class StageMemory:
             )
 
 
-def _head_width(config: Any) -> int:
+def head_width(config: Any) -> int:
     """D of an attention head, as transformers reads it."""
     width = getattr(config, "head_dim", None)
     return int(width or config.hidden_size // config.num_attention_heads)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from daekit.planning.shapes import Shapes
+from daekit.planning.shapes import Shapes, lora_in
 from daekit.planning.skeleton import Skeleton
 from daekit.planning.trace import Tracer
 from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
+
+
+_STAGE = "stage:"
 
 
 @dataclass(frozen=True)
@@ -62,24 +66,32 @@ class ModelPlanner:
             UserError: see ``daekit.planning.shapes`` and ``daekit.planning.skeleton``.
         """
         stage, shapes = recipe.stages[name], Shapes(recipe)
-        assert stage.student is not None, "a resolved recipe names every student"
-        student = self._tracer(shapes, stage.student, stage.lora, trained=True)
-        speakers = [self._speaker(shapes, each, student, who, group) for who, group, each in _speakers(stage)]
-        if stage.type == "dae" and stage.reference is None:
-            speakers.append(self._frozen_student(shapes, stage, student))
+        spec, lora = student_of(recipe, name)
+        student = self._tracer(shapes, spec, lora, trained=True)
+        speakers = []
+        for who, group, each in _speakers(stage):
+            if each.adapter is not None:
+                bytes_ = self._adapter_bytes(recipe, shapes, spec, each.adapter)
+                speakers.append(Speaker(who, student, bytes_, group, adapter=True))
+            else:
+                speakers.append(self._loaded(shapes, each, who, group))
+        if stage.type == "dae" and stage.reference is None:  # the student as it stands
+            own = sum(p.bytes for p in student.skeleton.parameters() if p.adapter)
+            copy = Speaker("reference", student, own, "reference", adapter=True)
+            speakers.append(self._loaded(shapes, spec, "reference", "reference") if lora is None else copy)
         return StageModels(student, tuple(speakers))
 
-    def _speaker(self, shapes: Shapes, spec: ModelSpec, student: Tracer, who: str, group: str) -> Speaker:
+    def _loaded(self, shapes: Shapes, spec: ModelSpec, who: str, group: str) -> Speaker:
         tracer = self._tracer(shapes, spec, None, trained=False)
         return Speaker(who, tracer, sum(p.bytes for p in tracer.skeleton.parameters()), group)
 
-    def _frozen_student(self, shapes: Shapes, stage: StageSpec, student: Tracer) -> Speaker:
-        if stage.lora is not None:
-            adapter = sum(p.bytes for p in student.skeleton.parameters() if p.adapter)
-            return Speaker("reference", student, adapter, "reference", adapter=True)
-        assert stage.student is not None
-        tracer = self._tracer(shapes, stage.student, None, trained=False)
-        return Speaker("reference", tracer, sum(p.bytes for p in tracer.skeleton.parameters()), "reference")
+    def _adapter_bytes(self, recipe: Recipe, shapes: Shapes, base: ModelSpec, adapter: str) -> int:
+        """Bytes of an adapter that speaks on the student's base; none of the base itself."""
+        if adapter == "base":
+            return 0
+        lora = lora_of(recipe, adapter)
+        skeleton = self._tracer(shapes, base, lora, trained=True).skeleton
+        return sum(p.bytes for p in skeleton.parameters() if p.adapter)
 
     def _tracer(self, shapes: Shapes, spec: ModelSpec, lora: LoraSpec | None, trained: bool) -> Tracer:
         shape = shapes.of(spec)
@@ -88,6 +100,24 @@ class ModelPlanner:
         if key not in self._tracers:
             self._tracers[key] = Tracer(Skeleton(shape, lora, trained))
         return self._tracers[key]
+
+
+def student_of(recipe: Recipe, name: str) -> tuple[ModelSpec, LoraSpec | None]:
+    """(the base of a stage's student, the adapter that is trained on it); an adapter that is trained on has its stage's base."""
+    spec, lora = recipe.stages[name].student, recipe.stages[name].lora
+    assert spec is not None, "a resolved recipe names every student"
+    if spec.adapter is None:
+        return spec, lora
+    if spec.adapter.startswith(_STAGE):
+        return student_of(recipe, spec.adapter.removeprefix(_STAGE).strip())
+    return replace(spec, adapter=None), lora_of(recipe, spec.adapter)
+
+
+def lora_of(recipe: Recipe, adapter: str) -> LoraSpec | None:
+    """The adapter that an earlier stage trains, or that lies in a directory."""
+    if adapter.startswith(_STAGE):
+        return student_of(recipe, adapter.removeprefix(_STAGE).strip())[1]
+    return lora_in(Path(adapter))
 
 
 def _speakers(stage: StageSpec) -> Iterator[tuple[str, str, ModelSpec]]:

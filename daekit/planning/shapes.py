@@ -82,12 +82,24 @@ class Shapes:
         return {"vocab_size": vocabulary_size(load_tokenizer(tokenizer))} | fields
 
 
-def lora_of_path(spec: ModelSpec) -> LoraSpec | None:
-    """The adapter in the directory that ``spec`` names, which is merged when it is loaded; None if it holds none."""
-    if spec.path is None or not (file := Path(spec.path).expanduser() / _ADAPTER).is_file():
-        return None
-    fields = json.loads(file.read_text())
-    return LoraSpec(r=fields["r"], lora_alpha=fields["lora_alpha"])
+def lora_in(directory: Path) -> LoraSpec:
+    """The LoRA adapter in a directory.
+
+    Raises:
+        UserError: there is none, or it does not say its rank and its targets.
+    """
+    file = directory.expanduser() / _ADAPTER
+    try:
+        fields = json.loads(file.read_text())
+        targets = fields["target_modules"]
+        return LoraSpec(
+            r=fields["r"],
+            lora_dropout=fields["lora_dropout"],
+            target_modules=targets if isinstance(targets, str) else tuple(targets),
+            use_dora=fields["use_dora"],
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file}: cannot be read as a LoRA adapter's config ({error})") from error
 
 
 @cache

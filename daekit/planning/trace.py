@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.models.internals import decoder_layers
-from daekit.planning.live import Live, size_of
+from daekit.planning.live import GroupedProducts, Live, size_of
 from daekit.planning.skeleton import Skeleton, fake_parameters
 from daekit.planning.standins import FusedDropout
 
@@ -120,10 +120,6 @@ class Tracer:
         chosen = [layers[of_layer.index(kind)] for kind in range(len(kinds))]
         backbone = base_of(model).base_model
         holder = next(m for m in backbone.modules() if isinstance(m, nn.ModuleList) and layers[0] in list(m))
-        types = getattr(self.skeleton.config, "layer_types", None)
-        self.skeleton.config.num_hidden_layers = len(chosen)
-        if types is not None:
-            self.skeleton.config.layer_types = [types[of_layer.index(kind)] for kind in range(len(kinds))]
         holder._modules = {str(i): layer for i, layer in enumerate(chosen)}
         mode = FakeTensorMode()
         with mode:
@@ -133,7 +129,8 @@ class Tracer:
     def _run(self, setting: Setting) -> ModelCost:
         backbone, chosen, of_layer, mode, weights = self._twin
         backbone.train(self.skeleton.trained)
-        with mode, ExitStack() as stack:
+        with mode, GroupedProducts(), ExitStack() as stack:
+            stack.enter_context(_as_config_of(self.skeleton.config, of_layer))
             if setting.gpu:
                 stack.enter_context(_fused_dropout(backbone))
             calls, ends, width = self._ends(backbone, chosen, setting, weights)
@@ -246,6 +243,22 @@ def _signature(layer: nn.Module, index: int, config: Any) -> Any:
 
 def _autocast(setting: Setting) -> Any:
     return torch.autocast("cpu", setting.autocast, enabled=setting.autocast is not None)
+
+
+@contextmanager
+def _as_config_of(config: Any, of_layer: list[int]) -> Iterator[None]:
+    """A config that says that there is one layer of each kind."""
+    kinds = range(len(set(of_layer)))
+    types, depth = getattr(config, "layer_types", None), config.num_hidden_layers
+    config.num_hidden_layers = len(kinds)
+    if types is not None:
+        config.layer_types = [types[of_layer.index(kind)] for kind in kinds]
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = depth
+        if types is not None:
+            config.layer_types = types
 
 
 @contextmanager
