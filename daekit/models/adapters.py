@@ -19,7 +19,7 @@ from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.models.loading import load_model
 from daekit.models.restore import ADAPTER_WEIGHTS, restore_adapter
-from daekit.recipe.adapter_config import on_an_end, read_adapter_config, require_same_base
+from daekit.recipe.adapter_config import ADAPTER_CONFIG, on_an_end, read_adapter_config, require_same_base
 from daekit.recipe.schema import ModelSpec
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -97,7 +97,7 @@ def require_adapters_fit(folders: Iterable[str | Path], base: ModelSpec) -> None
         UserError: another base (by name and revision), missing or left-over tensors, other shapes.
     """
     assert base.path is not None, "a base has a name"
-    config = AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    config = _config_of(base)
     for folder in folders:
         lora = lora_config_of(folder)
         require_same_base(folder, str(lora.base_model_name_or_path), base.path, (lora.revision, base.revision))
@@ -142,6 +142,20 @@ def require_fits(folder: str | Path, lora: LoraConfig, base: PreTrainedConfig, t
             f"{folder}: its weights do not fit the base: {len({key for key, _ in different})} tensors differ, such as {name}, "
             f"which {says}. The adapter is incomplete or of another base."
         )
+
+
+def _config_of(base: ModelSpec) -> PreTrainedConfig:
+    """The config of a base; of one that is an adapter merged when it is loaded, that of the model below."""
+    assert base.path is not None
+    if (Path(base.path).expanduser() / ADAPTER_CONFIG).is_file():
+        below = lora_config_of(base.path)
+        return _config_of(ModelSpec(path=below.base_model_name_or_path, revision=below.revision))
+    try:
+        return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{base.path}: the config of the model could not be read ({str(error).strip().splitlines()[0]})"
+        ) from error
 
 
 def name_of_base(model: nn.Module) -> str:

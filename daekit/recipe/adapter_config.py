@@ -83,8 +83,8 @@ def require_same_base(folder: str | Path, adapter_base: str, base: str, revision
     theirs, ours = revisions
     if not base:
         raise UserError(
-            f"{folder}: is an adapter of {adapter_base!r}; the student's base has no name to compare with, for it was not loaded "
-            "from a directory or hub id. Load it from there."
+            f"{folder}: is an adapter of {adapter_base!r}; the student's base has no name to compare with, for it was not "
+            "loaded from a directory or hub id. Load it from there."
         )
     if not same_base(adapter_base, base):
         raise UserError(
