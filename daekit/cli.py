@@ -75,9 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (check, train):
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
-    merge = commands.add_parser(
-        "merge", help="fold a LoRA adapter into its 16-bit base, save a plain model, and compare the two"
-    )
+    merge = commands.add_parser("merge", help="fold a LoRA adapter into its 16-bit base, and compare the two")
     merge.set_defaults(run=_merge)
     merge.add_argument("adapter", metavar="ADAPTER_DIR", help="a directory with adapter_config.json and its safetensors")
     merge.add_argument("out", metavar="OUT", help="the directory to make")

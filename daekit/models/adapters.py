@@ -19,14 +19,14 @@ from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.models.loading import load_model
 from daekit.models.restore import ADAPTER_WEIGHTS, restore_adapter
-from daekit.recipe.adapter_config import ADAPTER_CONFIG, on_an_end, read_adapter_config, require_same_base
+from daekit.recipe.adapter_config import ADAPTER_CONFIG, on_an_end, read_adapter_config, require_same_base, require_shareable
 from daekit.recipe.schema import ModelSpec
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def lora_config_of(folder: str | Path) -> LoraConfig:
-    """The config of an adapter; UserError for what ``read_adapter_config`` refuses."""
+    """The config of an adapter, shareable or not; UserError for what ``read_adapter_config`` refuses."""
     read_adapter_config(folder)
     try:
         config = PeftConfig.from_pretrained(str(Path(folder).expanduser()))
@@ -108,9 +108,10 @@ def require_fits(folder: str | Path, lora: LoraConfig, base: PreTrainedConfig, t
     """Compare names and shapes of an adapter's tensors with a model without weights (on the meta device).
 
     Raises:
-        UserError: missing or left-over tensors, other shapes, no module that it could sit on, LoRA matrices on the output head
-            or the embeddings, a module saved whole that the output head is tied to.
+        UserError: an adapter that cannot share its base; missing or left-over tensors, other shapes, no module that it could
+            sit on; a module saved whole that the output head is tied to.
     """
+    require_shareable(folder, read_adapter_config(folder))
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(base, trust_remote_code=trust_remote_code)
         try:
@@ -128,19 +129,13 @@ def require_fits(folder: str | Path, lora: LoraConfig, base: PreTrainedConfig, t
             )
     expected = {name: tuple(tensor.shape) for name, tensor in _state_of(adapted, "default").items()}
     saved = _saved_shapes(folder)
-    different = sorted(expected.items() ^ saved.items())
+    different = sorted({name for name, _ in expected.items() ^ saved.items()})
     if different:
-        name = different[0][0]
-        says = (
-            "is missing"
-            if name not in saved
-            else "belongs nowhere"
-            if name not in expected
-            else (f"has the shape {list(saved[name])} instead of {list(expected[name])}")
-        )
+        first = different[0]
         raise UserError(
-            f"{folder}: its weights do not fit the base: {len({key for key, _ in different})} tensors differ, such as {name}, "
-            f"which {says}. The adapter is incomplete or of another base."
+            f"{folder}: its weights do not fit the base: {len(different)} tensors differ, such as {first} (saved: "
+            f"{saved.get(first, 'nothing')}, the base wants: {expected.get(first, 'nothing')}). The adapter is incomplete or "
+            "of another base."
         )
 
 
@@ -153,9 +148,8 @@ def _config_of(base: ModelSpec) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{base.path}: the config of the model could not be read ({str(error).strip().splitlines()[0]})"
-        ) from error
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{base.path}: the config of the model could not be read ({reason})") from error
 
 
 def name_of_base(model: nn.Module) -> str:
@@ -187,7 +181,7 @@ def _revision_of(model: PeftModel) -> str | None:
 
 
 def _without_first_values(config: LoraConfig) -> LoraConfig:
-    """A copy whose first values are random: PiSSA, OLoRA... would take theirs from the base once more, and change it."""
+    """A copy whose first values are PEFT's usual ones: they are written over, and ``eva`` would want data for its own."""
     config = copy.deepcopy(config)
     config.init_lora_weights = True
     return config

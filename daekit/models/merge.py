@@ -5,14 +5,17 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from daekit.errors import UserError
-from daekit.models.adapters import base_spec, load_continued
+from daekit.models.adapters import base_spec, lora_config_of
 from daekit.models.loading import load_model, load_tokenizer_of
+from daekit.models.restore import restore_adapter
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.schema import Dtype, ModelSpec
 
@@ -55,8 +58,8 @@ class MergeCheck:
         name = str(self.dtype).removeprefix("torch.")
         return (
             f"checked on {self.tokens} tokens in {name}: logits differ by at most {self.difference:.3g} (rounding explains "
-            f"{self.allowed:.3g}; the adapter itself changes them by up to {self.adapter:.3g}, the largest is {self.largest:.3g}), "
-            f"KL {self.kl:.3g} nats per token"
+            f"{self.allowed:.3g}; the adapter itself changes them by up to {self.adapter:.3g}, the largest is "
+            f"{self.largest:.3g}), KL {self.kl:.3g} nats per token"
         )
 
 
@@ -79,24 +82,24 @@ def merge_adapter(folder: str | Path, out: str | Path, dtype: Dtype = "auto") ->
     spec = ModelSpec(adapter=str(folder), dtype=dtype)
     has_tokenizer = (Path(folder).expanduser() / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer_of(ModelSpec(path=str(folder)) if has_tokenizer else base_spec(spec))
-    model = load_continued(spec).eval()
+    model = _adapted(spec)
     ids_BT = _batch(tokenizer)
     size = vocabulary_size(tokenizer)
     adapted = _logits(model, ids_BT, size)
     with model.disable_adapter():
         base = _logits(model, ids_BT, size)
-    merged = _merged(model)
+    merged: Any = model.merge_and_unload(safe_merge=True)
     half = out.with_name(out.name + ".half")
     try:
         merged.save_pretrained(half)
         tokenizer.save_pretrained(half)
-        kept = merged.dtype
+        kept: torch.dtype = merged.dtype
         del model, merged  # only one model at a time in memory
         saved = _logits(load_model(ModelSpec(path=str(half), dtype="auto")).eval(), ids_BT, size)
         check = _compare(adapted, base, saved, kept)
         if not check.difference <= check.allowed:
             raise UserError(
-                f"{folder}: the merged model is not the base with its adapter: {check}. A wider dtype (--dtype float32) rounds less."
+                f"{folder}: the merged model is not the base with its adapter: {check}. Rounding is less with --dtype float32."
             )
         half.rename(out)
     finally:
@@ -104,14 +107,17 @@ def merge_adapter(folder: str | Path, out: str | Path, dtype: Dtype = "auto") ->
     return check
 
 
-def _merged(model: PeftModel) -> nn.Module:
-    """The base with the adapter in its weights, each rounded once to the dtype it had."""
-    return model.merge_and_unload(safe_merge=True)
+def _adapted(spec: ModelSpec) -> PeftModel:
+    """The base with its adapter; also of the kinds that cannot share a base with others."""
+    assert spec.adapter is not None
+    model = get_peft_model(load_model(base_spec(spec)), lora_config_of(spec.adapter))
+    restore_adapter(model, Path(spec.adapter).expanduser(), "default")
+    return model.eval()
 
 
-def _batch(tokenizer: object) -> Tensor:
+def _batch(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """``[B, T]`` ids of a few sentences, cut to the shortest: no padding, so that every position is compared."""
-    ids = [tokenizer(text)["input_ids"] for text in _SENTENCES]  # type: ignore[operator]
+    ids = [tokenizer(text)["input_ids"] for text in _SENTENCES]
     length = max(min(map(len, ids)), 1)
     return torch.tensor([row[:length] for row in ids])
 

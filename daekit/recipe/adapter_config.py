@@ -11,6 +11,7 @@ from daekit.errors import UserError
 ADAPTER_CONFIG = "adapter_config.json"
 BARE_BASE = "base"  # as an ``adapter``: the student's base with its adapter off
 _STAGE = "stage:"
+_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")  # first values that leave the weights of the base as they are
 
 
 def adapter_stage(adapter: str | None) -> str | None:
@@ -22,8 +23,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     """The content of ``adapter_config.json``.
 
     Raises:
-        UserError: not a directory with an adapter, not LoRA, no base named, or an adapter that changes the base's biases or
-            carries LoRA matrices on the output head or on the embeddings.
+        UserError: not a directory with an adapter, not LoRA, or no base named.
     """
     file = Path(folder).expanduser() / ADAPTER_CONFIG
     try:
@@ -37,19 +37,30 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{folder}: its {ADAPTER_CONFIG} cannot be read ({error})") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise UserError(f"{folder}: holds an adapter of the kind {kind}; only LoRA adapters share a base here")
+        raise UserError(f"{folder}: holds an adapter of the kind {kind}; only LoRA adapters are supported")
     if not config.get("base_model_name_or_path"):
         raise UserError(f"{folder}: its {ADAPTER_CONFIG} names no base model (base_model_name_or_path) to compare with")
+    return config
+
+
+def require_shareable(folder: str | Path, config: dict[str, Any]) -> None:
+    """Refuse an adapter that cannot run on a base which others share.
+
+    Raises:
+        UserError: it changes weights of the base itself, or carries LoRA matrices on the output head or on the embeddings.
+    """
+    merged = "merge it (daekit merge) and give the merged model"
     if config.get("bias", "none") != "none":
+        raise UserError(f"{folder}: bias={config['bias']!r} changes biases of the base itself, which others share; {merged}")
+    if config.get("init_lora_weights", True) not in _KEEP_THE_BASE:
         raise UserError(
-            f"{folder}: bias={config['bias']!r} changes biases of the base itself, which others share; merge it (daekit merge) "
-            "and give the merged model"
+            f"{folder}: init_lora_weights={config['init_lora_weights']!r} has changed the weights of the base that it was "
+            f"trained on, which others share; {merged}, or convert it (path_initial_model_for_weight_conversion of PEFT)"
         )
     targets = config.get("target_modules") or []
     ends = [name for name in ("lm_head", "embed_tokens") if not isinstance(targets, str) and name in targets]
     if ends:
         raise on_an_end(folder, ends[0])
-    return config
 
 
 def on_an_end(folder: str | Path, end: str) -> UserError:

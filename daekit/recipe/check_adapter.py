@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 
 from daekit.errors import UserError
-from daekit.recipe.adapter_config import BARE_BASE, adapter_stage, read_adapter_config, require_same_base, same_base
+from daekit.recipe.adapter_config import (
+    BARE_BASE,
+    adapter_stage,
+    read_adapter_config,
+    require_same_base,
+    require_shareable,
+    same_base,
+)
 from daekit.recipe.problems import Problems, dotted, listed
 from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.recipe.tree import Path
@@ -39,6 +46,7 @@ def check_adapter(recipe: Recipe, name: str, path: Path, model: ModelSpec, probl
     assert model.adapter is not None
     try:
         config = read_adapter_config(model.adapter)
+        require_shareable(model.adapter, config)
         if ours is not None and ours.path is not None:
             revisions = (config.get("revision"), ours.revision)
             require_same_base(model.adapter, config["base_model_name_or_path"], ours.path, revisions)

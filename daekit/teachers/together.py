@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -55,20 +55,18 @@ def _one_forward(rows_of: Mapping[AdapterTeacher, list[int]], batch: Batch) -> l
 def can_mix(model: PeftModel, adapters: Sequence[str | None]) -> bool:
     """Whether one forward with ``adapter_names`` is the same as one forward per adapter.
 
-    Not so with DoRA, activated LoRA, adapted parameters that are no modules, modules saved whole (their heads differ), merged
-    or switched-off layers, and adapters of several dtypes, of which bitsandbytes' layers would round one as another.
+    Not so with DoRA and other variants of LoRA, adapted parameters that are no modules, modules saved whole (their heads
+    differ), merged or switched-off layers, and adapters of several dtypes (bitsandbytes' layers would round one as another).
     """
-    configs = [model.peft_config[name] for name in adapters if name is not None]
-    plain = all(
-        isinstance(config, LoraConfig) and not (config.use_dora or config.alora_invocation_tokens or config.target_parameters)
-        for config in configs
-    )
-    if not plain or not model.has_active_enabled_adapter:
+    if not model.has_active_enabled_adapter:  # PEFT would not look at adapter_names
         return False
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             return False
-        if isinstance(module, BaseTunerLayer) and (type(module).__name__ not in _MIXING_LAYERS or module.merged):
-            return False
+        if isinstance(module, BaseTunerLayer):
+            if type(module).__name__ not in _MIXING_LAYERS or module.merged:
+                return False
+            if any(name in module.lora_variant for name in adapters):
+                return False
     dtypes = {p.dtype for name in adapters if name is not None for p in adapter_parameters(model, name).values()}
     return len(dtypes) <= 1
