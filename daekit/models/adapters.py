@@ -1,4 +1,4 @@
-"""LoRA adapters from their directories onto a base that is loaded once, whole and in the dtype they were saved in."""
+"""LoRA adapters from their directories onto a base that is loaded once, compared with it before its weights are read."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ def load_continued(spec: ModelSpec) -> PeftModel:
 
 
 def load_frozen(model: PeftModel, folder: str | Path, name: str) -> None:
-    """Add the adapter in ``folder`` to a PEFT model, frozen, in the dtype it was saved in; the active one stays active.
+    """Add the adapter in ``folder`` to a PEFT model, frozen; the active one stays active.
+
+    On a quantised base it runs in the dtype it was saved in (TRL trains adapters in bfloat16 there), otherwise in float32, as
+    PEFT has it, so that it is the merged model.
 
     Raises:
         UserError: an adapter of another base, incomplete, of other shapes, or of a kind that is not supported.
@@ -84,7 +87,8 @@ def load_frozen(model: PeftModel, folder: str | Path, name: str) -> None:
     require_fits(folder, config, base.config)
     flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     model.add_adapter(name, _without_first_values(config))
-    _take_dtypes(model, name, Path(folder).expanduser())
+    if getattr(base, "is_quantized", False):
+        _take_dtypes(model, name, Path(folder).expanduser())
     restore_adapter(model, Path(folder).expanduser(), name)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(flags.get(key, False))

@@ -50,7 +50,7 @@ class AdapterTeacher:
 
     @classmethod
     def from_pretrained(cls, model: PeftModel, path: str | Path, vocab_size: int, name: str | None = None) -> AdapterTeacher:
-        """Load the LoRA adapter in a directory onto the student's base, frozen, in the dtype it was saved in.
+        """Load the LoRA adapter in a directory onto the student's base, frozen; see ``daekit.models.adapters``.
 
         Args:
             model: the PEFT model that the student is trained in.

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from daekit.models.adapters import adapter_parameters
+from daekit.models.backbone import base_of
 from daekit.protocol import Batch, Signal, Teacher
 from daekit.teachers.adapter import AdapterTeacher, speak
 
@@ -56,10 +58,15 @@ def can_mix(model: PeftModel, adapters: Sequence[str | None]) -> bool:
     """Whether one forward with ``adapter_names`` is the same as one forward per adapter.
 
     Not so with DoRA and other variants of LoRA, adapted parameters that are no modules, modules saved whole (their heads
-    differ), merged or switched-off layers, and adapters of several dtypes (bitsandbytes' layers would round one as another).
+    differ), merged or switched-off layers, adapters of several dtypes (bitsandbytes' layers would round one as another), and
+    float32 adapters on a bfloat16 layer without autocast (their output would be rounded before it is added, not after).
     """
     if not model.has_active_enabled_adapter:  # PEFT would not look at adapter_names
         return False
+    dtypes = {p.dtype for name in adapters if name is not None for p in adapter_parameters(model, name).values()}
+    if len(dtypes) > 1:
+        return False
+    rounded_alike = torch.is_autocast_enabled(base_of(model).device.type)
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             return False
@@ -68,5 +75,6 @@ def can_mix(model: PeftModel, adapters: Sequence[str | None]) -> bool:
                 return False
             if any(name in module.lora_variant for name in adapters):
                 return False
-    dtypes = {p.dtype for name in adapters if name is not None for p in adapter_parameters(model, name).values()}
-    return len(dtypes) <= 1
+            if type(module).__name__ == "Linear" and not rounded_alike and dtypes - {module.weight.dtype}:
+                return False
+    return True
