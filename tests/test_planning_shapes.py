@@ -40,7 +40,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def shape(kind: str, quantization: str | None = None, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> Shape:
     config = AutoConfig.for_model(kind, **(SMALL | FAMILIES.get(kind, {}) | fields))
-    config._attn_implementation = "sdpa"
     return Shape(config, dtype, quantization, torch.bfloat16)
 
 

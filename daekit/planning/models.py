@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
-from daekit.planning.shapes import Shapes, lora_in
+from daekit.models.adapters import base_spec, lora_config_of
+from daekit.planning.shapes import Shapes
 from daekit.planning.skeleton import Skeleton
 from daekit.planning.trace import Tracer
+from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
 from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
-
-
-_STAGE = "stage:"
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class ModelPlanner:
 
     def _adapter_bytes(self, recipe: Recipe, shapes: Shapes, base: ModelSpec, adapter: str) -> int:
         """Bytes of an adapter that speaks on the student's base; none of the base itself."""
-        if adapter == "base":
+        if adapter == BARE_BASE:
             return 0
         lora = lora_of(recipe, adapter)
         skeleton = self._tracer(shapes, base, lora, trained=True).skeleton
@@ -95,8 +93,8 @@ class ModelPlanner:
 
     def _tracer(self, shapes: Shapes, spec: ModelSpec, lora: LoraSpec | None, trained: bool) -> Tracer:
         shape = shapes.of(spec)
-        facts = (shape.config.to_json_string(), shape.config._attn_implementation, replace(shape, config=None))  # type: ignore[arg-type]
-        key = repr((facts, lora, trained))
+        fields = {name: value for name, value in vars(shape).items() if name != "config"}
+        key = repr((shape.config.to_json_string(), fields, lora, trained))
         if key not in self._tracers:
             self._tracers[key] = Tracer(Skeleton(shape, lora, trained))
         return self._tracers[key]
@@ -108,16 +106,25 @@ def student_of(recipe: Recipe, name: str) -> tuple[ModelSpec, LoraSpec | None]:
     assert spec is not None, "a resolved recipe names every student"
     if spec.adapter is None:
         return spec, lora
-    if spec.adapter.startswith(_STAGE):
-        return student_of(recipe, spec.adapter.removeprefix(_STAGE).strip())
-    return replace(spec, adapter=None), lora_of(recipe, spec.adapter)
+    origin = adapter_stage(spec.adapter)
+    if origin is not None:
+        return student_of(recipe, origin)
+    return base_spec(spec), lora_of(recipe, spec.adapter)
 
 
 def lora_of(recipe: Recipe, adapter: str) -> LoraSpec | None:
     """The adapter that an earlier stage trains, or that lies in a directory."""
-    if adapter.startswith(_STAGE):
-        return student_of(recipe, adapter.removeprefix(_STAGE).strip())[1]
-    return lora_in(Path(adapter))
+    origin = adapter_stage(adapter)
+    if origin is not None:
+        return student_of(recipe, origin)[1]
+    config = lora_config_of(adapter)
+    targets = config.target_modules or ()
+    return LoraSpec(
+        r=config.r,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        use_dora=config.use_dora,
+    )
 
 
 def _speakers(stage: StageSpec) -> Iterator[tuple[str, str, ModelSpec]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,10 +16,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from daekit.data.tokenizer import load_tokenizer
 from daekit.errors import UserError
 from daekit.models.vocabulary import vocabulary_size
-from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe
+from daekit.recipe.adapter_config import ADAPTER_CONFIG, adapter_stage, read_adapter_config
+from daekit.recipe.schema import ModelSpec, Recipe
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -28,16 +27,19 @@ class Shape:
     """What a model looks like before anything of it is loaded.
 
     Attributes:
-        config: of transformers; its ``attn_implementation`` is set.
+        config: of transformers.
         dtype: of the weights that are not quantised.
         quantization: None, ``4bit`` or ``8bit``.
         compute_dtype: of the matrix products with quantised weights.
+        attention: the attention implementation, None: transformers' choice. FlashAttention is planned as SDPA, which needs
+            as much memory where there is no mask.
     """
 
     config: PreTrainedConfig
     dtype: torch.dtype
     quantization: str | None
     compute_dtype: torch.dtype
+    attention: str | None = None
 
 
 class Shapes:
@@ -54,8 +56,8 @@ class Shapes:
         """
         config, own = self._found(spec)
         dtype = _DTYPES.get(spec.dtype, own)
-        config._attn_implementation = spec.attn_implementation or "sdpa"
-        return Shape(config, dtype, spec.quantization, _DTYPES.get(spec.dtype, torch.bfloat16))
+        attention = "sdpa" if spec.attn_implementation and "flash" in spec.attn_implementation else spec.attn_implementation
+        return Shape(config, dtype, spec.quantization, _DTYPES.get(spec.dtype, torch.bfloat16), attention)
 
     def _found(self, spec: ModelSpec) -> tuple[PreTrainedConfig, torch.dtype]:
         """(config, the dtype that ``auto`` means)."""
@@ -68,9 +70,13 @@ class Shapes:
 
     def _result_of(self, name: str) -> tuple[PreTrainedConfig, torch.dtype]:
         """A stage's result has the shape of its student; a LoRA student is merged into its base, which is not quantised."""
-        student = self.recipe.stages[name].student
+        stage = self.recipe.stages[name]
+        student = stage.student
         assert student is not None, "a resolved recipe names every student"
-        shape = self.of(replace(student, dtype="auto") if self.recipe.stages[name].lora else student)
+        origin = adapter_stage(student.adapter)
+        if origin is not None:
+            return self._result_of(origin)
+        shape = self.of(replace(student, dtype="auto") if stage.lora else student)
         return shape.config, shape.dtype
 
     def _with_vocabulary(self, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,26 +86,6 @@ class Shapes:
         if tokenizer.train is not None:
             return {"vocab_size": tokenizer.train.vocab_size} | fields
         return {"vocab_size": vocabulary_size(load_tokenizer(tokenizer))} | fields
-
-
-def lora_in(directory: Path) -> LoraSpec:
-    """The LoRA adapter in a directory.
-
-    Raises:
-        UserError: there is none, or it does not say its rank and its targets.
-    """
-    file = directory.expanduser() / _ADAPTER
-    try:
-        fields = json.loads(file.read_text())
-        targets = fields["target_modules"]
-        return LoraSpec(
-            r=fields["r"],
-            lora_dropout=fields["lora_dropout"],
-            target_modules=targets if isinstance(targets, str) else tuple(targets),
-            use_dora=fields["use_dora"],
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: cannot be read as a LoRA adapter's config ({error})") from error
 
 
 @cache
@@ -112,11 +98,9 @@ def known_shapes() -> dict[str, dict[str, Any]]:
 def _from_path(spec: ModelSpec) -> tuple[PreTrainedConfig, torch.dtype]:
     path = str(spec.path)
     directory = Path(path).expanduser()
-    if (directory / _ADAPTER).is_file():
-        base = json.loads((directory / _ADAPTER).read_text()).get("base_model_name_or_path")
-        if not base:
-            raise UserError(f"{path}: its {_ADAPTER} names no base model (base_model_name_or_path)")
-        return _from_path(replace(spec, path=base, revision=None))
+    if (directory / ADAPTER_CONFIG).is_file():
+        config = read_adapter_config(directory)
+        return _from_path(replace(spec, path=config["base_model_name_or_path"], revision=config.get("revision")))
     if path in known_shapes() and not directory.is_dir():
         entry = known_shapes()[path]
         return _from_fields(entry["config"]), _DTYPES[entry["dtype"]]

@@ -59,14 +59,15 @@ class Skeleton:
     def __init__(self, shape: Shape, lora: LoraSpec | None = None, trained: bool = False) -> None:
         self.shape, self.trained = shape, trained
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(shape.config, dtype=shape.dtype)
+            attention = {"attn_implementation": shape.attention} if shape.attention else {}
+            model: Any = AutoModelForCausalLM.from_config(shape.config, dtype=shape.dtype, **attention)
         bits = {None: 0, "4bit": 4, "8bit": 8}[shape.quantization]
         quantised = quantise(model, bits, shape.compute_dtype) if bits else {}
         if lora is not None:
             model = _with_adapter(model, lora, in_bfloat16=bool(bits))
         elif not trained:
             model.requires_grad_(False)
-        self.model: Any = model
+        self.model: Any = model  # its layers are those of one kind once it has been traced
         base = base_of(model)
         self.head, self.embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
         layers = decoder_layers(model)
@@ -78,7 +79,7 @@ class Skeleton:
     @property
     def config(self) -> Any:
         """The config of the language model."""
-        return self.shape.config.get_text_config()
+        return base_of(self.model).config.get_text_config()
 
     @property
     def tied(self) -> bool:
