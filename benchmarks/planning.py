@@ -5,14 +5,16 @@
     python benchmarks/planning.py --cases dev --only NAME
 
 Each case is a recipe on models with random weights (built from configs; a quantised one is saved and loaded as any other),
-planned by ``daekit.planning`` and run for two optimizer steps by the trainers that ``daekit train`` would build. Measured is what
-torch's CPU allocator has handed out at most, kernels' temporaries included, from the profiler's allocation events. Each run
+planned by ``daekit.planning`` and run for two optimizer steps by the trainers that ``daekit train`` would build. Measured are
+all tensors that live when training begins, and what torch's CPU allocator has handed out at most above that, kernels' temporaries
+included, from the profiler's allocation events. Each case
 has a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import subprocess
@@ -29,13 +31,17 @@ import yaml
 from planning_cases import CASES, recipe_of
 from torch.profiler import ProfilerActivity, profile
 
-HERE = Path(__file__).parent
-
 
 @contextmanager
 def counting_bytes() -> Iterator[dict[str, int]]:
-    """``{"peak": bytes}`` of torch's CPU allocator inside, kernels' own temporaries included; nothing before it counts."""
+    """``{"peak": bytes}`` of all tensors: those that live before, and what torch's CPU allocator hands out inside.
+
+    Kernels' own temporaries are included. What lives before is counted by its storages, as weights are read by other threads and
+    out of mapped files, which the profiler does not see.
+    """
     result: dict[str, int] = {}
+    gc.collect()
+    before = bytes_of_all_tensors()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield result
     assert profiler.profiler is not None
@@ -44,7 +50,17 @@ def counting_bytes() -> Iterator[dict[str, int]]:
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    result["peak"] = peak
+    result |= {"peak": before + peak, "before": before}
+
+
+def bytes_of_all_tensors() -> int:
+    """Of the storages of every tensor that Python knows, each once."""
+    storages: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and type(thing).__name__ != "FakeTensor":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def write_rows(path: Path, count: int, length: int, words: int) -> None:
@@ -64,22 +80,19 @@ def run(name: str, scale: str) -> dict[str, Any]:
     case = CASES[name].scaled(scale)
     with tempfile.TemporaryDirectory(prefix="daekit-planning-") as folder:
         root = Path(folder)
-        text = yaml.safe_dump(recipe_of(case, root))
         prepare(case, root)
-        recipe = load_recipe_text(text, name)
-        machine = Machine(memory=64 * 10**9, gpu=False)
+        recipe = load_recipe_text(yaml.safe_dump(recipe_of(case, root)), name)
         start = time.perf_counter()
-        planned = plan_recipe(recipe, machine, only=["main"]).stages[0]
+        planned = plan_recipe(recipe, Machine(memory=64 * 10**9, gpu=False), only=["main"]).stages[0]
         seconds = time.perf_counter() - start
-        with counting_bytes() as measured:
-            train(recipe)
-    error = planned.memory.total / measured["peak"] - 1
+        measured = train(recipe)
     return {
         "case": name,
         "scale": scale,
         "planned": planned.memory.total,
         "measured": measured["peak"],
-        "error": round(error, 4),
+        "measured_before_training": measured["before"],
+        "error": round(planned.memory.total / measured["peak"] - 1, 4),
         "moment": planned.memory.moment,
         "parts": planned.memory.parts,
         "seconds_of_planning": round(seconds, 2),
@@ -92,7 +105,11 @@ def prepare(case: Any, root: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     words = case.vocabulary - 3
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(words))])}, unk_token="<unk>"))
+    core = Tokenizer(
+        models.WordLevel(
+            {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(words))])}, unk_token="<unk>"
+        )
+    )
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     tokenizer.save_pretrained(root / "tokenizer")
@@ -105,15 +122,25 @@ def prepare(case: Any, root: Path) -> None:
         write_rows(root / f"{domain}.jsonl", 64, case.length, words)
 
 
-def train(recipe: Any) -> None:
-    """Two optimizer steps of the stage `main`, without checkpoints."""
+def train(recipe: Any) -> dict[str, int]:
+    """The bytes of two optimizer steps of the stage `main`, without checkpoints."""
     from daekit.build import DataBuilder, ModelBuilder, RunFolder, build_trainer
 
     folder = RunFolder(Path(recipe.output_dir))
     data = DataBuilder(recipe)
     models = ModelBuilder(folder, data.tokenizer(folder))
     trainer, _ = build_trainer(recipe, "main", folder.stage("main"), data, models)
-    trainer.train()
+    with counting_bytes() as measured:
+        trainer.train()
+    return measured
+
+
+def table_row(row: dict[str, Any]) -> str:
+    """One line per run."""
+    return (
+        f"{row['case']:<26} {row['scale']:<7} planned {row['planned'] / 1e9:6.3f} GB  measured {row['measured'] / 1e9:6.3f} GB  "
+        f"{row['error']:+.1%}  ({row['moment']})"
+    )
 
 
 def main() -> None:
@@ -123,22 +150,24 @@ def main() -> None:
     parser.add_argument("--only", help="the name of one case")
     parser.add_argument("--scales", default="1,batch,length")
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--run", nargs=2, metavar=("NAME", "SCALE"), help=argparse.SUPPRESS)
+    parser.add_argument("--run", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        print(json.dumps(run(*options.run)))
+    if options.run is not None:
+        for scale in options.scales.split(","):
+            print(json.dumps(run(options.run, scale)), flush=True)
         return
     results = []
-    names = [n for n, case in CASES.items() if case.set == options.cases and options.only in (None, n)]
+    names = [name for name, case in CASES.items() if case.set == options.cases and options.only in (None, name)]
     for name in names:
-        for scale in options.scales.split(","):
-            done = subprocess.run([sys.executable, __file__, "--run", name, scale], capture_output=True, text=True, check=False)
-            if done.returncode:
-                print(done.stdout, done.stderr, file=sys.stderr)
-                raise SystemExit(1)
-            results.append(json.loads(done.stdout.splitlines()[-1]))
-            row = results[-1]
-            print(f"{name:28} {scale:7} planned {row['planned'] / 1e9:6.3f} GB  measured {row['measured'] / 1e9:6.3f} GB  {row['error']:+.1%}  ({row['moment']})", flush=True)
+        command = [sys.executable, __file__, "--run", name, "--scales", options.scales]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("{") and '"case"' in line:
+                    results.append(json.loads(line))
+                    print(table_row(results[-1]), flush=True)
+        if process.returncode:
+            raise SystemExit(f"{name}: failed; run it by itself: {' '.join(command)}")
     if options.json:
         options.json.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1) + "\n")
 

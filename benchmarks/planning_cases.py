@@ -43,7 +43,14 @@ def recipe_of(case: Case, root: Path) -> dict[str, Any]:
             return {key: placed(each) for key, each in value.items()}
         return str(root / value[1:]) if isinstance(value, str) and value.startswith("@") else value
 
-    trainer = dict(max_steps=2, per_device_train_batch_size=case.rows, max_length=case.length, save_strategy="no", report_to="none", use_cpu=True)
+    trainer = dict(
+        max_steps=2,
+        per_device_train_batch_size=case.rows,
+        max_length=case.length,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
     domains = {"general": "general", "shop": "ecommerce"}
     sources = {name: {"domain": domain, "path": str(root / f"{name}.jsonl")} for name, domain in domains.items()}
     data = {"shop": 0.5, "general": 0.5} if case.stage["type"] == "dae" else ["general"]
@@ -57,32 +64,49 @@ def recipe_of(case: Case, root: Path) -> dict[str, Any]:
     }
 
 
-def llama(hidden: int, layers: int, heads: int = 8, groups: int = 4, inner: int | None = None, kind: str = "llama", **more: Any) -> dict[str, Any]:
+def llama(
+    hidden: int, layers: int, heads: int = 8, groups: int = 4, inner: int | None = None, kind: str = "llama", **more: Any
+) -> dict[str, Any]:
     """A config of the Llama family."""
-    return dict(
-        model_type=kind,
-        hidden_size=hidden,
-        intermediate_size=inner or 3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        max_position_embeddings=4096,
-    ) | more
+    return (
+        dict(
+            model_type=kind,
+            hidden_size=hidden,
+            intermediate_size=inner or 3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            max_position_embeddings=4096,
+        )
+        | more
+    )
 
 
 CASES = {
     "sft-full": Case("dev", {"type": "sft", "student": {"config": llama(384, 6)}}),
     "sft-full-plain": Case(
-        "dev", {"type": "sft", "student": {"config": llama(384, 6)}}, trainer={"gradient_checkpointing": False, "gradient_accumulation_steps": 2}
+        "dev",
+        {"type": "sft", "student": {"config": llama(384, 6)}},
+        trainer={"gradient_checkpointing": False, "gradient_accumulation_steps": 2},
     ),
     "kd-attention": Case(
         "dev",
-        {"type": "kd", "student": {"config": llama(256, 6)}, "teacher": {"config": llama(512, 6)}, "loss": {"attention_weight": 1}},
+        {
+            "type": "kd",
+            "student": {"config": llama(256, 6)},
+            "teacher": {"config": llama(512, 6)},
+            "loss": {"attention_weight": 1},
+        },
         trainer={"gradient_checkpointing": False},
     ),
     "kd-attention-ckpt-bf16": Case(
         "dev",
-        {"type": "kd", "student": {"config": llama(256, 6, kind="mistral", sliding_window=None)}, "teacher": {"config": llama(512, 6, kind="mistral", sliding_window=None)}, "loss": {"attention_weight": 1, "hidden_weight": 1}},
+        {
+            "type": "kd",
+            "student": {"config": llama(256, 6, kind="mistral", sliding_window=None)},
+            "teacher": {"config": llama(512, 6, kind="mistral", sliding_window=None)},
+            "loss": {"attention_weight": 1, "hidden_weight": 1},
+        },
         trainer={"bf16": True},
         vocabulary=16000,
     ),
@@ -98,15 +122,25 @@ CASES = {
     ),
     "lora": Case(
         "dev",
-        {"type": "kd", "student": {"path": "@s", "dtype": "bfloat16"}, "teacher": {"path": "@t", "dtype": "bfloat16"}, "lora": {"r": 32, "lora_dropout": 0.1}},
+        {
+            "type": "kd",
+            "student": {"path": "@s", "dtype": "bfloat16"},
+            "teacher": {"path": "@t", "dtype": "bfloat16"},
+            "lora": {"r": 32, "lora_dropout": 0.1},
+        },
         {"s": llama(384, 6), "t": llama(512, 4)},
         trainer={"gradient_checkpointing": False, "bf16": True},
     ),
     "qlora-dae": Case(
         "dev",
-        {"type": "dae", "student": {"path": "@s", "quantization": "4bit"}, "teachers": {"ecommerce": {"path": "@t"}}, "lora": {"r": 32, "lora_dropout": 0.1}},
+        {
+            "type": "dae",
+            "student": {"path": "@s", "dtype": "float32", "quantization": "4bit"},
+            "teachers": {"ecommerce": {"path": "@t"}},
+            "lora": {"r": 32, "lora_dropout": 0.1},
+        },
         {"s": llama(512, 6), "t": llama(512, 4)},
-        checkpoint_dtype="bfloat16",
-        trainer={"bf16": True},
+        trainer={"gradient_checkpointing": False},
+        length=128,
     ),
 }

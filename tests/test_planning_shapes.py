@@ -49,7 +49,9 @@ def test_published_sizes(name: str, billions: float) -> None:
     assert known_shapes()["models/mistral-2x7b"]["parameters"] / 1e9 == pytest.approx(12.88, abs=0.005)
 
 
-@pytest.mark.parametrize("entry", {id(each): each for each in known_shapes().values()}.values(), ids=lambda each: each["ids"][0])
+@pytest.mark.parametrize(
+    "entry", {id(each): each for each in known_shapes().values()}.values(), ids=lambda each: each["ids"][0]
+)
 def test_known_shapes_have_their_parameters(entry: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**entry["config"]))
@@ -68,9 +70,13 @@ def test_a_skeleton_has_the_parameters_of_its_model(kind: str) -> None:
 
 @pytest.mark.parametrize(("targets", "dora"), [("all-linear", False), (("q_proj", "down_proj"), True)])
 def test_an_adapter_is_that_of_peft(targets: Any, dora: bool) -> None:
-    config = LoraConfig(r=4, target_modules=targets if isinstance(targets, str) else list(targets), use_dora=dora, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, target_modules=targets if isinstance(targets, str) else list(targets), use_dora=dora, task_type="CAUSAL_LM"
+    )
     real = get_peft_model(AutoModelForCausalLM.from_config(shape("llama").config, dtype=torch.bfloat16), config)
-    planned = [p for p in Skeleton(shape("llama"), LoraSpec(r=4, target_modules=targets, use_dora=dora), trained=True).parameters()]
+    planned = [
+        p for p in Skeleton(shape("llama"), LoraSpec(r=4, target_modules=targets, use_dora=dora), trained=True).parameters()
+    ]
     trained = [p for p in real.parameters() if p.requires_grad]
     assert sum(p.values for p in planned if p.trained) == sum(p.numel() for p in trained)
     assert sum(p.bytes for p in planned if p.trained) == sum(p.numel() * p.element_size() for p in trained)

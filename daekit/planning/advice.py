@@ -43,7 +43,11 @@ def changes(stage: StageSpec, name: str, training: Training, gpu: bool) -> list[
     found = [_smaller_batch(prefix, training, rows) for rows in _divisors(training.rows)]
     if not training.checkpointing:
         found.append(Change("gradient checkpointing", (f"{prefix}.trainer.gradient_checkpointing=true",)))
-    unquantised = [f"{prefix}.{path}.quantization=4bit" for path, model in _teachers(stage) if model.quantization is None and model.config is None]
+    unquantised = [
+        f"{prefix}.{path}.quantization=4bit"
+        for path, model in _teachers(stage)
+        if model.quantization is None and model.config is None
+    ]
     if unquantised:
         found.append(Change("teachers in 4 bits", tuple(unquantised)))
     if "adam" in training.optim and "8bit" not in training.optim and gpu:

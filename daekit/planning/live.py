@@ -71,4 +71,3 @@ def size_of(*tensors: Any) -> int:
     """Bytes of the storages of tensors, each once; what is no tensor is nothing."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_leaves(tensors) if isinstance(t, Tensor)}
     return sum(storages.values())
-

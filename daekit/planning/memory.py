@@ -182,7 +182,9 @@ class StageMemory:
 
     def _loss(self) -> Counter[str]:
         kept, work = self._loss_buffers
-        return self._with({ACTIVATIONS: self._saved + self._cached, SIGNALS: self._signals[0], LOSS: kept + work + self._hidden})
+        return self._with(
+            {ACTIVATIONS: self._saved + self._cached, SIGNALS: self._signals[0], LOSS: kept + work + self._hidden}
+        )
 
     def _backward_of_head(self) -> Counter[str]:
         """Gradients of the loss are scaled: for a moment they are there twice."""
@@ -198,7 +200,9 @@ class StageMemory:
             activations = ends + inputs + gradient + max(again)
         else:
             saved = sum(layer.saved for layer in layers) if last else layers[0].saved
-            activations = ends + saved + self._extra_saved(len(layers) if last else 1) + gradient + self._own(layers[-1 if last else 0])
+            activations = (
+                ends + saved + self._extra_saved(len(layers) if last else 1) + gradient + self._own(layers[-1 if last else 0])
+            )
         gradients = self._head_gradient if last else self.gradients - self._gradients_of(0) - self._embedding_gradient
         return self._with(
             {ACTIVATIONS: activations, GRADIENTS: max(gradients, 0), SIGNALS: self._signals[1], MASK: self._scores}
@@ -215,7 +219,9 @@ class StageMemory:
         new = self._embedding_bytes if self._embedding_trained else 0
         present = 0 if self.training.accumulation > 1 or self.student.tied else new
         gradients = self.gradients - present
-        return self._with({ACTIVATIONS: self._hidden + self._cost.shared, GRADIENTS: gradients, LOSS: new, SIGNALS: self._signals[1]})
+        return self._with(
+            {ACTIVATIONS: self._hidden + self._cost.shared, GRADIENTS: gradients, LOSS: new, SIGNALS: self._signals[1]}
+        )
 
     # ---- their parts --------------------------------------------------------------------------------------------------
 
@@ -359,9 +365,7 @@ class StageMemory:
             labels = torch.zeros(step, dtype=torch.long)
             numbers = (loss.divergence, parameter, loss.temperature, loss.ce_weight or 1.0 * (not voices))
             given = [t for t in (student, teacher, labels) if t is not None]
-            return most(
-                lambda: chunk_terms(student, teacher, labels, *numbers, loss.prediction_weight, None, 1.0, True), given
-            )
+            return most(lambda: chunk_terms(student, teacher, labels, *numbers, loss.prediction_weight, None, 1.0, True), given)
 
 
 def head_width(config: Any) -> int:

@@ -283,4 +283,3 @@ def _fused_dropout(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, child in places:
             setattr(module, name, child)
-
