@@ -6,9 +6,8 @@
 
 Each case is a recipe on models with random weights (built from configs; a quantised one is saved and loaded as any other),
 planned by ``daekit.planning`` and run for two optimizer steps by the trainers that ``daekit train`` would build. Measured are
-all tensors that live when training begins, and what torch's CPU allocator has handed out at most above that, kernels' temporaries
-included, from the profiler's allocation events. Each case
-has a process of its own.
+all tensors that live when training begins, and what torch's CPU allocator hands out at most above that, temporaries of
+kernels included, from the profiler's allocation events. Each case has a process of its own.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from torch.profiler import ProfilerActivity, profile
 def counting_bytes() -> Iterator[dict[str, int]]:
     """``{"peak": bytes}`` of all tensors: those that live before, and what torch's CPU allocator hands out inside.
 
-    Kernels' own temporaries are included. What lives before is counted by its storages, as weights are read by other threads and
-    out of mapped files, which the profiler does not see.
+    Kernels' own temporaries are included. What lives before is counted by its storages: weights are read by other threads and
+    from mapped files, which the profiler does not see.
     """
     result: dict[str, int] = {}
     gc.collect()
@@ -101,6 +100,7 @@ def run(name: str, scale: str) -> dict[str, Any]:
 
 def prepare(case: Any, root: Path) -> None:
     """Data and tokenizer, and checkpoints of the models that are loaded."""
+    from peft import LoraConfig, get_peft_model
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -117,6 +117,11 @@ def prepare(case: Any, root: Path) -> None:
         config = AutoConfig.for_model(**(fields | {"vocab_size": case.vocabulary, "pad_token_id": 0, "eos_token_id": 1}))
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.checkpoint_dtype))
         model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    for name, (base, rank) in case.adapters.items():
+        model = AutoModelForCausalLM.from_pretrained(root / base)
+        lora = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules="all-linear")
+        get_peft_model(model, lora).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     for domain in ("general", "shop"):
         write_rows(root / f"{domain}.jsonl", 64, case.length, words)
@@ -138,8 +143,8 @@ def train(recipe: Any) -> dict[str, int]:
 def table_row(row: dict[str, Any]) -> str:
     """One line per run."""
     return (
-        f"{row['case']:<26} {row['scale']:<7} planned {row['planned'] / 1e9:6.3f} GB  measured {row['measured'] / 1e9:6.3f} GB  "
-        f"{row['error']:+.1%}  ({row['moment']})"
+        f"{row['case']:<26} {row['scale']:<7} planned {row['planned'] / 1e9:6.3f} GB  "
+        f"measured {row['measured'] / 1e9:6.3f} GB  {row['error']:+.1%}  ({row['moment']})"
     )
 
 

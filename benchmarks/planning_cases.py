@@ -16,6 +16,7 @@ class Case:
         stage: of the recipe, without data and sizes of the batch; a model is named ``@NAME`` where it is a checkpoint.
         checkpoints: name -> config of models that are saved first and loaded as any other.
         checkpoint_dtype: of these.
+        adapters: name -> (the checkpoint that it is an adapter of, its rank).
         trainer: further options.
     """
 
@@ -23,6 +24,7 @@ class Case:
     stage: dict[str, Any]
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     checkpoint_dtype: str = "float32"
+    adapters: dict[str, tuple[str, int]] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     vocabulary: int = 4000
     rows: int = 2
@@ -83,6 +85,26 @@ def llama(
 
 
 CASES = {
+    # ---- small ones, for the tests ----
+    "small-full": Case(
+        "test",
+        {
+            "type": "kd",
+            "student": {"config": llama(192, 4)},
+            "teacher": {"config": llama(192, 3, kind="mixtral", num_local_experts=4)},
+            "loss": {"hidden_weight": 1},
+        },
+        vocabulary=2000,
+    ),
+    "small-dae": Case(
+        "test",
+        {"type": "dae", "student": {"path": "@s"}, "teachers": {"ecommerce": {"adapter": "base"}}, "lora": {"r": 16}},
+        {"s": llama(192, 4)},
+        trainer={"gradient_checkpointing": False, "gradient_accumulation_steps": 2},
+        vocabulary=2000,
+        length=128,
+    ),
+    # ---- those that the estimator was made with ----
     "sft-full": Case("dev", {"type": "sft", "student": {"config": llama(384, 6)}}),
     "sft-full-plain": Case(
         "dev",
@@ -142,5 +164,70 @@ CASES = {
         {"s": llama(512, 6), "t": llama(512, 4)},
         trainer={"gradient_checkpointing": False},
         length=128,
+    ),
+    # ---- chosen after the estimator was frozen ----
+    "full-kd": Case(
+        "validation",
+        {
+            "type": "kd",
+            "student": {"config": llama(512, 4, inner=1024, kind="mistral", sliding_window=None)},
+            "teacher": {"config": llama(512, 4, inner=1024, kind="mixtral", num_local_experts=8)},
+            "loss": {"attention_weight": 1},
+        },
+        trainer={"gradient_checkpointing": False},
+        vocabulary=24000,
+    ),
+    "lora-kd": Case(
+        "validation",
+        {
+            "type": "kd",
+            "student": {"path": "@s"},
+            "teacher": {"config": llama(768, 4, heads=12, inner=1024, kind="mixtral", num_local_experts=8)},
+            "lora": {"r": 64, "lora_dropout": 0.1},
+        },
+        {"s": llama(768, 6, heads=12, inner=2048)},
+        trainer={"gradient_checkpointing": False},
+        vocabulary=16000,
+        length=192,
+    ),
+    "qlora-kd": Case(
+        "validation",
+        {
+            "type": "kd",
+            "student": {"path": "@s", "dtype": "float32", "quantization": "4bit"},
+            "teacher": {"config": llama(768, 4, heads=12, inner=1024, kind="mixtral", num_local_experts=8)},
+            "lora": {"r": 64},
+        },
+        {"s": llama(768, 8, heads=12, inner=2048)},
+        trainer={"gradient_checkpointing": False},
+        vocabulary=16000,
+        length=192,
+    ),
+    "qlora-kd-longer": Case(
+        "validation",
+        {
+            "type": "kd",
+            "student": {"path": "@s", "dtype": "float32", "quantization": "4bit"},
+            "teacher": {"config": llama(768, 4, heads=12, inner=1024, kind="mixtral", num_local_experts=8)},
+            "lora": {"r": 64},
+        },
+        {"s": llama(768, 8, heads=12, inner=2048)},
+        trainer={"gradient_checkpointing": False},
+        vocabulary=16000,
+        length=320,
+    ),
+    "dae-shared-base": Case(
+        "validation",
+        {
+            "type": "dae",
+            "student": {"path": "@s"},
+            "teachers": {"ecommerce": {"adapter": "@expert"}},
+            "lora": {"r": 128, "lora_dropout": 0.05},
+        },
+        {"s": llama(768, 6, heads=12, inner=3072, kind="qwen3", head_dim=64)},
+        adapters={"expert": ("s", 128)},
+        trainer={"gradient_checkpointing": False},
+        vocabulary=24000,
+        length=192,
     ),
 }

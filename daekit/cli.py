@@ -25,13 +25,7 @@ _PATIENCE = 5.0  # seconds; torchrun looks after its processes ten times a secon
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; ``arguments`` default to those of the process. Returns the exit status."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    # overrides behind an option: argparse has given up on them by then
-    if any(text.startswith("-") or "=" not in text for text in rest) or (rest and "overrides" not in options):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        options.overrides += rest
+    options = parse(arguments)
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
     try:
         options.run(options)
@@ -47,6 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain("stopped; the same command resumes")
         return _STATUS_OF_INTERRUPT
     return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, read; overrides may stand behind options."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)  # argparse gives up on a list once an option has come between
+    if any(text.startswith("-") or "=" not in text for text in rest) or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _complain(message: str) -> None:
@@ -81,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="say what a recipe needs, before anything is loaded: memory by part, what fits")
     plan.set_defaults(run=_plan)
     plan.add_argument("--gpu", metavar="SIZE", help="memory of one GPU: 80GB, 24GiB (default: this machine's)")
+    plan.add_argument("--cpu", metavar="SIZE", help="memory for a run without GPU")
     plan.add_argument("--gpus", metavar="N", type=int, default=1, help="how many, one process each")
     plan.add_argument("--engine", choices=["ddp", "fsdp2", "zero2", "zero3"], help="how they share the work (default: ddp)")
     plan.add_argument("--tflops", metavar="RATE", type=float, help="TFLOP/s of one device, for the time of a step")
@@ -111,16 +117,12 @@ def _check(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
-    if options.gpus < 1 or (options.tflops is not None and options.tflops <= 0):
-        raise UserError(f"--gpus {options.gpus}, --tflops {options.tflops}: both must be positive")
-    if options.engine and options.gpus == 1:
-        raise UserError(f"--engine {options.engine}: one GPU shares its work with nobody; say how many there are with --gpus")
+    if options.tflops is not None and options.tflops <= 0:
+        raise UserError(f"--tflops {options.tflops}: a rate is positive")
 
-    from daekit.planning import Machine, bytes_of, format_plan, plan_json, plan_recipe, this_machine
+    from daekit.planning import format_plan, machine_of, plan_json, plan_recipe
 
-    here = this_machine() if options.gpu is None else Machine(bytes_of(options.gpu))
-    engine = options.engine or ("ddp" if options.gpus > 1 else "none")
-    machine = Machine(here.memory, here.gpu, options.gpus, engine)
+    machine = machine_of(options.gpu, options.cpu, options.gpus, options.engine)
     plan = plan_recipe(recipe, machine, reload=lambda more: load_recipe(options.recipe, [*options.overrides, *more]))
     print(json.dumps(plan_json(plan, options.tflops), indent=2) if options.json else format_plan(plan, options.tflops))
 

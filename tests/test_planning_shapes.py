@@ -74,9 +74,7 @@ def test_an_adapter_is_that_of_peft(targets: Any, dora: bool) -> None:
         r=4, target_modules=targets if isinstance(targets, str) else list(targets), use_dora=dora, task_type="CAUSAL_LM"
     )
     real = get_peft_model(AutoModelForCausalLM.from_config(shape("llama").config, dtype=torch.bfloat16), config)
-    planned = [
-        p for p in Skeleton(shape("llama"), LoraSpec(r=4, target_modules=targets, use_dora=dora), trained=True).parameters()
-    ]
+    planned = list(Skeleton(shape("llama"), LoraSpec(r=4, target_modules=targets, use_dora=dora), trained=True).parameters())
     trained = [p for p in real.parameters() if p.requires_grad]
     assert sum(p.values for p in planned if p.trained) == sum(p.numel() for p in trained)
     assert sum(p.bytes for p in planned if p.trained) == sum(p.numel() * p.element_size() for p in trained)

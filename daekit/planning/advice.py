@@ -84,7 +84,7 @@ def cheapest(options: Sequence[Change], fits: Callable[[Sequence[str]], bool]) -
             taken = fewer
     rest = [option for option in taken if option.what != _BATCHES]
     larger = [batch for batch in batches if len(taken) > len(rest) and _fits(fits, [batch, *rest])]
-    return tuple([*larger[:1], *rest])
+    return (*larger[:1], *rest)
 
 
 def _fits(fits: Callable[[Sequence[str]], bool], options: Sequence[Change]) -> bool:

@@ -31,9 +31,9 @@ def bytes_of(text: str) -> int:
     try:
         size = float(number) * _UNITS[unit]
     except (ValueError, KeyError):
-        raise UserError(f"--gpu {text}: give a size such as 80GB or 24GiB") from None
+        raise UserError(f"{text}: give a size such as 80GB or 24GiB") from None
     if size <= 0:
-        raise UserError(f"--gpu {text}: a device has more than no memory")
+        raise UserError(f"{text}: a device has more than no memory")
     return int(size)
 
 
@@ -45,6 +45,23 @@ def this_machine() -> Machine:
         return Machine(_host_memory() // local, gpu=False, count=count, engine=_engine(count))
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return Machine(torch.cuda.mem_get_info()[0], gpu=True, count=count, engine=_engine(count))
+
+
+def machine_of(gpu: str | None, cpu: str | None, count: int, engine: Engine | None) -> Machine:
+    """The machine that the command line describes; what it does not say is this machine's.
+
+    Raises:
+        UserError: sizes that are none, a device that is both, an engine for one device.
+    """
+    if gpu is not None and cpu is not None:
+        raise UserError(f"--gpu {gpu} --cpu {cpu}: a recipe runs on one of them")
+    if count < 1:
+        raise UserError(f"--gpus {count}: at least 1 is needed")
+    if engine is not None and count == 1:
+        raise UserError(f"--engine {engine}: one device shares its work with nobody; say how many there are with --gpus")
+    size = gpu or cpu
+    here = this_machine() if size is None else Machine(bytes_of(size), gpu=cpu is None)
+    return Machine(here.memory, here.gpu, count, engine or ("ddp" if count > 1 else "none"))
 
 
 def announce(recipe: Recipe, reload: Reload) -> None:
@@ -72,8 +89,8 @@ def _announce(recipe: Recipe, name: str, machine: Machine, reload: Reload) -> No
     if stage.standing * _CERTAIN > memory:
         plan = plan_recipe(recipe, machine, reload, only=[name])
         raise UserError(
-            f"stages.{name}: too large for this machine: its weights, gradients and optimizer alone take {gigabytes(stage.standing)} "
-            f"of {gigabytes(memory)}. Nothing has been loaded.\n{format_plan(plan)}"
+            f"stages.{name}: too large for this machine: its weights, gradients and optimizer alone take "
+            f"{gigabytes(stage.standing)} of {gigabytes(memory)}. Nothing has been loaded.\n{format_plan(plan)}"
         )
     _say(f"[{name}] planned peak {gigabytes(peak)} of {gigabytes(memory)} (rows of {stage.training.length:,} tokens)")
     if peak > memory:

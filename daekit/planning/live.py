@@ -1,4 +1,4 @@
-"""Bytes of tensors that exist only in name: torch's fake tensors, counted by their storages as operations make and drop them."""
+"""Bytes of tensors that exist only in name: torch's fake tensors, counted as operations make and drop their storages."""
 
 from __future__ import annotations
 

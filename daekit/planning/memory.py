@@ -2,7 +2,7 @@
 
 A step is: the teachers run without gradient; the student runs; the loss; the backward pass, layer by layer from the last; the
 optimizer. Each moment is a table of bytes by part, and the peak is the moment with the largest sum. Planned is the worst
-micro-batch: all rows are of ``max_length`` tokens, all tokens are kept, and of several teachers the largest speaks for all rows.
+micro-batch: all rows have ``max_length`` tokens, all tokens are kept, and of several teachers the largest speaks for all rows.
 """
 
 from __future__ import annotations
@@ -12,23 +12,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from daekit.losses.chunk import chunk_terms
-from daekit.losses.prediction import chunk_tokens
-from daekit.models.internals import Watch
+from daekit.planning.buffers import Buffers
 from daekit.planning.models import Speaker, StageModels
-from daekit.planning.trace import LayerCost, ModelCost, Setting, most
+from daekit.planning.trace import LayerCost, ModelCost, Setting
 from daekit.planning.training import Machine, Training, optimizer_bytes
 from daekit.recipe.schema import StageSpec
 
 WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER = "student weights", "adapters", "gradients", "optimizer"
 ACTIVATIONS, SIGNALS, LOSS, MASK = "activations", "teacher signals", "loss buffers", "attention work space"
 GATHERED, BUCKETS, OVERHEAD = "gathered layers", "gradient buckets", "CUDA context"
-_BLOCK_SCORES = 2**20  # of daekit.losses.attention_blocks
-_SHORTEST_BLOCK = 16
-_TILE = 2**22  # values of the head's gradient that are summed at a time
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,7 @@ class StageMemory:
         self.setting = Setting(
             1 if flat else rows, rows * length if flat else length, training.attention_mask, training.autocast, machine.gpu
         )
-        self.kept = training.tokens  # N
+        self.buffers = Buffers(stage, models, training, machine, self.setting)
         self.student = models.student.skeleton
 
     # ---- what stands ------------------------------------------------------------------------------------------------
@@ -162,15 +154,10 @@ class StageMemory:
     def _cost(self) -> ModelCost:
         return self.models.student.cost(self.setting)
 
-    @cached_property
-    def _hidden(self) -> int:
-        """Bytes of the student's hidden states at all positions."""
-        return self.kept * int(self.student.config.hidden_size) * self._cost.hidden_width
-
     def _teacher_runs(self, speaker: Speaker) -> Counter[str]:
         cost = speaker.tracer.cost(self.setting)
         highest = max(layer.frozen for layer in cost.layers)
-        return self._with({ACTIVATIONS: highest + cost.layers[0].output + cost.shared, SIGNALS: self._signals[0]})
+        return self._with({ACTIVATIONS: highest + cost.layers[0].output + cost.shared, SIGNALS: self.buffers.signals[0]})
 
     def _student_runs(self) -> Counter[str]:
         layers = self._cost.layers
@@ -178,21 +165,23 @@ class StageMemory:
             more = max(layer.checkpointed - layer.output - layer.cached for layer in layers)
         else:
             more = max(layer.forward - layer.saved for layer in layers)
-        return self._with({ACTIVATIONS: self._saved + self._cached + more, SIGNALS: self._signals[0], MASK: self._scores})
+        return self._with(
+            {ACTIVATIONS: self._saved + self._cached + more, SIGNALS: self.buffers.signals[0], MASK: self.buffers.scores}
+        )
 
     def _loss(self) -> Counter[str]:
-        kept, work = self._loss_buffers
+        kept, work = self.buffers.loss
         return self._with(
-            {ACTIVATIONS: self._saved + self._cached, SIGNALS: self._signals[0], LOSS: kept + work + self._hidden}
+            {ACTIVATIONS: self._saved + self._cached, SIGNALS: self.buffers.signals[0], LOSS: kept + work + self.buffers.hidden}
         )
 
     def _backward_of_head(self) -> Counter[str]:
         """Gradients of the loss are scaled: for a moment they are there twice."""
-        return self._with({ACTIVATIONS: self._saved, SIGNALS: self._signals[1], LOSS: 2 * self._loss_buffers[0]})
+        return self._with({ACTIVATIONS: self._saved, SIGNALS: self.buffers.signals[1], LOSS: 2 * self.buffers.loss[0]})
 
     def _backward(self, last: bool) -> Counter[str]:
         layers = self._cost.layers
-        ends = self._hidden + self._cost.shared
+        ends = self.buffers.hidden + self._cost.shared
         gradient = layers[0].output
         if self.training.checkpointing:
             inputs = sum(layer.output + layer.stashed for layer in layers) if last else 0
@@ -201,29 +190,43 @@ class StageMemory:
         else:
             saved = sum(layer.saved for layer in layers) if last else layers[0].saved
             activations = (
-                ends + saved + self._extra_saved(len(layers) if last else 1) + gradient + self._own(layers[-1 if last else 0])
+                ends
+                + saved
+                + self.buffers.extra_saved(len(layers) if last else 1)
+                + gradient
+                + self._own(layers[-1 if last else 0])
             )
-        gradients = self._head_gradient if last else self.gradients - self._gradients_of(0) - self._embedding_gradient
+        gradients = (
+            self.buffers.head_gradient if last else self.gradients - self._gradients_of(0) - self.buffers.embedding_gradient
+        )
         return self._with(
-            {ACTIVATIONS: activations, GRADIENTS: max(gradients, 0), SIGNALS: self._signals[1], MASK: self._scores}
+            {
+                ACTIVATIONS: activations,
+                GRADIENTS: max(gradients, 0),
+                SIGNALS: self.buffers.signals[1],
+                MASK: self.buffers.scores,
+            }
         )
 
     def _again(self, layer: LayerCost) -> int:
         """The most of a checkpointed layer in the backward pass: it is run once more, then backward."""
-        return max(layer.forward, layer.saved + self._extra_saved(1) + self._own(layer))
+        return max(layer.forward, layer.saved + self.buffers.extra_saved(1) + self._own(layer))
 
     def _own(self, layer: LayerCost) -> int:
         return layer.backward_again if self.training.accumulation > 1 else layer.backward
 
     def _backward_of_embedding(self) -> Counter[str]:
-        new = self._embedding_bytes if self._embedding_trained else 0
+        new = self.buffers.embedding_bytes if self.buffers.embedding_trained else 0
         present = 0 if self.training.accumulation > 1 or self.student.tied else new
         gradients = self.gradients - present
         return self._with(
-            {ACTIVATIONS: self._hidden + self._cost.shared, GRADIENTS: gradients, LOSS: new, SIGNALS: self._signals[1]}
+            {
+                ACTIVATIONS: self.buffers.hidden + self._cost.shared,
+                GRADIENTS: gradients,
+                LOSS: new,
+                SIGNALS: self.buffers.signals[1],
+            }
         )
-
-    # ---- their parts --------------------------------------------------------------------------------------------------
 
     @cached_property
     def _saved(self) -> int:
@@ -231,144 +234,13 @@ class StageMemory:
         cost = self._cost
         if self.training.checkpointing:
             return cost.ends + cost.shared + sum(layer.output + layer.stashed for layer in cost.layers)
-        return cost.ends + cost.shared + sum(layer.saved for layer in cost.layers) + self._extra_saved(len(cost.layers))
+        return cost.ends + cost.shared + sum(layer.saved for layer in cost.layers) + self.buffers.extra_saved(len(cost.layers))
 
     @cached_property
     def _cached(self) -> int:
         """Copies of weights that autocast made and that nothing else keeps."""
         return sum(layer.cached for layer in self._cost.layers)
 
-    def _extra_saved(self, layers: int) -> int:
-        """Gradients that the losses inside a layer have computed ahead; evenly over the layers."""
-        return layers * self._inside // len(self._cost.layers)
-
-    @cached_property
-    def _inside(self) -> int:
-        config, width = self.student.config, self._compute_width
-        attention, hidden = self.watched_layers
-        keys = self.kept * config.num_key_value_heads * head_width(config) * width
-        queries = self.kept * config.num_attention_heads * head_width(config) * width
-        return attention * (queries + keys) + hidden * self._hidden
-
-    @cached_property
-    def _compute_width(self) -> int:
-        return self.training.autocast.itemsize if self.training.autocast is not None else self._cost.hidden_width
-
-    @cached_property
-    def _watch(self) -> Watch | None:
-        loss = self.stage.loss
-        if self.stage.type == "sft" or not (loss.attention_weight or loss.hidden_weight):
-            return None
-        return Watch(
-            self.student.config,
-            attention=loss.attention_layers if loss.attention_weight else None,  # type: ignore[arg-type]
-            hidden=loss.hidden_layers if loss.hidden_weight else None,  # type: ignore[arg-type]
-            relation_heads=loss.attention_relation_heads,
-        )
-
-    @cached_property
-    def watched_layers(self) -> tuple[int, int]:
-        """How many layers of the student are compared: their attention, their hidden states."""
-        if self._watch is None:
-            return 0, 0
-        watched = self._watch.of(self.student.config)
-        return len(watched.attention), len(watched.hidden)
-
-    @cached_property
-    def _signals(self) -> tuple[int, int]:
-        """(what the teachers' signals hold until the loss, what of it until the end of the backward pass)."""
-        groups = []
-        for group in self.models.groups:
-            last = sum(self.kept * int(s.skeleton.config.hidden_size) * self._width_of(s) for s in group)
-            inside = sum(self._internals(s) for s in group) if self._watch is not None else 0
-            groups.append((last + inside, inside if self.training.checkpointing else 0))
-        return max(groups, default=(0, 0))
-
-    def _internals(self, speaker: Speaker) -> int:
-        """Queries, keys and hidden states that one teacher's layers leave."""
-        config = speaker.skeleton.config
-        attention, hidden = self.watched_layers
-        width = self.training.autocast.itemsize if self.training.autocast is not None else self._width_of(speaker)
-        heads = (config.num_attention_heads + config.num_key_value_heads) * head_width(config)
-        return self.kept * (attention * heads * width + hidden * int(config.hidden_size) * self._width_of(speaker))
-
-    def _width_of(self, speaker: Speaker) -> int:
-        return speaker.tracer.cost(self.setting).hidden_width
-
-    @cached_property
-    def _scores(self) -> int:
-        """Blocks of attention scores of both models; GPU kernels have none."""
-        if not self.watched_layers[0] or self.machine.gpu:
-            return 0
-        row = self.student.config.num_attention_heads * self.training.length
-        return 4 * 4 * max(_BLOCK_SCORES, _SHORTEST_BLOCK * row)
-
-    @cached_property
-    def _head_trained(self) -> bool:
-        return bool(self.student.head.requires_grad)
-
-    @cached_property
-    def _head_gradient(self) -> int:
-        return self.student.head.numel() * self.student.head.element_size() if self._head_trained else 0
-
-    @cached_property
-    def _embedding_trained(self) -> bool:
-        return bool(self.student.embedding.requires_grad)
-
-    @cached_property
-    def _embedding_bytes(self) -> int:
-        return self.student.embedding.numel() * self.student.embedding.element_size()
-
-    @cached_property
-    def _embedding_gradient(self) -> int:
-        return self._embedding_bytes if self._embedding_trained and not self.student.tied else 0
-
     def _gradients_of(self, layer: int) -> int:
         trained = [p for p in self.student.layers[layer] if p.trained]
         return sum(p.values * max(p.width, self._master_width) for p in trained) // self.machine.shards("gradients")
-
-    @cached_property
-    def _loss_buffers(self) -> tuple[int, int]:
-        """(gradients that the loss keeps for the backward pass, its work space)."""
-        columns, hidden_size = self.student.head.shape
-        gpu, width = self.machine.gpu, self._compute_width
-        step = min(chunk_tokens(columns, gpu), self.kept)
-        voices = max((len(group) for group in self.models.groups), default=0)
-        kept = self._hidden + self._head_gradient
-        work = step * columns * (width + (4 if voices else 0)) + step * hidden_size * (width + 4)
-        if not gpu:
-            work += self._chunk_bytes(step, columns, voices)
-        elif width != 4 and voices:
-            work += step * columns * width  # a teacher's linear outputs, before they are copied in float32
-        work += max(voices - 1, 0) * step * columns * 4
-        work += self._cast_heads(width)
-        if self._head_trained and (self.kept > step or len(self.models.groups) > 1) and self.student.head.element_size() != 4:
-            work += self.student.head.numel() * 4  # summed in float32
-        if self._head_trained and self.kept > step:
-            work += 4 * _TILE
-        return kept, work
-
-    def _cast_heads(self, width: int) -> int:
-        """Copies of output heads in the dtype of the products."""
-        heads = [self.student.head]
-        heads += max(([s.skeleton.head for s in group] for group in self.models.groups), key=len, default=[])
-        return sum(head.numel() * width for head in heads if head.element_size() != width)
-
-    def _chunk_bytes(self, step: int, columns: int, voices: int) -> int:
-        """Temporaries of one chunk on a CPU, from the loss itself."""
-        loss = self.stage.loss
-        parameter = loss.beta if loss.divergence == "jsd" else loss.skew_alpha
-        dtype = torch.bfloat16 if self._compute_width == 2 else torch.float32
-        with FakeTensorMode():
-            student = torch.empty(step, columns, dtype=dtype)
-            teacher = torch.empty(step, columns) if voices else None
-            labels = torch.zeros(step, dtype=torch.long)
-            numbers = (loss.divergence, parameter, loss.temperature, loss.ce_weight or 1.0 * (not voices))
-            given = [t for t in (student, teacher, labels) if t is not None]
-            return most(lambda: chunk_terms(student, teacher, labels, *numbers, loss.prediction_weight, None, 1.0, True), given)
-
-
-def head_width(config: Any) -> int:
-    """D of an attention head, as transformers reads it."""
-    width = getattr(config, "head_dim", None)
-    return int(width or config.hidden_size // config.num_attention_heads)

@@ -101,7 +101,7 @@ class ModelPlanner:
 
 
 def student_of(recipe: Recipe, name: str) -> tuple[ModelSpec, LoraSpec | None]:
-    """(the base of a stage's student, the adapter that is trained on it); an adapter that is trained on has its stage's base."""
+    """(the base of a stage's student, the adapter that is trained on it); a continued adapter has its own stage's base."""
     spec, lora = recipe.stages[name].student, recipe.stages[name].lora
     assert spec is not None, "a resolved recipe names every student"
     if spec.adapter is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from daekit.planning.memory import StageMemory, head_width
+from daekit.planning.buffers import head_width
+from daekit.planning.memory import StageMemory
 from daekit.planning.skeleton import Parameter, Skeleton
 
 
@@ -21,7 +22,7 @@ def step_operations(memory: StageMemory) -> float:
     step = 2 * forward + attention + trained  # the backward pass of attention is twice its forward pass
     if training.checkpointing:
         step += forward - 2 * tokens * student.head.numel()
-    layers, _ = memory.watched_layers
+    layers, _ = memory.buffers.watched_layers
     # scores of both models, gradients of queries and keys
     step += 4 * layers * attention / len(student.layers) / 2
     speakers = (sum(_forward(speaker.skeleton, tokens, length) for speaker in group) for group in memory.models.groups)

@@ -84,8 +84,8 @@ class Shapes:
         if "vocab_size" in fields or tokenizer is None:
             return dict(fields)
         if tokenizer.train is not None:
-            return {"vocab_size": tokenizer.train.vocab_size} | fields
-        return {"vocab_size": vocabulary_size(load_tokenizer(tokenizer))} | fields
+            return {"vocab_size": tokenizer.train.vocab_size, **fields}
+        return {"vocab_size": vocabulary_size(load_tokenizer(tokenizer)), **fields}
 
 
 @cache

@@ -75,7 +75,6 @@ def _advice(stage: StagePlan) -> list[str]:
         lines.append(f"    it would fit with {' and '.join(change.what for change in stage.changes)}:")
         lines.append("        " + " ".join(override for change in stage.changes for override in change.overrides))
     if stage.shards is not None:
-        lines.append(
-            f"    {'or' if stage.changes else 'it would fit'} split over {stage.shards} GPUs: --gpus {stage.shards} --engine fsdp2"
-        )
+        start = "or" if stage.changes else "it would fit"
+        lines.append(f"    {start} split over {stage.shards} GPUs: --gpus {stage.shards} --engine fsdp2")
     return lines or ["    no change that is known here makes it fit: take smaller models, shorter rows or larger devices"]

@@ -143,12 +143,14 @@ class Tracer:
     ) -> tuple[list[_Call], int, int]:
         """(how each layer is called, bytes that the parts around the layers keep, bytes per value of the result)."""
         calls: dict[int, _Call] = {}
-        hooks = [
-            layer.register_forward_pre_hook(
-                lambda _, args, kwargs, i=i: calls.setdefault(i, _Call(args, kwargs)) and None, with_kwargs=True
-            )
-            for i, layer in enumerate(chosen)
-        ]
+
+        def noted(index: int) -> Callable[[nn.Module, Any, Any], None]:
+            def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+                calls.setdefault(index, _Call(args, kwargs))
+
+            return note
+
+        hooks = [layer.register_forward_pre_hook(noted(i), with_kwargs=True) for i, layer in enumerate(chosen)]
         ids = torch.zeros((setting.rows, setting.length), dtype=torch.long)
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         if setting.padded:
@@ -207,11 +209,15 @@ def _checkpointed(layer: nn.Module, call: _Call, setting: Setting, given: list[T
     x = _input(call).detach().requires_grad_()
     with Live([*given, x]) as live:
         with _autocast(setting):
-            with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None):
+            with torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
                 y = _run(layer, call, x)
             in_autocast, highest = live.bytes, live.peak
         after = live.bytes
     return highest, in_autocast - after, after - size_of(y)
+
+
+def _drop(_: Tensor) -> Any:
+    """What checkpointing keeps of a saved tensor."""
 
 
 def _run(layer: nn.Module, call: _Call, x: Tensor | None) -> Tensor:
