@@ -51,6 +51,8 @@ stages:
     data: {text: 0.5, shop: 0.5}
     trainer: {max_length: 64, per_device_train_batch_size: 2}
 """
+# a recipe refuses an adapter on random weights
+PATH = "stages.{}.student={{path: Qwen/Qwen2.5-0.5B, dtype: float32}}"
 GPU = Machine(8 * 10**9)
 CPU = Machine(8 * 10**9, gpu=False)
 PLANNERS: dict[Machine, Planner] = {}
@@ -116,14 +118,14 @@ def test_losses_inside_the_model_keep_queries_keys_and_hidden_states() -> None:
 
 
 def test_lora_trains_the_adapter_alone() -> None:
-    full, lora = (parts(*more, moment="the optimizer's step") for more in ((), ("stages.kd.lora.r=4",)))
+    full, lora = (parts(PATH.format("kd"), *more, moment="the optimizer's step") for more in ((), ("stages.kd.lora.r=4",)))
     assert lora[WEIGHTS] == full[WEIGHTS]
     assert lora[OPTIMIZER] == 2 * lora[ADAPTERS] == 2 * lora[GRADIENTS]
     assert full[OPTIMIZER] == 2 * full[WEIGHTS]
-    reference = parts("stages.dae.lora.r=4", stage="dae", moment="the loss")
+    reference = parts(PATH.format("dae"), "stages.dae.lora.r=4", stage="dae", moment="the loss")
     assert reference[ADAPTERS] == 2 * lora[ADAPTERS], "the reference is a copy of the adapter"
     assert "reference weights" not in reference
-    assert parts(stage="dae")["reference weights"] == full[WEIGHTS]
+    assert parts(PATH.format("dae"), stage="dae")["reference weights"] == full[WEIGHTS]
 
 
 def test_the_optimizer_decides_its_states() -> None:
@@ -200,9 +202,11 @@ def test_advice_is_the_cheapest_change_that_fits() -> None:
     assert plan(many, *change.overrides).memory.total <= 60 * 10**6
     rows, steps = (int(override.rpartition("=")[2]) for override in change.overrides)
     assert rows * steps == 64, "the batch of a step stays the same"
-    lora = advised(plan().standing - 10**6)
-    assert [change.what for change in lora.changes][-1] == "LoRA"
-    assert plan(*(o for change in lora.changes for o in change.overrides)).memory.total <= plan().standing - 10**6
+    student = PATH.format("kd")
+    memory = plan(student).standing - 10**6
+    lora = advised(memory, student)
+    assert [change.what for change in lora.changes] == ["LoRA"]
+    assert plan(student, *lora.changes[0].overrides).memory.total <= memory
     assert advised(10**6).changes == ()
 
 
@@ -283,7 +287,7 @@ def test_a_run_that_cannot_fit_is_stopped_before_loading(
     with pytest.raises(UserError, match=r"stages.kd: too large for this machine: .*Nothing has been loaded(.|\n)*planned peak"):
         announced(recipe_file, plan().standing // 2, monkeypatch)
     # whether rows are that long is not known before they are read: it may fit, so nothing is stopped
-    announced(recipe_file, plan().standing + 10**6, monkeypatch, "stages.kd.trainer.per_device_train_batch_size=64")
+    announced(recipe_file, plan(stage="dae").standing + 10**6, monkeypatch, "stages.kd.trainer.per_device_train_batch_size=64")
     assert "[kd] warning: it may run out of memory" in capsys.readouterr().out
     announced(recipe_file, 10**9, monkeypatch, "stages.kd.student={path: no/model}")
     assert "[kd] no plan of its memory: stages.kd: no/model" in capsys.readouterr().out
