@@ -6,8 +6,8 @@
 Contestants: ours (``DAETrainer``, ``AdapterPath`` teachers: one base); three-models (the same objective, expert and reference
 each on a 4-bit base of its own); three-models-16bit (expert and reference merged into 16-bit models, as ``stage: NAME`` of a
 recipe loads them: not quite the same teachers, so a yardstick); sft (TRL's ``SFTTrainer``, QLoRA of the same student: what
-training without teachers costs). Random weights; rows of T tokens whose second half is kept, half of the rows the expert's. Forward,
-backward and the optimizer's step. Memory that is held are the models, memory at peak is what the step adds to it.
+training without teachers costs). Random weights; rows of T tokens whose second half is kept, half of the rows the expert's.
+Forward, backward and the optimizer's step. Memory that is held are the models, memory at peak is what the step adds to it.
 """
 
 from __future__ import annotations
