@@ -94,7 +94,7 @@ class ModelBuilder:
         if folder is not None:
             model = load_continued(replace(base_spec(placed), adapter=folder))
         else:  # any adapter will do, for it stays off
-            model = get_peft_model(load_model(base_spec(placed)), LoraConfig(r=1, target_modules="all-linear"))
+            model = get_peft_model(load_model(base_spec(placed)), LoraConfig("CAUSAL_LM", r=1, target_modules="all-linear"))
         speaking = on_student(routed, model, vocabulary_size(self.tokenizer))
         assert isinstance(speaking, RoutedTeacher)
         return speaking.routes
