@@ -6,8 +6,9 @@
 Contestants: ours (``DAETrainer``, ``AdapterPath`` teachers: one base); three-models (the same objective, expert and reference
 each on a 4-bit base of its own); three-models-16bit (expert and reference merged into 16-bit models, as ``stage: NAME`` of a
 recipe loads them: not quite the same teachers, so a yardstick); sft (TRL's ``SFTTrainer``, QLoRA of the same student: what
-training without teachers costs). Random weights; rows of T tokens whose second half is kept, half of the rows the expert's.
-Forward, backward and the optimizer's step. Memory that is held are the models, memory at peak is what the step adds to it.
+training without teachers costs); sft-daekit (the same by daekit's ``DomainSFTTrainer``). Random weights; rows of T tokens whose
+second half is kept, half of the rows the expert's. Forward, backward and the optimizer's step. Memory that is held are the
+models, memory at peak is what the step adds to it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from daekit.models.adapters import load_continued
 from daekit.models.loading import load_model
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import AdapterPath, ModelTeacher
-from daekit.trainers import DAEConfig, DAETrainer
+from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, DomainSFTTrainer
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="daekit-benchmark-")  # base, adapters, output directories; gone at exit
 
@@ -176,6 +177,15 @@ def sft(shape: Shape) -> Work:
     return lambda: _yardstick(work())
 
 
+def sft_without_logits(shape: Shape) -> Work:
+    """daekit's DomainSFTTrainer, which makes no logits of all positions: what DAE adds to the same loss without teachers."""
+    trainer = DomainSFTTrainer(
+        on_base(shape, "start"), DomainSFTConfig(**options_of(shape)), data(shape), processing_class=tokenizer(shape)
+    )
+    work = step(trainer, shape)
+    return lambda: _yardstick(work())
+
+
 def step(trainer: SFTTrainer, shape: Shape) -> Work:
     """A ``training_step`` on the only batch of the data, and the optimizer's step."""
     batch = next(iter(trainer.get_train_dataloader()))
@@ -220,6 +230,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
         "three-models": functools.partial(three_models, quantization=True),
         "three-models-16bit": functools.partial(three_models, quantization=False),
         "sft": sft,
+        "sft-daekit": sft_without_logits,
     }
 
     def case(shape: Shape) -> Case:
