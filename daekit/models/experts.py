@@ -50,10 +50,10 @@ class QuantisedExperts(nn.Module):
                 self.codes[expert], bnb.QuantState(self.absmax[expert], self.shape, code, _BLOCK[8], dtype=dtype)
             )
         scales = bnb.QuantState(self.absmax_scale[expert], code=code, blocksize=_SCALES_BLOCK, dtype=torch.float32)
-        state = bnb.QuantState(
-            self.absmax[expert], self.shape, None, _BLOCK[4], "nf4", dtype, self.absmax_mean[expert], scales
-        )
-        return bnb.dequantize_4bit(self.codes[expert], state)
+        # flat, because the kernel for CPUs takes other scales where a row is not a whole number of blocks
+        flat = torch.Size([self.shape.numel()])
+        state = bnb.QuantState(self.absmax[expert], flat, None, _BLOCK[4], "nf4", dtype, self.absmax_mean[expert], scales)
+        return bnb.dequantize_4bit(self.codes[expert], state).view(self.shape)
 
     def forward(self, x_NI: Tensor, expert: int, transposed: bool) -> Tensor:
         """``[N, O]`` outputs of one expert, in the compute dtype; the gradient flows to ``x_NI`` only."""

@@ -33,6 +33,7 @@ from daekit.models.quantization import (
     rank_device,
     require_quantised,
     require_supported,
+    require_whole_blocks,
     with_experts,
 )
 from daekit.models.restore import restore_weights
@@ -82,6 +83,7 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
         with reading_unmapped():
             model = _load_whole(load, path, {**arguments, "quantization_config": with_experts(config)})
         line = require_quantised(model, path)
+        require_whole_blocks(model, path)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(line, flush=True)
         keep_four_bit_weights(model)

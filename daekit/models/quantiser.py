@@ -22,6 +22,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
+from daekit.errors import UserError
 from daekit.models.experts import PROJECTIONS, is_experts_layer, quantise_experts
 
 FOUR_BITS, EIGHT_BITS = "daekit_4bit", "daekit_8bit"
@@ -61,6 +62,17 @@ class _WithExperts:
         weight = getattr(module, name, None)
         kind = name in PROJECTIONS and isinstance(weight, nn.Parameter) and weight.ndim == 3
         return kind and is_experts_layer(module) and should_convert_module(param_name, self.modules_to_not_convert)  # type: ignore[attr-defined]
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
+        super()._process_model_before_weight_loading(model, **options)  # type: ignore[misc]
+        config = self.quantization_config
+        plain = self.bits == 4 and not (config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant)
+        if plain and any(self.is_expert(model, name) for name, _ in model.named_parameters()):
+            raise UserError(
+                f"quantization_config: experts are quantised as nf4 with double quantisation, not as "
+                f"bnb_4bit_quant_type={config.bnb_4bit_quant_type!r}, bnb_4bit_use_double_quant="
+                f"{config.bnb_4bit_use_double_quant}; set them to 'nf4' and True"
+            )
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantise(self, super().get_quantize_ops())  # type: ignore[misc]
