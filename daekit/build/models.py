@@ -56,4 +56,4 @@ class ModelBuilder:
 
     def _single(self, spec: ModelSpec) -> ModelTeacher:
         name = spec.stage or spec.path or "teacher"
-        return ModelTeacher(self.model(spec), vocabulary_size(self.tokenizer), name)
+        return ModelTeacher(self.model(spec), vocabulary_size(self.tokenizer), name, offload=spec.offload)

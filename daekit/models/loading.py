@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from daekit.errors import UserError
+from daekit.models.placement import device_map_of, require_devices
 from daekit.models.quantiser import reading_unmapped
 from daekit.models.quantization import (
     keep_four_bit_weights,
@@ -173,8 +174,19 @@ def _from_pretrained(spec: ModelSpec) -> PreTrainedModel:
     if spec.quantization:
         arguments["quantization_config"] = quantization_config(spec)
         arguments["device_map"] = {"": rank_device()}
+    if spec.offload:  # to the host; the teacher brings its layers to the device
+        arguments["device_map"] = {"": "cpu"}
+    if spec.device_map is not None:
+        require_devices(spec.device_map, str(spec.path))
+        arguments["device_map"] = device_map_of(spec.device_map)
     arguments |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    return load_whole(AutoModelForCausalLM.from_pretrained, str(spec.path), arguments)
+    model = load_whole(AutoModelForCausalLM.from_pretrained, str(spec.path), arguments)
+    if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+        raise UserError(
+            f"{spec.path}: device_map={spec.device_map} leaves some of it on the disk, as it does not fit in memory. Quantize it "
+            "(quantization: 4bit), or give it more devices."
+        )
+    return model
 
 
 def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
