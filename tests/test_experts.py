@@ -34,7 +34,9 @@ _SHAPE: dict[str, Any] = dict(
 )  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "mixtral": dict(num_local_experts=4),
-    "qwen2_moe": dict(num_experts=4, intermediate_size=192, shared_expert_intermediate_size=64),  # a shared expert of Linear modules
+    "qwen2_moe": dict(
+        num_experts=4, intermediate_size=192, shared_expert_intermediate_size=64
+    ),  # a shared expert of Linear modules
     "qwen3_moe": dict(num_experts=8),
     "gpt_oss": dict(num_local_experts=4),  # transposed weights, biases, another gate
 }
@@ -212,14 +214,14 @@ def test_adapters(saved: Any) -> None:
     for bad in (["q_proj", "w1", "w3"], ["q_proj", "down_proj"], r".*\.(q_proj|w2)", [r"experts.gate_up_proj"]):
         with pytest.raises(UserError, match="names experts, which are quantised"):
             refuse_expert_adapter(plain, LoraConfig(task_type="CAUSAL_LM", target_modules=bad))
-    with pytest.raises(UserError, match="'mlp.experts.down_proj' names experts"):
+    with pytest.raises(UserError, match=r"'mlp.experts.down_proj' names experts"):
         refuse_expert_adapter(plain, LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]))
     for good in (["q_proj"], r".*\.q_proj"):
         refuse_expert_adapter(plain, LoraConfig(task_type="CAUSAL_LM", target_modules=good))
     refuse_expert_adapter(moe("mixtral"), LoraConfig(task_type="CAUSAL_LM", target_modules=["w1", "w3"]))
 
 
-# ---- what cannot be loaded -----------------------------------------------------------------------------------------------------
+# ---- what cannot be loaded -----------------------------------------------------------------------------------------------
 
 
 def test_a_missing_shard_is_named_before_weights_are_read(tmp_path: Path, monkeypatch: Any) -> None:

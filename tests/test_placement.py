@@ -126,7 +126,7 @@ def test_what_cannot_be_offloaded(tmp_path: Path) -> None:
         LayerOffload(eight, CPU)
 
 
-# ---- device maps ---------------------------------------------------------------------------------------------------------------
+# ---- device maps ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])

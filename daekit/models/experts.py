@@ -32,6 +32,11 @@ class QuantisedExperts(nn.Module):
         compute_dtype: of the products, outside autocast.
     """
 
+    codes: Tensor
+    absmax: Tensor
+    absmax_mean: Tensor  # of 4 bits, as the next one
+    absmax_scale: Tensor
+
     def __init__(self, weight_EOI: Tensor, bits: int, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.bits, self.shape, self.compute_dtype = bits, weight_EOI.shape[1:], compute_dtype

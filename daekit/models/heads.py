@@ -50,8 +50,8 @@ def output_head(model: nn.Module, vocab_size: int) -> OutputHead:
     weight: Tensor = head.weight
     if weight.is_meta:
         raise UserError(
-            "the output head is on the meta device (offloaded by accelerate): the loss multiplies by its weight directly, which "
-            "would give garbage. Keep lm_head on a device in device_map, or give the model to a ModelTeacher, which does."
+            "the output head is on the meta device (offloaded by accelerate): the loss multiplies by its weight directly, "
+            "which would give garbage. Keep lm_head on a device in device_map, or give the model to a ModelTeacher, which does."
         )
     if weight.shape[0] < vocab_size:
         raise UserError(

@@ -183,8 +183,8 @@ def _from_pretrained(spec: ModelSpec) -> PreTrainedModel:
     model = load_whole(AutoModelForCausalLM.from_pretrained, str(spec.path), arguments)
     if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
         raise UserError(
-            f"{spec.path}: device_map={spec.device_map} leaves some of it on the disk, as it does not fit in memory. Quantize it "
-            "(quantization: 4bit), or give it more devices."
+            f"{spec.path}: device_map={spec.device_map} leaves some of it on the disk, as it does not fit in memory. "
+            "Quantize it (quantization: 4bit), or give it more devices."
         )
     return model
 

@@ -157,8 +157,8 @@ def _require_offloadable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module).__name__ == "Linear8bitLt":
             raise UserError(
-                f"offload: {name} is in LLM.int8, whose weights bitsandbytes keeps in a state of its own; use quantization: 4bit "
-                "or none with offload"
+                f"offload: {name} is in LLM.int8, whose weights bitsandbytes keeps in a state of its own; use quantization: "
+                "4bit or none with offload"
             )
     trained = next((name for name, parameter in model.named_parameters() if parameter.requires_grad), None)
     if trained is not None:

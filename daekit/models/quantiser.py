@@ -52,7 +52,7 @@ class _WithExperts:
     def __init__(self, quantization_config: BitsAndBytesConfig, **options: Any) -> None:
         # our name has done its work (it chose this class); for everybody else this is a model of bitsandbytes
         quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
-        super().__init__(quantization_config, **options)
+        super().__init__(quantization_config, **options)  # type: ignore[call-arg]
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **options: Any) -> bool:
         return super().param_needs_quantization(model, param_name, **options) or self.is_expert(model, param_name)  # type: ignore[misc]

@@ -184,7 +184,7 @@ def _check_placement(model: ModelSpec, path: Path, student: bool, problems: Prob
     if not model.device_map:
         problems.add_check(where, "must not be empty; leave it out for the student's device")
     if "disk" in (model.device_map.values() if isinstance(model.device_map, dict) else [model.device_map]):
-        message = "disk is not supported: the loss needs weights that are there; use `offload: true` (host memory) or quantization"
+        message = "disk is not supported: the loss needs weights that are there; use `offload: true` or quantization"
         problems.add_check(where, message)
 
 
