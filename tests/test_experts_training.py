@@ -40,8 +40,8 @@ def test_a_qlora_mixture_trains_and_its_reference_is_itself_also_after_a_resume(
 
     def trainer() -> Any:
         return dae(
-            tmp_path / "run", mixed_rows(), four_bit(mixtral), reference=None, peft_config=lora(target_modules=ATTENTION), save_strategy="steps",
-            save_steps=2, max_steps=4, num_train_epochs=9, optim="adamw_torch", learning_rate=0.01, gradient_checkpointing=True,
+            tmp_path / "run", mixed_rows(), four_bit(mixtral), reference=None, peft_config=lora(target_modules=ATTENTION),
+            save_strategy="steps", save_steps=2, max_steps=4, num_train_epochs=9, optim="adamw_torch", learning_rate=0.01, gradient_checkpointing=True,
         )  # fmt: skip
 
     def base(model: Any) -> list[str]:
