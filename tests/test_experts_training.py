@@ -39,10 +39,9 @@ def test_a_qlora_mixture_trains_and_its_reference_is_itself_also_after_a_resume(
     """With gradient checkpointing; the base stays as it is, and the checkpoint holds the adapter only."""
 
     def trainer() -> Any:
-        return dae(
-            tmp_path / "run", mixed_rows(), four_bit(mixtral), reference=None, peft_config=lora(target_modules=ATTENTION),
-            save_strategy="steps", save_steps=2, max_steps=4, num_train_epochs=9, optim="adamw_torch", learning_rate=0.01, gradient_checkpointing=True,
-        )  # fmt: skip
+        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "num_train_epochs": 9, "optim": "adamw_torch"}
+        options |= {"learning_rate": 0.01, "gradient_checkpointing": True, "peft_config": lora(target_modules=ATTENTION)}
+        return dae(tmp_path / "run", mixed_rows(), four_bit(mixtral), reference=None, **options)
 
     def base(model: Any) -> list[str]:
         return [fingerprint(module) for module in model.modules() if isinstance(module, QuantisedExperts)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from daekit.errors import UserError
@@ -66,9 +67,10 @@ def hold_ends(model: PreTrainedModel) -> None:
             setattr(module, name, nn.Parameter(weight, requires_grad=False))
 
 
-def input_device(model: nn.Module) -> torch.device:
-    """Where a model wants its token ids."""
-    return base_of(model).get_input_embeddings().weight.device  # type: ignore[return-value, union-attr]
+def input_device(model: nn.Module, usual: torch.device) -> torch.device:
+    """Where a model wants its token ids; ``usual`` where FSDP2 or ZeRO-3 brings its weights to where they are needed."""
+    weight: Any = base_of(model).get_input_embeddings().weight
+    return usual if isinstance(weight, DTensor) or hasattr(weight, "ds_status") else weight.device
 
 
 def batch_on(batch: Batch, device: torch.device) -> Batch:

@@ -65,7 +65,7 @@ class ModelTeacher:
         """One signal for all kept positions: hidden states ``[N, H]`` and the output head."""
         device = batch.labels_BT.device
         with frozen_forward(self.model):
-            hidden_NH, internals = kept_states(self.model, batch_on(batch, input_device(self.model)), self._watched)
+            hidden_NH, internals = kept_states(self.model, batch_on(batch, input_device(self.model, device)), self._watched)
         positions = torch.arange(hidden_NH.shape[0], device=device)
         voice = Voice(hidden_NH.to(device), self._head(device))
         internals = None if internals is None else internals_on(internals, batch)

@@ -55,8 +55,8 @@ def refuse_expert_adapter(model: nn.Module, config: PeftConfig | None) -> None:
     if wanted:
         raise UserError(
             f"peft_config: {min(wanted)!r} names experts, which are quantised: an adapter on them is not supported (each "
-            "product would need its weight whole). Name other modules, 'all-linear' (which leaves quantised experts out), or load the "
-            "model without quantization."
+            "product would need its weight whole). Name other modules, 'all-linear' (which leaves quantised experts out), or "
+            "load the model without quantization."
         )
 
 
