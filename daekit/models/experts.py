@@ -112,7 +112,7 @@ def _run_expert(module: Any, hidden_SH: Tensor, expert: int) -> Tensor:
     inner = _project(module, first, hidden_SH, expert)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
     output = _project(module, "down_proj", inner, expert)
-    # transformers before 5.20 knows no norm here
+    # older transformers know no norm here
     return module.post_expert_norm(output) if vars(module).get("has_post_expert_norm") else output
 
 
