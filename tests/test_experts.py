@@ -101,6 +101,17 @@ def test_a_layer_equals_its_twin(kind: str, bits: int, dtype: torch.dtype, imple
         assert relative(mine, theirs) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products_run_in_the_compute_dtype_or_that_of_autocast(bits: int) -> None:
+    """To the bit, whatever dtype the hidden states have."""
+    experts = QuantisedExperts(torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(0)), bits, torch.float16)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    for autocast, dtype in ((False, torch.float16), (True, torch.bfloat16)):
+        with torch.autocast("cpu", enabled=autocast):
+            out = experts(x, 1, False)
+        assert out.dtype == dtype and torch.equal(out, x.to(dtype) @ experts.weight(1, dtype).T)
+
+
 # ---- whole models ------------------------------------------------------------------------------------------------------------
 
 
