@@ -43,8 +43,15 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def moe(kind: str, seed: int = 0) -> Any:
+    """Its experts have weights of different sizes, as trained ones do."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(_SHAPE | KINDS[kind])))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(_SHAPE | KINDS[kind])))
+    with torch.no_grad():
+        for layer in layers_of_experts(model):
+            for name in ("gate_up_proj", "down_proj"):
+                weight = getattr(layer, name)
+                weight *= torch.linspace(0.5, 1.5, len(weight))[:, None, None]
+    return model
 
 
 def layers_of_experts(model: nn.Module) -> list[Any]:
