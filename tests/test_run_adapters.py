@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from adapter_world import save_base
 from safetensors.torch import load_file
 
+from daekit.build import ModelBuilder, RunFolder
+from daekit.build.report import _teachers
 from daekit.recipe import Recipe, load_recipe_text
 from daekit.run import run_recipe
 
@@ -82,6 +85,11 @@ def test_all_stages_run_on_one_base(
 
     run_recipe(recipe(tmp_path))
     assert "[aligned] complete, kept" in capsys.readouterr().out
+    models_of_run = ModelBuilder(RunFolder(tmp_path / "run"), tiny.tokenizer())
+    spec = recipe(tmp_path).stages["aligned"]
+    teachers = _teachers(spec, models_of_run, ["general", "shop"], torch.device("cpu"))
+    said = {domain: teacher.identity() for domain, teacher in teachers.items()}
+    assert said == done["run"]["teacher"]  # the report's teachers are those of the training
     rows = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     measured = {(row["model"], row["domain"]): row["value"] for row in rows if row["metric"] == "kl_to_teacher"}
     assert measured.keys() == {(model, domain) for model in ("student", "aligned") for domain in ("general", "shop")}

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.build.folders import RunFolder
 from daekit.models.adapters import base_spec, load_continued, require_adapters_fit
+from daekit.models.backbone import base_of
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.vocabulary import require_same, vocabulary_size
 from daekit.protocol import Teacher
@@ -83,7 +85,7 @@ class ModelBuilder:
         if folders:
             require_adapters_fit(folders, base_spec(self.placed(stage.student)))
 
-    def on_base(self, teachers: Mapping[str, Teacher], student: ModelSpec) -> dict[str, Teacher]:
+    def on_base(self, teachers: Mapping[str, Teacher], student: ModelSpec, device: Any) -> dict[str, Teacher]:
         """Teachers by domain, outside of a training: adapters speak on the student's base, loaded once for all of them."""
         routed = RoutedTeacher(teachers)
         paths = adapter_paths(routed)
@@ -94,7 +96,9 @@ class ModelBuilder:
         if folder is not None:
             model = load_continued(replace(base_spec(placed), adapter=folder))
         else:  # any adapter will do, for it stays off
-            model = get_peft_model(load_model(base_spec(placed)), LoraConfig(r=1, target_modules="all-linear"))
+            model = get_peft_model(load_model(base_spec(placed)), LoraConfig("CAUSAL_LM", r=1, target_modules="all-linear"))
+        if not getattr(base_of(model), "is_quantized", False):  # a quantised one has been placed when it was loaded
+            model.to(device)
         speaking = on_student(routed, model, vocabulary_size(self.tokenizer))
         assert isinstance(speaking, RoutedTeacher)
         return speaking.routes
@@ -103,4 +107,4 @@ class ModelBuilder:
         if spec.adapter is not None:
             return BASE if spec.adapter == BARE_BASE else AdapterPath(self.placed(spec).adapter)
         name = spec.stage or spec.path or "teacher"
-        return ModelTeacher(self.model(spec), vocabulary_size(self.tokenizer), name)
+        return ModelTeacher(self.model(spec), vocabulary_size(self.tokenizer), name, offload=spec.offload)

@@ -67,7 +67,7 @@ def _teachers(stage: StageSpec, models: ModelBuilder, domains: Iterable[str], de
         reference = stage.reference or TeacherSpec(model=start)
         specs = stage.teachers | dict.fromkeys(stage.reference_domains, reference)
     teachers = models.teachers({domain: specs[domain] for domain in domains if domain in specs})
-    return {domain: teacher.to(device) for domain, teacher in models.on_base(teachers, stage.student).items()}
+    return {domain: teacher.to(device) for domain, teacher in models.on_base(teachers, stage.student, device).items()}
 
 
 def _reference_domains(recipe: Recipe) -> list[str]:

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
@@ -84,7 +84,9 @@ def load_frozen(model: PeftModel, folder: str | Path, name: str) -> None:
     config.inference_mode = True
     base = base_of(model)
     require_same_base(folder, str(config.base_model_name_or_path), name_of_base(model), (config.revision, _revision_of(model)))
-    require_fits(folder, config, base.config)
+    with torch.device("meta"):
+        skeleton = type(base)(copy.deepcopy(base.config))
+    require_fits(folder, config, skeleton)
     flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     model.add_adapter(name, _without_first_values(config))
     if getattr(base, "is_quantized", False):
@@ -105,11 +107,15 @@ def require_adapters_fit(folders: Iterable[str | Path], base: ModelSpec) -> None
     for folder in folders:
         lora = lora_config_of(folder)
         require_same_base(folder, str(lora.base_model_name_or_path), base.path, (lora.revision, base.revision))
-        require_fits(folder, lora, config, base.trust_remote_code)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+        require_fits(folder, lora, skeleton)
 
 
-def require_fits(folder: str | Path, lora: LoraConfig, base: PreTrainedConfig, trust_remote_code: bool = False) -> None:
-    """Compare names and shapes of an adapter's tensors with a model without weights (on the meta device).
+def require_fits(folder: str | Path, lora: LoraConfig, skeleton: PreTrainedModel) -> None:
+    """Compare names and shapes of an adapter's tensors with its base as a model without weights (on the meta device).
+
+    The skeleton is used up.
 
     Raises:
         UserError: an adapter that cannot share its base; missing or left-over tensors, other shapes, no module that it could
@@ -117,7 +123,6 @@ def require_fits(folder: str | Path, lora: LoraConfig, base: PreTrainedConfig, t
     """
     require_shareable(folder, read_adapter_config(folder))
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(base, trust_remote_code=trust_remote_code)
         try:
             adapted = get_peft_model(skeleton, _without_first_values(lora))
         except ValueError as error:
@@ -126,7 +131,7 @@ def require_fits(folder: str | Path, lora: LoraConfig, base: PreTrainedConfig, t
     for end, module in ends.items():
         if isinstance(module, BaseTunerLayer):
             raise on_an_end(folder, end)
-        if isinstance(module, AuxiliaryTrainingWrapper) and base.get_text_config().tie_word_embeddings:
+        if isinstance(module, AuxiliaryTrainingWrapper) and skeleton.config.get_text_config().tie_word_embeddings:
             raise UserError(
                 f"{folder}: the adapter holds {end} of its own (modules_to_save or trainable_token_indices), but this base "
                 "ties embeddings and output head: the other one would not follow. Use an adapter without them."
@@ -208,7 +213,7 @@ def _take_dtypes(model: PeftModel, adapter: str, folder: Path) -> None:
             name = file.get_slice(home_of[parameter.data_ptr()]).get_dtype()
             if name not in _DTYPES:
                 raise UserError(f"{folder}: the adapter's weights are in {name}; known: {', '.join(_DTYPES)}")
-            parameter.data = parameter.data.to(device=base_of(model).device, dtype=_DTYPES[name])
+            parameter.data = parameter.data.to(_DTYPES[name])
 
 
 def _state_of(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:

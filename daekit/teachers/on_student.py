@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -57,26 +56,26 @@ def adapter_paths(teacher: Teacher) -> list[AdapterPath]:
     return [path for part in _parts(teacher) for path in adapter_paths(part)]
 
 
-def require_on_student(teacher: Teacher, student: Any, peft_config: Any) -> None:
+def require_on_student(teacher: Teacher, has_adapter: bool, base: ModelSpec | None) -> None:
     """Look at every AdapterPath in a teacher before the student's weights are loaded.
 
     Args:
         teacher: any.
-        student: a path or a model.
-        peft_config: what the student will be wrapped with, if it is no PEFT model.
+        has_adapter: whether the student is or will be a PEFT model.
+        base: the student, if it is yet to be loaded; of one that is there its adapters are looked at when they are loaded.
 
     Raises:
         UserError: a student without an adapter; an adapter of another base, incomplete, or on the output head or embeddings.
     """
     paths = adapter_paths(teacher)
-    if paths and peft_config is None and not isinstance(student, PeftModel):
+    if paths and not has_adapter:
         raise UserError(
             f"{paths[0]}: is an adapter of the student's base, but the student is trained whole. Give peft_config to make it a "
             "LoRA student, or give a merged model as teacher."
         )
     folders = [each.path for each in paths if each.path is not None]
-    if folders and isinstance(student, str):
-        require_adapters_fit(folders, ModelSpec(path=student))
+    if folders and base is not None:
+        require_adapters_fit(folders, base)
 
 
 def on_student(

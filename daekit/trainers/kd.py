@@ -23,7 +23,7 @@ from daekit.trainers.config import KDConfig
 from daekit.trainers.domain_sft import DomainSFTTrainer
 from daekit.trainers.inside import ATTENTION_METRIC, InsideLosses, hidden_metric
 from daekit.trainers.projections import forget_projections
-from daekit.trainers.student import tokenizer_of
+from daekit.trainers.student import spec_of, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ class KDTrainer(DomainSFTTrainer):
         tokenizer = processing_class or tokenizer_of(model, args)
         forget_projections(model)
         self.teacher = as_teacher(teacher, tokenizer, student=model)
-        require_on_student(self.teacher, model, sft_arguments.get("peft_config"))
+        spec = spec_of(model, args) if isinstance(model, str) else None
+        require_on_student(self.teacher, isinstance(model, PeftModel) or sft_arguments.get("peft_config") is not None, spec)
         size = vocabulary_size(tokenizer)
         super().__init__(model, args, train_dataset, processing_class=tokenizer, **sft_arguments)
         if self.vocab_size != size:
