@@ -46,12 +46,15 @@ def changes(stage: StageSpec, name: str, training: Training, gpu: bool) -> list[
     unquantised = [
         f"{prefix}.{path}.quantization=4bit"
         for path, model in _teachers(stage)
-        if model.quantization is None and model.config is None
+        if model.quantization is None and model.path is not None
     ]
     if unquantised:
         found.append(Change("teachers in 4 bits", tuple(unquantised)))
     if "adam" in training.optim and "8bit" not in training.optim and gpu:
         found.append(Change("an optimizer with 8-bit states", (f"{prefix}.trainer.optim=adamw_8bit",)))
+    near = [path for path, model in _teachers(stage) if not model.offload and model.device_map is None and not model.adapter]
+    if near and gpu:
+        found.append(Change("teachers in host memory", tuple(f"{prefix}.{path}.offload=true" for path in near)))
     lora = () if stage.lora is not None else (f"{prefix}.lora.r=16",)
     if lora:
         found.append(Change("LoRA", lora))

@@ -155,7 +155,8 @@ class Buffers:
     def _cast_heads(self, width: int) -> int:
         """Copies of output heads in the dtype of the products."""
         heads = [self.student.head]
-        heads += max(([s.skeleton.head for s in group] for group in self.models.groups), key=lambda each: len(each), default=[])
+        spoken = [[speaker.skeleton.head for speaker in group] for group in self.models.groups]
+        heads += max(spoken, key=len, default=[])
         return sum(head.numel() * width for head in heads if head.element_size() != width)
 
     def _chunk_bytes(self, step: int, columns: int, voices: int) -> int:

@@ -81,7 +81,12 @@ class ModelPlanner:
 
     def _loaded(self, shapes: Shapes, spec: ModelSpec, who: str, group: str) -> Speaker:
         tracer = self._tracer(shapes, spec, None, trained=False)
-        return Speaker(who, tracer, sum(p.bytes for p in tracer.skeleton.parameters()), group)
+        layers = [sum(p.bytes for p in layer) for layer in tracer.skeleton.layers]
+        ends = sum(p.bytes for p in tracer.skeleton.outside)
+        if spec.offload:  # two layers at a time are on the student's device
+            return Speaker(who, tracer, ends + 2 * max(layers), group)
+        elsewhere = spec.device_map is not None and spec.device_map != "auto"
+        return Speaker(who, tracer, 0 if elsewhere else ends + sum(layers), group)
 
     def _adapter_bytes(self, recipe: Recipe, shapes: Shapes, base: ModelSpec, adapter: str) -> int:
         """Bytes of an adapter that speaks on the student's base; none of the base itself."""
