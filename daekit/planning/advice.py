@@ -46,7 +46,7 @@ def changes(stage: StageSpec, name: str, training: Training, gpu: bool) -> list[
     unquantised = [
         f"{prefix}.{path}.quantization=4bit"
         for path, model in _teachers(stage)
-        if model.quantization is None and model.path is not None
+        if model.quantization is None and model.config is None and model.adapter is None
     ]
     if unquantised:
         found.append(Change("teachers in 4 bits", tuple(unquantised)))
