@@ -155,8 +155,8 @@ class Buffers:
     def _cast_heads(self, width: int) -> int:
         """Copies of output heads in the dtype of the products."""
         heads = [self.student.head]
-        spoken = [[speaker.skeleton.head for speaker in group] for group in self.models.groups]
-        heads += max(spoken, key=len, default=[])
+        groups = self.models.groups
+        heads += [speaker.skeleton.head for speaker in (max(groups, key=len) if groups else [])]
         return sum(head.numel() * width for head in heads if head.element_size() != width)
 
     def _chunk_bytes(self, step: int, columns: int, voices: int) -> int:
