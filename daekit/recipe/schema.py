@@ -21,9 +21,14 @@ BUILTIN_CORPORA = ("skills", "chat", "shop")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Where a model comes from: exactly one of ``path``, ``stage`` and ``config``.
+    """Where a model comes from: exactly one of ``path``, ``stage`` and ``config``; or an adapter on the student's base.
 
     In YAML a plain string is short for ``{path: ...}``, and ``stage:NAME`` for ``{stage: NAME}``.
+
+    One base, several models: a teacher, member of an ensemble or reference that is ``{adapter: A}`` and nothing else is a LoRA
+    adapter of the base that the student is trained on (with ``lora`` or ``adapter``); the base is loaded once, in the student's
+    dtype and quantisation. A student that is ``{adapter: A}`` goes on training that adapter (without ``lora``: rank and targets
+    are its own) on the base that the stage of A had, loaded as it was there; of a directory, on ``path`` or the base it names.
 
     Attributes:
         path: hub id or directory (a directory that holds a LoRA adapter is loaded on its base and merged).
@@ -31,17 +36,25 @@ class ModelSpec:
         config: a model made from scratch with random weights: ``model_type`` and the fields of its transformers config;
             ``vocab_size`` and special tokens are taken from the tokenizer unless given.
         dtype: the dtype that the weights are loaded in.
-        quantization: ``4bit`` (nf4, double quantisation) or ``8bit``, by bitsandbytes.
+        adapter: ``stage:NAME`` (of an earlier LoRA stage), a directory, or, for a teacher, ``base`` (the base, adapter off).
+        quantization: ``4bit`` (nf4, double quantisation) or ``8bit``, by bitsandbytes; experts too.
+        device_map: of a teacher: the device that it lies on (``cuda:1``, ``1``, ``cpu``), ``auto``, or a mapping of its
+            modules to devices; default: the student's device.
+        offload: of a teacher: its layers stay in host memory and are brought to the student's device one by one, the next
+            while one runs; the device holds two of them at most.
     """
 
     path: str | None = None
     stage: str | None = None
+    adapter: str | None = None
     config: dict[str, Any] | None = None
     revision: str | None = None
     dtype: Dtype = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     quantization: Quantization | None = None
+    device_map: str | dict[str, str] | None = None
+    offload: bool = False
 
 
 @dataclass(frozen=True)
