@@ -98,6 +98,8 @@ def test_sentences_of_equal_tokens_are_a_tie_and_ties_are_wrong(tmp_path, model,
     found = benchmark.measure(model, tokenizer, 1)
     assert found.items[0]["good"] == found.items[0]["bad"] and not found.items[0]["correct"]
     assert not found.items[-1]["correct"]
+    right_R = found.values["p", "p", "accuracy"].total_R
+    assert right_R[0] == right_R[-1] == 0
     assert "2 ties, which count as wrong" in found.notes[0]
 
 
