@@ -34,6 +34,14 @@ def whole_heads(heads: Sequence[OutputHead]) -> Iterator[list[OutputHead]]:
         ]
 
 
+def whole(parameter: Tensor) -> Tensor:
+    """A copy of a parameter on the CPU, gathered if it is sharded. A collective call then: every rank must make it."""
+    if isinstance(parameter, DTensor):
+        return parameter.detach().full_tensor().cpu().clone()
+    with _zero3([parameter]):
+        return parameter.detach().cpu().clone()
+
+
 class _Whole(torch.autograd.Function):
     """``full_tensor`` whose gradient is averaged over the ranks of the mesh, each of which has other tokens."""
 

@@ -13,6 +13,7 @@ from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.vocabulary import require_same
 from daekit.protocol import Batch, Signal, Voice
 from daekit.recipe.schema import ModelSpec
+from daekit.teachers.sharding import Sharding
 
 
 class ModelTeacher:
@@ -30,6 +31,7 @@ class ModelTeacher:
         add_on_hidden(model)
         self._vocab_size = vocab_size
         self._watched: Watched | None = None
+        self._identity: dict[str, object] | None = None
         require_plain_head(model, vocab_size)  # also finds a head that is too narrow, here and not in the first step
 
     @classmethod
@@ -46,6 +48,12 @@ class ModelTeacher:
             self.model.to(device)  # type: ignore[arg-type]
         return self
 
+    def shard(self, sharding: Sharding) -> None:
+        """Split the model, once; its fingerprint is taken while it is whole."""
+        if self._identity is None:
+            self._identity = self.identity()
+            sharding.split(self.model)
+
     def watch(self, watch: Watch | None) -> list[Watched]:
         """See ``WatchableTeacher``."""
         self._watched = None if watch is None else watch.of(self.model.config)
@@ -61,4 +69,6 @@ class ModelTeacher:
 
     def identity(self) -> dict[str, object]:
         """The model's type and a fingerprint of its weights."""
+        if self._identity is not None:
+            return self._identity
         return {"kind": "model", "model_type": self.model.config.model_type, "weights": fingerprint(self.model)}

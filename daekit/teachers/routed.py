@@ -11,10 +11,14 @@ import torch
 from daekit.errors import UserError
 from daekit.models.internals import Watch, Watched, require_watchable
 from daekit.protocol import Batch, Signal, Teacher
+from daekit.teachers.sharding import Sharding, one_token, shard_teacher
 
 
 class RoutedTeacher:
     """Gives each teacher only the rows of its domains.
+
+    Where teachers are split over ranks, a rank without rows for one that runs elsewhere runs it on one token, and gets a signal
+    for no position.
 
     Args:
         routes: domain -> teacher. One object under several domains runs once, on the rows of all of them.
@@ -22,6 +26,7 @@ class RoutedTeacher:
 
     def __init__(self, routes: Mapping[str, Teacher]) -> None:
         self.routes = dict(routes)
+        self._sharding: Sharding | None = None
 
     def signals(self, batch: Batch) -> list[Signal]:
         """The signals of all teachers that have rows, with positions counted in the whole batch.
@@ -31,14 +36,22 @@ class RoutedTeacher:
         """
         for domain in set(batch.domains) - set(self.routes):
             raise unknown_domain(domain, self.routes)
+        rows_of = {teacher: batch.rows_of(domains) for teacher, domains in self._domains().items()}
+        runs = [bool(rows) for rows in rows_of.values()]
+        if self._sharding is not None:
+            runs = self._sharding.somewhere(runs)
         signals = []
-        for teacher in dict.fromkeys(self.routes.values()):
-            rows = batch.rows_of([domain for domain, other in self.routes.items() if other is teacher])
-            if rows:
+        for (teacher, rows), here in zip(rows_of.items(), runs, strict=True):
+            if here:
+                part = batch.select(rows) if rows else one_token(batch, self._domains()[teacher][0])
                 positions_M = batch.positions_of(rows)
-                for signal in teacher.signals(batch.select(rows)):
+                for signal in teacher.signals(part):
                     signals.append(replace(signal, positions_M=positions_M[signal.positions_M]))
         return signals
+
+    def _domains(self) -> dict[Teacher, list[str]]:
+        """Teacher -> its domains."""
+        return {t: [domain for domain, other in self.routes.items() if other is t] for t in self.routes.values()}
 
     def watch(self, watch: Watch | None) -> list[Watched]:
         """Look into every teacher; see ``WatchableTeacher``."""
@@ -50,6 +63,12 @@ class RoutedTeacher:
         for teacher in self.routes.values():
             teacher.to(device)
         return self
+
+    def shard(self, sharding: Sharding) -> None:
+        """Split every teacher; see ``ShardableTeacher``."""
+        self._sharding = sharding
+        for teacher in self._domains():
+            shard_teacher(teacher, sharding)
 
     def identity(self) -> dict[str, object]:
         """The identity of the teacher of every domain."""

@@ -18,8 +18,10 @@ from daekit.models.vocabulary import require_same, vocabulary_size
 from daekit.protocol import Batch, Signal, Teacher
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
+from daekit.teachers.sharding import Sharding, shard_teacher
 from daekit.trainers.config import KDConfig
 from daekit.trainers.domain_sft import DomainSFTTrainer
+from daekit.trainers.engines import shards_parameters
 from daekit.trainers.inside import ATTENTION_METRIC, InsideLosses, hidden_metric
 from daekit.trainers.projections import forget_projections
 from daekit.trainers.student import tokenizer_of
@@ -69,8 +71,8 @@ class KDTrainer(DomainSFTTrainer):
                 f"chat_template_path={self.args.chat_template_path!r} added {self.vocab_size - size} tokens to the student's "
                 "tokenizer, which its teacher does not have. Set the tokenizer's chat_template yourself, without new tokens."
             )
-        self.teacher.to(self.accelerator.device)
         self._complete_teacher()
+        self._place_teacher()
         wanted = self.args.attention_weight or self.args.hidden_weight
         self.inside = InsideLosses(self.model, self.args, self.teacher) if wanted else None
         if self.inside is not None and self.inside.projections is not None and self.optimizer is not None:
@@ -81,6 +83,12 @@ class KDTrainer(DomainSFTTrainer):
 
     def _complete_teacher(self) -> None:
         """The student is ready: the moment to freeze a copy of it as a teacher."""
+
+    def _place_teacher(self) -> None:
+        if shards_parameters(self):
+            shard_teacher(self.teacher, Sharding(self.accelerator))
+        else:
+            self.teacher.to(self.accelerator.device)
 
     def teacher_signals(self, batch: Batch) -> list[Signal]:
         """What the teacher says about the batch; UserError if it says nothing, for the loss would be 0 without a word."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel, PromptLearningConfig
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from daekit.data.preparation import first_row
 from daekit.errors import UserError
@@ -29,18 +29,6 @@ def refuse_arguments(model: Any, args: SFTConfig, train_dataset: Any, arguments:
         return  # SFTTrainer says what it wants
     if {"image", "images"} & first_row(train_dataset, "train").keys():
         raise UserError("the train data set has images: vision data is not supported; use a text-only data set")
-
-
-def refuse_sharding(trainer: SFTTrainer) -> None:
-    """Raise UserError where ranks would hold parts of a model or of a sequence."""
-    parallel = trainer.accelerator.parallelism_config
-    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
-        raise UserError("context and sequence parallelism are not supported: the loss needs whole sequences on each rank")
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise UserError(
-            "FSDP and DeepSpeed are not supported yet: ranks whose rows follow different teachers would wait for each other "
-            "for ever, and checkpoints are of whole models. Use DDP (accelerate launch --multi_gpu)."
-        )
 
 
 def refuse_shared_stream(args: SFTConfig, name: str) -> None:

@@ -1,0 +1,136 @@
+"""Which engine holds the ranks of a run together, and whether it is the one that the launch asked for.
+
+accelerate goes on with less than it was told, without a word: one process instead of several, DDP instead of FSDP. A student
+that was to be split over eight GPUs would then not fit, or eight students would be trained apart.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, str_to_bool
+from transformers import TrainingArguments
+from trl import SFTTrainer
+
+from daekit.errors import UserError
+
+_RANK = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # set by a launcher of ranks
+
+
+def refuse_launch() -> None:
+    """What can be known to be wrong with a launch before anything is loaded.
+
+    Raises:
+        UserError: more ranks than devices, or one process where several were asked for.
+    """
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if devices and ranks > devices and not _asked("ACCELERATE_USE_CPU"):
+        raise UserError(
+            f"{ranks} processes were launched on this machine, which has {devices} "
+            f"{torch.accelerator.current_accelerator()} device(s): ranks cannot share one. Launch with --num_processes "
+            f"{devices} (torchrun: --nproc_per_node {devices}), or make more devices visible (CUDA_VISIBLE_DEVICES)."
+        )
+    # accelerate's launcher for one process sets the address of a main process only if it was asked for several
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if launched and not any(name in os.environ for name in _RANK):
+        raise UserError(
+            "accelerate launch was asked for several processes but has started one (it does so with --cpu, and with "
+            "distributed_type MULTI_CPU or NO): use --multi_gpu --num_processes N, which runs on CPUs, too, or a file of "
+            "recipes/accelerate/."
+        )
+    if _asked("ACCELERATE_USE_CPU") and _asked("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError("ACCELERATE_USE_CPU=true: DeepSpeed would become DDP without a word. Leave the variable unset.")
+
+
+def connect(args: TrainingArguments) -> None:
+    """Make what accelerate knows of the processes true where there is no GPU; refuse processes that would train alone.
+
+    On a CPU accelerate would drop FSDP in silence, as it does for every distributed type but that of a GPU; and DeepSpeed has
+    to be told of the process group, which on a GPU it has made itself.
+    """
+    state = args.distributed_state
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and state.num_processes != launched:
+        raise UserError(
+            f"{launched} processes were launched but this one knows of {state.num_processes}: each would train alone, over the "
+            "others' files. Leave use_configured_state out of accelerator_config, or set use_cpu=True on a machine without GPUs."
+        )
+    if state.distributed_type != DistributedType.MULTI_CPU:
+        return
+    if asks_for_fsdp(args):
+        state.distributed_type = DistributedType.MULTI_GPU
+    if asks_for_deepspeed(args):
+        import deepspeed
+
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+
+
+def asks_for_fsdp(args: TrainingArguments) -> bool:
+    """Whether the arguments or the launch want FSDP."""
+    return bool(args.fsdp) or _asked("ACCELERATE_USE_FSDP")
+
+
+def asks_for_deepspeed(args: TrainingArguments) -> bool:
+    """Whether the arguments or the launch want DeepSpeed."""
+    return bool(args.deepspeed) or _asked("ACCELERATE_USE_DEEPSPEED")
+
+
+def refuse_engine(trainer: SFTTrainer) -> None:
+    """Raise UserError where the engine is not what was asked for, or does what the trainers cannot follow."""
+    accelerator = trainer.accelerator
+    parallel = accelerator.parallelism_config
+    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+        raise UserError("context and sequence parallelism are not supported: the loss needs whole sequences on each rank")
+    for name, asked, kind in (
+        ("FSDP", asks_for_fsdp(trainer.args), DistributedType.FSDP),
+        ("DeepSpeed", asks_for_deepspeed(trainer.args), DistributedType.DEEPSPEED),
+    ):
+        if asked and accelerator.distributed_type != kind:
+            raise UserError(
+                f"{name} was asked for, but the processes run as {accelerator.distributed_type.value}: launch with `accelerate "
+                "launch --config_file` and a file of recipes/accelerate/, without --cpu."
+            )
+    if trainer.is_fsdp_enabled:
+        _refuse_fsdp(trainer)
+    if shards_parameters(trainer) and getattr(trainer.model, "is_quantized", False):
+        raise UserError(
+            "a quantised student cannot be split over ranks by FSDP or ZeRO-3: launch with recipes/accelerate/ddp.yaml or "
+            "zero2.yaml, where each rank holds its 4-bit weights whole, or train it in 16 bits"
+        )
+
+
+def shards_parameters(trainer: SFTTrainer) -> bool:
+    """Whether each rank holds a part of every parameter: FSDP and ZeRO-3."""
+    if trainer.is_deepspeed_enabled:
+        return trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    return trainer.is_fsdp_enabled
+
+
+def rounding(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """What the student's forward runs in: autocast, or under FSDP2 nothing, for there the weights themselves are rounded."""
+    return nullcontext() if accelerator.distributed_type == DistributedType.FSDP else accelerator.autocast()
+
+
+def _refuse_fsdp(trainer: SFTTrainer) -> None:
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise UserError(f"fsdp_version: {plugin.fsdp_version} is not supported, it is deprecated in torch; set fsdp_version: 2")
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise UserError(
+            f"fsdp_state_dict_type: {plugin.state_dict_type.name} is not supported: the index of such a checkpoint is a "
+            "pickle, and the student could not be loaded from it. Set fsdp_state_dict_type: FULL_STATE_DICT."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise UserError(
+            "fsdp_cpu_ram_efficient_loading: true is not supported: only the first rank would hold the weights of student and "
+            "teachers when they are checked and frozen. Set it to false."
+        )
+
+
+def _asked(variable: str) -> bool:
+    return bool(str_to_bool(os.environ.get(variable, "false")))

@@ -1,0 +1,88 @@
+"""One rank of a test of an engine: trains the cases it is given, says what engine it saw, writes weights and logs.
+
+``accelerate launch --config_file recipes/accelerate/ENGINE.yaml --num_processes 2 tests/engine_run.py ENGINE FOLDER '["kd"]'``
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from accelerate.utils import DistributedType
+from test_distributed import rows, trainer_of
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import SequentialSampler
+
+from daekit.models.sharded import whole
+from daekit.trainers import domain_sft
+
+KINDS = {
+    "ddp": (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU),
+    "fsdp2": (DistributedType.FSDP,),
+    "zero2": (DistributedType.DEEPSPEED,),
+    "zero3": (DistributedType.DEEPSPEED,),
+}
+
+
+def is_split(parameter: Tensor) -> bool:
+    """Whether this rank holds a part of the parameter only."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().numel() < parameter.numel()
+    return hasattr(parameter, "ds_id") and parameter.numel() == 0
+
+
+def require_engine(engine: str, trainer: Any) -> None:
+    """The engine that the test is about, and student and teachers split where it splits them."""
+    accelerator = trainer.accelerator
+    assert accelerator.distributed_type in KINDS[engine], accelerator.distributed_type
+    assert accelerator.num_processes == torch.distributed.get_world_size() == 2
+    if engine.startswith("zero"):
+        assert accelerator.state.deepspeed_plugin.zero_stage == int(engine[-1])
+        assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
+    splits = engine in ("fsdp2", "zero3")
+    for model in (trainer.model, *teacher_models(trainer.teacher)):
+        matrices = [is_split(p) for p in model.parameters() if p.ndim > 1 or hasattr(p, "ds_id")]
+        assert matrices and all(split == splits for split in matrices), (type(model), matrices)
+
+
+def teacher_models(teacher: Any) -> list[nn.Module]:
+    if hasattr(teacher, "routes"):
+        return [model for each in teacher.routes.values() for model in teacher_models(each)]
+    return [teacher.model]
+
+
+def whole_weights(model: nn.Module) -> Tensor:
+    """All trainable parameters in one vector, gathered; a collective call."""
+    named = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return torch.cat([whole(p).double().flatten() for _, p in named])
+
+
+def run(engine: str, case: str, folder: Path) -> None:
+    trainer = trainer_of(case, folder, 2)
+    if engine == "zero3":  # tiny parameters would all stay gathered
+        config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    trainer.train()
+    require_engine(engine, trainer)
+    metrics = trainer.evaluate()
+    history = [entry for entry in trainer.state.log_history if "kl" in entry]
+    rank = trainer.args.process_index
+    result = {"weights": whole_weights(trainer.model), "history": history, "metrics": metrics}
+    torch.save(result, folder / f"{case}-2-{rank}.pt")
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as patch:
+        # keep the rows that have nothing to learn, and the order of all
+        patch.setattr(domain_sft, "fit_to_length", lambda dataset, *_: (dataset, {}))
+        patch.setattr(transformers.Trainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset))
+        for name in json.loads(sys.argv[3]):
+            run(sys.argv[1], name, Path(sys.argv[2]))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
