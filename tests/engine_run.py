@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 
 from daekit.models.sharded import whole
-from daekit.trainers import domain_sft
+from daekit.trainers import config, domain_sft, engines
 
 KINDS = {
     "ddp": (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU),
@@ -63,11 +63,15 @@ def whole_weights(model: nn.Module) -> Tensor:
     return torch.cat([whole(p).double().flatten() for _, p in named])
 
 
+def connect(args: Any) -> None:
+    """As in daekit, with ZeRO-3 told to split small parameters, too: all of a tiny model's would stay gathered."""
+    engines.connect(args)
+    if args.deepspeed_plugin is not None:
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+
 def run(engine: str, case: str, folder: Path) -> None:
     trainer = trainer_of(case, folder, 2)
-    if engine == "zero3":  # tiny parameters would all stay gathered
-        config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     trainer.train()
     require_engine(engine, trainer)
     metrics = trainer.evaluate()
@@ -82,6 +86,7 @@ if __name__ == "__main__":
         # keep the rows that have nothing to learn, and the order of all
         patch.setattr(domain_sft, "fit_to_length", lambda dataset, *_: (dataset, {}))
         patch.setattr(transformers.Trainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset))
+        patch.setattr(config, "connect", connect)
         for name in json.loads(sys.argv[3]):
             run(sys.argv[1], name, Path(sys.argv[2]))
     torch.distributed.barrier()

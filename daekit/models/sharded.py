@@ -34,6 +34,11 @@ def whole_heads(heads: Sequence[OutputHead]) -> Iterator[list[OutputHead]]:
         ]
 
 
+def shape_of(parameter: Tensor) -> torch.Size:
+    """The shape of a whole parameter; one that ZeRO-3 has sharded looks empty."""
+    return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape  # type: ignore[attr-defined, return-value]
+
+
 def whole(parameter: Tensor) -> Tensor:
     """A copy of a parameter on the CPU, gathered if it is sharded. A collective call then: every rank must make it."""
     if isinstance(parameter, DTensor):
