@@ -18,6 +18,7 @@ from test_distributed import rows, trainer_of
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from daekit.models.sharded import whole
 from daekit.trainers import config, domain_sft, engines
@@ -71,6 +72,7 @@ def connect(args: Any) -> None:
 
 
 def run(engine: str, case: str, folder: Path) -> None:
+    unset_hf_deepspeed_config()  # of the case before: with ZeRO-3 random weights would be other ones
     trainer = trainer_of(case, folder, 2)
     trainer.train()
     require_engine(engine, trainer)

@@ -42,6 +42,10 @@ class Projections(nn.Module):
         """The matrix onto a teacher's width for a layer of the student."""
         return self.matrices[f"{width}_{layer}"]
 
+    def of_layer(self, layer: int) -> list[Tensor]:
+        """All matrices of a layer of the student."""
+        return [matrix for name, matrix in self.matrices.items() if name.endswith(f"_{layer}")]
+
     def live_in(self, student: nn.Module) -> None:
         """Become a submodule of the student that its state dict does not show."""
         student.add_module(_NAME, self.to(next(student.parameters()).device))
