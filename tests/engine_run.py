@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 import transformers
 from accelerate.utils import DistributedType
-from test_distributed import rows, trainer_of
+from test_distributed import trainer_of
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
@@ -83,6 +84,25 @@ def run(engine: str, case: str, folder: Path) -> None:
     torch.save(result, folder / f"{case}-2-{rank}.pt")
 
 
+def run_resumed(engine: str, case: str, folder: Path) -> None:
+    """A straight run of four steps, and one that goes on from its second; then what was saved."""
+    results = {}
+    for name in ("straight", "resumed"):
+        unset_hf_deepspeed_config()
+        output = folder / case / name
+        trainer = trainer_of(case, output, 2, optim="adamw_torch", save_strategy="steps", save_steps=2, max_steps=4)
+        if name == "resumed":
+            if trainer.args.should_save:
+                shutil.copytree(folder / case / "straight" / "checkpoint-2", output / "checkpoint-2")
+            torch.distributed.barrier()
+        trainer.train(resume_from_checkpoint=name == "resumed")
+        require_engine(engine, trainer)
+        results[name] = whole_weights(trainer.model)
+        results[name + " history"] = [entry for entry in trainer.state.log_history if "kl" in entry]
+        trainer.save_model(str(output / "model"))
+    torch.save(results, folder / f"{case}-resumed-{trainer.args.process_index}.pt")
+
+
 if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patch:
         # keep the rows that have nothing to learn, and the order of all
@@ -90,6 +110,7 @@ if __name__ == "__main__":
         patch.setattr(transformers.Trainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset))
         patch.setattr(config, "connect", connect)
         for name in json.loads(sys.argv[3]):
-            run(sys.argv[1], name, Path(sys.argv[2]))
+            each = run_resumed if name.endswith("resumed") else run
+            each(sys.argv[1], name, Path(sys.argv[2]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

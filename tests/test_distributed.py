@@ -50,7 +50,7 @@ def rows(case: str) -> Dataset:
     return Dataset.from_list(made)
 
 
-def trainer_of(case: str, folder: Path, world: int) -> Any:
+def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
     kind = "mixtral" if "mixtral" in case else "mistral"
     changes: dict[str, Any] = dict(
         per_device_train_batch_size=2 if world == 2 else 4,
@@ -61,12 +61,14 @@ def trainer_of(case: str, folder: Path, world: int) -> Any:
         num_train_epochs=2,
         logging_steps=1,
     )
+    changes["gradient_checkpointing"] = "checkpointing" in case
     if "inside" in case:
-        changes |= INSIDE | {"gradient_checkpointing": "checkpointing" in case}
+        changes |= INSIDE
     if "lora" in case:
         changes["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     if "reference" in case:
         changes["reference"] = None
+    changes |= options
     method = kd if case.startswith("kd") else dae
     return method(folder, rows(case), tiny.model(kind, seed=1), **changes)
 

@@ -58,7 +58,7 @@ def connect(args: TrainingArguments) -> None:
     if launched > 1 and state.num_processes != launched:
         raise UserError(
             f"{launched} processes were launched but this one knows of {state.num_processes}: each would train alone, over the "
-            "others' files. Leave use_configured_state out of accelerator_config, or set use_cpu=True on a machine without GPUs."
+            "others' files. Leave use_configured_state out of accelerator_config; without GPUs set use_cpu=True."
         )
     if state.distributed_type != DistributedType.MULTI_CPU:
         return
@@ -97,6 +97,8 @@ def refuse_engine(trainer: SFTTrainer) -> None:
             )
     if trainer.is_fsdp_enabled:
         _refuse_fsdp(trainer)
+    if trainer.is_deepspeed_enabled:
+        _refuse_deepspeed(trainer)
     if shards_parameters(trainer) and getattr(trainer.model, "is_quantized", False):
         raise UserError(
             "a quantised student cannot be split over ranks by FSDP or ZeRO-3: launch with recipes/accelerate/ddp.yaml or "
@@ -109,6 +111,12 @@ def shards_parameters(trainer: SFTTrainer) -> bool:
     if trainer.is_deepspeed_enabled:
         return trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     return trainer.is_fsdp_enabled
+
+
+def engine_of(trainer: SFTTrainer) -> str:
+    """The name of the engine: checkpoints of one cannot be resumed under another."""
+    kind: str = trainer.accelerator.distributed_type.value
+    return f"{kind} ZeRO-{trainer.accelerator.state.deepspeed_plugin.zero_stage}" if trainer.is_deepspeed_enabled else kind
 
 
 def rounding(accelerator: Accelerator) -> AbstractContextManager[Any]:
@@ -130,6 +138,17 @@ def _refuse_fsdp(trainer: SFTTrainer) -> None:
             "fsdp_cpu_ram_efficient_loading: true is not supported: only the first rank would hold the weights of student and "
             "teachers when they are checked and frozen. Set it to false."
         )
+
+
+def _refuse_deepspeed(trainer: SFTTrainer) -> None:
+    zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    if zero["stage"] == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise UserError(
+            "zero3_save_16bit_model: false is not supported: the student's weights would be saved in DeepSpeed's pickles only. "
+            "Set it to true (in a JSON config stage3_gather_16bit_weights_on_model_save)."
+        )
+    if zero["stage"] not in (2, 3):
+        raise UserError(f"zero_stage: {zero['stage']} is not supported; use 2 or 3, or recipes/accelerate/ddp.yaml")
 
 
 def _asked(variable: str) -> bool:

@@ -23,7 +23,7 @@ from daekit.trainers.config import KDConfig
 from daekit.trainers.domain_sft import DomainSFTTrainer
 from daekit.trainers.engines import shards_parameters
 from daekit.trainers.inside import ATTENTION_METRIC, InsideLosses, hidden_metric
-from daekit.trainers.projections import forget_projections
+from daekit.trainers.projections import forget_projections, without_projections
 from daekit.trainers.student import tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -137,9 +137,9 @@ class KDTrainer(DomainSFTTrainer):
         return super().run_facts() | {"teacher": self.teacher.identity()} | (inside if self.inside is not None else {})
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, None if state_dict is None else without_projections(state_dict))
         if self.inside is not None and self.inside.projections is not None:
-            self.inside.projections.save(Path(output_dir or self.args.output_dir))
+            self.inside.projections.save(Path(output_dir or self.args.output_dir), self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
