@@ -17,6 +17,7 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from daekit.build import DataBuilder, ModelBuilder, RunFolder, StageFolder, build_report, build_trainer, read_file
 from daekit.data.mixture import Mixture
@@ -143,6 +144,7 @@ def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: DomainS
     lora = recipe.stages[name].lora
     merge = lora is not None and lora.merge
     trainer.save_model(str(stage.adapter if merge else stage.model))
+    unset_hf_deepspeed_config()  # what is loaded from here on belongs to one rank; ZeRO-3 would split it over all
     if merge and trainer.args.should_save:
         load_model(ModelSpec(path=str(stage.adapter))).save_pretrained(stage.model)
         trainer.processing_class.save_pretrained(stage.model)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, str_to_bool
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, str_to_bool
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
@@ -48,10 +48,13 @@ def refuse_launch() -> None:
 
 
 def connect(args: TrainingArguments) -> None:
-    """Make what accelerate knows of the processes true where there is no GPU; refuse processes that would train alone.
+    """Make what accelerate knows of the processes true where there is no GPU; refuse what cannot work before models are loaded.
 
     On a CPU accelerate would drop FSDP in silence, as it does for every distributed type but that of a GPU; and DeepSpeed has
     to be told of the process group, which on a GPU it has made itself.
+
+    Raises:
+        UserError: processes that would train alone; settings of FSDP or DeepSpeed that the trainers cannot follow.
     """
     state = args.distributed_state
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -60,14 +63,17 @@ def connect(args: TrainingArguments) -> None:
             f"{launched} processes were launched but this one knows of {state.num_processes}: each would train alone, over the "
             "others' files. Leave use_configured_state out of accelerator_config; without GPUs set use_cpu=True."
         )
-    if state.distributed_type != DistributedType.MULTI_CPU:
-        return
+    on_cpus = state.distributed_type == DistributedType.MULTI_CPU
     if asks_for_fsdp(args):
-        state.distributed_type = DistributedType.MULTI_GPU
+        _refuse_fsdp(args)
+        if on_cpus:
+            state.distributed_type = DistributedType.MULTI_GPU
     if asks_for_deepspeed(args):
-        import deepspeed
+        _refuse_deepspeed(args)
+        if on_cpus:
+            import deepspeed
 
-        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+            deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 
 
 def asks_for_fsdp(args: TrainingArguments) -> bool:
@@ -95,10 +101,6 @@ def refuse_engine(trainer: SFTTrainer) -> None:
                 f"{name} was asked for, but the processes run as {accelerator.distributed_type.value}: launch with `accelerate "
                 "launch --config_file` and a file of recipes/accelerate/, without --cpu."
             )
-    if trainer.is_fsdp_enabled:
-        _refuse_fsdp(trainer)
-    if trainer.is_deepspeed_enabled:
-        _refuse_deepspeed(trainer)
     if shards_parameters(trainer) and getattr(trainer.model, "is_quantized", False):
         raise UserError(
             "a quantised student cannot be split over ranks by FSDP or ZeRO-3: launch with recipes/accelerate/ddp.yaml or "
@@ -124,8 +126,8 @@ def rounding(accelerator: Accelerator) -> AbstractContextManager[Any]:
     return nullcontext() if accelerator.distributed_type == DistributedType.FSDP else accelerator.autocast()
 
 
-def _refuse_fsdp(trainer: SFTTrainer) -> None:
-    plugin = trainer.accelerator.state.fsdp_plugin
+def _refuse_fsdp(args: TrainingArguments) -> None:
+    plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))  # what is not given it takes from the launch
     if plugin.fsdp_version != 2:
         raise UserError(f"fsdp_version: {plugin.fsdp_version} is not supported, it is deprecated in torch; set fsdp_version: 2")
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
@@ -140,8 +142,8 @@ def _refuse_fsdp(trainer: SFTTrainer) -> None:
         )
 
 
-def _refuse_deepspeed(trainer: SFTTrainer) -> None:
-    zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+def _refuse_deepspeed(args: TrainingArguments) -> None:
+    zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
     if zero["stage"] == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise UserError(
             "zero3_save_16bit_model: false is not supported: the student's weights would be saved in DeepSpeed's pickles only. "

@@ -141,15 +141,13 @@ class KDTrainer(DomainSFTTrainer):
         if self.inside is not None and self.inside.projections is not None:
             self.inside.projections.save(Path(output_dir or self.args.output_dir), self.args.should_save)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _restore_further(self, folder: Path) -> None:
         if self.inside is not None and self.inside.projections is not None:
-            self.inside.projections.load(Path(resume_from_checkpoint))
+            self.inside.projections.load(folder)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.inside is not None and self.inside.projections is not None:
-            self.inside.projections.load(Path(self.state.best_model_checkpoint))
+        self._restore_further(Path(self.state.best_model_checkpoint))
 
 
 def as_teacher(

@@ -183,7 +183,13 @@ class WholeCheckpointTrainer(SFTTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         with reading_safely(self):
-            return super()._prepare_for_training(*args, **kwargs)
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._resume_folder is not None:
+            self._restore_further(self._resume_folder)
+        return prepared
+
+    def _restore_further(self, folder: Path) -> None:
+        """What a checkpoint holds beside the student; its weights and the optimizer are restored."""
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
