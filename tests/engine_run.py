@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from daekit.models.sharded import whole
+from daekit.models.sharded import is_sharded, whole
 from daekit.trainers import config, domain_sft, engines
 
 KINDS = {
@@ -49,6 +49,9 @@ def require_engine(engine: str, trainer: Any) -> None:
         assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
     splits = engine in ("fsdp2", "zero3")
     for model in (trainer.model, *teacher_models(trainer.teacher)):
+        if getattr(model, "is_quantized", False):
+            assert not any(map(is_sharded, model.parameters()))  # whole on each rank
+            continue
         matrices = [is_split(p) for p in model.parameters() if p.ndim > 1 or hasattr(p, "ds_id")]
         assert matrices and all(split == splits for split in matrices), (type(model), matrices)
 
@@ -56,7 +59,8 @@ def require_engine(engine: str, trainer: Any) -> None:
 def teacher_models(teacher: Any) -> list[nn.Module]:
     if hasattr(teacher, "routes"):
         return [model for each in teacher.routes.values() for model in teacher_models(each)]
-    return [teacher.model]
+    members = teacher.members if hasattr(teacher, "members") else []
+    return [model for each in members for model in teacher_models(each)] or [teacher.model]
 
 
 def whole_weights(model: nn.Module) -> Tensor:
