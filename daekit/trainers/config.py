@@ -38,7 +38,7 @@ class DomainSFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        refuse_launch()
+        refuse_launch(bool(self.deepspeed))
         # without it the processes that torchrun starts on a CPU would each train alone, over each other's files
         if not torch.accelerator.is_available():
             self.use_cpu = True

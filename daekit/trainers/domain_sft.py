@@ -27,7 +27,7 @@ from daekit.models.heads import output_head
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Batch, Signal
 from daekit.trainers.config import DomainSFTConfig
-from daekit.trainers.engines import refuse_engine, rounding
+from daekit.trainers.engines import refuse_engine, require_wrapped, rounding
 from daekit.trainers.refusals import refuse_arguments, refuse_shared_stream
 from daekit.trainers.student import load_student, name_of, tokenizer_of
 from daekit.trainers.whole_checkpoint import WholeCheckpointTrainer
@@ -279,6 +279,7 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's loop; its loss (a mean of batch means) is replaced by the mean over the tokens of the whole set."""
+        require_wrapped(self)
         self._means["eval"].pop()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._pop_means("eval")

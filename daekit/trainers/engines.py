@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, str_to_bool
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_deepspeed_available, str_to_bool
+from peft import PeftModel
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
@@ -21,11 +22,14 @@ from daekit.errors import UserError
 _RANK = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # set by a launcher of ranks
 
 
-def refuse_launch() -> None:
+def refuse_launch(deepspeed: bool = False) -> None:
     """What can be known to be wrong with a launch before anything is loaded.
 
+    Args:
+        deepspeed: whether the trainer's arguments ask for DeepSpeed, as the launch may do, too.
+
     Raises:
-        UserError: more ranks than devices, or one process where several were asked for.
+        UserError: more ranks than devices, one process where several were asked for, or DeepSpeed that is not there.
     """
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -42,6 +46,10 @@ def refuse_launch() -> None:
             "accelerate launch was asked for several processes but has started one (it does so with --cpu, and with "
             "distributed_type MULTI_CPU or NO): use --multi_gpu --num_processes N, which runs on CPUs, too, or a file of "
             "recipes/accelerate/."
+        )
+    if (deepspeed or _asked("ACCELERATE_USE_DEEPSPEED")) and not is_deepspeed_available():
+        raise UserError(
+            "DeepSpeed is not installed: pip install 'daekit[deepspeed]', or launch with recipes/accelerate/fsdp2.yaml"
         )
     if _asked("ACCELERATE_USE_CPU") and _asked("ACCELERATE_USE_DEEPSPEED"):
         raise UserError("ACCELERATE_USE_CPU=true: DeepSpeed would become DDP without a word. Leave the variable unset.")
@@ -108,6 +116,25 @@ def refuse_engine(trainer: SFTTrainer) -> None:
         )
 
 
+def refuse_reentrant(trainer: SFTTrainer) -> None:
+    """UserError where TRL sets reentrant checkpointing, under which losses that look inside teach nothing."""
+    zero3 = trainer.is_deepspeed_enabled and shards_parameters(trainer)
+    if zero3 and trainer.args.gradient_checkpointing and isinstance(trainer.model, PeftModel):
+        raise UserError(
+            "gradient_checkpointing=True: under ZeRO-3 an adapter is trained with reentrant checkpointing, with which "
+            "attention_weight and hidden_weight would teach nothing. Set it to False, or use FSDP2 (recipes/accelerate)."
+        )
+
+
+def require_wrapped(trainer: SFTTrainer) -> None:
+    """UserError for an evaluation before the training: FSDP2 and ZeRO split a student only together with its optimizer."""
+    if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and not trainer.accelerator._models:
+        raise UserError(
+            "evaluate() before train(): FSDP and DeepSpeed take the student only together with its optimizer. Call train() "
+            "first (eval_on_start=True evaluates at its beginning), or evaluate under recipes/accelerate/ddp.yaml."
+        )
+
+
 def shards_parameters(trainer: SFTTrainer) -> bool:
     """Whether each rank holds a part of every parameter: FSDP and ZeRO-3."""
     if trainer.is_deepspeed_enabled:
@@ -127,9 +154,11 @@ def rounding(accelerator: Accelerator) -> AbstractContextManager[Any]:
 
 
 def _refuse_fsdp(args: TrainingArguments) -> None:
-    plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))  # what is not given it takes from the launch
-    if plugin.fsdp_version != 2:
-        raise UserError(f"fsdp_version: {plugin.fsdp_version} is not supported, it is deprecated in torch; set fsdp_version: 2")
+    settings = args.fsdp_plugin_args or {}  # what is not given is taken from the launch
+    version = int(settings.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
+    if version != 2:
+        raise UserError(f"fsdp_version: {version} is not supported, it is deprecated in torch; set fsdp_version: 2")
+    plugin = FullyShardedDataParallelPlugin(**settings)
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         raise UserError(
             f"fsdp_state_dict_type: {plugin.state_dict_type.name} is not supported: the index of such a checkpoint is a "

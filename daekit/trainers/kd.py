@@ -21,7 +21,7 @@ from daekit.teachers import ModelTeacher
 from daekit.teachers.sharding import Sharding, shard_teacher
 from daekit.trainers.config import KDConfig
 from daekit.trainers.domain_sft import DomainSFTTrainer
-from daekit.trainers.engines import shards_parameters
+from daekit.trainers.engines import refuse_reentrant, shards_parameters
 from daekit.trainers.inside import ATTENTION_METRIC, InsideLosses, hidden_metric
 from daekit.trainers.projections import forget_projections, without_projections
 from daekit.trainers.student import tokenizer_of
@@ -74,6 +74,8 @@ class KDTrainer(DomainSFTTrainer):
         self._complete_teacher()
         self._place_teacher()
         wanted = self.args.attention_weight or self.args.hidden_weight
+        if wanted:
+            refuse_reentrant(self)
         self.inside = InsideLosses(self.model, self.args, self.teacher) if wanted else None
         if self.inside is not None and self.inside.projections is not None and self.optimizer is not None:
             raise UserError(
