@@ -94,7 +94,8 @@ def run_resumed(engine: str, case: str, folder: Path) -> None:
     for name in ("straight", "resumed"):
         unset_hf_deepspeed_config()
         output = folder / case / name
-        trainer = trainer_of(case, output, 2, optim="adamw_torch", save_strategy="steps", save_steps=2, max_steps=4)
+        optimizer = "sgd" if "sgd" in case else "adamw_torch"
+        trainer = trainer_of(case, output, 2, optim=optimizer, save_strategy="steps", save_steps=2, max_steps=4)
         if name == "resumed":
             if trainer.args.should_save:
                 shutil.copytree(folder / case / "straight" / "checkpoint-2", output / "checkpoint-2")

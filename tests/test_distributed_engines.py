@@ -30,7 +30,7 @@ ENGINES = [
 ]
 SHARDED = ENGINES[1:]
 FOUR_BITS = ["kd-4bit-teacher"]
-RESUMED = ["kd-resumed", "kd-inside-resumed", "dae-reference-resumed", "dae-lora-reference-resumed"]
+RESUMED = ["kd-resumed", "kd-sgd-resumed", "kd-inside-resumed", "dae-reference-resumed", "dae-lora-reference-resumed"]
 
 
 def launch(engine: str, *command: str) -> subprocess.CompletedProcess[str]:
@@ -69,6 +69,16 @@ def test_zero3_equals_one_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_case_equals_one_process(engine: str, tmp_path: Path) -> None:
     compare(engine, CASES + FOUR_BITS, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [ENGINES[0], ENGINES[2]])
+def test_a_four_bit_student_that_each_rank_holds(engine: str, tmp_path: Path) -> None:
+    case = "kd-4bit-student-lora"
+    run(engine, [case], tmp_path)
+    train(case, tmp_path, 1)
+    one, two = (torch.load(tmp_path / f"{case}-{name}.pt")["weights"] for name in ("1-0", "2-0"))
+    assert relative(two, one) < 0.01  # TRL trains its adapter in bfloat16
 
 
 @pytest.mark.slow

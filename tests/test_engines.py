@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from peft import LoraConfig
 
 from daekit.errors import UserError
 from daekit.losses import PredictionTerms, prediction_loss
@@ -23,9 +27,11 @@ from daekit.run import run_recipe
 from daekit.teachers import EnsembleTeacher, ModelTeacher, RoutedTeacher
 from daekit.teachers.sharding import one_token
 from daekit.trainers import KDConfig
+from daekit.trainers.engine_state import reading_safely
 from tests import tiny
 from tests.test_batch import collate, make_rows
-from tests.trainer_world import V, options, sft
+from tests.test_distributed import four_bits
+from tests.trainer_world import V, kd, options, sft
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
 KINDS = {
@@ -89,6 +95,37 @@ def test_fsdp_that_is_not(clean: Any, tmp_path: Path) -> None:
     fsdp_environment(clean)
     with pytest.raises(UserError, match="FSDP was asked for, but the processes run as NO"):
         sft(tmp_path, tiny.rows(4))
+
+
+def test_a_quantised_student_that_would_be_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = four_bits(tiny.model(hidden=64), tmp_path)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    monkeypatch.setattr("daekit.trainers.engines.shards_parameters", lambda trainer: True)
+    with pytest.raises(UserError, match=r"(?s)a quantised student cannot be split .*zero2.yaml"):
+        sft(tmp_path, tiny.rows(4), student, peft_config=lora)
+
+
+def test_evaluation_before_the_training(tmp_path: Path) -> None:
+    trainer = sft(tmp_path, tiny.rows(4), eval_dataset=tiny.rows(4))
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(UserError, match=r"evaluate\(\) before train\(\)"):
+        trainer.evaluate()
+
+
+def test_reentrant_checkpointing_under_losses_that_look_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def zero3(self: transformers.Trainer) -> None:
+        create(self)
+        self.is_deepspeed_enabled = True
+
+    create = transformers.Trainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", zero3)
+    for module in ("engines", "kd"):
+        monkeypatch.setattr(f"daekit.trainers.{module}.shards_parameters", lambda trainer: True)
+    monkeypatch.setattr("daekit.trainers.kd.shard_teacher", lambda *_: None)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    kd(tmp_path, tiny.rows(4), peft_config=lora, attention_weight=1.0)
+    with pytest.raises(UserError, match="reentrant checkpointing"):
+        kd(tmp_path, tiny.rows(4), peft_config=lora, attention_weight=1.0, gradient_checkpointing=True)
 
 
 def test_deepspeed_that_is_not_there(clean: Any, tmp_path: Path) -> None:
@@ -199,3 +236,19 @@ def test_one_token_keeps_nothing(layout: str) -> None:
     assert small.select([0]) is small
     assert replace(small).inputs["input_ids"].shape == (1, 1)
     assert kept_hidden_states(teacher(2).model, small).shape == (0, 32)
+
+
+class Anything:
+    """What no checkpoint of DeepSpeed holds."""
+
+
+def test_no_pickle_of_deepspeed_runs_code(tmp_path: Path) -> None:
+    scaler = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler").LossScaler(1.0)
+    trainer: Any = SimpleNamespace(is_deepspeed_enabled=True)
+    for name, content in (("good", scaler), ("bad", Anything())):
+        torch.save({"loss_scaler": content}, tmp_path / name)
+    with reading_safely(trainer):
+        assert torch.load(tmp_path / "good", weights_only=False)["loss_scaler"].cur_scale == 1.0
+        with pytest.raises(pickle.UnpicklingError, match="Anything"):
+            torch.load(tmp_path / "bad", weights_only=False)
+    assert isinstance(torch.load(tmp_path / "bad", weights_only=False)["loss_scaler"], Anything)  # nobody else's setting

@@ -32,6 +32,7 @@ def test_trl_private_names() -> None:
             "_save_rng_state",
             "_save_optimizer_and_scheduler",
             "_prepare_for_training",
+            "_load_optimizer_and_scheduler",
             "_load_from_checkpoint",
             "_load_best_model",
             "_get_output_dir",

@@ -1,7 +1,8 @@
 """What an engine adds to a checkpoint beside the student's weights, which are safetensors under every engine.
 
-FSDP2: ``optimizer.bin``, the optimizer's state gathered on the first rank. DeepSpeed: a folder ``global_step*`` of its own
-files, one or two per rank. All of them are written by ``torch.save``, and read with ``weights_only=True``.
+FSDP2: ``optimizer.bin``, the optimizer's state gathered on the first rank (``optimizer.pt`` where it has none). DeepSpeed: a
+folder ``global_step*`` of its own files, one or two per rank. All are written by ``torch.save``, and read with
+``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from trl import SFTTrainer
 
+_STATELESS, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
@@ -23,14 +25,27 @@ def optimizer_files(trainer: SFTTrainer) -> str:
     """The pattern of what holds the optimizer's state in a checkpoint of this trainer."""
     if trainer.is_deepspeed_enabled:
         return "global_step*/*_optim_states.pt"
-    return "optimizer.bin" if trainer.is_fsdp_enabled else "optimizer.pt"
+    return "optimizer.*" if trainer.is_fsdp_enabled else _STATELESS
 
 
-def save_fsdp_state(trainer: SFTTrainer, folder: str) -> None:
+def save_fsdp_state(trainer: SFTTrainer, folder: Path) -> None:
     """Optimizer and scheduler; the Trainer would write the whole student once more, as a pickle."""
-    save_fsdp_optimizer(trainer.accelerator.state.fsdp_plugin, trainer.accelerator, trainer.optimizer, trainer.model, folder)
+    if trainer.optimizer.state:
+        plugin = trainer.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, trainer.accelerator, trainer.optimizer, trainer.model, str(folder))
+    elif trainer.args.should_save:  # SGD without momentum: torch could not put nothing back together
+        torch.save(trainer.optimizer.state_dict(), folder / _STATELESS)
     if trainer.args.should_save:
-        torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / "scheduler.pt")
+        torch.save(trainer.lr_scheduler.state_dict(), folder / _SCHEDULER)
+
+
+def load_stateless(trainer: SFTTrainer, folder: Path) -> bool:
+    """Read back an optimizer without state that FSDP2 trained, and its scheduler; False if this is another one."""
+    if not (trainer.is_fsdp_enabled and (folder / _STATELESS).is_file()):
+        return False
+    trainer.optimizer.load_state_dict(torch.load(folder / _STATELESS, weights_only=True))
+    trainer.lr_scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
+    return True
 
 
 @contextmanager

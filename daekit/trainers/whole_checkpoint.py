@@ -21,7 +21,7 @@ from daekit.models.identity import hash_tensors
 from daekit.models.restore import restore_weights
 from daekit.models.sharded import shape_of
 from daekit.trainers import checkpoint
-from daekit.trainers.engine_state import optimizer_files, reading_safely, save_fsdp_state
+from daekit.trainers.engine_state import load_stateless, optimizer_files, reading_safely, save_fsdp_state
 from daekit.trainers.engines import engine_of
 
 _OPTIMIZATION = (
@@ -177,9 +177,13 @@ class WholeCheckpointTrainer(SFTTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:
-            save_fsdp_state(self, output_dir)
+            save_fsdp_state(self, Path(output_dir))
         else:
             super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not load_stateless(self, Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         with reading_safely(self):
