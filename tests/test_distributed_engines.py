@@ -82,6 +82,12 @@ def test_a_four_bit_student_that_each_rank_holds(engine: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_reference_rounds_as_the_student(engine: str, tmp_path: Path) -> None:
+    run(engine, ["dae-reference-rounded", "dae-lora-reference-rounded"], tmp_path)  # asserts there
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", SHARDED)
 def test_a_resumed_run_is_the_straight_one(engine: str, tmp_path: Path) -> None:
     run(engine, RESUMED, tmp_path)

@@ -119,9 +119,8 @@ def test_reentrant_checkpointing_under_losses_that_look_inside(tmp_path: Path, m
 
     create = transformers.Trainer.create_accelerator_and_postprocess
     monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", zero3)
-    for module in ("engines", "kd"):
-        monkeypatch.setattr(f"daekit.trainers.{module}.shards_parameters", lambda trainer: True)
-    monkeypatch.setattr("daekit.trainers.kd.shard_teacher", lambda *_: None)
+    monkeypatch.setattr("daekit.trainers.engines.shards_parameters", lambda trainer: True)
+    monkeypatch.setattr("daekit.trainers.kd.KDTrainer._place_teacher", lambda self: None)
     lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     kd(tmp_path, tiny.rows(4), peft_config=lora, attention_weight=1.0)
     with pytest.raises(UserError, match="reentrant checkpointing"):

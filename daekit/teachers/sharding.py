@@ -22,19 +22,20 @@ from daekit.protocol import IGNORE_INDEX, Batch, Teacher, packed_lengths
 
 
 class Sharding:
-    """How the engine of a trainer splits models over its ranks.
+    """What an engine does with frozen models: FSDP2 and ZeRO-3 split them over the ranks, ZeRO-2 only rounds them.
 
     Args:
-        accelerator: the trainer's.
+        accelerator: the trainer's, of type FSDP or DEEPSPEED.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self.device = accelerator.device
         self._fsdp = accelerator.distributed_type == DistributedType.FSDP
+        self._splits = self._fsdp or accelerator.state.deepspeed_plugin.zero_stage == 3
 
     def split(self, model: PreTrainedModel) -> None:
-        """Leave a part of a frozen model on each rank, in place; a quantised one stays whole on each.
+        """Leave a part of a frozen model on each rank, in place and rounded as the student is; a quantised one stays as it is.
 
         bitsandbytes packs its weights into bytes whose scales belong to whole matrices, so they are not cut into parts.
         """
@@ -42,11 +43,19 @@ class Sharding:
             return
         if self._fsdp:
             self._split_fsdp(model)
+            return
+        config = self._accelerator.state.deepspeed_plugin.deepspeed_config
+        # DeepSpeed casts the student to bf16 itself, where DDP has autocast and FSDP2 its policy
+        dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else next(model.parameters()).dtype
+        if self._splits:
+            _split_zero3(model, config, dtype)
         else:
-            _split_zero3(model, self._accelerator.state.deepspeed_plugin.deepspeed_config)
+            model.to(self.device, dtype)  # type: ignore[arg-type]
 
     def somewhere(self, wanted: Sequence[bool]) -> list[bool]:
-        """Which of these is wanted on any rank. A collective call."""
+        """Which of these is wanted on any rank where models are split: a collective call then."""
+        if not self._splits:
+            return list(wanted)
         votes = torch.tensor(wanted, dtype=torch.int32, device=self.device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return [bool(vote) for vote in votes.tolist()]
@@ -85,15 +94,14 @@ def shard_teacher(teacher: Teacher, sharding: Sharding) -> None:
         teacher.to(sharding.device)
 
 
-def _split_zero3(model: nn.Module, config: dict[str, Any]) -> None:
-    """Hand a frozen model to DeepSpeed: its hooks on the modules gather each layer while it runs."""
+def _split_zero3(model: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Hand a frozen model to DeepSpeed, which casts it to ``dtype``; its hooks gather each layer while it runs."""
     import deepspeed
 
     config = copy.deepcopy(config)
     for name in ("optimizer", "scheduler"):  # there is nothing to optimise
         config.pop(name, None)
     config["zero_optimization"].pop("offload_optimizer", None)
-    dtype = next(model.parameters()).dtype  # the engine would cast the model to its own
     config["bf16"] = {"enabled": dtype == torch.bfloat16}
     config["fp16"] = {"enabled": dtype == torch.float16}
     deepspeed.initialize(model=model, config=config)

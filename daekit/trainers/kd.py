@@ -21,7 +21,7 @@ from daekit.teachers import ModelTeacher
 from daekit.teachers.sharding import Sharding, shard_teacher
 from daekit.trainers.config import KDConfig
 from daekit.trainers.domain_sft import DomainSFTTrainer
-from daekit.trainers.engines import refuse_reentrant, shards_parameters
+from daekit.trainers.engines import refuse_reentrant
 from daekit.trainers.inside import ATTENTION_METRIC, InsideLosses, hidden_metric
 from daekit.trainers.projections import forget_projections, without_projections
 from daekit.trainers.student import tokenizer_of
@@ -87,7 +87,7 @@ class KDTrainer(DomainSFTTrainer):
         """The student is ready: the moment to freeze a copy of it as a teacher."""
 
     def _place_teacher(self) -> None:
-        if shards_parameters(self):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             shard_teacher(self.teacher, Sharding(self.accelerator))
         else:
             self.teacher.to(self.accelerator.device)
