@@ -89,8 +89,11 @@ def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
 
 def four_bits(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The model in 4 bits, which it can only be loaded in."""
-    place = folder / f"4bit-{os.environ.get('RANK', '0')}"
-    model.save_pretrained(place)
+    place = folder / "16-bit"
+    if os.environ.get("RANK", "0") == "0":  # once there are ranks, save_pretrained writes on the first only
+        model.save_pretrained(place)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     return load_model(ModelSpec(path=str(place), quantization="4bit", dtype="float32"))
 
 
