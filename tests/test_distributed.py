@@ -16,7 +16,7 @@ import transformers
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import SequentialSampler
 from trainer_world import V, dae, kd, relative, weights
 from transformers import PreTrainedModel
@@ -88,12 +88,11 @@ def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
 
 
 def four_bits(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model in 4 bits, which it can only be loaded in."""
-    place = folder / "16-bit"
-    if os.environ.get("RANK", "0") == "0":  # once there are ranks, save_pretrained writes on the first only
-        model.save_pretrained(place)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    """The model in 4 bits, which it can only be loaded in. Among ranks save_pretrained would write on the first only."""
+    place = folder / f"16-bit-{os.environ.get('RANK', '0')}"
+    place.mkdir(parents=True, exist_ok=True)
+    model.config.to_json_file(place / "config.json")
+    save_file(model.state_dict(), place / "model.safetensors", metadata={"format": "pt"})
     return load_model(ModelSpec(path=str(place), quantization="4bit", dtype="float32"))
 
 
