@@ -178,7 +178,7 @@ def test_one_process_where_several_were_asked_for(clean: Any, tmp_path: Path) ->
 class EveryTeacherElsewhere:
     """Another rank has rows for every teacher; nothing is split."""
 
-    device = torch.device("cpu")
+    device, splits = torch.device("cpu"), True
 
     def split(self, model: Any) -> None:
         self.models = [*getattr(self, "models", []), model]

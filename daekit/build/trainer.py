@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from daekit.build.data import DataBuilder
@@ -57,6 +57,7 @@ def _trainer_of(
         "processing_class": models.tokenizer,
         "peft_config": _peft_config(stage.lora, stage.student) if stage.lora else None,
     }
+    models.require_adapters_fit(stage)
     student = _student(stage, models, common["args"].seed)
     if stage.type == "sft":
         return DomainSFTTrainer(student, **common)
@@ -67,7 +68,7 @@ def _trainer_of(
     return DAETrainer(student, models.teachers(stage.teachers), reference, **common)
 
 
-def _student(stage: StageSpec, models: ModelBuilder, seed: int) -> PreTrainedModel:
+def _student(stage: StageSpec, models: ModelBuilder, seed: int) -> PreTrainedModel | PeftModel:
     assert stage.student is not None, "a resolved recipe names every student"
     return models.model(stage.student, seed)
 

@@ -14,7 +14,7 @@ from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.models.sharded import assign, is_sharded, shape_of, whole
 
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def restore_weights(model: nn.Module, folder: Path) -> None:
@@ -28,7 +28,7 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
         UserError: the weights are missing or unreadable; one of them is missing, left over or of another shape.
     """
     if isinstance(model, PeftModel):
-        _restore_adapter(model, folder)
+        restore_adapter(model, folder, model.active_adapter)
         return
     base = base_of(model)
     try:
@@ -60,28 +60,29 @@ def _assign_all(model: nn.Module, loaded: nn.Module) -> None:
         buffers[name].copy_(buffer)
 
 
-def _restore_adapter(model: PeftModel, folder: Path) -> None:
-    path = folder / _ADAPTER_WEIGHTS
+def restore_adapter(model: PeftModel, folder: Path, name: str) -> None:
+    """Load the adapter saved in ``folder`` into the one called ``name``: every tensor, or a UserError."""
+    path = folder / ADAPTER_WEIGHTS
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: the weights of the LoRA adapter cannot be read ({error})") from error
-    expected = _adapter_parameters(model)
+    expected = _parameters_as_saved(model, name)
     different = sorted(_shapes(saved) ^ _shapes(expected))
     if different:
         raise UserError(f"{path}: its weights do not fit the model's adapter: {len(different)} differ, such as {different[0]}")
     if any(map(is_sharded, expected.values())):
-        for name, parameter in expected.items():
-            assign(parameter, saved[name])
+        for key, parameter in expected.items():
+            assign(parameter, saved[key])
     else:
-        set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)
+        set_peft_model_state_dict(model, saved, adapter_name=name)
 
 
-def _adapter_parameters(model: PeftModel) -> dict[str, Tensor]:
-    """The parameters of the active adapter under the names that PEFT saves them by; it is asked for the names of numbers."""
+def _parameters_as_saved(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """The parameters of an adapter under the names that PEFT saves them by; it is asked for the names of numbers."""
     named = dict(model.named_parameters())
     numbers = {name: torch.tensor(number) for number, name in enumerate(named)}
-    saved = get_peft_model_state_dict(model, state_dict=numbers, adapter_name=model.active_adapter)
+    saved = get_peft_model_state_dict(model, state_dict=numbers, adapter_name=adapter)
     parameters = list(named.values())
     return {name: parameters[int(number)] for name, number in saved.items()}
 

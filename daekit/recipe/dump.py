@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from daekit.recipe.adapter_config import adapter_stage
 from daekit.recipe.load import resolve
 from daekit.recipe.schema import MixtureSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.recipe.tree import Dumper
@@ -97,7 +98,8 @@ def _stages_used(stage: StageSpec) -> set[str]:
     teachers = [teacher for teacher in (stage.teacher, stage.reference, *stage.teachers.values()) if teacher]
     models = [stage.student, *(teacher.model for teacher in teachers)]
     models += [member.model for teacher in teachers for member in teacher.ensemble]
-    return {model.stage for model in models if model and model.stage}
+    named = [name for model in models if model for name in (model.stage, adapter_stage(model.adapter))]
+    return {name for name in named if name is not None}
 
 
 def _mapping(spec: Any) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class EnsembleTeacher:
 
     def shard(self, sharding: Sharding) -> None:
         """Split every member; see ``ShardableTeacher``."""
-        self._sharded = True
+        self._sharded = sharding.splits
         for member in self.members:
             shard_teacher(member, sharding)
 

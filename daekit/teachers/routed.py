@@ -12,6 +12,7 @@ from daekit.errors import UserError
 from daekit.models.internals import Watch, Watched, require_watchable
 from daekit.protocol import Batch, Signal, Teacher
 from daekit.teachers.sharding import Sharding, one_token, shard_teacher
+from daekit.teachers.together import adapters_together
 
 
 class RoutedTeacher:
@@ -31,22 +32,25 @@ class RoutedTeacher:
     def signals(self, batch: Batch) -> list[Signal]:
         """The signals of all teachers that have rows, with positions counted in the whole batch.
 
+        Teachers that are adapters of one model speak in one forward where that is the same (see ``together.py``).
+
         Raises:
             UserError: a row's domain has no teacher.
         """
         for domain in set(batch.domains) - set(self.routes):
             raise unknown_domain(domain, self.routes)
         rows_of = {teacher: batch.rows_of(domains) for teacher, domains in self._domains().items()}
-        runs = [bool(rows) for rows in rows_of.values()]
-        if self._sharding is not None:
-            runs = self._sharding.somewhere(runs)
-        signals = []
-        for (teacher, rows), here in zip(rows_of.items(), runs, strict=True):
-            if here:
-                part = batch.select(rows) if rows else one_token(batch, self._domains()[teacher][0])
-                positions_M = batch.positions_of(rows)
-                for signal in teacher.signals(part):
-                    signals.append(replace(signal, positions_M=positions_M[signal.positions_M]))
+        signals: list[Signal] = []
+        if self._sharding is None:
+            signals, rows_of = adapters_together({teacher: rows for teacher, rows in rows_of.items() if rows}, batch)
+        else:  # one by one, in the same order on all ranks
+            runs = self._sharding.somewhere([bool(rows) for rows in rows_of.values()])
+            rows_of = {teacher: rows for (teacher, rows), here in zip(rows_of.items(), runs, strict=True) if here}
+        for teacher, rows in rows_of.items():
+            positions_M = batch.positions_of(rows)
+            part = batch.select(rows) if rows else one_token(batch, self._domains()[teacher][0])
+            for signal in teacher.signals(part):
+                signals.append(replace(signal, positions_M=positions_M[signal.positions_M]))
         return signals
 
     def _domains(self) -> dict[Teacher, list[str]]:
@@ -66,7 +70,7 @@ class RoutedTeacher:
 
     def shard(self, sharding: Sharding) -> None:
         """Split every teacher; see ``ShardableTeacher``."""
-        self._sharding = sharding
+        self._sharding = sharding if sharding.splits else None
         for teacher in self._domains():
             shard_teacher(teacher, sharding)
 

@@ -32,7 +32,7 @@ class Sharding:
         self._accelerator = accelerator
         self.device = accelerator.device
         self._fsdp = accelerator.distributed_type == DistributedType.FSDP
-        self._splits = self._fsdp or accelerator.state.deepspeed_plugin.zero_stage == 3
+        self.splits = self._fsdp or accelerator.state.deepspeed_plugin.zero_stage == 3
 
     def split(self, model: PreTrainedModel) -> None:
         """Leave a part of a frozen model on each rank, in place and rounded as the student is; a quantised one stays as it is.
@@ -47,15 +47,13 @@ class Sharding:
         config = self._accelerator.state.deepspeed_plugin.deepspeed_config
         # DeepSpeed casts the student to bf16 itself, where DDP has autocast and FSDP2 its policy
         dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else next(model.parameters()).dtype
-        if self._splits:
+        if self.splits:
             _split_zero3(model, config, dtype)
         else:
             model.to(self.device, dtype)  # type: ignore[arg-type]
 
     def somewhere(self, wanted: Sequence[bool]) -> list[bool]:
-        """Which of these is wanted on any rank where models are split: a collective call then."""
-        if not self._splits:
-            return list(wanted)
+        """Which of these is wanted on any rank. A collective call."""
         votes = torch.tensor(wanted, dtype=torch.int32, device=self.device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return [bool(vote) for vote in votes.tolist()]
