@@ -50,7 +50,9 @@ class Sharding:
         if self.splits:
             _split_zero3(model, config, dtype)
         else:
-            model.to(self.device, dtype)  # type: ignore[arg-type]
+            model.to(self.device)  # type: ignore[arg-type]
+            for parameter in model.parameters():  # not the buffers: frequencies of rotary positions stay exact
+                parameter.data = parameter.data.to(dtype)
 
     def somewhere(self, wanted: Sequence[bool]) -> list[bool]:
         """Which of these is wanted on any rank. A collective call."""

@@ -149,8 +149,9 @@ def engine_of(trainer: SFTTrainer) -> str:
 
 
 def rounding(accelerator: Accelerator) -> AbstractContextManager[Any]:
-    """What the student's forward runs in: autocast, or under FSDP2 nothing, for there the weights themselves are rounded."""
-    return nullcontext() if accelerator.distributed_type == DistributedType.FSDP else accelerator.autocast()
+    """What the student's forward runs in: autocast, or nothing where the engine rounds the weights themselves."""
+    by_weights = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return nullcontext() if by_weights else accelerator.autocast()
 
 
 def _refuse_fsdp(args: TrainingArguments) -> None:
