@@ -1,4 +1,4 @@
-"""The command line: ``daekit check | train | merge | quickstart``. Heavy imports happen inside the commands."""
+"""The command line: ``daekit check | plan | train | merge | quickstart``. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PATIENCE = 5.0  # seconds; torchrun looks after its processes ten times a secon
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; ``arguments`` default to those of the process. Returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = parse(arguments)
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
     try:
         options.run(options)
@@ -41,6 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain("stopped; the same command resumes")
         return _STATUS_OF_INTERRUPT
     return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, read; overrides may stand behind options."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)  # argparse gives up on a list once an option has come between
+    if any(text.startswith("-") or "=" not in text for text in rest) or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _complain(message: str) -> None:
@@ -72,7 +83,15 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
     train = commands.add_parser("train", help="run the stages of a recipe; what is finished is kept, what was stopped resumes")
     train.set_defaults(run=_train)
-    for command in (check, train):
+    plan = commands.add_parser("plan", help="say what a recipe needs, before anything is loaded: memory by part, what fits")
+    plan.set_defaults(run=_plan)
+    plan.add_argument("--gpu", metavar="SIZE", help="memory of one GPU: 80GB, 24GiB (default: this machine's)")
+    plan.add_argument("--cpu", metavar="SIZE", help="memory for a run without GPU")
+    plan.add_argument("--gpus", metavar="N", type=int, default=1, help="how many, one process each")
+    plan.add_argument("--engine", choices=["ddp", "fsdp2", "zero2", "zero3"], help="how they share the work (default: ddp)")
+    plan.add_argument("--tflops", metavar="RATE", type=float, help="TFLOP/s of one device, for the time of a step")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    for command in (check, plan, train):
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
     merge = commands.add_parser("merge", help="fold a LoRA adapter into its 16-bit base, and compare the two")
@@ -84,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     quickstart = commands.add_parser("quickstart", help="KD, then DAE, in the small: on embedded data, on a CPU, in minutes")
     quickstart.set_defaults(run=_quickstart)
     quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
-    for command in (check, train, quickstart):
+    for command in (check, plan, train, quickstart):
         command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
     return parser
 
@@ -96,11 +115,25 @@ def _check(options: argparse.Namespace) -> None:
         print(f"# note: {note}")
 
 
+def _plan(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.tflops is not None and options.tflops <= 0:
+        raise UserError(f"--tflops {options.tflops}: a rate is positive")
+
+    from daekit.planning import format_plan, machine_of, plan_json, plan_recipe
+
+    machine = machine_of(options.gpu, options.cpu, options.gpus, options.engine)
+    plan = plan_recipe(recipe, machine, reload=lambda more: load_recipe(options.recipe, [*options.overrides, *more]))
+    print(json.dumps(plan_json(plan, options.tflops), indent=2) if options.json else format_plan(plan, options.tflops))
+
+
 def _train(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
 
+    from daekit.planning import announce
     from daekit.run import run_recipe
 
+    announce(recipe, reload=lambda more: load_recipe(options.recipe, [*options.overrides, *more]))
     run_recipe(recipe)
 
 

@@ -139,6 +139,7 @@ def _check_models(recipe: Recipe, name: str, stage: StageSpec, problems: Problem
         message = "the first stage has no stage before it to take the student from; give a path or a config"
         problems.add_check(("stages", name, "student"), message)
     for path, model in models_of_stage(name, stage):
+        _check_placement(model, path, model is stage.student, problems)
         ways = [key for key in ("path", "stage", "config") if getattr(model, key) is not None]
         if model.adapter is not None:
             _check_adapter_of(recipe, name, path, model, problems)
@@ -178,6 +179,29 @@ def _why_not_earlier(wanted: str, name: str, names: list[str], earlier: list[str
     if wanted in names:
         return f"the stage {wanted!r} runs after {name!r}; stages run in the order of the file"
     return f"there is no stage {wanted!r} (earlier ones: {listed(earlier)}){nearest(wanted, earlier)}"
+
+
+def _check_placement(model: ModelSpec, path: Path, student: bool, problems: Problems) -> None:
+    """Where a teacher lies; a student lies where it is trained."""
+    where = (*path, "device_map")
+    for key in ("device_map", "offload"):
+        if student and getattr(model, key):
+            message = "belongs to a teacher; a student is trained on the devices that `accelerate launch` gives it"
+            problems.add_check((*path, key), message)
+    if model.offload and model.device_map is not None:
+        problems.add_check((*path, "offload"), "excludes device_map: it brings the layers to the student's device")
+    if model.offload and model.quantization == "8bit":
+        message = "does not work with quantization: 8bit, whose weights bitsandbytes keeps out of reach; use 4bit or none"
+        problems.add_check((*path, "offload"), message)
+    if model.device_map is None:
+        return
+    if model.config is not None:
+        problems.add_check(where, "a model made from a config is made where the student is; remove it")
+    if not model.device_map:
+        problems.add_check(where, "must not be empty; leave it out for the student's device")
+    if "disk" in (model.device_map.values() if isinstance(model.device_map, dict) else [model.device_map]):
+        message = "disk is not supported: the loss needs weights that are there; use `offload: true` or quantization"
+        problems.add_check(where, message)
 
 
 def _check_config(model: ModelSpec, path: Path, problems: Problems) -> None:
