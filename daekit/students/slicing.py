@@ -126,7 +126,8 @@ def fill(model: PreTrainedModel, tensors: Mapping[str, Tensor], like: PreTrained
         like: gives the generation config and, for the buffers, the device.
     """
     device = like.device
-    model.load_state_dict(dict(tensors), strict=False, assign=True)
+    unknown = model.load_state_dict(dict(tensors), strict=False, assign=True).unexpected_keys
+    assert not unknown, f"no such weights: {unknown}"
     model.tie_weights()
     for name, module in list(model.named_modules()):
         if any(True for _ in module.buffers(recurse=False)):  # rotary embeddings: computed from the config, not stored
