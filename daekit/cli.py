@@ -1,4 +1,4 @@
-"""The command line: ``daekit check | train | quickstart``. Heavy imports happen inside the commands."""
+"""The command line: ``daekit check | init | train | quickstart``. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -70,19 +70,31 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
     train = commands.add_parser("train", help="run the stages of a recipe; what is finished is kept, what was stopped resumes")
     train.set_defaults(run=_train)
-    for command in (check, train):
+    init = commands.add_parser(
+        "init", help="make the students that a recipe makes from their teachers (search, slicing); no training"
+    )
+    init.set_defaults(run=_init)
+    for command in (check, init, train):
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
     quickstart = commands.add_parser("quickstart", help="KD, then DAE, in the small: on embedded data, on a CPU, in minutes")
     quickstart.set_defaults(run=_quickstart)
     quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
-    for command in (check, train, quickstart):
+    for command in (check, init, train, quickstart):
         command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
     print(to_yaml(load_recipe(options.recipe, options.overrides)), end="")
+
+
+def _init(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from daekit.run import init_students
+
+    init_students(recipe)
 
 
 def _train(options: argparse.Namespace) -> None:

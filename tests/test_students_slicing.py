@@ -302,3 +302,5 @@ def test_a_student_is_in_its_teachers_dtype():
     student = slice_model(model, Selection.whole(model.config))
     assert student.dtype == student.config.dtype == torch.bfloat16
     assert student.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert student.generation_config.to_dict() == model.generation_config.to_dict()
+    assert student.generation_config is not model.generation_config

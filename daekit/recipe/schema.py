@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from daekit.recipe.student_schema import CalibrationSpec, StudentSearchSpec
+
 StageType = Literal["sft", "kd", "dae"]
 Quantization = Literal["4bit", "8bit"]
 Overlong = Literal["error", "truncate", "drop"]
@@ -21,9 +23,10 @@ BUILTIN_CORPORA = ("skills", "chat", "shop")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Where a model comes from: exactly one of ``path``, ``stage`` and ``config``.
+    """Where a model comes from: exactly one of ``path``, ``stage`` and ``config``, or ``init`` for a student.
 
-    In YAML a plain string is short for ``{path: ...}``, and ``stage:NAME`` for ``{stage: NAME}``.
+    In YAML a plain string is short for ``{path: ...}``, ``stage:NAME`` for ``{stage: NAME}``, and ``{from: TEACHER, ...}``
+    with the keys of ``StudentSpec`` for ``init``.
 
     Attributes:
         path: hub id or directory (a directory that holds a LoRA adapter is loaded on its base and merged).
@@ -32,6 +35,7 @@ class ModelSpec:
             ``vocab_size`` and special tokens are taken from the tokenizer unless given.
         dtype: the dtype that the weights are loaded in.
         quantization: ``4bit`` (nf4, double quantisation) or ``8bit``, by bitsandbytes.
+        init: a student made from its teacher.
     """
 
     path: str | None = None
@@ -42,6 +46,37 @@ class ModelSpec:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     quantization: Quantization | None = None
+    init: StudentSpec | None = None
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """A student made from its teacher, before it is trained: ``student: {from: TEACHER, ...}``.
+
+    One of: a part of the teacher, of a given ``shape`` or found by a ``search``; a Mixtral made ``dense`` (and cut, if a
+    shape or a search is given, too), or with fewer experts (``keep_experts``); a Mixtral whose experts are the teacher and
+    other dense models (``with``).
+
+    Attributes:
+        from_: the teacher; ``from`` in YAML.
+        with_: further Mistral models of the same shape; ``with`` in YAML. Attention and embeddings are those of ``from``.
+        dense: how the experts of a layer become one MLP (``daekit.students.mixtral_to_dense``).
+        keep_experts: how many experts of each layer stay.
+        shape: sizes by their names in the config (``hidden_size``...); those that are left out are the teacher's.
+        search: finds the shape instead.
+        importance: what is kept: what counts most on calibration text (``activations``), the ``first`` or ``random`` parts.
+        fit_norms: scale norms over fewer channels to what they gave over all of them, measured on calibration text.
+    """
+
+    from_: ModelSpec
+    with_: tuple[ModelSpec, ...] = ()
+    dense: Literal["best_expert", "average", "routed_average", "top_neurons"] | None = None
+    keep_experts: int | None = None
+    shape: dict[str, int] = field(default_factory=dict)
+    search: StudentSearchSpec | None = None
+    importance: Literal["activations", "first", "random"] = "activations"
+    fit_norms: bool = False
+    calibration: CalibrationSpec = CalibrationSpec()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from daekit.students.selection import Selection
 from daekit.students.shapes import Shape, count_parameters
 from daekit.students.slicing import slice_model, view_model
 from daekit.students.space import Space, Window, space_of
-from daekit.students.strategies import Evolution, draw, evolve, grid
+from daekit.students.strategies import Evolution, Strategy, draw, evolve, grid
 
 __all__ = [
     "CandidateScorer",
@@ -23,6 +23,7 @@ __all__ = [
     "Shape",
     "Space",
     "Stage",
+    "Strategy",
     "Window",
     "at_random",
     "choose",
