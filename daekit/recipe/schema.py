@@ -76,7 +76,7 @@ class StudentSpec:
     search: StudentSearchSpec | None = None
     importance: Literal["activations", "first", "random"] = "activations"
     fit_norms: bool = False
-    calibration: CalibrationSpec = CalibrationSpec()
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
 
 
 @dataclass(frozen=True)
