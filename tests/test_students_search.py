@@ -15,7 +15,7 @@ from daekit.students import count_parameters, first_n, measure_importance, slice
 from daekit.students.figure import search_svg
 from daekit.students.scorer import CandidateScorer
 from daekit.students.search import Stage, read_log, run_search
-from daekit.students.selection import require_valid
+from daekit.students.selection import Selection, require_valid
 from daekit.students.space import Window, space_of
 from daekit.students.strategies import Evolution, draw, evolve, grid
 
@@ -175,6 +175,18 @@ def test_a_student_is_scored_as_the_slice_would_be():
         for by, scorer in scorers.items():
             for tokens in (1, 40):
                 assert scorer(selection, tokens) == pytest.approx(plain_score(student, model, text, tokens, by), rel=1e-4)
+
+
+def test_by_kl_the_teacher_runs_once_over_the_text():
+    model = teacher("mistral")
+    scorer = CandidateScorer(model, rows(5), vocab_size=VOCABULARY, tokens=40, by="kl", batch_size=2)
+    runs = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, inputs: runs.append(len(inputs[0])))
+    choices = space()
+    for candidate in propose(draw(choices, window("mistral"), 0), choices, 6)[:6]:
+        scorer(choices.selection(candidate), 40)
+    assert 3 <= sum(runs) <= 5  # rows, together
+    assert scorer(Selection.whole(model.config), 40) == 0.0
 
 
 @torch.no_grad()
