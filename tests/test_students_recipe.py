@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from daekit.build import folders
+from daekit.build import ModelBuilder, folders
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.recipe import load_recipe_text, resolve, stage_key, student_key, to_yaml
@@ -40,6 +40,8 @@ stages:
     trainer: *trainer
 """
 SHAPE = '{from: "stage:teacher", shape: {num_hidden_layers: 2, hidden_size: 24}, calibration: {tokens: 300}, fit_norms: true}'
+DENSE = """{config: {model_type: mistral, hidden_size: 32, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2,
+              num_key_value_heads: 1}}"""
 SEARCH = """
       from: "stage:teacher"
       search: {parameters: [10000, 18000], parts: 4, candidates: 20, tokens: [30, 120], by: kl, granularity: fine}
@@ -158,24 +160,27 @@ def log_of(home: folders.StudentFolder) -> list[dict]:
 
 
 def test_init_makes_what_training_begins_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    teacher = tmp_path / "teacher"
+    """The first channels and layers of a teacher, cut by the command line and loaded again."""
+    student = f"{{from: {DENSE}, shape: {{hidden_size: 24}}, importance: first}}"
     path = tmp_path / "recipe.yaml"
-    run_recipe(recipe(tmp_path / "first", SHAPE))
-    (tmp_path / "first" / "stages" / "teacher" / "model").rename(teacher)
-    text = RECIPE.replace("OUT", str(tmp_path / "out")).replace("STUDENT", SHAPE).replace("stage:teacher", str(teacher))
-    path.write_text(text)
+    path.write_text(RECIPE.replace("OUT", str(tmp_path / "out")).replace("STUDENT", student))
     assert main(["init", str(path)]) == 0
     assert "student made from its teacher" in capsys.readouterr().out
     assert not (tmp_path / "out" / "stages").exists()
     (made,) = (tmp_path / "out" / "students").glob("*/model")
-    student, whole = (AutoModelForCausalLM.from_pretrained(each) for each in (made, teacher))
-    assert (student.config.hidden_size, student.config.num_hidden_layers) == (24, 2)
-    assert set(student.lm_head.weight[:, 0].tolist()) <= set(whole.lm_head.weight.flatten().tolist())
-    assert main(["init", str(path), "stages.student.student=some/model"]) == 2
-    assert "no stage makes its student from a teacher" in capsys.readouterr().err
-    stage = recipe(tmp_path / "other", SHAPE)
-    init_students(stage)
+    spec = recipe(tmp_path / "out", student)
+    models = ModelBuilder(folders.RunFolder(tmp_path / "out"), AutoTokenizer.from_pretrained(made))
+    teacher = models.model(spec.stages["student"].student.init.from_, spec.seed)
+    for cut in (AutoModelForCausalLM.from_pretrained(made), models.student(spec, "student", seed=1)):
+        assert torch.equal(cut.lm_head.weight, teacher.lm_head.weight[:, :24])
+        assert torch.equal(cut.model.layers[0].mlp.up_proj.weight, teacher.model.layers[0].mlp.up_proj.weight[:, :24])
+
+
+def test_init_says_what_it_cannot_make(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    init_students(recipe(tmp_path, SHAPE))
     assert "its teacher comes from the stage 'teacher', which is not complete" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no stage makes its student from a teacher"):
+        init_students(recipe(tmp_path, "some/model"))
 
 
 @pytest.mark.parametrize(
@@ -195,10 +200,6 @@ def test_students_of_a_mixture(student: str, model_type: str, tmp_path: Path) ->
     init_students(spec)
     (made,) = (tmp_path / "students").glob("*/model")
     assert AutoModelForCausalLM.from_pretrained(made).config.model_type == model_type
-
-
-DENSE = """{config: {model_type: mistral, hidden_size: 32, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2,
-              num_key_value_heads: 1}}"""
 
 
 def test_two_dense_models_become_a_mixture(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def propose(strategy, space, count, score=smooth):
     return found
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral", "qwen3", "gpt_neox", "gpt_neox-sequential"])
+@pytest.mark.parametrize("case", ["llama", "qwen3", "gpt_neox-sequential"])
 @pytest.mark.parametrize(("granularity", "units"), SPACES)
 @pytest.mark.parametrize("kind", ["evolve", "draw"])
 def test_all_that_is_proposed_is_feasible_and_new(case, granularity, units, kind):

@@ -179,6 +179,18 @@ def test_the_shift_of_a_layernorm_is_that_of_its_mean():
     assert abs(fits[name].shift) > 0.01
 
 
+@pytest.mark.parametrize("case", ["qwen3", "gpt_neox"])
+def test_padding_has_no_part_in_the_fit_of_norms(case):
+    model, text = teacher(case), rows()
+    hidden, head_dim = (16, 8) if case == "gpt_neox" else (40, 4)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2} if case == "gpt_neox" else {}
+    selection = Selection.first(model.config, replace(Shape.of(model.config), hidden_size=hidden, head_dim=head_dim, **heads))
+    one, padded = (fit_norms(model, selection, text, batch_size=size) for size in (1, len(text)))
+    assert one.keys() == padded.keys() and len(one) == (17 if case == "qwen3" else 9)
+    for name, fit in one.items():
+        assert (padded[name].scale, padded[name].shift) == pytest.approx((fit.scale, fit.shift), rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_first_of_everything_is_a_view(case):
     model = teacher(case)

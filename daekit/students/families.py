@@ -178,7 +178,9 @@ FAMILIES: Mapping[str, Family] = {
 def family_of(config: PreTrainedConfig) -> Family:
     """The family of a config, otherwise UserError with those that are there."""
     if config.model_type not in FAMILIES:
-        hint = " A mixture of experts becomes dense first: mixtral_to_dense." if config.model_type == "mixtral" else ""
+        hint = ""
+        if config.model_type == "mixtral":
+            hint = " A Mixtral becomes dense first: mixtral_to_dense (`dense` in a recipe)."
         raise UserError(
             f"model_type {config.model_type!r}: no student can be cut from this family, only from {', '.join(FAMILIES)}.{hint}"
         )
