@@ -1,4 +1,4 @@
-"""The command line: ``daekit check | init | train | quickstart``. Heavy imports happen inside the commands."""
+"""The command line: ``daekit check | init | train | merge | quickstart``. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import get_args
 
 from daekit import __version__
 from daekit.errors import UserError, says_disk_is_full
-from daekit.recipe import load_recipe, load_recipe_text, to_yaml
+from daekit.recipe import load_recipe, load_recipe_text, sharing_notes, to_yaml
+from daekit.recipe.schema import Dtype
 
 _OVERRIDES_HELP = "settings laid over the recipe: key.sub=value, the value as YAML (stages.kd.trainer.max_steps=10)"
 _STATUS_OF_USER_ERROR = 2
@@ -77,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     for command in (check, init, train):
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
+    merge = commands.add_parser("merge", help="fold a LoRA adapter into its 16-bit base, and compare the two")
+    merge.set_defaults(run=_merge)
+    merge.add_argument("adapter", metavar="ADAPTER_DIR", help="a directory with adapter_config.json and its safetensors")
+    merge.add_argument("out", metavar="OUT", help="the directory to make")
+    merge.add_argument("--dtype", default="auto", choices=get_args(Dtype), help="of the result (default: that of the base)")
+
     quickstart = commands.add_parser("quickstart", help="KD, then DAE, in the small: on embedded data, on a CPU, in minutes")
     quickstart.set_defaults(run=_quickstart)
     quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
@@ -86,7 +94,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    print(to_yaml(load_recipe(options.recipe, options.overrides)), end="")
+    recipe = load_recipe(options.recipe, options.overrides)
+    print(to_yaml(recipe), end="")
+    for note in sharing_notes(recipe):
+        print(f"# note: {note}")
 
 
 def _init(options: argparse.Namespace) -> None:
@@ -103,6 +114,12 @@ def _train(options: argparse.Namespace) -> None:
     from daekit.run import run_recipe
 
     run_recipe(recipe)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from daekit.models.merge import merge_adapter
+
+    print(f"{merge_adapter(options.adapter, options.out, options.dtype)}\n-> {options.out}")
 
 
 def _quickstart(options: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from daekit.build import (
 from daekit.data.mixture import Mixture
 from daekit.errors import UserError
 from daekit.models.loading import load_model
-from daekit.recipe import stage_key, student_key, to_yaml
+from daekit.recipe import sharing_notes, stage_key, student_key, to_yaml
 from daekit.recipe.schema import ModelSpec, Recipe
 from daekit.report import format_table, write_report
 from daekit.trainers import DomainSFTTrainer
@@ -206,7 +206,8 @@ def _stage_heading(name: str, recipe: Recipe, trainer: DomainSFTTrainer, mixture
     for domain, count in trainer.data_counts["train"].items():
         lost = {what: n for what, n in asdict(count).items() if what not in ("rows", "kept_tokens") and n}
         lines.append(f"    {domain}: {count.rows:,} rows, {count.kept_tokens:,} kept tokens" + (f", {lost}" if lost else ""))
-    return "\n".join(lines)
+    notes = [note for note in sharing_notes(recipe) if note.startswith(f"stages.{name}.")]
+    return "\n".join([*lines, *(f"    note: {note}" for note in notes)])
 
 
 def _provenance(trainer: DomainSFTTrainer, mixture: Mixture) -> dict[str, Any]:

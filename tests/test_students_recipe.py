@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from daekit.build import ModelBuilder, folders
+from daekit.build import DataBuilder, ModelBuilder, folders
+from daekit.build.student import calibration_rows
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.recipe import load_recipe_text, resolve, stage_key, student_key, to_yaml
@@ -111,6 +112,12 @@ def test_contradictions_are_found_before_anything_is_loaded(student: str, messag
     assert message in errors(student)
 
 
+def test_adapters_belong_to_whole_models() -> None:
+    assert "must be trained whole before an adapter" in errors(SHAPE, "stages.student.lora={r: 2}")
+    adapter = "{from: {path: a/b, adapter: c/d}, shape: {hidden_size: 8}}"
+    assert "student.from.adapter: a student is made of whole models" in errors(adapter)
+
+
 def test_a_teacher_is_not_made_from_another_model() -> None:
     wrong = errors("some/model", "stages.student.teacher={from: a/b, shape: {hidden_size: 8}}")
     assert "only the student of a stage is made `from` another model" in wrong
@@ -131,7 +138,23 @@ def test_keys_follow_what_a_student_depends_on() -> None:
         assert student_key(base, "student") != student_key(changed, "student"), change
         assert stage_key(base, "student") != stage_key(changed, "student"), change
     assert stage_key(base, "student")["stages"].keys() == {"teacher"}
-    assert "chat" in stage_key(recipe(Path("x"), SEARCH), "student")["sources"]
+
+
+def test_a_stage_depends_on_what_its_student_is_made_from() -> None:
+    apart = ("stages.student.teacher=some/model", "tokenizer={path: some/tokenizer}")
+    key = stage_key(recipe(Path("x"), SEARCH, *apart), "student")
+    assert key["stages"].keys() == {"teacher"} and key["sources"].keys() == {"skills", "chat"}
+    assert student_key(recipe(Path("x"), SEARCH, *apart), "student")["sources"].keys() == {"chat"}
+
+
+def test_rows_that_are_too_long_are_split_and_nothing_is_lost(tmp_path: Path) -> None:
+    spec = recipe(tmp_path, SEARCH)
+    data = DataBuilder(spec)
+    tokenizer = data.tokenizer(folders.RunFolder(tmp_path))
+    whole, split = (calibration_rows(spec, CalibrationSpec(("chat",), 600, length), data, tokenizer) for length in (10**6, 16))
+    assert max(len(row["input_ids"]) for row in whole) > 16 == max(len(row["input_ids"]) for row in split)
+    for name in ("input_ids", "labels"):
+        assert [each for row in whole for each in row[name]] == [each for row in split for each in row[name]]
 
 
 def test_a_searched_student_is_made_once_and_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,6 +167,7 @@ def test_a_searched_student_is_made_once_and_trained(tmp_path: Path, capsys: pyt
     start = AutoModelForCausalLM.from_pretrained(home.model)
     assert 10000 <= facts["parameters"] == start.num_parameters() == count_parameters(start.config) <= 18000
     assert facts["search"]["candidates"] == len({json.dumps(each["candidate"]) for each in log_of(home)})
+    assert 0 < facts["search"]["score"] < 1  # KL; the text itself is worth about 5 nats per token
     assert home.plot.read_text().startswith("<svg")
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "stages" / "student" / "model")
     assert trained.config.hidden_size == start.config.hidden_size

@@ -71,7 +71,7 @@ def build_student(
         return home
     home.root.mkdir(parents=True, exist_ok=True)
     start, seed = time.perf_counter(), recipe.stages[name].seed
-    rows = partial(_calibration_rows, recipe, spec.init.calibration, data, models.tokenizer)
+    rows = partial(calibration_rows, recipe, spec.init.calibration, data, models.tokenizer)
     maker = _Maker(name, spec.init, home, recipe.seed if seed is None else seed, rows, vocabulary_size(models.tokenizer))
     teacher, *others = (models.model(each, recipe.seed).to(device) for each in (spec.init.from_, *spec.init.with_))
     student = maker.make(teacher, others)
@@ -179,7 +179,7 @@ def _strategy(search: StudentSearchSpec, space: Space, seed: int) -> Strategy:
     return evolve(space, window, seed, Evolution())
 
 
-def _calibration_rows(
+def calibration_rows(
     recipe: Recipe, spec: CalibrationSpec, data: DataBuilder, tokenizer: PreTrainedTokenizerBase
 ) -> list[Mapping[str, Sequence[int]]]:
     """Training rows of each source, in random order, until they have their share of the tokens."""

@@ -57,6 +57,7 @@ def _trainer_of(
         "processing_class": models.tokenizer,
         "peft_config": _peft_config(stage.lora, stage.student) if stage.lora else None,
     }
+    models.require_adapters_fit(stage)
     student = models.student(recipe, name, common["args"].seed)
     if stage.type == "sft":
         return DomainSFTTrainer(student, **common)

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path as FilePath
 
+from daekit.recipe.adapter_config import adapter_stage
+from daekit.recipe.check_adapter import check_adapter
 from daekit.recipe.check_stage import check_stage
 from daekit.recipe.check_student import check_student, models_of_student
 from daekit.recipe.problems import Problems, listed, nearest
@@ -148,6 +150,10 @@ def _check_models(recipe: Recipe, name: str, stage: StageSpec, problems: Problem
                 )
             continue
         ways = [key for key in ("path", "stage", "config") if getattr(model, key) is not None]
+        if model.adapter is not None:
+            _check_adapter_of(recipe, name, path, model, problems)
+            if not ways or model is not stage.student:
+                continue
         if not ways and earlier and model is stage.student:
             continue  # the result of the stage before, loaded as the other keys say
         if len(ways) != 1:
@@ -164,6 +170,16 @@ def _check_models(recipe: Recipe, name: str, stage: StageSpec, problems: Problem
             _check_config(model, path, problems)
         if model.revision is not None and model.path is None:
             problems.add_check((*path, "revision"), "only a model with a `path` has a revision")
+
+
+def _check_adapter_of(recipe: Recipe, name: str, path: Path, model: ModelSpec, problems: Problems) -> None:
+    names = list(recipe.stages)
+    earlier = names[: names.index(name)]
+    origin = adapter_stage(model.adapter)
+    if origin is not None and (origin not in earlier or recipe.stages[origin] is None):
+        problems.add_check((*path, "adapter"), _why_not_earlier(origin, name, names, earlier))
+    else:
+        check_adapter(recipe, name, path, model, problems)
 
 
 def _why_not_earlier(wanted: str, name: str, names: list[str], earlier: list[str]) -> str:

@@ -39,6 +39,15 @@ def check_student(recipe: Recipe, name: str, stage: StageSpec, problems: Problem
         if model.quantization is not None:
             message = "a student cannot be made of quantised weights; load them in 16 bits (remove quantization)"
             problems.add_check((*model_path, "quantization"), message)
+        if model.adapter is not None:
+            message = "a student is made of whole models; name the merged one (a stage with lora.merge, or `daekit merge`)"
+            problems.add_check((*model_path, "adapter"), message)
+    if stage.lora is not None:
+        message = (
+            "a part of a teacher must be trained whole before an adapter can make up for what is missing; remove `lora`, or "
+            "train the adapter in a later stage"
+        )
+        problems.add_check(("stages", name, "lora"), message)
     for key, size in spec.shape.items():
         if key not in _SIZES:
             problems.add_check((*path, "shape", key), f"is not a size; they are {listed(_SIZES)}{nearest(key, _SIZES)}")

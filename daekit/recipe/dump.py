@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from daekit.recipe.adapter_config import adapter_stage
 from daekit.recipe.load import resolve
 from daekit.recipe.schema import MixtureSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.recipe.tree import Dumper
@@ -116,7 +117,8 @@ def _stages_used(stage: StageSpec) -> set[str]:
     models += [member.model for teacher in teachers for member in teacher.ensemble]
     if stage.student and stage.student.init:
         models += [stage.student.init.from_, *stage.student.init.with_]
-    return {model.stage for model in models if model and model.stage}
+    named = [name for model in models if model for name in (model.stage, adapter_stage(model.adapter))]
+    return {name for name in named if name is not None}
 
 
 def _mapping(spec: Any) -> dict[str, Any]:

@@ -23,10 +23,16 @@ BUILTIN_CORPORA = ("skills", "chat", "shop")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Where a model comes from: exactly one of ``path``, ``stage`` and ``config``, or ``init`` for a student.
+    """Where a model comes from: exactly one of ``path``, ``stage`` and ``config``; or an adapter on the student's base; or, for
+    a student, ``init``.
 
     In YAML a plain string is short for ``{path: ...}``, ``stage:NAME`` for ``{stage: NAME}``, and ``{from: TEACHER, ...}``
     with the keys of ``StudentSpec`` for ``init``.
+
+    One base, several models: a teacher, member of an ensemble or reference that is ``{adapter: A}`` and nothing else is a LoRA
+    adapter of the base that the student is trained on (with ``lora`` or ``adapter``); the base is loaded once, in the student's
+    dtype and quantisation. A student that is ``{adapter: A}`` goes on training that adapter (without ``lora``: rank and targets
+    are its own) on the base that the stage of A had, loaded as it was there; of a directory, on ``path`` or the base it names.
 
     Attributes:
         path: hub id or directory (a directory that holds a LoRA adapter is loaded on its base and merged).
@@ -35,11 +41,13 @@ class ModelSpec:
             ``vocab_size`` and special tokens are taken from the tokenizer unless given.
         dtype: the dtype that the weights are loaded in.
         quantization: ``4bit`` (nf4, double quantisation) or ``8bit``, by bitsandbytes.
+        adapter: ``stage:NAME`` (of an earlier LoRA stage), a directory, or, for a teacher, ``base`` (the base, adapter off).
         init: a student made from its teacher.
     """
 
     path: str | None = None
     stage: str | None = None
+    adapter: str | None = None
     config: dict[str, Any] | None = None
     revision: str | None = None
     dtype: Dtype = "auto"
