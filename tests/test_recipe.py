@@ -102,6 +102,19 @@ def test_shorthands() -> None:
     )
 
 
+def test_where_a_teacher_lies() -> None:
+    """A device (also a plain number), or a mapping of modules; in every place of a teacher."""
+    for text, device_map in (("auto", "auto"), ("cuda:1", "cuda:1"), ("1", "1"), ("{model: 0, lm_head: cpu}", None)):
+        teacher = load(BASE, f"stages.kd.teacher={{path: a, device_map: {text}}}").stages["kd"].teacher
+        assert teacher is not None and teacher.model is not None
+        assert teacher.model.device_map == (device_map or {"model": "0", "lm_head": "cpu"})
+    offloaded = "{ensemble: [{model: {path: a, offload: true}, weight: 0.5}, {model: b, weight: 0.5}]}"
+    ensemble = load(BASE, f"stages.kd.teacher={offloaded}").stages["kd"].teacher
+    assert ensemble is not None and [member.model.offload for member in ensemble.ensemble] == [True, False]
+    with pytest.raises(UserError, match=r"device_map: wants a text or a mapping, not a list"):
+        load(BASE, "stages.kd.teacher={path: a, device_map: [0, 1]}")
+
+
 def test_a_student_without_a_model_is_the_stage_before() -> None:
     recipe = load(BASE, "stages.dae.student.quantization=4bit", "stages.dae.lora.r=8")
     assert recipe.stages["dae"].student == ModelSpec(stage="kd", quantization="4bit")

@@ -115,6 +115,8 @@ def test_contradictions_are_found_before_anything_is_loaded(student: str, messag
 def test_adapters_belong_to_whole_models() -> None:
     assert "must be trained whole before an adapter" in errors(SHAPE, "stages.student.lora={r: 2}")
     adapter = "{from: {path: a/b, adapter: c/d}, shape: {hidden_size: 8}}"
+    offloaded = "{from: {path: a/b, offload: true, device_map: auto}, shape: {hidden_size: 8}}"
+    assert errors(offloaded).count("lies on one device as a whole") == 2
     assert "student.from.adapter: a student is made of whole models" in errors(adapter)
 
 

@@ -116,4 +116,4 @@ class ModelBuilder:
         if spec.adapter is not None:
             return BASE if spec.adapter == BARE_BASE else AdapterPath(self.placed(spec).adapter)
         name = spec.stage or spec.path or "teacher"
-        return ModelTeacher(self.model(spec), vocabulary_size(self.tokenizer), name)
+        return ModelTeacher(self.model(spec), vocabulary_size(self.tokenizer), name, offload=spec.offload)

@@ -149,6 +149,7 @@ def _check_models(recipe: Recipe, name: str, stage: StageSpec, problems: Problem
                     path, "only the student of a stage is made `from` another model; make it in a stage of its own"
                 )
             continue
+        _check_placement(model, path, model is stage.student, problems)
         ways = [key for key in ("path", "stage", "config") if getattr(model, key) is not None]
         if model.adapter is not None:
             _check_adapter_of(recipe, name, path, model, problems)
@@ -188,6 +189,29 @@ def _why_not_earlier(wanted: str, name: str, names: list[str], earlier: list[str
     if wanted in names:
         return f"the stage {wanted!r} runs after {name!r}; stages run in the order of the file"
     return f"there is no stage {wanted!r} (earlier ones: {listed(earlier)}){nearest(wanted, earlier)}"
+
+
+def _check_placement(model: ModelSpec, path: Path, student: bool, problems: Problems) -> None:
+    """Where a teacher lies; a student lies where it is trained."""
+    where = (*path, "device_map")
+    for key in ("device_map", "offload"):
+        if student and getattr(model, key):
+            message = "belongs to a teacher; a student is trained on the devices that `accelerate launch` gives it"
+            problems.add_check((*path, key), message)
+    if model.offload and model.device_map is not None:
+        problems.add_check((*path, "offload"), "excludes device_map: it brings the layers to the student's device")
+    if model.offload and model.quantization == "8bit":
+        message = "does not work with quantization: 8bit, whose weights bitsandbytes keeps out of reach; use 4bit or none"
+        problems.add_check((*path, "offload"), message)
+    if model.device_map is None:
+        return
+    if model.config is not None:
+        problems.add_check(where, "a model made from a config is made where the student is; remove it")
+    if not model.device_map:
+        problems.add_check(where, "must not be empty; leave it out for the student's device")
+    if "disk" in (model.device_map.values() if isinstance(model.device_map, dict) else [model.device_map]):
+        message = "disk is not supported: the loss needs weights that are there; use `offload: true` or quantization"
+        problems.add_check(where, message)
 
 
 def _check_config(model: ModelSpec, path: Path, problems: Problems) -> None:

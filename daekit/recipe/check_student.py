@@ -39,6 +39,10 @@ def check_student(recipe: Recipe, name: str, stage: StageSpec, problems: Problem
         if model.quantization is not None:
             message = "a student cannot be made of quantised weights; load them in 16 bits (remove quantization)"
             problems.add_check((*model_path, "quantization"), message)
+        for key in ("device_map", "offload"):
+            if getattr(model, key):
+                message = "a student is cut from a teacher that lies on one device as a whole; remove it"
+                problems.add_check((*model_path, key), message)
         if model.adapter is not None:
             message = "a student is made of whole models; name the merged one (a stage with lora.merge, or `daekit merge`)"
             problems.add_check((*model_path, "adapter"), message)

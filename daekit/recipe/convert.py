@@ -77,6 +77,8 @@ def _union(node: Node, members: tuple[Any, ...], path: Path, problems: Problems)
         return None
     is_list = isinstance(node.value, list)
     fitting = [member for member in others if (get_origin(member) is tuple) == is_list]
+    is_mapping = isinstance(node.value, dict)
+    fitting = [member for member in fitting if (get_origin(member) is dict) == is_mapping] or fitting
     if len(others) > 1 and not fitting:
         return _wrong(node, " or ".join(_noun(member) for member in others), path, problems)
     return _convert(node, (fitting or others)[0], path, problems)

@@ -37,6 +37,8 @@ _WATCHING = frozenset(
         "save_total_limit",
     }
 )
+# Where a teacher lies does not change what it says.
+_PLACEMENT = ("device_map", "offload")
 _VALIDATION = ("validation", "validation_split", "validation_limit")
 # With these the training itself looks at the validation rows.
 _SCHEDULES_BY_VALIDATION = ("reduce_lr_on_plateau", "greedy")
@@ -59,15 +61,15 @@ def stage_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
     """JSON-able facts on which the result of a stage depends: equal facts, equal result on the same rows and versions.
 
     They hold the stage itself, the seed, the tokenizer, the specs of its sources and, under ``stages``, the same facts of every
-    stage that it takes a model from. What is only watched or kept (logging, saving) is left out, and so are validation rows
-    unless the training looks at them. The contents of files are not read.
+    stage that it takes a model from. What is only watched or kept (logging, saving) is left out, and so are the devices of
+    teachers, and validation rows unless the training looks at them. The contents of files are not read.
 
     Raises:
         KeyError: there is no such stage.
     """
     recipe = resolve(recipe)
     stage = recipe.stages[stage_name]
-    facts = _mapping(stage)
+    facts = _unplaced(_mapping(stage))
     facts["trainer"] = {key: value for key, value in stage.trainer.items() if key not in _WATCHING}
     init = stage.student and stage.student.init
     sources = [*stage.data.sources, *(init.calibration.sources if init else ())]
@@ -78,7 +80,7 @@ def stage_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
     else:
         # Without a tokenizer of its own a run takes that of the first student.
         first = next(iter(recipe.stages.values())).student
-        tokenizer = first and _plain(first)
+        tokenizer = first and _unplaced(_plain(first))
     return {
         "stage": facts,
         "seed": recipe.seed,
@@ -119,6 +121,12 @@ def _stages_used(stage: StageSpec) -> set[str]:
         models += [stage.student.init.from_, *stage.student.init.with_]
     named = [name for model in models if model for name in (model.stage, adapter_stage(model.adapter))]
     return {name for name in named if name is not None}
+
+
+def _unplaced(facts: Any) -> Any:
+    if isinstance(facts, dict):
+        return {key: _unplaced(below) for key, below in facts.items() if key not in _PLACEMENT}
+    return [_unplaced(item) for item in facts] if isinstance(facts, list) else facts
 
 
 def _mapping(spec: Any) -> dict[str, Any]:

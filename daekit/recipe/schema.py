@@ -40,8 +40,12 @@ class ModelSpec:
         config: a model made from scratch with random weights: ``model_type`` and the fields of its transformers config;
             ``vocab_size`` and special tokens are taken from the tokenizer unless given.
         dtype: the dtype that the weights are loaded in.
-        quantization: ``4bit`` (nf4, double quantisation) or ``8bit``, by bitsandbytes.
         adapter: ``stage:NAME`` (of an earlier LoRA stage), a directory, or, for a teacher, ``base`` (the base, adapter off).
+        quantization: ``4bit`` (nf4, double quantisation) or ``8bit``, by bitsandbytes; experts too.
+        device_map: of a teacher: the device that it lies on (``cuda:1``, ``1``, ``cpu``), ``auto``, or a mapping of its
+            modules to devices; default: the student's device.
+        offload: of a teacher: its layers stay in host memory and are brought to the student's device one by one, the next
+            while one runs; the device holds two of them at most.
         init: a student made from its teacher.
     """
 
@@ -54,6 +58,8 @@ class ModelSpec:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     quantization: Quantization | None = None
+    device_map: str | dict[str, str] | None = None
+    offload: bool = False
     init: StudentSpec | None = None
 
 
