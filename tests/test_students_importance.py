@@ -217,6 +217,8 @@ def test_uniform_importance_keeps_the_same_units_in_every_layer():
     assert len(set(own.neurons)) > 1 and len(set(own.query_heads)) > 1
     assert len(set(same_ones.neurons)) == len(set(same_ones.query_heads)) == 1
     assert own.hidden == same_ones.hidden and own.layers == same_ones.layers
+    loud = replace(scores, neurons_LF=scores.neurons_LF * torch.tensor([[1000.0], [1], [1], [1]]))
+    assert choose(model.config, loud.uniform, shape) == same_ones  # a layer of large activations does not decide alone
 
 
 def test_baselines():
