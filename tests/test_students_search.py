@@ -11,8 +11,9 @@ import torch
 from student_cases import CONFIGS, VOCABULARY, rows, teacher
 
 from daekit.errors import UserError
-from daekit.students import count_parameters, first_n, measure_importance, slice_model, sort_teacher, view_model
+from daekit.students import Shape, count_parameters, first_n, measure_importance, slice_model, sort_teacher, view_model
 from daekit.students.figure import search_svg
+from daekit.students.genes import mutated
 from daekit.students.scorer import CandidateScorer
 from daekit.students.search import Stage, read_log, run_search
 from daekit.students.selection import Selection, require_valid
@@ -334,3 +335,15 @@ def test_the_plot_shows_every_candidate(tmp_path):
     for words in ("million parameters", "perplexity", "dropped out early", "best", "first-n"):
         assert words in svg
     assert "KL to teacher" in search_svg(read_log(tmp_path / "log"), by="kl").svg
+
+
+@pytest.mark.parametrize("units", ["uniform", "layerwise"])
+def test_one_change_may_be_another_part_of_the_same_number(units):
+    choices, generator = space(granularity="fine", units=units), random.Random(0)
+    before = choices.first(Shape(2, 24, 20, 2, 2, 16))
+    changed = [mutated(choices, before, generator) for _ in range(300)]
+    same_size = [each for each in changed if choices.shape(each) == choices.shape(before) and each != before]
+    for name in ("layers", "hidden", "neurons", "groups"):
+        alone = [each for each in same_size if replace(each, **{name: getattr(before, name)}) == before]
+        assert alone, name
+    assert {len(each.neurons) for each in changed} == ({1} if units == "uniform" else {1, 2, 3})
