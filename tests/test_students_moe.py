@@ -186,6 +186,7 @@ def test_the_parts_around_the_experts_are_the_same_and_not_shared():
     model = mixtral()
     student = mixtral_to_dense(model, "average")
     ours, theirs = dict(student.named_parameters()), dict(model.named_parameters())
+    assert len({p.untyped_storage().data_ptr() for p in ours.values()}) == len(ours)
     common = ours.keys() & theirs.keys()
     assert len(common) == 3 + 2 * 6  # embeddings, norm, head; four projections and two norms per layer
     assert all(torch.equal(ours[name], theirs[name]) for name in common)

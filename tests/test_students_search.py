@@ -13,7 +13,7 @@ from student_cases import CONFIGS, VOCABULARY, rows, teacher
 from daekit.errors import UserError
 from daekit.students import Shape, count_parameters, first_n, measure_importance, slice_model, sort_teacher, view_model
 from daekit.students.figure import search_svg
-from daekit.students.genes import mutated
+from daekit.students.genes import crossed, mutated
 from daekit.students.scorer import CandidateScorer
 from daekit.students.search import Stage, read_log, run_search
 from daekit.students.selection import Selection, require_valid
@@ -347,3 +347,13 @@ def test_one_change_may_be_another_part_of_the_same_number(units):
         alone = [each for each in same_size if replace(each, **{name: getattr(before, name)}) == before]
         assert alone, name
     assert {len(each.neurons) for each in changed} == ({1} if units == "uniform" else {1, 2, 3})
+
+
+def test_what_a_layer_chose_goes_with_it_to_the_child():
+    choices, generator = space(granularity="fine"), random.Random(0)
+    one = replace(choices.first(Shape(2, 24, 20, 2, 2, 16)), layers=(0, 2), neurons=((0, 3), (1, 2)))
+    other = replace(one, layers=(1, 2), neurons=((2, 3), (0, 2)))
+    found = {(child.layers, child.neurons) for child in (crossed(choices, one, other, generator) for _ in range(200))}
+    own, theirs = {(one.layers, one.neurons)}, {(other.layers, other.neurons)}
+    mixed = {((0, 2), ((0, 1), (0, 2))), ((1, 2), ((0, 1), (1, 2)))}  # a layer that the other parent lacks: the first blocks
+    assert found == own | theirs | mixed
