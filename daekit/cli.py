@@ -1,4 +1,4 @@
-"""The command line: ``daekit check | plan | train | eval | merge | quickstart``. Heavy imports happen inside the commands."""
+"""The command line: ``daekit check | plan | init | train | eval | merge | quickstart``. Heavy imports happen inside."""
 
 from __future__ import annotations
 
@@ -92,7 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--engine", choices=["ddp", "fsdp2", "zero2", "zero3"], help="how they share the work (default: ddp)")
     plan.add_argument("--tflops", metavar="RATE", type=float, help="TFLOP/s of one device, for the time of a step")
     plan.add_argument("--json", action="store_true", help="print JSON")
-    for command in (check, plan, train):
+    init = commands.add_parser(
+        "init", help="make the students that a recipe makes from their teachers (search, slicing); no training"
+    )
+    init.set_defaults(run=_init)
+    for command in (check, plan, init, train):
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
     _add_eval(commands)
@@ -105,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     quickstart = commands.add_parser("quickstart", help="KD, then DAE, in the small: on embedded data, on a CPU, in minutes")
     quickstart.set_defaults(run=_quickstart)
     quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
-    for command in (check, plan, train, quickstart):
+    for command in (check, plan, init, train, quickstart):
         command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
     return parser
 
@@ -189,6 +193,14 @@ def _plan(options: argparse.Namespace) -> None:
     machine = machine_of(options.gpu, options.cpu, options.gpus, options.engine)
     plan = plan_recipe(recipe, machine, reload=lambda more: load_recipe(options.recipe, [*options.overrides, *more]))
     print(json.dumps(plan_json(plan, options.tflops), indent=2) if options.json else format_plan(plan, options.tflops))
+
+
+def _init(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from daekit.run import init_students
+
+    init_students(recipe)
 
 
 def _train(options: argparse.Namespace) -> None:

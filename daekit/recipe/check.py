@@ -14,6 +14,7 @@ from daekit.errors import UserError
 from daekit.recipe.adapter_config import adapter_stage
 from daekit.recipe.check_adapter import check_adapter
 from daekit.recipe.check_stage import check_stage
+from daekit.recipe.check_student import check_student, models_of_student
 from daekit.recipe.load_suite import load_suite
 from daekit.recipe.problems import Problems, listed, nearest
 from daekit.recipe.schema import (
@@ -57,6 +58,7 @@ def check_recipe(recipe: Recipe, problems: Problems) -> None:
         if stage is not None:
             _check_models(recipe, name, stage, problems)
             check_stage(recipe, name, stage, problems)
+            check_student(recipe, name, stage, problems)
     _check_tokenizer(recipe, problems)
     if recipe.evaluation:
         _check_evaluation(recipe, recipe.evaluation, problems)
@@ -127,6 +129,8 @@ def models_of_stage(name: str, stage: StageSpec) -> Iterator[tuple[Path, ModelSp
     path = ("stages", name)
     if stage.student is not None:
         yield (*path, "student"), stage.student
+        if stage.student.init is not None:
+            yield from models_of_student(stage.student.init, (*path, "student"))
     teachers: dict[Path, TeacherSpec | None] = {("teacher",): stage.teacher, ("reference",): stage.reference}
     teachers |= {("teachers", domain): teacher for domain, teacher in stage.teachers.items()}
     for key, teacher in teachers.items():
@@ -138,9 +142,15 @@ def _check_models(recipe: Recipe, name: str, stage: StageSpec, problems: Problem
     names = list(recipe.stages)
     earlier = names[: names.index(name)]
     if stage.student is None and not earlier:
-        message = "the first stage has no stage before it to take the student from; give a path or a config"
+        message = "the first stage has no stage before it to take the student from; give a path, a config or `from`"
         problems.add_check(("stages", name, "student"), message)
     for path, model in models_of_stage(name, stage):
+        if model.init is not None:
+            if model is not stage.student:
+                problems.add_check(
+                    path, "only the student of a stage is made `from` another model; make it in a stage of its own"
+                )
+            continue
         _check_placement(model, path, model is stage.student, problems)
         ways = [key for key in ("path", "stage", "config") if getattr(model, key) is not None]
         if model.adapter is not None:
