@@ -3,10 +3,10 @@
     python benchmarks/experts_study.py --data DIR --work DIR --seeds 0 1 2 --json results.json --plot results.png
 
 For each seed: rows of three families are brought together in WORK/seed-N/data, ``experts/teachers.yaml`` and
-``experts/contestants.yaml`` are run there by ``daekit train``, with the experts' weights averaged in between, and every model is
-measured on the validation rows of every family. What a seed has finished is kept, so seeds can also be run one by one. The
-tables are printed as Markdown. DIR holds general/ and ecommerce/ with train.jsonl and validation.jsonl; ``--small`` takes two steps
-per stage and a few rows: does everything work?
+``experts/contestants.yaml`` are run there by ``daekit train``, with the experts' weights averaged in between, and every model
+is measured on the validation rows of every family. What a seed has finished is kept, so seeds can also be run one by one. The
+tables are printed as Markdown. DIR holds general/ and ecommerce/ with train.jsonl and validation.jsonl; ``--small`` takes two
+steps per stage and a few rows: does everything work?
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ FAMILIES: dict[str, tuple[str, Callable[[str], bool]]] = {
 }
 GENERATED = ("numbers", "general")  # families with short answers
 METRICS = ("nll", "exact_match")
-VALIDATION_ROWS = 300
+VALIDATION_ROWS = 200
 # what is compared on the same resamples: baseline -> models
 PAIRS = {
     "student": ("numbers-then-shop", "shop-then-numbers", *CONTESTANTS[4:]),
@@ -161,7 +161,7 @@ def evaluated(name: str, path: Path, tokenizer: PreTrainedTokenizerBase, sets: d
     model, parts = load_model(ModelSpec(path=str(path))), []
     for generate in (True, False):
         chosen = {family: each for family, each in sets.items() if (family in GENERATED) is generate}
-        spec = EvaluationSpec(generate=generate, max_new_tokens=32, batch_size=50)
+        spec = EvaluationSpec(generate=generate, max_new_tokens=24, batch_size=50)
         parts.append(evaluate_model(name, model, tokenizer, chosen, spec=spec))
     return ModelEvaluation(name, parts[0].values | parts[1].values)
 
