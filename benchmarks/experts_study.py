@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +100,7 @@ def run_seed(data: Path, folder: Path, seed: int, small: bool) -> dict[str, Any]
     merge([paths[name] for name in EXPERTS], paths["merged teacher"])
     train(folder, "contestants", CONTESTANTS, seed, small)
     paths |= {name: folder / "contestants/stages" / name / "model" for name in CONTESTANTS}
-    found = {"machine": calibration(), **measure(folder, paths, 8 if small else VALIDATION_ROWS), "stages": facts(folder)}
+    found = {"machine": calibration()} | measure(folder, paths, 8 if small else VALIDATION_ROWS) | facts(folder)
     results.write_text(json.dumps(found))
     return found
 
@@ -153,7 +154,8 @@ def measure(folder: Path, paths: dict[str, Path], limit: int) -> dict[str, Any]:
         chosen = [evaluations[name] for name in (baseline, *models)]
         # without reference domains every difference is a gain: positive is better than the baseline
         differences[baseline] = _plain(compare(chosen, baseline, reference_domains=[], rounds=1000), "_gain")
-    return {"rows": _plain(rows), "differences": differences, "n": {name: len(each.rows) for name, each in sets.items()}}
+    sizes = {family: {"rows": len(each.rows), "left out": each.overlong} for family, each in sets.items()}
+    return {"rows": _plain(rows), "differences": differences, "validation": sizes}
 
 
 def evaluated(name: str, path: Path, tokenizer: PreTrainedTokenizerBase, sets: dict[str, EvaluationSet]) -> ModelEvaluation:
@@ -190,14 +192,18 @@ def _plain(rows: Sequence[Row], suffix: str = "") -> list[list[Any]]:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What each stage took: seconds, steps, and kept tokens and rows of each family."""
-    found = {}
+    """What each stage took: seconds, steps, and rows and kept tokens of each family; the versions of packages."""
+    stages, versions = {}, {}
     for file in sorted(folder.glob("*/stages/*/stage.json")):
         done = json.loads(file.read_text())
         rows = {family: [count["rows"], count["kept_tokens"]] for family, count in done["rows"]["train"].items()}
-        found[done["stage"]] = {"seconds": done["seconds"], "steps": done["log_history"][-1]["step"], "rows, kept tokens": rows}
-        found[done["stage"]]["versions"] = done["versions"]
-    return found
+        stages[done["stage"]] = {
+            "seconds": done["seconds"],
+            "steps": done["log_history"][-1]["step"],
+            "rows, kept tokens": rows,
+        }
+        versions = done["versions"]
+    return {"stages": stages, "versions": versions}
 
 
 # ---- showing ---------------------------------------------------------------------------------------------------------
@@ -264,9 +270,9 @@ def plot(results: dict[int, dict[str, Any]], target: Path) -> None:
 
 
 def to_json(results: dict[int, dict[str, Any]]) -> str:
-    """One line per list of numbers."""
+    """One line per list of values."""
     text = json.dumps(results, indent=1)
-    return text.replace("\n    [\n     ", "\n    [").replace(",\n     ", ", ").replace("\n    ]", "]") + "\n"
+    return re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 if __name__ == "__main__":
