@@ -130,6 +130,16 @@ class PeakMemory:
         self.megabytes = (peak - self._level) / 2**20
 
 
+def settled_level(device: torch.device) -> int:
+    """Memory in use now, in bytes, after what is free has been given back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+    _return_free_memory()
+    return _status("VmRSS")
+
+
 def _return_free_memory() -> None:
     """What making the inputs has freed goes back to the system, or the work would take it without a trace."""
     libc = ctypes.CDLL(None)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from daekit.protocol import Batch, Signal, Teacher, Voice
     from daekit.recipe import load_recipe
     from daekit.run import run_recipe
-    from daekit.teachers import AdapterTeacher, EnsembleTeacher, ModelTeacher, RoutedTeacher
+    from daekit.teachers import BASE, AdapterPath, AdapterTeacher, EnsembleTeacher, ModelTeacher, RoutedTeacher
     from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, DomainSFTTrainer, KDConfig, KDTrainer
 
 _ROOM_OF = {
@@ -25,7 +25,9 @@ _ROOM_OF = {
     "DomainSFTConfig": "daekit.trainers",
     "DomainSFTTrainer": "daekit.trainers",
     "ModelTeacher": "daekit.teachers",
+    "AdapterPath": "daekit.teachers",
     "AdapterTeacher": "daekit.teachers",
+    "BASE": "daekit.teachers",
     "EnsembleTeacher": "daekit.teachers",
     "RoutedTeacher": "daekit.teachers",
     "Batch": "daekit.protocol",
@@ -37,6 +39,8 @@ _ROOM_OF = {
 }
 
 __all__ = [
+    "BASE",
+    "AdapterPath",
     "AdapterTeacher",
     "Batch",
     "DAEConfig",

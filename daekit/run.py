@@ -18,11 +18,20 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from daekit.build import DataBuilder, ModelBuilder, RunFolder, StageFolder, build_report, build_trainer, read_file
+from daekit.build import (
+    DataBuilder,
+    ModelBuilder,
+    RunFolder,
+    StageFolder,
+    build_report,
+    build_student,
+    build_trainer,
+    read_file,
+)
 from daekit.data.mixture import Mixture
 from daekit.errors import UserError
 from daekit.models.loading import load_model
-from daekit.recipe import stage_key, to_yaml
+from daekit.recipe import sharing_notes, stage_key, student_key, to_yaml
 from daekit.recipe.schema import ModelSpec, Recipe
 from daekit.report import format_table, write_report
 from daekit.trainers import DomainSFTTrainer
@@ -60,6 +69,32 @@ def run_recipe(recipe: Recipe) -> None:
     # the other ranks are done: a barrier would time out while the main process generates answers
     if recipe.evaluation is not None and state.is_main_process:
         _report(recipe, folder, data, models, state)
+
+
+def init_students(recipe: Recipe) -> None:
+    """Make the students that are made from their teachers, and train nothing; in one process.
+
+    A student whose teacher is a stage of the recipe that is not complete yet is left to ``run_recipe``.
+    """
+    state = _ranks()
+    _quieten()
+    folder = RunFolder(Path(recipe.output_dir))
+    made = [name for name, stage in recipe.stages.items() if stage.student is not None and stage.student.init is not None]
+    if not made:
+        raise UserError(f"{recipe.name}: no stage makes its student from a teacher (`student: {{from: TEACHER, ...}}`)")
+    _claim(recipe, folder)
+    data = DataBuilder(recipe)
+    models = ModelBuilder(folder, data.tokenizer(folder))
+    for name in made:
+        missing = [used for used in student_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
+        if missing:
+            print(
+                f"[{name}] its teacher comes from the stage {missing[0]!r}, which is not complete: run the recipe", flush=True
+            )
+            continue
+        home = build_student(recipe, name, folder, data, models, state.device)
+        print(f"[{name}] {home.model}", flush=True)
+        _free_memory()
 
 
 def calibration() -> str:
@@ -117,6 +152,7 @@ def _run_stage(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, 
         write_json(stage.key, stage_key(recipe, name))
     state.wait_for_everyone()
     start = time.perf_counter()
+    _make_student(recipe, name, folder, data, models)
     trainer, mixture = build_trainer(recipe, name, stage, data, models)
     _say(state, _stage_heading(name, recipe, trainer, mixture))
     resume = any(not unsealed(each) for each in checkpoints(stage.root))
@@ -134,6 +170,20 @@ def _run_stage(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, 
         write_json(stage.model / "provenance.json", provenance)
         write_json(stage.done, facts | provenance)
         print(f"[{name}] complete in {facts['seconds']:.0f} s -> {stage.model}", flush=True)
+
+
+def _make_student(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, models: ModelBuilder) -> None:
+    """Make the student of a stage if it is made from a teacher; of several ranks none could wait for a search of hours."""
+    spec, state = recipe.stages[name].student, _ranks()
+    if spec is None or spec.init is None:
+        return
+    if state.num_processes > 1 and not folder.student(student_key(recipe, name)).model.is_dir():
+        raise UserError(
+            f"stages.{name}.student: is made from its teacher in one process; run `daekit init RECIPE` first (if the "
+            "teacher is a stage of this recipe: `daekit train RECIPE` without accelerate launch up to there)"
+        )
+    build_student(recipe, name, folder, data, models, state.device)
+    _free_memory()
 
 
 def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: DomainSFTTrainer) -> None:
@@ -156,7 +206,8 @@ def _stage_heading(name: str, recipe: Recipe, trainer: DomainSFTTrainer, mixture
     for domain, count in trainer.data_counts["train"].items():
         lost = {what: n for what, n in asdict(count).items() if what not in ("rows", "kept_tokens") and n}
         lines.append(f"    {domain}: {count.rows:,} rows, {count.kept_tokens:,} kept tokens" + (f", {lost}" if lost else ""))
-    return "\n".join(lines)
+    notes = [note for note in sharing_notes(recipe) if note.startswith(f"stages.{name}.")]
+    return "\n".join([*lines, *(f"    note: {note}" for note in notes)])
 
 
 def _provenance(trainer: DomainSFTTrainer, mixture: Mixture) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-YARDSTICKS = {"floor", "sdpa", "sft"}  # other work: nothing to agree on
+YARDSTICKS = {"floor", "sdpa", "sft", "sft-daekit", "three-models-16bit"}  # other work: nothing to agree on
 
 
 def run(script: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +25,7 @@ def run(script: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["prediction.py", "attention.py", "step.py"])
+@pytest.mark.parametrize("script", ["prediction.py", "attention.py", "step.py", "adapters.py"])
 def test_contestants_agree(script: str, tmp_path: Path) -> None:
     done = run(BENCHMARKS / script, "--small", "--json", str(tmp_path / "results.json"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,6 +38,20 @@ def test_contestants_agree(script: str, tmp_path: Path) -> None:
         assert row["agrees"] is (None if row["name"] in YARDSTICKS else True)
         ours = next(other for other in rows if (other["case"], other["name"]) == (row["case"], "ours"))
         assert row["ratio_time"] == pytest.approx(row["seconds"] / ours["seconds"])
+
+
+@pytest.mark.slow
+def test_loading_keeps_to_its_memory(tmp_path: Path) -> None:
+    """The peak of resident memory: what is quantised, one and a half shards and 0.1 GiB; reading by mapping takes more."""
+    done = run(BENCHMARKS / "loading.py", "--small", "--names", "ours", "mapped", "--json", str(tmp_path / "results.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert {(row["name"], row["case"]) for row in rows} == {(n, c) for n in ("ours", "mapped") for c in ("4bit", "8bit")}
+    for row in rows:
+        assert row["shards"] == 13 and row["checkpoint_gib"] > 10 * row["largest_shard_gib"]
+        assert row["expert_bytes"] < (0.60 if row["case"] == "4bit" else 1.1)
+        tight = row["model_gib"] + 1.5 * row["largest_shard_gib"] + 0.1
+        assert (row["peak_gib"] < tight) == (row["name"] == "ours")
 
 
 ODD_ONES = """

@@ -187,6 +187,9 @@ def test_stage_key_changes_with_what_the_result_depends_on() -> None:
         "evaluation={}",
         "stages.kd.trainer.logging_steps=3",
         "sources.general.validation=builtin:chat",
+        "stages.kd.teacher.offload=true",
+        "stages.kd.teacher.device_map=auto",
+        "stages.kd.teacher.device_map={model: 0, lm_head: cpu}",
     ]
     for override in unchanged:
         assert stage_key(load(BASE, override), "kd") == kd, override

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from daekit.errors import UserError
 from daekit.losses import PredictionTerms, prediction_loss
+from daekit.models.adapters import adapter_parameters
 from daekit.models.backbone import frozen_copy, kept_hidden_states
 from daekit.models.heads import output_head
 from daekit.models.loading import load_model
 from daekit.protocol import Batch, Teacher
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import AdapterTeacher, EnsembleTeacher, ModelTeacher, RoutedTeacher
-from daekit.teachers.adapter import adapter_parameters
 from tests import tiny
 from tests.test_teachers import V, batch_of, says
 

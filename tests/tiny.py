@@ -44,10 +44,11 @@ def model(kind: str = "mistral", seed: int = 0, hidden: int = 32, **fields: Any)
         eos_token_id=1,
         bos_token_id=None,
     )
+    common |= fields
     if kind == "mixtral":
-        config = MixtralConfig(**common, num_local_experts=4, num_experts_per_tok=2, **fields)
+        config = MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **common)
     else:
-        config = MistralConfig(**common, **fields)
+        config = MistralConfig(**common)
     return AutoModelForCausalLM.from_config(config)
 
 

@@ -14,6 +14,7 @@ from daekit.data.sources import load_source
 from daekit.data.tokenizer import load_tokenizer, source_texts, train_tokenizer
 from daekit.errors import UserError
 from daekit.evaluation import EvaluationSet, tokenize_rows
+from daekit.models.adapters import base_spec
 from daekit.models.loading import load_tokenizer_of
 from daekit.recipe.schema import MixtureSpec, Recipe, SourceSpec
 
@@ -61,8 +62,9 @@ class DataBuilder:
         spec = self.recipe.tokenizer
         if spec is None:
             first = next(iter(self.recipe.stages.values())).student
-            assert first is not None and first.path is not None, "checked when the recipe was loaded"
-            return load_tokenizer_of(first)
+            first = first.init.from_ if first and first.init else first
+            assert first is not None, "checked when the recipe was loaded"
+            return load_tokenizer_of(base_spec(first))
         if spec.train is None:
             return load_tokenizer(spec)
         facts = json.loads(json.dumps({name: _training(self.recipe.sources[name]) for name in spec.train.sources}))

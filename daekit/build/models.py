@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.build.folders import RunFolder
+from daekit.models.adapters import base_spec, load_continued, require_adapters_fit
+from daekit.models.backbone import base_of
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.vocabulary import require_same, vocabulary_size
 from daekit.protocol import Teacher
-from daekit.recipe.schema import ModelSpec, TeacherSpec
-from daekit.teachers import EnsembleTeacher, ModelTeacher
+from daekit.recipe import student_key
+from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
+from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, ModelTeacher, RoutedTeacher
+from daekit.teachers.on_student import adapter_paths, on_student
 
 
 class ModelBuilder:
@@ -21,14 +29,28 @@ class ModelBuilder:
     def __init__(self, folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> None:
         self.folder, self.tokenizer = folder, tokenizer
 
-    def placed(self, spec: ModelSpec) -> ModelSpec:
-        """The spec with an earlier stage replaced by the directory of its result."""
-        if spec.stage is None:
-            return spec
-        return replace(spec, stage=None, path=str(self.folder.stage(spec.stage).model.resolve()))
+    def student(self, recipe: Recipe, name: str, seed: int) -> PreTrainedModel:
+        """The model that a stage begins with; one that is made from its teacher lies in the run's folder by now."""
+        spec = recipe.stages[name].student
+        assert spec is not None, "a resolved recipe names every student"
+        if spec.init is not None:
+            spec = ModelSpec(path=str(self.folder.student(student_key(recipe, name)).model.resolve()))
+        return self.model(spec, seed)
 
-    def model(self, spec: ModelSpec, seed: int = 0) -> PreTrainedModel:
-        """Load or make a model; its tokenizer is compared with the run's before its weights are loaded.
+    def placed(self, spec: ModelSpec) -> ModelSpec:
+        """The spec with earlier stages replaced by the directories of their results and adapters."""
+        if spec.stage is not None:
+            spec = replace(spec, stage=None, path=str(self.folder.stage(spec.stage).model.resolve()))
+        origin = adapter_stage(spec.adapter)
+        if origin is None:
+            return spec
+        stage = self.folder.stage(origin)  # a stage whose result is merged keeps its adapter beside it
+        return replace(spec, adapter=str((stage.adapter if stage.adapter.is_dir() else stage.model).resolve()))
+
+    def model(self, spec: ModelSpec, seed: int = 0) -> PreTrainedModel | PeftModel:
+        """Load or make a model, or a base with the adapter that its stage continues.
+
+        Its tokenizer is compared with the run's before its weights are loaded.
 
         Args:
             spec: what to load or make.
@@ -38,9 +60,10 @@ class ModelBuilder:
             UserError: see ``daekit.models.loading``; another tokenizer.
         """
         placed = self.placed(spec)
-        if placed.path is not None:
-            require_same(self.tokenizer, load_tokenizer_of(placed), placed.path)
-        return load_model(placed, self.tokenizer, seed)
+        base = base_spec(placed)
+        if base.path is not None:
+            require_same(self.tokenizer, load_tokenizer_of(base), base.path)
+        return load_model(placed, self.tokenizer, seed) if placed.adapter is None else load_continued(placed)
 
     def teacher(self, spec: TeacherSpec) -> Teacher:
         """A teacher or an ensemble of teachers, frozen."""
@@ -54,6 +77,43 @@ class ModelBuilder:
         loaded = {text: self.teacher(spec) for text, spec in {repr(spec): spec for spec in specs.values()}.items()}
         return {domain: loaded[repr(spec)] for domain, spec in specs.items()}
 
-    def _single(self, spec: ModelSpec) -> ModelTeacher:
+    def require_adapters_fit(self, stage: StageSpec) -> None:
+        """Compare the adapters that the teachers of a stage are with its student's base, before any weight is loaded.
+
+        Raises:
+            UserError: an adapter of another base, incomplete, with another tokenizer, or of a kind that is not supported.
+        """
+        assert stage.student is not None, "a resolved recipe names every student"
+        teachers = [teacher for teacher in (stage.teacher, stage.reference, *stage.teachers.values()) if teacher]
+        specs = [teacher.model for teacher in teachers] + [each.model for teacher in teachers for each in teacher.ensemble]
+        named = {spec.adapter: self.placed(spec).adapter for spec in specs if spec and spec.adapter not in (None, BARE_BASE)}
+        folders = [folder for folder in named.values() if folder is not None]
+        for folder in folders:
+            if (Path(folder) / "tokenizer_config.json").is_file():
+                require_same(self.tokenizer, load_tokenizer_of(ModelSpec(path=folder)), folder)
+        if folders:
+            require_adapters_fit(folders, base_spec(self.placed(stage.student)))
+
+    def on_base(self, teachers: Mapping[str, Teacher], student: ModelSpec, device: Any) -> dict[str, Teacher]:
+        """Teachers by domain, outside of a training: adapters speak on the student's base, loaded once for all of them."""
+        routed = RoutedTeacher(teachers)
+        paths = adapter_paths(routed)
+        if not paths:
+            return dict(teachers)
+        placed = self.placed(student)
+        folder = next((each.path for each in paths if each.path is not None), placed.adapter)
+        if folder is not None:
+            model = load_continued(replace(base_spec(placed), adapter=folder))
+        else:  # any adapter will do, for it stays off
+            model = get_peft_model(load_model(base_spec(placed)), LoraConfig("CAUSAL_LM", r=1, target_modules="all-linear"))
+        if not getattr(base_of(model), "is_quantized", False):  # a quantised one has been placed when it was loaded
+            model.to(device)
+        speaking = on_student(routed, model, vocabulary_size(self.tokenizer))
+        assert isinstance(speaking, RoutedTeacher)
+        return speaking.routes
+
+    def _single(self, spec: ModelSpec) -> Teacher:
+        if spec.adapter is not None:
+            return BASE if spec.adapter == BARE_BASE else AdapterPath(self.placed(spec).adapter)
         name = spec.stage or spec.path or "teacher"
-        return ModelTeacher(self.model(spec), vocabulary_size(self.tokenizer), name)
+        return ModelTeacher(self.model(spec), vocabulary_size(self.tokenizer), name, offload=spec.offload)

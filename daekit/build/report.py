@@ -11,6 +11,8 @@ from daekit.build.folders import RunFolder
 from daekit.build.models import ModelBuilder
 from daekit.evaluation import ModelEvaluation, compare, evaluate_model, select_samples
 from daekit.protocol import Teacher
+from daekit.recipe import is_lora
+from daekit.recipe.adapter_config import BARE_BASE
 from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.report import Report
 
@@ -57,12 +59,15 @@ def _teachers(stage: StageSpec, models: ModelBuilder, domains: Iterable[str], de
     """Domain -> what the stage's student was told to follow there; nothing for a stage without teachers."""
     if stage.type == "sft":
         return {}
+    assert stage.student is not None, "a resolved recipe names every student"
     if stage.teacher is not None:
-        return dict.fromkeys(domains, models.teacher(stage.teacher).to(device))
-    reference = stage.reference or TeacherSpec(model=stage.student)
-    specs = stage.teachers | dict.fromkeys(stage.reference_domains, reference)
+        specs = dict.fromkeys(domains, stage.teacher)
+    else:
+        start = ModelSpec(adapter=stage.student.adapter or BARE_BASE) if is_lora(stage) else stage.student
+        reference = stage.reference or TeacherSpec(model=start)
+        specs = stage.teachers | dict.fromkeys(stage.reference_domains, reference)
     teachers = models.teachers({domain: specs[domain] for domain in domains if domain in specs})
-    return {domain: teacher.to(device) for domain, teacher in teachers.items()}
+    return {domain: teacher.to(device) for domain, teacher in models.on_base(teachers, stage.student, device).items()}
 
 
 def _reference_domains(recipe: Recipe) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft import LoraConfig
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from daekit.build.data import DataBuilder
 from daekit.build.folders import StageFolder
@@ -57,7 +57,8 @@ def _trainer_of(
         "processing_class": models.tokenizer,
         "peft_config": _peft_config(stage.lora, stage.student) if stage.lora else None,
     }
-    student = _student(stage, models, common["args"].seed)
+    models.require_adapters_fit(stage)
+    student = models.student(recipe, name, common["args"].seed)
     if stage.type == "sft":
         return DomainSFTTrainer(student, **common)
     if stage.type == "kd":
@@ -65,11 +66,6 @@ def _trainer_of(
         return KDTrainer(student, models.teacher(stage.teacher), **common)
     reference = models.teacher(stage.reference) if stage.reference else None
     return DAETrainer(student, models.teachers(stage.teachers), reference, **common)
-
-
-def _student(stage: StageSpec, models: ModelBuilder, seed: int) -> PreTrainedModel:
-    assert stage.student is not None, "a resolved recipe names every student"
-    return models.model(stage.student, seed)
 
 
 def _arguments(recipe: Recipe, stage: StageSpec, folder: StageFolder) -> DomainSFTConfig:

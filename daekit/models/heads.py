@@ -37,7 +37,7 @@ def output_head(model: nn.Module, vocab_size: int) -> OutputHead:
         vocab_size: V, the number of ids of the tokenizer; further columns are padding and are never scored.
 
     Raises:
-        UserError: if the head has fewer than V columns, or carries an adapter (its weight alone would be wrong).
+        UserError: if the head has fewer than V columns, carries an adapter (its weight alone would be wrong), or is offloaded.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     # base_layer: LoRA and its kin; token_adapter: trainable tokens of embeddings that the head is tied to
@@ -48,6 +48,11 @@ def output_head(model: nn.Module, vocab_size: int) -> OutputHead:
             "and, if it is tied to the embeddings, trainable_token_indices."
         )
     weight: Tensor = head.weight
+    if weight.is_meta:
+        raise UserError(
+            "the output head is on the meta device (offloaded by accelerate): the loss multiplies by its weight directly, "
+            "which would give garbage. Keep lm_head on a device in device_map, or give the model to a ModelTeacher, which does."
+        )
     if weight.shape[0] < vocab_size:
         raise UserError(
             f"the model's output head has {weight.shape[0]} columns but the tokenizer has {vocab_size} ids: "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +17,26 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from daekit.errors import UserError
-from daekit.models.quantization import keep_four_bit_weights, quantization_config, require_quantised
+from daekit.models.placement import device_map_of, require_devices
+from daekit.models.quantiser import reading_unmapped
+from daekit.models.quantization import (
+    keep_four_bit_weights,
+    quantization_config,
+    rank_device,
+    require_quantised,
+    require_supported,
+    require_whole_blocks,
+    with_experts,
+)
 from daekit.models.restore import restore_weights
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.schema import ModelSpec
@@ -57,9 +71,28 @@ def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None
 def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     """``load(path, **arguments)``, which is ``from_pretrained`` or takes its arguments; no weight is left to chance.
 
+    With ``quantization_config`` of bitsandbytes experts are quantised, too, while they are read.
+
     Raises:
-        UserError: no model there, a pickle, unreadable weights, missing weights or weights of another shape.
+        UserError: no model there, a pickle, unreadable weights, a missing shard, missing weights or weights of another shape; a
+            quantisation that this device cannot do, or that left most weights as they were.
     """
+    _require_shards(Path(path).expanduser())
+    config = arguments.get("quantization_config")
+    if isinstance(config, BitsAndBytesConfig):
+        require_supported(config, rank_device(), path)
+        with reading_unmapped():
+            model = _load_whole(load, path, {**arguments, "quantization_config": with_experts(config)})
+        line = require_quantised(model, path)
+        require_whole_blocks(model, path)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(line, flush=True)
+        keep_four_bit_weights(model)
+        return model
+    return _load_whole(load, path, arguments)
+
+
+def _load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     try:
         model, info = load(path, **arguments, **ALWAYS)
     except (OSError, ValueError, SafetensorError) as error:
@@ -73,6 +106,23 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
             f"{path}: the checkpoint does not fill the model: {_some(broken)}. It is incomplete or of another model."
         )
     return model
+
+
+def _require_shards(directory: Path) -> None:
+    """Every shard that the index of a local checkpoint names must be there, otherwise UserError."""
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{index}: the index of the shards cannot be read ({error})") from error
+    missing = [shard for shard in shards if not (directory / shard).is_file()]
+    if missing:
+        raise UserError(
+            f"{directory}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:3])}"
+            f"{' ...' if len(missing) > 3 else ''}. Download or copy the checkpoint again."
+        )
 
 
 def load_tokenizer_of(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -123,11 +173,19 @@ def _from_pretrained(spec: ModelSpec) -> PreTrainedModel:
         arguments["attn_implementation"] = spec.attn_implementation
     if spec.quantization:
         arguments["quantization_config"] = quantization_config(spec)
+        arguments["device_map"] = {"": rank_device()}
+    if spec.offload:  # to the host; the teacher brings its layers to the device
+        arguments["device_map"] = {"": "cpu"}
+    if spec.device_map is not None:
+        require_devices(spec.device_map, str(spec.path))
+        arguments["device_map"] = device_map_of(spec.device_map)
     arguments |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     model = load_whole(AutoModelForCausalLM.from_pretrained, str(spec.path), arguments)
-    if spec.quantization:
-        require_quantised(model, spec)
-        keep_four_bit_weights(model)
+    if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+        raise UserError(
+            f"{spec.path}: device_map={spec.device_map} leaves some of it on the disk, as it does not fit in memory. "
+            "Quantize it (quantization: 4bit), or give it more devices."
+        )
     return model
 
 

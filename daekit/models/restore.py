@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
 
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def restore_weights(model: nn.Module, folder: Path) -> None:
@@ -26,7 +26,7 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
         UserError: the weights are missing or unreadable; one of them is missing, left over or of another shape.
     """
     if isinstance(model, PeftModel):
-        _restore_adapter(model, folder)
+        restore_adapter(model, folder, model.active_adapter)
         return
     base = base_of(model)
     try:
@@ -46,17 +46,18 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
     base.load_state_dict(loaded.state_dict(), strict=True)
 
 
-def _restore_adapter(model: PeftModel, folder: Path) -> None:
-    path = folder / _ADAPTER_WEIGHTS
+def restore_adapter(model: PeftModel, folder: Path, name: str) -> None:
+    """Load the adapter saved in ``folder`` into the one called ``name``: every tensor, or a UserError."""
+    path = folder / ADAPTER_WEIGHTS
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: the weights of the LoRA adapter cannot be read ({error})") from error
-    expected = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    expected = get_peft_model_state_dict(model, adapter_name=name)
     different = sorted(_shapes(saved) ^ _shapes(expected))
     if different:
         raise UserError(f"{path}: its weights do not fit the model's adapter: {len(different)} differ, such as {different[0]}")
-    set_peft_model_state_dict(model, saved, adapter_name=model.active_adapter)
+    set_peft_model_state_dict(model, saved, adapter_name=name)
 
 
 def _shapes(weights: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:

@@ -10,7 +10,10 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path as FilePath
 
+from daekit.recipe.adapter_config import adapter_stage
+from daekit.recipe.check_adapter import check_adapter
 from daekit.recipe.check_stage import check_stage
+from daekit.recipe.check_student import check_student, models_of_student
 from daekit.recipe.problems import Problems, listed, nearest
 from daekit.recipe.schema import (
     BUILTIN_CORPORA,
@@ -53,6 +56,7 @@ def check_recipe(recipe: Recipe, problems: Problems) -> None:
         if stage is not None:
             _check_models(recipe, name, stage, problems)
             check_stage(recipe, name, stage, problems)
+            check_student(recipe, name, stage, problems)
     _check_tokenizer(recipe, problems)
     if recipe.evaluation:
         _check_evaluation(recipe, recipe.evaluation, problems)
@@ -123,6 +127,8 @@ def models_of_stage(name: str, stage: StageSpec) -> Iterator[tuple[Path, ModelSp
     path = ("stages", name)
     if stage.student is not None:
         yield (*path, "student"), stage.student
+        if stage.student.init is not None:
+            yield from models_of_student(stage.student.init, (*path, "student"))
     teachers: dict[Path, TeacherSpec | None] = {("teacher",): stage.teacher, ("reference",): stage.reference}
     teachers |= {("teachers", domain): teacher for domain, teacher in stage.teachers.items()}
     for key, teacher in teachers.items():
@@ -134,10 +140,21 @@ def _check_models(recipe: Recipe, name: str, stage: StageSpec, problems: Problem
     names = list(recipe.stages)
     earlier = names[: names.index(name)]
     if stage.student is None and not earlier:
-        message = "the first stage has no stage before it to take the student from; give a path or a config"
+        message = "the first stage has no stage before it to take the student from; give a path, a config or `from`"
         problems.add_check(("stages", name, "student"), message)
     for path, model in models_of_stage(name, stage):
+        if model.init is not None:
+            if model is not stage.student:
+                problems.add_check(
+                    path, "only the student of a stage is made `from` another model; make it in a stage of its own"
+                )
+            continue
+        _check_placement(model, path, model is stage.student, problems)
         ways = [key for key in ("path", "stage", "config") if getattr(model, key) is not None]
+        if model.adapter is not None:
+            _check_adapter_of(recipe, name, path, model, problems)
+            if not ways or model is not stage.student:
+                continue
         if not ways and earlier and model is stage.student:
             continue  # the result of the stage before, loaded as the other keys say
         if len(ways) != 1:
@@ -156,12 +173,45 @@ def _check_models(recipe: Recipe, name: str, stage: StageSpec, problems: Problem
             problems.add_check((*path, "revision"), "only a model with a `path` has a revision")
 
 
+def _check_adapter_of(recipe: Recipe, name: str, path: Path, model: ModelSpec, problems: Problems) -> None:
+    names = list(recipe.stages)
+    earlier = names[: names.index(name)]
+    origin = adapter_stage(model.adapter)
+    if origin is not None and (origin not in earlier or recipe.stages[origin] is None):
+        problems.add_check((*path, "adapter"), _why_not_earlier(origin, name, names, earlier))
+    else:
+        check_adapter(recipe, name, path, model, problems)
+
+
 def _why_not_earlier(wanted: str, name: str, names: list[str], earlier: list[str]) -> str:
     if wanted == name:
         return f"the stage {name!r} refers to its own result; it can start from an earlier one only"
     if wanted in names:
         return f"the stage {wanted!r} runs after {name!r}; stages run in the order of the file"
     return f"there is no stage {wanted!r} (earlier ones: {listed(earlier)}){nearest(wanted, earlier)}"
+
+
+def _check_placement(model: ModelSpec, path: Path, student: bool, problems: Problems) -> None:
+    """Where a teacher lies; a student lies where it is trained."""
+    where = (*path, "device_map")
+    for key in ("device_map", "offload"):
+        if student and getattr(model, key):
+            message = "belongs to a teacher; a student is trained on the devices that `accelerate launch` gives it"
+            problems.add_check((*path, key), message)
+    if model.offload and model.device_map is not None:
+        problems.add_check((*path, "offload"), "excludes device_map: it brings the layers to the student's device")
+    if model.offload and model.quantization == "8bit":
+        message = "does not work with quantization: 8bit, whose weights bitsandbytes keeps out of reach; use 4bit or none"
+        problems.add_check((*path, "offload"), message)
+    if model.device_map is None:
+        return
+    if model.config is not None:
+        problems.add_check(where, "a model made from a config is made where the student is; remove it")
+    if not model.device_map:
+        problems.add_check(where, "must not be empty; leave it out for the student's device")
+    if "disk" in (model.device_map.values() if isinstance(model.device_map, dict) else [model.device_map]):
+        message = "disk is not supported: the loss needs weights that are there; use `offload: true` or quantization"
+        problems.add_check(where, message)
 
 
 def _check_config(model: ModelSpec, path: Path, problems: Problems) -> None:

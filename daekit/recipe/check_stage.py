@@ -203,7 +203,7 @@ def _check_teacher(teacher: TeacherSpec, path: Path, problems: Problems) -> None
 
 def _check_adapter(stage: StageSpec, path: Path, problems: Problems) -> None:
     lora, student = stage.lora, stage.student
-    if student is not None and student.quantization is not None and lora is None:
+    if student is not None and student.quantization is not None and lora is None and student.adapter is None:
         message = (
             f"a student in {student.quantization} cannot be trained itself; "
             "add `lora` to train an adapter on it (QLoRA), or remove the quantization"

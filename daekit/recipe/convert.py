@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from daekit.recipe.problems import Problems, listed, nearest
-from daekit.recipe.schema import MixtureSpec, ModelSpec, Recipe, StageSpec, TeacherSpec, TokenizerSpec
+from daekit.recipe.schema import MixtureSpec, ModelSpec, Recipe, StageSpec, StudentSpec, TeacherSpec, TokenizerSpec
 from daekit.recipe.trainer_options import read_trainer_options
 from daekit.recipe.tree import Node, Path
 
@@ -77,6 +77,8 @@ def _union(node: Node, members: tuple[Any, ...], path: Path, problems: Problems)
         return None
     is_list = isinstance(node.value, list)
     fitting = [member for member in others if (get_origin(member) is tuple) == is_list]
+    is_mapping = isinstance(node.value, dict)
+    fitting = [member for member in fitting if (get_origin(member) is dict) == is_mapping] or fitting
     if len(others) > 1 and not fitting:
         return _wrong(node, " or ".join(_noun(member) for member in others), path, problems)
     return _convert(node, (fitting or others)[0], path, problems)
@@ -136,7 +138,8 @@ def _mapping(node: Node, hint: Any, path: Path, problems: Problems) -> Any:
 
 @cache
 def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+    """Key of the YAML -> type; the field of a key that Python keeps for itself ends with ``_`` (``from_``)."""
+    return {name.removesuffix("_"): hint for name, hint in get_type_hints(cls).items()}
 
 
 def _dataclass(node: Node, cls: Any, path: Path, problems: Problems, also_known: tuple[str, ...] = ()) -> Any:
@@ -158,11 +161,14 @@ def _dataclass(node: Node, cls: Any, path: Path, problems: Problems, also_known:
             values[key] = value
     for entry in dataclasses.fields(cls):
         required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-        if required and entry.name not in values:
+        key = entry.name.removesuffix("_")
+        if key in values:
+            values[entry.name] = values.pop(key)
+        elif required:
             values[entry.name] = None
-            if entry.name not in node.value:
-                message = f"this required key is missing; it wants {_noun(hints[entry.name])}"
-                problems.add_unread((*path, entry.name), message, node.place)
+            if key not in node.value:
+                message = f"this required key is missing; it wants {_noun(hints[key])}"
+                problems.add_unread((*path, key), message, node.place)
     return cls(**values)
 
 
@@ -170,7 +176,10 @@ def _dataclass(node: Node, cls: Any, path: Path, problems: Problems, also_known:
 
 
 def _model(node: Node, path: Path, problems: Problems, also_known: tuple[str, ...] = ()) -> Any:
-    """``PATH`` is short for ``{path: PATH}``, ``stage:NAME`` for ``{stage: NAME}``."""
+    """``PATH`` is short for ``{path: PATH}``, ``stage:NAME`` for ``{stage: NAME}``, ``{from: ...}`` for ``{init: ...}``."""
+    if isinstance(node.value, dict) and "from" in node.value:
+        student = _dataclass(node, StudentSpec, path, problems)
+        return _BAD if student is _BAD else ModelSpec(init=student)
     if isinstance(node.value, dict):
         return _dataclass(node, ModelSpec, path, problems, also_known)
     if isinstance(node.value, list) or node.value is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from daekit.recipe.adapter_config import adapter_stage
 from daekit.recipe.load import resolve
 from daekit.recipe.schema import MixtureSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.recipe.tree import Dumper
@@ -36,6 +37,8 @@ _WATCHING = frozenset(
         "save_total_limit",
     }
 )
+# Where a teacher lies does not change what it says.
+_PLACEMENT = ("device_map", "offload")
 _VALIDATION = ("validation", "validation_split", "validation_limit")
 # With these the training itself looks at the validation rows.
 _SCHEDULES_BY_VALIDATION = ("reduce_lr_on_plateau", "greedy")
@@ -58,17 +61,18 @@ def stage_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
     """JSON-able facts on which the result of a stage depends: equal facts, equal result on the same rows and versions.
 
     They hold the stage itself, the seed, the tokenizer, the specs of its sources and, under ``stages``, the same facts of every
-    stage that it takes a model from. What is only watched or kept (logging, saving) is left out, and so are validation rows
-    unless the training looks at them. The contents of files are not read.
+    stage that it takes a model from. What is only watched or kept (logging, saving) is left out, and so are the devices of
+    teachers, and validation rows unless the training looks at them. The contents of files are not read.
 
     Raises:
         KeyError: there is no such stage.
     """
     recipe = resolve(recipe)
     stage = recipe.stages[stage_name]
-    facts = _mapping(stage)
+    facts = _unplaced(_mapping(stage))
     facts["trainer"] = {key: value for key, value in stage.trainer.items() if key not in _WATCHING}
-    sources = list(stage.data.sources)
+    init = stage.student and stage.student.init
+    sources = [*stage.data.sources, *(init.calibration.sources if init else ())]
     tokenizer: Any = None
     if recipe.tokenizer is not None:
         tokenizer = _mapping(recipe.tokenizer)
@@ -76,13 +80,29 @@ def stage_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
     else:
         # Without a tokenizer of its own a run takes that of the first student.
         first = next(iter(recipe.stages.values())).student
-        tokenizer = first and _mapping(first)
+        tokenizer = first and _unplaced(_plain(first))
     return {
         "stage": facts,
         "seed": recipe.seed,
         "tokenizer": tokenizer,
         "sources": {name: _source(recipe, stage, name) for name in sorted(set(sources))},
         "stages": {name: stage_key(recipe, name) for name in sorted(_stages_used(stage))},
+    }
+
+
+def student_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
+    """The same for the student that a stage begins with, if it is made from a teacher: equal facts, equal student."""
+    recipe = resolve(recipe)
+    stage, facts = recipe.stages[stage_name], stage_key(recipe, stage_name)
+    assert stage.student is not None and stage.student.init is not None
+    init = stage.student.init
+    used = {model.stage for model in (init.from_, *init.with_)}
+    return {
+        "student": _plain(stage.student),
+        "seed": recipe.seed if stage.seed is None else stage.seed,
+        "tokenizer": facts["tokenizer"],
+        "sources": {name: _source(recipe, stage, name) for name in init.calibration.sources},
+        "stages": {name: key for name, key in facts["stages"].items() if name in used},
     }
 
 
@@ -97,13 +117,24 @@ def _stages_used(stage: StageSpec) -> set[str]:
     teachers = [teacher for teacher in (stage.teacher, stage.reference, *stage.teachers.values()) if teacher]
     models = [stage.student, *(teacher.model for teacher in teachers)]
     models += [member.model for teacher in teachers for member in teacher.ensemble]
-    return {model.stage for model in models if model and model.stage}
+    if stage.student and stage.student.init:
+        models += [stage.student.init.from_, *stage.student.init.with_]
+    named = [name for model in models if model for name in (model.stage, adapter_stage(model.adapter))]
+    return {name for name in named if name is not None}
+
+
+def _unplaced(facts: Any) -> Any:
+    if isinstance(facts, dict):
+        return {key: _unplaced(below) for key, below in facts.items() if key not in _PLACEMENT}
+    return [_unplaced(item) for item in facts] if isinstance(facts, list) else facts
 
 
 def _mapping(spec: Any) -> dict[str, Any]:
     left_out = _LEFT_OUT[spec.type] if isinstance(spec, StageSpec) else ()
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-    return {name: _plain(value) for name, value in fields.items() if value is not None and name not in left_out}
+    return {
+        name.removesuffix("_"): _plain(value) for name, value in fields.items() if value is not None and name not in left_out
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -112,6 +143,8 @@ def _plain(value: Any) -> Any:
         return {"sources": sources} if value.rows is None else {"sources": sources, "rows": value.rows}
     if isinstance(value, TeacherSpec):
         return _plain(value.model) if value.model else {**_mapping(value)}
+    if isinstance(value, ModelSpec) and value.init:
+        return _mapping(value.init)
     if isinstance(value, ModelSpec) or dataclasses.is_dataclass(value):
         return _mapping(value)
     if isinstance(value, dict):

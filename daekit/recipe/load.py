@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from daekit.errors import UserError
+from daekit.recipe.adapter_config import adapter_stage
 from daekit.recipe.check import check_recipe
+from daekit.recipe.check_adapter import with_base_of
 from daekit.recipe.convert import convert_recipe
 from daekit.recipe.overrides import apply_overrides
 from daekit.recipe.problems import Problems
@@ -67,16 +69,21 @@ def load_recipe_text(text: str, name: str, overrides: Sequence[str] = ()) -> Rec
 def resolve(recipe: Recipe) -> Recipe:
     """The recipe with implied defaults written out; a resolved recipe resolves to itself.
 
-    The student of a stage that names no model is the stage before; ``evaluation.models`` are all stages, ``evaluation.sources``
-    all sources with validation rows, ``tokenizer.train.sources`` all sources; ``~`` at the start of a path is the home folder.
+    The student of a stage that names no model is the stage before; one that continues the adapter of a stage has its base, as
+    it was loaded there; ``evaluation.models`` are all stages, ``evaluation.sources`` all sources with validation rows,
+    ``tokenizer.train.sources`` all sources; ``~`` at the start of a path is the home folder.
     """
     sources = {name: _expand_source(source) for name, source in recipe.sources.items()}
     stages: dict[str, StageSpec] = {}
     before = ""
     for name, stage in recipe.stages.items():
         student = stage.student or ModelSpec()
-        if student.path is None and student.stage is None and student.config is None:
-            student = replace(student, stage=before)
+        origin = adapter_stage(student.adapter)
+        if student.path is None and student.stage is None and student.config is None and student.init is None:
+            if student.adapter is None:
+                student = replace(student, stage=before)
+            elif origin is not None:
+                student = with_base_of(student, stages[origin].student or ModelSpec())
         stages[name] = _expand_stage(replace(stage, student=student))
         before = name
     return replace(
@@ -117,7 +124,19 @@ def _expand_source(source: SourceSpec) -> SourceSpec:
 
 
 def _expand_model(model: ModelSpec) -> ModelSpec:
-    return replace(model, path=_home(model.path))
+    return replace(model, path=_home(model.path), adapter=_home(model.adapter))
+
+
+def _expand_student(student: ModelSpec, stage: StageSpec) -> ModelSpec:
+    if student.init is None:
+        return _expand_model(student)
+    init = replace(
+        student.init,
+        from_=_expand_model(student.init.from_),
+        with_=tuple(_expand_model(model) for model in student.init.with_),
+        calibration=replace(student.init.calibration, sources=student.init.calibration.sources or stage.data.sources),
+    )
+    return replace(student, init=init)
 
 
 def _expand_teacher(teacher: TeacherSpec) -> TeacherSpec:
@@ -128,7 +147,7 @@ def _expand_teacher(teacher: TeacherSpec) -> TeacherSpec:
 def _expand_stage(stage: StageSpec) -> StageSpec:
     return replace(
         stage,
-        student=stage.student and _expand_model(stage.student),
+        student=stage.student and _expand_student(stage.student, stage),
         teacher=stage.teacher and _expand_teacher(stage.teacher),
         teachers={domain: _expand_teacher(teacher) for domain, teacher in stage.teachers.items()},
         reference=stage.reference and _expand_teacher(stage.reference),

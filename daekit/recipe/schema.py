@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from daekit.recipe.student_schema import CalibrationSpec, StudentSearchSpec
+
 StageType = Literal["sft", "kd", "dae"]
 Quantization = Literal["4bit", "8bit"]
 Overlong = Literal["error", "truncate", "drop"]
@@ -21,9 +23,16 @@ BUILTIN_CORPORA = ("skills", "chat", "shop")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Where a model comes from: exactly one of ``path``, ``stage`` and ``config``.
+    """Where a model comes from: exactly one of ``path``, ``stage`` and ``config``; or an adapter on the student's base; or, for
+    a student, ``init``.
 
-    In YAML a plain string is short for ``{path: ...}``, and ``stage:NAME`` for ``{stage: NAME}``.
+    In YAML a plain string is short for ``{path: ...}``, ``stage:NAME`` for ``{stage: NAME}``, and ``{from: TEACHER, ...}``
+    with the keys of ``StudentSpec`` for ``init``.
+
+    One base, several models: a teacher, member of an ensemble or reference that is ``{adapter: A}`` and nothing else is a LoRA
+    adapter of the base that the student is trained on (with ``lora`` or ``adapter``); the base is loaded once, in the student's
+    dtype and quantisation. A student that is ``{adapter: A}`` goes on training that adapter (without ``lora``: rank and targets
+    are its own) on the base that the stage of A had, loaded as it was there; of a directory, on ``path`` or the base it names.
 
     Attributes:
         path: hub id or directory (a directory that holds a LoRA adapter is loaded on its base and merged).
@@ -31,17 +40,57 @@ class ModelSpec:
         config: a model made from scratch with random weights: ``model_type`` and the fields of its transformers config;
             ``vocab_size`` and special tokens are taken from the tokenizer unless given.
         dtype: the dtype that the weights are loaded in.
-        quantization: ``4bit`` (nf4, double quantisation) or ``8bit``, by bitsandbytes.
+        adapter: ``stage:NAME`` (of an earlier LoRA stage), a directory, or, for a teacher, ``base`` (the base, adapter off).
+        quantization: ``4bit`` (nf4, double quantisation) or ``8bit``, by bitsandbytes; experts too.
+        device_map: of a teacher: the device that it lies on (``cuda:1``, ``1``, ``cpu``), ``auto``, or a mapping of its
+            modules to devices; default: the student's device.
+        offload: of a teacher: its layers stay in host memory and are brought to the student's device one by one, the next
+            while one runs; the device holds two of them at most.
+        init: a student made from its teacher.
     """
 
     path: str | None = None
     stage: str | None = None
+    adapter: str | None = None
     config: dict[str, Any] | None = None
     revision: str | None = None
     dtype: Dtype = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     quantization: Quantization | None = None
+    device_map: str | dict[str, str] | None = None
+    offload: bool = False
+    init: StudentSpec | None = None
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """A student made from its teacher, before it is trained: ``student: {from: TEACHER, ...}``.
+
+    One of: a part of the teacher, of a given ``shape`` or found by a ``search``; a Mixtral made ``dense`` (and cut, if a
+    shape or a search is given, too), or with fewer experts (``keep_experts``); a Mixtral whose experts are the teacher and
+    other dense models (``with``).
+
+    Attributes:
+        from_: the teacher; ``from`` in YAML.
+        with_: further Mistral models of the same shape; ``with`` in YAML. Attention and embeddings are those of ``from``.
+        dense: how the experts of a layer become one MLP (``daekit.students.mixtral_to_dense``).
+        keep_experts: how many experts of each layer stay.
+        shape: sizes by their names in the config (``hidden_size``...); those that are left out are the teacher's.
+        search: finds the shape instead.
+        importance: what is kept: what counts most on calibration text (``activations``), the ``first`` or ``random`` parts.
+        fit_norms: scale norms over fewer channels to what they gave over all of them, measured on calibration text.
+    """
+
+    from_: ModelSpec
+    with_: tuple[ModelSpec, ...] = ()
+    dense: Literal["best_expert", "average", "routed_average", "top_neurons"] | None = None
+    keep_experts: int | None = None
+    shape: dict[str, int] = field(default_factory=dict)
+    search: StudentSearchSpec | None = None
+    importance: Literal["activations", "first", "random"] = "activations"
+    fit_norms: bool = False
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from daekit.teachers.adapter import AdapterTeacher
 from daekit.teachers.ensemble import EnsembleTeacher
 from daekit.teachers.model import ModelTeacher
+from daekit.teachers.on_student import BASE, AdapterPath
 from daekit.teachers.routed import RoutedTeacher, unknown_domain
 
-__all__ = ["AdapterTeacher", "EnsembleTeacher", "ModelTeacher", "RoutedTeacher", "unknown_domain"]
+__all__ = ["BASE", "AdapterPath", "AdapterTeacher", "EnsembleTeacher", "ModelTeacher", "RoutedTeacher", "unknown_domain"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 
 from daekit.errors import UserError
+from daekit.models.adapters import adapter_parameters, load_frozen
 from daekit.models.backbone import add_on_hidden, base_of, frozen_forward
 from daekit.models.heads import output_head
 from daekit.models.identity import hash_tensors
@@ -41,12 +41,31 @@ class AdapterTeacher:
         _require_fixed_base(model)
         self.model = model
         self.adapter = adapter
-        self._vocab_size = vocab_size
-        self._watched: Watched | None = None
+        self.vocab_size = vocab_size
+        self.watched: Watched | None = None
         add_on_hidden(model)
         if adapter is not None:
             for parameter in adapter_parameters(model, adapter).values():
                 parameter.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, model: PeftModel, path: str | Path, vocab_size: int, name: str | None = None) -> AdapterTeacher:
+        """Load the LoRA adapter in a directory onto the student's base, frozen; see ``daekit.models.adapters``.
+
+        Args:
+            model: the PEFT model that the student is trained in.
+            path: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+            vocab_size: V.
+            name: what PEFT calls the adapter; default: ``daekit_teacher_N``.
+
+        Raises:
+            UserError: an adapter of another base, with missing tensors or other shapes, or on the output head or embeddings.
+        """
+        _require_fixed_base(model)
+        if name is None:
+            name = next(free for n in count() if (free := f"daekit_teacher_{n}") not in model.peft_config)
+        load_frozen(model, path, name)
+        return cls(model, name, vocab_size)
 
     @classmethod
     def copy_of_active(cls, model: PeftModel, name: str, vocab_size: int) -> AdapterTeacher:
@@ -69,16 +88,13 @@ class AdapterTeacher:
 
     def watch(self, watch: Watch | None) -> list[Watched]:
         """See ``WatchableTeacher``."""
-        self._watched = None if watch is None else watch.of(self.model.config)
-        return [] if self._watched is None else [self._watched]
+        self.watched = None if watch is None else watch.of(self.model.config)
+        return [] if self.watched is None else [self.watched]
 
     def signals(self, batch: Batch) -> list[Signal]:
         """One signal for all kept positions: hidden states ``[N, H]`` and the output head."""
-        with frozen_forward(self.model), _speaking(self.model, self.adapter):
-            hidden_NH, internals = kept_states(self.model, batch, self._watched)
-            head = output_head(self.model, self._vocab_size)
-        positions = torch.arange(hidden_NH.shape[0], device=hidden_NH.device)
-        return [Signal(positions, (Voice(hidden_NH, head),), internals=internals)]
+        with _speaking(self.model, self.adapter):
+            return speak(self.model, batch, self.vocab_size, self.watched)
 
     def to(self, device: torch.device) -> AdapterTeacher:
         """Nothing to move: the weights are the student's."""
@@ -93,23 +109,13 @@ class AdapterTeacher:
         return {"kind": "adapter", "weights": weights, "base": base}
 
 
-def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
-    """Parameters of one adapter, by their name with the adapter's own name taken out.
-
-    They are looked for where PEFT's layers keep them, for a part of the base may bear an adapter's name (``mlp``).
-    """
-    homes = tuple(
-        f"{path}.{part}.{adapter}"
-        for path, layer in model.named_modules()
-        if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        for part in layer.adapter_layer_names
-    )
-    found = {}
-    for name, parameter in model.named_parameters():
-        home = next((home for home in homes if name == home or name.startswith(home + ".")), None)
-        if home is not None:
-            found[home.removesuffix(f".{adapter}") + name.removeprefix(home)] = parameter
-    return found
+def speak(model: PeftModel, batch: Batch, vocab_size: int, watched: Watched | None) -> list[Signal]:
+    """One signal for all kept positions, of the model as it is switched now."""
+    with frozen_forward(model):
+        hidden_NH, internals = kept_states(model, batch, watched)
+        head = output_head(model, vocab_size)
+    positions = torch.arange(hidden_NH.shape[0], device=hidden_NH.device)
+    return [Signal(positions, (Voice(hidden_NH, head),), internals=internals)]
 
 
 def _require_fixed_base(model: PeftModel) -> None:

@@ -10,8 +10,10 @@ from daekit.models.heads import output_head
 from daekit.models.identity import fingerprint
 from daekit.models.internals import Watch, Watched, kept_states
 from daekit.models.loading import load_model, load_tokenizer_of
+from daekit.models.offload import LayerOffload
+from daekit.models.placement import batch_on, head_on, hold_ends, input_device, internals_on
 from daekit.models.vocabulary import require_same
-from daekit.protocol import Batch, Signal, Voice
+from daekit.protocol import Batch, OutputHead, Signal, Voice
 from daekit.recipe.schema import ModelSpec
 
 
@@ -22,11 +24,17 @@ class ModelTeacher:
         model: the model; its parameters are frozen and it runs in eval mode.
         vocab_size: V, the number of ids of the student's tokenizer.
         name: what errors and provenance call it.
+        offload: keep its layers in host memory, see ``daekit.models.offload``; else it may be on other devices than the
+            student (``device_map``), and what it says crosses over.
     """
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, name: str = "teacher") -> None:
+    def __init__(self, model: PreTrainedModel, vocab_size: int, name: str = "teacher", offload: bool = False) -> None:
         self.model = model.requires_grad_(False).eval()
         self.name = name
+        self._offload = offload
+        self.layers: LayerOffload | None = None  # once it is offloaded
+        self._head_there: OutputHead | None = None
+        hold_ends(model)
         add_on_hidden(model)
         self._vocab_size = vocab_size
         self._watched: Watched | None = None
@@ -41,7 +49,9 @@ class ModelTeacher:
 
     def to(self, device: torch.device) -> ModelTeacher:
         """Move the model, unless quantisation or a device map has already placed it."""
-        placed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)
+        if self._offload and self.layers is None:
+            self.layers = LayerOffload(self.model, device)
+        placed = self.layers or getattr(self.model, "hf_device_map", None) or getattr(self.model, "is_quantized", False)
         if not placed:
             self.model.to(device)  # type: ignore[arg-type]
         return self
@@ -53,11 +63,22 @@ class ModelTeacher:
 
     def signals(self, batch: Batch) -> list[Signal]:
         """One signal for all kept positions: hidden states ``[N, H]`` and the output head."""
+        device = batch.labels_BT.device
         with frozen_forward(self.model):
-            hidden_NH, internals = kept_states(self.model, batch, self._watched)
-        positions = torch.arange(hidden_NH.shape[0], device=hidden_NH.device)
-        voice = Voice(hidden_NH, output_head(self.model, self._vocab_size))
+            hidden_NH, internals = kept_states(self.model, batch_on(batch, input_device(self.model, device)), self._watched)
+        positions = torch.arange(hidden_NH.shape[0], device=device)
+        voice = Voice(hidden_NH.to(device), self._head(device))
+        internals = None if internals is None else internals_on(internals, batch)
         return [Signal(positions, (voice,), internals=internals)]
+
+    def _head(self, device: torch.device) -> OutputHead:
+        """The output head where the student is; copied once if the model is elsewhere."""
+        head = output_head(self.model, self._vocab_size)
+        if head.weight.device == device:
+            return head
+        if self._head_there is None or self._head_there.weight.device != device:
+            self._head_there = head_on(head, device)
+        return self._head_there
 
     def identity(self) -> dict[str, object]:
         """The model's type and a fingerprint of its weights."""

@@ -11,6 +11,7 @@ import torch
 from daekit.errors import UserError
 from daekit.models.internals import Watch, Watched, require_watchable
 from daekit.protocol import Batch, Signal, Teacher
+from daekit.teachers.together import adapters_together
 
 
 class RoutedTeacher:
@@ -26,18 +27,23 @@ class RoutedTeacher:
     def signals(self, batch: Batch) -> list[Signal]:
         """The signals of all teachers that have rows, with positions counted in the whole batch.
 
+        Teachers that are adapters of one model speak in one forward where that is the same (see ``together.py``).
+
         Raises:
             UserError: a row's domain has no teacher.
         """
         for domain in set(batch.domains) - set(self.routes):
             raise unknown_domain(domain, self.routes)
-        signals = []
+        rows_of: dict[Teacher, list[int]] = {}
         for teacher in dict.fromkeys(self.routes.values()):
             rows = batch.rows_of([domain for domain, other in self.routes.items() if other is teacher])
             if rows:
-                positions_M = batch.positions_of(rows)
-                for signal in teacher.signals(batch.select(rows)):
-                    signals.append(replace(signal, positions_M=positions_M[signal.positions_M]))
+                rows_of[teacher] = rows
+        signals, rows_of = adapters_together(rows_of, batch)
+        for teacher, rows in rows_of.items():
+            positions_M = batch.positions_of(rows)
+            for signal in teacher.signals(batch.select(rows)):
+                signals.append(replace(signal, positions_M=positions_M[signal.positions_M]))
         return signals
 
     def watch(self, watch: Watch | None) -> list[Watched]:

@@ -25,7 +25,8 @@ class DAETrainer(KDTrainer):
 
     Args:
         model: the student, as for SFTTrainer.
-        teachers: domain -> directory or hub id, model, or Teacher.
+        teachers: domain -> directory or hub id, model, ``AdapterPath`` or ``BASE`` (adapters of a LoRA student's own base), or
+            any Teacher.
         reference: what rows of ``args.reference_domains`` follow. None: the student as it stands now, frozen; for a LoRA
             student that is a copy of its adapter on the same base, otherwise a copy of the model.
         args: a DAEConfig.
@@ -66,12 +67,14 @@ class DAETrainer(KDTrainer):
             routes |= dict.fromkeys(reference_domains, loaded[reference])
         self._domains = [*teachers, *reference_domains]
         self._frozen_domains = reference_domains if reference is None else []
-        self._router = RoutedTeacher(routes)
-        super().__init__(model, self._router, args, train_dataset, tokenizer, **sft_arguments)
+        super().__init__(model, RoutedTeacher(routes), args, train_dataset, tokenizer, **sft_arguments)
 
     def _complete_teacher(self) -> None:
+        super()._complete_teacher()
         if self._frozen_domains:
-            self._router.routes |= dict.fromkeys(self._frozen_domains, self._student_as_it_stands())
+            assert isinstance(self.teacher, RoutedTeacher)
+            routes = dict.fromkeys(self._frozen_domains, self._student_as_it_stands())
+            self.teacher = RoutedTeacher(self.teacher.routes | routes)
 
     def _student_as_it_stands(self) -> Teacher:
         if not isinstance(self.model, PeftModel):

@@ -27,7 +27,7 @@ from daekit.models.heads import output_head
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Batch, Signal
 from daekit.trainers.config import DomainSFTConfig
-from daekit.trainers.refusals import refuse_arguments, refuse_sharding, refuse_shared_stream
+from daekit.trainers.refusals import refuse_arguments, refuse_expert_adapter, refuse_sharding, refuse_shared_stream
 from daekit.trainers.student import load_student, name_of, tokenizer_of
 from daekit.trainers.whole_checkpoint import WholeCheckpointTrainer
 
@@ -70,6 +70,7 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
             model = load_student(model, args, sft_arguments.pop("quantization_config", None))
             args = copy.copy(args)
             args.model_init_kwargs = None  # used; SFTTrainer would say that they are not
+        refuse_expert_adapter(model, sft_arguments.get("peft_config"))
         self.data_counts: dict[str, dict[str, DomainCount]] = {}
         super().__init__(model=model, args=args, train_dataset=train_dataset, **sft_arguments)
         self.args.model_init_kwargs = init_kwargs

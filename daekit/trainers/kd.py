@@ -18,11 +18,12 @@ from daekit.models.vocabulary import require_same, vocabulary_size
 from daekit.protocol import Batch, Signal, Teacher
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
+from daekit.teachers.on_student import on_student, require_on_student
 from daekit.trainers.config import KDConfig
 from daekit.trainers.domain_sft import DomainSFTTrainer
 from daekit.trainers.inside import ATTENTION_METRIC, InsideLosses, hidden_metric
 from daekit.trainers.projections import forget_projections
-from daekit.trainers.student import tokenizer_of
+from daekit.trainers.student import spec_of, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ class KDTrainer(DomainSFTTrainer):
     Args:
         model: the student, as for SFTTrainer: a hub id, a directory, a model or a PEFT model.
         teacher: a directory or hub id (its tokenizer is compared before its weights are loaded), a model (compared if its
-            tokenizer lies where it was loaded from), or any Teacher.
+            tokenizer lies where it was loaded from), an ``AdapterPath`` or ``BASE`` (adapters of a LoRA student's own base,
+            which is then loaded once), or any Teacher.
         args: a KDConfig.
         train_dataset: rows in any of TRL's forms.
         processing_class: the tokenizer; default: the student's own.
@@ -62,6 +64,8 @@ class KDTrainer(DomainSFTTrainer):
         tokenizer = processing_class or tokenizer_of(model, args)
         forget_projections(model)
         self.teacher = as_teacher(teacher, tokenizer, student=model)
+        spec = spec_of(model, args) if isinstance(model, str) else None
+        require_on_student(self.teacher, isinstance(model, PeftModel) or sft_arguments.get("peft_config") is not None, spec)
         size = vocabulary_size(tokenizer)
         super().__init__(model, args, train_dataset, processing_class=tokenizer, **sft_arguments)
         if self.vocab_size != size:
@@ -69,8 +73,8 @@ class KDTrainer(DomainSFTTrainer):
                 f"chat_template_path={self.args.chat_template_path!r} added {self.vocab_size - size} tokens to the student's "
                 "tokenizer, which its teacher does not have. Set the tokenizer's chat_template yourself, without new tokens."
             )
-        self.teacher.to(self.accelerator.device)
         self._complete_teacher()
+        self.teacher.to(self.accelerator.device)
         wanted = self.args.attention_weight or self.args.hidden_weight
         self.inside = InsideLosses(self.model, self.args, self.teacher) if wanted else None
         if self.inside is not None and self.inside.projections is not None and self.optimizer is not None:
@@ -80,7 +84,8 @@ class KDTrainer(DomainSFTTrainer):
             )
 
     def _complete_teacher(self) -> None:
-        """The student is ready: the moment to freeze a copy of it as a teacher."""
+        """The student is ready: the moment to load adapters onto its base, and to freeze a copy of it as a teacher."""
+        self.teacher = on_student(self.teacher, self.model, self.vocab_size)
 
     def teacher_signals(self, batch: Batch) -> list[Signal]:
         """What the teacher says about the batch; UserError if it says nothing, for the loss would be 0 without a word."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from peft import PeftModel, PromptLearningConfig
+from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig
+from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 from daekit.data.preparation import first_row
 from daekit.errors import UserError
+from daekit.models.experts import QuantisedExperts
+
+# what PEFT takes for the experts of transformers 5: their names, and those of the modules that they were in transformers 4
+_EXPERT_NAMES = {"gate_up_proj": ("w1", "w3", "gate_proj", "up_proj"), "down_proj": ("w2",), "up_proj": ()}
 
 
 def refuse_arguments(model: Any, args: SFTConfig, train_dataset: Any, arguments: Mapping[str, Any]) -> None:
@@ -29,6 +35,29 @@ def refuse_arguments(model: Any, args: SFTConfig, train_dataset: Any, arguments:
         return  # SFTTrainer says what it wants
     if {"image", "images"} & first_row(train_dataset, "train").keys():
         raise UserError("the train data set has images: vision data is not supported; use a text-only data set")
+
+
+def refuse_expert_adapter(model: nn.Module, config: PeftConfig | None) -> None:
+    """Raise UserError for an adapter on quantised experts, which PEFT would leave out without a word ("all-linear" may)."""
+    paths = [path for path, module in model.named_modules() if isinstance(module, QuantisedExperts)]
+    if not paths or not isinstance(config, LoraConfig):
+        return
+    chosen, parameters = config.target_modules or (), config.target_parameters or ()
+    names = set(paths)
+    for path in paths:
+        layer, _, leaf = path.rpartition(".")
+        names |= {f"{layer}.{old}" for old in _EXPERT_NAMES[leaf]}
+    if isinstance(chosen, str):
+        wanted = [] if chosen.lower() == "all-linear" else [chosen for name in names if re.fullmatch(chosen, name)]
+    else:
+        wanted = [target for target in chosen if any(f".{name}".endswith(f".{target}") for name in names)]
+    wanted += [target for target in parameters if any(f".{path}".endswith(f".{target}") for path in paths)]
+    if wanted:
+        raise UserError(
+            f"peft_config: {min(wanted)!r} names experts, which are quantised: an adapter on them is not supported (each "
+            "product would need its weight whole). Name other modules, 'all-linear' (which leaves quantised experts out), or "
+            "load the model without quantization."
+        )
 
 
 def refuse_sharding(trainer: SFTTrainer) -> None:

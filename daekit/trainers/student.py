@@ -43,9 +43,14 @@ def tokenizer_of(model: Any, args: SFTConfig | None = None) -> PreTrainedTokeniz
         if not model.config._name_or_path:
             raise UserError("processing_class is missing: the student was not loaded from a directory that holds its tokenizer")
         return load_tokenizer_of(ModelSpec(path=model.config._name_or_path))
+    return load_tokenizer_of(spec_of(model, args))
+
+
+def spec_of(path: str, args: SFTConfig | None) -> ModelSpec:
+    """Which model a student's path means, as far as config and tokenizer depend on it."""
     arguments: Mapping[str, Any] = (args.model_init_kwargs if args is not None else None) or {}
     trusted = arguments.get("trust_remote_code", args is not None and args.trust_remote_code)
-    return load_tokenizer_of(ModelSpec(path=model, revision=arguments.get("revision"), trust_remote_code=trusted))
+    return ModelSpec(path=path, revision=arguments.get("revision"), trust_remote_code=trusted)
 
 
 def name_of(model: Any) -> str:

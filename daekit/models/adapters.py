@@ -1,0 +1,221 @@
+"""LoRA adapters from their directories onto a base that is loaded once, compared with it before its weights are read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from daekit.errors import UserError
+from daekit.models.backbone import base_of
+from daekit.models.loading import load_model
+from daekit.models.restore import ADAPTER_WEIGHTS, restore_adapter
+from daekit.recipe.adapter_config import ADAPTER_CONFIG, on_an_end, read_adapter_config, require_same_base, require_shareable
+from daekit.recipe.schema import ModelSpec
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def lora_config_of(folder: str | Path) -> LoraConfig:
+    """The config of an adapter, shareable or not; UserError for what ``read_adapter_config`` refuses."""
+    read_adapter_config(folder)
+    try:
+        config = PeftConfig.from_pretrained(str(Path(folder).expanduser()))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}: its adapter_config.json cannot be read ({str(error).splitlines()[0]})") from error
+    assert isinstance(config, LoraConfig), "read_adapter_config has looked"
+    return config
+
+
+def base_spec(spec: ModelSpec) -> ModelSpec:
+    """The base of a student that continues an adapter: the one that ``spec`` names, or else the one that the adapter names.
+
+    Raises:
+        UserError: the adapter is of another base than ``spec`` names.
+    """
+    if spec.adapter is None:
+        return spec
+    config = lora_config_of(spec.adapter)
+    assert config.base_model_name_or_path is not None, "read_adapter_config has looked"
+    if spec.path is not None:
+        require_same_base(spec.adapter, config.base_model_name_or_path, spec.path, (config.revision, spec.revision))
+        return replace(spec, adapter=None)
+    # code of a base that the recipe does not name is not trusted
+    return replace(spec, adapter=None, path=config.base_model_name_or_path, revision=config.revision, trust_remote_code=False)
+
+
+def load_continued(spec: ModelSpec) -> PeftModel:
+    """A student that goes on with the adapter ``spec.adapter``, trainable, on its base in the quantisation of ``spec``.
+
+    Raises:
+        UserError: before the base is loaded: an adapter of another base, incomplete, or of a kind that is not supported; then
+            what ``load_model`` refuses.
+    """
+    assert spec.adapter is not None
+    base = base_spec(spec)
+    require_adapters_fit([spec.adapter], base)
+    config = lora_config_of(spec.adapter)
+    config.inference_mode = False
+    config.revision = base.revision
+    model = get_peft_model(load_model(base), _without_first_values(config))
+    restore_adapter(model, Path(spec.adapter).expanduser(), "default")
+    return model
+
+
+def load_frozen(model: PeftModel, folder: str | Path, name: str) -> None:
+    """Add the adapter in ``folder`` to a PEFT model, frozen; the active one stays active.
+
+    On a quantised base it runs in the dtype it was saved in (TRL trains adapters in bfloat16 there), otherwise in float32, as
+    PEFT has it, so that it is the merged model.
+
+    Raises:
+        UserError: an adapter of another base, incomplete, of other shapes, or of a kind that is not supported.
+    """
+    config = lora_config_of(folder)
+    config.inference_mode = True
+    base = base_of(model)
+    require_same_base(folder, str(config.base_model_name_or_path), name_of_base(model), (config.revision, _revision_of(model)))
+    with torch.device("meta"):
+        skeleton = type(base)(copy.deepcopy(base.config))
+    require_fits(folder, config, skeleton)
+    flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    model.add_adapter(name, _without_first_values(config))
+    if getattr(base, "is_quantized", False):
+        _take_dtypes(model, name, Path(folder).expanduser())
+    restore_adapter(model, Path(folder).expanduser(), name)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(flags.get(key, False))
+
+
+def require_adapters_fit(folders: Iterable[str | Path], base: ModelSpec) -> None:
+    """Compare adapters with the base that they shall run on, before its weights are loaded.
+
+    Raises:
+        UserError: another base (by name and revision), missing or left-over tensors, other shapes.
+    """
+    assert base.path is not None, "a base has a name"
+    config = _config_of(base)
+    for folder in folders:
+        lora = lora_config_of(folder)
+        require_same_base(folder, str(lora.base_model_name_or_path), base.path, (lora.revision, base.revision))
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+        require_fits(folder, lora, skeleton)
+
+
+def require_fits(folder: str | Path, lora: LoraConfig, skeleton: PreTrainedModel) -> None:
+    """Compare names and shapes of an adapter's tensors with its base as a model without weights (on the meta device).
+
+    The skeleton is used up.
+
+    Raises:
+        UserError: an adapter that cannot share its base; missing or left-over tensors, other shapes, no module that it could
+            sit on; a module saved whole that the output head is tied to.
+    """
+    require_shareable(folder, read_adapter_config(folder))
+    with torch.device("meta"):
+        try:
+            adapted = get_peft_model(skeleton, _without_first_values(lora))
+        except ValueError as error:
+            raise UserError(f"{folder}: the adapter does not fit the base ({str(error).splitlines()[0]})") from error
+    ends = {"the output head": adapted.get_output_embeddings(), "the embeddings": adapted.get_input_embeddings()}
+    for end, module in ends.items():
+        if isinstance(module, BaseTunerLayer):
+            raise on_an_end(folder, end)
+        if isinstance(module, AuxiliaryTrainingWrapper) and skeleton.config.get_text_config().tie_word_embeddings:
+            raise UserError(
+                f"{folder}: the adapter holds {end} of its own (modules_to_save or trainable_token_indices), but this base "
+                "ties embeddings and output head: the other one would not follow. Use an adapter without them."
+            )
+    expected = {name: tuple(tensor.shape) for name, tensor in _state_of(adapted, "default").items()}
+    saved = _saved_shapes(folder)
+    different = sorted({name for name, _ in expected.items() ^ saved.items()})
+    if different:
+        first = different[0]
+        raise UserError(
+            f"{folder}: its weights do not fit the base: {len(different)} tensors differ, such as {first} (saved: "
+            f"{saved.get(first, 'nothing')}, the base wants: {expected.get(first, 'nothing')}). The adapter is incomplete or "
+            "of another base."
+        )
+
+
+def _config_of(base: ModelSpec) -> PreTrainedConfig:
+    """The config of a base; of one that is an adapter merged when it is loaded, that of the model below."""
+    assert base.path is not None
+    if (Path(base.path).expanduser() / ADAPTER_CONFIG).is_file():
+        below = lora_config_of(base.path)
+        return _config_of(ModelSpec(path=below.base_model_name_or_path, revision=below.revision))
+    try:
+        return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{base.path}: the config of the model could not be read ({reason})") from error
+
+
+def name_of_base(model: nn.Module) -> str:
+    """Where the base of a model was loaded from; empty where that is not known."""
+    return base_of(model).config._name_or_path or ""
+
+
+def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
+    """Parameters of one adapter, by their name with the adapter's own name taken out.
+
+    They are looked for where PEFT's layers keep them, for a part of the base may bear an adapter's name (``mlp``).
+    """
+    homes = tuple(
+        f"{path}.{part}.{adapter}"
+        for path, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        for part in layer.adapter_layer_names
+    )
+    found = {}
+    for name, parameter in model.named_parameters():
+        home = next((home for home in homes if name == home or name.startswith(home + ".")), None)
+        if home is not None:
+            found[home.removesuffix(f".{adapter}") + name.removeprefix(home)] = parameter
+    return found
+
+
+def _revision_of(model: PeftModel) -> str | None:
+    return model.peft_config[model.active_adapter].revision
+
+
+def _without_first_values(config: LoraConfig) -> LoraConfig:
+    """A copy whose first values are PEFT's usual ones: they are written over, and ``eva`` would want data for its own."""
+    config = copy.deepcopy(config)
+    config.init_lora_weights = True
+    return config
+
+
+def _saved_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    path = Path(folder).expanduser() / ADAPTER_WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: the weights of the LoRA adapter cannot be read ({error})") from error
+
+
+def _take_dtypes(model: PeftModel, adapter: str, folder: Path) -> None:
+    """Give each parameter of an adapter the dtype that its tensor has on disk: PEFT makes float32 of all."""
+    home_of = {tensor.data_ptr(): key for key, tensor in _state_of(model, adapter).items()}
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        for parameter in adapter_parameters(model, adapter).values():
+            name = file.get_slice(home_of[parameter.data_ptr()]).get_dtype()
+            if name not in _DTYPES:
+                raise UserError(f"{folder}: the adapter's weights are in {name}; known: {', '.join(_DTYPES)}")
+            parameter.data = parameter.data.to(_DTYPES[name])
+
+
+def _state_of(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter by the names that they are saved under."""
+    return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)

@@ -1,0 +1,140 @@
+"""An adapter folded into its 16-bit base, saved as a plain model, and read back to see that it is the same model."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from daekit.errors import UserError
+from daekit.models.adapters import base_spec, lora_config_of
+from daekit.models.loading import load_model, load_tokenizer_of
+from daekit.models.restore import restore_adapter
+from daekit.models.vocabulary import vocabulary_size
+from daekit.recipe.schema import Dtype, ModelSpec
+
+# what rounding the merged weights once can do to logits, as a share of the largest logit
+_ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_SENTENCES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "What is the sum of 17 and 25? It is 42, because 17 + 25 = 42.",
+    "An order that has left the warehouse can be returned within thirty days.",
+    "def f(x):\n    return x * x\n",
+)
+
+
+@dataclass(frozen=True)
+class MergeCheck:
+    """How far the merged model, read back from disk, is from the base with its adapter.
+
+    Attributes:
+        difference: largest difference of a logit.
+        adapter: largest difference that the adapter makes to a logit of the base.
+        largest: largest logit.
+        kl: KL(base with adapter || merged model), nats per token, the mean over the batch.
+        tokens: of the batch.
+        dtype: of the merged weights.
+    """
+
+    difference: float
+    adapter: float
+    largest: float
+    kl: float
+    tokens: int
+    dtype: torch.dtype
+
+    @property
+    def allowed(self) -> float:
+        """The largest difference that rounding explains: never as much as the adapter itself does."""
+        return min(_ROUNDING[self.dtype] * self.largest, max(self.adapter, 1e-4 * self.largest))
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return (
+            f"checked on {self.tokens} tokens in {name}: logits differ by at most {self.difference:.3g} (rounding explains "
+            f"{self.allowed:.3g}; the adapter itself changes them by up to {self.adapter:.3g}, the largest is "
+            f"{self.largest:.3g}), KL {self.kl:.3g} nats per token"
+        )
+
+
+def merge_adapter(folder: str | Path, out: str | Path, dtype: Dtype = "auto") -> MergeCheck:
+    """Fold the LoRA adapter in ``folder`` into its unquantised base and save the result with its tokenizer.
+
+    ``out`` comes into being only when the saved model has been read back and compared.
+
+    Args:
+        folder: of the adapter.
+        out: a directory that does not exist yet.
+        dtype: of the result; ``auto``: that of the base.
+
+    Raises:
+        UserError: ``out`` exists, an adapter that does not fit its base, a merged model that differs by more than rounding.
+    """
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose a directory that does not")
+    spec = ModelSpec(adapter=str(folder), dtype=dtype)
+    has_tokenizer = (Path(folder).expanduser() / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer_of(ModelSpec(path=str(folder)) if has_tokenizer else base_spec(spec))
+    model = _adapted(spec)
+    ids_BT = _batch(tokenizer)
+    size = vocabulary_size(tokenizer)
+    adapted = _logits(model, ids_BT, size)
+    with model.disable_adapter():
+        base = _logits(model, ids_BT, size)
+    merged: Any = model.merge_and_unload(safe_merge=True)
+    half = out.with_name(out.name + ".half")
+    try:
+        merged.save_pretrained(half)
+        tokenizer.save_pretrained(half)
+        kept: torch.dtype = merged.dtype
+        del model, merged  # only one model at a time in memory
+        saved = _logits(load_model(ModelSpec(path=str(half), dtype="auto")).eval(), ids_BT, size)
+        check = _compare(adapted, base, saved, kept)
+        if not check.difference <= check.allowed:
+            raise UserError(
+                f"{folder}: the merged model is not the base with its adapter: {check}. Rounding is less with --dtype float32."
+            )
+        half.rename(out)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return check
+
+
+def _adapted(spec: ModelSpec) -> PeftModel:
+    """The base with its adapter; also of the kinds that cannot share a base with others."""
+    assert spec.adapter is not None
+    model = get_peft_model(load_model(base_spec(spec)), lora_config_of(spec.adapter))
+    restore_adapter(model, Path(spec.adapter).expanduser(), "default")
+    return model.eval()
+
+
+def _batch(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """``[B, T]`` ids of a few sentences, cut to the shortest: no padding, so that every position is compared."""
+    ids = [tokenizer(text)["input_ids"] for text in _SENTENCES]
+    length = max(min(map(len, ids)), 1)
+    return torch.tensor([row[:length] for row in ids])
+
+
+def _logits(model: nn.Module, ids_BT: Tensor, size: int) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids_BT.to(next(model.parameters()).device)).logits[..., :size].float().cpu()
+
+
+def _compare(adapted: Tensor, base: Tensor, saved: Tensor, dtype: torch.dtype) -> MergeCheck:
+    log_adapted, log_saved = adapted.log_softmax(-1), saved.log_softmax(-1)
+    kl = (log_adapted.exp() * (log_adapted - log_saved)).sum(-1).mean()
+    return MergeCheck(
+        difference=float((adapted - saved).abs().max()),
+        adapter=float((adapted - base).abs().max()),
+        largest=float(adapted.abs().max()),
+        kl=float(kl),
+        tokens=saved[..., 0].numel(),
+        dtype=dtype,
+    )

@@ -1,0 +1,96 @@
+"""Models on other devices than the student: a device map, and what crosses over for the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from daekit.errors import UserError
+from daekit.models.backbone import base_of
+from daekit.protocol import Batch, Internals, OutputHead
+
+
+def device_map_of(given: str | Mapping[str, str]) -> str | dict[str, Any]:
+    """What transformers takes for the ``device_map`` of a recipe: numbers name GPUs, a single device takes everything."""
+    if isinstance(given, str):
+        return given if given in ("auto", "balanced", "balanced_low_0", "sequential") else {"": _device(given)}
+    return {module: _device(device) for module, device in given.items()}
+
+
+def require_devices(given: str | Mapping[str, str], path: str) -> None:
+    """Every device that is named must exist here, otherwise UserError; before anything is loaded."""
+    named = device_map_of(given)
+    for device in named.values() if isinstance(named, dict) else ():
+        kind = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        there = torch.cuda.device_count() if kind.type == "cuda" else 0
+        if kind.type == "cuda" and (kind.index or 0) >= there:
+            raise UserError(f"{path}: device_map names {device}, but there are {there} GPUs here; name one that exists, or cpu")
+
+
+def _device(text: str) -> int | str:
+    if text.isdigit():
+        return int(text)
+    try:
+        torch.device(text)
+    except RuntimeError as error:
+        raise UserError(
+            f"device_map: {text!r} is no device (cpu, cuda:0, 0...; layers that wait in host memory are `offload: true`)"
+        ) from error
+    return text
+
+
+def hold_ends(model: PreTrainedModel) -> None:
+    """Make embeddings and output head of a model that accelerate has offloaded real, and keep them so.
+
+    Accelerate leaves a tensor of the meta device where a weight was, and brings it back when its module is called. The loss
+    never calls the output head, and a product with a meta tensor is garbage without an error (measured).
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if not any(parameter.is_meta for parameter in module.parameters()):
+            continue
+        hook: Any = module._hf_hook
+        hook = next((one for one in getattr(hook, "hooks", [hook]) if getattr(one, "weights_map", None) is not None), None)
+        if hook is None:
+            raise UserError(f"{type(module).__name__}: its weights are on the meta device, and nobody knows where they are")
+        real = {name: hook.weights_map[name] for name, parameter in module.named_parameters() if parameter.is_meta}
+        remove_hook_from_module(module)
+        for name, value in real.items():
+            weight = value.to(hook.execution_device)
+            setattr(module, name, nn.Parameter(weight, requires_grad=False))
+
+
+def input_device(model: nn.Module, usual: torch.device) -> torch.device:
+    """Where a model wants its token ids; ``usual`` where FSDP2 or ZeRO-3 brings its weights to where they are needed."""
+    weight: Any = base_of(model).get_input_embeddings().weight
+    return usual if isinstance(weight, DTensor) or hasattr(weight, "ds_status") else weight.device
+
+
+def batch_on(batch: Batch, device: torch.device) -> Batch:
+    """The batch on ``device``; itself where it is there."""
+    if batch.labels_BT.device == device:
+        return batch
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.inputs.items()}
+    return replace(batch, inputs=inputs, labels_BT=batch.labels_BT.to(device), row_BT=batch.row_BT.to(device))
+
+
+def head_on(head: OutputHead, device: torch.device) -> OutputHead:
+    """The output head on ``device``."""
+    return replace(head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
+
+
+def internals_on(internals: Internals, batch: Batch) -> Internals:
+    """What a model did, where the batch is that its student sees."""
+    device = batch.labels_BT.device
+    attention = {
+        layer: replace(found, query_NAD=found.query_NAD.to(device), key_BGTD=found.key_BGTD.to(device))
+        for layer, found in internals.attention.items()
+    }
+    return Internals(batch.layout, attention, {layer: hidden.to(device) for layer, hidden in internals.hidden_MH.items()})

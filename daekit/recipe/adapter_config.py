@@ -1,0 +1,107 @@
+"""What an adapter's directory says of it, read before any weight: is it plain LoRA, and of which base?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from daekit.errors import UserError
+
+ADAPTER_CONFIG = "adapter_config.json"
+BARE_BASE = "base"  # as an ``adapter``: the student's base with its adapter off
+_STAGE = "stage:"
+_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")  # first values that leave the weights of the base as they are
+
+
+def adapter_stage(adapter: str | None) -> str | None:
+    """NAME of ``stage:NAME``; None for anything else."""
+    return adapter.removeprefix(_STAGE).strip() if adapter is not None and adapter.startswith(_STAGE) else None
+
+
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """The content of ``adapter_config.json``.
+
+    Raises:
+        UserError: not a directory with an adapter, not LoRA, or no base named.
+    """
+    file = Path(folder).expanduser() / ADAPTER_CONFIG
+    try:
+        config = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(
+            f"{folder}: is no directory with a LoRA adapter ({ADAPTER_CONFIG} cannot be read: {error.strerror}); give the "
+            "directory that PEFT or an earlier run has saved it in"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{folder}: its {ADAPTER_CONFIG} cannot be read ({error})") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise UserError(f"{folder}: holds an adapter of the kind {kind}; only LoRA adapters are supported")
+    if not config.get("base_model_name_or_path"):
+        raise UserError(f"{folder}: its {ADAPTER_CONFIG} names no base model (base_model_name_or_path) to compare with")
+    return config
+
+
+def require_shareable(folder: str | Path, config: dict[str, Any]) -> None:
+    """Refuse an adapter that cannot run on a base which others share.
+
+    Raises:
+        UserError: it changes weights of the base itself, or carries LoRA matrices on the output head or on the embeddings.
+    """
+    merged = "merge it (daekit merge) and give the merged model"
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{folder}: bias={config['bias']!r} changes biases of the base itself, which others share; {merged}")
+    if config.get("init_lora_weights", True) not in _KEEP_THE_BASE:
+        raise UserError(
+            f"{folder}: init_lora_weights={config['init_lora_weights']!r} has changed the weights of the base that it was "
+            f"trained on, which others share; {merged}, or convert it (path_initial_model_for_weight_conversion of PEFT)"
+        )
+    targets = config.get("target_modules") or []
+    ends = [name for name in ("lm_head", "embed_tokens") if not isinstance(targets, str) and name in targets]
+    if ends:
+        raise on_an_end(folder, ends[0])
+
+
+def on_an_end(folder: str | Path, end: str) -> UserError:
+    """The error for LoRA matrices where the model begins or ends."""
+    return UserError(
+        f"{folder}: the adapter carries LoRA matrices on {end}, where a loss on hidden states and the output head's own weight "
+        "would ignore them. Merge it into its base (daekit merge) and give the merged model, or train it without."
+    )
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two names are of one model: the same hub id, or the same directory by whatever path."""
+    if one == other:
+        return True
+    first, second = Path(one).expanduser(), Path(other).expanduser()
+    return first.is_dir() and second.is_dir() and first.resolve() == second.resolve()
+
+
+def require_same_base(folder: str | Path, adapter_base: str, base: str, revisions: tuple[str | None, str | None]) -> None:
+    """Compare the base that an adapter names with the one it shall run on.
+
+    Args:
+        folder: of the adapter.
+        adapter_base: the base that it names.
+        base: the student's.
+        revisions: of both; one that is not known (None) is not compared.
+
+    Raises:
+        UserError: another name or another revision.
+    """
+    theirs, ours = revisions
+    if not base:
+        raise UserError(
+            f"{folder}: is an adapter of {adapter_base!r}; the student's base has no name to compare with, for it was not "
+            "loaded from a directory or hub id. Load it from there."
+        )
+    if not same_base(adapter_base, base):
+        raise UserError(
+            f"{folder}: is an adapter of {adapter_base!r}, not of the student's base {base!r}: on another base it is another "
+            f"model. Choose an adapter of this base, or, if both names mean one model, correct base_model_name_or_path in its "
+            f"{ADAPTER_CONFIG}."
+        )
+    if theirs is not None and ours is not None and theirs != ours:
+        raise UserError(f"{folder}: is an adapter of revision {theirs!r} of {base!r}; the student's base is revision {ours!r}")

@@ -1,0 +1,95 @@
+"""A recipe whose three stages run on one 4-bit base: expert, student, and the student that goes on with its adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from adapter_world import save_base
+from safetensors.torch import load_file
+
+from daekit.build import ModelBuilder, RunFolder
+from daekit.build.report import _teachers
+from daekit.recipe import Recipe, load_recipe_text
+from daekit.run import run_recipe
+
+RECIPE = """
+name: one-base
+output_dir: OUT/run
+sources:
+  chat: {domain: general, path: OUT/general.jsonl, holdout: 4}
+  shop: {domain: shop, path: OUT/shop.jsonl, holdout: 4}
+stages:
+  expert:
+    type: sft
+    student: &base {path: OUT/base, dtype: float32, quantization: 4bit}
+    lora: &lora {r: 2, target_modules: [q_proj, down_proj]}
+    data: [shop]
+    trainer: &trainer {max_steps: 2, per_device_train_batch_size: 16, logging_steps: 1, save_steps: 1, learning_rate: 0.01,
+                       gradient_checkpointing: true}
+  student:
+    type: kd
+    student: *base
+    lora: *lora
+    teacher: {adapter: stage:expert}
+    data: [chat]
+    trainer: *trainer
+  aligned:
+    type: dae
+    student: {adapter: stage:student}
+    teachers: {shop: {adapter: stage:expert}}
+    data: {shop: 0.5, chat: 0.5}
+    trainer: *trainer
+evaluation: {baseline: student, max_new_tokens: 2}
+"""
+
+
+def recipe(folder: Path, *overrides: str) -> Recipe:
+    return load_recipe_text(RECIPE.replace("OUT", str(folder)), "one-base.yaml", overrides)
+
+
+def test_all_stages_run_on_one_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_base(tmp_path / "base")
+    for seed, domain in enumerate(("general", "shop")):
+        rows = tiny.rows(24, seed=seed, domains=(domain,)).remove_columns("domain")
+        rows.to_json(tmp_path / f"{domain}.jsonl")
+    loads: list[tuple[str, str | None]] = []
+    for room in ("daekit.models.adapters", "daekit.build.models"):
+        original = __import__(room, fromlist=["load_model"]).load_model
+
+        def load(spec, *arguments, original=original):  # type: ignore[no-untyped-def]
+            loads.append((str(spec.path).rsplit("/", 2)[-2], spec.quantization))
+            return original(spec, *arguments)
+
+        monkeypatch.setattr(f"{room}.load_model", load)
+    run_recipe(recipe(tmp_path, "evaluation=null"))
+    assert [quantization for _, quantization in loads] == ["4bit"] * 3  # once per stage
+    models = {name: tmp_path / "run" / "stages" / name / "model" for name in ("expert", "student", "aligned")}
+    sizes = {}
+    for name, folder in models.items():
+        saved = load_file(folder / "adapter_model.safetensors")
+        sizes[name] = {key: value.shape for key, value in saved.items()}
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    assert sizes["expert"] == sizes["student"] == sizes["aligned"]
+    done = json.loads((tmp_path / "run" / "stages" / "aligned" / "stage.json").read_text())
+    assert done["run"]["teacher"]["general"]["weights"] != done["run"]["teacher"]["shop"]["weights"]
+    assert done["run"]["teacher"]["general"]["base"] == done["run"]["teacher"]["shop"]["base"]
+    first = done["log_history"][0]
+    assert first["kl/general"] == pytest.approx(0, abs=1e-6) and first["kl/shop"] > 0  # it starts from its own adapter
+
+    run_recipe(recipe(tmp_path))
+    assert "[aligned] complete, kept" in capsys.readouterr().out
+    models_of_run = ModelBuilder(RunFolder(tmp_path / "run"), tiny.tokenizer())
+    spec = recipe(tmp_path).stages["aligned"]
+    teachers = _teachers(spec, models_of_run, ["general", "shop"], torch.device("cpu"))
+    said = {domain: teacher.identity() for domain, teacher in teachers.items()}
+    assert said == done["run"]["teacher"]  # the report's teachers are those of the training
+    rows = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    measured = {(row["model"], row["domain"]): row["value"] for row in rows if row["metric"] == "kl_to_teacher"}
+    assert measured.keys() == {(model, domain) for model in ("student", "aligned") for domain in ("general", "shop")}
