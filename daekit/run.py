@@ -17,6 +17,7 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from daekit.build import (
     DataBuilder,
@@ -31,11 +32,13 @@ from daekit.build import (
 from daekit.data.mixture import Mixture
 from daekit.errors import UserError
 from daekit.models.loading import load_model
+from daekit.models.sharded import shape_of
 from daekit.recipe import sharing_notes, stage_key, student_key, to_yaml
 from daekit.recipe.schema import ModelSpec, Recipe
 from daekit.report import format_table, write_report
 from daekit.trainers import DomainSFTTrainer
 from daekit.trainers.checkpoint import checkpoints, unsealed, write_json
+from daekit.trainers.engines import refuse_launch
 
 _PACKAGES = ("daekit", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
@@ -49,6 +52,7 @@ def run_recipe(recipe: Recipe) -> None:
     Raises:
         UserError: the output directory holds another run; anything that is wrong with data, models or settings.
     """
+    refuse_launch()
     state = _ranks()
     _quieten()
     folder = RunFolder(Path(recipe.output_dir))
@@ -158,6 +162,7 @@ def _run_stage(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, 
     resume = any(not unsealed(each) for each in checkpoints(stage.root))
     trainer.train(resume_from_checkpoint=resume)
     _save_result(recipe, name, stage, trainer)
+    provenance = _provenance(trainer, mixture)  # all ranks: sharded weights are gathered to be hashed
     if state.is_main_process:
         facts = {
             "stage": name,
@@ -165,7 +170,6 @@ def _run_stage(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, 
             "resumed": resume,
             "log_history": trainer.state.log_history,
         }
-        provenance = _provenance(trainer, mixture)
         (stage.model / "recipe.yaml").write_text(to_yaml(recipe))
         write_json(stage.model / "provenance.json", provenance)
         write_json(stage.done, facts | provenance)
@@ -190,13 +194,14 @@ def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: DomainS
     lora = recipe.stages[name].lora
     merge = lora is not None and lora.merge
     trainer.save_model(str(stage.adapter if merge else stage.model))
+    unset_hf_deepspeed_config()  # what is loaded from here on belongs to one rank; ZeRO-3 would split it over all
     if merge and trainer.args.should_save:
         load_model(ModelSpec(path=str(stage.adapter))).save_pretrained(stage.model)
         trainer.processing_class.save_pretrained(stage.model)
 
 
 def _stage_heading(name: str, recipe: Recipe, trainer: DomainSFTTrainer, mixture: Mixture) -> str:
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trained = sum(shape_of(p).numel() for p in trainer.model.parameters() if p.requires_grad)
     lines = [f"[{name}] {recipe.stages[name].type}: {trained:,} trained parameters, {len(mixture.dataset):,} rows"]
     for use in mixture.table:
         lines.append(

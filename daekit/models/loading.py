@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.modeling_utils import set_zero3_state
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from daekit.errors import UserError
@@ -148,7 +149,8 @@ def _from_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, see
         set_seed(seed)
         dtype = _DTYPES.get(spec.dtype, torch.float32)
         attention = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
+        with set_zero3_state():  # the same random weights under every engine; ZeRO-3 splits them when the training begins
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
     except StrictDataclassError as error:  # says on further lines what is wrong
         raise UserError(f"config of a {model_type} model: {' '.join(str(error).split())}") from error
     except UserError:
