@@ -47,7 +47,8 @@ def this_machine(cpu: bool = False) -> Machine:
     if cpu or not torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return Machine(_host_memory() // local, gpu=False, count=count, engine=_engine(count))
-    device = min(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() - 1)  # more ranks than devices are refused by the run itself
+    # more ranks than devices are refused by the run itself
+    device = min(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() - 1)
     return Machine(torch.cuda.mem_get_info(device)[0], gpu=True, count=count, engine=_engine(count))
 
 
