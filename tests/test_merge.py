@@ -84,6 +84,16 @@ def test_a_merge_that_is_another_model_is_refused(base: Path, tmp_path: Path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_folder_beside_the_result_is_left_alone(base: Path, tmp_path: Path) -> None:
+    """OUT.half may be what a killed merge has left, or the user's own; its files must not end in the result."""
+    adapter = save_adapter(tmp_path / "adapter", base)
+    (tmp_path / "out.half").mkdir()
+    (tmp_path / "out.half" / "mine").write_text("x")
+    with pytest.raises(UserError, match=r"out.half: exists already.* a merge that was stopped"):
+        merge_adapter(adapter, tmp_path / "out")
+    assert (tmp_path / "out.half" / "mine").read_text() == "x" and not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_merged(base: Path, tmp_path: Path) -> None:
     for folder, message in ((base, "no directory with a LoRA adapter"), (tmp_path / "nowhere", "no directory with a LoRA")):
         with pytest.raises(UserError, match=message):

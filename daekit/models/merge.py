@@ -74,11 +74,17 @@ def merge_adapter(folder: str | Path, out: str | Path, dtype: Dtype = "auto") ->
         dtype: of the result; ``auto``: that of the base.
 
     Raises:
-        UserError: ``out`` exists, an adapter that does not fit its base, a merged model that differs by more than rounding.
+        UserError: ``out`` or ``out.half`` exists, an adapter that does not fit its base, a merged model that differs by more than rounding.
     """
     out = Path(out)
     if out.exists():
         raise UserError(f"{out}: exists already; choose a directory that does not")
+    half = out.with_name(out.name + ".half")
+    if half.exists():
+        raise UserError(
+            f"{half}: exists already, and the merged model is written there first. If a merge that was stopped has left it, "
+            "delete it; otherwise choose another OUT."
+        )
     spec = ModelSpec(adapter=str(folder), dtype=dtype)
     has_tokenizer = (Path(folder).expanduser() / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer_of(ModelSpec(path=str(folder)) if has_tokenizer else base_spec(spec))
@@ -89,7 +95,6 @@ def merge_adapter(folder: str | Path, out: str | Path, dtype: Dtype = "auto") ->
     with model.disable_adapter():
         base = _logits(model, ids_BT, size)
     merged: Any = model.merge_and_unload(safe_merge=True)
-    half = out.with_name(out.name + ".half")
     try:
         merged.save_pretrained(half)
         tokenizer.save_pretrained(half)
