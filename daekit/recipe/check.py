@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path as FilePath
 
 from daekit.recipe.adapter_config import adapter_stage
-from daekit.recipe.check_adapter import check_adapter
+from daekit.recipe.check_adapter import check_adapter, is_lora
 from daekit.recipe.check_stage import check_stage
 from daekit.recipe.problems import Problems, listed, nearest
 from daekit.recipe.schema import (
@@ -29,6 +29,9 @@ from daekit.recipe.tree import Path
 _NAME = re.compile(r"^[\w-]+$")
 _NAME_RULE = "may hold letters, digits, `_` and `-` only (it becomes a folder, a metric and a key of overrides)"
 _DATA_FILES = (".jsonl", ".json", ".ndjson", ".parquet")
+# What takes a place of `device_map`; torch is not imported here to be asked.
+_DEVICE = re.compile(r"^(cpu|\d+|(cuda|xpu|npu|hpu|mps)(:\d+)?)$")
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 # These would be read as keys of the long form of a mixture.
 _RESERVED_SOURCES = ("sources", "rows")
 
@@ -145,14 +148,17 @@ def _check_models(recipe: Recipe, name: str, stage: StageSpec, problems: Problem
             _check_adapter_of(recipe, name, path, model, problems)
             if not ways or model is not stage.student:
                 continue
-        if not ways and earlier and model is stage.student:
-            continue  # the result of the stage before, loaded as the other keys say
+        if not ways and earlier and model is stage.student:  # the result of the stage before, loaded as the other keys say
+            _check_quantised_result(recipe, earlier[-1], path, model, problems)
+            continue
         if len(ways) != 1:
             given = f"not {listed(ways)}" if ways else "it has none of them"
             problems.add_check(path, f"a model needs exactly one of path, stage and config; {given}")
             continue
         if model.stage is not None and model.stage not in earlier:
             problems.add_check(path, _why_not_earlier(model.stage, name, names, earlier))
+        elif model.stage is not None:
+            _check_quantised_result(recipe, model.stage, path, model, problems)
         if model.path is not None:
             _check_exists(model.path, path, (), problems)
             if not model.path:
@@ -161,6 +167,17 @@ def _check_models(recipe: Recipe, name: str, stage: StageSpec, problems: Problem
             _check_config(model, path, problems)
         if model.revision is not None and model.path is None:
             problems.add_check((*path, "revision"), "only a model with a `path` has a revision")
+
+
+def _check_quantised_result(recipe: Recipe, origin: str, path: Path, model: ModelSpec, problems: Problems) -> None:
+    """The result of an earlier stage cannot be quantised where it is an adapter."""
+    stage = recipe.stages[origin]
+    if model.quantization is not None and is_lora(stage) and not (stage.lora is not None and stage.lora.merge):
+        problems.add_check(
+            (*path, "quantization"),
+            f"the result of stage {origin!r} is an adapter, which is merged into its 16-bit base; name it as "
+            f"{{adapter: stage:{origin}}} to run it on a quantized base, or set `lora.merge: true` in stage {origin!r}",
+        )
 
 
 def _check_adapter_of(recipe: Recipe, name: str, path: Path, model: ModelSpec, problems: Problems) -> None:
@@ -199,9 +216,14 @@ def _check_placement(model: ModelSpec, path: Path, student: bool, problems: Prob
         problems.add_check(where, "a model made from a config is made where the student is; remove it")
     if not model.device_map:
         problems.add_check(where, "must not be empty; leave it out for the student's device")
-    if "disk" in (model.device_map.values() if isinstance(model.device_map, dict) else [model.device_map]):
+    spread = isinstance(model.device_map, str) and model.device_map in _SPREADS
+    devices = list(model.device_map.values()) if isinstance(model.device_map, dict) else [model.device_map]
+    wrong = [device for device in devices if device and not spread and not _DEVICE.match(device)]
+    if "disk" in wrong:
         message = "disk is not supported: the loss needs weights that are there; use `offload: true` or quantization"
         problems.add_check(where, message)
+    elif wrong:
+        problems.add_check(where, f"{wrong[0]!r} is no device (cpu, cuda:0, 0...), nor, for a whole model, {listed(_SPREADS)}")
 
 
 def _check_config(model: ModelSpec, path: Path, problems: Problems) -> None:
