@@ -20,7 +20,7 @@ from daekit.models.backbone import add_on_hidden, frozen_copy, frozen_forward, k
 from daekit.models.experts import IMPLEMENTATION, PROJECTIONS, QuantisedExperts, is_experts_layer, quantise_experts
 from daekit.models.heads import output_head
 from daekit.models.identity import fingerprint
-from daekit.models.loading import load_model
+from daekit.models.loading import load_model, load_whole
 from daekit.models.quantization import stored_weights
 from daekit.recipe.schema import ModelSpec
 from daekit.trainers.refusals import refuse_expert_adapter
@@ -312,10 +312,35 @@ def test_a_model_that_stays_unquantised_is_refused(saved: Any, monkeypatch: Any)
         load(saved("mixtral"))
 
 
-def test_other_settings_for_experts_are_refused(saved: Any) -> None:
+def test_a_checkpoint_that_is_quantised_already(saved: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Its own settings would win over the recipe's without a word; its experts are looked at although nobody asked for 4 bits."""
     from transformers import BitsAndBytesConfig
 
-    from daekit.models.loading import load_whole
+    model = AutoModelForCausalLM.from_pretrained(saved("mixtral"), quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"left most weights unquantised \(only \d+% of the parameters"):
+        load_model(ModelSpec(path=str(tmp_path)))
+    monkeypatch.setattr(quantiser.library, "safe_open", None)  # nothing is read
+    with pytest.raises(UserError, match=r"quantised already \(bitsandbytes\), .* quantization=8bit"):
+        load(str(tmp_path), "8bit")
+
+
+def test_the_settings_of_the_user_and_of_transformers_stay_as_they_are(saved: Any) -> None:
+    from transformers import BitsAndBytesConfig
+
+    config = quantization.quantization_config(ModelSpec(path="a", quantization="4bit"))
+    before, opened = config.to_dict(), quantiser.library.safe_open
+    model = load_whole(AutoModelForCausalLM.from_pretrained, saved("mixtral"), {"quantization_config": config})
+    assert config.to_dict() == before == model.config.quantization_config.to_dict()
+    assert quantiser.library.safe_open is opened
+    some = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    some.llm_int8_skip_modules = ["lm_head", "model.layers.0.mlp", "model.layers.1.mlp"]
+    with pytest.raises(UserError, match=r"only \d+% of the parameters"):
+        load_whole(AutoModelForCausalLM.from_pretrained, saved("mixtral"), {"quantization_config": some})
+
+
+def test_other_settings_for_experts_are_refused(saved: Any) -> None:
+    from transformers import BitsAndBytesConfig
 
     for options in (dict(bnb_4bit_quant_type="fp4"), dict(bnb_4bit_use_double_quant=False)):
         settings = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True) | options
