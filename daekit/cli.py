@@ -1,4 +1,4 @@
-"""The command line: ``daekit check | train | merge | quickstart``. Heavy imports happen inside the commands."""
+"""The command line: ``daekit check | plan | init | train | eval | merge | quickstart``. Heavy imports happen inside."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import get_args
 from daekit import __version__
 from daekit.errors import UserError, says_disk_is_full
 from daekit.recipe import load_recipe, load_recipe_text, sharing_notes, to_yaml
+from daekit.recipe.load_suite import load_suite, parse_models
 from daekit.recipe.schema import Dtype
 
 _OVERRIDES_HELP = "settings laid over the recipe: key.sub=value, the value as YAML (stages.kd.trainer.max_steps=10)"
@@ -25,7 +26,7 @@ _PATIENCE = 5.0  # seconds; torchrun looks after its processes ten times a secon
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; ``arguments`` default to those of the process. Returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = parse(arguments)
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
     try:
         options.run(options)
@@ -41,6 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain("stopped; the same command resumes")
         return _STATUS_OF_INTERRUPT
     return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, read; overrides may stand behind options."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)  # argparse gives up on a list once an option has come between
+    if any(text.startswith("-") or "=" not in text for text in rest) or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _complain(message: str) -> None:
@@ -72,9 +84,22 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
     train = commands.add_parser("train", help="run the stages of a recipe; what is finished is kept, what was stopped resumes")
     train.set_defaults(run=_train)
-    for command in (check, train):
+    plan = commands.add_parser("plan", help="say what a recipe needs, before anything is loaded: memory by part, what fits")
+    plan.set_defaults(run=_plan)
+    plan.add_argument("--gpu", metavar="SIZE", help="memory of one GPU: 80GB, 24GiB (default: this machine's)")
+    plan.add_argument("--cpu", metavar="SIZE", help="memory for a run without GPU")
+    plan.add_argument("--gpus", metavar="N", type=int, default=1, help="how many, one process each")
+    plan.add_argument("--engine", choices=["ddp", "fsdp2", "zero2", "zero3"], help="how they share the work (default: ddp)")
+    plan.add_argument("--tflops", metavar="RATE", type=float, help="TFLOP/s of one device, for the time of a step")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    init = commands.add_parser(
+        "init", help="make the students that a recipe makes from their teachers (search, slicing); no training"
+    )
+    init.set_defaults(run=_init)
+    for command in (check, plan, init, train):
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
+    _add_eval(commands)
     merge = commands.add_parser("merge", help="fold a LoRA adapter into its 16-bit base, and compare the two")
     merge.set_defaults(run=_merge)
     merge.add_argument("adapter", metavar="ADAPTER_DIR", help="a directory with adapter_config.json and its safetensors")
@@ -84,9 +109,71 @@ def _parser() -> argparse.ArgumentParser:
     quickstart = commands.add_parser("quickstart", help="KD, then DAE, in the small: on embedded data, on a CPU, in minutes")
     quickstart.set_defaults(run=_quickstart)
     quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
-    for command in (check, train, quickstart):
+    for command in (check, plan, init, train, quickstart):
         command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
     return parser
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("eval", help="measure models with a suite: likelihood benchmarks, MT-Bench, AlpacaEval")
+    command.set_defaults(run=_eval)
+    command.add_argument("suite", metavar="SUITE", help="a YAML file, such as those in eval/suites")
+    command.add_argument(
+        "--model",
+        metavar="NAME=MODEL",
+        action="append",
+        default=[],
+        help="a directory, PATH+ADAPTER, a hub id, or http(s)://HOST/v1#MODEL; several are compared",
+    )
+    command.add_argument("--output", metavar="DIR", help="where to write (default: the suite's output_dir)")
+    command.add_argument("--dry-run", action="store_true", help="say what would be done and what the judge would cost")
+    command.add_argument("--max-calls", metavar="N", type=_positive_int, help="calls that one judge or endpoint may get")
+    command.add_argument("--max-cost", metavar="X", type=_positive_float, help="dollars that one judge may cost")
+    command.add_argument(
+        "--allow-missing",
+        metavar="N",
+        type=_count,
+        default=0,
+        help="give a score although up to N judgments of the model are missing",
+    )
+    command.add_argument("--score-parser", choices=["strict", "fastchat"], help="how a rating is read (default: the suite's)")
+    command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
+    return value
+
+
+def _eval(options: argparse.Namespace) -> None:
+    overrides = list(options.overrides)
+    if options.output is not None:
+        overrides.append(f"output_dir={json.dumps(options.output)}")
+    suite = load_suite(options.suite, parse_models(options.model), overrides)
+
+    from daekit.evaluation.suites import Options, run_suite
+    from daekit.report import format_table
+
+    how = Options(options.dry_run, options.max_calls, options.max_cost, options.allow_missing, options.score_parser)
+    report = run_suite(suite, how)
+    if report is not None:
+        print(f"\n{format_table(report.rows)}\n\nReport: {suite.output_dir}/report.html", flush=True)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -96,11 +183,33 @@ def _check(options: argparse.Namespace) -> None:
         print(f"# note: {note}")
 
 
+def _plan(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.tflops is not None and options.tflops <= 0:
+        raise UserError(f"--tflops {options.tflops}: a rate is positive")
+
+    from daekit.planning import format_plan, machine_of, plan_json, plan_recipe
+
+    machine = machine_of(options.gpu, options.cpu, options.gpus, options.engine)
+    plan = plan_recipe(recipe, machine, reload=lambda more: load_recipe(options.recipe, [*options.overrides, *more]))
+    print(json.dumps(plan_json(plan, options.tflops), indent=2) if options.json else format_plan(plan, options.tflops))
+
+
+def _init(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from daekit.run import init_students
+
+    init_students(recipe)
+
+
 def _train(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
 
+    from daekit.planning import announce
     from daekit.run import run_recipe
 
+    announce(recipe, reload=lambda more: load_recipe(options.recipe, [*options.overrides, *more]))
     run_recipe(recipe)
 
 

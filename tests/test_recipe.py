@@ -12,7 +12,8 @@ from daekit.errors import UserError
 from daekit.recipe import BUILTIN_CORPORA, Recipe, load_recipe, load_recipe_text
 from daekit.recipe.schema import MixtureSpec, ModelSpec, TeacherSpec, TokenizerSpec
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(path for folder in ("recipes", "recipes/paper") for path in (ROOT / folder).glob("*.yaml"))
 
 BASE = """\
 name: base
@@ -48,10 +49,10 @@ def errors(text: str, *overrides: str) -> list[str]:
 def test_every_shipped_recipe_loads(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.name == path.stem
-    table = (path.parent / "README.md").read_text(encoding="utf-8")
-    assert f"({path.name})" in table
+    table = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    assert f"({path.relative_to(ROOT / 'recipes')})" in table
     header = path.read_text(encoding="utf-8").split("\n\n")[0]
-    for word in ("What", "Hardware", "Run", "Time", "Numbers", f"recipes/{path.name}"):
+    for word in ("What", "Hardware", "Run", "Plan", "Time", "Numbers", str(path.relative_to(ROOT))):
         assert word in header
 
 
@@ -64,7 +65,7 @@ def test_builtin_corpora_are_those_of_the_data_room() -> None:
 
 
 def test_sequential_and_all_experts_see_the_same_rows_and_experts() -> None:
-    sequential, together = (load_recipe(RECIPES[0].parent / f"{name}-experts.yaml") for name in ("sequential", "all"))
+    sequential, together = (load_recipe(ROOT / "recipes" / f"{name}-experts.yaml") for name in ("sequential", "all"))
     assert sequential.sources == together.sources
     (stage,) = together.stages.values()
     experts: dict[str, TeacherSpec] = {}

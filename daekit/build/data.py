@@ -62,6 +62,7 @@ class DataBuilder:
         spec = self.recipe.tokenizer
         if spec is None:
             first = next(iter(self.recipe.stages.values())).student
+            first = first.init.from_ if first and first.init else first
             assert first is not None, "checked when the recipe was loaded"
             return load_tokenizer_of(base_spec(first))
         if spec.train is None:

@@ -5,17 +5,24 @@
     OUTPUT_DIR/
       recipe.yaml           the resolved recipe
       tokenizer/            where the recipe has one of its own
+      students/KEY/         students made from their teachers; equal ones once
+        student.json        what was made and how
+        search.jsonl        every score of the search, search.svg its plot
+        model/              the student before its training
       stages/NAME/
         stage_key.json      what the stage's result depends on, written before it begins
         checkpoint-N/       sealed checkpoints
         model/              the result: weights or adapter, tokenizer, recipe.yaml, provenance.json
         stage.json          written last: the stage is complete
       report/               report.html, report.md, report.json, ...
+      suites/NAME/          what a suite of the recipe found
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +69,45 @@ class RunFolder:
         """The report."""
         return self.root / "report"
 
+    def suite(self, name: str) -> Path:
+        """The output directory of a suite."""
+        return self.root / "suites" / name
+
+    def student(self, key: Mapping[str, Any]) -> StudentFolder:
+        """The folder of a student that is made from a teacher, by the facts that it depends on."""
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+        return StudentFolder(self.root / "students" / digest)
+
     def stage(self, name: str) -> StageFolder:
         """The folder of a stage."""
         return StageFolder(self.root / "stages" / name)
+
+
+@dataclass(frozen=True)
+class StudentFolder:
+    """The folder of a student that is made from its teacher."""
+
+    root: Path
+
+    @property
+    def model(self) -> Path:
+        """The student; exists when it is complete."""
+        return self.root / "model"
+
+    @property
+    def facts(self) -> Path:
+        """What was made and how."""
+        return self.root / "student.json"
+
+    @property
+    def log(self) -> Path:
+        """Every score of the search."""
+        return self.root / "search.jsonl"
+
+    @property
+    def plot(self) -> Path:
+        """Score against size of every candidate."""
+        return self.root / "search.svg"
 
 
 @dataclass(frozen=True)

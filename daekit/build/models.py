@@ -16,8 +16,9 @@ from daekit.models.backbone import base_of
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.vocabulary import require_same, vocabulary_size
 from daekit.protocol import Teacher
+from daekit.recipe import student_key
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
-from daekit.recipe.schema import ModelSpec, StageSpec, TeacherSpec
+from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, ModelTeacher, RoutedTeacher
 from daekit.teachers.on_student import adapter_paths, on_student
 
@@ -27,6 +28,14 @@ class ModelBuilder:
 
     def __init__(self, folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> None:
         self.folder, self.tokenizer = folder, tokenizer
+
+    def student(self, recipe: Recipe, name: str, seed: int) -> PreTrainedModel:
+        """The model that a stage begins with; one that is made from its teacher lies in the run's folder by now."""
+        spec = recipe.stages[name].student
+        assert spec is not None, "a resolved recipe names every student"
+        if spec.init is not None:
+            spec = ModelSpec(path=str(self.folder.student(student_key(recipe, name)).model.resolve()))
+        return self.model(spec, seed)
 
     def placed(self, spec: ModelSpec) -> ModelSpec:
         """The spec with earlier stages replaced by the directories of their results and adapters."""

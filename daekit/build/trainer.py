@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from peft import LoraConfig
+from transformers import PrinterCallback, TrainerCallback
 
 from daekit.build.data import DataBuilder
 from daekit.build.folders import StageFolder
@@ -58,7 +58,7 @@ def _trainer_of(
         "peft_config": _peft_config(stage.lora, stage.student) if stage.lora else None,
     }
     models.require_adapters_fit(stage)
-    student = _student(stage, models, common["args"].seed)
+    student = models.student(recipe, name, common["args"].seed)
     if stage.type == "sft":
         return DomainSFTTrainer(student, **common)
     if stage.type == "kd":
@@ -66,11 +66,6 @@ def _trainer_of(
         return KDTrainer(student, models.teacher(stage.teacher), **common)
     reference = models.teacher(stage.reference) if stage.reference else None
     return DAETrainer(student, models.teachers(stage.teachers), reference, **common)
-
-
-def _student(stage: StageSpec, models: ModelBuilder, seed: int) -> PreTrainedModel | PeftModel:
-    assert stage.student is not None, "a resolved recipe names every student"
-    return models.model(stage.student, seed)
 
 
 def _arguments(recipe: Recipe, stage: StageSpec, folder: StageFolder) -> DomainSFTConfig:

@@ -165,7 +165,7 @@ class _Work:
         self.dtype = compute_dtype(hidden_NH)
         self.exact = torch.promote_types(torch.float32, self.dtype)
         self.head = in_dtype(head, self.dtype)
-        self.step = terms.chunk_tokens or _chunk_tokens(head.vocab_size, hidden_NH.is_cuda)
+        self.step = terms.chunk_tokens or chunk_tokens(head.vocab_size, hidden_NH.is_cuda)
         # work space of all chunks: fresh memory for each costs more than a pass over it
         size = min(self.step, hidden_NH.shape[0]), head.vocab_size
         self.student_MV = hidden_NH.new_empty(size, dtype=self.dtype)
@@ -256,6 +256,7 @@ class _Work:
         return self.grad_hidden, weight, bias
 
 
-def _chunk_tokens(vocab_size: int, on_gpu: bool) -> int:
+def chunk_tokens(vocab_size: int, on_gpu: bool) -> int:
+    """How many tokens a chunk has unless ``PredictionTerms.chunk_tokens`` says so."""
     tokens = max(_FEWEST_TOKENS, (_CHUNK_VALUES_GPU if on_gpu else _CHUNK_VALUES) // vocab_size)
     return tokens - tokens % _ROWS

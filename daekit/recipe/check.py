@@ -10,9 +10,12 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path as FilePath
 
+from daekit.errors import UserError
 from daekit.recipe.adapter_config import adapter_stage
 from daekit.recipe.check_adapter import check_adapter, is_lora
 from daekit.recipe.check_stage import check_stage
+from daekit.recipe.check_student import check_student, models_of_student
+from daekit.recipe.load_suite import load_suite
 from daekit.recipe.problems import Problems, listed, nearest
 from daekit.recipe.schema import (
     BUILTIN_CORPORA,
@@ -58,6 +61,7 @@ def check_recipe(recipe: Recipe, problems: Problems) -> None:
         if stage is not None:
             _check_models(recipe, name, stage, problems)
             check_stage(recipe, name, stage, problems)
+            check_student(recipe, name, stage, problems)
     _check_tokenizer(recipe, problems)
     if recipe.evaluation:
         _check_evaluation(recipe, recipe.evaluation, problems)
@@ -128,6 +132,8 @@ def models_of_stage(name: str, stage: StageSpec) -> Iterator[tuple[Path, ModelSp
     path = ("stages", name)
     if stage.student is not None:
         yield (*path, "student"), stage.student
+        if stage.student.init is not None:
+            yield from models_of_student(stage.student.init, (*path, "student"))
     teachers: dict[Path, TeacherSpec | None] = {("teacher",): stage.teacher, ("reference",): stage.reference}
     teachers |= {("teachers", domain): teacher for domain, teacher in stage.teachers.items()}
     for key, teacher in teachers.items():
@@ -139,9 +145,15 @@ def _check_models(recipe: Recipe, name: str, stage: StageSpec, problems: Problem
     names = list(recipe.stages)
     earlier = names[: names.index(name)]
     if stage.student is None and not earlier:
-        message = "the first stage has no stage before it to take the student from; give a path or a config"
+        message = "the first stage has no stage before it to take the student from; give a path, a config or `from`"
         problems.add_check(("stages", name, "student"), message)
     for path, model in models_of_stage(name, stage):
+        if model.init is not None:
+            if model is not stage.student:
+                problems.add_check(
+                    path, "only the student of a stage is made `from` another model; make it in a stage of its own"
+                )
+            continue
         _check_placement(model, path, model is stage.student, problems)
         ways = [key for key in ("path", "stage", "config") if getattr(model, key) is not None]
         if model.adapter is not None:
@@ -287,5 +299,24 @@ def _check_evaluation(recipe: Recipe, spec: EvaluationSpec, problems: Problems) 
     for name in spec.sources:
         if name in without:
             problems.add_check((*path, "sources"), f"the source {name!r} has no validation rows; {remedy} there")
-    if not spec.sources and recipe.sources and len(without) == len(recipe.sources):
+    _check_suites(recipe, spec, (*path, "suites"), problems)
+    if not spec.sources and not spec.suites and recipe.sources and len(without) == len(recipe.sources):
         problems.add_check(path, f"no source has validation rows to evaluate on; {remedy} of a source")
+
+
+def _check_suites(recipe: Recipe, spec: EvaluationSpec, path: Path, problems: Problems) -> None:
+    names: dict[str, int] = {}
+    for index, file in enumerate(spec.suites):
+        try:
+            suite = load_suite(file, need_models=False)
+        except UserError as error:
+            problems.add_check((*path, index), " ".join(str(error).split()))
+            continue
+        models = [*(spec.models or recipe.stages), *suite.models]
+        twice = [name for name in suite.models if name in (spec.models or recipe.stages)]
+        if twice:
+            problems.add_check((*path, index), f"{file} names a model {twice[0]!r} as a stage is named; rename it there")
+        if suite.baseline is not None and suite.baseline not in models:
+            problems.add_check((*path, index), f"the baseline of {file}, {suite.baseline!r}, is none of {listed(models)}")
+        if names.setdefault(suite.name, index) != index:
+            problems.add_check((*path, index), f"two suites are named {suite.name!r}, and would write into one folder")

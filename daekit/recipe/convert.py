@@ -11,7 +11,8 @@ from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from daekit.recipe.problems import Problems, listed, nearest
-from daekit.recipe.schema import MixtureSpec, ModelSpec, Recipe, StageSpec, TeacherSpec, TokenizerSpec
+from daekit.recipe.schema import MixtureSpec, ModelSpec, Recipe, StageSpec, StudentSpec, TeacherSpec, TokenizerSpec
+from daekit.recipe.suite import BENCHMARKS, BenchmarkSpec, SubjectSpec, SuiteSpec, subject_of
 from daekit.recipe.trainer_options import read_trainer_options
 from daekit.recipe.tree import Node, Path
 
@@ -29,6 +30,12 @@ def convert_recipe(root: Node, problems: Problems) -> Recipe | None:
     """
     recipe = _convert(root, Recipe, (), problems)
     return None if recipe is _BAD else recipe
+
+
+def convert_suite(root: Node, problems: Problems) -> SuiteSpec | None:
+    """Like ``convert_recipe``, of a suite."""
+    suite = _convert(root, SuiteSpec, (), problems)
+    return None if suite is _BAD else suite
 
 
 def _convert(node: Node, hint: Any, path: Path, problems: Problems) -> Any:
@@ -62,7 +69,7 @@ def _noun(hint: Any) -> str:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_noun(member) for member in get_args(hint) if member is not type(None))
-    if hint in (ModelSpec, TeacherSpec, TokenizerSpec):
+    if hint in (ModelSpec, TeacherSpec, TokenizerSpec, SubjectSpec):
         return "a path or a mapping"
     if origin is Literal:
         return f"one of {', '.join(get_args(hint))}"
@@ -138,7 +145,8 @@ def _mapping(node: Node, hint: Any, path: Path, problems: Problems) -> Any:
 
 @cache
 def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+    """Key of the YAML -> type; the field of a key that Python keeps for itself ends with ``_`` (``from_``)."""
+    return {name.removesuffix("_"): hint for name, hint in get_type_hints(cls).items()}
 
 
 def _dataclass(node: Node, cls: Any, path: Path, problems: Problems, also_known: tuple[str, ...] = ()) -> Any:
@@ -160,11 +168,14 @@ def _dataclass(node: Node, cls: Any, path: Path, problems: Problems, also_known:
             values[key] = value
     for entry in dataclasses.fields(cls):
         required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-        if required and entry.name not in values:
+        key = entry.name.removesuffix("_")
+        if key in values:
+            values[entry.name] = values.pop(key)
+        elif required:
             values[entry.name] = None
-            if entry.name not in node.value:
-                message = f"this required key is missing; it wants {_noun(hints[entry.name])}"
-                problems.add_unread((*path, entry.name), message, node.place)
+            if key not in node.value:
+                message = f"this required key is missing; it wants {_noun(hints[key])}"
+                problems.add_unread((*path, key), message, node.place)
     return cls(**values)
 
 
@@ -172,7 +183,10 @@ def _dataclass(node: Node, cls: Any, path: Path, problems: Problems, also_known:
 
 
 def _model(node: Node, path: Path, problems: Problems, also_known: tuple[str, ...] = ()) -> Any:
-    """``PATH`` is short for ``{path: PATH}``, ``stage:NAME`` for ``{stage: NAME}``."""
+    """``PATH`` is short for ``{path: PATH}``, ``stage:NAME`` for ``{stage: NAME}``, ``{from: ...}`` for ``{init: ...}``."""
+    if isinstance(node.value, dict) and "from" in node.value:
+        student = _dataclass(node, StudentSpec, path, problems)
+        return _BAD if student is _BAD else ModelSpec(init=student)
     if isinstance(node.value, dict):
         return _dataclass(node, ModelSpec, path, problems, also_known)
     if isinstance(node.value, list) or node.value is None:
@@ -227,4 +241,28 @@ def _mixture_sources(node: Node, path: Path, problems: Problems) -> Any:
     return MixtureSpec(sources=tuple(weights), weights=tuple(weights.values()))
 
 
-_SHORTHANDS = {ModelSpec: _model, TeacherSpec: _teacher, TokenizerSpec: _tokenizer, MixtureSpec: _mixture}
+def _subject(node: Node, path: Path, problems: Problems) -> Any:
+    """``PATH``, ``PATH+ADAPTER`` and ``https://host/v1#model`` are short for their parts."""
+    if isinstance(node.value, (dict, list)) or node.value is None:
+        return _dataclass(node, SubjectSpec, path, problems)
+    text = _scalar(node, str, path, problems)
+    return _BAD if text is _BAD else subject_of(text)
+
+
+def _benchmark(node: Node, path: Path, problems: Problems) -> Any:
+    """The ``type`` says which keys a benchmark has."""
+    kind = node.child("type")
+    if not isinstance(node.value, dict) or kind is None:
+        return _wrong(node, f"a mapping with a `type` (one of {', '.join(BENCHMARKS)})", path, problems)
+    name = _literal(kind, tuple(BENCHMARKS), (*path, "type"), problems)
+    return _BAD if name is _BAD else _dataclass(node, BENCHMARKS[name], path, problems)
+
+
+_SHORTHANDS = {
+    ModelSpec: _model,
+    TeacherSpec: _teacher,
+    TokenizerSpec: _tokenizer,
+    MixtureSpec: _mixture,
+    SubjectSpec: _subject,
+    BenchmarkSpec: _benchmark,
+}

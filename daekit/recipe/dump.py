@@ -10,6 +10,7 @@ import yaml
 from daekit.recipe.adapter_config import adapter_stage
 from daekit.recipe.load import resolve
 from daekit.recipe.schema import MixtureSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.suite import SuiteSpec
 from daekit.recipe.tree import Dumper
 
 # Keys that a stage of this type must not have (see check_stage.py).
@@ -57,6 +58,11 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.dump(to_dict(recipe), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def suite_to_yaml(suite: SuiteSpec) -> str:
+    """A suite as YAML, fully explicit; ``load_suite_text`` of it is the suite again."""
+    return yaml.dump(_mapping(suite), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
 def stage_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
     """JSON-able facts on which the result of a stage depends: equal facts, equal result on the same rows and versions.
 
@@ -71,7 +77,8 @@ def stage_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
     stage = recipe.stages[stage_name]
     facts = _unplaced(_mapping(stage))
     facts["trainer"] = {key: value for key, value in stage.trainer.items() if key not in _WATCHING}
-    sources = list(stage.data.sources)
+    init = stage.student and stage.student.init
+    sources = [*stage.data.sources, *(init.calibration.sources if init else ())]
     tokenizer: Any = None
     if recipe.tokenizer is not None:
         tokenizer = _mapping(recipe.tokenizer)
@@ -79,13 +86,29 @@ def stage_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
     else:
         # Without a tokenizer of its own a run takes that of the first student.
         first = next(iter(recipe.stages.values())).student
-        tokenizer = first and _unplaced(_mapping(first))
+        tokenizer = first and _unplaced(_plain(first))
     return {
         "stage": facts,
         "seed": recipe.seed,
         "tokenizer": tokenizer,
         "sources": {name: _source(recipe, stage, name) for name in sorted(set(sources))},
         "stages": {name: stage_key(recipe, name) for name in sorted(_stages_used(stage))},
+    }
+
+
+def student_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
+    """The same for the student that a stage begins with, if it is made from a teacher: equal facts, equal student."""
+    recipe = resolve(recipe)
+    stage, facts = recipe.stages[stage_name], stage_key(recipe, stage_name)
+    assert stage.student is not None and stage.student.init is not None
+    init = stage.student.init
+    used = {model.stage for model in (init.from_, *init.with_)}
+    return {
+        "student": _plain(stage.student),
+        "seed": recipe.seed if stage.seed is None else stage.seed,
+        "tokenizer": facts["tokenizer"],
+        "sources": {name: _source(recipe, stage, name) for name in init.calibration.sources},
+        "stages": {name: key for name, key in facts["stages"].items() if name in used},
     }
 
 
@@ -100,6 +123,8 @@ def _stages_used(stage: StageSpec) -> set[str]:
     teachers = [teacher for teacher in (stage.teacher, stage.reference, *stage.teachers.values()) if teacher]
     models = [stage.student, *(teacher.model for teacher in teachers)]
     models += [member.model for teacher in teachers for member in teacher.ensemble]
+    if stage.student and stage.student.init:
+        models += [stage.student.init.from_, *stage.student.init.with_]
     named = [name for model in models if model for name in (model.stage, adapter_stage(model.adapter))]
     return {name for name in named if name is not None}
 
@@ -113,7 +138,9 @@ def _unplaced(facts: Any) -> Any:
 def _mapping(spec: Any) -> dict[str, Any]:
     left_out = _LEFT_OUT[spec.type] if isinstance(spec, StageSpec) else ()
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-    return {name: _plain(value) for name, value in fields.items() if value is not None and name not in left_out}
+    return {
+        name.removesuffix("_"): _plain(value) for name, value in fields.items() if value is not None and name not in left_out
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -122,6 +149,8 @@ def _plain(value: Any) -> Any:
         return {"sources": sources} if value.rows is None else {"sources": sources, "rows": value.rows}
     if isinstance(value, TeacherSpec):
         return _plain(value.model) if value.model else {**_mapping(value)}
+    if isinstance(value, ModelSpec) and value.init:
+        return _mapping(value.init)
     if isinstance(value, ModelSpec) or dataclasses.is_dataclass(value):
         return _mapping(value)
     if isinstance(value, dict):

@@ -79,7 +79,7 @@ def resolve(recipe: Recipe) -> Recipe:
     for name, stage in recipe.stages.items():
         student = stage.student or ModelSpec()
         origin = adapter_stage(student.adapter)
-        if student.path is None and student.stage is None and student.config is None:
+        if student.path is None and student.stage is None and student.config is None and student.init is None:
             if student.adapter is None:
                 student = replace(student, stage=before)
             elif origin is not None:
@@ -127,6 +127,18 @@ def _expand_model(model: ModelSpec) -> ModelSpec:
     return replace(model, path=_home(model.path), adapter=_home(model.adapter))
 
 
+def _expand_student(student: ModelSpec, stage: StageSpec) -> ModelSpec:
+    if student.init is None:
+        return _expand_model(student)
+    init = replace(
+        student.init,
+        from_=_expand_model(student.init.from_),
+        with_=tuple(_expand_model(model) for model in student.init.with_),
+        calibration=replace(student.init.calibration, sources=student.init.calibration.sources or stage.data.sources),
+    )
+    return replace(student, init=init)
+
+
 def _expand_teacher(teacher: TeacherSpec) -> TeacherSpec:
     members = tuple(WeightedModelSpec(_expand_model(member.model), member.weight) for member in teacher.ensemble)
     return replace(teacher, model=teacher.model and _expand_model(teacher.model), ensemble=members)
@@ -135,7 +147,7 @@ def _expand_teacher(teacher: TeacherSpec) -> TeacherSpec:
 def _expand_stage(stage: StageSpec) -> StageSpec:
     return replace(
         stage,
-        student=stage.student and _expand_model(stage.student),
+        student=stage.student and _expand_student(stage.student, stage),
         teacher=stage.teacher and _expand_teacher(stage.teacher),
         teachers={domain: _expand_teacher(teacher) for domain, teacher in stage.teachers.items()},
         reference=stage.reference and _expand_teacher(stage.reference),

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from daekit.recipe.student_schema import CalibrationSpec, StudentSearchSpec
+
 StageType = Literal["sft", "kd", "dae"]
 Quantization = Literal["4bit", "8bit"]
 Overlong = Literal["error", "truncate", "drop"]
@@ -21,9 +23,11 @@ BUILTIN_CORPORA = ("skills", "chat", "shop")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Where a model comes from: exactly one of ``path``, ``stage`` and ``config``; or an adapter on the student's base.
+    """Where a model comes from: exactly one of ``path``, ``stage`` and ``config``; or an adapter on the student's base; or, for
+    a student, ``init``.
 
-    In YAML a plain string is short for ``{path: ...}``, and ``stage:NAME`` for ``{stage: NAME}``.
+    In YAML a plain string is short for ``{path: ...}``, ``stage:NAME`` for ``{stage: NAME}``, and ``{from: TEACHER, ...}``
+    with the keys of ``StudentSpec`` for ``init``.
 
     One base, several models: a teacher, member of an ensemble or reference that is ``{adapter: A}`` and nothing else is a LoRA
     adapter of the base that the student is trained on (with ``lora`` or ``adapter``); the base is loaded once, in the student's
@@ -42,6 +46,7 @@ class ModelSpec:
             modules to devices; default: the student's device.
         offload: of a teacher: its layers stay in host memory and are brought to the student's device one by one, the next
             while one runs; the device holds two of them at most.
+        init: a student made from its teacher.
     """
 
     path: str | None = None
@@ -55,6 +60,37 @@ class ModelSpec:
     quantization: Quantization | None = None
     device_map: str | dict[str, str] | None = None
     offload: bool = False
+    init: StudentSpec | None = None
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """A student made from its teacher, before it is trained: ``student: {from: TEACHER, ...}``.
+
+    One of: a part of the teacher, of a given ``shape`` or found by a ``search``; a Mixtral made ``dense`` (and cut, if a
+    shape or a search is given, too), or with fewer experts (``keep_experts``); a Mixtral whose experts are the teacher and
+    other dense models (``with``).
+
+    Attributes:
+        from_: the teacher; ``from`` in YAML.
+        with_: further Mistral models of the same shape; ``with`` in YAML. Attention and embeddings are those of ``from``.
+        dense: how the experts of a layer become one MLP (``daekit.students.mixtral_to_dense``).
+        keep_experts: how many experts of each layer stay.
+        shape: sizes by their names in the config (``hidden_size``...); those that are left out are the teacher's.
+        search: finds the shape instead.
+        importance: what is kept: what counts most on calibration text (``activations``), the ``first`` or ``random`` parts.
+        fit_norms: scale norms over fewer channels to what they gave over all of them, measured on calibration text.
+    """
+
+    from_: ModelSpec
+    with_: tuple[ModelSpec, ...] = ()
+    dense: Literal["best_expert", "average", "routed_average", "top_neurons"] | None = None
+    keep_experts: int | None = None
+    shape: dict[str, int] = field(default_factory=dict)
+    search: StudentSearchSpec | None = None
+    importance: Literal["activations", "first", "random"] = "activations"
+    fit_norms: bool = False
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
 
 
 @dataclass(frozen=True)
@@ -252,6 +288,8 @@ class EvaluationSpec:
         max_new_tokens: tokens to generate at most.
         batch_size: rows per forward pass.
         bootstrap: resamples of the interval.
+        suites: suite files (see ``daekit.recipe.suite``) to measure ``models`` with when the report is written; each writes
+            into ``OUTPUT_DIR/suites/NAME``. A suite without baseline takes this one.
     """
 
     models: tuple[str, ...] = ()
@@ -262,6 +300,7 @@ class EvaluationSpec:
     max_new_tokens: int = 64
     batch_size: int = 32
     bootstrap: int = 1000
+    suites: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

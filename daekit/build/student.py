@@ -1,0 +1,207 @@
+"""A student made from its teacher, as a recipe says: searched, cut, or made of experts; kept in the run's folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from daekit.build.data import DataBuilder
+from daekit.build.folders import RunFolder, StudentFolder
+from daekit.build.models import ModelBuilder
+from daekit.errors import UserError
+from daekit.evaluation import tokenize_rows
+from daekit.models.identity import fingerprint
+from daekit.models.scoring import TokenRow
+from daekit.models.vocabulary import vocabulary_size
+from daekit.recipe import student_key
+from daekit.recipe.schema import Recipe, StudentSpec
+from daekit.recipe.student_schema import CalibrationSpec, StudentSearchSpec
+from daekit.students import (
+    CandidateScorer,
+    Evolution,
+    Importance,
+    Selection,
+    Shape,
+    Space,
+    Stage,
+    Strategy,
+    Window,
+    at_random,
+    choose,
+    dense_to_mixtral,
+    draw,
+    evolve,
+    fewer_experts,
+    first_n,
+    fit_norms,
+    grid,
+    measure_experts,
+    measure_importance,
+    mixtral_to_dense,
+    read_log,
+    run_search,
+    search_svg,
+    slice_model,
+    sort_teacher,
+    space_of,
+)
+
+Rows = Sequence[TokenRow]
+
+
+def build_student(
+    recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, models: ModelBuilder, device: torch.device
+) -> StudentFolder:
+    """Make the student that stage ``name`` begins with, unless it is there; a search that was killed goes on.
+
+    Raises:
+        UserError: from the rooms that read the data, load the teacher and cut it.
+    """
+    spec = recipe.stages[name].student
+    assert spec is not None and spec.init is not None
+    home = folder.student(student_key(recipe, name))
+    if home.model.is_dir():
+        return home
+    home.root.mkdir(parents=True, exist_ok=True)
+    start, seed = time.perf_counter(), recipe.stages[name].seed
+    rows = partial(calibration_rows, recipe, spec.init.calibration, data, models.tokenizer)
+    maker = _Maker(name, spec.init, home, recipe.seed if seed is None else seed, rows, vocabulary_size(models.tokenizer))
+    teacher, *others = (models.model(each, recipe.seed).to(device) for each in (spec.init.from_, *spec.init.with_))
+    student = maker.make(teacher, others)
+    sizes = {"parameters": student.num_parameters(), "teacher_parameters": maker.teacher_parameters}
+    facts = {"stage": name, **sizes, **maker.facts, "seconds": round(time.perf_counter() - start, 1)}
+    home.facts.write_text(json.dumps(facts, indent=2) + "\n")
+    half = home.model.with_suffix(".half")
+    student.save_pretrained(half)
+    models.tokenizer.save_pretrained(half)
+    half.rename(home.model)  # last: the student is complete
+    print(
+        f"[{name}] student made from its teacher: {sizes['parameters']:,} of {sizes['teacher_parameters']:,} parameters, in "
+        f"{facts['seconds']:.0f} s -> {home.root}",
+        flush=True,
+    )
+    return home
+
+
+class _Maker:
+    """Makes one student; ``facts`` says what it did."""
+
+    def __init__(
+        self, name: str, spec: StudentSpec, home: StudentFolder, seed: int, read_rows: Callable[[], Rows], vocab_size: int
+    ) -> None:
+        self.name, self.spec, self.home, self.seed = name, spec, home, seed
+        self.read_rows, self.vocab_size = read_rows, vocab_size
+        self.teacher_parameters = 0
+        self.facts: dict[str, Any] = {}
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The calibration text, read when something is measured on it."""
+        return self.read_rows()
+
+    def make(self, teacher: PreTrainedModel, others: list[PreTrainedModel]) -> PreTrainedModel:
+        """The student, as the spec says."""
+        spec = self.spec
+        self.teacher_parameters = teacher.num_parameters()
+        if others:
+            return dense_to_mixtral([teacher, *others], seed=self.seed)
+        if spec.keep_experts is not None:
+            return fewer_experts(teacher, spec.keep_experts, measure_experts(teacher, self.rows))
+        if spec.dense is not None:
+            scores = None if spec.dense == "average" else measure_experts(teacher, self.rows)
+            teacher = mixtral_to_dense(teacher, spec.dense, scores)
+            if not spec.shape and spec.search is None:
+                return teacher
+        importance = self._importance(teacher)
+        if spec.search is not None:
+            selection = self._search(spec.search, teacher, importance)
+        else:
+            selection = choose(teacher.config, importance, replace(Shape.of(teacher.config), **spec.shape))
+        self.facts |= {"shape": asdict(selection.shape), "layers": list(selection.layers)}
+        fits = fit_norms(teacher, selection, self.rows) if spec.fit_norms else None
+        return slice_model(teacher, selection, fits)
+
+    def _importance(self, teacher: PreTrainedModel) -> Importance:
+        if self.spec.importance == "first":
+            return first_n(teacher.config)
+        if self.spec.importance == "random":
+            return at_random(teacher.config, self.seed)
+        return measure_importance(teacher, self.rows)
+
+    def _search(self, search: StudentSearchSpec, teacher: PreTrainedModel, importance: Importance) -> Selection:
+        """What the best candidate keeps of the teacher, which is sorted on the way."""
+        weights = fingerprint(teacher)
+        sort_teacher(teacher, importance.uniform if search.units == "uniform" else importance)
+        space = space_of(
+            teacher.config,
+            importance,
+            search.granularity,
+            search.units,
+            parts=search.parts,
+            smallest=search.smallest,
+            head_dims=search.head_dims or None,
+        )
+        scorer = CandidateScorer(teacher, self.rows, vocab_size=self.vocab_size, tokens=search.tokens[-1], by=search.by)
+        stages = [Stage(tokens, search.keep) for tokens in search.tokens]
+        result = run_search(
+            space,
+            _strategy(search, space, self.seed),
+            scorer,
+            stages[-1:] if search.strategy == "grid" else stages,  # a grid proves the best: all see all of the text
+            candidates=10**9 if search.strategy == "grid" else search.candidates,
+            log=self.home.log,
+            identity={"teacher": weights, "seed": self.seed, **_plain(asdict(search))},
+            progress=lambda line: print(f"[{self.name}] {line}", flush=True),
+        )
+        self.home.plot.write_text(search_svg(read_log(self.home.log), search.by).svg)
+        self.facts["search"] = {
+            "score": result.best.score,
+            "candidates": result.candidates,
+            "tokens": result.tokens,
+            "by": search.by,
+        }
+        return space.selection(result.best.candidate)
+
+
+def _strategy(search: StudentSearchSpec, space: Space, seed: int) -> Strategy:
+    window = Window(*search.parameters)
+    if search.strategy == "grid":
+        return grid(space, window)
+    if search.strategy == "random":
+        return draw(space, window, seed)
+    return evolve(space, window, seed, Evolution())
+
+
+def calibration_rows(
+    recipe: Recipe, spec: CalibrationSpec, data: DataBuilder, tokenizer: PreTrainedTokenizerBase
+) -> list[Mapping[str, Sequence[int]]]:
+    """Training rows of each source, in random order, until they have their share of the tokens."""
+    rows: list[Mapping[str, Sequence[int]]] = []
+    for name in spec.sources:
+        wanted, found = -(-spec.tokens // len(spec.sources)), 0
+        training = data.source(name)[0].shuffle(seed=recipe.seed)
+        for row in training:
+            tokenized = tokenize_rows([row], tokenizer, source=name, domain=recipe.sources[name].domain).rows[0]
+            for start in range(0, len(tokenized.input_ids), spec.max_length):
+                piece = slice(start, start + spec.max_length)
+                rows.append({"input_ids": tokenized.input_ids[piece], "labels": tokenized.labels[piece]})
+            found += len(tokenized.input_ids)
+            if found >= wanted:
+                break
+        if found < wanted:
+            raise UserError(
+                f"calibration text too short: the source {name!r} has {found:,} tokens in {len(training):,} rows, its share of "
+                f"calibration.tokens={spec.tokens:,} is {wanted:,}; give fewer tokens, or more sources"
+            )
+    return rows
+
+
+def _plain(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    return json.loads(json.dumps(value))

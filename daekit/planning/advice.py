@@ -1,0 +1,128 @@
+"""What would fit: the largest micro-batch, and the cheapest change of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from daekit.errors import UserError
+from daekit.planning.training import Training
+from daekit.recipe.schema import ModelSpec, StageSpec, TeacherSpec
+
+_MOST_ROWS = 4096
+_BATCHES = "smaller micro-batches, more of them"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One way to need less memory: what it is, in words, and the overrides that do it."""
+
+    what: str
+    overrides: tuple[str, ...]
+
+
+def largest_rows(total: Callable[[int], int], memory: int) -> int:
+    """The most rows of a micro-batch whose ``total`` bytes fit, 0 if one does not; ``total`` grows with the rows."""
+    if total(1) > memory:
+        return 0
+    low, high = 1, _MOST_ROWS + 1
+    slope = max(total(2) - total(1), 1)
+    while high - low > 1:
+        guess = min(max(low + (memory - total(low)) // slope, low + 1), high - 1)
+        if total(guess) <= memory:
+            low = guess
+        else:
+            slope = max((total(guess) - total(low)) // (guess - low), 1)
+            high = guess
+    return low
+
+
+def changes(stage: StageSpec, name: str, training: Training, gpu: bool) -> list[Change]:
+    """Changes that may make a stage fit, the cheapest first."""
+    prefix = f"stages.{name}"
+    found = [_smaller_batch(prefix, training, rows) for rows in _divisors(training.rows)]
+    if not training.checkpointing:
+        found.append(Change("gradient checkpointing", (f"{prefix}.trainer.gradient_checkpointing=true",)))
+    unquantised = [
+        f"{prefix}.{path}.quantization=4bit"
+        for path, model in _teachers(stage)
+        if model.quantization is None and model.config is None and model.adapter is None
+    ]
+    if unquantised:
+        found.append(Change("teachers in 4 bits", tuple(unquantised)))
+    if "adam" in training.optim and "8bit" not in training.optim and gpu:
+        found.append(Change("an optimizer with 8-bit states", (f"{prefix}.trainer.optim=adamw_8bit",)))
+    near = [path for path, model in _teachers(stage) if not model.offload and model.device_map is None and not model.adapter]
+    if near and gpu:
+        found.append(Change("teachers in host memory", tuple(f"{prefix}.{path}.offload=true" for path in near)))
+    lora = () if stage.lora is not None else (f"{prefix}.lora.r=16",)
+    if lora:
+        found.append(Change("LoRA", lora))
+    student = stage.student
+    if student is not None and student.quantization is None and student.config is None and gpu:
+        found.append(Change("QLoRA", (*lora, f"{prefix}.student.quantization=4bit")))
+    return found
+
+
+def cheapest(options: Sequence[Change], fits: Callable[[Sequence[str]], bool]) -> tuple[Change, ...]:
+    """The first change that makes the stage fit; else the fewest of all of them together; nothing if not even these do.
+
+    Args:
+        options: the cheapest first.
+        fits: whether the stage fits with these overrides.
+    """
+    for option in options:
+        if _fits(fits, [option]):
+            return (option,)
+    batches = [option for option in options if option.what == _BATCHES]
+    others = [option for option in options if option.what != _BATCHES]
+    if any(option.what == "QLoRA" for option in others):
+        others = [option for option in others if option.what != "LoRA"]
+    taken = [*batches[-1:], *others]
+    if not _fits(fits, taken):
+        return ()
+    for option in reversed(taken):  # the dearest are left out first
+        fewer = [other for other in taken if other is not option]
+        if _fits(fits, fewer):
+            taken = fewer
+    rest = [option for option in taken if option.what != _BATCHES]
+    larger = [batch for batch in batches if len(taken) > len(rest) and _fits(fits, [batch, *rest])]
+    return (*larger[:1], *rest)
+
+
+def _fits(fits: Callable[[Sequence[str]], bool], options: Sequence[Change]) -> bool:
+    try:
+        return fits([override for option in options for override in option.overrides])
+    except UserError:  # a change that this recipe does not allow
+        return False
+
+
+def _divisors(rows: int) -> list[int]:
+    """Smaller batches that divide this one, the largest first."""
+    return [smaller for smaller in range(rows // 2, 0, -1) if rows % smaller == 0]
+
+
+def _smaller_batch(prefix: str, training: Training, rows: int) -> Change:
+    more = training.accumulation * training.rows // rows
+    return Change(
+        _BATCHES,
+        (
+            f"{prefix}.trainer.per_device_train_batch_size={rows}",
+            f"{prefix}.trainer.gradient_accumulation_steps={more}",
+        ),
+    )
+
+
+def _teachers(stage: StageSpec) -> list[tuple[str, ModelSpec]]:
+    """(where the recipe names it, the model) of every teacher."""
+    named: dict[str, TeacherSpec] = {f"teachers.{domain}": teacher for domain, teacher in stage.teachers.items()}
+    if stage.teacher is not None:
+        named["teacher"] = stage.teacher
+    if stage.reference is not None:
+        named["reference"] = stage.reference
+    found = []
+    for path, spec in named.items():
+        if spec.model is not None:
+            found.append((path, spec.model))
+        found += [(f"{path}.ensemble.{index}.model", member.model) for index, member in enumerate(spec.ensemble)]
+    return found

@@ -1,0 +1,133 @@
+"""A recipe's plan: memory of each stage, what fits, what it costs in operations, and what would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from daekit.errors import UserError
+from daekit.planning.advice import Change, changes, cheapest, largest_rows
+from daekit.planning.memory import Memory, StageMemory
+from daekit.planning.models import ModelPlanner
+from daekit.planning.operations import step_operations
+from daekit.planning.training import Machine, Training, training_of
+from daekit.recipe.schema import Recipe
+
+_SHARDS = (2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What is known of one stage before it runs.
+
+    Attributes:
+        name: of the stage.
+        training: its options.
+        memory: at its highest moment, per device.
+        standing: what it needs however short its rows are: weights, gradients, optimizer.
+        fits: whether the peak is within the device's memory.
+        largest_rows: the largest ``per_device_train_batch_size`` that fits; None if it was not asked for.
+        operations: floating-point operations of one optimizer step on one device.
+        changes: the cheapest changes that make it fit, where it does not.
+        shards: over how many devices FSDP2 would make it fit, where it does not.
+    """
+
+    name: str
+    training: Training
+    memory: Memory
+    standing: int
+    fits: bool
+    operations: float
+    largest_rows: int | None = None
+    changes: tuple[Change, ...] = ()
+    shards: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plans of a recipe's stages on a machine."""
+
+    machine: Machine
+    stages: tuple[StagePlan, ...]
+
+
+Reload = Callable[[Sequence[str]], Recipe]
+
+
+class Planner:
+    """Plans stages of recipes on one machine; models are made once."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self._models = ModelPlanner()
+
+    def stage(self, recipe: Recipe, name: str) -> StagePlan:
+        """The plan of a stage, without advice.
+
+        Raises:
+            UserError: a model whose shape is not known or cannot be planned, an unknown optimizer.
+        """
+        memory = self._memory(recipe, name)
+        peak = memory.peak()
+        standing = sum(memory.standing.values()) - self.machine.overhead
+        if memory.training.accumulation == 1:
+            standing += memory.gradients
+        return StagePlan(name, memory.training, peak, standing, peak.total <= self.machine.memory, step_operations(memory))
+
+    def advised(self, recipe: Recipe, name: str, reload: Reload) -> StagePlan:
+        """The plan of a stage, with what fits.
+
+        Args:
+            recipe: resolved.
+            name: of the stage.
+            reload: the recipe with further overrides.
+        """
+        plan = self.stage(recipe, name)
+        rows = largest_rows(lambda rows: self._memory(recipe, name, rows).peak().total, self.machine.memory)
+        if plan.fits:
+            return replace(plan, largest_rows=rows)
+        options = changes(recipe.stages[name], name, plan.training, self.machine.gpu)
+        chosen = cheapest(options, lambda overrides: self.stage(reload(overrides), name).fits)
+        return replace(plan, largest_rows=rows, changes=chosen, shards=self._shards(recipe, name))
+
+    def _memory(self, recipe: Recipe, name: str, rows: int | None = None) -> StageMemory:
+        stage = recipe.stages[name]
+        if rows is not None:
+            stage = replace(stage, trainer=stage.trainer | {"per_device_train_batch_size": rows})
+        return StageMemory(stage, self._models.stage(recipe, name), training_of(stage, name, self.machine), self.machine)
+
+    def _shards(self, recipe: Recipe, name: str) -> int | None:
+        """The fewest devices that FSDP2 makes it fit on; quantised students are not split."""
+        student = recipe.stages[name].student
+        if not self.machine.gpu or self.machine.engine in ("fsdp2", "zero3") or (student and student.quantization):
+            return None
+        one = self.machine
+        for count in _SHARDS:
+            self.machine = replace(one, count=count, engine="fsdp2")
+            try:
+                if count > one.count and self.stage(recipe, name).fits:
+                    return count
+            finally:
+                self.machine = one
+        return None
+
+
+def plan_recipe(recipe: Recipe, machine: Machine, reload: Reload | None = None, only: Sequence[str] = ()) -> Plan:
+    """The plan of a recipe, before anything of it is loaded.
+
+    Args:
+        recipe: resolved.
+        machine: where it is to run.
+        reload: the recipe with further overrides; None: nothing is advised.
+        only: names of stages; default: all.
+
+    Raises:
+        UserError: see ``Planner``; the message names the stage.
+    """
+    planner, plans = Planner(machine), []
+    for name in only or recipe.stages:
+        try:
+            plans.append(planner.stage(recipe, name) if reload is None else planner.advised(recipe, name, reload))
+        except UserError as error:
+            raise UserError(f"stages.{name}: {error}") from error
+    return Plan(machine, tuple(plans))

@@ -1,0 +1,136 @@
+"""From a ModelSpec to its config, without weights and without the network: known shapes, local directories, the hub's cache."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, PreTrainedConfig
+
+from daekit.data.tokenizer import load_tokenizer
+from daekit.errors import UserError
+from daekit.models.vocabulary import vocabulary_size
+from daekit.recipe.adapter_config import ADAPTER_CONFIG, adapter_stage, read_adapter_config
+from daekit.recipe.schema import ModelSpec, Recipe
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model looks like before anything of it is loaded.
+
+    Attributes:
+        config: of transformers.
+        dtype: of the weights that are not quantised.
+        quantization: None, ``4bit`` or ``8bit``.
+        compute_dtype: of the matrix products with quantised weights.
+        attention: the attention implementation, None: transformers' choice. FlashAttention is planned as SDPA, which needs
+            as much memory where there is no mask.
+    """
+
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    quantization: str | None
+    compute_dtype: torch.dtype
+    attention: str | None = None
+
+
+class Shapes:
+    """The shapes of the models of one recipe."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def of(self, spec: ModelSpec) -> Shape:
+        """The shape of a model of the recipe.
+
+        Raises:
+            UserError: a hub id that is neither known nor in the cache, a directory without config, a config that is wrong.
+        """
+        config, own = self._found(spec)
+        dtype = _DTYPES.get(spec.dtype, own)
+        attention = "sdpa" if spec.attn_implementation and "flash" in spec.attn_implementation else spec.attn_implementation
+        return Shape(config, dtype, spec.quantization, _DTYPES.get(spec.dtype, torch.bfloat16), attention)
+
+    def _found(self, spec: ModelSpec) -> tuple[PreTrainedConfig, torch.dtype]:
+        """(config, the dtype that ``auto`` means)."""
+        if spec.stage is not None:
+            return self._result_of(spec.stage)
+        if spec.config is not None:
+            return _from_fields(self._with_vocabulary(spec.config)), torch.float32
+        assert spec.path is not None, "a model has a path, a stage or a config"
+        return _from_path(spec)
+
+    def _result_of(self, name: str) -> tuple[PreTrainedConfig, torch.dtype]:
+        """A stage's result has the shape of its student; a LoRA student is merged into its base, which is not quantised."""
+        stage = self.recipe.stages[name]
+        student = stage.student
+        assert student is not None, "a resolved recipe names every student"
+        origin = adapter_stage(student.adapter)
+        if origin is not None:
+            return self._result_of(origin)
+        shape = self.of(replace(student, dtype="auto") if stage.lora else student)
+        return shape.config, shape.dtype
+
+    def _with_vocabulary(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        tokenizer = self.recipe.tokenizer
+        if "vocab_size" in fields or tokenizer is None:
+            return dict(fields)
+        if tokenizer.train is not None:
+            return {"vocab_size": tokenizer.train.vocab_size, **fields}
+        return {"vocab_size": vocabulary_size(load_tokenizer(tokenizer)), **fields}
+
+
+@cache
+def known_shapes() -> dict[str, dict[str, Any]]:
+    """Hub id -> its entry in ``resources/shapes.yaml``: ``config``, ``dtype``, ``parameters``."""
+    text = (importlib.resources.files("daekit") / "resources" / "shapes.yaml").read_text(encoding="utf-8")
+    return {name: entry for entry in yaml.safe_load(text) for name in entry["ids"]}
+
+
+def _from_path(spec: ModelSpec) -> tuple[PreTrainedConfig, torch.dtype]:
+    path = str(spec.path)
+    directory = Path(path).expanduser()
+    if (directory / ADAPTER_CONFIG).is_file():
+        config = read_adapter_config(directory)
+        return _from_path(replace(spec, path=config["base_model_name_or_path"], revision=config.get("revision")))
+    if path in known_shapes() and not directory.is_dir():
+        entry = known_shapes()[path]
+        return _from_fields(entry["config"]), _DTYPES[entry["dtype"]]
+    try:
+        config = AutoConfig.from_pretrained(
+            path, revision=spec.revision, trust_remote_code=spec.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: its shape is not known, and no config.json of it is here. Give a directory that holds config.json, "
+            f"download that file once (`hf download {path} config.json`), or plan with one of the known models "
+            "(daekit/resources/shapes.yaml)."
+        ) from error
+    return config, _stored_dtype(config)
+
+
+def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """What a config says of its weights; float32 where it says nothing, as transformers then takes the weights' own."""
+    dtype = config.dtype
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return _DTYPES.get(str(dtype), torch.float32)
+
+
+def _from_fields(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    fields = dict(fields)
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise UserError("config: model_type is missing; name the architecture, such as model_type: mistral")
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"config of a {model_type} model: {' '.join(str(error).split())}") from error

@@ -1,0 +1,148 @@
+"""What a stage's options mean for memory: TRL's defaults, the optimizer's states, the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from daekit.errors import UserError
+from daekit.planning.skeleton import Parameter
+from daekit.recipe.schema import StageSpec
+
+Engine = Literal["none", "ddp", "fsdp2", "zero2", "zero3"]
+ENGINES: tuple[Engine, ...] = ("ddp", "fsdp2", "zero2", "zero3")
+# of trl.SFTConfig and daekit's configs (a test compares them): they are not made here, as making one asks for the device
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": True,
+    "bf16": None,
+    "optim": "adamw_torch_fused",
+    "max_length": 1024,
+    "packing": False,
+    "packing_strategy": "bfd",
+    "padding_free": False,
+}
+_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "adamw_apex_fused": 2, "rmsprop": 1, "adagrad": 1, "sgd": 0}
+_STATES_32 = {"adamw_bnb": 2, "adamw_32bit": 2, "lion": 1, "lion_32bit": 1, "rmsprop_bnb": 1, "rmsprop_32bit": 1, "ademamix": 3}
+_STATES_8 = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "lion_8bit": 1, "rmsprop_8bit": 1, "rmsprop_bnb_8bit": 1, "ademamix_8bit": 3}
+_FEWEST_8 = 4096  # bitsandbytes keeps the states of smaller parameters in 32 bits
+_BLOCK_8 = 256  # values of a state that share a scale
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a recipe is to run.
+
+    Attributes:
+        memory: bytes of one device.
+        gpu: whether it is one.
+        count: how many of them, one process each.
+        engine: how the processes share the work.
+    """
+
+    memory: int
+    gpu: bool = True
+    count: int = 1
+    engine: Engine = "none"
+
+    @property
+    def overhead(self) -> int:
+        """Bytes that are no tensors: CUDA's context, libraries, what the allocator cannot use. An estimate."""
+        return 10**9 if self.gpu else 0
+
+    def shards(self, what: Literal["weights", "gradients", "optimizer", "teachers"]) -> int:
+        """In how many parts this is split over the devices."""
+        split = {
+            "weights": ("fsdp2", "zero3"),
+            "teachers": ("fsdp2", "zero3"),
+            "gradients": ("fsdp2", "zero2", "zero3"),
+            "optimizer": ("fsdp2", "zero2", "zero3"),
+        }
+        return self.count if self.engine in split[what] else 1
+
+
+@dataclass(frozen=True)
+class Training:
+    """The options of a stage that decide its memory."""
+
+    rows: int
+    accumulation: int
+    checkpointing: bool
+    autocast: torch.dtype | None
+    optim: str
+    length: int
+    flat: bool
+    attention_mask: bool
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.rows * self.length
+
+
+def training_of(stage: StageSpec, name: str, machine: Machine) -> Training:
+    """The options of a stage, the trainers' defaults filled in.
+
+    Raises:
+        UserError: no ``max_length``, so that nothing bounds a row.
+    """
+    options = DEFAULTS | stage.trainer
+    if options["max_length"] is None:
+        raise UserError(f"stages.{name}.trainer.max_length is null: without a longest row memory cannot be planned; give one")
+    bf16 = machine.gpu if options["bf16"] is None else options["bf16"]
+    flat = options["padding_free"] or (options["packing"] and options["packing_strategy"] != "wrapped")
+    rows = options["per_device_train_batch_size"]
+    student = stage.student
+    flash = student is not None and "flash" in (student.attn_implementation or "")
+    return Training(
+        rows=rows,
+        accumulation=options["gradient_accumulation_steps"],
+        checkpointing=options["gradient_checkpointing"],
+        autocast=torch.bfloat16 if bf16 else None,
+        optim=str(options["optim"]),
+        length=options["max_length"],
+        flat=flat,
+        attention_mask=not flash and (rows > 1 or flat),
+    )
+
+
+def optimizer_bytes(optim: str, parameters: Iterable[Parameter], gpu: bool) -> tuple[int, int]:
+    """(bytes of the states, the most that a step needs besides); paged states lie in the host's memory.
+
+    Raises:
+        UserError: an optimizer whose states are not known here.
+    """
+    trained = [p for p in parameters if p.trained]
+    name = optim.removeprefix("paged_")
+    if name == "adafactor":
+        states = sum(4 * (p.rows + p.values // p.rows) if p.rows else 4 * p.values for p in trained)
+        return states, max((4 * p.values for p in trained), default=0)
+    if name in _STATES:
+        states = _STATES[name] * sum(p.values * p.width for p in trained)
+        return states, _step_bytes(name, trained, gpu)
+    if name in _STATES_32:
+        states = 4 * _STATES_32[name] * sum(p.values for p in trained)
+    elif name in _STATES_8:
+        states = _STATES_8[name] * sum(_state_8(p) for p in trained)
+    else:
+        known = sorted(["adafactor", *_STATES, *_STATES_32, *_STATES_8])
+        raise UserError(f"optim={optim!r}: the memory of its states is not known; known are {', '.join(known)}")
+    return (0 if optim != name else states), 0
+
+
+def _state_8(parameter: Parameter) -> int:
+    if parameter.embedding or parameter.values < _FEWEST_8:
+        return 4 * parameter.values
+    return parameter.values + 4 * -(-parameter.values // _BLOCK_8)
+
+
+def _step_bytes(name: str, trained: list[Parameter], gpu: bool) -> int:
+    """Temporaries of a step: a GPU updates all parameters at once unless the update is fused, a CPU one after another."""
+    if name != "adamw_torch":
+        return 0
+    sizes = [p.values * p.width for p in trained]
+    return sum(sizes) if gpu else 2 * max(sizes, default=0)

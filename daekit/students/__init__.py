@@ -1,0 +1,48 @@
+"""A student made from its teacher: cut out of it, searched for, or made of its experts."""
+
+from daekit.students.experts import ExpertScores, measure_experts
+from daekit.students.figure import search_svg
+from daekit.students.importance import Importance, at_random, choose, first_n, measure_importance, sort_teacher
+from daekit.students.moe import dense_to_mixtral, fewer_experts, mixtral_to_dense
+from daekit.students.norms import fit_norms
+from daekit.students.scorer import CandidateScorer
+from daekit.students.search import SearchResult, Stage, read_log, run_search
+from daekit.students.selection import Selection
+from daekit.students.shapes import Shape, count_parameters
+from daekit.students.slicing import slice_model, view_model
+from daekit.students.space import Space, Window, space_of
+from daekit.students.strategies import Evolution, Strategy, draw, evolve, grid
+
+__all__ = [
+    "CandidateScorer",
+    "Evolution",
+    "ExpertScores",
+    "Importance",
+    "SearchResult",
+    "Selection",
+    "Shape",
+    "Space",
+    "Stage",
+    "Strategy",
+    "Window",
+    "at_random",
+    "choose",
+    "count_parameters",
+    "dense_to_mixtral",
+    "draw",
+    "evolve",
+    "fewer_experts",
+    "first_n",
+    "fit_norms",
+    "grid",
+    "measure_experts",
+    "measure_importance",
+    "mixtral_to_dense",
+    "read_log",
+    "run_search",
+    "search_svg",
+    "slice_model",
+    "sort_teacher",
+    "space_of",
+    "view_model",
+]

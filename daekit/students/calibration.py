@@ -1,0 +1,72 @@
+"""Calibration text run through a model once, watched module by module; nothing of a batch is kept after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from daekit.errors import UserError
+from daekit.models.backbone import frozen_forward
+from daekit.models.scoring import TokenRow
+
+# (first input, output, real_BT): called after a module ran; real_BT is False where a token is padding
+Watcher = Callable[[Tensor, Tensor, Tensor], None]
+
+
+def require_enough(rows: Sequence[TokenRow], units: int, what: str) -> None:
+    """Whether the calibration text has at least a token for each of the units that are ranked on it, otherwise UserError."""
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    if tokens < units:
+        raise UserError(
+            f"calibration text too short: {tokens} tokens in {len(rows)} rows, but {units} {what} are ranked on it; "
+            f"give at least {units} tokens (some hundred rows are usual)"
+        )
+
+
+def run_hooked(model: PreTrainedModel, rows: Sequence[TokenRow], watchers: Mapping[str, Watcher], batch_size: int) -> None:
+    """Run the rows through the backbone of ``model`` (no logits) and show the named modules' first input and output.
+
+    Rows of like length share a batch, padded on the right. Runs in eval mode without gradient; the model is as before on
+    leaving.
+    """
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]), reverse=True)
+    real: list[Tensor] = [torch.empty(0)]
+    with frozen_forward(model), _hooks(model, watchers, real):
+        for start in range(0, len(order), batch_size):
+            input_ids_BT, real_BT = _collate([rows[index] for index in order[start : start + batch_size]], model.device)
+            real[0] = real_BT
+            model.base_model(input_ids=input_ids_BT, attention_mask=real_BT.long(), use_cache=False)
+
+
+@contextmanager
+def _hooks(model: PreTrainedModel, watchers: Mapping[str, Watcher], real: list[Tensor]) -> Iterator[None]:
+    def hook(watch: Watcher) -> Callable[..., None]:
+        def show(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            first = args[0] if args else kwargs["hidden_states"]
+            watch(first, output[0] if isinstance(output, tuple) else output, real[0].to(first.device))
+
+        return show
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(hook(watch), with_kwargs=True) for name, watch in watchers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _collate(rows: Sequence[TokenRow], device: torch.device) -> tuple[Tensor, Tensor]:
+    shape = (len(rows), max(len(row["input_ids"]) for row in rows))
+    input_ids_BT, real_BT = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids_BT[index, :length] = torch.tensor(row["input_ids"])
+        real_BT[index, :length] = True
+    return input_ids_BT.to(device), real_BT.to(device)

@@ -1,0 +1,268 @@
+"""Students with other experts than their teacher: a Mixtral made dense or with fewer experts, dense models made a Mixtral.
+
+Apart from the MLPs Mixtral and Mistral have the same weights under the same names, so these are taken as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import MistralConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel
+
+from daekit.errors import UserError
+from daekit.models.scoring import TokenRow
+from daekit.students.calibration import require_enough, run_hooked
+from daekit.students.experts import ExpertScores, require_model_type
+from daekit.students.slicing import empty_model, fill
+
+Merge = Literal["best_expert", "average", "routed_average", "top_neurons"]
+# every field that both configs have: defaults differ (sliding_window: 4096 and none; rope_theta; rms_norm_eps), so all are set
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "sliding_window",
+    "attention_dropout",
+)
+
+
+@torch.no_grad()
+def mixtral_to_dense(
+    model: PreTrainedModel, how: Merge, scores: ExpertScores | None = None, intermediate_size: int | None = None
+) -> PreTrainedModel:
+    """A Mistral with a Mixtral's attention, norms and embeddings, and one MLP per layer made of its experts.
+
+    ==================  ================================================================================================
+    ``best_expert``     the expert that adds most to the output, per layer
+    ``average``         the mean of the experts' weights (of neurons that need not be alike from expert to expert)
+    ``routed_average``  the mean by routing weight
+    ``top_neurons``     of the neurons of all experts those with the largest routing weight x |activation| x |output column|;
+                        their output columns are multiplied by the expert's mean routing weight
+    ==================  ================================================================================================
+
+    The first three are exact where the experts of a layer are equal; so is ``top_neurons`` if it keeps all neurons.
+
+    Args:
+        scores: of ``measure_experts``; not needed for ``average``.
+        intermediate_size: the width of the MLP, for ``top_neurons`` only (default: that of one expert).
+
+    Raises:
+        UserError: another architecture, quantised weights, missing scores, an impossible width.
+    """
+    require_model_type(model, "mixtral")
+    experts, neurons = model.config.num_local_experts, model.config.intermediate_size
+    width = neurons if intermediate_size is None else intermediate_size
+    if width != neurons and how != "top_neurons":
+        raise UserError(f"intermediate_size={width}: {how} makes an MLP as wide as one expert, {neurons}; use top_neurons")
+    if not 1 <= width <= experts * neurons:
+        raise UserError(f"intermediate_size={width}: {experts} experts have {experts * neurons} neurons together")
+    if scores is None and how != "average":
+        raise UserError(f"{how}: needs the experts' scores on calibration text (measure_experts); only average does without")
+    tensors = _outside_mlps(model)
+    for layer in range(model.config.num_hidden_layers):
+        block = model.get_submodule(f"model.layers.{layer}.mlp.experts")
+        mlp = _merged(block.gate_up_proj, block.down_proj, how, scores, layer, width)  # type: ignore[arg-type]
+        tensors |= {f"model.layers.{layer}.mlp.{name}.weight": tensor for name, tensor in mlp.items()}
+    config = MistralConfig(**_shared(model.config) | {"intermediate_size": width}, dtype=model.dtype)
+    return _finish(config, tensors, model)
+
+
+@torch.no_grad()
+def fewer_experts(
+    model: PreTrainedModel, experts: int, scores: ExpertScores, num_experts_per_tok: int | None = None
+) -> PreTrainedModel:
+    """A Mixtral with the ``experts`` of each layer that add most to its output, and their rows of the router.
+
+    Args:
+        scores: of ``measure_experts``.
+        num_experts_per_tok: default: the teacher's.
+
+    Raises:
+        UserError: another architecture, quantised weights, more experts than there are, or than a token is sent to.
+    """
+    require_model_type(model, "mixtral")
+    active = model.config.num_experts_per_tok if num_experts_per_tok is None else num_experts_per_tok
+    if not 1 <= active <= experts <= model.config.num_local_experts:
+        raise UserError(
+            f"experts={experts}, num_experts_per_tok={active}: must be 1 <= num_experts_per_tok <= experts <= "
+            f"{model.config.num_local_experts}, the teacher's experts"
+        )
+    tensors = _outside_mlps(model)
+    for layer in range(model.config.num_hidden_layers):
+        block = model.get_submodule(f"model.layers.{layer}.mlp")
+        best = scores.contribution_LE[layer].sort(descending=True, stable=True).indices[:experts].sort().values
+        for name, tensor in block.named_parameters():  # gate.weight, experts.gate_up_proj, experts.down_proj: by expert
+            tensors[f"model.layers.{layer}.mlp.{name}"] = tensor.detach()[best.to(tensor.device)]
+    config = copy.deepcopy(model.config)
+    config.num_local_experts, config.num_experts_per_tok, config.name_or_path = experts, active, ""
+    return _finish(config, tensors, model)
+
+
+@torch.no_grad()
+def dense_to_mixtral(
+    models: Sequence[PreTrainedModel],
+    *,
+    num_experts_per_tok: int = 2,
+    router_rows: Sequence[Sequence[TokenRow]] | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A Mixtral whose experts are the MLPs of Mistral models of one shape; two of 7B give a 2x7B of 12.9 billion parameters.
+
+    Attention, norms, embeddings and output head are the first model's. Of equal models the result computes the same as each.
+
+    Args:
+        num_experts_per_tok: experts that a token is sent to. With two experts and two per token both always run, and the router
+            only weighs them: there is no load to balance.
+        router_rows: for each model rows of its domain: its row of a layer's router is then the mean input of the first model's
+            MLP on them, normalised (mergekit's "hidden"). Without: small random values, for a student that is trained next.
+        seed: of the random values.
+
+    Raises:
+        UserError: another architecture, shapes that differ, or too few models.
+    """
+    _require_alike(models, num_experts_per_tok)
+    first, config = models[0], models[0].config
+    routers = _random_routers(config, len(models), seed) if router_rows is None else _routers(first, router_rows, len(models))
+    tensors = _outside_mlps(first)
+    for layer in range(config.num_hidden_layers):
+        mlps = [model.get_submodule(f"model.layers.{layer}.mlp") for model in models]
+        gate_up = [torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) for mlp in mlps]  # type: ignore[list-item, union-attr]
+        prefix = f"model.layers.{layer}.mlp"
+        tensors[f"{prefix}.gate.weight"] = routers[layer].to(first.device, first.dtype)
+        tensors[f"{prefix}.experts.gate_up_proj"] = torch.stack([each.to(first.device, first.dtype) for each in gate_up])
+        down = [mlp.down_proj.weight.to(first.device, first.dtype) for mlp in mlps]  # type: ignore[union-attr, operator]
+        tensors[f"{prefix}.experts.down_proj"] = torch.stack(down)
+    moe = MixtralConfig(
+        **_shared(config),
+        num_local_experts=len(models),
+        num_experts_per_tok=num_experts_per_tok,
+        output_router_logits=False,
+        router_aux_loss_coef=0.0,  # no loss that nobody asked for
+        router_jitter_noise=0.0,
+        dtype=first.dtype,
+    )
+    return _finish(moe, tensors, first)
+
+
+def _merged(
+    gate_up_EGH: Tensor, down_EHF: Tensor, how: Merge, scores: ExpertScores | None, layer: int, width: int
+) -> Mapping[str, Tensor]:
+    """The three weights of a dense MLP."""
+    if how == "top_neurons":
+        assert scores is not None
+        return _top_neurons(gate_up_EGH, down_EHF, scores, layer, width)
+    experts = len(gate_up_EGH)
+    if how == "average":
+        share_E = torch.full((experts,), 1 / experts, dtype=torch.float64)
+    elif how == "routed_average":
+        assert scores is not None
+        share_E = scores.routing_LE[layer]
+    else:
+        assert scores is not None
+        best = int(scores.contribution_LE[layer].argmax())
+        share_E = torch.zeros(experts, dtype=torch.float64)
+        share_E[best] = 1.0
+    gate_FH, up_FH = (half.clone() for half in _weighted(share_E, gate_up_EGH).chunk(2))  # one storage each, to be saved
+    return {"gate_proj": gate_FH, "up_proj": up_FH, "down_proj": _weighted(share_E, down_EHF)}
+
+
+def _weighted(share_E: Tensor, weight_E: Tensor) -> Tensor:
+    """The sum of the experts' weights by their shares; one expert at a time in 32 bits."""
+    total = torch.zeros_like(weight_E[0], dtype=torch.float32)
+    for share, weight in zip(share_E.tolist(), weight_E, strict=True):
+        if share:
+            total.add_(weight.float(), alpha=share)
+    return total.to(weight_E.dtype)
+
+
+def _top_neurons(gate_up_EGH: Tensor, down_EHF: Tensor, scores: ExpertScores, layer: int, width: int) -> Mapping[str, Tensor]:
+    neurons = down_EHF.shape[2]
+    column_EF = down_EHF.float().norm(dim=1).double().cpu()
+    score_X = (scores.neurons_LEF[layer] * column_EF).flatten()  # X: the neurons of all experts
+    best_W = score_X.sort(descending=True, stable=True).indices[:width].sort().values
+    expert_W, neuron_W = (best_W // neurons).to(down_EHF.device), (best_W % neurons).to(down_EHF.device)
+    share_W1 = scores.routing_LE[layer][best_W // neurons, None].to(down_EHF.device)
+    columns_WH = down_EHF[expert_W, :, neuron_W].float() * share_W1
+    return {
+        "gate_proj": gate_up_EGH[expert_W, neuron_W],
+        "up_proj": gate_up_EGH[expert_W, neurons + neuron_W],
+        "down_proj": columns_WH.T.contiguous().to(down_EHF.dtype),
+    }
+
+
+def _routers(first: PreTrainedModel, router_rows: Sequence[Sequence[TokenRow]], experts: int) -> list[Tensor]:
+    if len(router_rows) != experts:
+        raise UserError(f"router_rows: rows for {len(router_rows)} experts, but there are {experts} models")
+    directions = [_mean_inputs(first, rows) for rows in router_rows]
+    return [torch.stack(layer) for layer in zip(*directions, strict=True)]
+
+
+def _mean_inputs(model: PreTrainedModel, rows: Sequence[TokenRow]) -> list[Tensor]:
+    """For every layer the mean input of its MLP, of length 1."""
+    require_enough(rows, 1, "routers")
+    names = [f"model.layers.{layer}.mlp" for layer in range(model.config.num_hidden_layers)]
+    sums = {name: torch.zeros(model.config.hidden_size, dtype=torch.float64) for name in names}
+
+    def adding(name: str) -> Any:
+        return lambda input_BTH, _, real_BT: sums[name].add_(input_BTH[real_BT].double().sum(dim=0).cpu())
+
+    run_hooked(model, rows, {name: adding(name) for name in names}, batch_size=8)
+    return [total_H / total_H.norm() for total_H in sums.values()]
+
+
+def _random_routers(config: PreTrainedConfig, experts: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    size = (experts, config.hidden_size)
+    return [torch.randn(size, generator=generator) * config.initializer_range for _ in range(config.num_hidden_layers)]
+
+
+def _require_alike(models: Sequence[PreTrainedModel], num_experts_per_tok: int) -> None:
+    for model in models:
+        require_model_type(model, "mistral")
+    if not 1 <= num_experts_per_tok <= len(models) or len(models) < 2:
+        raise UserError(
+            f"num_experts_per_tok={num_experts_per_tok} of {len(models)} models: a mixture needs at least two models, and "
+            "as many as a token is sent to"
+        )
+    expected = _shared(models[0].config)
+    for index, model in enumerate(models[1:], start=1):
+        found = _shared(model.config)
+        differ = [f"{name}: {expected[name]!r} and {found[name]!r}" for name in _SHARED if found[name] != expected[name]]
+        if differ:
+            raise UserError(f"models 0 and {index} do not fit into one mixture: {'; '.join(differ)}")
+
+
+def _shared(config: PreTrainedConfig) -> dict[str, Any]:
+    return {name: copy.deepcopy(getattr(config, name)) for name in _SHARED}
+
+
+def _outside_mlps(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if ".mlp." not in name}
+
+
+def _finish(config: PreTrainedConfig, tensors: Mapping[str, Tensor], like: PreTrainedModel) -> PreTrainedModel:
+    """The model, with storage of its own: what was taken whole from another model is copied."""
+    theirs = {parameter.untyped_storage().data_ptr() for parameter in like.parameters()}
+    own = {
+        name: tensor.clone() if tensor.untyped_storage().data_ptr() in theirs else tensor.contiguous()
+        for name, tensor in tensors.items()
+    }
+    return fill(empty_model(config), own, like=like)

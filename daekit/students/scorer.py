@@ -1,0 +1,97 @@
+"""Candidates scored without a copy of their weights: views of the sorted teacher run on calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from daekit.errors import UserError
+from daekit.models.scoring import TokenRow, score_rows
+from daekit.protocol import IGNORE_INDEX, Batch, Signal
+from daekit.students.selection import Selection
+from daekit.students.slicing import require_plain, view_model
+from daekit.teachers import ModelTeacher
+
+
+class CandidateScorer:
+    """``scorer(selection, tokens)``: nats per token of a student on the first rows that hold so many tokens.
+
+    The student is made of views (``view_model``): beside the teacher a score needs the activations of a batch, and copies of
+    only what strides cannot say, which a coarse space does not choose unless it drops query heads within groups.
+
+    By KL the teacher runs once over the text, and its last hidden states are kept: 4 bytes x hidden size per token in 32 bits.
+
+    Args:
+        model: the sorted teacher (``sort_teacher``).
+        rows: ``input_ids`` and ``labels`` (-100 where a token does not count).
+        vocab_size: the number of ids of the tokenizer.
+        by: ``perplexity``: negative log-likelihood of the text; ``kl``: KL(teacher || student).
+        tokens: the most tokens that will be asked for.
+
+    Raises:
+        UserError: a family that is not supported, or text with fewer tokens.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[TokenRow],
+        *,
+        vocab_size: int,
+        tokens: int,
+        by: Literal["perplexity", "kl"] = "perplexity",
+        batch_size: int = 8,
+    ) -> None:
+        require_plain(model)
+        self.model, self.vocab_size, self.batch_size = model, vocab_size, batch_size
+        self.teacher = _Remembering(ModelTeacher(model, vocab_size)) if by == "kl" else None
+        self.rows, self.ends = list(rows), []
+        total = 0
+        for row in self.rows:
+            total += sum(label != IGNORE_INDEX for label in row["labels"][1:])
+            self.ends.append(total)
+        if total < tokens:
+            raise UserError(
+                f"calibration text too short: {total} tokens to score in {len(self.rows)} rows, but the last stage of "
+                f"the search wants {tokens}; give more text or fewer tokens"
+            )
+
+    def __call__(self, selection: Selection, tokens: int) -> float:
+        """Nats per token of the selected student; the last row is scored whole."""
+        count = next(index for index, end in enumerate(self.ends, start=1) if end >= tokens)
+        scores = score_rows(
+            view_model(self.model, selection),
+            self.rows[:count],
+            vocab_size=self.vocab_size,
+            batch_size=self.batch_size,
+            teacher=self.teacher,
+        )
+        total = scores.nll_R if scores.kl_R is None else scores.kl_R
+        return float(total.sum() / scores.tokens_R.sum())
+
+
+class _Remembering:
+    """A teacher that runs once on each batch: every candidate is compared with it on the same ones."""
+
+    def __init__(self, teacher: ModelTeacher) -> None:
+        self.teacher = teacher
+        self.known: dict[bytes, list[Signal]] = {}
+
+    def signals(self, batch: Batch) -> list[Signal]:
+        ids_BT = batch.inputs["input_ids"]
+        assert isinstance(ids_BT, Tensor)
+        key = ids_BT.cpu().numpy().tobytes() + batch.labels_BT.cpu().numpy().tobytes()
+        if key not in self.known:
+            self.known[key] = self.teacher.signals(batch)
+        return self.known[key]
+
+    def identity(self) -> dict[str, object]:
+        return self.teacher.identity()
+
+    def to(self, device: torch.device) -> _Remembering:
+        self.teacher.to(device)
+        return self

@@ -1,0 +1,115 @@
+"""Which layers, channels, neurons and heads of its teacher a student keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from transformers import PreTrainedConfig
+
+from daekit.errors import UserError
+from daekit.students.shapes import Shape, require_possible
+
+PerLayer = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Indices into the teacher, counted from 0. Sizes are equal in all layers, indices may differ.
+
+    Attributes:
+        layers: kept layers, in their order.
+        hidden: kept channels of the residual stream; it runs through the whole model, so they are the same everywhere.
+        neurons: for every kept layer the kept neurons of its MLP.
+        kv_heads: for every kept layer the kept key/value heads.
+        query_heads: for every kept layer the kept query heads, equally many for each kept key/value head, in its order.
+        head_dim: dimensions of a head; fewer than the teacher's are every k-th of its own.
+    """
+
+    layers: tuple[int, ...]
+    hidden: tuple[int, ...]
+    neurons: PerLayer
+    kv_heads: PerLayer
+    query_heads: PerLayer
+    head_dim: int
+
+    @classmethod
+    def first(cls, config: PreTrainedConfig, shape: Shape) -> Selection:
+        """The first of everything, in a shape that ``require_possible`` accepts."""
+        group = Shape.of(config).queries_per_group
+        kept, kv_heads = shape.queries_per_group, range(shape.num_key_value_heads)
+        layers = shape.num_hidden_layers
+        return cls(
+            layers=tuple(range(layers)),
+            hidden=tuple(range(shape.hidden_size)),
+            neurons=(tuple(range(shape.intermediate_size)),) * layers,
+            kv_heads=(tuple(kv_heads),) * layers,
+            query_heads=(tuple(kv * group + query for kv in kv_heads for query in range(kept)),) * layers,
+            head_dim=shape.head_dim,
+        )
+
+    @classmethod
+    def whole(cls, config: PreTrainedConfig) -> Selection:
+        """Everything, as it stands."""
+        return cls.first(config, Shape.of(config))
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes of the student."""
+        return Shape(
+            num_hidden_layers=len(self.layers),
+            hidden_size=len(self.hidden),
+            intermediate_size=len(self.neurons[0]),
+            num_attention_heads=len(self.query_heads[0]),
+            num_key_value_heads=len(self.kv_heads[0]),
+            head_dim=self.head_dim,
+        )
+
+
+def require_valid(config: PreTrainedConfig, selection: Selection) -> None:
+    """Whether the indices exist in a teacher of ``config`` and fit together, otherwise UserError."""
+    problems = list(_problems(config, selection))
+    if problems:
+        raise UserError("selection of a student: " + "; ".join(problems))
+    require_possible(config, selection.shape)
+
+
+def _problems(config: PreTrainedConfig, selection: Selection) -> Iterator[str]:
+    own = Shape.of(config)
+    yield from _index_problems("layers", selection.layers, own.num_hidden_layers)
+    if any(later < earlier for earlier, later in pairwise(selection.layers)):
+        yield f"layers={selection.layers}: must be in the teacher's order"
+    yield from _index_problems("hidden", selection.hidden, own.hidden_size)
+    sizes = {
+        "neurons": own.intermediate_size,
+        "kv_heads": own.num_key_value_heads,
+        "query_heads": own.num_attention_heads,
+    }
+    for name, size in sizes.items():
+        per_layer: PerLayer = getattr(selection, name)
+        if len(per_layer) != len(selection.layers):
+            yield f"{name}: has {len(per_layer)} layers, but {len(selection.layers)} are kept"
+        lengths = sorted({len(indices) for indices in per_layer})
+        if len(lengths) > 1:
+            yield f"{name}: every layer must keep as many as the others, not {lengths} (a config has one size for all layers)"
+        for place, indices in enumerate(per_layer):
+            yield from _index_problems(f"{name}[{place}]", indices, size)
+    for place, (kv_heads, queries) in enumerate(zip(selection.kv_heads, selection.query_heads, strict=False)):
+        each, rest = divmod(len(queries), max(len(kv_heads), 1))
+        groups = [kv for kv in kv_heads for _ in range(each)]
+        if rest or [query // own.queries_per_group for query in queries] != groups:
+            yield (
+                f"query_heads[{place}]={queries}: must be equally many of each of kv_heads[{place}]={kv_heads}, in that order "
+                f"(query head i reads key/value head i // {own.queries_per_group})"
+            )
+
+
+def _index_problems(name: str, indices: Sequence[int], size: int) -> Iterator[str]:
+    if not indices:
+        yield f"{name}: keeps nothing"
+    outside = [index for index in indices if not 0 <= index < size]
+    if outside:
+        yield f"{name}: {outside[:3]} do not exist, the teacher has {size}"
+    if len(set(indices)) < len(indices):
+        yield f"{name}: an index is there twice"

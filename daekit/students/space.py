@@ -1,0 +1,292 @@
+"""What a search may choose: the sizes of a student, which layers it keeps and, in fine spaces, which units.
+
+The teacher is sorted first (``sort_teacher``), so the first units of everything are those that count most. Units are chosen
+in blocks: of channels, of neurons, and key/value heads with their queries.
+
+==========  ===============================================  =====================================================
+            coarse                                           fine
+==========  ===============================================  =====================================================
+uniform     sizes; the first units, of a teacher sorted      sizes, any layers, any blocks, the same in every layer
+            alike in every layer (``Importance.uniform``);
+            the layers that count most
+layerwise   the same of a teacher sorted layer by layer      sizes, any layers, any blocks, each layer its own
+==========  ===============================================  =====================================================
+
+A config has one size for all layers, so layers differ in which units they keep, not in how many.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from itertools import combinations, product
+from typing import Literal
+
+from transformers import PreTrainedConfig
+
+from daekit.errors import UserError
+from daekit.students.families import family_of
+from daekit.students.importance import Importance
+from daekit.students.selection import Selection
+from daekit.students.shapes import Shape, count_parameters, problems_of
+
+_MOST_SHAPES = 1_000_000
+Blocks = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A student as a search handles it; blocks and heads are counted in the sorted teacher, in rising order.
+
+    Attributes:
+        layers: kept layers of the teacher.
+        hidden: kept blocks of channels.
+        neurons: kept blocks of neurons: of every kept layer, or one entry for all of them.
+        groups: kept key/value heads, likewise.
+        queries: query heads kept of each of them, the first ones.
+        head_dim: dimensions of a head.
+    """
+
+    layers: Blocks
+    hidden: Blocks
+    neurons: tuple[Blocks, ...]
+    groups: tuple[Blocks, ...]
+    queries: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """How many parameters a student may have, both ends included."""
+
+    low: int
+    high: int
+
+    def holds(self, parameters: int) -> bool:
+        """Whether a student of so many is allowed."""
+        return self.low <= parameters <= self.high
+
+
+@dataclass(frozen=True)
+class Space:
+    """The choices. Every tuple of sizes is rising; ``space_of`` makes the usual ones.
+
+    Attributes:
+        config: the teacher's.
+        layers, hidden, neurons, groups, queries, head_dims: the sizes to choose from, named as in ``Candidate``; ``hidden``
+            and ``neurons`` in channels and neurons.
+        layer_order: the teacher's layers, the most important first.
+        hidden_block, neuron_block: how many units a block has.
+        any_layers: any layers instead of the most important ones.
+        any_units: any blocks instead of the first ones: the ``same`` in every layer, or each layer its ``own``.
+    """
+
+    config: PreTrainedConfig = field(repr=False)
+    layers: Sequence[int]
+    hidden: Sequence[int]
+    neurons: Sequence[int]
+    groups: Sequence[int]
+    queries: Sequence[int]
+    head_dims: Sequence[int]
+    layer_order: Sequence[int]
+    hidden_block: int
+    neuron_block: int
+    any_layers: bool = False
+    any_units: Literal["same", "own"] | None = None
+
+    @cached_property
+    def own(self) -> Shape:
+        """The teacher's sizes."""
+        return Shape.of(self.config)
+
+    def shape(self, candidate: Candidate) -> Shape:
+        """The sizes of a candidate."""
+        groups = len(candidate.groups[0])
+        return Shape(
+            num_hidden_layers=len(candidate.layers),
+            hidden_size=len(candidate.hidden) * self.hidden_block,
+            intermediate_size=len(candidate.neurons[0]) * self.neuron_block,
+            num_attention_heads=groups * candidate.queries,
+            num_key_value_heads=groups,
+            head_dim=candidate.head_dim,
+        )
+
+    def parameters(self, candidate: Candidate) -> int:
+        """How many parameters a candidate has."""
+        return count_parameters(self.config, self.shape(candidate))
+
+    def selection(self, candidate: Candidate) -> Selection:
+        """What a candidate keeps of the sorted teacher."""
+        layers, per_group = len(candidate.layers), self.own.queries_per_group
+        neurons, groups = (genes * layers if len(genes) == 1 else genes for genes in (candidate.neurons, candidate.groups))
+        return Selection(
+            layers=candidate.layers,
+            hidden=_units(candidate.hidden, self.hidden_block),
+            neurons=tuple(_units(blocks, self.neuron_block) for blocks in neurons),
+            kv_heads=groups,
+            query_heads=tuple(
+                tuple(group * per_group + query for group in heads for query in range(candidate.queries)) for heads in groups
+            ),
+            head_dim=candidate.head_dim,
+        )
+
+    def first(self, shape: Shape) -> Candidate:
+        """The candidate of a shape that keeps what counts most."""
+        return Candidate(
+            layers=tuple(sorted(self.layer_order[: shape.num_hidden_layers])),
+            hidden=tuple(range(shape.hidden_size // self.hidden_block)),
+            neurons=(tuple(range(shape.intermediate_size // self.neuron_block)),) * self.copies(shape.num_hidden_layers),
+            groups=(tuple(range(shape.num_key_value_heads)),) * self.copies(shape.num_hidden_layers),
+            queries=shape.queries_per_group,
+            head_dim=shape.head_dim,
+        )
+
+    def copies(self, layers: int) -> int:
+        """How many entries a candidate's neurons and groups have."""
+        return layers if self.any_units == "own" else 1
+
+    def feasible(self, candidate: Candidate, window: Window) -> bool:
+        """Whether a candidate's sizes keep every rule and the window."""
+        return window.holds(self.parameters(candidate)) and not any(problems_of(self.config, self.shape(candidate)))
+
+    def shapes(self, window: Window) -> list[Shape]:
+        """Every shape of this space that keeps the rules and the window.
+
+        Raises:
+            UserError: there is none; or more shapes to look at than a million.
+        """
+        sizes = (self.layers, self.hidden, self.neurons, self.groups, self.queries, self.head_dims)
+        looked_at = _product_of_lengths(sizes)
+        if looked_at > _MOST_SHAPES:
+            raise UserError(f"the space has {looked_at:,} combinations of sizes; take larger steps (at most {_MOST_SHAPES:,})")
+        found, below, above = [], 0, 0
+        for layers, hidden, neurons, groups, queries, head_dim in product(*sizes):
+            shape = Shape(layers, hidden, neurons, groups * queries, groups, head_dim)
+            parameters = count_parameters(self.config, shape)
+            if window.holds(parameters):
+                found.append(shape)
+            elif parameters < window.low:
+                below = max(below, parameters)
+            else:
+                above = parameters if not above else min(above, parameters)
+        possible = [shape for shape in found if not any(problems_of(self.config, shape))]
+        if not possible:
+            near = [f"{size:,}" for size in (below, above) if size]
+            raise UserError(
+                f"no student of this space has between {window.low:,} and {window.high:,} parameters; the nearest sizes have "
+                f"{' and '.join(near) or 'sizes that break a rule of the family'}. The teacher has "
+                f"{count_parameters(self.config):,}. Widen the window or take smaller steps."
+            )
+        return possible
+
+    def every(self, window: Window) -> Iterator[Candidate]:
+        """Every candidate of a space without choices of units, shape by shape.
+
+        Raises:
+            UserError: a space with choices of units, or nothing in the window.
+        """
+        if self.any_units:
+            raise UserError("a grid over choices of units would never end: use a coarse space, or the evolutionary search")
+        for shape in self.shapes(window):
+            first = self.first(shape)
+            if not self.any_layers:
+                yield first
+                continue
+            for layers in combinations(range(self.own.num_hidden_layers), shape.num_hidden_layers):
+                yield Candidate(layers, first.hidden, first.neurons, first.groups, first.queries, first.head_dim)
+
+    def sample(self, shapes: Sequence[Shape], generator: random.Random) -> Candidate:
+        """A candidate of one of the shapes; what may be chosen freely is, half of the time, what counts most."""
+        first = self.first(generator.choice(shapes))
+        layers = first.layers
+        if self.any_layers and generator.random() < 0.5:
+            layers = _sample(self.own.num_hidden_layers, len(layers), generator)
+        if not self.any_units or generator.random() < 0.5:
+            return Candidate(layers, first.hidden, first.neurons, first.groups, first.queries, first.head_dim)
+        return Candidate(
+            layers=layers,
+            hidden=_sample(self.own.hidden_size // self.hidden_block, len(first.hidden), generator),
+            neurons=tuple(
+                _sample(self.own.intermediate_size // self.neuron_block, len(kept), generator) for kept in first.neurons
+            ),
+            groups=tuple(_sample(self.own.num_key_value_heads, len(kept), generator) for kept in first.groups),
+            queries=first.queries,
+            head_dim=first.head_dim,
+        )
+
+
+def space_of(
+    config: PreTrainedConfig,
+    importance: Importance,
+    granularity: Literal["coarse", "fine"] = "coarse",
+    units: Literal["uniform", "layerwise"] = "layerwise",
+    *,
+    parts: int = 8,
+    smallest: float = 0.25,
+    head_dims: Sequence[int] | None = None,
+) -> Space:
+    """The usual space over a teacher: channels and neurons in ``parts`` steps, every number of heads, queries and layers.
+
+    Args:
+        importance: orders the layers.
+        granularity, units: see the table above; the teacher is sorted by ``importance.uniform`` for a coarse uniform space.
+        smallest: sizes below this share of the teacher's are left out.
+        head_dims: widths of a head to choose from (default: the teacher's only; see ``possible_head_dims``).
+
+    Raises:
+        UserError: channels or neurons that cannot be divided into so many parts.
+    """
+    own = Shape.of(config)
+    for name in ("hidden_size", "intermediate_size"):
+        if getattr(own, name) % parts:
+            raise UserError(f"parts={parts}: does not divide the teacher's {name}={getattr(own, name)}")
+    fine = granularity == "fine"
+
+    def from_smallest(size: int, step: int = 1) -> tuple[int, ...]:
+        return tuple(each for each in range(step, size + 1, step) if each >= smallest * size)
+
+    hidden_block, neuron_block = own.hidden_size // parts, own.intermediate_size // parts
+    if family_of(config).hidden_is_all_heads:
+        hidden_block = own.head_dim
+    return Space(
+        config=config,
+        layers=from_smallest(own.num_hidden_layers),
+        hidden=from_smallest(own.hidden_size, hidden_block),
+        neurons=from_smallest(own.intermediate_size, neuron_block),
+        groups=from_smallest(own.num_key_value_heads),
+        queries=from_smallest(own.queries_per_group),
+        head_dims=tuple(sorted(head_dims)) if head_dims is not None else (own.head_dim,),
+        layer_order=importance.layers_L.sort(descending=True, stable=True).indices.tolist(),
+        hidden_block=hidden_block,
+        neuron_block=neuron_block,
+        any_layers=fine,
+        any_units=("own" if units == "layerwise" else "same") if fine else None,
+    )
+
+
+def to_json(candidate: Candidate) -> dict[str, object]:
+    """Plain values, as they come back from JSON."""
+    genes = {each.name: getattr(candidate, each.name) for each in fields(Candidate)}
+    return genes | {
+        "layers": list(candidate.layers),
+        "hidden": list(candidate.hidden),
+        "neurons": [list(blocks) for blocks in candidate.neurons],
+        "groups": [list(heads) for heads in candidate.groups],
+    }
+
+
+def _units(blocks: Sequence[int], size: int) -> tuple[int, ...]:
+    return tuple(block * size + unit for block in blocks for unit in range(size))
+
+
+def _sample(units: int, count: int, generator: random.Random) -> Blocks:
+    return tuple(sorted(generator.sample(range(units), count)))
+
+
+def _product_of_lengths(sizes: Sequence[Sequence[int]]) -> int:
+    total = 1
+    for each in sizes:
+        total *= len(each)
+    return total

@@ -1,0 +1,307 @@
+"""The planner: its parts, what they depend on, what it advises, and that it agrees with runs that are measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_recipe import ROOT
+
+from daekit.cli import main
+from daekit.errors import UserError
+from daekit.planning import Machine, Planner, here, machine_of, plan_recipe
+from daekit.planning.advice import largest_rows
+from daekit.planning.memory import ACTIVATIONS, ADAPTERS, GATHERED, GRADIENTS, OPTIMIZER, SIGNALS, WEIGHTS
+from daekit.planning.plan import StagePlan
+from daekit.planning.training import DEFAULTS, optimizer_bytes
+from daekit.recipe import load_recipe_text
+from daekit.trainers import DAEConfig
+
+RECIPE = """\
+name: planned
+output_dir: OUT
+tokenizer: {train: {vocab_size: 500}}
+sources: {text: {domain: general, path: builtin:chat}, shop: {domain: ecommerce, path: builtin:shop}}
+stages:
+  kd:
+    type: kd
+    student:
+      config: &config
+        {model_type: llama, hidden_size: 128, intermediate_size: 256, num_hidden_layers: 6, num_attention_heads: 4}
+    teacher:
+      config:
+        model_type: mixtral
+        hidden_size: 96
+        intermediate_size: 128
+        num_hidden_layers: 3
+        num_attention_heads: 4
+        num_key_value_heads: 4
+        num_local_experts: 4
+    data: [text]
+    trainer: {max_length: 64, per_device_train_batch_size: 2}
+  dae:
+    type: dae
+    student: {config: *config}
+    teachers: {ecommerce: "stage:kd"}
+    data: {text: 0.5, shop: 0.5}
+    trainer: {max_length: 64, per_device_train_batch_size: 2}
+"""
+# a recipe refuses an adapter on random weights
+PATH = "stages.{}.student={{path: Qwen/Qwen2.5-0.5B, dtype: float32}}"
+GPU = Machine(8 * 10**9)
+CPU = Machine(8 * 10**9, gpu=False)
+PLANNERS: dict[Machine, Planner] = {}
+
+
+def plan(*overrides: str, machine: Machine = CPU, stage: str = "kd") -> StagePlan:
+    planner = PLANNERS.setdefault(machine, Planner(machine))
+    return planner.stage(load_recipe_text(RECIPE, "planned.yaml", overrides), stage)
+
+
+def parts(*overrides: str, moment: str = "", machine: Machine = CPU, stage: str = "kd") -> dict[str, int]:
+    """The parts at the peak, or at a named moment."""
+    planner = PLANNERS.setdefault(machine, Planner(machine))
+    memory = planner._memory(load_recipe_text(RECIPE, "planned.yaml", overrides), stage)
+    return next(each.parts for each in memory.moments() if each.moment == (moment or memory.peak().moment))
+
+
+def test_parts_sum_to_the_total_and_the_peak_is_the_highest_moment() -> None:
+    planner = Planner(CPU)
+    memory = planner._memory(load_recipe_text(RECIPE, "planned.yaml"), "kd")
+    moments = memory.moments()
+    assert memory.peak().total == max(sum(moment.parts.values()) for moment in moments)
+    assert len(moments) == 8
+    for moment in moments:
+        assert moment.total == sum(moment.parts.values())
+        assert moment.parts[WEIGHTS] > 0 and moment.parts["teacher weights"] > 0
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize("key", ["per_device_train_batch_size=4", "max_length=128"])
+def test_twice_the_tokens_take_twice_the_activations(key: str, checkpointing: str) -> None:
+    setting = f"stages.kd.trainer.gradient_checkpointing={checkpointing}"
+    once = parts(setting, moment="the student runs")
+    twice = parts(setting, f"stages.kd.trainer.{key}", moment="the student runs")
+    assert twice[ACTIVATIONS] == pytest.approx(2 * once[ACTIVATIONS], rel=0.06 if "batch" in key else 0.2)
+    assert twice[SIGNALS] == 2 * once[SIGNALS]
+    assert all(twice[part] == once[part] for part in (WEIGHTS, OPTIMIZER, "teacher weights"))
+
+
+def test_twice_the_layers_take_twice_what_the_layers_keep() -> None:
+    def kept(layers: int) -> int:
+        setting = ("stages.kd.trainer.gradient_checkpointing=false", f"stages.kd.student.config.num_hidden_layers={layers}")
+        return parts(*setting, moment="the student runs")[ACTIVATIONS]
+
+    assert kept(9) - kept(6) == kept(6) - kept(3) > 0
+
+
+def test_checkpointing_and_accumulation() -> None:
+    plain, again = (parts(f"stages.kd.trainer.gradient_checkpointing={on}", moment="the loss") for on in ("false", "true"))
+    assert again[ACTIVATIONS] < 0.3 * plain[ACTIVATIONS]
+    assert GRADIENTS not in plain  # they are made after the loss
+    accumulated = parts("stages.kd.trainer.gradient_accumulation_steps=2", moment="the loss")
+    assert accumulated[GRADIENTS] == accumulated[WEIGHTS]
+
+
+def test_losses_inside_the_model_keep_queries_keys_and_hidden_states() -> None:
+    relation = ("stages.kd.loss.attention_weight=1", "stages.kd.loss.attention_relation_heads=4")
+    tokens, layers, four_bytes = 2 * 64, 6, 4
+    base, attention = (parts(*more, moment="the loss")[SIGNALS] for more in ((), relation))
+    assert attention - base == tokens * layers * 2 * 96 * four_bytes
+    hidden = parts("stages.kd.loss.hidden_weight=1", moment="the loss")[SIGNALS]
+    assert hidden - base == tokens * layers * 96 * four_bytes
+
+
+def test_lora_trains_the_adapter_alone() -> None:
+    full, lora = (parts(PATH.format("kd"), *more, moment="the optimizer's step") for more in ((), ("stages.kd.lora.r=4",)))
+    assert lora[WEIGHTS] == full[WEIGHTS]
+    assert lora[OPTIMIZER] == 2 * lora[ADAPTERS] == 2 * lora[GRADIENTS]
+    assert full[OPTIMIZER] == 2 * full[WEIGHTS]
+    reference = parts(PATH.format("dae"), "stages.dae.lora.r=4", stage="dae", moment="the loss")
+    assert reference[ADAPTERS] == 2 * lora[ADAPTERS], "the reference is a copy of the adapter"
+    assert "reference weights" not in reference
+    assert parts(PATH.format("dae"), stage="dae")["reference weights"] == full[WEIGHTS]
+
+
+def test_the_optimizer_decides_its_states() -> None:
+    planner = Planner(CPU)
+    trained = list(planner._memory(load_recipe_text(RECIPE, "planned.yaml"), "kd").student.parameters())
+    values = sum(p.values for p in trained)
+    states = {
+        name: optimizer_bytes(name, trained, gpu=True)[0]
+        for name in ("adamw_torch", "adamw_8bit", "sgd", "adafactor", "paged_adamw_8bit", "lion_32bit")
+    }
+    assert states["adamw_torch"] == 8 * values
+    assert states["lion_32bit"] == 4 * values
+    assert 2 * values < states["adamw_8bit"] < 3 * values  # the embedding stays in 32 bits
+    assert states["sgd"] == states["paged_adamw_8bit"] == 0
+    assert 0 < states["adafactor"] < 0.1 * values
+    with pytest.raises(UserError, match="optim='galore_adamw': the memory of its states is not known; known are adafactor"):
+        optimizer_bytes("galore_adamw", trained, gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("engine", "halved", "whole"),
+    [
+        ("zero3", {WEIGHTS, "teacher weights", GRADIENTS}, set()),
+        ("fsdp2", {"teacher weights", OPTIMIZER, GRADIENTS, WEIGHTS}, set()),
+        ("zero2", {GRADIENTS}, {WEIGHTS, "teacher weights"}),
+        ("ddp", set(), {WEIGHTS, "teacher weights", GRADIENTS, OPTIMIZER}),
+    ],
+)
+def test_two_devices_split_what_the_engine_splits(engine: Any, halved: set[str], whole: set[str]) -> None:
+    one, two = (
+        parts(machine=machine, moment="the optimizer's step")
+        for machine in (GPU, dataclasses.replace(GPU, count=2, engine=engine))
+    )
+    for part in halved:
+        assert two[part] == pytest.approx(one[part] / 2, abs=64), part
+    for part in whole:
+        assert two[part] == one[part], part
+    assert (GATHERED in two) == (engine in ("zero3", "fsdp2"))
+    assert ("gradient buckets" in two) == (engine == "ddp")
+
+
+def test_the_largest_batch_fits_and_the_next_does_not() -> None:
+    recipe = load_recipe_text(RECIPE, "planned.yaml")
+    tight = Machine(60 * 10**6, gpu=False)
+    (stage,) = plan_recipe(recipe, tight, reload=lambda more: load_recipe_text(RECIPE, "p", more), only=["kd"]).stages
+    rows = stage.largest_rows
+    assert rows is not None and rows > 2
+
+    def total(count: int) -> int:
+        return plan(f"stages.kd.trainer.per_device_train_batch_size={count}").memory.total
+
+    assert total(rows) <= tight.memory < total(rows + 1)
+
+
+@pytest.mark.parametrize("function", [lambda n: 10 * n, lambda n: 5 + n * n, lambda n: max(300, 30 * n)])
+def test_largest_rows(function: Callable[[int], int]) -> None:
+    for memory in (1, 9, 10, 35, 299, 300, 1000, 12345):
+        expected = max((n for n in range(1, 4097) if function(n) <= memory), default=0)
+        assert largest_rows(function, memory) == expected
+
+
+def test_advice_is_the_cheapest_change_that_fits() -> None:
+    def advised(memory: int, *overrides: str) -> StagePlan:
+        def reload(more: Any) -> Any:
+            return load_recipe_text(RECIPE, "planned.yaml", [*overrides, *more])
+
+        return plan_recipe(reload([]), Machine(memory, gpu=False), reload, only=["kd"]).stages[0]
+
+    many = "stages.kd.trainer.per_device_train_batch_size=64"
+    smaller = advised(60 * 10**6, many)
+    assert not smaller.fits
+    (change,) = smaller.changes
+    assert change.overrides[0].startswith("stages.kd.trainer.per_device_train_batch_size=")
+    assert plan(many, *change.overrides).memory.total <= 60 * 10**6
+    rows, steps = (int(override.rpartition("=")[2]) for override in change.overrides)
+    assert rows * steps == 64, "the batch of a step stays the same"
+    student = PATH.format("kd")
+    memory = plan(student).standing - 10**6
+    lora = advised(memory, student)
+    assert [change.what for change in lora.changes] == ["LoRA"]
+    assert plan(student, *lora.changes[0].overrides).memory.total <= memory
+    assert advised(10**6).changes == ()
+
+
+def test_operations_count_each_product_twice() -> None:
+    values = 6 * (4 * 128 * 128 + 3 * 128 * 256) + 500 * 128
+    tokens = 2 * 64
+    off = ("stages.kd.trainer.gradient_checkpointing=false", "stages.kd.type=sft", "stages.kd.teacher=null")
+    attention = 3 * 2 * tokens * 64 * 128 * 6
+    assert plan(*off).operations == 6 * values * tokens + attention
+    assert plan(*off, "stages.kd.trainer.gradient_accumulation_steps=3").operations == 3 * plan(*off).operations
+
+
+def test_defaults_are_those_of_the_trainers() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(DAEConfig)}
+    assert {name: fields[name] for name in DEFAULTS} == DEFAULTS
+
+
+# ---- the command, and the run ---
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "planned.yaml"
+    path.write_text(RECIPE.replace("OUT", str(tmp_path / "out")))
+    return path
+
+
+def test_the_command_prints_a_table_and_json(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(recipe_file), "--gpu", "2GB", "--tflops", "100", "stages.kd.trainer.max_length=32"]
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    assert "[kd] per GPU of 1: 2 rows of 32 tokens" in table and "planned peak" in table and "at 100 TFLOP/s" in table
+    assert main([*arguments, "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert list(stages) == ["kd", "dae"]
+    for stage in stages.values():
+        assert sum(stage["parts"].values()) == stage["total"] and stage["fits"]
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--gpu", "much"], "much: give a size such as 80GB or 24GiB"),
+        (["--gpu=-4GB"], "a device has more than no memory"),
+        (["--gpu", "4GB", "--cpu", "4GB"], "a recipe runs on one of them"),
+        (["--gpu", "4GB", "--engine", "fsdp2"], "one device shares its work with nobody"),
+        (["--gpu", "4GB", "--gpus", "0"], "at least 1"),
+        (["--gpu", "4GB", "stages.kd.student={path: no/model}"], r"stages.kd: no/model: its shape is not known"),
+        (["--gpu", "4GB", "stages.kd.trainer.max_length=null"], "without a longest row"),
+    ],
+)
+def test_bad_input(recipe_file: Path, options: list[str], wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe_file), *options]) == 2
+    assert wanted in capsys.readouterr().err
+
+
+def test_sizes() -> None:
+    assert machine_of("80GB", None, 1, None) == Machine(80 * 10**9)
+    assert machine_of(None, "24GiB", 1, None) == Machine(24 * 2**30, gpu=False)
+    assert machine_of("1.5TB", None, 4, None) == Machine(15 * 10**11, count=4, engine="ddp")
+
+
+def announced(recipe_file: Path, memory: int, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
+    monkeypatch.setattr(here, "this_machine", lambda: Machine(memory, gpu=False))
+
+    def reload(more: Any) -> Any:
+        return load_recipe_text(recipe_file.read_text(), "planned.yaml", [*overrides, *more])
+
+    here.announce(reload([]), reload)
+
+
+def test_a_run_that_cannot_fit_is_stopped_before_loading(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    announced(recipe_file, 10**9, monkeypatch)
+    assert "[kd] planned peak 0.0" in (said := capsys.readouterr().out) and "of 1.0 GB" in said
+    assert "warning" not in said
+    with pytest.raises(UserError, match=r"stages.kd: too large for this machine: .*Nothing has been loaded(.|\n)*planned peak"):
+        announced(recipe_file, plan().standing // 2, monkeypatch)
+    # whether rows are that long is not known before they are read: it may fit, so nothing is stopped
+    announced(recipe_file, plan(stage="dae").standing + 10**6, monkeypatch, "stages.kd.trainer.per_device_train_batch_size=64")
+    assert "[kd] warning: it may run out of memory" in capsys.readouterr().out
+    announced(recipe_file, 10**9, monkeypatch, "stages.kd.student={path: no/model}")
+    assert "[kd] no plan of its memory: stages.kd: no/model" in capsys.readouterr().out
+
+
+# ---- measured ---
+
+
+@pytest.mark.parametrize("name", ["small-full", "small-dae"])
+def test_plan_and_measurement_agree(name: str) -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import planning
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    row = planning.run(name, "1")
+    assert abs(row["error"]) < 0.1, row
