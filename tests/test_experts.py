@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from daekit.errors import UserError
 from daekit.models import quantiser, quantization
+from daekit.models.adapters import load_continued, load_frozen, require_adapters_fit
 from daekit.models.backbone import add_on_hidden, frozen_copy, frozen_forward, kept_hidden_states
 from daekit.models.experts import IMPLEMENTATION, PROJECTIONS, QuantisedExperts, is_experts_layer, quantise_experts
 from daekit.models.heads import output_head
@@ -239,6 +241,26 @@ def test_adapters(saved: Any) -> None:
     refuse_expert_adapter(moe("mixtral"), LoraConfig(task_type="CAUSAL_LM", target_modules=["w1", "w3"]))
 
 
+def test_an_adapter_that_sits_on_experts_is_named_before_its_quantised_base_is_read(
+    saved: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """On the 16-bit base it runs; on the quantised one PEFT would leave its expert matrices out."""
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(saved("mixtral")), config).save_pretrained(tmp_path)
+    base = ModelSpec(path=saved("mixtral"), dtype="float32")
+    require_adapters_fit([tmp_path], base)
+    plain = get_peft_model(load(saved("mixtral")), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    monkeypatch.setattr(quantiser.library, "safe_open", None)  # nothing is read
+    four = replace(base, quantization="4bit")
+    for refused in (
+        lambda: require_adapters_fit([tmp_path], four),
+        lambda: load_continued(replace(four, adapter=str(tmp_path))),
+        lambda: load_frozen(plain, tmp_path, "expert"),
+    ):
+        with pytest.raises(UserError, match=r"matrices on experts \(.*down_proj\), which are quantised in this base"):
+            refused()
+
+
 # ---- what cannot be loaded -----------------------------------------------------------------------------------------------
 
 
@@ -313,7 +335,7 @@ def test_a_model_that_stays_unquantised_is_refused(saved: Any, monkeypatch: Any)
 
 
 def test_a_checkpoint_that_is_quantised_already(saved: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    """Its own settings would win over the recipe's without a word; its experts are looked at although nobody asked for 4 bits."""
+    """Its own settings would win over the recipe's without a word; its experts are looked at, asked for or not."""
     from transformers import BitsAndBytesConfig
 
     model = AutoModelForCausalLM.from_pretrained(saved("mixtral"), quantization_config=BitsAndBytesConfig(load_in_4bit=True))

@@ -74,7 +74,8 @@ def merge_adapter(folder: str | Path, out: str | Path, dtype: Dtype = "auto") ->
         dtype: of the result; ``auto``: that of the base.
 
     Raises:
-        UserError: ``out`` or ``out.half`` exists, a quantised base, an adapter that does not fit it, a merged model that differs by more than rounding.
+        UserError: ``out`` or ``out.half`` exists, a quantised base, an adapter that does not fit it, a merged model that
+            differs by more than rounding.
     """
     out = Path(out)
     if out.exists():

@@ -62,8 +62,8 @@ def require_supported(config: BitsAndBytesConfig, device: torch.device, path: st
     except (ImportError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{path}: quantization={bits_of(config)} is done by bitsandbytes, which does not run on {device.type} here ({reason}). "
-            "Install a build of bitsandbytes for this device, or load the model without quantization."
+            f"{path}: quantization={bits_of(config)} is done by bitsandbytes, which does not run on {device.type} here "
+            f"({reason}). Install a build of bitsandbytes for this device, or load the model without quantization."
         ) from error
 
 
