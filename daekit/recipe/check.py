@@ -13,6 +13,7 @@ from pathlib import Path as FilePath
 from daekit.errors import UserError
 from daekit.recipe.adapter_config import adapter_stage
 from daekit.recipe.check_adapter import check_adapter, is_lora
+from daekit.recipe.check_placement import check_placement
 from daekit.recipe.check_stage import check_stage
 from daekit.recipe.check_student import check_student, models_of_student
 from daekit.recipe.load_suite import load_suite
@@ -32,9 +33,6 @@ from daekit.recipe.tree import Path
 _NAME = re.compile(r"^[\w-]+$")
 _NAME_RULE = "may hold letters, digits, `_` and `-` only (it becomes a folder, a metric and a key of overrides)"
 _DATA_FILES = (".jsonl", ".json", ".ndjson", ".parquet")
-# What takes a place of `device_map`; torch is not imported here to be asked.
-_DEVICE = re.compile(r"^(cpu|\d+|(cuda|xpu|npu|hpu|mps)(:\d+)?)$")
-_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 # These would be read as keys of the long form of a mixture.
 _RESERVED_SOURCES = ("sources", "rows")
 
@@ -154,7 +152,7 @@ def _check_models(recipe: Recipe, name: str, stage: StageSpec, problems: Problem
                     path, "only the student of a stage is made `from` another model; make it in a stage of its own"
                 )
             continue
-        _check_placement(model, path, model is stage.student, problems)
+        check_placement(model, path, model is stage.student, problems)
         ways = [key for key in ("path", "stage", "config") if getattr(model, key) is not None]
         if model.adapter is not None:
             _check_adapter_of(recipe, name, path, model, problems)
@@ -208,34 +206,6 @@ def _why_not_earlier(wanted: str, name: str, names: list[str], earlier: list[str
     if wanted in names:
         return f"the stage {wanted!r} runs after {name!r}; stages run in the order of the file"
     return f"there is no stage {wanted!r} (earlier ones: {listed(earlier)}){nearest(wanted, earlier)}"
-
-
-def _check_placement(model: ModelSpec, path: Path, student: bool, problems: Problems) -> None:
-    """Where a teacher lies; a student lies where it is trained."""
-    where = (*path, "device_map")
-    for key in ("device_map", "offload"):
-        if student and getattr(model, key):
-            message = "belongs to a teacher; a student is trained on the devices that `accelerate launch` gives it"
-            problems.add_check((*path, key), message)
-    if model.offload and model.device_map is not None:
-        problems.add_check((*path, "offload"), "excludes device_map: it brings the layers to the student's device")
-    if model.offload and model.quantization == "8bit":
-        message = "does not work with quantization: 8bit, whose weights bitsandbytes keeps out of reach; use 4bit or none"
-        problems.add_check((*path, "offload"), message)
-    if model.device_map is None:
-        return
-    if model.config is not None:
-        problems.add_check(where, "a model made from a config is made where the student is; remove it")
-    if not model.device_map:
-        problems.add_check(where, "must not be empty; leave it out for the student's device")
-    spread = isinstance(model.device_map, str) and model.device_map in _SPREADS
-    devices = list(model.device_map.values()) if isinstance(model.device_map, dict) else [model.device_map]
-    wrong = [device for device in devices if device and not spread and not _DEVICE.match(device)]
-    if "disk" in wrong:
-        message = "disk is not supported: the loss needs weights that are there; use `offload: true` or quantization"
-        problems.add_check(where, message)
-    elif wrong:
-        problems.add_check(where, f"{wrong[0]!r} is no device (cpu, cuda:0, 0...), nor, for a whole model, {listed(_SPREADS)}")
 
 
 def _check_config(model: ModelSpec, path: Path, problems: Problems) -> None:
