@@ -54,7 +54,7 @@ class Buffers:
     def _inside(self) -> int:
         config, width = self.student.config, self._compute_width
         attention, hidden = self.watched_layers
-        keys = self.kept * config.num_key_value_heads * head_width(config) * width
+        keys = self.kept * key_heads(config) * head_width(config) * width
         queries = self.kept * config.num_attention_heads * head_width(config) * width
         return attention * (queries + keys) + hidden * self.hidden
 
@@ -97,7 +97,7 @@ class Buffers:
         config = speaker.skeleton.config
         attention, hidden = self.watched_layers
         width = self.training.autocast.itemsize if self.training.autocast is not None else self._width_of(speaker)
-        heads = (config.num_attention_heads + config.num_key_value_heads) * head_width(config)
+        heads = (config.num_attention_heads + key_heads(config)) * head_width(config)
         return self.kept * (attention * heads * width + hidden * int(config.hidden_size) * self._width_of(speaker))
 
     def _width_of(self, speaker: Speaker) -> int:
@@ -171,6 +171,11 @@ class Buffers:
             numbers = (loss.divergence, parameter, loss.temperature, loss.ce_weight or 1.0 * (not voices))
             given = [t for t in (student, teacher, labels) if t is not None]
             return most(lambda: chunk_terms(student, teacher, labels, *numbers, loss.prediction_weight, None, 1.0, True), given)
+
+
+def key_heads(config: Any) -> int:
+    """Key/value heads; a family without grouped queries (GPT-NeoX) has no such field, and as many as query heads."""
+    return int(getattr(config, "num_key_value_heads", config.num_attention_heads))
 
 
 def head_width(config: Any) -> int:
