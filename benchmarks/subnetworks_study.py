@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import safe_open
 
 from daekit.report.figures import COLOURS, new_figure, style_axes
 from daekit.run import calibration
@@ -190,8 +191,6 @@ def collect(work: Path) -> Result:
 
 def parameters(model: Path) -> int:
     """Parameters of a saved model with tied embeddings."""
-    from safetensors import safe_open
-
     with safe_open(model / "model.safetensors", "pt") as weights:
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
