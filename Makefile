@@ -20,8 +20,12 @@ quickstart: install
 test: install
 	$(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
-slow: install
+slow: $(VENV)/.deepspeed
 	$(BIN)/pytest -m slow
+
+$(VENV)/.deepspeed: $(INSTALLED)
+	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints.txt -e '.[dev,deepspeed]'
+	touch $@
 
 check: install
 	$(BIN)/ruff check .

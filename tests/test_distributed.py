@@ -16,18 +16,23 @@ import transformers
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import SequentialSampler
-from trainer_world import dae, kd, relative, weights
+from trainer_world import V, dae, kd, relative, weights
+from transformers import PreTrainedModel
 
+from daekit.models.loading import load_model
 from daekit.recipe import load_recipe
+from daekit.recipe.schema import ModelSpec
 from daekit.run import run_recipe
+from daekit.teachers import EnsembleTeacher, ModelTeacher, RoutedTeacher
 from daekit.trainers import domain_sft
 
 SAME = 1e-5  # what rounding may do
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 CASES = ["kd", "kd-lora", "kd-one-rank-all-masked", "dae", "dae-one-domain-per-rank", "dae-mixtral", "dae-lora-reference"]
+CASES += ["kd-clipped", "kd-lora-checkpointing", "kd-tied-checkpointing", "kd-ensemble-one-domain-per-rank", "dae-reference"]
 INSIDE = {"attention_weight": 0.5, "hidden_weight": 0.5}
 CASES += [
     "kd-inside-one-rank-all-masked",
@@ -50,7 +55,7 @@ def rows(case: str) -> Dataset:
     return Dataset.from_list(made)
 
 
-def trainer_of(case: str, folder: Path, world: int) -> Any:
+def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
     kind = "mixtral" if "mixtral" in case else "mistral"
     changes: dict[str, Any] = dict(
         per_device_train_batch_size=2 if world == 2 else 4,
@@ -61,14 +66,40 @@ def trainer_of(case: str, folder: Path, world: int) -> Any:
         num_train_epochs=2,
         logging_steps=1,
     )
+    changes["gradient_checkpointing"] = "checkpointing" in case
     if "inside" in case:
-        changes |= INSIDE | {"gradient_checkpointing": "checkpointing" in case}
+        changes |= INSIDE
     if "lora" in case:
         changes["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     if "reference" in case:
         changes["reference"] = None
+    changes |= options
+    if "clipped" in case:
+        changes["max_grad_norm"] = 0.5
+    if "ensemble" in case:
+        changes["teacher"] = ensemble()
+    student: Any = tiny.model(kind, seed=1, tie_word_embeddings="tied" in case)
+    if "4bit-teacher" in case:
+        changes["teacher"] = four_bits(tiny.model(seed=2, hidden=64), folder / case)
+    if "4bit-student" in case:
+        student = four_bits(tiny.model(seed=1, hidden=64), folder / case)
     method = kd if case.startswith("kd") else dae
-    return method(folder, rows(case), tiny.model(kind, seed=1), **changes)
+    return method(folder, rows(case), student, **changes)
+
+
+def four_bits(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model in 4 bits, which it can only be loaded in. Among ranks save_pretrained would write on the first only."""
+    place = folder / f"16-bit-{os.environ.get('RANK', '0')}"
+    place.mkdir(parents=True, exist_ok=True)
+    model.config.to_json_file(place / "config.json")
+    save_file(model.state_dict(), place / "model.safetensors", metadata={"format": "pt"})
+    return load_model(ModelSpec(path=str(place), quantization="4bit", dtype="float32"))
+
+
+def ensemble() -> EnsembleTeacher:
+    """Two members, one of which has a teacher per domain."""
+    one, other, third = (ModelTeacher(tiny.model(seed=seed, hidden=hidden), V) for seed, hidden in ((2, 48), (5, 32), (6, 32)))
+    return EnsembleTeacher([RoutedTeacher({"general": one, "shop": other}), third], [0.25, 0.75])
 
 
 def train(case: str, folder: Path, world: int) -> None:
@@ -142,17 +173,23 @@ def compare(cases: list[str], folder: Path) -> None:
     subprocess.run([*LAUNCHER, __file__, str(folder), json.dumps(cases)], check=True, env=ENVIRONMENT)
     for case in cases:
         train(case, folder, 1)
-        one, first, second = (torch.load(folder / f"{case}-{name}.pt") for name in ("1-0", "2-0", "2-1"))
-        start = weights(trainer_of(case, folder, 1).model)
-        assert torch.equal(first["weights"], second["weights"]), case
-        assert relative(first["weights"] - start, one["weights"] - start) < SAME, case
-        for ours, theirs in zip(first["history"], one["history"], strict=True):
-            assert ours.keys() == theirs.keys(), case
-            for key in theirs.keys() - {"learning_rate", "epoch"}:
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (case, key)
-        for key, value in one["metrics"].items():  # seven rows in batches of two on two ranks: one row is repeated
-            if not key.endswith(("runtime", "per_second", "_time")):
-                assert first["metrics"][key] == pytest.approx(value, rel=1e-4, abs=1e-6), (case, key)
+        require_same(case, folder)
+
+
+def require_same(case: str, folder: Path) -> None:
+    """What two ranks have written is what one has, and both of them hold the same weights."""
+    one, first, second = (torch.load(folder / f"{case}-{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    start = weights(trainer_of(case, folder, 1).model)
+    assert torch.equal(first["weights"], second["weights"]), case
+    assert relative(first["weights"] - start, one["weights"] - start) < SAME, case
+    assert len(first["history"]) == len(one["history"]) > 1, case
+    for ours, theirs in zip(first["history"], one["history"], strict=True):
+        assert ours.keys() == theirs.keys(), case
+        for key in theirs.keys() - {"learning_rate", "epoch"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (case, key)
+    for key, value in one["metrics"].items():  # seven rows in batches of two on two ranks: one row is repeated
+        if not key.endswith(("runtime", "per_second", "_time")):
+            assert first["metrics"][key] == pytest.approx(value, rel=1e-4, abs=1e-6), (case, key)
 
 
 if __name__ == "__main__":

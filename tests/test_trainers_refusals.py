@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from trainer_world import dae, kd, options, sft
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM
 
 from daekit.errors import UserError
 from daekit.losses import DIVERGENCES, PredictionTerms
@@ -232,20 +232,6 @@ def test_another_tokenizer_beside_a_teacher_that_is_loaded_already(tmp_path: Any
         kd(tmp_path, tiny.rows(4), teacher=teacher)
     with pytest.raises(UserError, match="cut differently"):
         dae(tmp_path, tiny.rows(4), teachers={"shop": teacher})
-
-
-@pytest.mark.parametrize("sharding", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_sharded_models_of_every_trainer(sharding: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    create = Trainer.create_accelerator_and_postprocess
-
-    def sharded(self: Trainer) -> None:
-        create(self)
-        setattr(self, sharding, True)
-
-    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
-    for method in (sft, kd, dae):
-        with pytest.raises(UserError, match="FSDP and DeepSpeed are not supported"):
-            method(tmp_path, tiny.rows(4))
 
 
 def test_a_teacher_that_says_nothing(tmp_path: Any) -> None:

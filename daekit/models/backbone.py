@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from daekit.errors import UserError
 from daekit.models.heads import head_logits, output_head
 from daekit.models.quantization import keep_four_bit_weights
+from daekit.models.sharded import is_sharded, whole
 from daekit.protocol import Batch
 
 
@@ -65,9 +66,10 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A frozen copy of the weights as they stand, in eval mode and with the forward of its class.
 
     The forwards that TRL and ``add_on_hidden`` hang on an instance close over that instance: copied along, they would
-    silently run the original's weights.
+    silently run the original's weights. Weights that ZeRO-3 has sharded are gathered one by one, into host memory.
     """
-    twin = copy.deepcopy(model)
+    parts = {id(p): nn.Parameter(whole(p), requires_grad=False) for p in model.parameters() if is_sharded(p)}
+    twin = copy.deepcopy(model, dict(parts))
     twin.__dict__.pop("forward", None)
     return twin.requires_grad_(False).eval()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from daekit.errors import UserError
+from daekit.models.sharded import shape_of
 from daekit.protocol import OutputHead, Signal
 
 
@@ -53,9 +54,10 @@ def output_head(model: nn.Module, vocab_size: int) -> OutputHead:
             "the output head is on the meta device (offloaded by accelerate): the loss multiplies by its weight directly, "
             "which would give garbage. Keep lm_head on a device in device_map, or give the model to a ModelTeacher, which does."
         )
-    if weight.shape[0] < vocab_size:
+    columns = shape_of(weight)[0]
+    if columns < vocab_size:
         raise UserError(
-            f"the model's output head has {weight.shape[0]} columns but the tokenizer has {vocab_size} ids: "
+            f"the model's output head has {columns} columns but the tokenizer has {vocab_size} ids: "
             "resize the model's embeddings (model.resize_token_embeddings) or use the tokenizer it was trained with."
         )
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from daekit.models.sharded import gathered
+
 _SAMPLES = 64
 
 
@@ -25,11 +27,12 @@ def fingerprint(model: nn.Module, only: str = "") -> str:
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """The hash behind ``fingerprint`` over any named tensors."""
+    """The hash behind ``fingerprint`` over any named tensors. A collective where they are sharded."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        flat = tensor.detach().flatten()
-        index = torch.linspace(0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
-        values = flat[index.to(flat.device)].double().tolist()
-        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype), values)).encode())
+        with gathered(tensor) as whole:
+            flat = whole.flatten()
+            index = torch.linspace(0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
+            values = flat[index.to(flat.device)].double().tolist()
+            digest.update(repr((name, tuple(whole.shape), str(whole.dtype), values)).encode())
     return digest.hexdigest()[:16]

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.modeling_utils import set_zero3_state
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from daekit.errors import UserError
@@ -40,6 +41,9 @@ from daekit.models.quantization import (
 from daekit.models.restore import restore_weights
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.schema import ModelSpec
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -148,7 +152,8 @@ def _from_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, see
         set_seed(seed)
         dtype = _DTYPES.get(spec.dtype, torch.float32)
         attention = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
+        with set_zero3_state():  # the same random weights under every engine; ZeRO-3 splits them when the training begins
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
     except StrictDataclassError as error:  # says on further lines what is wrong
         raise UserError(f"config of a {model_type} model: {' '.join(str(error).split())}") from error
     except UserError:
@@ -191,29 +196,47 @@ def _from_pretrained(spec: ModelSpec) -> PreTrainedModel:
 
 def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
     """A LoRA adapter folded into its base; the base is loaded as ``spec`` says, without quantisation."""
-    from peft import PeftConfig, get_peft_model
-
     if spec.quantization:
         raise UserError(
             f"{directory}: holds a LoRA adapter, which is merged into its 16-bit base; quantization={spec.quantization} "
             "is not possible then. Merge it first and load the merged model in 4 bits."
         )
-    try:
-        config = PeftConfig.from_pretrained(str(directory))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{directory}: its {_ADAPTER_CONFIG} cannot be read ({_first_line(error)})") from error
+    config = adapter_config(directory)
     base = config.base_model_name_or_path
     if not base:
         raise UserError(f"{directory}: its adapter_config.json names no base model (base_model_name_or_path)")
     # the base may be an adapter on its base in turn; code of a base that the recipe does not name is not trusted
-    model = load_model(replace(spec, path=base, revision=config.revision, trust_remote_code=False))
+    return merge_adapter(load_model(replace(spec, path=base, revision=config.revision, trust_remote_code=False)), directory)
+
+
+def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    """``model`` with the LoRA adapter of ``directory`` folded in.
+
+    Raises:
+        UserError: no adapter there, one that cannot be read, or one that does not fit the model.
+    """
+    from peft import get_peft_model
+
     # not PeftModel.from_pretrained: it reads pickles, and a missing weight is a warning only
-    adapted = get_peft_model(model, config)
+    try:
+        adapted = get_peft_model(model, adapter_config(directory))
+    except ValueError as error:
+        raise UserError(f"{directory}: the adapter does not fit the model ({_first_line(error)})") from error
     restore_weights(adapted, directory)
     merged = adapted.merge_and_unload()
     # the next adapter trained on it must name this as its base, not the base without this adapter
     merged.name_or_path = merged.config.name_or_path = str(directory.resolve())
     return merged
+
+
+def adapter_config(directory: Path) -> PeftConfig:
+    """The config of the adapter in a directory; UserError if there is none."""
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{directory}: its {_ADAPTER_CONFIG} cannot be read ({_first_line(error)})") from error
 
 
 def _some(problems: dict[str, list[str]]) -> str:

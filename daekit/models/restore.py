@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
+from daekit.models.sharded import assign, is_sharded, shape_of, whole
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -43,7 +45,19 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
     wrong = {what: sorted(map(str, keys)) for what, keys in info.items() if keys and what.endswith("_keys")}
     if wrong:
         raise UserError(f"{folder}: its weights do not fit the student: {wrong}")
-    base.load_state_dict(loaded.state_dict(), strict=True)
+    if any(map(is_sharded, base.parameters())):
+        _assign_all(base, loaded)
+    else:
+        base.load_state_dict(loaded.state_dict(), strict=True)
+
+
+def _assign_all(model: nn.Module, loaded: nn.Module) -> None:
+    """Copy a whole model into a sharded one (whose projections are not part of it); under ZeRO-3 both are sharded."""
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    for name, parameter in loaded.named_parameters():
+        assign(parameters[name], whole(parameter))
+    for name, buffer in loaded.named_buffers():
+        buffers[name].copy_(buffer)
 
 
 def restore_adapter(model: PeftModel, folder: Path, name: str) -> None:
@@ -53,12 +67,25 @@ def restore_adapter(model: PeftModel, folder: Path, name: str) -> None:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: the weights of the LoRA adapter cannot be read ({error})") from error
-    expected = get_peft_model_state_dict(model, adapter_name=name)
+    expected = _parameters_as_saved(model, name)
     different = sorted(_shapes(saved) ^ _shapes(expected))
     if different:
         raise UserError(f"{path}: its weights do not fit the model's adapter: {len(different)} differ, such as {different[0]}")
-    set_peft_model_state_dict(model, saved, adapter_name=name)
+    if any(map(is_sharded, expected.values())):
+        for key, parameter in expected.items():
+            assign(parameter, saved[key])
+    else:
+        set_peft_model_state_dict(model, saved, adapter_name=name)
+
+
+def _parameters_as_saved(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """The parameters of an adapter under the names that PEFT saves them by; it is asked for the names of numbers."""
+    named = dict(model.named_parameters())
+    numbers = {name: torch.tensor(number) for number, name in enumerate(named)}
+    saved = get_peft_model_state_dict(model, state_dict=numbers, adapter_name=adapter)
+    parameters = list(named.values())
+    return {name: parameters[int(number)] for name, number in saved.items()}
 
 
 def _shapes(weights: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
-    return {(name, tuple(tensor.shape)) for name, tensor in weights.items()}
+    return {(name, tuple(shape_of(tensor))) for name, tensor in weights.items()}

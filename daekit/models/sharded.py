@@ -1,7 +1,7 @@
-"""Whole weights of output heads that FSDP2 or ZeRO-3 has sharded: gathered once for a call of the loss, never per chunk.
+"""Parameters that FSDP2 or ZeRO-3 has sharded, whole again: read one by one, and output heads for a call of the loss.
 
-A head's module is never called (the loss multiplies by its weight in chunks), so the hooks that gather it do not run. Inside
-the forward of an FSDP2 root that owns the head, the weight is whole already and nothing happens here.
+A head's module is never called (the loss multiplies by its weight in chunks), so the hooks that gather it do not run; it is
+gathered once for all chunks. Inside the forward of an FSDP2 root that owns the head, the weight is whole already.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 from daekit.protocol import OutputHead
 
@@ -34,6 +34,41 @@ def whole_heads(heads: Sequence[OutputHead]) -> Iterator[list[OutputHead]]:
         ]
 
 
+def shape_of(parameter: Tensor) -> torch.Size:
+    """The shape of a whole parameter; one that ZeRO-3 has sharded looks empty."""
+    return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape  # type: ignore[attr-defined, return-value]
+
+
+@contextmanager
+def gathered(parameter: Tensor) -> Iterator[Tensor]:
+    """A parameter whole and without gradient. A collective where it is sharded: every rank must come here."""
+    with torch.no_grad(), _zero3([parameter]):
+        yield parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A copy of a parameter in host memory, gathered as by ``gathered``."""
+    with gathered(parameter) as tensor:
+        return tensor.cpu().clone()
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether FSDP2 or ZeRO-3 has taken the parameter apart."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_status")
+
+
+def assign(parameter: Tensor, values: Tensor) -> None:
+    """Copy whole values into a parameter, of which this rank may hold a part. A collective under ZeRO-3."""
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            values = values.to(parameter.device, parameter.dtype)
+            parameter.copy_(distribute_tensor(values, mesh, placements, src_data_rank=None))  # each rank has them all
+        else:
+            with _zero3([parameter], modifier_rank=0):
+                parameter.copy_(values)
+
+
 class _Whole(torch.autograd.Function):
     """``full_tensor`` whose gradient is averaged over the ranks of the mesh, each of which has other tokens."""
 
@@ -50,8 +85,11 @@ class _Whole(torch.autograd.Function):
         return parts.redistribute(placements=ctx.placements)
 
 
-def _zero3(parameters: Sequence[Tensor]) -> AbstractContextManager[Any]:
-    """Gathers the parameters that ZeRO-3 has sharded and that are not gathered at the moment."""
+def _zero3(parameters: Sequence[Tensor], modifier_rank: int | None = None) -> AbstractContextManager[Any]:
+    """Gathers the parameters that ZeRO-3 has sharded and that are not gathered at the moment.
+
+    With a ``modifier_rank`` what that rank has changed in them is what they hold afterwards.
+    """
     sharded = [p for p in parameters if hasattr(p, "ds_status")]
     if not sharded:
         return nullcontext()
@@ -59,4 +97,5 @@ def _zero3(parameters: Sequence[Tensor]) -> AbstractContextManager[Any]:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     # tied embeddings keep the weight gathered while they are in use, and to shard it on leaving would break them
-    return deepspeed.zero.GatheredParameters([p for p in sharded if p.ds_status != ZeroParamStatus.AVAILABLE])
+    apart = [p for p in sharded if p.ds_status != ZeroParamStatus.AVAILABLE]
+    return deepspeed.zero.GatheredParameters(apart, modifier_rank=modifier_rank)

@@ -10,10 +10,12 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path as FilePath
 
+from daekit.errors import UserError
 from daekit.recipe.adapter_config import adapter_stage
 from daekit.recipe.check_adapter import check_adapter
 from daekit.recipe.check_stage import check_stage
 from daekit.recipe.check_student import check_student, models_of_student
+from daekit.recipe.load_suite import load_suite
 from daekit.recipe.problems import Problems, listed, nearest
 from daekit.recipe.schema import (
     BUILTIN_CORPORA,
@@ -275,5 +277,24 @@ def _check_evaluation(recipe: Recipe, spec: EvaluationSpec, problems: Problems) 
     for name in spec.sources:
         if name in without:
             problems.add_check((*path, "sources"), f"the source {name!r} has no validation rows; {remedy} there")
-    if not spec.sources and recipe.sources and len(without) == len(recipe.sources):
+    _check_suites(recipe, spec, (*path, "suites"), problems)
+    if not spec.sources and not spec.suites and recipe.sources and len(without) == len(recipe.sources):
         problems.add_check(path, f"no source has validation rows to evaluate on; {remedy} of a source")
+
+
+def _check_suites(recipe: Recipe, spec: EvaluationSpec, path: Path, problems: Problems) -> None:
+    names: dict[str, int] = {}
+    for index, file in enumerate(spec.suites):
+        try:
+            suite = load_suite(file, need_models=False)
+        except UserError as error:
+            problems.add_check((*path, index), " ".join(str(error).split()))
+            continue
+        models = [*(spec.models or recipe.stages), *suite.models]
+        twice = [name for name in suite.models if name in (spec.models or recipe.stages)]
+        if twice:
+            problems.add_check((*path, index), f"{file} names a model {twice[0]!r} as a stage is named; rename it there")
+        if suite.baseline is not None and suite.baseline not in models:
+            problems.add_check((*path, index), f"the baseline of {file}, {suite.baseline!r}, is none of {listed(models)}")
+        if names.setdefault(suite.name, index) != index:
+            problems.add_check((*path, index), f"two suites are named {suite.name!r}, and would write into one folder")

@@ -17,7 +17,9 @@ from daekit.models.backbone import add_on_hidden, base_of, frozen_forward
 from daekit.models.heads import output_head
 from daekit.models.identity import hash_tensors
 from daekit.models.internals import Watch, Watched, kept_states
+from daekit.models.sharded import whole
 from daekit.protocol import Batch, Signal, Voice
+from daekit.teachers.sharding import Sharding
 
 
 class AdapterTeacher:
@@ -43,6 +45,7 @@ class AdapterTeacher:
         self.adapter = adapter
         self.vocab_size = vocab_size
         self.watched: Watched | None = None
+        self._identity: dict[str, object] | None = None
         add_on_hidden(model)
         if adapter is not None:
             for parameter in adapter_parameters(model, adapter).values():
@@ -81,7 +84,7 @@ class AdapterTeacher:
         twins = adapter_parameters(model, name)
         with torch.no_grad():
             for key, parameter in adapter_parameters(model, student).items():
-                twins[key].data = parameter.detach().clone()
+                twins[key].data = whole(parameter).to(parameter.device)
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(flags.get(key, False))
         return cls(model, name, vocab_size)
@@ -100,8 +103,14 @@ class AdapterTeacher:
         """Nothing to move: the weights are the student's."""
         return self
 
+    def shard(self, sharding: Sharding) -> None:
+        """Nothing to split: the engine does it with the student. The fingerprint is taken before."""
+        self._identity = self.identity()
+
     def identity(self) -> dict[str, object]:
         """Fingerprints of the adapter (None: the bare base) and of the base without any adapter."""
+        if self._identity is not None:
+            return self._identity
         adapters = {name: adapter_parameters(self.model, name) for name in self.model.peft_config}
         learnt = {id(parameter) for parameters in adapters.values() for parameter in parameters.values()}
         base = hash_tensors((name, p) for name, p in base_of(self.model).named_parameters() if id(p) not in learnt)

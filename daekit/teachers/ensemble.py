@@ -12,6 +12,7 @@ from torch import Tensor
 from daekit.errors import UserError
 from daekit.models.internals import Watch, Watched
 from daekit.protocol import Batch, Signal, Teacher, Voice
+from daekit.teachers.sharding import Sharding, shard_teacher
 
 
 class EnsembleTeacher:
@@ -33,6 +34,7 @@ class EnsembleTeacher:
         self.members = list(members)
         self.weights = [1.0 / len(self.members) for _ in self.members] if weights is None else list(weights)
         self.average = average
+        self._sharded = False
         if len(self.weights) != len(self.members) or abs(sum(self.weights) - 1) > 1e-6 or min(self.weights) <= 0:
             raise UserError(
                 f"weights: {self.weights} of {len(self.members)} teachers; give one positive weight per teacher, sum 1"
@@ -60,8 +62,8 @@ class EnsembleTeacher:
         merged = []
         for combination in product(*per_member):
             common = _intersection([signal.positions_M for signal in combination], kept)
-            if common.numel():
-                parts = [_restricted(signal, common) for signal in combination]
+            if common.numel() or self._sharded:  # heads are gathered in one order on all ranks, whatever rows each has
+                parts = [_restricted(signal, common, kept) for signal in combination]
                 merged.append(Signal(common, self._voices(parts), self.average))
         return merged
 
@@ -87,6 +89,12 @@ class EnsembleTeacher:
             member.to(device)
         return self
 
+    def shard(self, sharding: Sharding) -> None:
+        """Split every member; see ``ShardableTeacher``."""
+        self._sharded = sharding.splits
+        for member in self.members:
+            shard_teacher(member, sharding)
+
     def identity(self) -> dict[str, object]:
         """The members' identities, their weights and the kind of mean."""
         return {
@@ -108,9 +116,9 @@ def _intersection(positions: list[Tensor], kept: int) -> Tensor:
     return (votes == len(positions)).nonzero().flatten()
 
 
-def _restricted(signal: Signal, common: Tensor) -> Signal:
-    """The signal at the positions ``common`` only, in their order."""
-    where = torch.full((int(max(signal.positions_M.max(), common.max())) + 1,), -1, device=common.device)
+def _restricted(signal: Signal, common: Tensor, kept: int) -> Signal:
+    """The signal at those of its positions that are ``common``, in their order."""
+    where = torch.full((kept,), -1, device=common.device)
     where[signal.positions_M] = torch.arange(signal.positions_M.numel(), device=common.device)
     index = where[common]
     voices = tuple(replace(voice, hidden_MH=voice.hidden_MH[index]) for voice in signal.voices)

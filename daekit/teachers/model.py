@@ -15,6 +15,7 @@ from daekit.models.placement import batch_on, head_on, hold_ends, input_device, 
 from daekit.models.vocabulary import require_same
 from daekit.protocol import Batch, OutputHead, Signal, Voice
 from daekit.recipe.schema import ModelSpec
+from daekit.teachers.sharding import Sharding
 
 
 class ModelTeacher:
@@ -38,6 +39,7 @@ class ModelTeacher:
         add_on_hidden(model)
         self._vocab_size = vocab_size
         self._watched: Watched | None = None
+        self._identity: dict[str, object] | None = None
         require_plain_head(model, vocab_size)  # also finds a head that is too narrow, here and not in the first step
 
     @classmethod
@@ -55,6 +57,15 @@ class ModelTeacher:
         if not placed:
             self.model.to(device)  # type: ignore[arg-type]
         return self
+
+    def shard(self, sharding: Sharding) -> None:
+        """Split the model, once, unless a device map or offloading has placed it; its fingerprint is taken before."""
+        if self._identity is None:
+            self._identity = self.identity()
+            if self._offload or getattr(self.model, "hf_device_map", None):
+                self.to(sharding.device)
+            else:
+                sharding.split(self.model)
 
     def watch(self, watch: Watch | None) -> list[Watched]:
         """See ``WatchableTeacher``."""
@@ -82,4 +93,6 @@ class ModelTeacher:
 
     def identity(self) -> dict[str, object]:
         """The model's type and a fingerprint of its weights."""
+        if self._identity is not None:
+            return self._identity
         return {"kind": "model", "model_type": self.model.config.model_type, "weights": fingerprint(self.model)}

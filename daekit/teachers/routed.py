@@ -11,11 +11,15 @@ import torch
 from daekit.errors import UserError
 from daekit.models.internals import Watch, Watched, require_watchable
 from daekit.protocol import Batch, Signal, Teacher
+from daekit.teachers.sharding import Sharding, one_token, shard_teacher
 from daekit.teachers.together import adapters_together
 
 
 class RoutedTeacher:
     """Gives each teacher only the rows of its domains.
+
+    Where teachers are split over ranks, a rank without rows for one that runs elsewhere runs it on one token, and gets a signal
+    for no position.
 
     Args:
         routes: domain -> teacher. One object under several domains runs once, on the rows of all of them.
@@ -23,6 +27,7 @@ class RoutedTeacher:
 
     def __init__(self, routes: Mapping[str, Teacher]) -> None:
         self.routes = dict(routes)
+        self._sharding: Sharding | None = None
 
     def signals(self, batch: Batch) -> list[Signal]:
         """The signals of all teachers that have rows, with positions counted in the whole batch.
@@ -34,17 +39,23 @@ class RoutedTeacher:
         """
         for domain in set(batch.domains) - set(self.routes):
             raise unknown_domain(domain, self.routes)
-        rows_of: dict[Teacher, list[int]] = {}
-        for teacher in dict.fromkeys(self.routes.values()):
-            rows = batch.rows_of([domain for domain, other in self.routes.items() if other is teacher])
-            if rows:
-                rows_of[teacher] = rows
-        signals, rows_of = adapters_together(rows_of, batch)
+        rows_of = {teacher: batch.rows_of(domains) for teacher, domains in self._domains().items()}
+        signals: list[Signal] = []
+        if self._sharding is None:
+            signals, rows_of = adapters_together({teacher: rows for teacher, rows in rows_of.items() if rows}, batch)
+        else:  # one by one, in the same order on all ranks
+            runs = self._sharding.somewhere([bool(rows) for rows in rows_of.values()])
+            rows_of = {teacher: rows for (teacher, rows), here in zip(rows_of.items(), runs, strict=True) if here}
         for teacher, rows in rows_of.items():
             positions_M = batch.positions_of(rows)
-            for signal in teacher.signals(batch.select(rows)):
+            part = batch.select(rows) if rows else one_token(batch, self._domains()[teacher][0])
+            for signal in teacher.signals(part):
                 signals.append(replace(signal, positions_M=positions_M[signal.positions_M]))
         return signals
+
+    def _domains(self) -> dict[Teacher, list[str]]:
+        """Teacher -> its domains."""
+        return {t: [domain for domain, other in self.routes.items() if other is t] for t in self.routes.values()}
 
     def watch(self, watch: Watch | None) -> list[Watched]:
         """Look into every teacher; see ``WatchableTeacher``."""
@@ -56,6 +67,12 @@ class RoutedTeacher:
         for teacher in self.routes.values():
             teacher.to(device)
         return self
+
+    def shard(self, sharding: Sharding) -> None:
+        """Split every teacher; see ``ShardableTeacher``."""
+        self._sharding = sharding if sharding.splits else None
+        for teacher in self._domains():
+            shard_teacher(teacher, sharding)
 
     def identity(self) -> dict[str, object]:
         """The identity of the teacher of every domain."""

@@ -10,6 +10,7 @@ from trl import SFTConfig
 from daekit.data.preparation import OVERLONG
 from daekit.errors import UserError
 from daekit.losses import DIVERGENCES, PredictionTerms, divergence
+from daekit.trainers.engines import connect, refuse_launch
 
 
 @dataclass
@@ -37,6 +38,7 @@ class DomainSFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        refuse_launch(bool(self.deepspeed))
         # without it the processes that torchrun starts on a CPU would each train alone, over each other's files
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -44,6 +46,7 @@ class DomainSFTConfig(SFTConfig):
         if self.bf16 is None and not self.fp16 and self.use_cpu:  # type: ignore[has-type]
             self.bf16 = False
         super().__post_init__()
+        connect(self)
         self._refuse_changed_objectives()
         if self.overlong not in OVERLONG:
             raise UserError(f"overlong: {self.overlong!r} is unknown; choose one of {', '.join(OVERLONG)}")

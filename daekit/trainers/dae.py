@@ -78,7 +78,7 @@ class DAETrainer(KDTrainer):
 
     def _student_as_it_stands(self) -> Teacher:
         if not isinstance(self.model, PeftModel):
-            return ModelTeacher(frozen_copy(self.model), self.vocab_size, "reference").to(self.accelerator.device)
+            return ModelTeacher(frozen_copy(self.model), self.vocab_size, "reference")
         return AdapterTeacher.copy_of_active(self.model, _REFERENCE_ADAPTER, self.vocab_size)
 
     def _stream_domains(self) -> list[str]:

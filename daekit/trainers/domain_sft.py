@@ -27,7 +27,8 @@ from daekit.models.heads import output_head
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Batch, Signal
 from daekit.trainers.config import DomainSFTConfig
-from daekit.trainers.refusals import refuse_arguments, refuse_expert_adapter, refuse_sharding, refuse_shared_stream
+from daekit.trainers.engines import refuse_engine, require_wrapped, rounding
+from daekit.trainers.refusals import refuse_arguments, refuse_expert_adapter, refuse_shared_stream
 from daekit.trainers.student import load_student, name_of, tokenizer_of
 from daekit.trainers.whole_checkpoint import WholeCheckpointTrainer
 
@@ -43,7 +44,7 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
     logging window, in nats: ``ce/<domain>``, ``tokens/<domain>``, ``mean_token_accuracy/<domain>``; without suffix over all.
 
     Raises:
-        UserError: a student without whole weights, vision data, ``compute_loss_func``, prompt-learning PEFT, FSDP, DeepSpeed,
+        UserError: a student without whole weights, vision data, ``compute_loss_func``, prompt-learning PEFT, FSDP1,
             context or sequence parallelism, overlong rows.
     """
 
@@ -74,7 +75,7 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
         self.data_counts: dict[str, dict[str, DomainCount]] = {}
         super().__init__(model=model, args=args, train_dataset=train_dataset, **sft_arguments)
         self.args.model_init_kwargs = init_kwargs
-        refuse_sharding(self)
+        refuse_engine(self)
         self.data_collator = DomainCollator(self.data_collator)  # type: ignore[has-type]
         # so that the Trainer counts the kept tokens of the global batch, whatever loss the student's class declares
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
@@ -175,7 +176,7 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
     ) -> Any:
         """The weighted sum over kept tokens, divided by the kept tokens of the global batch (all ranks, all micro-batches)."""
         batch = as_batch(inputs)
-        with self.accelerator.autocast():  # the frozen models round as the student does
+        with rounding(self.accelerator):  # the frozen models round as the student does
             signals = self.teacher_signals(batch)
         out = model(**self._forward_inputs(batch), on_hidden=lambda outputs: self._losses(outputs, batch, signals))
         self._measure(batch, out, inputs[EXAMPLES])
@@ -279,6 +280,7 @@ class DomainSFTTrainer(WholeCheckpointTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's loop; its loss (a mean of batch means) is replaced by the mean over the tokens of the whole set."""
+        require_wrapped(self)
         self._means["eval"].pop()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._pop_means("eval")

@@ -106,8 +106,6 @@ class InsideLosses:
         if args.hidden_weight:
             require_layers(self._hidden_layers, step.hidden)
             step.add_mean(step.hidden.values(), args.hidden_weight, hidden_metric(args), out)
-        if self.projections is not None:  # DDP waits for every one, also for those whose teacher has no row on this rank
-            out["loss"] = out["loss"] + 0 * sum(matrix.sum() for matrix in self.projections.parameters())
         if not step.checkpointed:
             step.teachers = []  # nothing looks at them again: their memory is free for the backward pass
         return out
@@ -139,6 +137,10 @@ class InsideLosses:
         step.require_graph()
         hidden_NH = step.batch.keep(hidden_BTH)
         loss = torch.zeros((), device=hidden_NH.device)
+        if self.projections is not None:
+            # also those whose teacher has no row on this rank: DDP waits for their gradient, and ZeRO adds up gradients in
+            # the order in which they come, which must be that of the other ranks. So here, before anything reads them.
+            loss = loss + 0 * sum(matrix.sum() for matrix in self.projections.of_layer(layer))
         value_N = torch.zeros(len(hidden_NH), device=hidden_NH.device)
         for positions_M, (internals, _) in zip(step.positions, step.teachers, strict=True):
             teacher_MH = internals.hidden_MH[layer]

@@ -19,10 +19,12 @@ from daekit.protocol import Batch, Signal, Teacher
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
 from daekit.teachers.on_student import on_student, require_on_student
+from daekit.teachers.sharding import Sharding, shard_teacher
 from daekit.trainers.config import KDConfig
 from daekit.trainers.domain_sft import DomainSFTTrainer
+from daekit.trainers.engines import refuse_reentrant
 from daekit.trainers.inside import ATTENTION_METRIC, InsideLosses, hidden_metric
-from daekit.trainers.projections import forget_projections
+from daekit.trainers.projections import forget_projections, without_projections
 from daekit.trainers.student import spec_of, tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -74,8 +76,10 @@ class KDTrainer(DomainSFTTrainer):
                 "tokenizer, which its teacher does not have. Set the tokenizer's chat_template yourself, without new tokens."
             )
         self._complete_teacher()
-        self.teacher.to(self.accelerator.device)
+        self._place_teacher()
         wanted = self.args.attention_weight or self.args.hidden_weight
+        if wanted:
+            refuse_reentrant(self)
         self.inside = InsideLosses(self.model, self.args, self.teacher) if wanted else None
         if self.inside is not None and self.inside.projections is not None and self.optimizer is not None:
             raise UserError(
@@ -86,6 +90,12 @@ class KDTrainer(DomainSFTTrainer):
     def _complete_teacher(self) -> None:
         """The student is ready: the moment to load adapters onto its base, and to freeze a copy of it as a teacher."""
         self.teacher = on_student(self.teacher, self.model, self.vocab_size)
+
+    def _place_teacher(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            shard_teacher(self.teacher, Sharding(self.accelerator))
+        else:
+            self.teacher.to(self.accelerator.device)
 
     def teacher_signals(self, batch: Batch) -> list[Signal]:
         """What the teacher says about the batch; UserError if it says nothing, for the loss would be 0 without a word."""
@@ -134,19 +144,17 @@ class KDTrainer(DomainSFTTrainer):
         return super().run_facts() | {"teacher": self.teacher.identity()} | (inside if self.inside is not None else {})
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, None if state_dict is None else without_projections(state_dict))
         if self.inside is not None and self.inside.projections is not None:
-            self.inside.projections.save(Path(output_dir or self.args.output_dir))
+            self.inside.projections.save(Path(output_dir or self.args.output_dir), self.args.should_save)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _restore_further(self, folder: Path) -> None:
         if self.inside is not None and self.inside.projections is not None:
-            self.inside.projections.load(Path(resume_from_checkpoint))
+            self.inside.projections.load(folder)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.inside is not None and self.inside.projections is not None:
-            self.inside.projections.load(Path(self.state.best_model_checkpoint))
+        self._restore_further(Path(self.state.best_model_checkpoint))
 
 
 def as_teacher(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from daekit.errors import UserError
+from daekit.models.sharded import assign, whole
 
 _NAME = "daekit_projections"
 _FILE = "hidden_projections.safetensors"
@@ -42,22 +43,29 @@ class Projections(nn.Module):
         """The matrix onto a teacher's width for a layer of the student."""
         return self.matrices[f"{width}_{layer}"]
 
+    def of_layer(self, layer: int) -> list[Tensor]:
+        """All matrices of a layer of the student."""
+        return [matrix for name, matrix in self.matrices.items() if name.endswith(f"_{layer}")]
+
     def live_in(self, student: nn.Module) -> None:
         """Become a submodule of the student that its state dict does not show."""
         student.add_module(_NAME, self.to(next(student.parameters()).device))
         student.register_state_dict_post_hook(_leave_out)
         student.register_load_state_dict_post_hook(_not_missing)
 
-    def save(self, folder: Path) -> None:
-        """Write the matrices beside the weights of a checkpoint."""
-        save_file({name: matrix.detach().contiguous() for name, matrix in self.matrices.items()}, folder / _FILE)
+    def save(self, folder: Path, writes: bool) -> None:
+        """Write the matrices beside the weights of a checkpoint; every rank must come here, one of them writes."""
+        matrices = {name: whole(matrix) for name, matrix in self.matrices.items()}
+        if writes:
+            save_file(matrices, folder / _FILE)
 
     def load(self, folder: Path) -> None:
         """Read them back; UserError if they are not there or do not fit."""
         try:
             saved = load_file(folder / _FILE)
-            self.matrices.load_state_dict(saved)
-        except (OSError, SafetensorError, RuntimeError) as error:
+            for name, matrix in self.matrices.items():
+                assign(matrix, saved[name])
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise UserError(f"{folder / _FILE}: the projections of the hidden-state loss cannot be read ({error})") from error
 
 
@@ -65,6 +73,11 @@ def forget_projections(student: object) -> None:
     """Take out what an earlier trainer left in a student: nobody's now, and part of any copy."""
     if isinstance(student, nn.Module) and hasattr(student, _NAME):
         delattr(student, _NAME)
+
+
+def without_projections(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as an engine gathers it, parameter by parameter, without what is no part of the student."""
+    return {name: tensor for name, tensor in state.items() if f"{_NAME}." not in name}
 
 
 def _leave_out(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:

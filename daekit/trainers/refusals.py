@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig
 from torch import nn
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from daekit.data.preparation import first_row
 from daekit.errors import UserError
@@ -57,18 +57,6 @@ def refuse_expert_adapter(model: nn.Module, config: PeftConfig | None) -> None:
             f"peft_config: {min(wanted)!r} names experts, which are quantised: an adapter on them is not supported (each "
             "product would need its weight whole). Name other modules, 'all-linear' (which leaves quantised experts out), or "
             "load the model without quantization."
-        )
-
-
-def refuse_sharding(trainer: SFTTrainer) -> None:
-    """Raise UserError where ranks would hold parts of a model or of a sequence."""
-    parallel = trainer.accelerator.parallelism_config
-    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
-        raise UserError("context and sequence parallelism are not supported: the loss needs whole sequences on each rank")
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise UserError(
-            "FSDP and DeepSpeed are not supported yet: ranks whose rows follow different teachers would wait for each other "
-            "for ever, and checkpoints are of whole models. Use DDP (accelerate launch --multi_gpu)."
         )
 
 

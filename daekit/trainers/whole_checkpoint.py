@@ -19,7 +19,10 @@ from daekit.data.fingerprint import fingerprint as data_fingerprint
 from daekit.errors import UserError, says_disk_is_full
 from daekit.models.identity import hash_tensors
 from daekit.models.restore import restore_weights
+from daekit.models.sharded import shape_of
 from daekit.trainers import checkpoint
+from daekit.trainers.engine_state import load_stateless, optimizer_files, reading_safely, save_fsdp_state
+from daekit.trainers.engines import engine_of
 
 _OPTIMIZATION = (
     *("optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay", "max_grad_norm"),
@@ -34,6 +37,7 @@ class WholeCheckpointTrainer(SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._resume_folder: Path | None = None
         self._data_hash: str | None = None
+        self._student: dict[str, Any] | None = None
         self._keep: int | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(_RestoreAccumulators(self))
@@ -81,8 +85,8 @@ class WholeCheckpointTrainer(SFTTrainer):
             if problem:
                 raise UserError(f"{folder}: cannot be resumed: {problem}")
         checkpoint.require_same_run(folder, self.run_facts())
-        if not (folder / "optimizer.pt").is_file():
-            raise UserError(f"{folder}: has no optimizer.pt (save_only_model?), so the run cannot go on from it")
+        if not list(folder.glob(optimizer_files(self))):
+            raise UserError(f"{folder}: has no {optimizer_files(self)} (save_only_model?), so the run cannot go on from it")
         return folder
 
     def run_facts(self) -> dict[str, Any]:
@@ -93,19 +97,27 @@ class WholeCheckpointTrainer(SFTTrainer):
         inverse_sqrt...), for there the longer run is the run that was begun. An optimizer object of the user's own is not seen.
         """
         args = self.args
-        frozen = ((name, parameter) for name, parameter in self.model.named_parameters() if not parameter.requires_grad)
         return {
             "trainer": type(self).__name__,
-            "student": {
-                "class": type(self.model).__name__,
-                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-                "frozen": hash_tensors(frozen),  # the base of an adapter; what is trained comes from the checkpoint
-            },
+            "student": self._student_facts(),
+            "engine": engine_of(self),
             "data": self._data_fingerprint(),
             "seed": [args.seed, args.data_seed],
             "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size],
             "end": _end(args),
         } | {name: getattr(args, name) for name in _OPTIMIZATION}
+
+    def _student_facts(self) -> dict[str, Any]:
+        """Read once: to hash a sharded base it is gathered, parameter by parameter."""
+        if self._student is None:
+            named = list(self.model.named_parameters())
+            self._student = {
+                "class": type(self.model).__name__.removeprefix("FSDP"),
+                "parameters": sum(shape_of(parameter).numel() for _, parameter in named),
+                # the base of an adapter; what is trained comes from the checkpoint
+                "frozen": hash_tensors((name, parameter) for name, parameter in named if not parameter.requires_grad),
+            }
+        return self._student
 
     def _data_fingerprint(self) -> str | None:
         if isinstance(self.train_dataset, IterableDataset):
@@ -143,9 +155,10 @@ class WholeCheckpointTrainer(SFTTrainer):
                 checkpoint.begin(folder)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            facts = self.run_facts()  # all ranks: sharded weights are gathered to be hashed
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                checkpoint.seal(folder, self.run_facts())
+                checkpoint.seal(folder, facts)
         except Exception as error:  # the libraries that write have no class in common for a full disk
             if _is_full_disk(error, folder.parent):
                 raise UserError(
@@ -161,6 +174,26 @@ class WholeCheckpointTrainer(SFTTrainer):
         super()._save(output_dir, state_dict)
         # a pickle that nothing here reads
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            save_fsdp_state(self, Path(output_dir))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not load_stateless(self, Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        with reading_safely(self):
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._resume_folder is not None:
+            self._restore_further(self._resume_folder)
+        return prepared
+
+    def _restore_further(self, folder: Path) -> None:
+        """What a checkpoint holds beside the student; its weights and the optimizer are restored."""
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

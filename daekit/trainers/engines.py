@@ -1,0 +1,187 @@
+"""Which engine holds the ranks of a run together, and whether it is the one that the launch asked for.
+
+accelerate goes on with less than it was told, without a word: one process instead of several, DDP instead of FSDP. A student
+that was to be split over eight GPUs would then not fit, or eight students would be trained apart.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_deepspeed_available, str_to_bool
+from peft import PeftModel
+from transformers import TrainingArguments
+from trl import SFTTrainer
+
+from daekit.errors import UserError
+
+_RANK = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # set by a launcher of ranks
+
+
+def refuse_launch(deepspeed: bool = False) -> None:
+    """What can be known to be wrong with a launch before anything is loaded.
+
+    Args:
+        deepspeed: whether the trainer's arguments ask for DeepSpeed, as the launch may do, too.
+
+    Raises:
+        UserError: more ranks than devices, one process where several were asked for, or DeepSpeed that is not there.
+    """
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if devices and ranks > devices and not _asked("ACCELERATE_USE_CPU"):
+        raise UserError(
+            f"{ranks} processes were launched on this machine, which has {devices} "
+            f"{torch.accelerator.current_accelerator()} device(s): ranks cannot share one. Launch with --num_processes "
+            f"{devices} (torchrun: --nproc_per_node {devices}), or make more devices visible (CUDA_VISIBLE_DEVICES)."
+        )
+    # accelerate's launcher for one process sets the address of a main process only if it was asked for several
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if launched and not any(name in os.environ for name in _RANK):
+        raise UserError(
+            "accelerate launch was asked for several processes but has started one (it does so with --cpu, and with "
+            "distributed_type MULTI_CPU or NO): use --multi_gpu --num_processes N, which runs on CPUs, too, or a file of "
+            "recipes/accelerate/."
+        )
+    if (deepspeed or _asked("ACCELERATE_USE_DEEPSPEED")) and not is_deepspeed_available():
+        raise UserError(
+            "DeepSpeed is not installed: pip install 'daekit[deepspeed]', or launch with recipes/accelerate/fsdp2.yaml"
+        )
+    if _asked("ACCELERATE_USE_CPU") and _asked("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError("ACCELERATE_USE_CPU=true: DeepSpeed would become DDP without a word. Leave the variable unset.")
+
+
+def connect(args: TrainingArguments) -> None:
+    """Make what accelerate knows of the processes true where there is no GPU; refuse what cannot work before models are loaded.
+
+    On a CPU accelerate would drop FSDP in silence, as it does for every distributed type but that of a GPU; and DeepSpeed has
+    to be told of the process group, which on a GPU it has made itself.
+
+    Raises:
+        UserError: processes that would train alone; settings of FSDP or DeepSpeed that the trainers cannot follow.
+    """
+    state = args.distributed_state
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and state.num_processes != launched:
+        raise UserError(
+            f"{launched} processes were launched but this one knows of {state.num_processes}: each would train alone, over the "
+            "others' files. Leave use_configured_state out of accelerator_config; without GPUs set use_cpu=True."
+        )
+    on_cpus = state.distributed_type == DistributedType.MULTI_CPU
+    if asks_for_fsdp(args):
+        _refuse_fsdp(args)
+        if on_cpus:
+            state.distributed_type = DistributedType.MULTI_GPU
+    if asks_for_deepspeed(args):
+        _refuse_deepspeed(args)
+        if on_cpus:
+            import deepspeed
+
+            deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+
+
+def asks_for_fsdp(args: TrainingArguments) -> bool:
+    """Whether the arguments or the launch want FSDP."""
+    return bool(args.fsdp) or _asked("ACCELERATE_USE_FSDP")
+
+
+def asks_for_deepspeed(args: TrainingArguments) -> bool:
+    """Whether the arguments or the launch want DeepSpeed."""
+    return bool(args.deepspeed) or _asked("ACCELERATE_USE_DEEPSPEED")
+
+
+def refuse_engine(trainer: SFTTrainer) -> None:
+    """Raise UserError where the engine is not what was asked for, or does what the trainers cannot follow."""
+    accelerator = trainer.accelerator
+    parallel = accelerator.parallelism_config
+    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+        raise UserError("context and sequence parallelism are not supported: the loss needs whole sequences on each rank")
+    for name, asked, kind in (
+        ("FSDP", asks_for_fsdp(trainer.args), DistributedType.FSDP),
+        ("DeepSpeed", asks_for_deepspeed(trainer.args), DistributedType.DEEPSPEED),
+    ):
+        if asked and accelerator.distributed_type != kind:
+            raise UserError(
+                f"{name} was asked for, but the processes run as {accelerator.distributed_type.value}: launch with `accelerate "
+                "launch --config_file` and a file of recipes/accelerate/, without --cpu."
+            )
+    if shards_parameters(trainer) and getattr(trainer.model, "is_quantized", False):
+        raise UserError(
+            "a quantised student cannot be split over ranks by FSDP or ZeRO-3: launch with recipes/accelerate/ddp.yaml or "
+            "zero2.yaml, where each rank holds its 4-bit weights whole, or train it in 16 bits"
+        )
+
+
+def refuse_reentrant(trainer: SFTTrainer) -> None:
+    """UserError where TRL sets reentrant checkpointing, under which losses that look inside teach nothing."""
+    zero3 = trainer.is_deepspeed_enabled and shards_parameters(trainer)
+    if zero3 and trainer.args.gradient_checkpointing and isinstance(trainer.model, PeftModel):
+        raise UserError(
+            "gradient_checkpointing=True: under ZeRO-3 an adapter is trained with reentrant checkpointing, with which "
+            "attention_weight and hidden_weight would teach nothing. Set it to False, or use FSDP2 (recipes/accelerate)."
+        )
+
+
+def require_wrapped(trainer: SFTTrainer) -> None:
+    """UserError for an evaluation before the training: FSDP2 and ZeRO split a student only together with its optimizer."""
+    if (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and not trainer.accelerator._models:
+        raise UserError(
+            "evaluate() before train(): FSDP and DeepSpeed take the student only together with its optimizer. Call train() "
+            "first (eval_on_start=True evaluates at its beginning), or evaluate under recipes/accelerate/ddp.yaml."
+        )
+
+
+def shards_parameters(trainer: SFTTrainer) -> bool:
+    """Whether each rank holds a part of every parameter: FSDP and ZeRO-3."""
+    if trainer.is_deepspeed_enabled:
+        return trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+    return trainer.is_fsdp_enabled
+
+
+def engine_of(trainer: SFTTrainer) -> str:
+    """The name of the engine: checkpoints of one cannot be resumed under another."""
+    kind: str = trainer.accelerator.distributed_type.value
+    return f"{kind} ZeRO-{trainer.accelerator.state.deepspeed_plugin.zero_stage}" if trainer.is_deepspeed_enabled else kind
+
+
+def rounding(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """What the student's forward runs in: autocast, or nothing where the engine rounds the weights themselves."""
+    by_weights = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return nullcontext() if by_weights else accelerator.autocast()
+
+
+def _refuse_fsdp(args: TrainingArguments) -> None:
+    settings = args.fsdp_plugin_args or {}  # what is not given is taken from the launch
+    version = int(settings.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
+    if version != 2:
+        raise UserError(f"fsdp_version: {version} is not supported, it is deprecated in torch; set fsdp_version: 2")
+    plugin = FullyShardedDataParallelPlugin(**settings)
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise UserError(
+            f"fsdp_state_dict_type: {plugin.state_dict_type.name} is not supported: the index of such a checkpoint is a "
+            "pickle, and the student could not be loaded from it. Set fsdp_state_dict_type: FULL_STATE_DICT."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise UserError(
+            "fsdp_cpu_ram_efficient_loading: true is not supported: only the first rank would hold the weights of student and "
+            "teachers when they are checked and frozen. Set it to false."
+        )
+
+
+def _refuse_deepspeed(args: TrainingArguments) -> None:
+    zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    if zero["stage"] == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise UserError(
+            "zero3_save_16bit_model: false is not supported: the student's weights would be saved in DeepSpeed's pickles only. "
+            "Set it to true (in a JSON config stage3_gather_16bit_weights_on_model_save)."
+        )
+    if zero["stage"] not in (2, 3):
+        raise UserError(f"zero_stage: {zero['stage']} is not supported; use 2 or 3, or recipes/accelerate/ddp.yaml")
+
+
+def _asked(variable: str) -> bool:
+    return bool(str_to_bool(os.environ.get(variable, "false")))

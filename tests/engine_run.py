@@ -1,0 +1,131 @@
+"""One rank of a test of an engine: trains the cases it is given, says what engine it saw, writes weights and logs.
+
+``accelerate launch --config_file recipes/accelerate/ENGINE.yaml --num_processes 2 tests/engine_run.py ENGINE FOLDER '["kd"]'``
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from accelerate.utils import DistributedType
+from test_distributed import trainer_of
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import SequentialSampler
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from daekit.models.sharded import is_sharded, whole
+from daekit.trainers import config, domain_sft, engines
+
+KINDS = {
+    "ddp": (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU),
+    "fsdp2": (DistributedType.FSDP,),
+    "zero2": (DistributedType.DEEPSPEED,),
+    "zero3": (DistributedType.DEEPSPEED,),
+}
+
+
+def is_split(parameter: Tensor) -> bool:
+    """Whether this rank holds a part of the parameter only."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().numel() < parameter.numel()
+    return hasattr(parameter, "ds_id") and parameter.numel() == 0
+
+
+def require_engine(engine: str, trainer: Any) -> None:
+    """The engine that the test is about, and student and teachers split where it splits them."""
+    accelerator = trainer.accelerator
+    assert accelerator.distributed_type in KINDS[engine], accelerator.distributed_type
+    assert accelerator.num_processes == torch.distributed.get_world_size() == 2
+    if engine.startswith("zero"):
+        assert accelerator.state.deepspeed_plugin.zero_stage == int(engine[-1])
+        assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
+    splits = engine in ("fsdp2", "zero3")
+    for model in (trainer.model, *teacher_models(trainer.teacher)):
+        if getattr(model, "is_quantized", False):
+            assert not any(map(is_sharded, model.parameters()))  # whole on each rank
+            continue
+        matrices = [is_split(p) for p in model.parameters() if p.ndim > 1 or hasattr(p, "ds_id")]
+        assert matrices and all(split == splits for split in matrices), (type(model), matrices)
+
+
+def teacher_models(teacher: Any) -> list[nn.Module]:
+    if hasattr(teacher, "routes"):
+        return [model for each in teacher.routes.values() for model in teacher_models(each)]
+    members = teacher.members if hasattr(teacher, "members") else []
+    return [model for each in members for model in teacher_models(each)] or [teacher.model]
+
+
+def whole_weights(model: nn.Module) -> Tensor:
+    """All trainable parameters in one vector, gathered; a collective call."""
+    named = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return torch.cat([whole(p).double().flatten() for _, p in named])
+
+
+def connect(args: Any) -> None:
+    """As in daekit, with ZeRO-3 told to split small parameters, too: all of a tiny model's would stay gathered."""
+    engines.connect(args)
+    if args.deepspeed_plugin is not None:
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+
+def run(engine: str, case: str, folder: Path) -> None:
+    unset_hf_deepspeed_config()  # of the case before: with ZeRO-3 random weights would be other ones
+    trainer = trainer_of(case, folder, 2)
+    trainer.train()
+    require_engine(engine, trainer)
+    metrics = trainer.evaluate()
+    history = [entry for entry in trainer.state.log_history if "kl" in entry]
+    rank = trainer.args.process_index
+    result = {"weights": whole_weights(trainer.model), "history": history, "metrics": metrics}
+    torch.save(result, folder / f"{case}-2-{rank}.pt")
+
+
+def run_resumed(engine: str, case: str, folder: Path) -> None:
+    """A straight run of four steps, and one that goes on from its second; then what was saved."""
+    results = {}
+    for name in ("straight", "resumed"):
+        unset_hf_deepspeed_config()
+        output = folder / case / name
+        optimizer = "sgd" if "sgd" in case else "adamw_torch"
+        trainer = trainer_of(case, output, 2, optim=optimizer, save_strategy="steps", save_steps=2, max_steps=4)
+        if name == "resumed":
+            if trainer.args.should_save:
+                shutil.copytree(folder / case / "straight" / "checkpoint-2", output / "checkpoint-2")
+            torch.distributed.barrier()
+        trainer.train(resume_from_checkpoint=name == "resumed")
+        require_engine(engine, trainer)
+        results[name] = whole_weights(trainer.model)
+        results[name + " history"] = [entry for entry in trainer.state.log_history if "kl" in entry]
+        trainer.save_model(str(output / "model"))
+    torch.save(results, folder / f"{case}-resumed-{trainer.args.process_index}.pt")
+
+
+def run_rounded(engine: str, case: str, folder: Path) -> None:
+    """In bfloat16 the reference rounds as the student does: at the first step it says the same, exactly."""
+    unset_hf_deepspeed_config()
+    trainer = trainer_of(case, folder / case, 2, bf16=True, max_steps=2)
+    trainer.train()
+    require_engine(engine, trainer)
+    first, second = (entry["kl/general"] for entry in trainer.state.log_history if "kl/general" in entry)
+    assert first == 0 < second, (case, first, second)
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as patch:
+        # keep the rows that have nothing to learn, and the order of all
+        patch.setattr(domain_sft, "fit_to_length", lambda dataset, *_: (dataset, {}))
+        patch.setattr(transformers.Trainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset))
+        patch.setattr(config, "connect", connect)
+        for name in json.loads(sys.argv[3]):
+            each = {"resumed": run_resumed, "rounded": run_rounded}.get(name.rsplit("-", 1)[-1], run)
+            each(sys.argv[1], name, Path(sys.argv[2]))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

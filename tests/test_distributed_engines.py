@@ -1,0 +1,121 @@
+"""Two processes under DDP, FSDP2, ZeRO-2 and ZeRO-3 train as one does: real engines over gloo, by the launches that ship."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_distributed import CASES, ENVIRONMENT, RECIPE, SAME, require_same, train
+from trainer_world import relative
+
+from daekit.models.loading import load_model
+from daekit.recipe import load_recipe
+from daekit.recipe.schema import ModelSpec
+from daekit.run import run_recipe
+
+ROOT = Path(__file__).parents[1]
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+ENGINES = [
+    "ddp",
+    "fsdp2",
+    pytest.param("zero2", marks=needs_deepspeed),
+    pytest.param("zero3", marks=needs_deepspeed),
+]
+SHARDED = ENGINES[1:]
+FOUR_BITS = ["kd-4bit-teacher"]
+RESUMED = ["kd-resumed", "kd-sgd-resumed", "kd-inside-resumed", "dae-reference-resumed", "dae-lora-reference-resumed"]
+
+
+def launch(engine: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """``accelerate launch`` with the configuration that ships, on two processes."""
+    config = str(ROOT / "recipes" / "accelerate" / f"{engine}.yaml")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    launcher += ["--num_processes", "2", "--main_process_port", "0"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = ENVIRONMENT | {"PYTHONPATH": paths}
+    done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=500)
+    said = [line for line in done.stderr.splitlines() if "leaked" not in line]  # Triton's bindings, hundreds of lines
+    assert done.returncode == 0, "\n".join(said)[-6000:]
+    return done
+
+
+def run(engine: str, cases: list[str], folder: Path) -> None:
+    launch(engine, str(ROOT / "tests" / "engine_run.py"), engine, str(folder), json.dumps(cases))
+
+
+def compare(engine: str, cases: list[str], folder: Path) -> None:
+    run(engine, cases, folder)
+    for case in cases:
+        train(case, folder, 1)
+        require_same(case, folder)
+
+
+def test_fsdp2_equals_one_process(tmp_path: Path) -> None:
+    compare("fsdp2", ["dae-inside-checkpointing-one-domain-per-rank"], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_case_equals_one_process(engine: str, tmp_path: Path) -> None:
+    compare(engine, CASES + FOUR_BITS, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [ENGINES[0], ENGINES[2]])
+def test_a_four_bit_student_that_each_rank_holds(engine: str, tmp_path: Path) -> None:
+    case = "kd-4bit-student-lora"
+    run(engine, [case], tmp_path)
+    train(case, tmp_path, 1)
+    one, two = (torch.load(tmp_path / f"{case}-{name}.pt")["weights"] for name in ("1-0", "2-0"))
+    assert relative(two, one) < 0.01  # TRL trains its adapter in bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_reference_rounds_as_the_student(engine: str, tmp_path: Path) -> None:
+    run(engine, ["dae-reference-rounded", "dae-lora-reference-rounded"], tmp_path)  # asserts there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_resumed_run_is_the_straight_one(engine: str, tmp_path: Path) -> None:
+    run(engine, RESUMED, tmp_path)
+    for case in RESUMED:
+        first, second = (torch.load(tmp_path / f"{case}-resumed-{rank}.pt") for rank in (0, 1))
+        for rank in (first, second):
+            assert torch.equal(rank["straight"], rank["resumed"]), case
+            assert rank["straight history"] == rank["resumed history"] and rank["straight history"], case
+        assert torch.equal(first["straight"], second["straight"]), case
+    for name in ("checkpoint-4", "model"):  # whole, in safetensors, and readable by one process
+        model = load_model(ModelSpec(path=str(tmp_path / "kd-resumed" / "resumed" / name)))
+        saved = torch.cat([p.detach().double().flatten() for _, p in sorted(model.named_parameters())])
+        assert torch.equal(saved, torch.load(tmp_path / "kd-resumed-resumed-0.pt")["resumed"])
+        adapter = load_file(tmp_path / "dae-lora-reference-resumed" / "resumed" / name / "adapter_model.safetensors")
+        assert all(tensor.numel() for tensor in adapter.values())
+        trained = torch.load(tmp_path / "dae-lora-reference-resumed-resumed-0.pt")["resumed"]
+        assert sum(tensor.numel() for tensor in adapter.values()) == trained.numel()  # the student's adapter alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_recipe_runs_as_on_one_process(engine: str, tmp_path: Path) -> None:
+    recipes: dict[int, Path] = {}
+    for world in (1, 2):
+        text = RECIPE.replace("OUT", str(tmp_path / str(world))).replace("size: 4", f"size: {4 // world}")
+        recipes[world] = tmp_path / f"{world}.yaml"
+        recipes[world].write_text(text)
+    launch(engine, "-m", "daekit", "train", str(recipes[2]))
+    run_recipe(load_recipe(recipes[1]))
+    one, two = (load_file(tmp_path / world / "stages/aligned/model/model.safetensors") for world in ("1", "2"))
+    assert one.keys() == two.keys()
+    assert all(relative(two[name], tensor) < SAME for name, tensor in one.items())
+    assert (tmp_path / "2" / "report" / "report.json").is_file()
+    again = launch(engine, "-m", "daekit", "train", str(recipes[2]))
+    assert "[aligned] complete, kept" in again.stdout
