@@ -79,6 +79,9 @@ def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
     if "ensemble" in case:
         changes["teacher"] = ensemble()
     student: Any = tiny.model(kind, seed=1, tie_word_embeddings="tied" in case)
+    if "read" in case:
+        expert = saved(tiny.model(seed=3, hidden=48, tie_word_embeddings=True), folder / case / "expert")
+        changes |= {"teachers": {"shop": expert}, "reference": saved(tiny.model("mixtral", seed=4), folder / case / "reference")}
     if "4bit-teacher" in case:
         changes["teacher"] = four_bits(tiny.model(seed=2, hidden=64), folder / case)
     if "4bit-student" in case:
@@ -88,12 +91,25 @@ def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
 
 
 def four_bits(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model in 4 bits, which it can only be loaded in. Among ranks save_pretrained would write on the first only."""
-    place = folder / f"16-bit-{os.environ.get('RANK', '0')}"
+    """The model in 4 bits, which it can only be loaded in."""
+    return load_model(ModelSpec(path=saved(model, folder), quantization="4bit", dtype="float32"))
+
+
+def saved(model: PreTrainedModel, folder: Path) -> str:
+    """A directory of this rank, for among ranks save_pretrained would write on the first only.
+
+    Under FSDP2 only the first rank's holds the weights, unless they are to be quantised.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    place = folder / f"rank-{rank}"
     place.mkdir(parents=True, exist_ok=True)
+    tiny.tokenizer().save_pretrained(place)
+    model.config.architectures = [type(model).__name__]
     model.config.to_json_file(place / "config.json")
-    save_file(model.state_dict(), place / "model.safetensors", metadata={"format": "pt"})
-    return load_model(ModelSpec(path=str(place), quantization="4bit", dtype="float32"))
+    if rank == 0 or os.environ.get("ACCELERATE_USE_FSDP") != "true" or "4bit" in str(folder):
+        weights_of = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        save_file(weights_of, place / "model.safetensors", metadata={"format": "pt"})
+    return str(place)
 
 
 def ensemble() -> EnsembleTeacher:

@@ -27,6 +27,7 @@ from transformers.modeling_utils import set_zero3_state
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from daekit.errors import UserError
+from daekit.models.hollow import hollow_model, is_hollow
 from daekit.models.placement import device_map_of, require_devices
 from daekit.models.quantiser import reading_unmapped
 from daekit.models.quantization import (
@@ -48,13 +49,16 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 ALWAYS = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
 
 
-def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0) -> PreTrainedModel:
+def load_model(
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0, hollow: bool = False
+) -> PreTrainedModel:
     """Load or build the model of ``spec`` (its ``stage`` already resolved to a path).
 
     Args:
         spec: exactly one of ``path`` and ``config`` is set.
         tokenizer: gives ``vocab_size`` and special tokens to a model built from a config.
         seed: of the random weights of a model built from a config.
+        hollow: leave its weights on the meta device, where it is one that is split over ranks (see ``daekit.models.hollow``).
 
     Raises:
         UserError: no such directory or hub id, corrupt or incomplete weights, an invalid config, a "4bit" model most of
@@ -65,8 +69,8 @@ def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None
     assert spec.path is not None, "a recipe's stages are resolved before their models are loaded"
     directory = Path(spec.path).expanduser()
     if (directory / _ADAPTER_CONFIG).is_file():
-        return _merged_adapter(directory, spec)
-    return _from_pretrained(spec)
+        return _merged_adapter(directory, spec, hollow)
+    return (hollow_model(spec) if hollow else None) or _from_pretrained(spec)
 
 
 def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
@@ -191,7 +195,7 @@ def _from_pretrained(spec: ModelSpec) -> PreTrainedModel:
     return model
 
 
-def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
+def _merged_adapter(directory: Path, spec: ModelSpec, hollow: bool) -> PreTrainedModel:
     """A LoRA adapter folded into its base; the base is loaded as ``spec`` says, without quantisation."""
     from peft import PeftConfig, get_peft_model
 
@@ -208,7 +212,9 @@ def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
     if not base:
         raise UserError(f"{directory}: its adapter_config.json names no base model (base_model_name_or_path)")
     # the base may be an adapter on its base in turn; code of a base that the recipe does not name is not trusted
-    model = load_model(replace(spec, path=base, revision=config.revision, trust_remote_code=False))
+    model = load_model(replace(spec, path=base, revision=config.revision, trust_remote_code=False), hollow=hollow)
+    if is_hollow(model):
+        return model
     # not PeftModel.from_pretrained: it reads pickles, and a missing weight is a warning only
     adapted = get_peft_model(model, config)
     restore_weights(adapted, directory)

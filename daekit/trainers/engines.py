@@ -94,6 +94,11 @@ def asks_for_deepspeed(args: TrainingArguments) -> bool:
     return bool(args.deepspeed) or _asked("ACCELERATE_USE_DEEPSPEED")
 
 
+def receives_teachers(args: TrainingArguments) -> bool:
+    """Whether this rank leaves it to the first one to read teachers, and gets its parts of them: under FSDP2 only."""
+    return asks_for_fsdp(args) and args.process_index > 0
+
+
 def refuse_engine(trainer: SFTTrainer) -> None:
     """Raise UserError where the engine is not what was asked for, or does what the trainers cannot follow."""
     accelerator = trainer.accelerator
