@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_distributed import CASES, ENVIRONMENT, RECIPE, SAME, require_same, train
 from trainer_world import relative
+from transformers import AutoModelForCausalLM
 
 from daekit.models.loading import load_model
 from daekit.recipe import load_recipe
@@ -30,11 +32,13 @@ ENGINES = [
 ]
 SHARDED = ENGINES[1:]
 FOUR_BITS = ["kd-4bit-teacher"]
+ADAPTERS = ["dae-lora-adapters-uneven-domains"]
+KILLED = ["kd-killed", "dae-lora-reference-unsealed-killed"]
 READ = ["dae-read"]  # teachers that under FSDP2 the first rank alone reads
 RESUMED = ["kd-resumed", "kd-sgd-resumed", "kd-inside-resumed", "dae-reference-resumed", "dae-lora-reference-resumed"]
 
 
-def launch(engine: str, *command: str) -> subprocess.CompletedProcess[str]:
+def launch(engine: str, *command: str, killed: bool = False) -> subprocess.CompletedProcess[str]:
     """``accelerate launch`` with the configuration that ships, on two processes."""
     config = str(ROOT / "recipes" / "accelerate" / f"{engine}.yaml")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
@@ -43,7 +47,7 @@ def launch(engine: str, *command: str) -> subprocess.CompletedProcess[str]:
     environment = ENVIRONMENT | {"PYTHONPATH": paths}
     done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=500)
     said = [line for line in done.stderr.splitlines() if "leaked" not in line]  # Triton's bindings, hundreds of lines
-    assert done.returncode == 0, "\n".join(said)[-6000:]
+    assert (done.returncode != 0 and "SIGKILL" in done.stderr) if killed else done.returncode == 0, "\n".join(said)[-6000:]
     return done
 
 
@@ -65,7 +69,7 @@ def test_fsdp2_equals_one_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_case_equals_one_process(engine: str, tmp_path: Path) -> None:
-    compare(engine, CASES + FOUR_BITS + READ, tmp_path)
+    compare(engine, CASES + FOUR_BITS + READ + ADAPTERS, tmp_path)
 
 
 @pytest.mark.slow
@@ -102,6 +106,41 @@ def test_a_resumed_run_is_the_straight_one(engine: str, tmp_path: Path) -> None:
         assert all(tensor.numel() for tensor in adapter.values())
         trained = torch.load(tmp_path / "dae-lora-reference-resumed-resumed-0.pt")["resumed"]
         assert sum(tensor.numel() for tensor in adapter.values()) == trained.numel()  # the student's adapter alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", KILLED)
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_killed_run_goes_on(engine: str, case: str, tmp_path: Path) -> None:
+    command = (str(ROOT / "tests" / "engine_run.py"), engine, str(tmp_path), json.dumps([case]))
+    launch(engine, *command, killed=True)
+    assert (tmp_path / case / "killed" / "checkpoint-2").is_dir() and not list(tmp_path.glob("*.pt"))
+    assert (tmp_path / case / "killed" / "checkpoint-4").is_dir() == ("unsealed" in case)
+    launch(engine, *command)
+    for rank in (torch.load(tmp_path / f"{case}-{index}.pt") for index in (0, 1)):
+        assert torch.equal(rank["straight"], rank["killed"])
+        assert rank["straight history"] == rank["killed history"] and len(rank["killed history"]) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [ENGINES[1], ENGINES[3]])
+def test_one_rank_reads_a_teacher(engine: str, tmp_path: Path) -> None:
+    config = tiny.model().config
+    config.update(dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=32, architectures=["MistralForCausalLM"]))
+    with torch.device("meta"):
+        names = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    big = {name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in names.items()}
+    size = sum(tensor.nbytes for tensor in big.values())
+    assert size > 0.9e9
+    (tmp_path / "big").mkdir()
+    config.dtype = torch.bfloat16
+    config.to_json_file(tmp_path / "big" / "config.json")
+    tiny.tokenizer().save_pretrained(tmp_path / "big")
+    save_file(big, tmp_path / "big" / "model.safetensors", metadata={"format": "pt"})
+    del big
+    run(engine, ["kd-measured"], tmp_path)
+    first, second = (torch.load(tmp_path / f"kd-measured-{rank}.pt") for rank in (0, 1))
+    assert second < 0.75 * size < first  # half of it stays, and one layer comes by
 
 
 @pytest.mark.slow
