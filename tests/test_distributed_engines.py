@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on(engine: str, case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", [ENGINES[1], ENGINES[3]])
 def test_one_rank_reads_a_teacher(engine: str, tmp_path: Path) -> None:
     config = tiny.model().config
-    config.update(dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=32, architectures=["MistralForCausalLM"]))
+    config.update(dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=40, architectures=["MistralForCausalLM"]))
     with torch.device("meta"):
         names = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).state_dict().items()}
     big = {name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in names.items()}

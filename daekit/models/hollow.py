@@ -70,5 +70,6 @@ def deal(module: nn.Module, device: torch.device) -> None:
         dist.broadcast(value, src=0)
         fresh[id(mine[name])] = nn.Parameter(value, requires_grad=False) if name in parameters else value
     for part in module.modules():
-        for table in (part._parameters, part._buffers):
+        tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for table in tables:
             table.update({name: fresh[id(tensor)] for name, tensor in table.items() if id(tensor) in fresh})

@@ -172,8 +172,8 @@ def _refuse_fsdp(args: TrainingArguments) -> None:
         )
     if plugin.cpu_ram_efficient_loading:
         raise UserError(
-            "fsdp_cpu_ram_efficient_loading: true is not supported: only the first rank would hold the weights of student and "
-            "teachers when they are checked and frozen. Set it to false."
+            "fsdp_cpu_ram_efficient_loading: true is not supported: only the first rank would hold the weights of the student "
+            "when it is checked and copied. Set it to false; teachers are read by the first rank alone in any case."
         )
 
 
