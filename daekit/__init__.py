@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from daekit.evaluation.callback import EvaluationCallback
     from daekit.protocol import Batch, Signal, Teacher, Voice
     from daekit.recipe import load_recipe
+    from daekit.recipe.load_suite import load_suite
     from daekit.run import run_recipe
     from daekit.teachers import BASE, AdapterPath, AdapterTeacher, EnsembleTeacher, ModelTeacher, RoutedTeacher
     from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, DomainSFTTrainer, KDConfig, KDTrainer
@@ -34,7 +36,9 @@ _ROOM_OF = {
     "Signal": "daekit.protocol",
     "Teacher": "daekit.protocol",
     "Voice": "daekit.protocol",
+    "EvaluationCallback": "daekit.evaluation.callback",
     "load_recipe": "daekit.recipe",
+    "load_suite": "daekit.recipe.load_suite",
     "run_recipe": "daekit.run",
 }
 
@@ -48,6 +52,7 @@ __all__ = [
     "DomainSFTConfig",
     "DomainSFTTrainer",
     "EnsembleTeacher",
+    "EvaluationCallback",
     "KDConfig",
     "KDTrainer",
     "ModelTeacher",
@@ -57,6 +62,7 @@ __all__ = [
     "Voice",
     "__version__",
     "load_recipe",
+    "load_suite",
     "run_recipe",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: ``daekit check | plan | init | train | merge | quickstart``. Heavy imports happen inside."""
+"""The command line: ``daekit check | plan | init | train | eval | merge | quickstart``. Heavy imports happen inside."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import get_args
 from daekit import __version__
 from daekit.errors import UserError, says_disk_is_full
 from daekit.recipe import load_recipe, load_recipe_text, sharing_notes, to_yaml
+from daekit.recipe.load_suite import load_suite, parse_models
 from daekit.recipe.schema import Dtype
 
 _OVERRIDES_HELP = "settings laid over the recipe: key.sub=value, the value as YAML (stages.kd.trainer.max_steps=10)"
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (check, plan, init, train):
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
+    _add_eval(commands)
     merge = commands.add_parser("merge", help="fold a LoRA adapter into its 16-bit base, and compare the two")
     merge.set_defaults(run=_merge)
     merge.add_argument("adapter", metavar="ADAPTER_DIR", help="a directory with adapter_config.json and its safetensors")
@@ -110,6 +112,68 @@ def _parser() -> argparse.ArgumentParser:
     for command in (check, plan, init, train, quickstart):
         command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
     return parser
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("eval", help="measure models with a suite: likelihood benchmarks, MT-Bench, AlpacaEval")
+    command.set_defaults(run=_eval)
+    command.add_argument("suite", metavar="SUITE", help="a YAML file, such as those in eval/suites")
+    command.add_argument(
+        "--model",
+        metavar="NAME=MODEL",
+        action="append",
+        default=[],
+        help="a directory, PATH+ADAPTER, a hub id, or http(s)://HOST/v1#MODEL; several are compared",
+    )
+    command.add_argument("--output", metavar="DIR", help="where to write (default: the suite's output_dir)")
+    command.add_argument("--dry-run", action="store_true", help="say what would be done and what the judge would cost")
+    command.add_argument("--max-calls", metavar="N", type=_positive_int, help="calls that one judge or endpoint may get")
+    command.add_argument("--max-cost", metavar="X", type=_positive_float, help="dollars that one judge may cost")
+    command.add_argument(
+        "--allow-missing",
+        metavar="N",
+        type=_count,
+        default=0,
+        help="give a score although up to N judgments of the model are missing",
+    )
+    command.add_argument("--score-parser", choices=["strict", "fastchat"], help="how a rating is read (default: the suite's)")
+    command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
+    return value
+
+
+def _eval(options: argparse.Namespace) -> None:
+    overrides = list(options.overrides)
+    if options.output is not None:
+        overrides.append(f"output_dir={json.dumps(options.output)}")
+    suite = load_suite(options.suite, parse_models(options.model), overrides)
+
+    from daekit.evaluation.suites import Options, run_suite
+    from daekit.report import format_table
+
+    how = Options(options.dry_run, options.max_calls, options.max_cost, options.allow_missing, options.score_parser)
+    report = run_suite(suite, how)
+    if report is not None:
+        print(f"\n{format_table(report.rows)}\n\nReport: {suite.output_dir}/report.html", flush=True)
 
 
 def _check(options: argparse.Namespace) -> None:

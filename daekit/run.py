@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import json
 import logging
 import os
-import subprocess
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,16 +31,18 @@ from daekit.build import (
 )
 from daekit.data.mixture import Mixture
 from daekit.errors import UserError
+from daekit.evaluation.suites import run_suite
 from daekit.models.loading import load_model
 from daekit.models.sharded import shape_of
 from daekit.recipe import sharing_notes, stage_key, student_key, to_yaml
+from daekit.recipe.load_suite import load_suite
 from daekit.recipe.schema import ModelSpec, Recipe
+from daekit.recipe.suite import SubjectSpec
 from daekit.report import format_table, write_report
+from daekit.report.provenance import commit, versions
 from daekit.trainers import DomainSFTTrainer
 from daekit.trainers.checkpoint import checkpoints, unsealed, write_json
 from daekit.trainers.engines import refuse_launch
-
-_PACKAGES = ("daekit", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
 def run_recipe(recipe: Recipe) -> None:
@@ -74,7 +74,9 @@ def run_recipe(recipe: Recipe) -> None:
         state.wait_for_everyone()
     # the other ranks are done: a barrier would time out while the main process generates answers
     if recipe.evaluation is not None and state.is_main_process:
-        _report(recipe, folder, data, models, state)
+        if recipe.evaluation.sources:
+            _report(recipe, folder, data, models, state)
+        _suites(recipe, folder)
 
 
 def init_students(recipe: Recipe) -> None:
@@ -223,8 +225,8 @@ def _stage_heading(name: str, recipe: Recipe, trainer: DomainSFTTrainer, mixture
 
 def _provenance(trainer: DomainSFTTrainer, mixture: Mixture) -> dict[str, Any]:
     return {
-        "versions": _versions(),
-        "commit": _commit(),
+        "versions": versions(),
+        "commit": commit(),
         "run": trainer.run_facts(),
         "mixture": [asdict(use) for use in mixture.table],
         "rows": {name: {d: asdict(c) for d, c in counts.items()} for name, counts in trainer.data_counts.items()},
@@ -241,11 +243,29 @@ def _report(recipe: Recipe, folder: RunFolder, data: DataBuilder, models: ModelB
     if key_file.is_file() and json.loads(key_file.read_text()) == key:
         print(f"[report] complete, kept: {folder.report / 'report.html'}", flush=True)
         return
-    provenance = {"versions": _versions(), "commit": _commit(), "machine": calibration()}
+    provenance = {"versions": versions(), "commit": commit(), "machine": calibration()}
     report = build_report(recipe, folder, data, models, state.device, provenance)
     write_report(folder.report, report)
     write_json(key_file, key)
     print(f"\n{format_table(report.rows)}\n\nReport: {folder.report / 'report.html'}", flush=True)
+
+
+def _suites(recipe: Recipe, folder: RunFolder) -> None:
+    """The suites of the recipe, each on the results of its stages and whatever models it names itself."""
+    assert recipe.evaluation is not None
+    stages = {name: SubjectSpec(path=str(folder.stage(name).model.resolve())) for name in recipe.evaluation.models}
+    for path in recipe.evaluation.suites:
+        suite = load_suite(path, need_models=False)
+        report = run_suite(
+            replace(
+                suite,
+                models=stages | suite.models,
+                output_dir=str(folder.suite(suite.name)),
+                baseline=suite.baseline or recipe.evaluation.baseline,
+            )
+        )
+        assert report is not None  # no dry run
+        print(f"\n{format_table(report.rows)}\n\nSuite: {folder.suite(suite.name) / 'report.html'}", flush=True)
 
 
 def _free_memory() -> None:
@@ -264,23 +284,6 @@ def _first_difference(then: Any, now: Any, path: str = "") -> str:
                 return found
         return ""
     return "" if then == now else f"{path}: {json.dumps(then)} then, {json.dumps(now)} now"
-
-
-def _versions() -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in _PACKAGES}
-
-
-def _commit() -> str:
-    """The commit of daekit's source, with a mark if it has been changed since; "unknown" outside a checkout."""
-    source = Path(__file__).parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=source, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return "unknown"
-    ours = (source.parent / ".git").exists()  # not a repository around the virtual environment
-    return described.stdout.strip() if ours and described.stdout.strip() else "unknown"
 
 
 def _say(state: PartialState, text: str) -> None:

@@ -250,7 +250,7 @@ def measured():
 
 def test_every_metric_of_a_whole_evaluation(measured):
     rows = {(row.domain, row.metric): row for row in measured.result.rows(100)}
-    shop = {"nll", "perplexity", "token_accuracy", "kl_to_teacher", "exact_match", "answer_match"}
+    shop = {"nll", "perplexity", "token_accuracy", "kl_to_teacher", "exact_match", "rouge_l", "answer_match"}
     assert {metric for domain, metric in rows if domain == "shop"} == shop
     assert {metric for domain, metric in rows if domain == "general"} == {"nll", "perplexity", "token_accuracy"}
     tokenized = measured.sets["catalogue"].rows

@@ -270,7 +270,7 @@ def test_sizes() -> None:
 
 
 def announced(recipe_file: Path, memory: int, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
-    monkeypatch.setattr(here, "this_machine", lambda: Machine(memory, gpu=False))
+    monkeypatch.setattr(here, "this_machine", lambda cpu=False: Machine(memory, gpu=False))
 
     def reload(more: Any) -> Any:
         return load_recipe_text(recipe_file.read_text(), "planned.yaml", [*overrides, *more])

@@ -9,11 +9,12 @@ from html.parser import HTMLParser
 import pytest
 
 from daekit.report import Report, Row, Sample, format_table, read_rows, write_report
+from daekit.report.breakdown import bars_svg
 from daekit.report.curves import curves_svg
 from daekit.report.gain_forgetting import drawn_metrics, gain_forgetting_figure
 from daekit.report.html import render_html
 from daekit.report.markdown import render_markdown
-from daekit.report.tables import format_interval, format_seconds, format_value, pivot
+from daekit.report.tables import bar_of, blocks, breakdowns, format_interval, format_seconds, format_value, pivot
 
 NASTY = '<script>alert(1)</script> & "$x$" | `*'
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -186,6 +187,10 @@ def test_best_of_a_column():
         (-0.00001, "nll_gain", "0.000"),
         (1234567.0, "perplexity", "1.23e+06"),
         (math.nan, "nll", "not finite"),
+        (7.333, "judge_score", "7.33"),
+        (45.678, "win_rate", "45.7%"),
+        (3.0, "missing_judgments", "3"),
+        (0.5, "accuracy", "50.0%"),
     ],
 )
 def test_format_value(value, metric, text):
@@ -242,6 +247,60 @@ def test_curves_show_domains_and_skip_what_cannot_be_drawn():
     assert ">$x$ < y<" in curves_svg("s", [{"step": 1, "kl/$x$ < y": 1.0}], []).svg.replace("&lt;", "<")
     assert curves_svg("lost", [{"step": 1, "loss": math.nan}], []) is None
     assert curves_svg("empty", [{"step": 1, "learning_rate": 0.1}], []) is None
+
+
+def parts(model, count, value=0.5, metric="accuracy", whole="blimp"):
+    rows = [Row(model, whole, metric, value, value - 0.1, value + 0.1, 10 * count)]
+    return rows + [Row(model, f"{whole}/part_{at}", metric, value, value - 0.1, value + 0.1, 10) for at in range(count)]
+
+
+def test_many_parts_of_a_domain_stand_apart():
+    few, many = parts("a", 4), [*parts("a", 5), *parts("b", 5, 0.7)]
+    assert len(pivot(few).columns) == 5 and breakdowns(few) == []
+    assert [column.domain for column in pivot(many).columns] == ["blimp"]
+    (breakdown,) = breakdowns(many)
+    assert breakdown.parts == tuple(f"part_{at}" for at in range(5)) and breakdown.models == ("a", "b")
+    assert breakdown.cell("part_3", "b").value == 0.7
+    assert pivot(many).best[pivot(many).columns[0]] == {"b"}
+    report = replace(example(), rows=[*many, *parts("a", 8, 7.5, "judge_score", "mt_bench")])
+    html, markdown = render_html(report), render_markdown(report, None)
+    for text in ("blimp: accuracy", "part_4", "mt_bench: score, 1 to 10", "part_7"):
+        assert text in html
+        assert text.replace("_", r"\_") in markdown
+    assert bars_svg(breakdown, ["a", "b"]) is not None
+    assert bars_svg(breakdowns(parts("a", 67))[0], ["a"]) is None, "67 bars cannot be told apart"
+
+
+def test_a_wide_table_is_shown_in_blocks():
+    rows = [Row("a", f"d{at}", metric, 0.5, 0.4, 0.6, 9) for at in range(5) for metric in ("exact_match", "nll", "accuracy")]
+    table = pivot(rows)
+    found = blocks(table)
+    assert [len(block.columns) for block in found] == [6, 6, 3]
+    assert sum((block.columns for block in found), ()) == table.columns
+    assert blocks(pivot(rows[:6])) == [pivot(rows[:6])]
+    wide = replace(example(), rows=[Row("a", "d", f"m{at}", 0.5, 0.4, 0.6, 9) for at in range(3)])
+    assert [len(block.columns) for block in blocks(pivot(wide.rows, ("m0", "m1", "m2")), 2)] == [3], "a domain stays together"
+
+
+def test_parts_without_a_whole_are_domains_of_their_own():
+    rows = [row for row in parts("a", 9) if "/" in row.domain]
+    assert breakdowns(rows) == [] and len(pivot(rows).columns) == 9
+
+
+def test_bars_are_shares_of_the_most_there_can_be():
+    assert bar_of(Row("a", "d", "judge_score", 7.0, 6.0, 8.0, 80)) == (0.7, 0.6, 0.8)
+    assert bar_of(Row("a", "d", "win_rate", 50.0, 40.0, 101.0, 80)) == (0.5, 0.4, 1.0)
+    assert bar_of(Row("a", "d", "accuracy", 0.5, 0.4, 0.6, 80)) == (0.5, 0.4, 0.6)
+    assert bar_of(Row("a", "d", "nll", 0.5, 0.4, 0.6, 80)) is None
+    assert bar_of(Row("a", "d", "accuracy", math.nan, 0.4, 0.6, 80)) is None
+
+
+def test_open_answers_show_what_the_judge_said_and_no_cross():
+    sample = Sample("a", "mt_bench", 81, "ask", "", None, "say", None, None, mark="8 · 7")
+    report = replace(example(), samples=[sample])
+    html, markdown = render_html(report), render_markdown(report, None)
+    assert "8 · 7" in html and "8 · 7" in markdown
+    assert "✗" not in html and "reference</th>" not in html and "*reference*" not in markdown
 
 
 def test_rows_have_the_seven_keys():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -178,3 +179,33 @@ def test_an_output_dir_that_cannot_be_made(tmp_path: Path) -> None:
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"output_dir=.*file"):
             run_recipe(recipe(out))
+
+
+def test_a_suite_is_the_last_stage(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    quiz = tmp_path / "pairs.jsonl"
+    quiz.write_text('{"sentence_good": "two plus two is 4", "sentence_bad": "two plus 4 two is"}\n')
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        f"name: after\noutput_dir: elsewhere\nbenchmarks:\n  pairs: {{type: minimal_pairs, path: {json.dumps(str(quiz))}}}\n"
+    )
+    run_recipe(recipe(out, f"evaluation.suites=[{json.dumps(str(suite))}]"))
+    rows = json.loads((out / "suites" / "after" / "report.json").read_text())
+    assert {row["model"] for row in rows} == {"teacher", "student", "aligned"}
+    assert {row["metric"] for row in rows if row["model"] != "student"} == {"accuracy", "accuracy_gain"}
+    assert not Path("elsewhere").exists()
+
+
+def test_a_suite_that_cannot_be_read_is_told_with_the_recipe(tmp_path: Path) -> None:
+    suite = tmp_path / "suite.yaml"
+    for text, says in (
+        ("name: x\noutput_dir: y\nbenchmarks: {p: {type: minimal_pair}}", "did you mean 'minimal_pairs'?"),
+        ("name: x\noutput_dir: y\nbenchmarks: {p: {type: minimal_pairs, path: .}}\nmodels: {student: a/b}", "rename it there"),
+        ("name: x\noutput_dir: y\nbenchmarks: {p: {type: minimal_pairs, path: .}}\nbaseline: nobody", "is none of"),
+    ):
+        suite.write_text(text)
+        with pytest.raises(UserError, match=re.escape(says)):
+            recipe(tmp_path, f"evaluation.suites=[{json.dumps(str(suite))}]")
+    with pytest.raises(UserError, match="cannot be read"):
+        recipe(tmp_path, "evaluation.suites=[nowhere.yaml]")

@@ -15,6 +15,7 @@
         model/              the result: weights or adapter, tokenizer, recipe.yaml, provenance.json
         stage.json          written last: the stage is complete
       report/               report.html, report.md, report.json, ...
+      suites/NAME/          what a suite of the recipe found
 """
 
 from __future__ import annotations
@@ -67,6 +68,10 @@ class RunFolder:
     def report(self) -> Path:
         """The report."""
         return self.root / "report"
+
+    def suite(self, name: str) -> Path:
+        """The output directory of a suite."""
+        return self.root / "suites" / name
 
     def student(self, key: Mapping[str, Any]) -> StudentFolder:
         """The folder of a student that is made from a teacher, by the facts that it depends on."""

@@ -53,17 +53,32 @@ def load_source(name: str, spec: SourceSpec, seed: int) -> tuple[Dataset, Datase
         UserError: a missing, empty or broken file; a hub data set that cannot be had; a row that is not of the form of
             the others, lacks a column or holds a value of the wrong type (the message names its line or row).
     """
-    rows = _load(name, spec, spec.path, spec.split, "train", None if spec.holdout else spec.limit)
+    where = f"sources.{name}"
+    rows = _load(where, spec, spec.path, spec.split, "train", None if spec.holdout else spec.limit)
     if spec.holdout:
         train, validation = _hold_out(name, rows, spec.holdout, seed)
     elif spec.validation is not None:
         train = rows
-        validation = _load(name, spec, spec.validation, "validation", "validation", spec.validation_limit)
+        validation = _load(where, spec, spec.validation, "validation", "validation", spec.validation_limit)
     elif spec.validation_split is not None:
-        train, validation = rows, _load(name, spec, spec.path, spec.validation_split, "train", spec.validation_limit)
+        train, validation = rows, _load(where, spec, spec.path, spec.validation_split, "train", spec.validation_limit)
     else:
         return rows, None
     return _first(train, spec.limit), _first(validation, spec.validation_limit)
+
+
+def load_rows(where: str, spec: SourceSpec, limit: int | None) -> Dataset:
+    """Rows to evaluate on, checked as those of a source; a single file is all of its split.
+
+    Args:
+        where: how error messages begin.
+        spec: ``path``, ``split``, ``name``, ``revision``, ``columns``, ``chat`` and ``domain`` are read.
+        limit: the first so many rows.
+
+    Raises:
+        UserError: see ``load_source``.
+    """
+    return _load(where, spec, spec.path, spec.split, spec.split, limit)
 
 
 def looks_local(path: str) -> bool:
@@ -82,9 +97,8 @@ def _first(rows: Dataset, limit: int | None) -> Dataset:
     return rows if limit is None or limit >= len(rows) else take(rows, np.arange(limit))
 
 
-def _load(name: str, spec: SourceSpec, path: str, split: str, whole: str, limit: int | None) -> Dataset:
+def _load(where: str, spec: SourceSpec, path: str, split: str, whole: str, limit: int | None) -> Dataset:
     """Rows of one split. ``whole``: the split that files belong to whose names say nothing."""
-    where = f"sources.{name}"
     collector = RowCollector(where, spec.columns, spec.chat)
     for place, row in islice(_placed_rows(where, spec, path, split, whole), limit):
         collector.add(row, place)

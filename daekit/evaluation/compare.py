@@ -11,7 +11,17 @@ from daekit.evaluation.matching import answer_match, exact_match
 from daekit.evaluation.sets import EvaluationSet, TokenizedRow
 from daekit.report.rows import Row, Sample
 
-_HIGHER_IS_BETTER = {"exact_match": True, "answer_match": True, "token_accuracy": True, "nll": False}
+_HIGHER_IS_BETTER = {
+    "exact_match": True,
+    "answer_match": True,
+    "rouge_l": True,
+    "token_accuracy": True,
+    "accuracy": True,
+    "accuracy_per_token": True,
+    "accuracy_per_byte": True,
+    "nll": False,
+    "bits_per_byte": False,
+}
 
 
 def compare(

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.evaluation.intervals import RowValues, interval
-from daekit.evaluation.matching import answer_match, exact_match
+from daekit.evaluation.matching import answer_match, exact_match, rouge_l
 from daekit.evaluation.sets import EvaluationSet, TokenizedRow
 from daekit.models.generation import generate
 from daekit.models.scoring import score_rows
@@ -146,7 +146,8 @@ def _answers(
 
 def _matches(rows: Sequence[TokenizedRow], texts: Sequence[str]) -> dict[str, RowValues]:
     exact = [exact_match(text, row.reference) for row, text in zip(rows, texts, strict=True)]
-    values = {"exact_match": _indicator(exact)}
+    rouge = [rouge_l(text, row.reference) for row, text in zip(rows, texts, strict=True)]
+    values = {"exact_match": _indicator(exact), "rouge_l": RowValues(np.array(rouge), np.ones(len(rouge)))}
     found = [answer_match(text, row.answer) for row, text in zip(rows, texts, strict=True) if row.answer is not None]
     if found:
         values["answer_match"] = _indicator(found)

@@ -1,16 +1,41 @@
-"""Greedy answers to tokenised prompts, in batches, the same as one by one."""
+"""Answers to tokenised prompts, greedy or drawn, in batches, the same as one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from daekit.errors import UserError
 from daekit.models.backbone import base_of, frozen_forward
 from daekit.models.vocabulary import vocabulary_size
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How the answer to one prompt is found.
+
+    Attributes:
+        temperature: of the whole distribution (no top-k, no top-p); 0: the most likely token.
+        seed: whole numbers that decide what is drawn, whatever else is in the batch.
+        max_new_tokens: at most so many tokens for this prompt.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: tuple[int, ...] = (0,)
 
 
 def generate(
@@ -20,8 +45,9 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 32,
+    draws: Sequence[Draw] | None = None,
 ) -> list[list[int]]:
-    """The model's most likely next token, again and again, after each prompt.
+    """The model's most likely next token, or one drawn as ``draws`` say, again and again, after each prompt.
 
     Prompts of like length share a batch (left padding). Nothing of the model's own ``generation_config`` takes part but
     its stop tokens: a repetition penalty in it would change greedy answers too. Ids that the tokenizer does not have
@@ -31,9 +57,11 @@ def generate(
         model: a causal language model, or a PEFT model around one (with the adapter that is active).
         prompts: token ids, at least one per prompt.
         max_new_tokens: tokens to generate at most.
+        draws: one per prompt; default: all greedy.
 
     Returns:
-        The generated ids without the prompt, the stop token and padding, in the order of ``prompts``.
+        The generated ids without the prompt, the stop token and padding, in the order of ``prompts``. An answer as long as
+        it may be was cut.
 
     Raises:
         UserError: if a prompt has no tokens, or the tokenizer has no ``eos_token`` to stop at.
@@ -54,7 +82,9 @@ def generate(
         with frozen_forward(model):
             for start in range(0, len(order), batch_size):
                 indices = order[start : start + batch_size]
-                for index, answer in zip(indices, _generate_batch(base, [prompts[i] for i in indices], config), strict=True):
+                some = None if draws is None else [draws[i] for i in indices]
+                batch = _generate_batch(base, [prompts[i] for i in indices], config, some)
+                for index, answer in zip(indices, batch, strict=True):
                     answers[index] = _until(answer, stop)
     finally:
         base.generation_config = own_config
@@ -88,7 +118,9 @@ def _greedy_config(
     )
 
 
-def _generate_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
+def _generate_batch(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, draws: Sequence[Draw] | None
+) -> list[list[int]]:
     width = max(len(prompt) for prompt in prompts)
     input_ids_BT = torch.full((len(prompts), width), config.pad_token_id)
     mask_BT = torch.zeros_like(input_ids_BT)
@@ -96,10 +128,51 @@ def _generate_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], co
         input_ids_BT[index, width - len(prompt) :] = torch.tensor(prompt)
         mask_BT[index, width - len(prompt) :] = 1
     device = model.device
+    how = {}
+    if draws is not None:
+        how["logits_processor"] = LogitsProcessorList([_Drawn(draws, width)])
+        how["stopping_criteria"] = StoppingCriteriaList([_Room(draws, width)])
     output_BT: Tensor = model.generate(  # type: ignore[operator]
-        input_ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=config
+        input_ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=config, **how
     )
     return output_BT[:, width:].tolist()
+
+
+class _Drawn(LogitsProcessor):
+    """Leaves only the drawn token of each row with a temperature: the first whose cumulative probability is above a number
+    between 0 and 1 that the row's seed and the step decide. A global random state takes no part, so a batch does not change
+    its rows."""
+
+    def __init__(self, draws: Sequence[Draw], width: int) -> None:
+        self.width = width
+        self.drawn = [row for row, draw in enumerate(draws) if draw.temperature > 0]
+        self.temperature_D1 = torch.tensor([[draws[row].temperature] for row in self.drawn], dtype=torch.float64)
+        longest = max(draw.max_new_tokens for draw in draws)
+        numbers = [np.random.default_rng(draws[row].seed).random(longest) for row in self.drawn]
+        self.number_DS = torch.tensor(np.array(numbers), dtype=torch.float64)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self.drawn:
+            return scores
+        step = input_ids.shape[1] - self.width
+        rows = torch.tensor(self.drawn, device=scores.device)
+        number_D1 = self.number_DS[:, step : step + 1].to(scores.device)
+        cumulative_DV = (scores[rows].double() / self.temperature_D1.to(scores.device)).softmax(-1).cumsum(-1)
+        total_D1 = cumulative_DV[:, -1:]
+        below_D1 = torch.minimum(number_D1 * total_D1, torch.nextafter(total_D1, torch.zeros_like(total_D1)))
+        token_D1 = torch.searchsorted(cumulative_DV, below_D1, right=True)
+        only_DV = torch.full_like(scores[rows], -torch.inf).scatter_(1, token_D1, 0.0)
+        return scores.index_copy(0, rows, only_DV)
+
+
+class _Room(StoppingCriteria):
+    """Ends a row that has as many tokens as it may have."""
+
+    def __init__(self, draws: Sequence[Draw], width: int) -> None:
+        self.end_B = torch.tensor([width + draw.max_new_tokens for draw in draws])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        return input_ids.shape[1] >= self.end_B.to(input_ids.device)
 
 
 def _until(answer: list[int], stop: Sequence[int]) -> list[int]:

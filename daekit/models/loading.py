@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -31,6 +31,7 @@ from daekit.models.hollow import hollow_model, is_hollow
 from daekit.models.placement import device_map_of, require_devices
 from daekit.models.quantiser import reading_unmapped
 from daekit.models.quantization import (
+    bits_of,
     keep_four_bit_weights,
     quantization_config,
     rank_device,
@@ -42,6 +43,9 @@ from daekit.models.quantization import (
 from daekit.models.restore import restore_weights
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.schema import ModelSpec
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,25 +80,44 @@ def load_model(
 def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     """``load(path, **arguments)``, which is ``from_pretrained`` or takes its arguments; no weight is left to chance.
 
-    With ``quantization_config`` of bitsandbytes experts are quantised, too, while they are read.
+    With ``quantization_config`` of bitsandbytes experts are quantised, too, while they are read. A checkpoint that was saved in
+    4 or 8 bits is looked at in the same way.
 
     Raises:
         UserError: no model there, a pickle, unreadable weights, a missing shard, missing weights or weights of another shape; a
-            quantisation that this device cannot do, or that left most weights as they were.
+            quantisation that this device cannot do, that left most weights as they were, or of weights that are quantised.
     """
     _require_shards(Path(path).expanduser())
     config = arguments.get("quantization_config")
     if isinstance(config, BitsAndBytesConfig):
+        method = quantised_by(path, arguments.get("revision"))
+        if method is not None:
+            raise UserError(
+                f"{path}: its weights are quantised already ({method}), and their own settings would win over "
+                f"quantization={bits_of(config)}. Leave quantization out, or give the unquantised model."
+            )
         require_supported(config, rank_device(), path)
         with reading_unmapped():
             model = _load_whole(load, path, {**arguments, "quantization_config": with_experts(config)})
+    else:
+        model = _load_whole(load, path, arguments)
+    if isinstance(getattr(model.config, "quantization_config", None), BitsAndBytesConfig):  # ours, or that of the checkpoint
         line = require_quantised(model, path)
         require_whole_blocks(model, path)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(line, flush=True)
         keep_four_bit_weights(model)
-        return model
-    return _load_whole(load, path, arguments)
+    return model
+
+
+def quantised_by(path: str, revision: str | None) -> str | None:
+    """The method that the weights of a model were quantised with before they were saved; None for others, and for no model."""
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+    except (OSError, ValueError):  # whoever loads it says so
+        return None
+    settings = fields.get("quantization_config")
+    return str(settings.get("quant_method")) if settings else None
 
 
 def _load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
@@ -197,31 +220,48 @@ def _from_pretrained(spec: ModelSpec) -> PreTrainedModel:
 
 def _merged_adapter(directory: Path, spec: ModelSpec, hollow: bool) -> PreTrainedModel:
     """A LoRA adapter folded into its base; the base is loaded as ``spec`` says, without quantisation."""
-    from peft import PeftConfig, get_peft_model
-
     if spec.quantization:
         raise UserError(
             f"{directory}: holds a LoRA adapter, which is merged into its 16-bit base; quantization={spec.quantization} "
             "is not possible then. Merge it first and load the merged model in 4 bits."
         )
-    try:
-        config = PeftConfig.from_pretrained(str(directory))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{directory}: its {_ADAPTER_CONFIG} cannot be read ({_first_line(error)})") from error
+    config = adapter_config(directory)
     base = config.base_model_name_or_path
     if not base:
         raise UserError(f"{directory}: its adapter_config.json names no base model (base_model_name_or_path)")
     # the base may be an adapter on its base in turn; code of a base that the recipe does not name is not trusted
     model = load_model(replace(spec, path=base, revision=config.revision, trust_remote_code=False), hollow=hollow)
-    if is_hollow(model):
-        return model
+    return model if is_hollow(model) else merge_adapter(model, directory)
+
+
+def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    """``model`` with the LoRA adapter of ``directory`` folded in.
+
+    Raises:
+        UserError: no adapter there, one that cannot be read, or one that does not fit the model.
+    """
+    from peft import get_peft_model
+
     # not PeftModel.from_pretrained: it reads pickles, and a missing weight is a warning only
-    adapted = get_peft_model(model, config)
+    try:
+        adapted = get_peft_model(model, adapter_config(directory))
+    except ValueError as error:
+        raise UserError(f"{directory}: the adapter does not fit the model ({_first_line(error)})") from error
     restore_weights(adapted, directory)
     merged = adapted.merge_and_unload()
     # the next adapter trained on it must name this as its base, not the base without this adapter
     merged.name_or_path = merged.config.name_or_path = str(directory.resolve())
     return merged
+
+
+def adapter_config(directory: Path) -> PeftConfig:
+    """The config of the adapter in a directory; UserError if there is none."""
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(str(directory))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{directory}: its {_ADAPTER_CONFIG} cannot be read ({_first_line(error)})") from error
 
 
 def _some(problems: dict[str, list[str]]) -> str:

@@ -65,23 +65,59 @@ def score_rows(
         UserError: for a prompt-learning adapter, whose virtual tokens a call of the backbone would miss, for a teacher that
             gives sparse distributions, and for what ``output_head`` refuses.
     """
-    _refuse_prompt_learning(model)
-    head = output_head(model, vocab_size)
     sums_R3 = torch.zeros(len(rows), 3, dtype=torch.float64)
     tokens_R = torch.zeros(len(rows), dtype=torch.int64)
-    device = base_of(model).device
-    with frozen_forward(model):
-        for indices, batch in _batches(rows, batch_size, domain, device):
-            row_N = torch.tensor(indices)[batch.row_N.cpu()]
-            tokens_R.index_add_(0, row_N, torch.ones_like(row_N))
-            hidden_NH = _hidden(model, batch)
-            signals = [] if teacher is None else _signals(teacher, batch, vocab_size)
-            for start in range(0, len(hidden_NH), chunk_size):
-                chunk = slice(start, start + chunk_size)
-                scores_N3 = _score_chunk(hidden_NH[chunk], head, batch.labels_N[chunk], signals, start)
-                sums_R3.index_add_(0, row_N[chunk], scores_N3.double().cpu())
+    for row_N, scores_N3 in _scores(model, rows, vocab_size, batch_size, teacher, domain, chunk_size):
+        tokens_R.index_add_(0, row_N, torch.ones_like(row_N))
+        sums_R3.index_add_(0, row_N, scores_N3)
     nll_R, correct_R, kl_R = sums_R3.numpy().T.copy()
     return RowScores(tokens_R.numpy(), nll_R, correct_R.astype(np.int64), None if teacher is None else kl_R)
+
+
+def score_tokens(
+    model: PreTrainedModel,
+    rows: Sequence[TokenRow],
+    *,
+    vocab_size: int,
+    batch_size: int = 32,
+    chunk_size: int = 256,
+) -> list[np.ndarray]:
+    """The float64 NLL in nats of every kept token of each row, in the order of the tokens; otherwise as ``score_rows``."""
+    rows_of_tokens, values = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.float64)]
+    for row_N, scores_N3 in _scores(model, rows, vocab_size, batch_size, None, "", chunk_size):
+        rows_of_tokens.append(row_N)
+        values.append(scores_N3[:, 0])
+    row_N = torch.cat(rows_of_tokens)
+    order = row_N.argsort(stable=True)  # the tokens of a row come in their order
+    counts = torch.bincount(row_N, minlength=len(rows)).tolist()
+    return [part.numpy() for part in torch.cat(values)[order].split(counts)]
+
+
+def _scores(
+    model: PreTrainedModel,
+    rows: Sequence[TokenRow],
+    vocab_size: int,
+    batch_size: int,
+    teacher: PreTrainedModel | Teacher | None,
+    domain: str,
+    chunk_size: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """``[N]`` the row of each kept token and ``[N, 3]`` float64 scores (see ``_score_chunk``), chunk by chunk, on the CPU."""
+    _refuse_prompt_learning(model)
+    head = output_head(model, vocab_size)
+    for indices, batch in _batches(rows, batch_size, domain, base_of(model).device):
+        with frozen_forward(model):
+            row_N = torch.tensor(indices)[batch.row_N.cpu()]
+            hidden_NH = _hidden(model, batch)
+            signals = [] if teacher is None else _signals(teacher, batch, vocab_size)
+            scores = [
+                _score_chunk(
+                    hidden_NH[start : start + chunk_size], head, batch.labels_N[start : start + chunk_size], signals, start
+                )
+                for start in range(0, len(hidden_NH), chunk_size)
+            ]
+        if scores:
+            yield row_N, torch.cat(scores).double().cpu()
 
 
 def _score_chunk(hidden_NH: Tensor, head: OutputHead, labels_N: Tensor, signals: Sequence[Signal], start: int) -> Tensor:

@@ -10,6 +10,7 @@ from daekit.planning.training import Training
 from daekit.recipe.schema import ModelSpec, StageSpec, TeacherSpec
 
 _MOST_ROWS = 4096
+_OTHER_WEIGHTS = ("LoRA", "QLoRA")
 _BATCHES = "smaller micro-batches, more of them"
 
 
@@ -67,10 +68,17 @@ def changes(stage: StageSpec, name: str, training: Training, gpu: bool) -> list[
 def cheapest(options: Sequence[Change], fits: Callable[[Sequence[str]], bool]) -> tuple[Change, ...]:
     """The first change that makes the stage fit; else the fewest of all of them together; nothing if not even these do.
 
+    What trains other weights comes last: first all others are tried, alone and together.
+
     Args:
         options: the cheapest first.
         fits: whether the stage fits with these overrides.
     """
+    others = [option for option in options if option.what not in _OTHER_WEIGHTS]
+    return _fewest(others, fits) or _fewest(options, fits)
+
+
+def _fewest(options: Sequence[Change], fits: Callable[[Sequence[str]], bool]) -> tuple[Change, ...]:
     for option in options:
         if _fits(fits, [option]):
             return (option,)

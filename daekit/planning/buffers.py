@@ -52,11 +52,9 @@ class Buffers:
 
     @cached_property
     def _inside(self) -> int:
-        config, width = self.student.config, self._compute_width
         attention, hidden = self.watched_layers
-        keys = self.kept * config.num_key_value_heads * head_width(config) * width
-        queries = self.kept * config.num_attention_heads * head_width(config) * width
-        return attention * (queries + keys) + hidden * self.hidden
+        compared = attention * _captured(self.student.config) * self._compute_width if attention else 0
+        return self.kept * compared + hidden * self.hidden
 
     @cached_property
     def _compute_width(self) -> int:
@@ -97,8 +95,8 @@ class Buffers:
         config = speaker.skeleton.config
         attention, hidden = self.watched_layers
         width = self.training.autocast.itemsize if self.training.autocast is not None else self._width_of(speaker)
-        heads = (config.num_attention_heads + config.num_key_value_heads) * head_width(config)
-        return self.kept * (attention * heads * width + hidden * int(config.hidden_size) * self._width_of(speaker))
+        compared = attention * _captured(config) * width if attention else 0
+        return self.kept * (compared + hidden * int(config.hidden_size) * self._width_of(speaker))
 
     def _width_of(self, speaker: Speaker) -> int:
         return speaker.tracer.cost(self.setting).hidden_width
@@ -171,6 +169,11 @@ class Buffers:
             numbers = (loss.divergence, parameter, loss.temperature, loss.ce_weight or 1.0 * (not voices))
             given = [t for t in (student, teacher, labels) if t is not None]
             return most(lambda: chunk_terms(student, teacher, labels, *numbers, loss.prediction_weight, None, 1.0, True), given)
+
+
+def _captured(config: Any) -> int:
+    """Values per token of one layer's queries and keys."""
+    return int((config.num_attention_heads + config.num_key_value_heads) * head_width(config))
 
 
 def head_width(config: Any) -> int:

@@ -37,14 +37,19 @@ def bytes_of(text: str) -> int:
     return int(size)
 
 
-def this_machine() -> Machine:
-    """The device of this process and how it shares the work: what `accelerate launch` and torchrun wrote down."""
+def this_machine(cpu: bool = False) -> Machine:
+    """The device of this process and how it shares the work: what `accelerate launch` and torchrun wrote down.
+
+    Args:
+        cpu: whether the run stays on the CPU although there is a GPU.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    if not torch.cuda.is_available():
+    if cpu or not torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return Machine(_host_memory() // local, gpu=False, count=count, engine=_engine(count))
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return Machine(torch.cuda.mem_get_info()[0], gpu=True, count=count, engine=_engine(count))
+    # more ranks than devices are refused by the run itself
+    device = min(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() - 1)
+    return Machine(torch.cuda.mem_get_info(device)[0], gpu=True, count=count, engine=_engine(count))
 
 
 def machine_of(gpu: str | None, cpu: str | None, count: int, engine: Engine | None) -> Machine:
@@ -73,15 +78,14 @@ def announce(recipe: Recipe, reload: Reload) -> None:
         UserError: weights, gradients and optimizer alone are larger than the machine's memory; with the plan.
     """
     todo = [name for name in recipe.stages if not (Path(recipe.output_dir) / "stages" / name / "stage.json").is_file()]
-    machine = this_machine()
     for name in todo:
-        _announce(recipe, name, machine, reload)
+        _announce(recipe, name, this_machine(cpu=bool(recipe.stages[name].trainer.get("use_cpu", False))), reload)
 
 
 def _announce(recipe: Recipe, name: str, machine: Machine, reload: Reload) -> None:
     try:
         plan = plan_recipe(recipe, machine, only=[name])
-    except UserError as error:
+    except Exception as error:  # what the planner does not know of a model must stop no run
         _say(f"[{name}] no plan of its memory: {error}")
         return
     (stage,) = plan.stages

@@ -72,7 +72,7 @@ class StageMemory:
                 parts[f"{speaker.name} weights"] += speaker.bytes // self._teacher_shards(speaker)
         parts[OPTIMIZER] = self._optimizer[0]
         if self.training.accumulation > 1:
-            parts[GRADIENTS] = self.gradients
+            parts[GRADIENTS] = max(self.gradients, self._unreduced)
         if self.machine.engine == "ddp" and self.machine.count > 1:
             parts[BUCKETS] = self.gradients
         parts[GATHERED] = self._gathered
@@ -104,6 +104,14 @@ class StageMemory:
         """Of all trained parameters, on one device."""
         trained = [p for p in self.student.parameters() if p.trained]
         return sum(p.values * max(p.width, self._master_width) for p in trained) // self.machine.shards("gradients")
+
+    @cached_property
+    def _unreduced(self) -> int:
+        """Whole gradients that FSDP2 keeps on every device until the last micro-batch of a step, in the reduction's dtype."""
+        if self.machine.engine != "fsdp2" or self.training.accumulation == 1:
+            return 0
+        trained = [p for p in self.student.parameters() if p.trained]
+        return sum(p.values * (2 if self.training.autocast is not None else p.width) for p in trained)
 
     @cached_property
     def _gathered(self) -> int:

@@ -12,6 +12,9 @@ from daekit.planning.trace import Tracer
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
 from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
 
+_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+_SAME_GPU = ("0", "cuda", "cuda:0")  # of the first process
+
 
 @dataclass(frozen=True)
 class Speaker:
@@ -23,6 +26,7 @@ class Speaker:
         bytes: of its weights; of its adapter alone where it is one.
         group: speakers of one group speak for the same rows (an ensemble), those of others for other rows.
         adapter: whether it is an adapter on the student's base.
+        movable: whether part of it may come to lie on another device, as ``device_map`` allows.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Speaker:
     bytes: int
     group: str
     adapter: bool = False
+    movable: bool = False
 
     @property
     def skeleton(self) -> Skeleton:
@@ -57,8 +62,13 @@ class ModelPlanner:
     def __init__(self) -> None:
         self._tracers: dict[str, Tracer] = {}
 
-    def stage(self, recipe: Recipe, name: str) -> StageModels:
+    def stage(self, recipe: Recipe, name: str, gpu: bool = True) -> StageModels:
         """The models of a stage of a recipe (or of a changed one: equal models are made once).
+
+        Args:
+            recipe: resolved.
+            name: of the stage.
+            gpu: whether the student is on one; on a CPU host memory is the student's memory.
 
         Raises:
             UserError: see ``daekit.planning.shapes`` and ``daekit.planning.skeleton``.
@@ -72,21 +82,25 @@ class ModelPlanner:
                 bytes_ = self._adapter_bytes(recipe, shapes, spec, each.adapter)
                 speakers.append(Speaker(who, student, bytes_, group, adapter=True))
             else:
-                speakers.append(self._loaded(shapes, each, who, group))
+                speakers.append(self._loaded(shapes, each, who, group, gpu))
         if stage.type == "dae" and stage.reference is None:  # the student as it stands
             own = sum(p.bytes for p in student.skeleton.parameters() if p.adapter)
             copy = Speaker("reference", student, own, "reference", adapter=True)
-            speakers.append(self._loaded(shapes, spec, "reference", "reference") if lora is None else copy)
+            speakers.append(self._loaded(shapes, spec, "reference", "reference", gpu) if lora is None else copy)
         return StageModels(student, tuple(speakers))
 
-    def _loaded(self, shapes: Shapes, spec: ModelSpec, who: str, group: str) -> Speaker:
+    def _loaded(self, shapes: Shapes, spec: ModelSpec, who: str, group: str, gpu: bool) -> Speaker:
         tracer = self._tracer(shapes, spec, None, trained=False)
         layers = [sum(p.bytes for p in layer) for layer in tracer.skeleton.layers]
         ends = sum(p.bytes for p in tracer.skeleton.outside)
-        if spec.offload:  # two layers at a time are on the student's device
+        if spec.offload and gpu:  # two layers at a time are on the student's device
             return Speaker(who, tracer, ends + 2 * max(layers), group)
-        elsewhere = spec.device_map is not None and spec.device_map != "auto"
-        return Speaker(who, tracer, 0 if elsewhere else ends + sum(layers), group)
+        devices = spec.device_map.values() if isinstance(spec.device_map, dict) else [spec.device_map or "0"]
+        if gpu and not any(device in _SAME_GPU or device in _MAPS for device in devices):
+            return Speaker(who, tracer, 0, group)
+        # transformers spreads it over what it finds; a mapping is counted as a whole
+        movable = isinstance(spec.device_map, dict) or spec.device_map in _MAPS
+        return Speaker(who, tracer, ends + sum(layers), group, movable=movable)
 
     def _adapter_bytes(self, recipe: Recipe, shapes: Shapes, base: ModelSpec, adapter: str) -> int:
         """Bytes of an adapter that speaks on the student's base; none of the base itself."""

@@ -24,7 +24,7 @@ class StagePlan:
         name: of the stage.
         training: its options.
         memory: at its highest moment, per device.
-        standing: what it needs however short its rows are: weights, gradients, optimizer.
+        standing: what it needs however short its rows are: weights, gradients, optimizer; no teacher that may lie elsewhere.
         fits: whether the peak is within the device's memory.
         largest_rows: the largest ``per_device_train_batch_size`` that fits; None if it was not asked for.
         operations: floating-point operations of one optimizer step on one device.
@@ -65,13 +65,16 @@ class Planner:
         """The plan of a stage, without advice.
 
         Raises:
-            UserError: a model whose shape is not known or cannot be planned, an unknown optimizer.
+            UserError: a model whose shape is not known or cannot be planned, an unknown optimizer, a quantised student
+                that is to be split.
         """
         memory = self._memory(recipe, name)
+        _refuse_split(memory.student.shape.quantization, self.machine)
         peak = memory.peak()
         standing = sum(memory.standing.values()) - self.machine.overhead
         if memory.training.accumulation == 1:
             standing += memory.gradients
+        standing -= sum(speaker.bytes for speaker in memory.models.speakers if speaker.movable)
         return StagePlan(name, memory.training, peak, standing, peak.total <= self.machine.memory, step_operations(memory))
 
     def advised(self, recipe: Recipe, name: str, reload: Reload) -> StagePlan:
@@ -94,7 +97,8 @@ class Planner:
         stage = recipe.stages[name]
         if rows is not None:
             stage = replace(stage, trainer=stage.trainer | {"per_device_train_batch_size": rows})
-        return StageMemory(stage, self._models.stage(recipe, name), training_of(stage, name, self.machine), self.machine)
+        models = self._models.stage(recipe, name, self.machine.gpu)
+        return StageMemory(stage, models, training_of(stage, name, self.machine), self.machine)
 
     def _shards(self, recipe: Recipe, name: str) -> int | None:
         """The fewest devices that FSDP2 makes it fit on; quantised students are not split."""
@@ -105,11 +109,19 @@ class Planner:
         for count in _SHARDS:
             self.machine = replace(one, count=count, engine="fsdp2")
             try:
-                if count > one.count and self.stage(recipe, name).fits:
+                if count >= one.count and self.stage(recipe, name).fits:
                     return count
             finally:
                 self.machine = one
         return None
+
+
+def _refuse_split(quantization: str | None, machine: Machine) -> None:
+    if quantization is not None and machine.shards("weights") > 1:
+        raise UserError(
+            f"student.quantization={quantization}: {machine.engine} cannot split quantised weights; plan with "
+            "--engine ddp or zero2, where each device holds them whole, or without quantization"
+        )
 
 
 def plan_recipe(recipe: Recipe, machine: Machine, reload: Reload | None = None, only: Sequence[str] = ()) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -58,9 +59,7 @@ class Skeleton:
 
     def __init__(self, shape: Shape, lora: LoraSpec | None = None, trained: bool = False) -> None:
         self.shape, self.trained = shape, trained
-        with torch.device("meta"):
-            attention = {"attn_implementation": shape.attention} if shape.attention else {}
-            model: Any = AutoModelForCausalLM.from_config(shape.config, dtype=shape.dtype, **attention)
+        model: Any = _on_meta(shape)
         bits = {None: 0, "4bit": 4, "8bit": 8}[shape.quantization]
         quantised = quantise(model, bits, shape.compute_dtype) if bits else {}
         if lora is not None:
@@ -70,7 +69,7 @@ class Skeleton:
         self.model: Any = model  # its layers are those of one kind once it has been traced
         base = base_of(model)
         self.head, self.embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
-        layers = decoder_layers(model)
+        layers = _layers_of(model)
         within = {id(p) for layer in layers for p in layer.parameters()}
         named = [(name, p) for name, p in model.named_parameters() if id(p) not in within]
         self.outside = [self._described(name, p, quantised) for name, p in named]
@@ -114,6 +113,23 @@ class Skeleton:
         )
 
 
+def _on_meta(shape: Shape) -> Any:
+    attention = {"attn_implementation": shape.attention} if shape.attention else {}
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(shape.config, dtype=shape.dtype, **attention)
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError) as error:
+        raise UserError(f"a {shape.config.model_type} model cannot be built from its config ({error})") from error
+
+
+def _layers_of(model: Any) -> list[nn.Module]:
+    try:
+        return decoder_layers(model)
+    except UserError:
+        name = type(base_of(model)).__name__
+        raise UserError(f"{name}: its layers could not be found, so its memory cannot be planned") from None
+
+
 def _with_adapter(model: nn.Module, lora: LoraSpec, in_bfloat16: bool) -> Any:
     """A PEFT model; the adapter of a quantised base is in bfloat16, as TRL has it."""
     config = LoraConfig(
@@ -125,7 +141,9 @@ def _with_adapter(model: nn.Module, lora: LoraSpec, in_bfloat16: bool) -> Any:
         use_dora=lora.use_dora,
     )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            # a property of transformers that PEFT still asks for
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
             adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(f"lora: {' '.join(str(error).split())}") from error

@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from daekit.recipe.problems import Problems, listed, nearest
 from daekit.recipe.schema import MixtureSpec, ModelSpec, Recipe, StageSpec, StudentSpec, TeacherSpec, TokenizerSpec
+from daekit.recipe.suite import BENCHMARKS, BenchmarkSpec, SubjectSpec, SuiteSpec, subject_of
 from daekit.recipe.trainer_options import read_trainer_options
 from daekit.recipe.tree import Node, Path
 
@@ -29,6 +30,12 @@ def convert_recipe(root: Node, problems: Problems) -> Recipe | None:
     """
     recipe = _convert(root, Recipe, (), problems)
     return None if recipe is _BAD else recipe
+
+
+def convert_suite(root: Node, problems: Problems) -> SuiteSpec | None:
+    """Like ``convert_recipe``, of a suite."""
+    suite = _convert(root, SuiteSpec, (), problems)
+    return None if suite is _BAD else suite
 
 
 def _convert(node: Node, hint: Any, path: Path, problems: Problems) -> Any:
@@ -62,7 +69,7 @@ def _noun(hint: Any) -> str:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_noun(member) for member in get_args(hint) if member is not type(None))
-    if hint in (ModelSpec, TeacherSpec, TokenizerSpec):
+    if hint in (ModelSpec, TeacherSpec, TokenizerSpec, SubjectSpec):
         return "a path or a mapping"
     if origin is Literal:
         return f"one of {', '.join(get_args(hint))}"
@@ -234,4 +241,28 @@ def _mixture_sources(node: Node, path: Path, problems: Problems) -> Any:
     return MixtureSpec(sources=tuple(weights), weights=tuple(weights.values()))
 
 
-_SHORTHANDS = {ModelSpec: _model, TeacherSpec: _teacher, TokenizerSpec: _tokenizer, MixtureSpec: _mixture}
+def _subject(node: Node, path: Path, problems: Problems) -> Any:
+    """``PATH``, ``PATH+ADAPTER`` and ``https://host/v1#model`` are short for their parts."""
+    if isinstance(node.value, (dict, list)) or node.value is None:
+        return _dataclass(node, SubjectSpec, path, problems)
+    text = _scalar(node, str, path, problems)
+    return _BAD if text is _BAD else subject_of(text)
+
+
+def _benchmark(node: Node, path: Path, problems: Problems) -> Any:
+    """The ``type`` says which keys a benchmark has."""
+    kind = node.child("type")
+    if not isinstance(node.value, dict) or kind is None:
+        return _wrong(node, f"a mapping with a `type` (one of {', '.join(BENCHMARKS)})", path, problems)
+    name = _literal(kind, tuple(BENCHMARKS), (*path, "type"), problems)
+    return _BAD if name is _BAD else _dataclass(node, BENCHMARKS[name], path, problems)
+
+
+_SHORTHANDS = {
+    ModelSpec: _model,
+    TeacherSpec: _teacher,
+    TokenizerSpec: _tokenizer,
+    MixtureSpec: _mixture,
+    SubjectSpec: _subject,
+    BenchmarkSpec: _benchmark,
+}

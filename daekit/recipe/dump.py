@@ -10,6 +10,7 @@ import yaml
 from daekit.recipe.adapter_config import adapter_stage
 from daekit.recipe.load import resolve
 from daekit.recipe.schema import MixtureSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.suite import SuiteSpec
 from daekit.recipe.tree import Dumper
 
 # Keys that a stage of this type must not have (see check_stage.py).
@@ -55,6 +56,11 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def to_yaml(recipe: Recipe) -> str:
     """The recipe as YAML, fully explicit; ``load_recipe_text`` of it is ``resolve(recipe)`` again."""
     return yaml.dump(to_dict(recipe), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def suite_to_yaml(suite: SuiteSpec) -> str:
+    """A suite as YAML, fully explicit; ``load_suite_text`` of it is the suite again."""
+    return yaml.dump(_mapping(suite), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def stage_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from daekit.recipe.problems import Problems, dotted, nearest
 from daekit.recipe.tree import Node, Path, Place, read_tree
 
 # The mappings whose keys are the user's own names: a misspelt one must not make a new entry.
-_NAMED = (("sources",), ("stages",))
+_NAMED = (("sources",), ("stages",), ("benchmarks",), ("models",))
 
 
 def apply_overrides(root: Node, overrides: Sequence[str], problems: Problems) -> None:

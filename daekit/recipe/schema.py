@@ -288,6 +288,8 @@ class EvaluationSpec:
         max_new_tokens: tokens to generate at most.
         batch_size: rows per forward pass.
         bootstrap: resamples of the interval.
+        suites: suite files (see ``daekit.recipe.suite``) to measure ``models`` with when the report is written; each writes
+            into ``OUTPUT_DIR/suites/NAME``. A suite without baseline takes this one.
     """
 
     models: tuple[str, ...] = ()
@@ -298,6 +300,7 @@ class EvaluationSpec:
     max_new_tokens: int = 64
     batch_size: int = 32
     bootstrap: int = 1000
+    suites: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
+from daekit.report.breakdown import bars_svg
 from daekit.report.curves import curves_svg
 from daekit.report.figures import Plot
 from daekit.report.gain_forgetting import gain_forgetting_svg
@@ -14,7 +15,9 @@ from daekit.report.rows import Report, Row, group_samples
 from daekit.report.tables import (
     COMPARISON,
     HEADLINE,
-    SHARES,
+    bar_of,
+    blocks,
+    breakdowns,
     format_interval,
     format_seconds,
     format_value,
@@ -34,11 +37,11 @@ def render_html(report: Report) -> str:
     environment.globals.update(
         value=lambda row: format_value(row.value, row.metric),
         interval=format_interval,
-        finite=_finite,
+        bar=bar_of,
+        blocks=blocks,
         percent=lambda share: f"{100 * min(1.0, max(0.0, share)):.2f}",
         verdict=_verdict,
         metric_title=metric_title,
-        shares=SHARES,
     )
     source = resources.files("daekit").joinpath("resources/report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(_context(report)) + "\n"
@@ -55,6 +58,7 @@ def _context(report: Report) -> dict[str, Any]:
         "baseline": baseline,
         "sizes": sizes_of(report.rows),
         "notes": report.notes,
+        "breakdowns": [(each, bars_svg(each, headline.models)) for each in breakdowns(report.rows)],
         "comparison": pivot(report.rows, COMPARISON),
         "gain_plot": baseline and gain_forgetting_svg(report.rows, headline.models, baseline),
         "curves": _curves(report),
@@ -67,13 +71,18 @@ def _context(report: Report) -> dict[str, Any]:
 
 
 def _summary(report: Report, models: tuple[str, ...]) -> str:
-    domains = list(sizes_of(report.rows))
-    parts = [f"{len(models)} models on {len(domains)} evaluation sets" if report.rows else "no evaluation"]
+    domains = {row.domain.partition("/")[0] for row in report.rows}
+    counts = (_counted(len(models), "model"), _counted(len(domains), "evaluation set"))
+    parts = [" on ".join(counts) if report.rows else "no evaluation"]
     if report.seconds:
         parts.append(f"trained in {format_seconds(sum(report.seconds.values()))}")
     if "daekit" in report.versions:
         parts.append(f"daekit {report.versions['daekit']}")
     return " · ".join(parts)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _curves(report: Report) -> list[tuple[str, Plot]]:

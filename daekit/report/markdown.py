@@ -9,7 +9,9 @@ from daekit.report.rows import Report, Row, group_samples
 from daekit.report.tables import (
     COMPARISON,
     HEADLINE,
+    Breakdown,
     Pivot,
+    breakdowns,
     format_interval,
     format_seconds,
     format_value,
@@ -27,6 +29,7 @@ def render_markdown(report: Report, plot: str | None) -> str:
     parts = [f"# {_escape(report.title)}", *_headline(report.rows)]
     if report.baseline is not None:
         parts += _comparison(report.rows, report.baseline, plot)
+    parts += [part for each in breakdowns(report.rows) for part in _breakdown(each)]
     if report.notes:
         parts += ["## Notes", "\n".join(f"- {_escape(note)}" for note in report.notes)]
     parts += _samples(report)
@@ -78,6 +81,16 @@ def _matrix(table: Pivot) -> str:
     return _table(["model", *(f"{_escape(column.heading)}: {column.title}" for column in table.columns)], lines)
 
 
+def _breakdown(breakdown: Breakdown) -> list[str]:
+    lines = []
+    for part in breakdown.parts:
+        cells = [breakdown.cell(part, model) for model in breakdown.models]
+        lines.append(
+            [_escape(part), *("" if row is None else f"{_value(row)} {_escape(format_interval(row))}" for row in cells)]
+        )
+    return [f"## {_escape(breakdown.title)}", _table(["", *map(_escape, breakdown.models)], lines)]
+
+
 def _samples(report: Report) -> list[str]:
     groups = group_samples(report.samples)
     parts = ["## Sample answers"] if groups else []
@@ -86,9 +99,11 @@ def _samples(report: Report) -> list[str]:
         shown[group.domain] = shown.get(group.domain, 0) + 1
         if shown[group.domain] > _SHOWN_SAMPLES:
             continue
-        lines = [["*reference*", _short(group.reference), ""]]
-        lines += [[_escape(s.model), _short(s.generated), "✓" if s.exact_match else ""] for s in group.samples]
-        parts += [f"**{_escape(group.domain)}**: {_short(group.prompt)}", _table(["", "answer", "exact"], lines)]
+        judged = all(s.exact_match is None for s in group.samples)
+        lines = [["*reference*", _short(group.reference), ""]] if group.reference else []
+        lines += [[_escape(s.model), _short(s.generated), "✓" if s.exact_match else _escape(s.mark)] for s in group.samples]
+        head = ["", "answer", "judge" if judged else "exact"]
+        parts += [f"**{_escape(group.domain)}**: {_short(group.prompt)}", _table(head, lines)]
     return parts
 
 
@@ -102,7 +117,7 @@ def _provenance(report: Report) -> list[str]:
     if report.recipe:
         # a fence longer than any inside, so that no recipe can close it
         fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`+", report.recipe))])
-        parts.append(f"<details><summary>Recipe</summary>\n\n{fence}yaml\n{report.recipe.rstrip()}\n{fence}\n\n</details>")
+        parts.append(f"<details><summary>Settings</summary>\n\n{fence}yaml\n{report.recipe.rstrip()}\n{fence}\n\n</details>")
     return parts
 
 

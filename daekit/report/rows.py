@@ -40,7 +40,9 @@ class Sample:
         domain: as in ``Row``; with ``row`` it says which prompt this is.
         row: index of the row in its evaluation set.
         answer: the right result in any manner, if the data say it.
+        exact_match: whether ``generated`` is the reference; None where there is none to be (an open question).
         answer_match: whether ``generated`` holds it; None without ``answer``.
+        mark: what a judge said of it.
     """
 
     model: str
@@ -50,8 +52,9 @@ class Sample:
     reference: str
     answer: str | None
     generated: str
-    exact_match: bool
+    exact_match: bool | None
     answer_match: bool | None
+    mark: str = ""
 
 
 @dataclass(frozen=True)

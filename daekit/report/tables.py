@@ -4,21 +4,62 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from daekit.report.rows import Row
 
 TITLES = {
     "exact_match": "exact match",
     "answer_match": "answer match",
+    "rouge_l": "ROUGE-L",
     "nll": "NLL",
     "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
     "token_accuracy": "token accuracy",
+    "accuracy_per_token": "accuracy per token",
+    "accuracy_per_byte": "accuracy per byte",
     "kl_to_teacher": "KL to teacher",
+    "kl_to_reference": "KL to reference",
+    "judge_score": "score, 1 to 10",
+    "pairwise_win_rate": "games won",
+    "pairwise_win_rate_adjusted": "games won, ties half",
+    "length_controlled_win_rate": "LC win rate",
 }
-SHARES = ("exact_match", "answer_match", "token_accuracy")  # between 0 and 1, more is better
-HEADLINE = ("exact_match", "answer_match", "nll")
-COMPARISON = tuple(f"{metric}_{kind}" for kind in ("gain", "forgetting") for metric in HEADLINE)
+# between 0 and 1, more is better
+SHARES = (
+    "exact_match",
+    "answer_match",
+    "rouge_l",
+    "token_accuracy",
+    "accuracy",
+    "accuracy_per_token",
+    "accuracy_per_byte",
+    "pairwise_win_rate",
+    "pairwise_win_rate_adjusted",
+    "position_consistency",
+    "acc",
+    "acc_norm",
+)
+# more is better, and the most that there can be
+_MOST = dict.fromkeys(SHARES, 1.0) | {"judge_score": 10.0, "win_rate": 100.0, "length_controlled_win_rate": 100.0}
+_PERCENT = ("win_rate", "length_controlled_win_rate")
+_DIFFERING = ("exact_match", "answer_match", "accuracy", "bits_per_byte", "nll")
+HEADLINE = (
+    "exact_match",
+    "answer_match",
+    "accuracy",
+    "acc",
+    "acc_norm",
+    "judge_score",
+    "pairwise_win_rate_adjusted",
+    "win_rate",
+    "length_controlled_win_rate",
+    "bits_per_byte",
+    "nll",
+    "kl_to_reference",
+)
+COMPARISON = tuple(f"{metric}_{kind}" for kind in ("gain", "forgetting") for metric in _DIFFERING)
+_MANY_PARTS = 4  # parts of a domain (``blimp/wh_island``) beyond which they are shown apart
 
 
 @dataclass(frozen=True)
@@ -70,9 +111,22 @@ def split_comparison(metric: str) -> tuple[str, str | None]:
     return metric, None
 
 
+def blocks(table: Pivot, most: int = 7) -> list[Pivot]:
+    """The table in parts of at most ``most`` columns, so that a page need not be scrolled; a domain's columns stay together."""
+    parts: list[list[Column]] = [[]]
+    for domain in dict.fromkeys(column.domain for column in table.columns):
+        columns = [column for column in table.columns if column.domain == domain]
+        if parts[-1] and len(parts[-1]) + len(columns) > most:
+            parts.append([])
+        parts[-1] += columns
+    return [replace(table, columns=tuple(part)) for part in parts]
+
+
 def pivot(rows: Sequence[Row], metrics: Iterable[str] = HEADLINE) -> Pivot:
-    """Models down, domains and ``metrics`` across, each in the order of their first row."""
-    metrics = tuple(metrics)
+    """Models down, domains and ``metrics`` across, each in the order of their first row; without the parts of domains that
+    have many (see ``breakdowns``)."""
+    metrics, apart = tuple(metrics), set(_parts_apart(rows))
+    rows = [row for row in rows if row.domain.partition("/")[0] not in apart or "/" not in row.domain]
     present = {(row.domain, row.metric) for row in rows}
     domains = dict.fromkeys(row.domain for row in rows)
     columns = tuple(Column(d, m) for d in domains for m in metrics if (d, m) in present)
@@ -80,6 +134,59 @@ def pivot(rows: Sequence[Row], metrics: Iterable[str] = HEADLINE) -> Pivot:
     models = tuple(dict.fromkeys(row.model for row in rows if row.metric in metrics))
     best = {column: _best([cells[m, column] for m in models if (m, column) in cells]) for column in columns}
     return Pivot(models, columns, cells, best)
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """One metric of a domain with many parts: parts x models."""
+
+    domain: str
+    metric: str
+    parts: tuple[str, ...]
+    models: tuple[str, ...]
+    cells: dict[tuple[str, str], Row]
+
+    @property
+    def title(self) -> str:
+        return f"{self.domain}: {metric_title(self.metric)}"
+
+    def cell(self, part: str, model: str) -> Row | None:
+        return self.cells.get((part, model))
+
+
+def breakdowns(rows: Sequence[Row]) -> list[Breakdown]:
+    """The headline's metrics of every domain whose parts are too many for the headline."""
+    found = []
+    for domain, parts in _parts_apart(rows).items():
+        for metric in HEADLINE:
+            inside = [row for row in rows if row.metric == metric and row.domain in parts]
+            if inside:
+                names = tuple(dict.fromkeys(row.domain.partition("/")[2] for row in inside))
+                models = tuple(dict.fromkeys(row.model for row in inside))
+                cells = {(row.domain.partition("/")[2], row.model): row for row in inside}
+                found.append(Breakdown(domain, metric, names, models, cells))
+    return found
+
+
+def bar_of(row: Row) -> tuple[float, float, float] | None:
+    """Value and interval as shares of the most that there can be; None for a metric without a most, or no finite value."""
+    most = _MOST.get(row.metric)
+    ends = (row.value, row.low, row.high)
+    if most is None or not all(math.isfinite(end) for end in ends):
+        return None
+    value, low, high = (min(1.0, max(0.0, end / most)) for end in ends)
+    return value, low, high
+
+
+def _parts_apart(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Domain -> its parts, for domains with many."""
+    domains = dict.fromkeys(row.domain for row in rows)
+    parts: dict[str, list[str]] = {}
+    for domain in domains:
+        whole, slash, _ = domain.partition("/")
+        if slash and whole in domains:
+            parts.setdefault(whole, []).append(domain)
+    return {whole: found for whole, found in parts.items() if len(found) > _MANY_PARTS}
 
 
 def sizes_of(rows: Sequence[Row]) -> dict[str, int]:
@@ -95,7 +202,7 @@ def _best(rows: Sequence[Row]) -> frozenset[str]:
     if len(rows) < 2 or not finite:
         return frozenset()
     metric, kind = split_comparison(finite[0].metric)
-    choose = max if kind == "gain" or (kind is None and metric in SHARES) else min
+    choose = max if kind == "gain" or (kind is None and metric in _MOST) else min
     best = choose(round(row.value, 12) for row in finite)
     return frozenset(row.model for row in finite if round(row.value, 12) == best)
 
@@ -108,6 +215,12 @@ def format_value(value: float, metric: str) -> str:
     sign = "+" if kind else ""
     if base in SHARES:
         return _signed(f"{100 * value:{sign}.1f}", "%" if kind is None else " pt")
+    if base in _PERCENT:
+        return _signed(f"{value:.1f}", "%")
+    if base == "judge_score":
+        return _signed(f"{value:.2f}", "")
+    if base == "missing_judgments":
+        return f"{value:.0f}"
     if base == "perplexity" and abs(value) >= 1e5:
         return f"{value:.2e}"
     return _signed(f"{value:{sign}.3f}", "")

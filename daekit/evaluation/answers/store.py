@@ -1,0 +1,93 @@
+"""Answers on disk, in FastChat's format, one line per conversation; what is there is not asked again."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from daekit.errors import UserError
+from daekit.evaluation.answers.conversations import Answer
+
+Record = dict[str, Any]
+
+
+class AnswerStore:
+    """``<folder>/<model>.jsonl``, and beside it ``<model>.json`` with what its answers depend on.
+
+    A process that is killed leaves at most one torn line, which is cut when the store is opened next.
+
+    Args:
+        facts: JSON-able; equal facts, equal answers.
+        write: whether files may be made and cut; without it only what is there is read.
+
+    Raises:
+        UserError: the file holds answers of another model, of other questions or settings; a damaged line.
+    """
+
+    def __init__(self, folder: Path, model: str, facts: Mapping[str, Any], write: bool = True) -> None:
+        self.path, self.model, self._write = folder / f"{model}.jsonl", model, write
+        self._claim(folder / f"{model}.json", json.loads(json.dumps(facts)))
+        self.records = {record["question_id"]: record for record in self._read()}
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        """Append answers; they are on the disk when this returns."""
+        with self.path.open("ab") as file:
+            for answer in answers:
+                record = self._record(answer)
+                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                self.records[answer.id] = record
+            file.flush()
+            os.fsync(file.fileno())
+
+    def cut(self) -> int:
+        """How many turns ended only because no more tokens were allowed."""
+        return sum(record["choices"][0]["finish_reasons"].count("length") for record in self.records.values())
+
+    def _record(self, answer: Answer) -> Record:
+        reasons = ["length" if cut else "stop" for cut in answer.cut]
+        return {
+            "question_id": answer.id,
+            "answer_id": uuid.uuid4().hex,
+            "model_id": self.model,
+            "choices": [{"index": 0, "turns": list(answer.turns), "finish_reasons": reasons}],
+            "tstamp": time.time(),
+        }
+
+    def _claim(self, path: Path, facts: Any) -> None:
+        if path.is_file() and self.path.is_file():
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            if theirs != facts:
+                changed = ", ".join(key for key in sorted({*theirs, *facts}) if theirs.get(key) != facts.get(key))
+                raise UserError(
+                    f"{self.path}: holds answers of another run (its {changed} differ). Give the model another name, choose "
+                    f"another "
+                    f"output_dir, or delete {self.path}."
+                )
+        if self._write:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _read(self) -> list[Record]:
+        if not self.path.is_file():
+            return []
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content) and self._write:
+            os.truncate(self.path, whole)
+        records: list[Record] = []
+        for number, line in enumerate(content[:whole].splitlines(), 1):
+            try:
+                record = json.loads(line)
+                record["question_id"], record["choices"][0]["finish_reasons"]
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                message = (
+                    f"{self.path}, line {number} is damaged ({error}); delete the line, and its question is answered again"
+                )
+                raise UserError(message) from None
+            records.append(record)
+        return records

@@ -1,0 +1,243 @@
+"""AlpacaEval: judged through alpaca_eval's own annotators and metrics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from daekit.errors import UserError
+from daekit.evaluation.evaluate import SEED
+from daekit.evaluation.intervals import RowValues, interval
+from daekit.evaluation.judging import annotators, budget
+from daekit.evaluation.judging.annotators import Annotator, Messages, Unreadable
+from daekit.evaluation.judging.calls import CHARACTERS_PER_TOKEN, Estimate, JudgeRequest
+from daekit.evaluation.judging.engine import Engine, identity, is_official_host, opened, require_sound
+from daekit.evaluation.judging.length_control import OFFICIAL_ANNOTATOR, OFFICIAL_COUNT, length_controlled
+from daekit.evaluation.judging.manifest import describe, hash_of, hash_of_file, write_whole
+from daekit.evaluation.judging.result import Judged, Missing, withhold
+from daekit.evaluation.judging.store import read_replies
+from daekit.recipe.judge import JudgeSpec
+from daekit.report.rows import Row
+
+_NAME = "alpaca_eval"
+Outputs = Sequence[Mapping[str, Any]]
+
+
+def judge_alpaca_eval(
+    judge: JudgeSpec | Engine,
+    annotator: str,
+    reference_outputs: Path,
+    outputs: Mapping[str, Outputs],
+    folder: Path,
+    *,
+    allow_missing: int = 0,
+    limit: int | None = None,
+    bootstrap: int = 1000,
+) -> Judged:
+    """Compare the outputs of all models with the reference outputs.
+
+    Args:
+        judge: a spec, or an open engine (limits of calls and cost then hold for everything that it is asked).
+        annotator: one of alpaca_eval's evaluator configs, or a directory that holds one (``configs.yaml`` and a template).
+        reference_outputs: a JSON list of ``{"instruction", "output", "generator"}``; its order is the order of everything.
+        outputs: model -> ``{"instruction", "output"}`` of every instruction.
+        folder: written: ``<model>/<annotator>/annotations.json`` and ``leaderboard.csv``, ``<model>/model_outputs.json``,
+            and the calls.
+        allow_missing: judgments of a model that may be missing for its scores to be given nonetheless.
+        limit: only the first so many instructions.
+        bootstrap: resamples of the intervals.
+
+    Raises:
+        UserError: no such annotator; instructions and outputs do not fit; the judge cannot be asked at all.
+    """
+    chosen, reference = annotators.read_annotator(annotator), _read_reference(reference_outputs, limit)
+    aligned = {model: _aligned(model, its, reference, reference_outputs) for model, its in outputs.items()}
+    with opened(judge, folder) as engine:
+        requests = {model: _requests(engine.spec, chosen, reference, its) for model, its in aligned.items()}
+        everything = [request for its in requests.values() for request in its]
+        engine.ask(everything)
+        scores: dict[str, list[Row]] = {}
+        missing: dict[str, Missing] = {}
+        verdicts: list[dict[str, Any]] = []
+        notes = _notes(engine.spec, chosen, reference)
+        for model, its in aligned.items():
+            annotations, leaderboard = _annotate(engine, chosen, model, reference, its)
+            scores[model], its_notes = _rows(model, chosen, annotations, reference, bootstrap, leaderboard)
+            unanswered = sum(engine.reply(request) is None for request in requests[model])
+            lacking = sum(_preference(row) is None for row in annotations)
+            missing[model] = Missing(unanswered, lacking - unanswered, len(reference))
+            verdicts += annotations
+            notes += its_notes
+            place = folder / model.replace("/", "_")
+            _write(place, chosen, its, annotations, leaderboard if missing[model].count <= allow_missing else None)
+        rows, lacks, refusals = withhold(_NAME, scores, missing, allow_missing, engine.budget.stopped)
+        manifest = describe(engine, _NAME, bootstrap, everything) | {
+            "annotator": {"name": chosen.name, "made_for": chosen.model, "parameters": chosen.parameters},
+            "prompts": {chosen.name: hash_of(chosen.template_text)},
+            "instructions": len(reference),
+            "data": {"reference_outputs": hash_of_file(reference_outputs)},
+            "answers": {model: hash_of(list(its)) for model, its in aligned.items()},
+        }
+        return Judged(rows, [*notes, *lacks, *engine.notes(everything)], refusals, manifest, verdicts)
+
+
+def estimate_alpaca_eval(
+    judge: JudgeSpec,
+    annotator: str,
+    reference_outputs: Path,
+    models: Sequence[str],
+    folder: Path,
+    *,
+    outputs: Mapping[str, Outputs] | None = None,
+    answer_tokens: int = 300,
+    limit: int | None = None,
+) -> Estimate:
+    """What ``judge_alpaca_eval`` would still cost; without ``outputs`` each is taken to have ``answer_tokens`` tokens."""
+    require_sound(judge)
+    chosen, reference = annotators.read_annotator(annotator), _read_reference(reference_outputs, limit)
+    if outputs is None:
+        text = "x" * (answer_tokens * CHARACTERS_PER_TOKEN)
+        outputs = {model: [{**row, "output": f"{model} {text}"} for row in reference] for model in models}
+    requests = []
+    for model, its in outputs.items():
+        requests += _requests(judge, chosen, reference, _aligned(model, its, reference, reference_outputs))
+    return budget.estimate(judge, requests, read_replies(folder), identity(judge))
+
+
+def _read_reference(path: Path, limit: int | None) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(
+            f"AlpacaEval: {path} is missing. Set reference_outputs to a JSON list of instruction and output; the official ones "
+            "are alpaca_eval_gpt4_baseline.json in the data set tatsu-lab/alpaca_eval (CC BY-NC 4.0)."
+        )
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        reference = [
+            {"instruction": row["instruction"], "output": row["output"], "generator": row.get("generator", "reference")}
+            for row in rows
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"AlpacaEval: {path} is no JSON list of instruction and output ({type(error).__name__}: {error})"
+        ) from error
+    _require_texts(reference, str(path))
+    return reference[:limit]
+
+
+def _require_texts(rows: Outputs, whose: str) -> None:
+    seen = set()
+    for number, row in enumerate(rows):
+        if not isinstance(row["instruction"], str) or not isinstance(row["output"], str):
+            raise UserError(f"AlpacaEval: {whose}: instruction and output of row {number} must both be texts.")
+        if row["instruction"] in seen:
+            raise UserError(f"AlpacaEval: {whose}: row {number} repeats an instruction: {row['instruction'][:80]!r}; keep one.")
+        seen.add(row["instruction"])
+
+
+def _aligned(model: str, outputs: Outputs, reference: Outputs, path: Path) -> list[dict[str, Any]]:
+    """The model's outputs in the order of the reference's."""
+    _require_texts(outputs, model)
+    by_instruction = {row["instruction"]: row["output"] for row in outputs}
+    lacking = [row["instruction"] for row in reference if row["instruction"] not in by_instruction]
+    if lacking:
+        raise UserError(
+            f"AlpacaEval: {model} has no output for {len(lacking)} of {len(reference)} instructions of {path}, such as "
+            f"{lacking[0][:80]!r}; generate its outputs again."
+        )
+    return [
+        {"instruction": row["instruction"], "output": by_instruction[row["instruction"]], "generator": model}
+        for row in reference
+    ]
+
+
+def _parameters(spec: JudgeSpec, annotator: Annotator) -> dict[str, Any]:
+    own = {"temperature": spec.temperature, "max_tokens": spec.max_tokens, "seed": spec.seed}
+    return annotator.parameters | {key: value for key, value in own.items() if value is not None}
+
+
+def _requests(spec: JudgeSpec, annotator: Annotator, reference: Outputs, outputs: Outputs) -> list[JudgeRequest]:
+    parameters = _parameters(spec, annotator)
+    return [
+        JudgeRequest(messages, parameters, label=f"AlpacaEval {outputs[0]['generator']}")
+        for messages in annotators.prompts_for(annotator, reference, outputs)
+    ]
+
+
+def _annotate(
+    engine: Engine, annotator: Annotator, model: str, reference: Outputs, outputs: Outputs
+) -> tuple[list[dict[str, Any]], Any]:
+    """Annotations of every row, and alpaca_eval's leaderboard (None where it has no preference at all)."""
+    parameters = _parameters(engine.spec, annotator)
+
+    def reply(messages: Messages) -> Any:
+        return engine.reply(JudgeRequest(messages, parameters))
+
+    try:
+        leaderboard, annotations = annotators.evaluate(annotator, model, reference, outputs, reply)
+    except Unreadable:
+        annotations, leaderboard = [], None
+        for theirs, ours in zip(reference, outputs, strict=True):
+            answers = {"output_1": theirs["output"], "output_2": ours["output"]}
+            preference = 1.5 if theirs["output"] == ours["output"] else None  # a draw needs no judge
+            annotations.append({"instruction": theirs["instruction"], **answers, "preference": preference})
+    return annotations, leaderboard
+
+
+def _preference(row: Mapping[str, Any]) -> float | None:
+    """1: the reference is better, 2: the model is; None where it is missing."""
+    return None if row["preference"] is None else float(row["preference"])
+
+
+def _rows(
+    model: str, annotator: Annotator, annotations: list[dict[str, Any]], reference: Outputs, bootstrap: int, leaderboard: Any
+) -> tuple[list[Row], list[str]]:
+    """Scores and notes; the length-controlled rate is added to annotations and leaderboard, as alpaca_eval does."""
+    won = [100 * (preference - 1) for preference in map(_preference, annotations) if preference is not None]
+    if not won:
+        return [], []
+    rows = [_row(model, "win_rate", won, bootstrap)]
+    controlled, reason = length_controlled(annotator, annotations, reference)
+    if reason:
+        return rows, [f"AlpacaEval: the length-controlled win rate of {model} is not available: {reason}."]
+    for annotation, percent in zip(annotations, controlled, strict=True):
+        annotation["glm_preference"] = percent / 100
+    row = _row(model, "length_controlled_win_rate", controlled, bootstrap)
+    leaderboard.loc[model, "length_controlled_winrate"] = row.value
+    return [*rows, row], []
+
+
+def _row(model: str, metric: str, percents: Sequence[float], bootstrap: int) -> Row:
+    values = RowValues(np.array(percents), np.ones(len(percents)))
+    low, high = interval(values, bootstrap, SEED)
+    return Row(model, _NAME, metric, values.mean, low, high, len(percents))
+
+
+def _write(folder: Path, annotator: Annotator, outputs: Outputs, annotations: Outputs, leaderboard: Any) -> None:
+    """In alpaca_eval's formats; no leaderboard where scores are withheld."""
+    frame = annotators.module("utils").convert_to_dataframe(list(annotations))
+    write_whole(folder / "model_outputs.json", json.dumps(list(outputs), indent=2, ensure_ascii=False))
+    write_whole(folder / annotator.name / "annotations.json", frame.to_json(orient="records", indent=2))
+    board = folder / annotator.name / "leaderboard.csv"
+    if leaderboard is None:
+        board.unlink(missing_ok=True)  # of an earlier run
+    else:
+        write_whole(board, leaderboard.to_csv())
+
+
+def _notes(spec: JudgeSpec, annotator: Annotator, reference: Outputs) -> list[str]:
+    reasons = []
+    if annotator.name != OFFICIAL_ANNOTATOR:
+        reasons.append(f"the annotator is {annotator.name}, not {OFFICIAL_ANNOTATOR}")
+    if spec.name != annotator.model:
+        reasons.append(f"the judge is {spec.name}, not {annotator.model}")
+    elif not is_official_host(spec):
+        reasons.append(f"{spec.name} is not asked at OpenAI")
+    if len(reference) != OFFICIAL_COUNT:
+        reasons.append(f"{len(reference)} instructions, not {OFFICIAL_COUNT}")
+    if _parameters(spec, annotator) != annotator.parameters:
+        reasons.append("temperature, max_tokens or seed is not the annotator's")
+    return [f"AlpacaEval: not comparable with published numbers ({'; '.join(reasons)})."] if reasons else []

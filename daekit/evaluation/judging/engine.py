@@ -1,0 +1,261 @@
+"""The judge engine: every question is answered once, whatever happens in between."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from urllib.parse import urlsplit
+
+from daekit.errors import UserError
+from daekit.evaluation.judging.budget import Budget, Progress, estimate
+from daekit.evaluation.judging.calls import Estimate, JudgeReply, JudgeRequest
+from daekit.evaluation.judging.endpoint import Endpoint, PassingFailure, RefusedRequest
+from daekit.evaluation.judging.local import LocalJudge, directory_fingerprint
+from daekit.evaluation.judging.store import ReplyStore
+from daekit.recipe.judge import JudgeSpec, judge_problems
+
+_LONGEST_WAIT = 60.0  # seconds of our own back-off
+_LONGEST_ASKED = 600.0  # seconds of an endpoint's Retry-After; a request is given up rather than sent before that
+_PILOTS = 3  # requests sent one by one before the first success
+_IN_A_ROW = 10  # requests given up one after another before the run ends: the endpoint is down
+_POLL = 0.02  # seconds
+
+Open = tuple[str, JudgeRequest]
+
+
+class Engine:
+    """Asks one judge, keeps every reply in ``folder``, and asks nothing twice.
+
+    A context manager: while it is open, no other process can use the folder. Limits (``max_calls``, ``max_cost``) hold for all
+    that one engine is asked.
+
+    Attributes:
+        spec: who judges.
+        budget: what was sent and spent so far.
+
+    Args:
+        role: what the one that is asked is called in messages.
+        first_wait: seconds before a failed call is first repeated; doubled each time.
+
+    Raises:
+        UserError: the spec contradicts itself; another process uses the folder; a file in it is damaged.
+    """
+
+    def __init__(self, spec: JudgeSpec, folder: Path, *, role: str = "judge", first_wait: float = 1.0) -> None:
+        require_sound(spec)
+        self.spec, self.budget = spec, Budget(spec)
+        self.identity = identity(spec)
+        self._who = f"{role} {spec.name}"
+        self._first_wait = first_wait
+        self._store = ReplyStore(folder)
+        if self._store.cut:
+            print(f"[{self._who}] {folder}: the last line was torn (the run was killed); its call is sent again", flush=True)
+        self._local: LocalJudge | None = None
+        self._resume_at = 0.0  # on the clock of the event loop: a Retry-After holds for all calls
+        self._in_a_row = 0
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._store.close()
+
+    def ask(self, requests: Sequence[JudgeRequest]) -> list[JudgeReply | None]:
+        """The reply to each request, None where there is none (see ``errors.jsonl``, or a limit was reached).
+
+        Raises:
+            UserError: no call can succeed; replies that came before are kept.
+        """
+        keys = [self.key(request) for request in requests]
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._store.replies}
+        if missing:
+            progress = Progress(self._who, self.spec, self.budget, len(missing))
+            try:
+                self._send(list(missing.items()), progress)
+            finally:
+                progress.show()
+        return [self._store.replies.get(key) for key in keys]
+
+    def key(self, request: JudgeRequest) -> str:
+        """Under which the reply to ``request`` is kept."""
+        return request.key(self.spec.name, self.identity)
+
+    def reply(self, request: JudgeRequest) -> JudgeReply | None:
+        """The reply that is there already."""
+        return self._store.replies.get(self.key(request))
+
+    def notes(self, requests: Sequence[JudgeRequest]) -> list[str]:
+        """What a reader must know about the replies to ``requests``."""
+        notes = []
+        replies = [reply for reply in map(self.reply, requests) if reply is not None]
+        models = sorted({reply.model for reply in replies if reply.model})
+        if len(models) > 1:
+            notes.append(f"{self._who}: the endpoint answered as several models: {', '.join(models)}.")
+        cut = sum(_is_cut(reply) for reply in replies)
+        if cut:
+            notes.append(f"{self._who}: {cut} of {len(replies)} replies were cut at max_tokens.")
+        return notes
+
+    def estimate(self, requests: Sequence[JudgeRequest]) -> Estimate:
+        """What asking them would still cost."""
+        return estimate(self.spec, requests, self._store.replies, self.identity)
+
+    def _send(self, missing: list[Open], progress: Progress) -> None:
+        if self.spec.path is not None:
+            self._generate(missing, progress)
+        else:
+            _run(self._send_all(missing, progress))
+
+    def _generate(self, missing: list[Open], progress: Progress) -> None:
+        """By the local judge, batch by batch; each batch is kept before the next one begins."""
+        if self._local is None:
+            self._local = LocalJudge(self.spec)
+        allowed = [open_request for open_request in missing if self.budget.begin(open_request[1])]
+        for at, reply in self._local.answer([request for _, request in allowed]):
+            key, request = allowed[at]
+            self.budget.end(request, reply.response["usage"])
+            self._store.add(key, request.label, reply)
+            progress.step()
+
+    async def _send_all(self, missing: list[Open], progress: Progress) -> None:
+        endpoint = Endpoint(self._who, self.spec)
+        self._resume_at = 0.0
+        try:
+            queue = iter(missing)
+            await self._pilots(endpoint, queue, progress)
+            workers = [
+                asyncio.create_task(self._work(endpoint, queue, progress))
+                for _ in range(min(self.spec.concurrency, len(missing)))
+            ]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+        finally:
+            await endpoint.close()
+
+    async def _pilots(self, endpoint: Endpoint, queue: Iterator[Open], progress: Progress) -> None:
+        """Send the first requests one by one until one is answered: what is wrong with the endpoint is said after few calls,
+        and no call is made for the purpose."""
+        for key, request in itertools.islice(queue, _PILOTS):
+            failure = await self._answer(endpoint, key, request)
+            progress.step()
+            if failure is None:
+                self._say_who_answers(key)
+                return
+        if not self._store.replies and not self.budget.stopped:
+            self.budget.stopped = f"the first requests all failed, the last with: {failure}"
+
+    def _say_who_answers(self, key: str) -> None:
+        reply = self._store.replies.get(key)
+        if reply is not None:  # None: a limit kept it from being sent
+            print(f"[{self._who}] {self.spec.endpoint} answers as {reply.model}", flush=True)
+
+    async def _work(self, endpoint: Endpoint, queue: Iterator[Open], progress: Progress) -> None:
+        for key, request in queue:
+            if self.budget.stopped:
+                return
+            failure = await self._answer(endpoint, key, request)
+            progress.step()
+            self._in_a_row = self._in_a_row + 1 if isinstance(failure, PassingFailure) else 0
+            if self._in_a_row >= _IN_A_ROW:
+                self.budget.stopped = f"{_IN_A_ROW} requests in a row failed, the last with: {failure}"
+
+    async def _answer(self, endpoint: Endpoint, key: str, request: JudgeRequest) -> Exception | None:
+        """Send one request until it is answered or given up; returns why it was given up.
+
+        A request that a limit keeps from being sent is no failure.
+        """
+        failure: Exception | None = None
+        attempts = 0
+        while attempts <= self.spec.max_retries:
+            if not await self._may_send(request):
+                return None
+            self.budget.retries += attempts > 0
+            attempts += 1
+            reply = None
+            try:
+                async with asyncio.timeout(self.spec.timeout):  # of the whole call: a body may trickle in for ever
+                    reply = await endpoint.send(request)
+            except TimeoutError:
+                failure = PassingFailure(f"no whole reply within timeout={self.spec.timeout:g} seconds")
+            except (PassingFailure, RefusedRequest) as error:
+                failure = error
+            finally:
+                self.budget.end(request, None if reply is None else reply.response.get("usage") or {})
+            if reply is not None:
+                self._store.add(key, request.label, reply)
+                return None
+            if not isinstance(failure, PassingFailure) or failure.wait > _LONGEST_ASKED:
+                break
+            self._resume_at = max(self._resume_at, asyncio.get_running_loop().time() + failure.wait)
+            await asyncio.sleep(self._back_off(attempts))
+        self.budget.failed += 1
+        self._store.add_error(key, request.label, str(failure), attempts)
+        return failure
+
+    async def _may_send(self, request: JudgeRequest) -> bool:
+        """Wait for what an endpoint asked to wait, and for calls under way that may leave something to spend."""
+        while (wait := self._resume_at - asyncio.get_running_loop().time()) > 0 or self.budget.tight(request):
+            await asyncio.sleep(max(wait, _POLL))
+        return self.budget.begin(request)
+
+    def _back_off(self, attempts: int) -> float:
+        if attempts > self.spec.max_retries:
+            return 0.0
+        most = min(self._first_wait * 2 ** (attempts - 1), _LONGEST_WAIT)
+        return most * random.uniform(0.5, 1.0)  # so that calls that failed together do not come back together
+
+
+def _is_cut(reply: JudgeReply) -> bool:
+    asked_for_one_token = bool((reply.response["choices"][0].get("logprobs") or {}).get("content"))
+    return reply.response["choices"][0].get("finish_reason") == "length" and not asked_for_one_token
+
+
+def require_sound(spec: JudgeSpec) -> None:
+    """Raises: UserError: the spec contradicts itself."""
+    problems = [f"judge.{key}: {sentence}" for key, sentence in judge_problems(spec)]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def identity(spec: JudgeSpec) -> str:
+    """What tells this judge from others besides its name: the endpoint, or the path and what lies there."""
+    if spec.path is None:
+        return spec.endpoint
+    return f"{spec.path}#{directory_fingerprint(spec.path)},{spec.dtype},{spec.quantization or 'plain'}"
+
+
+def is_official_host(spec: JudgeSpec) -> bool:
+    """Whether OpenAI answers: any server can call its model gpt-4."""
+    host = urlsplit(spec.base_url or "").hostname or ""
+    return host == "api.openai.com" or host.endswith(".openai.azure.com")
+
+
+@contextmanager
+def opened(judge: JudgeSpec | Engine, folder: Path) -> Iterator[Engine]:
+    """An engine in ``folder``, or the one that is open already."""
+    if isinstance(judge, Engine):
+        yield judge
+    else:
+        with Engine(judge, folder) as engine:
+            yield engine
+
+
+def _run(work: Coroutine[None, None, None]) -> None:
+    """To its end, also inside a notebook, which has an event loop running."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, work).result()

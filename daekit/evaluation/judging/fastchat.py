@@ -1,0 +1,168 @@
+"""The one place that touches fschat: its matches, its prompts, its judging functions; without its network code.
+
+fschat is written for openai < 1 and imports ``anthropic``; neither is needed for what is used here. Its functions ask for one
+reply at a time, so a match is played twice: first to learn what it asks, then with the replies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from daekit.errors import UserError
+
+Record = dict[str, Any]
+Answers = Mapping[str, Mapping[int, Mapping[str, Any]]]  # model -> question id -> FastChat's answer record
+_MATCH_MAKERS = {"single": "make_match_single", "pairwise-baseline": "make_match", "pairwise-all": "make_match_all_pairs"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one of FastChat's judging functions sends."""
+
+    messages: list[dict[str, str]]
+    temperature: float
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class BenchData:
+    """The data files of MT-Bench.
+
+    Attributes:
+        references: question id -> answer record.
+        total: questions in the file, of which ``questions`` are the first.
+    """
+
+    questions: list[dict[str, Any]]
+    prompts: dict[str, dict[str, Any]]
+    references: dict[int, dict[str, Any]]
+    total: int
+    files: tuple[Path, ...]
+
+
+def load_data(folder: Path, limit: int | None) -> BenchData:
+    """Read the three data files.
+
+    Raises:
+        UserError: one is missing or damaged, or a question that needs a reference has none.
+    """
+    common = _common()
+    questions_file, prompts_file = folder / "question.jsonl", folder / "judge_prompts.jsonl"
+    references_file = folder / "reference_answer" / "gpt-4.jsonl"
+    for file in (questions_file, prompts_file, references_file):
+        if not file.is_file():
+            raise UserError(
+                f"MT-Bench: {file} is missing. Set data to a folder with question.jsonl, judge_prompts.jsonl and "
+                "reference_answer/gpt-4.jsonl; they are in FastChat's repository (Apache-2.0) under fastchat/llm_judge/data."
+            )
+    try:
+        questions = common.load_questions(str(questions_file), None, None)
+        prompts = common.load_judge_prompts(str(prompts_file))
+        references = common.load_model_answers(str(references_file.parent))[references_file.stem]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"MT-Bench: a data file in {folder} is damaged ({type(error).__name__}: {error})") from error
+    for question in questions:
+        if question["category"] in common.NEED_REF_CATS and question["question_id"] not in references:
+            raise UserError(f"MT-Bench: {references_file} has no reference for question {question['question_id']}")
+    return BenchData(questions[:limit], prompts, references, len(questions), (questions_file, prompts_file, references_file))
+
+
+def make_matches(data: BenchData, judge: str, answers: Answers, mode: str, baseline: str | None) -> list[Any]:
+    """FastChat's matches in the order of its ``gen_judgment``: without and with references, first turn, then both."""
+    common, matches = _common(), _gen_judgment()
+    make = getattr(matches, _MATCH_MAKERS[mode])
+    judges = (matches.make_judge_single if mode == "single" else matches.make_judge_pairwise)(judge, data.prompts)
+    with_reference = [q for q in data.questions if q["category"] in common.NEED_REF_CATS]
+    without = [q for q in data.questions if q["category"] not in common.NEED_REF_CATS]
+    models, references = list(answers), {judge: data.references}
+    made: list[Any] = []
+    for suffix, both_turns in (("", False), ("-mt", True)):
+        made += make(without, models, answers, judges["default" + suffix], baseline, multi_turn=both_turns)
+        made += make(with_reference, models, answers, judges["math" + suffix], baseline, references, multi_turn=both_turns)
+    return made
+
+
+def asked_by(match: Any) -> list[Asked]:
+    """What playing ``match`` sends: one call, or two for a pair (both orders)."""
+    asked: list[Asked] = []
+
+    def note(messages: list[dict[str, str]], temperature: float, max_tokens: int) -> str:
+        asked.append(Asked(messages, temperature, max_tokens))
+        return ""
+
+    _play(match, note)
+    return asked
+
+
+def play(match: Any, texts: Sequence[str]) -> Record:
+    """The record that FastChat makes of ``match`` when the judge says ``texts``. Where it finds no rating the score is -1."""
+    waiting = iter(texts)
+    try:
+        return _play(match, lambda *_: next(waiting))
+    except SyntaxError:  # it reads a rating as a Python literal, which [[08]] is not
+        return {**_play(match, lambda *_: ""), "judgment": texts[0]}
+
+
+def _play(match: Any, complete: Callable[[list[dict[str, str]], float, int], str]) -> Record:
+    common = _common()
+    played = common.play_a_match_single if isinstance(match, common.MatchSingle) else common.play_a_match_pair
+    with _judged_by(match.judge.model_name, complete), contextlib.redirect_stdout(io.StringIO()):
+        return played(match, None)
+
+
+@contextlib.contextmanager
+def _judged_by(judge: str, complete: Callable[[list[dict[str, str]], float, int], str]) -> Iterator[None]:
+    """FastChat's functions know ``judge`` and call ``complete`` instead of the network."""
+    common = _common()
+    conversation = importlib.import_module("fastchat.conversation")
+
+    def answer(model: str, conv: Any, temperature: float, max_tokens: int, api_dict: object = None) -> str:
+        return complete(conv.to_openai_api_messages(), temperature, max_tokens)
+
+    ours = {
+        "OPENAI_MODEL_LIST": (judge,),
+        # for a name that it does not know FastChat takes a template with a canned dialogue
+        "get_conversation_template": lambda model: conversation.get_conv_template("chatgpt"),
+        "chat_completion_openai": answer,
+    }
+    theirs = {name: getattr(common, name) for name in ours}
+    try:
+        for name, value in ours.items():
+            setattr(common, name, value)
+        yield
+    finally:
+        for name, value in theirs.items():
+            setattr(common, name, value)
+
+
+@cache
+def _common() -> ModuleType:
+    return _import("fastchat.llm_judge.common")
+
+
+@cache
+def _gen_judgment() -> ModuleType:
+    return _import("fastchat.llm_judge.gen_judgment")
+
+
+def _import(name: str) -> ModuleType:
+    if importlib.util.find_spec("fastchat") is None:
+        raise UserError("MT-Bench needs fschat, which is not installed: pip install 'daekit[eval]'")
+    stub = importlib.util.find_spec("anthropic") is None
+    if stub:
+        sys.modules["anthropic"] = ModuleType("anthropic")
+    try:
+        return importlib.import_module(name)
+    finally:
+        if stub:
+            del sys.modules["anthropic"]

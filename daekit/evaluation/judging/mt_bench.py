@@ -1,0 +1,240 @@
+"""MT-Bench: judged through fschat's own matches and functions, written in FastChat's formats."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from daekit.errors import UserError
+from daekit.evaluation.judging import budget, fastchat
+from daekit.evaluation.judging.calls import CHARACTERS_PER_TOKEN, Estimate, JudgeRequest
+from daekit.evaluation.judging.engine import Engine, identity, is_official_host, opened, require_sound
+from daekit.evaluation.judging.fastchat import BenchData, Record
+from daekit.evaluation.judging.manifest import describe, hash_of, hash_of_file, write_lines
+from daekit.evaluation.judging.mt_bench_scores import pair_rows, single_rows
+from daekit.evaluation.judging.result import Judged, Missing, withhold
+from daekit.evaluation.judging.store import read_replies
+from daekit.evaluation.judging.verdicts import HIGHEST, LOWEST, is_rated, strictly
+from daekit.recipe.judge import JudgeSpec
+from daekit.report.rows import Row
+
+Mode = Literal["single", "pairwise-baseline", "pairwise-all"]
+_OFFICIAL_JUDGE, _OFFICIAL_QUESTIONS = "gpt-4", 80
+
+
+@dataclass(frozen=True)
+class _Game:
+    """A match of FastChat's, and what it asks: one request, or one for each order of a pair."""
+
+    match: Any
+    requests: tuple[JudgeRequest, ...]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.match.model,) if hasattr(self.match, "model") else (self.match.model_1, self.match.model_2)
+
+
+def judge_mt_bench(
+    judge: JudgeSpec | Engine,
+    data_dir: Path,
+    answers: Mapping[str, Sequence[Mapping[str, Any]]],
+    folder: Path,
+    *,
+    mode: Mode = "single",
+    baseline: str | None = None,
+    allow_missing: int = 0,
+    limit: int | None = None,
+    bootstrap: int = 1000,
+) -> Judged:
+    """Judge the answers of all models.
+
+    Args:
+        judge: a spec, or an open engine (limits of calls and cost then hold for everything that it is asked).
+        data_dir: holds ``question.jsonl``, ``judge_prompts.jsonl`` and ``reference_answer/gpt-4.jsonl``, as FastChat has them.
+        answers: model -> records of FastChat's ``model_answer/<model>.jsonl``, one per question.
+        folder: written: ``<judge>_single.jsonl`` or ``<judge>_pair.jsonl``, and the calls (``replies.jsonl``...).
+        baseline: the model of ``answers`` that the others are compared with (``pairwise-baseline``).
+        allow_missing: judgments of a model that may be missing for its scores to be given nonetheless.
+        limit: only the first so many questions.
+        bootstrap: resamples of the intervals.
+
+    Raises:
+        UserError: a data file, an answer or the baseline is missing; the judge cannot be asked at all.
+    """
+    data = fastchat.load_data(data_dir, limit)
+    by_question = _by_question(answers, data)
+    _check_mode(mode, baseline, answers)
+    with opened(judge, folder) as engine:
+        games = _games(engine.spec, data, by_question, mode, baseline)
+        requests = [request for game in games for request in game.requests]
+        engine.ask(requests)
+        played = [_play(game, engine) for game in games]
+        records = [record for record, _ in played if record is not None]
+        kind = "single" if mode == "single" else "pair"
+        write_lines(folder / f"{engine.spec.name.replace(os.sep, '_')}_{kind}.jsonl", records)
+        scored = [model for model in answers if mode != "pairwise-baseline" or model != baseline]
+        scores = {model: _rows(model, records, data, bootstrap) for model in scored}
+        missing = _missing(games, [record for record, _ in played])
+        rows, notes, refusals = withhold("mt_bench", scores, missing, allow_missing, engine.budget.stopped)
+        differ = sum(differs for _, differs in played)
+        notes = [*_notes(engine.spec, mode, data, records, differ), *notes, *engine.notes(requests)]
+        manifest = describe(engine, "mt_bench", bootstrap, requests) | {
+            "mode": mode,
+            "baseline": baseline,
+            "questions": len(data.questions),
+            "data": {file.name: hash_of_file(file) for file in data.files},
+            "prompts": {name: hash_of(prompt) for name, prompt in data.prompts.items()},
+            "answers": {
+                model: hash_of([(number, its[number]["choices"][0]["turns"]) for number in its])
+                for model, its in by_question.items()
+            },
+        }
+        return Judged(rows, notes, refusals, manifest, records)
+
+
+def _rows(model: str, records: Sequence[Record], data: BenchData, rounds: int) -> list[Row]:
+    single = [record for record in records if record.get("model") == model]
+    if single:
+        return single_rows(model, single, data.questions, rounds)
+    return pair_rows(model, [r for r in records if model in (r.get("model_1"), r.get("model_2"))], rounds)
+
+
+def estimate_mt_bench(
+    judge: JudgeSpec,
+    data_dir: Path,
+    models: Sequence[str],
+    folder: Path,
+    *,
+    answers: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    answer_tokens: int = 300,
+    mode: Mode = "single",
+    baseline: str | None = None,
+    limit: int | None = None,
+) -> Estimate:
+    """What ``judge_mt_bench`` would still cost; without ``answers`` each is taken to have ``answer_tokens`` tokens."""
+    require_sound(judge)
+    data = fastchat.load_data(data_dir, limit)
+    if answers is None:
+        text = "x" * (answer_tokens * CHARACTERS_PER_TOKEN)
+        answers = {
+            model: [_record(q["question_id"], [f"{model} {text}"] * len(q["turns"])) for q in data.questions]
+            for model in models
+        }
+    _check_mode(mode, baseline, answers)
+    games = _games(judge, data, _by_question(answers, data), mode, baseline)
+    requests = [request for game in games for request in game.requests]
+    return budget.estimate(judge, requests, read_replies(folder), identity(judge))
+
+
+def _record(question_id: int, turns: list[str]) -> Record:
+    return {"question_id": question_id, "choices": [{"index": 0, "turns": turns}]}
+
+
+def _check_mode(mode: str, baseline: str | None, models: Mapping[str, Any]) -> None:
+    if mode == "pairwise-baseline" and baseline not in models:
+        raise UserError(
+            f"MT-Bench: mode pairwise-baseline compares with baseline, and {baseline!r} is none of the models "
+            f"({', '.join(models)}); name one of them."
+        )
+    if mode != "single" and len(models) < 2:
+        raise UserError(f"MT-Bench: mode {mode} needs at least two models; with one, use mode single.")
+
+
+def _by_question(
+    answers: Mapping[str, Sequence[Mapping[str, Any]]], data: BenchData
+) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """Answers by question id, each with a text for every turn."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for model, records in answers.items():
+        its: dict[int, Mapping[str, Any]] = {}
+        for record in records:
+            if record["question_id"] in its:
+                raise UserError(f"MT-Bench: {model} answers question {record['question_id']} twice; keep one of the answers.")
+            its[record["question_id"]] = record
+        for question in data.questions:
+            number, turns = question["question_id"], len(question["turns"])
+            if number not in its:
+                raise UserError(f"MT-Bench: {model} has no answer to question {number}; generate its answers again.")
+            texts = its[number]["choices"][0]["turns"]
+            if len(texts) != turns or not all(isinstance(text, str) for text in texts):
+                raise UserError(
+                    f"MT-Bench: {model}'s answer to question {number} does not hold a text for each of its {turns} turns."
+                )
+        found[model] = {question["question_id"]: its[question["question_id"]] for question in data.questions}
+    return found
+
+
+def _games(spec: JudgeSpec, data: BenchData, answers: fastchat.Answers, mode: str, baseline: str | None) -> list[_Game]:
+    games = []
+    for match in fastchat.make_matches(data, spec.name, answers, mode, baseline):
+        requests = []
+        for asked in fastchat.asked_by(match):
+            parameters: dict[str, Any] = {
+                "temperature": asked.temperature if spec.temperature is None else spec.temperature,
+                "max_tokens": spec.max_tokens or asked.max_tokens,
+            }
+            if spec.seed is not None:
+                parameters["seed"] = spec.seed
+            label = f"MT-Bench question {match.question['question_id']}, turn {1 + match.multi_turn}"
+            requests.append(JudgeRequest(asked.messages, parameters, label=label))
+        games.append(_Game(match, tuple(requests)))
+    return games
+
+
+def _play(game: _Game, engine: Engine) -> tuple[Record | None, bool]:
+    """FastChat's record of a game as the spec's parser reads it (None while a reply is missing), and whether the other parser
+    would read it otherwise."""
+    replies = [reply for reply in map(engine.reply, game.requests) if reply is not None]
+    if len(replies) < len(game.requests):
+        return None, False
+    record = fastchat.play(game.match, [reply.text for reply in replies])
+    record["tstamp"] = max(reply.time for reply in replies)  # so that a rerun writes the same file
+    strict = record | strictly(record)
+    return strict if engine.spec.score_parser == "strict" else record, strict != record
+
+
+def _missing(games: Sequence[_Game], records: Sequence[Record | None]) -> dict[str, Missing]:
+    counts: dict[str, Missing] = {}
+    for game, record in zip(games, records, strict=True):
+        for model in game.models:
+            so_far = counts.get(model, Missing(0, 0, 0))
+            unread = record is not None and not is_rated(record)
+            counts[model] = Missing(so_far.unanswered + (record is None), so_far.unread + unread, so_far.total + 1)
+    return counts
+
+
+def _notes(spec: JudgeSpec, mode: str, data: BenchData, records: Sequence[Record], differ: int) -> list[str]:
+    other = "fastchat" if spec.score_parser == "strict" else "strict"
+    reading = {
+        "strict": "the last verdict, ratings within 1 and 10",
+        "fastchat": "as FastChat does: the first rating, any size",
+    }
+    notes = [
+        f"MT-Bench ({mode}): score_parser {spec.score_parser} (default: strict) reads {reading[spec.score_parser]}; "
+        f"{other} would read {differ} judgments otherwise."
+    ]
+    outside = sum(is_rated(record) and not LOWEST <= record["score"] <= HIGHEST for record in records if "score" in record)
+    if outside:
+        notes.append(f"MT-Bench: {outside} ratings lie outside {LOWEST} to {HIGHEST} and are counted as they are.")
+    reasons = _not_comparable(spec, data, differ)
+    if reasons:
+        notes.append(f"MT-Bench: not comparable with published numbers ({'; '.join(reasons)}).")
+    return notes
+
+
+def _not_comparable(spec: JudgeSpec, data: BenchData, differ: int) -> list[str]:
+    reasons = []
+    if spec.name != _OFFICIAL_JUDGE:
+        reasons.append(f"the judge is {spec.name}, not {_OFFICIAL_JUDGE}")
+    elif not is_official_host(spec):
+        reasons.append(f"{_OFFICIAL_JUDGE} is not asked at OpenAI")
+    if len(data.questions) != _OFFICIAL_QUESTIONS:
+        reasons.append(f"{len(data.questions)} questions, not {_OFFICIAL_QUESTIONS}")
+    if spec.score_parser == "strict" and differ:
+        reasons.append(f"FastChat would read {differ} judgments otherwise")
+    if spec.temperature is not None or spec.max_tokens is not None:
+        reasons.append("temperature or max_tokens is not FastChat's")
+    return reasons

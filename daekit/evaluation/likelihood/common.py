@@ -1,0 +1,138 @@
+"""What the likelihood benchmarks share: their results, their input files, and what stands before a text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from daekit.errors import UserError
+from daekit.evaluation.evaluate import Key
+from daekit.evaluation.intervals import RowValues
+from daekit.protocol import IGNORE_INDEX
+from daekit.recipe.suite import Prefix
+
+TokenRow = dict[str, list[int]]
+
+
+@dataclass
+class Measured:
+    """What one benchmark found of one model.
+
+    Attributes:
+        values: (domain, source, metric) -> values row by row, as in ``ModelEvaluation``.
+        items: a JSON-able record per row, for who wants to look.
+        notes: what a reader must know, without the model's name.
+        generated: source -> generated texts.
+        rows: (domain, metric, value, low, high, n) of values that come with intervals of their own.
+    """
+
+    values: dict[Key, RowValues] = field(default_factory=dict)
+    items: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    generated: dict[str, list[str]] = field(default_factory=dict)
+    rows: list[tuple[str, str, float, float, float, int]] = field(default_factory=list)
+
+
+class Benchmark(Protocol):
+    """A benchmark whose input is read and checked; it measures one model after another."""
+
+    data: dict[str, str]
+    """What was read -> its hash."""
+
+    def check(self, name: str, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> None:
+        """Raise a UserError for what can be known before the weights of model ``name`` are loaded."""
+
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Measured:
+        """Measure a model on the device that it is on."""
+
+
+def read_bytes(path: Path, where: str) -> bytes:
+    """The content of a file; UserError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{where}: {path} cannot be read ({error.strerror})") from error
+
+
+def hash_of(content: bytes) -> str:
+    """The first 16 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def decode(content: bytes, path: Path, where: str) -> str:
+    """Its text; UserError if it is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def json_lines(content: bytes, path: Path, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, object) of every line that is not empty; UserError for a line that is no JSON object."""
+    for number, line in enumerate(decode(content, path, where).split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{where}: {path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{place} is not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{place} is a {type(row).__name__}; a row is one JSON object on one line")
+        yield place, row
+
+
+def text_of(row: Mapping[str, Any], column: str, place: str) -> str:
+    """The text in a column; UserError if there is none."""
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        has = f"it has {', '.join(map(repr, row))}" if column not in row else f"it is {value!r}"
+        raise UserError(f"{place}: needs a text in {column!r}, but {has}")
+    return value
+
+
+def prefix_ids(tokenizer: PreTrainedTokenizerBase, prefix: Prefix, where: str) -> list[int]:
+    """The ids that stand before a text.
+
+    Raises:
+        UserError: the tokenizer has no such token.
+    """
+    if prefix == "none":
+        return []
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    found = {"auto": eos if bos is None else bos, "bos": bos, "eos": eos}[prefix]
+    if found is None:
+        raise UserError(f"{where}: prefix={prefix}, but the tokenizer has no such token; choose another, or prefix: none")
+    return [found]
+
+
+def describe_prefix(tokenizer: PreTrainedTokenizerBase, prefix: Prefix, where: str) -> str:
+    """What stands before a text, in words."""
+    ids = prefix_ids(tokenizer, prefix, where)
+    if not ids:
+        return "nothing stands before a text, and its first token is not scored"
+    return f"{tokenizer.convert_ids_to_tokens(ids)[0]} stands before each text, and all its tokens are scored"
+
+
+def token_row(ids: Sequence[int], start: int) -> TokenRow:
+    """A row of which the tokens from ``start`` on are scored."""
+    return {"input_ids": list(ids), "labels": [IGNORE_INDEX] * start + list(ids[start:])}
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of texts without special tokens."""
+    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+
+def require_context(name: str, where: str, longest: int, context_length: int | None, remedy: str) -> None:
+    """Raise a UserError if ``longest`` tokens are more than a model is made for."""
+    if context_length is not None and longest > context_length:
+        raise UserError(
+            f"{where}: {longest} tokens are more than the {context_length} that models.{name} is made for; {remedy}"
+        )

@@ -1,0 +1,87 @@
+"""EleutherAI's lm-eval as it is: our models in, its values out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from daekit.errors import UserError
+from daekit.evaluation.likelihood.common import Measured, hash_of, read_bytes
+from daekit.recipe.problems import nearest
+from daekit.recipe.suite import LMEvalSpec
+
+_Z = 1.959963984540054  # of a 95 % interval
+
+
+class LMEval:
+    """Tasks of lm-eval.
+
+    Raises:
+        UserError: lm-eval is not installed, or knows no such task.
+    """
+
+    def __init__(self, name: str, spec: LMEvalSpec) -> None:
+        self.name, self.spec, self.where = name, spec, f"benchmarks.{name}"
+        if importlib.util.find_spec("lm_eval") is None:
+            raise UserError(
+                f"{self.where}: lm-eval is not installed; run `pip install lm-eval==0.4.13`, or leave this benchmark out"
+            )
+        from lm_eval.tasks import TaskManager
+
+        self.manager = TaskManager(include_path=spec.include_path)
+        known = self.manager.all_tasks
+        for task in spec.tasks:
+            if task not in known:
+                hint = nearest(task, known)
+                raise UserError(f"{self.where}.tasks: lm-eval has no task {task!r}{hint}; your own need include_path")
+        files = sorted(Path(spec.include_path).expanduser().glob("**/*.y*ml")) if spec.include_path else []
+        self.data = {file.name: hash_of(read_bytes(file, self.where)) for file in files}
+        self.data["lm_eval"] = importlib.metadata.version("lm_eval")
+
+    def check(self, name: str, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> None:
+        """A chat template, if tasks are to use it."""
+        if self.spec.apply_chat_template and tokenizer.chat_template is None:
+            raise UserError(
+                f"{self.where}: the tokenizer of models.{name} has no chat template; leave apply_chat_template out, or set one"
+            )
+
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Measured:
+        """Every metric of every task, with intervals from lm-eval's own standard errors."""
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        results = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(self.spec.tasks),
+            num_fewshot=self.spec.num_fewshot,
+            limit=self.spec.limit,
+            task_manager=self.manager,
+            apply_chat_template=self.spec.apply_chat_template,
+            log_samples=False,
+        )
+        found = Measured(rows=[row for task, values in results["results"].items() for row in self._rows(task, values, results)])
+        version = self.data["lm_eval"]
+        found.notes.append(
+            f"{self.name}: measured by lm-eval {version}; intervals are 1.96 of its standard errors, clipped nowhere."
+        )
+        return found
+
+    def _rows(
+        self, task: str, values: dict[str, Any], results: dict[str, Any]
+    ) -> list[tuple[str, str, float, float, float, int]]:
+        count = int(results.get("n-samples", {}).get(task, {}).get("effective", 0))
+        rows = []
+        for key, value in values.items():
+            metric, _, variant = key.partition(",")
+            if not variant or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = values.get(f"{metric}_stderr,{variant}")
+            spread = _Z * error if isinstance(error, (int, float)) else math.nan
+            name = metric if variant == "none" else f"{metric}_{variant}"
+            rows.append((task, name, float(value), value - spread, value + spread, count))
+        return rows

@@ -1,0 +1,78 @@
+"""Rows of a domain: likelihood of their answers, generated answers, and the distance to a reference model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from daekit.data.fingerprint import fingerprint
+from daekit.data.sources import load_rows
+from daekit.errors import UserError
+from daekit.evaluation.evaluate import evaluate_model
+from daekit.evaluation.likelihood.common import Measured
+from daekit.evaluation.sets import EvaluationSet, tokenize_rows
+from daekit.models.loading import load_model, load_tokenizer_of
+from daekit.models.vocabulary import require_same
+from daekit.recipe.schema import EvaluationSpec, SourceSpec
+from daekit.recipe.suite import RowsSpec
+
+
+class Rows:
+    """Rows of a domain, read as a recipe reads its validation rows.
+
+    Raises:
+        UserError: what ``daekit.data.sources`` says of the file.
+    """
+
+    def __init__(self, name: str, spec: RowsSpec) -> None:
+        self.name, self.spec, self.where = name, spec, f"benchmarks.{name}"
+        self.domain = spec.domain or name
+        source = SourceSpec(
+            domain=self.domain,
+            path=spec.path,
+            split=spec.split,
+            name=spec.name,
+            revision=spec.revision,
+            columns=spec.columns,
+            chat=spec.chat,
+        )
+        self.dataset = load_rows(self.where, source, spec.limit)
+        self.data = {Path(spec.path).name: fingerprint(self.dataset)}
+
+    def check(self, name: str, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> None:
+        """The rows can be tokenised and fit; the reference has the model's tokenizer."""
+        rows = self.rows(tokenizer).rows
+        longest = max(len(row.input_ids) for row in rows)
+        remedy = "set max_length and overlong: drop to leave such rows out, or a smaller max_new_tokens"
+        if context_length is not None and self.spec.generate:
+            prompts = [len(row.prompt_ids) for row in rows if row.prompt_ids is not None]
+            longest = max([longest, *(length + self.spec.max_new_tokens for length in prompts)])
+        if context_length is not None and longest > context_length:
+            raise UserError(
+                f"{self.where}: a row needs {longest} tokens, more than the {context_length} of models.{name}; {remedy}"
+            )
+        if self.spec.reference is not None:
+            require_same(tokenizer, load_tokenizer_of(self.spec.reference), f"{self.where}.reference")
+
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Measured:
+        """What ``evaluate_model`` measures; KL is named after the reference."""
+        rows = self.rows(tokenizer)
+        teachers = {}
+        if self.spec.reference is not None:
+            reference = load_model(self.spec.reference)
+            teachers[self.domain] = reference if self.spec.reference.quantization else reference.to(model.device)
+        how = EvaluationSpec(generate=self.spec.generate, max_new_tokens=self.spec.max_new_tokens, batch_size=batch_size)
+        result = evaluate_model("", model, tokenizer, {self.name: rows}, spec=how, teachers=teachers)
+        found = Measured(generated=result.generated, notes=rows.notes(self.name))
+        for (domain, source, metric), values in result.values.items():
+            found.values[domain, source, metric.replace("kl_to_teacher", "kl_to_reference")] = values
+        found.items = [{"row": at, "generated": text} for at, text in enumerate(result.generated.get(self.name, []))]
+        return found
+
+    def rows(self, tokenizer: PreTrainedTokenizerBase) -> EvaluationSet:
+        """The rows as a tokenizer cuts them."""
+        spec = self.spec
+        return tokenize_rows(
+            self.dataset, tokenizer, source=self.name, domain=self.domain, max_length=spec.max_length, overlong=spec.overlong
+        )

@@ -1,0 +1,178 @@
+"""The models of a suite: what is known of one before its weights are loaded, and the loading."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from daekit.errors import UserError
+from daekit.models.identity import fingerprint
+from daekit.models.loading import adapter_config, load_model, load_tokenizer_of, merge_adapter
+from daekit.recipe.schema import ModelSpec
+from daekit.recipe.suite import SubjectSpec
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+class Subject:
+    """One model to measure. Tokenizer, config and weights are loaded when they are first asked for.
+
+    Args:
+        name: in the report.
+        spec: as a suite names it; ``stage`` already resolved.
+    """
+
+    def __init__(self, name: str, spec: SubjectSpec) -> None:
+        self.name, self.spec = name, spec
+        self._model: PreTrainedModel | None = None
+
+    @property
+    def is_endpoint(self) -> bool:
+        """Whether it is asked over HTTP."""
+        return self.spec.url is not None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer beside the adapter where there is one, else that beside its base."""
+        *adapters, base = [path for path in (self.spec.adapter, *self._chain()) if path]
+        for path in adapters:
+            if any((Path(path).expanduser() / name).is_file() for name in _TOKENIZER_FILES):
+                return load_tokenizer_of(replace(self._model_spec, path=path, revision=None))
+        return load_tokenizer_of(replace(self._model_spec, path=base))
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The config of the model that carries the weights (of an adapter: its base's)."""
+        path = self._chain()[-1]
+        try:
+            return AutoConfig.from_pretrained(
+                path, revision=self.spec.revision, trust_remote_code=self.spec.trust_remote_code
+            ).get_text_config()
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"models.{self.name}: no model could be found at {path} ({reason})") from error
+
+    def require_there(self) -> None:
+        """Look at config, adapter and tokenizer; UserError if the model is not there."""
+        _ = self.config
+        if self.spec.adapter is not None:
+            adapter_config(Path(self.spec.adapter).expanduser())
+        _ = self.tokenizer
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence that the model is made for, in tokens; None if its config does not say."""
+        for key in ("max_position_embeddings", "n_positions"):
+            value = getattr(self.config, key, None)
+            if isinstance(value, int):
+                return value
+        return None
+
+    def model(self) -> PreTrainedModel:
+        """The model, with its adapter merged, on the accelerator if there is one."""
+        if self._model is None:
+            loaded = load_model(self._model_spec)
+            if self.spec.adapter is not None:
+                loaded = merge_adapter(loaded, Path(self.spec.adapter).expanduser())
+            self._model = loaded if self.spec.quantization else loaded.to(device())
+        return self._model
+
+    def free(self) -> None:
+        """Forget the weights."""
+        self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def identity(self) -> dict[str, Any]:
+        """What a score depends on: where the model is, which weights, which tokenizer and template. Loads no weights."""
+        return dict(self._identity)
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        if self.is_endpoint:
+            return {"kind": "endpoint", "url": self.spec.url, "model": self.spec.served_model}
+        told = {key: value for key, value in vars(self.spec).items() if value is not None and key != "api_key_env"}
+        files = [file_fingerprint(Path(path).expanduser()) for path in (*self._chain(), self.spec.adapter) if path]
+        return {
+            "kind": "model",
+            "told": told,
+            "commit": getattr(self.config, "_commit_hash", None),
+            "files": files,
+            "dtype": str(getattr(self.config, "dtype", None)),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+        }
+
+    def weights_fingerprint(self) -> str | None:
+        """The fingerprint of the loaded weights; None while they are not loaded."""
+        return None if self._model is None else fingerprint(self._model)
+
+    @property
+    def _model_spec(self) -> ModelSpec:
+        spec = self.spec
+        assert spec.path is not None
+        return ModelSpec(
+            path=spec.path,
+            revision=spec.revision,
+            dtype=spec.dtype,
+            attn_implementation=spec.attn_implementation,
+            trust_remote_code=spec.trust_remote_code,
+            quantization=spec.quantization,
+        )
+
+    def _chain(self) -> list[str]:
+        """The path, and while that is an adapter the base that it names; the last carries the weights."""
+        chain = [str(self.spec.path)]
+        while (adapter := Path(chain[-1]).expanduser() / _ADAPTER_CONFIG).is_file():
+            base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+            if not base or base in chain:
+                raise UserError(f"models.{self.name}: {adapter} names no base model (base_model_name_or_path)")
+            chain.append(base)
+        return chain
+
+
+def device() -> torch.device:
+    """The accelerator, or the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def file_fingerprint(directory: Path) -> dict[str, str] | None:
+    """File -> hash of its size and of up to 64 evenly spaced pieces of 4 KB: weights and configs of a directory; None for a
+    hub id.
+
+    It reads some hundred kilobytes of a model of any size, and knows two trainings apart; not a change of single values.
+    """
+    if not directory.is_dir():
+        return None
+    names = [*directory.glob("*.safetensors"), *directory.glob("*config.json")]
+    return {path.name: _hash_samples(path) for path in sorted(names)}
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the vocabulary, the special tokens and the chat template."""
+    facts = [
+        sorted(tokenizer.get_vocab().items()),
+        sorted(map(str, tokenizer.special_tokens_map.items())),
+        tokenizer.chat_template,
+    ]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
+def _hash_samples(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for at in range(_SAMPLES):
+            file.seek(at * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

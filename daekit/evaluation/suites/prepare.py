@@ -1,0 +1,136 @@
+"""Everything that can be known of a suite before weights are loaded: its inputs are read, its models looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from daekit.evaluation.answers import (
+    AnswerStore,
+    Conversation,
+    HowToAnswer,
+    alpaca_conversations,
+    mt_bench_conversations,
+    require_answerable,
+)
+from daekit.evaluation.likelihood import Benchmark, likelihood_benchmark
+from daekit.evaluation.subjects import Subject
+from daekit.recipe.judge import JudgeSpec
+from daekit.recipe.suite import AlpacaEvalSpec, MTBenchSpec, SuiteSpec
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a suite is run, beside what it measures.
+
+    Attributes:
+        dry_run: say what would be done and what the judge would cost, and do nothing.
+        max_calls: to one judge or endpoint, at most; default: as the suite says.
+        max_cost: dollars for one judge, at most; default: as the suite says.
+        allow_missing: judgments of a model that may be missing for its score to be given nonetheless.
+        score_parser: default: as the suite says.
+    """
+
+    dry_run: bool = False
+    max_calls: int | None = None
+    max_cost: float | None = None
+    allow_missing: int = 0
+    score_parser: Literal["strict", "fastchat"] | None = None
+
+    def judge(self, spec: JudgeSpec) -> JudgeSpec:
+        """A judge under these options."""
+        given = {key: getattr(self, key) for key in ("max_calls", "max_cost", "score_parser")}
+        return replace(spec, **{key: value for key, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The conversations of a benchmark that is answered and judged.
+
+    Attributes:
+        judge: None: the answers are only written.
+        data: hash of the file that they come from.
+        write: whether files may be made (not in a dry run).
+    """
+
+    name: str
+    spec: MTBenchSpec | AlpacaEvalSpec
+    judge: JudgeSpec | None
+    conversations: list[Conversation]
+    how: HowToAnswer
+    data: str
+    folder: Path
+    write: bool
+
+    @property
+    def where(self) -> str:
+        """How error messages begin."""
+        return f"benchmarks.{self.name}"
+
+    @property
+    def judgments(self) -> Path:
+        """Folder of the judge's files."""
+        return self.folder / "model_judgment"
+
+    def store(self, subject: Subject) -> AnswerStore:
+        """The answers of a model."""
+        facts = {
+            "model": subject.identity(),
+            "how": self.how.facts(),
+            "questions": self.data,
+            "temperature": self.spec.temperature,
+        }
+        return AnswerStore(self.folder / "model_answer", subject.name, facts, self.write)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A suite whose inputs are read and whose models are known to take them."""
+
+    suite: SuiteSpec
+    options: Options
+    subjects: dict[str, Subject]
+    benchmarks: dict[str, Benchmark]
+    questions: dict[str, Questions]
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return Path(self.suite.output_dir)
+
+
+def prepare(suite: SuiteSpec, options: Options) -> Prepared:
+    """Read the inputs and look at the models.
+
+    Raises:
+        UserError: a broken input, a model that is not there, one that does not fit a benchmark.
+    """
+    subjects = {name: Subject(name, spec) for name, spec in suite.models.items()}
+    benchmarks: dict[str, Benchmark] = {}
+    questions: dict[str, Questions] = {}
+    for name, spec in suite.benchmarks.items():
+        if isinstance(spec, (MTBenchSpec, AlpacaEvalSpec)):
+            questions[name] = _questions(name, spec, suite, options)
+        else:
+            benchmarks[name] = likelihood_benchmark(name, spec)
+    for subject in subjects.values():
+        if not subject.is_endpoint:
+            subject.require_there()
+        for benchmark in benchmarks.values():
+            benchmark.check(subject.name, subject.tokenizer, subject.context_length)
+        for each in questions.values():
+            require_answerable(subject, each.conversations, each.how, each.where)
+    return Prepared(suite, options, subjects, benchmarks, questions)
+
+
+def _questions(name: str, spec: MTBenchSpec | AlpacaEvalSpec, suite: SuiteSpec, options: Options) -> Questions:
+    where, path = f"benchmarks.{name}", Path(spec.path).expanduser()
+    if isinstance(spec, MTBenchSpec):
+        conversations, data = mt_bench_conversations(path / "question.jsonl", where, spec.limit, spec.temperature)
+    else:
+        conversations, data = alpaca_conversations(path, where, spec.limit, spec.temperature)
+    judge = spec.judge or suite.judge
+    how = HowToAnswer(spec.max_new_tokens, spec.system, spec.chat_template_kwargs, suite.seed)
+    folder = Path(suite.output_dir) / name
+    return Questions(name, spec, judge and options.judge(judge), conversations, how, data, folder, not options.dry_run)

@@ -1,0 +1,175 @@
+"""The report of a suite, and the manifest that makes its scores repeatable."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from daekit.evaluation.compare import compare, select_samples
+from daekit.evaluation.likelihood.common import hash_of
+from daekit.evaluation.likelihood.rows import Rows
+from daekit.evaluation.subjects import device
+from daekit.evaluation.suites.prepare import Prepared, Questions
+from daekit.recipe.dump import suite_to_yaml
+from daekit.report import Report, Row, Sample
+from daekit.report.provenance import commit, versions
+
+if TYPE_CHECKING:
+    from daekit.evaluation.suites.run import Found
+
+_SHOWN_QUESTIONS = 8
+_PER_TOKEN = ("nll", "perplexity", "token_accuracy")
+
+
+def suite_report(prepared: Prepared, found: Found) -> Report:
+    """Everything that was found, for a reader."""
+    suite = prepared.suite
+    rows = [row for evaluation in found.evaluations.values() for row in evaluation.rows(suite.bootstrap)]
+    rows += [Row(model, *row) for (model, _), measured in found.measured.items() for row in measured.rows]
+    for name, judged in found.judged.items():  # the judges know their benchmark by its type
+        rows += [replace(row, domain="/".join([name, *row.domain.split("/")[1:]])) for row in judged.rows]
+    compared, notes = _compared(prepared, found)
+    samples = _row_samples(prepared, found)
+    for questions in prepared.questions.values():
+        samples += _answer_samples(prepared, questions, found)
+    return Report(
+        title=suite.name,
+        rows=tuple(rows + compared),
+        baseline=suite.baseline,
+        samples=tuple(samples),
+        notes=tuple(dict.fromkeys([*_notes(prepared, found), *notes])),
+        versions=versions(),
+        provenance={
+            "commit": commit(),
+            "seed": str(suite.seed),
+            **{f"model {name}": json.dumps(facts, ensure_ascii=False) for name, facts in found.identities.items()},
+        },
+        recipe=suite_to_yaml(suite),
+    )
+
+
+def manifest(prepared: Prepared, found: Found) -> str:
+    """Versions, machine, models, data, settings, seeds and judges, as JSON. No credentials are in it."""
+    text = suite_to_yaml(prepared.suite)
+    facts = {
+        "suite": {"name": prepared.suite.name, "hash": hash_of(text.encode()), "yaml": text},
+        "options": asdict(prepared.options),
+        "versions": versions(),
+        "commit": commit(),
+        "machine": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "device": str(device()),
+            "threads": torch.get_num_threads(),
+        },
+        "models": found.identities,
+        "data": {name: benchmark.data for name, benchmark in prepared.benchmarks.items()}
+        | {name: {"questions": questions.data} for name, questions in prepared.questions.items()},
+        "answers": {name: questions.how.facts() for name, questions in prepared.questions.items()},
+        "judges": {name: judged.manifest for name, judged in found.judged.items()},
+        "seeds": {"answers": prepared.suite.seed, "bootstrap": 0},
+    }
+    return json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+
+
+def _notes(prepared: Prepared, found: Found) -> list[str]:
+    """What a reader must know; a sentence that holds for all models is said once."""
+    notes = list(found.notes)
+    for name in prepared.benchmarks:
+        said: dict[str, list[str]] = {}
+        for (model, benchmark), measured in found.measured.items():
+            for note in measured.notes if benchmark == name else []:
+                said.setdefault(note, []).append(model)
+        everyone = len(found.evaluations)
+        notes += [note if len(models) == everyone else f"{', '.join(models)}: {note}" for note, models in said.items()]
+    for questions in prepared.questions.values():
+        for subject in prepared.subjects.values():
+            if cut := questions.store(subject).cut():
+                turns = sum(len(each.turns) for each in questions.conversations)
+                notes.append(
+                    f"{questions.name}: {cut} of {turns} answers of {subject.name} were cut at max_new_tokens = "
+                    f"{questions.how.max_new_tokens}, or where the model's context ends."
+                )
+    return notes + [note for judged in found.judged.values() for note in judged.notes]
+
+
+def _compared(prepared: Prepared, found: Found) -> tuple[list[Row], list[str]]:
+    """Gain and forgetting; values per token only between models of one tokenizer."""
+    suite = prepared.suite
+    tokenizers = {name: facts.get("tokenizer") for name, facts in found.identities.items() if facts["kind"] == "model"}
+    notes = []
+    if len(set(tokenizers.values())) > 1 and any(row in _PER_TOKEN for row in _metrics(found)):
+        notes.append(
+            "The models do not share a tokenizer (or its chat template): their NLL, perplexity and token accuracy are of "
+            "other tokens "
+            "and cannot be compared; bits per byte can."
+        )
+    measured = [evaluation for evaluation in found.evaluations.values() if evaluation.values]
+    if suite.baseline not in [evaluation.model for evaluation in measured]:
+        return [], notes
+    rows = compare(measured, suite.baseline, reference_domains=suite.reference_domains, rounds=suite.bootstrap)
+    base = tokenizers[suite.baseline]
+    kept = [
+        row
+        for row in rows
+        if tokenizers[row.model] == base or not row.metric.startswith(tuple(f"{metric}_" for metric in _PER_TOKEN))
+    ]
+    return kept, notes
+
+
+def _metrics(found: Found) -> set[str]:
+    return {metric for evaluation in found.evaluations.values() for _, _, metric in evaluation.values}
+
+
+def _row_samples(prepared: Prepared, found: Found) -> list[Sample]:
+    """Answers to rows, side by side."""
+    local = [subject for subject in prepared.subjects.values() if not subject.is_endpoint]
+    rows = {name: benchmark for name, benchmark in prepared.benchmarks.items() if isinstance(benchmark, Rows)}
+    sets = {name: benchmark.rows(local[0].tokenizer) for name, benchmark in rows.items()}
+    return select_samples(list(found.evaluations.values()), sets)
+
+
+def _answer_samples(prepared: Prepared, questions: Questions, found: Found) -> list[Sample]:
+    """The first question of each category, then further ones, up to eight, with what the judge said of each turn."""
+    firsts = {each.category: each for each in reversed(questions.conversations)}.values()
+    ordered = [*sorted(firsts, key=lambda each: each.id), *questions.conversations]
+    chosen = {each.id: each for each in ordered}
+    judged = found.judged.get(questions.name)
+    stores = {name: questions.store(subject) for name, subject in prepared.subjects.items()}
+    samples = []
+    for conversation in list(chosen.values())[:_SHOWN_QUESTIONS]:
+        for name, store in stores.items():
+            record = store.records.get(conversation.id)
+            if record is None:
+                continue
+            marks = _marks([] if judged is None else judged.verdicts, name, conversation.id)
+            samples.append(
+                Sample(
+                    model=name,
+                    domain=questions.name,
+                    row=conversation.id,
+                    prompt=_turns(conversation.turns),
+                    reference="",
+                    answer=None,
+                    generated=_turns(record["choices"][0]["turns"]),
+                    exact_match=None,
+                    answer_match=None,
+                    mark=marks,
+                )
+            )
+    return samples
+
+
+def _turns(turns: Sequence[str]) -> str:
+    return turns[0] if len(turns) == 1 else "\n\n".join(f"[{at}] {turn}" for at, turn in enumerate(turns, 1))
+
+
+def _marks(verdicts: Sequence[Mapping[str, Any]], model: str, question: int) -> str:
+    """The judge's scores of a model's turns, where it gave some."""
+    scores = [v["score"] for v in verdicts if v.get("model") == model and v.get("question_id") == question and "score" in v]
+    return " · ".join(str(score) for score in scores)

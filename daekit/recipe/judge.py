@@ -1,0 +1,104 @@
+"""A judge: the model that rates answers, and how it is asked. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+from daekit.recipe.schema import Dtype, Quantization
+
+
+@dataclass(frozen=True)
+class JudgeSpec:
+    """Who judges: exactly one of ``base_url`` (an OpenAI-compatible endpoint) and ``path`` (a model directory or hub id).
+
+    Attributes:
+        model: the name that the endpoint knows the judge by; with ``path`` a name for the report (default: its last part).
+        base_url: such as ``https://api.openai.com/v1`` or ``http://localhost:8000/v1``.
+        path: a local judge, run in process with its own chat template.
+        api_key_env: environment variable that holds the key; a key is never written in a suite.
+        concurrency: calls under way at a time.
+        max_retries: how often a call that failed in passing (429, 5xx, time-out, broken reply) is sent again.
+        timeout: seconds for a whole call, its body included.
+        max_tokens: of a reply; default: the benchmark's own (MT-Bench 2048; AlpacaEval: the annotator's).
+        token_limit: the name under which the endpoint takes ``max_tokens``; reasoning models want the newer one.
+        temperature: default: the benchmark's own (MT-Bench 0; AlpacaEval: the annotator's).
+        seed: sent with every call if given.
+        price_prompt: dollars per million tokens of prompts.
+        price_completion: dollars per million tokens of replies.
+        max_calls: calls that one run may send at most, repeated ones included.
+        max_cost: dollars that one run may spend at most.
+        score_parser: ``strict``: the last ``[[rating]]`` within 1 and 10 (the last verdict of a pairwise game); ``fastchat``:
+            the first rating whatever its size, as FastChat reads it.
+        batch_size: prompts per batch of a local judge.
+        dtype: of a local judge's weights.
+        quantization: of a local judge: ``4bit`` or ``8bit``.
+    """
+
+    model: str | None = None
+    base_url: str | None = None
+    path: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    max_retries: int = 6
+    timeout: float = 120.0
+    max_tokens: int | None = None
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    temperature: float | None = None
+    seed: int | None = None
+    price_prompt: float | None = None
+    price_completion: float | None = None
+    max_calls: int | None = None
+    max_cost: float | None = None
+    score_parser: Literal["strict", "fastchat"] = "strict"
+    batch_size: int = 8
+    dtype: Dtype = "auto"
+    quantization: Quantization | None = None
+
+    @property
+    def name(self) -> str:
+        """What the judge is called in files and reports."""
+        return self.model or (self.path or "").rstrip("/").rpartition("/")[2]
+
+    @property
+    def endpoint(self) -> str:
+        """Where the judge is, without credentials: the URL's scheme, host and path, or the model's path."""
+        if self.base_url is None:
+            return self.path or ""
+        parts = urlsplit(self.base_url)
+        port = f":{parts.port}" if parts.port else ""
+        return f"{parts.scheme}://{parts.hostname}{port}{parts.path.rstrip('/')}"
+
+
+def judge_problems(spec: JudgeSpec) -> Iterator[tuple[str, str]]:
+    """Everything that contradicts itself in ``spec``, as (key, sentence)."""
+    if (spec.base_url is None) == (spec.path is None):
+        yield "base_url", "name exactly one of base_url (https://api.openai.com/v1, say) and path (a model directory)"
+    if spec.base_url is not None:
+        yield from _url_problems(spec.base_url)
+        if not spec.model:
+            yield "model", "is missing: the endpoint must be told which of its models judges"
+    for key in ("concurrency", "timeout", "max_tokens", "max_calls", "max_cost", "batch_size"):
+        value = getattr(spec, key)
+        if value is not None and value <= 0:
+            yield key, f"{value} must be greater than 0"
+    for key in ("max_retries", "temperature", "price_prompt", "price_completion"):
+        value = getattr(spec, key)
+        if value is not None and value < 0:
+            yield key, f"{value} must not be negative"
+    if spec.path is None and (spec.quantization is not None or spec.dtype != "auto"):
+        yield "quantization" if spec.quantization else "dtype", "belongs to a local judge (path); an endpoint decides it itself"
+    if spec.path is not None and spec.temperature:
+        yield "temperature", f"{spec.temperature} is not possible with path: a local judge answers greedily; leave it out"
+    if spec.max_cost is not None and (spec.price_prompt is None or spec.price_completion is None):
+        yield "max_cost", "needs price_prompt and price_completion (dollars per million tokens), or nothing can be counted"
+
+
+def _url_problems(url: str) -> Iterator[tuple[str, str]]:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        yield "base_url", "must begin with http:// or https:// and name a host, such as http://localhost:8000/v1"
+    if parts.username or parts.password or parts.query:
+        yield "base_url", "holds credentials or a query; put the key in the environment variable that api_key_env names"

@@ -1,0 +1,52 @@
+"""The pass-through to lm-eval: its values are those of our own minimal pairs on the same items."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import tiny
+import yaml
+from suite_world import build_world
+
+from daekit.errors import UserError
+from daekit.evaluation.likelihood import likelihood_benchmark
+from daekit.recipe.suite import LMEvalSpec, MinimalPairsSpec
+
+MISSING = importlib.util.find_spec("lm_eval") is None
+
+
+@pytest.mark.skipif(not MISSING, reason="lm-eval is installed")
+def test_without_lm_eval_the_remedy_is_named():
+    with pytest.raises(UserError, match="pip install lm-eval"):
+        likelihood_benchmark("lm", LMEvalSpec(("arc_easy",)))
+
+
+@pytest.mark.skipif(MISSING, reason="lm-eval is not installed")
+def test_a_task_of_ones_own_offline(tmp_path):
+    world = build_world(tmp_path)
+    file = world / "pairs" / "paradigm_1.jsonl"
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"train": str(file)}},
+        "output_type": "multiple_choice",
+        "validation_split": "train",
+        "doc_to_text": "",
+        "doc_to_target": 0,
+        "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.yaml").write_text(yaml.safe_dump(task))
+    model, tokenizer = tiny.model(seed=1).eval(), tiny.tokenizer()
+    benchmark = likelihood_benchmark("lm", LMEvalSpec(("mine",), include_path=str(tmp_path / "tasks")))
+    found = benchmark.measure(model, tokenizer, 4)
+    (row,) = [row for row in found.rows if row[1] == "acc"]
+    ours = likelihood_benchmark("p", MinimalPairsSpec(str(file))).measure(model, tokenizer, 4)
+    assert row[0] == "mine" and row[5] == len(file.read_text().splitlines())
+    assert row[2] == pytest.approx(ours.values["p", "paradigm_1", "accuracy"].mean)
+    assert row[3] < row[2] < row[4] and json.dumps(found.rows)
+    with pytest.raises(UserError, match="no task 'mina'; did you mean 'mine'"):
+        likelihood_benchmark("lm", LMEvalSpec(("mina",), include_path=str(tmp_path / "tasks")))
