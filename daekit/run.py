@@ -123,7 +123,7 @@ def calibration() -> str:
 def _ranks() -> PartialState:
     """The processes of this run; on a CPU they are one run only if it is told so (the trainers' configs do the same).
 
-    They wait for each other half an hour, as the Trainer's do: under FSDP2 the others wait while one reads the teachers.
+    They wait for each other half an hour, as the Trainer's do: under FSDP2 one reads the teachers.
     """
     ranks = {"timeout": timedelta(minutes=30)} if "LOCAL_RANK" in os.environ else {}
     return PartialState(cpu=not torch.accelerator.is_available(), **ranks)
