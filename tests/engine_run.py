@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -18,11 +17,10 @@ import pytest
 import torch
 import transformers
 from accelerate.utils import DistributedType
-from test_distributed import rows, trainer_of
+from test_distributed import trainer_of
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
-from trainer_world import kd
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from daekit.models.backbone import base_of
@@ -158,28 +156,6 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run_measured(engine: str, case: str, folder: Path) -> None:
-    """How far the host memory of this rank rises over what it has after imports, with a teacher of 1 GB in bfloat16."""
-    unset_hf_deepspeed_config()
-    kd(folder / "warm", rows(case), max_steps=1).train()  # what is imported late
-    unset_hf_deepspeed_config()
-    before = peak_bytes(reset=True)
-    trainer = kd(folder / case, rows(case), teacher=str(folder / "big"), max_steps=1)
-    trainer.train()
-    require_engine(engine, trainer)
-    (model,) = teacher_models(trainer.teacher)
-    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-    torch.save(peak_bytes() - before, folder / f"{case}-{trainer.args.process_index}.pt")
-
-
-def peak_bytes(reset: bool = False) -> int:
-    """The most that this process has had in memory, since a reset."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status).group(1)) * 1024
-
-
 def run_rounded(engine: str, case: str, folder: Path) -> None:
     """In bfloat16 the reference rounds as the student does: at the first step it says the same, exactly."""
     unset_hf_deepspeed_config()
@@ -197,7 +173,7 @@ if __name__ == "__main__":
         patch.setattr(transformers.Trainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset))
         patch.setattr(config, "connect", connect)
         for name in json.loads(sys.argv[3]):
-            kinds = {"resumed": run_resumed, "rounded": run_rounded, "killed": run_killed, "measured": run_measured}
+            kinds = {"resumed": run_resumed, "rounded": run_rounded, "killed": run_killed}
             each = kinds.get(name.rsplit("-", 1)[-1], run)
             each(sys.argv[1], name, Path(sys.argv[2]))
     torch.distributed.barrier()

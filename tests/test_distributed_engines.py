@@ -10,12 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_distributed import CASES, ENVIRONMENT, RECIPE, SAME, require_same, train
 from trainer_world import relative
-from transformers import AutoModelForCausalLM
 
 from daekit.models.loading import load_model
 from daekit.recipe import load_recipe
@@ -120,27 +118,6 @@ def test_a_killed_run_goes_on(engine: str, case: str, tmp_path: Path) -> None:
     for rank in (torch.load(tmp_path / f"{case}-{index}.pt") for index in (0, 1)):
         assert torch.equal(rank["straight"], rank["killed"])
         assert rank["straight history"] == rank["killed history"] and len(rank["killed history"]) == 5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", [ENGINES[1], ENGINES[3]])
-def test_one_rank_reads_a_teacher(engine: str, tmp_path: Path) -> None:
-    config = tiny.model().config
-    config.update(dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=40, architectures=["MistralForCausalLM"]))
-    with torch.device("meta"):
-        names = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).state_dict().items()}
-    big = {name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in names.items()}
-    size = sum(tensor.nbytes for tensor in big.values())
-    assert size > 0.9e9
-    (tmp_path / "big").mkdir()
-    config.dtype = torch.bfloat16
-    config.to_json_file(tmp_path / "big" / "config.json")
-    tiny.tokenizer().save_pretrained(tmp_path / "big")
-    save_file(big, tmp_path / "big" / "model.safetensors", metadata={"format": "pt"})
-    del big
-    run(engine, ["kd-measured"], tmp_path)
-    first, second = (torch.load(tmp_path / f"kd-measured-{rank}.pt") for rank in (0, 1))
-    assert second < 0.75 * size < first  # half of it stays, and one layer comes by
 
 
 @pytest.mark.slow
