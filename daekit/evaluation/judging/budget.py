@@ -42,10 +42,11 @@ class Budget:
 
     def __init__(self, spec: JudgeSpec, before: Sequence[Budget] = ()) -> None:
         self._spec = spec
-        self._calls_before, self._cost_before = sum(each.calls for each in before), sum(each.cost for each in before)
-        self.calls = self.retries = self.failed = 0
+        self.calls: int = 0
+        self.retries = self.failed = 0
         self.prompt_tokens = self.completion_tokens = 0
-        self.cost = 0.0
+        self.cost: float = 0.0
+        self._calls_before, self._cost_before = sum(each.calls for each in before), sum(each.cost for each in before)
         self._reserved = 0.0
         self.stopped: str | None = None
 
