@@ -170,6 +170,8 @@ def _check_benchmark(spec: object, path: Path, problems: Problems) -> None:
     _positive(spec, ("limit", "window", "stride", "block", "max_new_tokens", "max_length"), path, problems)
     if isinstance(spec, (MinimalPairsSpec, MultipleChoiceSpec, MTBenchSpec, AlpacaEvalSpec)):
         _must_exist(spec.path, (*path, "path"), problems, local=True)
+    if isinstance(spec, (MTBenchSpec, AlpacaEvalSpec)) and spec.temperature is not None and not spec.temperature >= 0:
+        problems.add_check((*path, "temperature"), f"{spec.temperature} must not be negative")
     if isinstance(spec, RowsSpec) and not spec.path.startswith("builtin:"):
         _must_exist(spec.path, (*path, "path"), problems)
     if isinstance(spec, RowsSpec) and spec.reference is not None and spec.reference.path is None:
