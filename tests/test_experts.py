@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from daekit.errors import UserError
 from daekit.models import quantiser, quantization
+from daekit.models.adapters import load_continued, load_frozen, require_adapters_fit
 from daekit.models.backbone import add_on_hidden, frozen_copy, frozen_forward, kept_hidden_states
 from daekit.models.experts import IMPLEMENTATION, PROJECTIONS, QuantisedExperts, is_experts_layer, quantise_experts
 from daekit.models.heads import output_head
 from daekit.models.identity import fingerprint
-from daekit.models.loading import load_model
+from daekit.models.loading import load_model, load_whole
 from daekit.models.quantization import stored_weights
 from daekit.recipe.schema import ModelSpec
 from daekit.trainers.refusals import refuse_expert_adapter
@@ -239,6 +241,26 @@ def test_adapters(saved: Any) -> None:
     refuse_expert_adapter(moe("mixtral"), LoraConfig(task_type="CAUSAL_LM", target_modules=["w1", "w3"]))
 
 
+def test_an_adapter_that_sits_on_experts_is_named_before_its_quantised_base_is_read(
+    saved: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """On the 16-bit base it runs; on the quantised one PEFT would leave its expert matrices out."""
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(saved("mixtral")), config).save_pretrained(tmp_path)
+    base = ModelSpec(path=saved("mixtral"), dtype="float32")
+    require_adapters_fit([tmp_path], base)
+    plain = get_peft_model(load(saved("mixtral")), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    monkeypatch.setattr(quantiser.library, "safe_open", None)  # nothing is read
+    four = replace(base, quantization="4bit")
+    for refused in (
+        lambda: require_adapters_fit([tmp_path], four),
+        lambda: load_continued(replace(four, adapter=str(tmp_path))),
+        lambda: load_frozen(plain, tmp_path, "expert"),
+    ):
+        with pytest.raises(UserError, match=r"matrices on experts \(.*down_proj\), which are quantised in this base"):
+            refused()
+
+
 # ---- what cannot be loaded -----------------------------------------------------------------------------------------------
 
 
@@ -312,10 +334,35 @@ def test_a_model_that_stays_unquantised_is_refused(saved: Any, monkeypatch: Any)
         load(saved("mixtral"))
 
 
-def test_other_settings_for_experts_are_refused(saved: Any) -> None:
+def test_a_checkpoint_that_is_quantised_already(saved: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Its own settings would win over the recipe's without a word; its experts are looked at, asked for or not."""
     from transformers import BitsAndBytesConfig
 
-    from daekit.models.loading import load_whole
+    model = AutoModelForCausalLM.from_pretrained(saved("mixtral"), quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"left most weights unquantised \(only \d+% of the parameters"):
+        load_model(ModelSpec(path=str(tmp_path)))
+    monkeypatch.setattr(quantiser.library, "safe_open", None)  # nothing is read
+    with pytest.raises(UserError, match=r"quantised already \(bitsandbytes\), .* quantization=8bit"):
+        load(str(tmp_path), "8bit")
+
+
+def test_the_settings_of_the_user_and_of_transformers_stay_as_they_are(saved: Any) -> None:
+    from transformers import BitsAndBytesConfig
+
+    config = quantization.quantization_config(ModelSpec(path="a", quantization="4bit"))
+    before, opened = config.to_dict(), quantiser.library.safe_open
+    model = load_whole(AutoModelForCausalLM.from_pretrained, saved("mixtral"), {"quantization_config": config})
+    assert config.to_dict() == before == model.config.quantization_config.to_dict()
+    assert quantiser.library.safe_open is opened
+    some = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    some.llm_int8_skip_modules = ["lm_head", "model.layers.0.mlp", "model.layers.1.mlp"]
+    with pytest.raises(UserError, match=r"only \d+% of the parameters"):
+        load_whole(AutoModelForCausalLM.from_pretrained, saved("mixtral"), {"quantization_config": some})
+
+
+def test_other_settings_for_experts_are_refused(saved: Any) -> None:
+    from transformers import BitsAndBytesConfig
 
     for options in (dict(bnb_4bit_quant_type="fp4"), dict(bnb_4bit_use_double_quant=False)):
         settings = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True) | options

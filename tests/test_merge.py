@@ -15,6 +15,7 @@ from daekit.cli import main
 from daekit.errors import UserError
 from daekit.models.loading import load_model
 from daekit.models.merge import merge_adapter
+from daekit.recipe.schema import ModelSpec
 from tests import tiny
 
 IDS = torch.arange(3, 30)[None]
@@ -84,11 +85,27 @@ def test_a_merge_that_is_another_model_is_refused(base: Path, tmp_path: Path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_folder_beside_the_result_is_left_alone(base: Path, tmp_path: Path) -> None:
+    """OUT.half may be what a killed merge has left, or the user's own; its files must not end in the result."""
+    adapter = save_adapter(tmp_path / "adapter", base)
+    (tmp_path / "out.half").mkdir()
+    (tmp_path / "out.half" / "mine").write_text("x")
+    with pytest.raises(UserError, match=r"out.half: exists already.* a merge that was stopped"):
+        merge_adapter(adapter, tmp_path / "out")
+    assert (tmp_path / "out.half" / "mine").read_text() == "x" and not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_merged(base: Path, tmp_path: Path) -> None:
     for folder, message in ((base, "no directory with a LoRA adapter"), (tmp_path / "nowhere", "no directory with a LoRA")):
         with pytest.raises(UserError, match=message):
             merge_adapter(folder, tmp_path / "out")
+    load_model(ModelSpec(path=str(base), quantization="4bit")).save_pretrained(tmp_path / "four")
     adapter = save_adapter(tmp_path / "adapter", base)
+    config = (adapter / "adapter_config.json").read_text()
+    (adapter / "adapter_config.json").write_text(config.replace(str(base), str(tmp_path / "four")))
+    with pytest.raises(UserError, match=r"four: is quantised .* an adapter is merged into the 16-bit base"):
+        merge_adapter(adapter, tmp_path / "out")
+    (adapter / "adapter_config.json").write_text(config)
     weights = load_file(adapter / "adapter_model.safetensors")
     weights.popitem()
     save_file(weights, adapter / "adapter_model.safetensors")

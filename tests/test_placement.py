@@ -145,6 +145,13 @@ def test_ends_of_a_model_that_accelerate_offloads_are_held(where: str, tied: boo
         assert equal(spoken(teacher), plain)
 
 
+def test_a_model_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        model = tiny.model()
+    with pytest.raises(UserError, match="its weights are on the meta device, and nobody knows where they are"):
+        ModelTeacher(model, V)
+
+
 def test_device_maps_of_a_recipe(tmp_path: Path, monkeypatch: Any) -> None:
     tiny.model(seed=2).save_pretrained(tmp_path)
     whole = spoken(ModelTeacher(load_model(ModelSpec(path=str(tmp_path))), V))
@@ -156,6 +163,7 @@ def test_device_maps_of_a_recipe(tmp_path: Path, monkeypatch: Any) -> None:
         ("cuda:7", "names cuda:7, but there are 0 GPUs"),
         ({"model": "3"}, "names 3, but there are 0 GPUs"),
         ("gpu", "'gpu' is no device"),
+        ("xpu:0", "names xpu:0, but there are no xpu devices"),
     ):
         with pytest.raises(UserError, match=message):
             load_model(ModelSpec(path=str(tmp_path), device_map=device_map))  # type: ignore[arg-type]

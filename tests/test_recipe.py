@@ -105,7 +105,8 @@ def test_shorthands() -> None:
 
 def test_where_a_teacher_lies() -> None:
     """A device (also a plain number), or a mapping of modules; in every place of a teacher."""
-    for text, device_map in (("auto", "auto"), ("cuda:1", "cuda:1"), ("1", "1"), ("{model: 0, lm_head: cpu}", None)):
+    one = [(text, text) for text in ("auto", "balanced_low_0", "cuda", "cuda:1", "xpu:0", "cpu", "1")]
+    for text, device_map in (*one, ("{model: 0, lm_head: cpu}", None)):
         teacher = load(BASE, f"stages.kd.teacher={{path: a, device_map: {text}}}").stages["kd"].teacher
         assert teacher is not None and teacher.model is not None
         assert teacher.model.device_map == (device_map or {"model": "0", "lm_head": "cpu"})
@@ -114,6 +115,10 @@ def test_where_a_teacher_lies() -> None:
     assert ensemble is not None and [member.model.offload for member in ensemble.ensemble] == [True, False]
     with pytest.raises(UserError, match=r"device_map: wants a text or a mapping, not a list"):
         load(BASE, "stages.kd.teacher={path: a, device_map: [0, 1]}")
+
+
+def test_the_merged_result_of_a_lora_stage_may_be_quantised() -> None:
+    load(BASE, "stages.kd.lora.merge=true", "stages.dae.student.quantization=4bit", "stages.dae.lora.r=8")
 
 
 def test_a_student_without_a_model_is_the_stage_before() -> None:

@@ -69,7 +69,23 @@ PROVOKED = [
     (["stages.kd.teacher={path: a, device_map: {model: disk}}"], "stages.kd.teacher.device_map: disk is not supported"),
     (["stages.dae.reference={path: a, device_map: disk}"], "stages.dae.reference.device_map: disk is not supported"),
     (["stages.kd.teacher={path: a, device_map: {}}"], "stages.kd.teacher.device_map: must not be empty"),
+    (["stages.kd.teacher={path: a, device_map: atuo}"], "stages.kd.teacher.device_map: 'atuo' is no device"),
+    (["stages.kd.teacher={path: a, device_map: meta}"], "stages.kd.teacher.device_map: 'meta' is no device"),
+    (["stages.kd.teacher={path: a, device_map: {model: auto}}"], "stages.kd.teacher.device_map: 'auto' is no device"),
+    (["stages.kd.teacher={path: a, device_map: {model: cuda, lm_head: 'cuda:x'}}"], "device_map: 'cuda:x' is no device"),
     (["stages.kd.teacher={config: {model_type: mistral}, device_map: cpu}", "tokenizer=t"], "is made where the student is"),
+    (
+        ["stages.kd.lora={}", "stages.dae.student={stage: kd, quantization: 4bit}", "stages.dae.lora={}"],
+        "stages.dae.student.quantization: the result of stage 'kd' is an adapter, which is merged into its 16-bit base",
+    ),
+    (
+        ["stages.kd.lora={}", "stages.dae.student.quantization=4bit", "stages.dae.lora={}"],
+        "stages.dae.student.quantization: the result of stage 'kd' is an adapter",
+    ),
+    (
+        ["stages.kd.lora={}", "stages.dae.reference={stage: kd, quantization: 8bit}"],
+        "stages.dae.reference.quantization: the result of stage 'kd' is an adapter",
+    ),
     (["stages.kd.lora.r=0"], "stages.kd.lora.r: 0 must be greater than 0"),
     (["stages.kd.lora.lora_alpha=-1"], "stages.kd.lora.lora_alpha: -1 must be greater than 0"),
     (["stages.kd.lora.lora_dropout=1"], "lora_dropout: 1.0 must be at least 0 and below 1"),

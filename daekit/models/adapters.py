@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
+from daekit.models.experts import PROJECTIONS, is_experts_layer
 from daekit.models.loading import load_model
 from daekit.models.restore import ADAPTER_WEIGHTS, restore_adapter
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, on_an_end, read_adapter_config, require_same_base, require_shareable
@@ -86,7 +88,7 @@ def load_frozen(model: PeftModel, folder: str | Path, name: str) -> None:
     require_same_base(folder, str(config.base_model_name_or_path), name_of_base(model), (config.revision, _revision_of(model)))
     with torch.device("meta"):
         skeleton = type(base)(copy.deepcopy(base.config))
-    require_fits(folder, config, skeleton)
+    require_fits(folder, config, skeleton, quantised=getattr(base, "is_quantized", False))
     flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     model.add_adapter(name, _without_first_values(config))
     if getattr(base, "is_quantized", False):
@@ -109,17 +111,17 @@ def require_adapters_fit(folders: Iterable[str | Path], base: ModelSpec) -> None
         require_same_base(folder, str(lora.base_model_name_or_path), base.path, (lora.revision, base.revision))
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
-        require_fits(folder, lora, skeleton)
+        require_fits(folder, lora, skeleton, quantised=base.quantization is not None)
 
 
-def require_fits(folder: str | Path, lora: LoraConfig, skeleton: PreTrainedModel) -> None:
+def require_fits(folder: str | Path, lora: LoraConfig, skeleton: PreTrainedModel, quantised: bool) -> None:
     """Compare names and shapes of an adapter's tensors with its base as a model without weights (on the meta device).
 
-    The skeleton is used up.
+    The skeleton is used up. ``quantised``: the base itself is, or will be, in 4 or 8 bits.
 
     Raises:
-        UserError: an adapter that cannot share its base; missing or left-over tensors, other shapes, no module that it could
-            sit on; a module saved whole that the output head is tied to.
+        UserError: an adapter that cannot share its base; matrices on experts that are quantised; missing or left-over tensors,
+            other shapes, no module that it could sit on; a module saved whole that the output head is tied to.
     """
     require_shareable(folder, read_adapter_config(folder))
     with torch.device("meta"):
@@ -127,6 +129,13 @@ def require_fits(folder: str | Path, lora: LoraConfig, skeleton: PreTrainedModel
             adapted = get_peft_model(skeleton, _without_first_values(lora))
         except ValueError as error:
             raise UserError(f"{folder}: the adapter does not fit the base ({str(error).splitlines()[0]})") from error
+    experts = [name for name, module in adapted.named_modules() if isinstance(module, ParamWrapper) and _on_experts(module)]
+    if quantised and experts:
+        raise UserError(
+            f"{folder}: the adapter carries LoRA matrices on experts ({', '.join(lora.target_parameters or ())}), which are "
+            "quantised in this base: an adapter on them is not supported. Load the base without quantization, or use an "
+            "adapter without them."
+        )
     ends = {"the output head": adapted.get_output_embeddings(), "the embeddings": adapted.get_input_embeddings()}
     for end, module in ends.items():
         if isinstance(module, BaseTunerLayer):
@@ -146,6 +155,10 @@ def require_fits(folder: str | Path, lora: LoraConfig, skeleton: PreTrainedModel
             f"{saved.get(first, 'nothing')}, the base wants: {expected.get(first, 'nothing')}). The adapter is incomplete or "
             "of another base."
         )
+
+
+def _on_experts(wrapper: ParamWrapper) -> bool:
+    return wrapper.parameter_name in PROJECTIONS and is_experts_layer(wrapper.get_base_layer())
 
 
 def _config_of(base: ModelSpec) -> PreTrainedConfig:

@@ -30,6 +30,7 @@ from daekit.errors import UserError
 from daekit.models.placement import device_map_of, require_devices
 from daekit.models.quantiser import reading_unmapped
 from daekit.models.quantization import (
+    bits_of,
     keep_four_bit_weights,
     quantization_config,
     rank_device,
@@ -75,25 +76,44 @@ def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None
 def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     """``load(path, **arguments)``, which is ``from_pretrained`` or takes its arguments; no weight is left to chance.
 
-    With ``quantization_config`` of bitsandbytes experts are quantised, too, while they are read.
+    With ``quantization_config`` of bitsandbytes experts are quantised, too, while they are read. A checkpoint that was saved in
+    4 or 8 bits is looked at in the same way.
 
     Raises:
         UserError: no model there, a pickle, unreadable weights, a missing shard, missing weights or weights of another shape; a
-            quantisation that this device cannot do, or that left most weights as they were.
+            quantisation that this device cannot do, that left most weights as they were, or of weights that are quantised.
     """
     _require_shards(Path(path).expanduser())
     config = arguments.get("quantization_config")
     if isinstance(config, BitsAndBytesConfig):
+        method = quantised_by(path, arguments.get("revision"))
+        if method is not None:
+            raise UserError(
+                f"{path}: its weights are quantised already ({method}), and their own settings would win over "
+                f"quantization={bits_of(config)}. Leave quantization out, or give the unquantised model."
+            )
         require_supported(config, rank_device(), path)
         with reading_unmapped():
             model = _load_whole(load, path, {**arguments, "quantization_config": with_experts(config)})
+    else:
+        model = _load_whole(load, path, arguments)
+    if isinstance(getattr(model.config, "quantization_config", None), BitsAndBytesConfig):  # ours, or that of the checkpoint
         line = require_quantised(model, path)
         require_whole_blocks(model, path)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(line, flush=True)
         keep_four_bit_weights(model)
-        return model
-    return _load_whole(load, path, arguments)
+    return model
+
+
+def quantised_by(path: str, revision: str | None) -> str | None:
+    """The method that the weights of a model were quantised with before they were saved; None for others, and for no model."""
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+    except (OSError, ValueError):  # whoever loads it says so
+        return None
+    settings = fields.get("quantization_config")
+    return str(settings.get("quant_method")) if settings else None
 
 
 def _load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> PreTrainedModel:

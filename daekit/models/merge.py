@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.models.adapters import base_spec, lora_config_of
-from daekit.models.loading import load_model, load_tokenizer_of
+from daekit.models.loading import load_model, load_tokenizer_of, quantised_by
 from daekit.models.restore import restore_adapter
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.schema import Dtype, ModelSpec
@@ -74,29 +74,37 @@ def merge_adapter(folder: str | Path, out: str | Path, dtype: Dtype = "auto") ->
         dtype: of the result; ``auto``: that of the base.
 
     Raises:
-        UserError: ``out`` exists, an adapter that does not fit its base, a merged model that differs by more than rounding.
+        UserError: ``out`` or ``out.half`` exists, a quantised base, an adapter that does not fit it, a merged model that
+            differs by more than rounding.
     """
     out = Path(out)
     if out.exists():
         raise UserError(f"{out}: exists already; choose a directory that does not")
+    half = out.with_name(out.name + ".half")
+    if half.exists():
+        raise UserError(
+            f"{half}: exists already, and the merged model is written there first. If a merge that was stopped has left it, "
+            "delete it; otherwise choose another OUT."
+        )
     spec = ModelSpec(adapter=str(folder), dtype=dtype)
+    base = base_spec(spec)
+    _require_unquantised(base, folder)
     has_tokenizer = (Path(folder).expanduser() / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer_of(ModelSpec(path=str(folder)) if has_tokenizer else base_spec(spec))
+    tokenizer = load_tokenizer_of(ModelSpec(path=str(folder)) if has_tokenizer else base)
     model = _adapted(spec)
     ids_BT = _batch(tokenizer)
     size = vocabulary_size(tokenizer)
     adapted = _logits(model, ids_BT, size)
     with model.disable_adapter():
-        base = _logits(model, ids_BT, size)
+        bare = _logits(model, ids_BT, size)
     merged: Any = model.merge_and_unload(safe_merge=True)
-    half = out.with_name(out.name + ".half")
     try:
         merged.save_pretrained(half)
         tokenizer.save_pretrained(half)
         kept: torch.dtype = merged.dtype
         del model, merged  # only one model at a time in memory
         saved = _logits(load_model(ModelSpec(path=str(half), dtype="auto")).eval(), ids_BT, size)
-        check = _compare(adapted, base, saved, kept)
+        check = _compare(adapted, bare, saved, kept)
         if not check.difference <= check.allowed:
             raise UserError(
                 f"{folder}: the merged model is not the base with its adapter: {check}. Rounding is less with --dtype float32."
@@ -105,6 +113,15 @@ def merge_adapter(folder: str | Path, out: str | Path, dtype: Dtype = "auto") ->
     finally:
         shutil.rmtree(half, ignore_errors=True)
     return check
+
+
+def _require_unquantised(base: ModelSpec, folder: str | Path) -> None:
+    method = quantised_by(str(base.path), base.revision)
+    if method is not None:
+        raise UserError(
+            f"{base.path}: is quantised ({method}); an adapter is merged into the 16-bit base. If you have that, name it in "
+            f"base_model_name_or_path of {folder}/adapter_config.json."
+        )
 
 
 def _adapted(spec: ModelSpec) -> PeftModel:

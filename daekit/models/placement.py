@@ -31,6 +31,10 @@ def require_devices(given: str | Mapping[str, str], path: str) -> None:
         there = torch.cuda.device_count() if kind.type == "cuda" else 0
         if kind.type == "cuda" and (kind.index or 0) >= there:
             raise UserError(f"{path}: device_map names {device}, but there are {there} GPUs here; name one that exists, or cpu")
+        if kind.type not in ("cpu", "cuda") and kind.type != getattr(torch.accelerator.current_accelerator(), "type", None):
+            raise UserError(
+                f"{path}: device_map names {device}, but there are no {kind.type} devices here; name others, or cpu"
+            )
 
 
 def _device(text: str) -> int | str:
@@ -56,7 +60,7 @@ def hold_ends(model: PreTrainedModel) -> None:
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if not any(parameter.is_meta for parameter in module.parameters()):
             continue
-        hook: Any = module._hf_hook
+        hook: Any = vars(module).get("_hf_hook")
         hook = next((one for one in getattr(hook, "hooks", [hook]) if getattr(one, "weights_map", None) is not None), None)
         if hook is None:
             raise UserError(f"{type(module).__name__}: its weights are on the meta device, and nobody knows where they are")

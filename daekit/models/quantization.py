@@ -31,6 +31,11 @@ def quantization_config(spec: ModelSpec) -> BitsAndBytesConfig:
     )
 
 
+def bits_of(config: BitsAndBytesConfig) -> str:
+    """What a recipe calls these settings."""
+    return "8bit" if config.load_in_8bit else "4bit"
+
+
 def with_experts(config: BitsAndBytesConfig) -> BitsAndBytesConfig:
     """A copy of the settings that makes transformers take our quantiser, which knows experts."""
     config = copy.deepcopy(config)
@@ -44,7 +49,6 @@ def require_supported(config: BitsAndBytesConfig, device: torch.device, path: st
     Raises:
         UserError: bitsandbytes is not installed, or does not run on this device.
     """
-    bits = "8bit" if config.load_in_8bit else "4bit"
     try:
         import bitsandbytes as bnb
 
@@ -58,8 +62,8 @@ def require_supported(config: BitsAndBytesConfig, device: torch.device, path: st
     except (ImportError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{path}: quantization={bits} is done by bitsandbytes, which does not run on {device.type} here ({reason}). "
-            "Install a build of bitsandbytes for this device, or load the model without quantization."
+            f"{path}: quantization={bits_of(config)} is done by bitsandbytes, which does not run on {device.type} here "
+            f"({reason}). Install a build of bitsandbytes for this device, or load the model without quantization."
         ) from error
 
 

@@ -17,7 +17,10 @@ from daekit.data.tokenizer import load_tokenizer
 from daekit.errors import UserError
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, adapter_stage, read_adapter_config
-from daekit.recipe.schema import ModelSpec, Recipe
+from daekit.recipe.schema import ModelSpec, Recipe, StudentSpec
+from daekit.students import Shape as Sizes
+from daekit.students import Window, choose, first_n, space_of
+from daekit.students.slicing import student_config
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,6 +68,8 @@ class Shapes:
             return self._result_of(spec.stage)
         if spec.config is not None:
             return _from_fields(self._with_vocabulary(spec.config)), torch.float32
+        if spec.init is not None:
+            return self._part_of_teacher(spec.init)
         assert spec.path is not None, "a model has a path, a stage or a config"
         return _from_path(spec)
 
@@ -79,6 +84,24 @@ class Shapes:
         shape = self.of(replace(student, dtype="auto") if stage.lora else student)
         return shape.config, shape.dtype
 
+    def _part_of_teacher(self, spec: StudentSpec) -> tuple[PreTrainedConfig, torch.dtype]:
+        """A student that is cut out of its teacher. Of the shapes that a search may find: the one with most units in all layers
+        together, which needs most for activations; parameters differ little, as the window says."""
+        if spec.with_ or spec.dense is not None or spec.keep_experts is not None:
+            raise UserError(
+                "a student that is made of experts is not planned. Make it with `daekit init`, and plan with the path that it "
+                "prints in place of `from`"
+            )
+        teacher = self.of(spec.from_)
+        config, search = teacher.config, spec.search
+        if search is None:
+            sizes = replace(Sizes.of(config), **spec.shape)
+        else:
+            choices = {"parts": search.parts, "smallest": search.smallest, "head_dims": search.head_dims or None}
+            possible = space_of(config, first_n(config), **choices).shapes(Window(*search.parameters))
+            sizes = max(possible, key=_units)
+        return student_config(config, choose(config, first_n(config), sizes)), teacher.dtype
+
     def _with_vocabulary(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         tokenizer = self.recipe.tokenizer
         if "vocab_size" in fields or tokenizer is None:
@@ -86,6 +109,10 @@ class Shapes:
         if tokenizer.train is not None:
             return {"vocab_size": tokenizer.train.vocab_size, **fields}
         return {"vocab_size": vocabulary_size(load_tokenizer(tokenizer)), **fields}
+
+
+def _units(sizes: Sizes) -> int:
+    return sizes.num_hidden_layers * (sizes.hidden_size + sizes.intermediate_size)
 
 
 @cache

@@ -12,7 +12,8 @@ from pathlib import Path as FilePath
 
 from daekit.errors import UserError
 from daekit.recipe.adapter_config import adapter_stage
-from daekit.recipe.check_adapter import check_adapter
+from daekit.recipe.check_adapter import check_adapter, is_lora
+from daekit.recipe.check_placement import check_placement
 from daekit.recipe.check_stage import check_stage
 from daekit.recipe.check_student import check_student, models_of_student
 from daekit.recipe.load_suite import load_suite
@@ -151,20 +152,23 @@ def _check_models(recipe: Recipe, name: str, stage: StageSpec, problems: Problem
                     path, "only the student of a stage is made `from` another model; make it in a stage of its own"
                 )
             continue
-        _check_placement(model, path, model is stage.student, problems)
+        check_placement(model, path, model is stage.student, problems)
         ways = [key for key in ("path", "stage", "config") if getattr(model, key) is not None]
         if model.adapter is not None:
             _check_adapter_of(recipe, name, path, model, problems)
             if not ways or model is not stage.student:
                 continue
-        if not ways and earlier and model is stage.student:
-            continue  # the result of the stage before, loaded as the other keys say
+        if not ways and earlier and model is stage.student:  # the result of the stage before, loaded as the other keys say
+            _check_quantised_result(recipe, earlier[-1], path, model, problems)
+            continue
         if len(ways) != 1:
             given = f"not {listed(ways)}" if ways else "it has none of them"
             problems.add_check(path, f"a model needs exactly one of path, stage and config; {given}")
             continue
         if model.stage is not None and model.stage not in earlier:
             problems.add_check(path, _why_not_earlier(model.stage, name, names, earlier))
+        elif model.stage is not None:
+            _check_quantised_result(recipe, model.stage, path, model, problems)
         if model.path is not None:
             _check_exists(model.path, path, (), problems)
             if not model.path:
@@ -173,6 +177,17 @@ def _check_models(recipe: Recipe, name: str, stage: StageSpec, problems: Problem
             _check_config(model, path, problems)
         if model.revision is not None and model.path is None:
             problems.add_check((*path, "revision"), "only a model with a `path` has a revision")
+
+
+def _check_quantised_result(recipe: Recipe, origin: str, path: Path, model: ModelSpec, problems: Problems) -> None:
+    """The result of an earlier stage cannot be quantised where it is an adapter."""
+    stage = recipe.stages[origin]
+    if model.quantization is not None and is_lora(stage) and not (stage.lora is not None and stage.lora.merge):
+        problems.add_check(
+            (*path, "quantization"),
+            f"the result of stage {origin!r} is an adapter, which is merged into its 16-bit base; name it as "
+            f"{{adapter: stage:{origin}}} to run it on a quantized base, or set `lora.merge: true` in stage {origin!r}",
+        )
 
 
 def _check_adapter_of(recipe: Recipe, name: str, path: Path, model: ModelSpec, problems: Problems) -> None:
@@ -191,29 +206,6 @@ def _why_not_earlier(wanted: str, name: str, names: list[str], earlier: list[str
     if wanted in names:
         return f"the stage {wanted!r} runs after {name!r}; stages run in the order of the file"
     return f"there is no stage {wanted!r} (earlier ones: {listed(earlier)}){nearest(wanted, earlier)}"
-
-
-def _check_placement(model: ModelSpec, path: Path, student: bool, problems: Problems) -> None:
-    """Where a teacher lies; a student lies where it is trained."""
-    where = (*path, "device_map")
-    for key in ("device_map", "offload"):
-        if student and getattr(model, key):
-            message = "belongs to a teacher; a student is trained on the devices that `accelerate launch` gives it"
-            problems.add_check((*path, key), message)
-    if model.offload and model.device_map is not None:
-        problems.add_check((*path, "offload"), "excludes device_map: it brings the layers to the student's device")
-    if model.offload and model.quantization == "8bit":
-        message = "does not work with quantization: 8bit, whose weights bitsandbytes keeps out of reach; use 4bit or none"
-        problems.add_check((*path, "offload"), message)
-    if model.device_map is None:
-        return
-    if model.config is not None:
-        problems.add_check(where, "a model made from a config is made where the student is; remove it")
-    if not model.device_map:
-        problems.add_check(where, "must not be empty; leave it out for the student's device")
-    if "disk" in (model.device_map.values() if isinstance(model.device_map, dict) else [model.device_map]):
-        message = "disk is not supported: the loss needs weights that are there; use `offload: true` or quantization"
-        problems.add_check(where, message)
 
 
 def _check_config(model: ModelSpec, path: Path, problems: Problems) -> None:
