@@ -89,13 +89,6 @@ class LMEval:
         return rows
 
 
-class _TaskFile(yaml.SafeLoader):
-    """Reads a task file, of which ``!function`` names code that is not run here."""
-
-
-_TaskFile.add_multi_constructor("!", lambda loader, suffix, node: None)
-
-
 def inputs(folder: Path, where: str) -> dict[str, str]:
     """File -> hash: every file in a directory of tasks (their code and templates too), and every local file that a task file
     names (``data_files``)."""
@@ -105,7 +98,7 @@ def inputs(folder: Path, where: str) -> dict[str, str]:
         if file.suffix not in (".yaml", ".yml"):
             continue
         try:
-            named = list(_texts(yaml.load(read_bytes(file, where), _TaskFile)))
+            named = list(_texts(yaml.compose(read_bytes(file, where), Loader=yaml.SafeLoader)))
         except yaml.YAMLError as error:
             raise UserError(f"{where}.include_path: {file} is no YAML ({error})") from error
         for text in named:
@@ -114,9 +107,14 @@ def inputs(folder: Path, where: str) -> dict[str, str]:
     return found
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for each in value.values() if isinstance(value, dict) else value:
+def _texts(node: yaml.Node | None) -> Iterator[str]:
+    """All texts of a YAML file, whatever their tags (``!function`` names code, which is not run here)."""
+    if isinstance(node, yaml.ScalarNode):
+        yield node.value
+    elif isinstance(node, yaml.SequenceNode):
+        for each in node.value:
             yield from _texts(each)
+    elif isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            for each in pair:
+                yield from _texts(each)
