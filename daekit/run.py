@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import time
 import warnings
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +121,12 @@ def calibration() -> str:
 
 
 def _ranks() -> PartialState:
-    """The processes of this run; on a CPU they are one run only if it is told so (the trainers' configs do the same)."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    """The processes of this run; on a CPU they are one run only if it is told so (the trainers' configs do the same).
+
+    They wait for each other half an hour, as the Trainer's do: under FSDP2 one reads the teachers.
+    """
+    ranks = {"timeout": timedelta(minutes=30)} if "LOCAL_RANK" in os.environ else {}
+    return PartialState(cpu=not torch.accelerator.is_available(), **ranks)
 
 
 def _claim(recipe: Recipe, folder: RunFolder) -> None:

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from daekit.models.backbone import base_of
 from daekit.models.sharded import is_sharded, whole
-from daekit.trainers import config, domain_sft, engines
+from daekit.trainers import checkpoint, config, domain_sft, engines
 
 KINDS = {
     "ddp": (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU),
@@ -52,6 +55,10 @@ def require_engine(engine: str, trainer: Any) -> None:
         if getattr(model, "is_quantized", False):
             assert not any(map(is_sharded, model.parameters()))  # whole on each rank
             continue
+        base = base_of(model)
+        buffers = dict(type(base)(base.config).named_buffers())  # rotary frequencies: not in the checkpoint
+        assert buffers.keys() == dict(base.named_buffers()).keys()
+        assert all(torch.equal(buffer, buffers[name]) for name, buffer in base.named_buffers())
         matrices = [is_split(p) for p in model.parameters() if p.ndim > 1 or hasattr(p, "ds_id")]
         assert matrices and all(split == splits for split in matrices), (type(model), matrices)
 
@@ -108,6 +115,47 @@ def run_resumed(engine: str, case: str, folder: Path) -> None:
     torch.save(results, folder / f"{case}-resumed-{trainer.args.process_index}.pt")
 
 
+def run_killed(engine: str, case: str, folder: Path) -> None:
+    """All ranks are killed after the third step, or the first one where it has written a checkpoint but not sealed it.
+
+    The same command once more goes on from what is there; then a straight run to compare with.
+    """
+    results = {}
+    for name in ("killed", "straight"):
+        unset_hf_deepspeed_config()
+        output = folder / case / name
+        trainer = trainer_of(case, output, 2, optim="adamw_torch", save_strategy="steps", save_steps=2, max_steps=5)
+        again = any(not checkpoint.unsealed(each) for each in checkpoint.checkpoints(output))
+        torch.distributed.barrier()  # all have looked
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "killed" and not again and "unsealed" in case:
+                patch.setattr(checkpoint, "seal", seal_or_die)
+            elif name == "killed" and not again:
+                trainer.add_callback(DiesAfterStep3())
+            trainer.train(resume_from_checkpoint=again)
+        assert again == (name == "killed")
+        require_engine(engine, trainer)
+        results[name] = whole_weights(trainer.model)
+        results[name + " history"] = [entry for entry in trainer.state.log_history if "kl" in entry]
+    torch.save(results, folder / f"{case}-{trainer.args.process_index}.pt")
+
+
+class DiesAfterStep3(transformers.TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step == 3:
+            die()
+
+
+def seal_or_die(folder: Path, facts: dict[str, Any], seal: Any = checkpoint.seal) -> None:
+    if folder.name == "checkpoint-4":
+        die()
+    seal(folder, facts)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def run_rounded(engine: str, case: str, folder: Path) -> None:
     """In bfloat16 the reference rounds as the student does: at the first step it says the same, exactly."""
     unset_hf_deepspeed_config()
@@ -125,7 +173,8 @@ if __name__ == "__main__":
         patch.setattr(transformers.Trainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset))
         patch.setattr(config, "connect", connect)
         for name in json.loads(sys.argv[3]):
-            each = {"resumed": run_resumed, "rounded": run_rounded}.get(name.rsplit("-", 1)[-1], run)
+            kinds = {"resumed": run_resumed, "rounded": run_rounded, "killed": run_killed}
+            each = kinds.get(name.rsplit("-", 1)[-1], run)
             each(sys.argv[1], name, Path(sys.argv[2]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -14,6 +14,7 @@ import tiny
 import torch
 import transformers
 from accelerate.utils import DistributedType
+from adapter_world import save_adapter
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -25,7 +26,7 @@ from daekit.models.loading import load_model
 from daekit.recipe import load_recipe
 from daekit.recipe.schema import ModelSpec
 from daekit.run import run_recipe
-from daekit.teachers import EnsembleTeacher, ModelTeacher, RoutedTeacher
+from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, ModelTeacher, RoutedTeacher
 from daekit.trainers import domain_sft
 
 SAME = 1e-5  # what rounding may do
@@ -50,6 +51,8 @@ def rows(case: str) -> Dataset:
         ids = [3 + (5 * index + step) % 40 for step in range(length)]
         second_rank = index % 4 >= 2
         domain = ("shop", "general")[second_rank if "one-domain-per-rank" in case else index % 2]
+        if "uneven-domains" in case and second_rank:  # the first rank has rows of both
+            domain = "general"
         prompt = length if "one-rank-all-masked" in case and second_rank else 1 + index % 3
         made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "domain": domain})
     return Dataset.from_list(made)
@@ -79,6 +82,14 @@ def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
     if "ensemble" in case:
         changes["teacher"] = ensemble()
     student: Any = tiny.model(kind, seed=1, tie_word_embeddings="tied" in case)
+    if "read" in case:
+        expert = saved(tiny.model(seed=3, hidden=48, tie_word_embeddings=True), folder / case / "expert")
+        changes |= {
+            "teachers": {"shop": expert},
+            "reference": saved(tiny.model("mixtral", seed=4), folder / case / "reference"),
+        }
+    if "adapters" in case:
+        student, changes["teachers"], changes["reference"] = adapters(folder / case)
     if "4bit-teacher" in case:
         changes["teacher"] = four_bits(tiny.model(seed=2, hidden=64), folder / case)
     if "4bit-student" in case:
@@ -88,12 +99,32 @@ def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
 
 
 def four_bits(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model in 4 bits, which it can only be loaded in. Among ranks save_pretrained would write on the first only."""
-    place = folder / f"16-bit-{os.environ.get('RANK', '0')}"
+    """The model in 4 bits, which it can only be loaded in."""
+    return load_model(ModelSpec(path=saved(model, folder), quantization="4bit", dtype="float32"))
+
+
+def saved(model: PreTrainedModel, folder: Path) -> str:
+    """A directory of this rank, for among ranks save_pretrained would write on the first only.
+
+    Under FSDP2 only the first rank's holds the weights of teachers that are given by their paths.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    place = folder / f"rank-{rank}"
     place.mkdir(parents=True, exist_ok=True)
+    tiny.tokenizer().save_pretrained(place)
+    model.config.architectures = [type(model).__name__]
     model.config.to_json_file(place / "config.json")
-    save_file(model.state_dict(), place / "model.safetensors", metadata={"format": "pt"})
-    return load_model(ModelSpec(path=str(place), quantization="4bit", dtype="float32"))
+    if rank == 0 or os.environ.get("ACCELERATE_USE_FSDP") != "true" or "read" not in str(folder):
+        weights_of = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        save_file(weights_of, place / "model.safetensors", metadata={"format": "pt"})
+    return str(place)
+
+
+def adapters(folder: Path) -> tuple[PreTrainedModel, dict[str, Any], Any]:
+    """A base to train an adapter on, an expert that is another adapter of it, and the bare base as reference."""
+    base = saved(tiny.model(seed=1), folder / "base")
+    expert = AdapterPath(str(save_adapter(folder / f"expert-{os.environ.get('RANK', '0')}", Path(base))))
+    return load_model(ModelSpec(path=base, dtype="float32")), {"shop": expert}, BASE
 
 
 def ensemble() -> EnsembleTeacher:

@@ -30,10 +30,13 @@ ENGINES = [
 ]
 SHARDED = ENGINES[1:]
 FOUR_BITS = ["kd-4bit-teacher"]
+ADAPTERS = ["dae-lora-adapters-uneven-domains"]
+KILLED = ["kd-killed", "dae-lora-reference-unsealed-killed"]
+READ = ["dae-read"]  # teachers that under FSDP2 the first rank alone reads
 RESUMED = ["kd-resumed", "kd-sgd-resumed", "kd-inside-resumed", "dae-reference-resumed", "dae-lora-reference-resumed"]
 
 
-def launch(engine: str, *command: str) -> subprocess.CompletedProcess[str]:
+def launch(engine: str, *command: str, killed: bool = False) -> subprocess.CompletedProcess[str]:
     """``accelerate launch`` with the configuration that ships, on two processes."""
     config = str(ROOT / "recipes" / "accelerate" / f"{engine}.yaml")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
@@ -42,7 +45,7 @@ def launch(engine: str, *command: str) -> subprocess.CompletedProcess[str]:
     environment = ENVIRONMENT | {"PYTHONPATH": paths}
     done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=500)
     said = [line for line in done.stderr.splitlines() if "leaked" not in line]  # Triton's bindings, hundreds of lines
-    assert done.returncode == 0, "\n".join(said)[-6000:]
+    assert (done.returncode != 0 and "SIGKILL" in done.stderr) if killed else done.returncode == 0, "\n".join(said)[-6000:]
     return done
 
 
@@ -58,13 +61,13 @@ def compare(engine: str, cases: list[str], folder: Path) -> None:
 
 
 def test_fsdp2_equals_one_process(tmp_path: Path) -> None:
-    compare("fsdp2", ["dae-inside-checkpointing-one-domain-per-rank"], tmp_path)
+    compare("fsdp2", ["dae-inside-checkpointing-one-domain-per-rank", "dae-read"], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_case_equals_one_process(engine: str, tmp_path: Path) -> None:
-    compare(engine, CASES + FOUR_BITS, tmp_path)
+    compare(engine, CASES + FOUR_BITS + READ + ADAPTERS, tmp_path)
 
 
 @pytest.mark.slow
@@ -101,6 +104,20 @@ def test_a_resumed_run_is_the_straight_one(engine: str, tmp_path: Path) -> None:
         assert all(tensor.numel() for tensor in adapter.values())
         trained = torch.load(tmp_path / "dae-lora-reference-resumed-resumed-0.pt")["resumed"]
         assert sum(tensor.numel() for tensor in adapter.values()) == trained.numel()  # the student's adapter alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", KILLED)
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_killed_run_goes_on(engine: str, case: str, tmp_path: Path) -> None:
+    command = (str(ROOT / "tests" / "engine_run.py"), engine, str(tmp_path), json.dumps([case]))
+    launch(engine, *command, killed=True)
+    assert (tmp_path / case / "killed" / "checkpoint-2").is_dir() and not list(tmp_path.glob("*.pt"))
+    assert (tmp_path / case / "killed" / "checkpoint-4").is_dir() == ("unsealed" in case)
+    launch(engine, *command)
+    for rank in (torch.load(tmp_path / f"{case}-{index}.pt") for index in (0, 1)):
+        assert torch.equal(rank["straight"], rank["killed"])
+        assert rank["straight history"] == rank["killed history"] and len(rank["killed history"]) == 5
 
 
 @pytest.mark.slow

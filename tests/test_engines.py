@@ -15,20 +15,24 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from daekit.errors import UserError
 from daekit.losses import PredictionTerms, prediction_loss
 from daekit.models.backbone import kept_hidden_states
 from daekit.models.heads import output_head
+from daekit.models.hollow import is_hollow
+from daekit.models.loading import load_model
 from daekit.protocol import Batch
 from daekit.recipe import load_recipe
+from daekit.recipe.schema import ModelSpec
 from daekit.run import run_recipe
-from daekit.teachers import EnsembleTeacher, ModelTeacher, RoutedTeacher
+from daekit.teachers import AdapterTeacher, EnsembleTeacher, ModelTeacher, RoutedTeacher
 from daekit.teachers.sharding import one_token
 from daekit.trainers import KDConfig
 from daekit.trainers.engine_state import reading_safely
 from tests import tiny
+from tests.adapter_world import save_adapter, save_base
 from tests.test_batch import collate, make_rows
 from tests.test_distributed import four_bits
 from tests.trainer_world import V, kd, options, sft
@@ -186,6 +190,9 @@ class EveryTeacherElsewhere:
     def somewhere(self, wanted: list[bool]) -> list[bool]:
         return [True] * len(wanted)
 
+    def of_first(self, facts: dict[str, object]) -> dict[str, object]:
+        return facts
+
 
 def batch(layout: str) -> Batch:
     return collate([row | {"domain": "shop"} for row in make_rows(7, 4)], layout)
@@ -251,3 +258,35 @@ def test_no_pickle_of_deepspeed_runs_code(tmp_path: Path) -> None:
         with pytest.raises(pickle.UnpicklingError, match="Anything"):
             torch.load(tmp_path / "bad", weights_only=False)
     assert isinstance(torch.load(tmp_path / "bad", weights_only=False)["loss_scaler"], Anything)  # nobody else's setting
+
+
+def test_adapters_of_a_split_base_speak_one_by_one(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    student = get_peft_model(load_model(ModelSpec(path=str(base))), LoraConfig("CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    expert = AdapterTeacher.from_pretrained(student, save_adapter(tmp_path / "expert", base), V)
+    router = RoutedTeacher({"general": AdapterTeacher(student, None, V), "shop": expert})
+    rows = collate([row | {"domain": ("shop", "general")[i % 2]} for i, row in enumerate(make_rows(7, 4))], "right")
+    calls: list[bool] = []
+    student.register_forward_pre_hook(lambda _, __, kwargs: calls.append("adapter_names" in kwargs), with_kwargs=True)
+    router.signals(rows)
+    assert calls == [True]  # one forward
+    router.shard(EveryTeacherElsewhere())
+    router.signals(rows)
+    router.signals(rows.select([0]))  # a rank with rows of one of them runs both, too
+    assert calls == [True] + [False] * 4
+
+
+def test_a_model_without_weights(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", tie_word_embeddings=True)
+    adapter = save_adapter(tmp_path / "adapter", base)
+    whole = load_model(ModelSpec(path=str(base)))
+    for path in (base, adapter):  # an adapter is merged by who reads it, into a model of its base's shapes
+        hollow = load_model(ModelSpec(path=str(path)), hollow=True)
+        assert is_hollow(hollow) and not is_hollow(whole)
+        shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (hollow, whole)]
+        assert shapes[0] == shapes[1] and "lm_head.weight" not in shapes[0]  # tied
+        assert all(torch.equal(b, whole.get_buffer(name)) for name, b in hollow.named_buffers())
+    for placed in ({"offload": True}, {"quantization": "4bit"}):  # these are not split: each rank needs them
+        assert not is_hollow(load_model(ModelSpec(path=str(base), **placed), hollow=True))
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_model(ModelSpec(path=str(tmp_path / "nowhere")), hollow=True)

@@ -144,3 +144,41 @@ def test_a_directory_is_read(tmp_path: Path) -> None:
 def test_an_unknown_hub_id_names_the_remedy() -> None:
     with pytest.raises(UserError, match=r"nobody/nothing: its shape is not known.*hf download nobody/nothing config.json"):
         Shapes(load_recipe_text(RECIPE, "planned.yaml")).of(ModelSpec(path="nobody/nothing"))
+
+
+CUT = """
+name: cut
+output_dir: x
+sources: {skills: {domain: general, path: "builtin:skills"}}
+tokenizer: {train: {vocab_size: 96, kind: words}}
+stages:
+  student:
+    type: sft
+    student: {from: TEACHER, WAY}
+    data: [skills]
+"""
+
+
+def cut_student(way: str, teacher: str = "EleutherAI/pythia-1.4b") -> Shape:
+    recipe = load_recipe_text(CUT.replace("TEACHER", teacher).replace("WAY", way), "cut.yaml")
+    spec = recipe.stages["student"].student
+    assert spec is not None
+    return Shapes(recipe).of(spec)
+
+
+def test_a_student_that_is_cut_from_its_teacher_has_the_sizes_that_the_recipe_gives() -> None:
+    cut = cut_student("shape: {hidden_size: 1024, intermediate_size: 4096, num_attention_heads: 8, num_key_value_heads: 8}")
+    assert (cut.config.hidden_size, cut.config.num_hidden_layers, cut.dtype) == (1024, 24, torch.float16)
+    assert sum(p.values for p in Skeleton(cut).parameters()) == known_shapes()["EleutherAI/pythia-410m"]["parameters"]
+    for window in ([380_000_000, 420_000_000], [600_000_000, 700_000_000]):
+        found = sum(p.values for p in Skeleton(cut_student(f"search: {{parameters: {window}}}")).parameters())
+        assert window[0] <= found <= window[1]
+
+
+def test_students_that_are_made_of_experts_or_impossible_are_not_planned() -> None:
+    with pytest.raises(UserError, match="made of experts is not planned"):
+        cut_student("dense: average", "mistralai/Mixtral-8x7B-v0.1")
+    with pytest.raises(UserError, match="no such student can be cut"):
+        cut_student("shape: {hidden_size: 1000}")
+    with pytest.raises(UserError, match="no student of this space"):
+        cut_student("search: {parameters: [1, 2]}")

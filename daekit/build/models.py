@@ -47,7 +47,7 @@ class ModelBuilder:
         stage = self.folder.stage(origin)  # a stage whose result is merged keeps its adapter beside it
         return replace(spec, adapter=str((stage.adapter if stage.adapter.is_dir() else stage.model).resolve()))
 
-    def model(self, spec: ModelSpec, seed: int = 0) -> PreTrainedModel | PeftModel:
+    def model(self, spec: ModelSpec, seed: int = 0, hollow: bool = False) -> PreTrainedModel | PeftModel:
         """Load or make a model, or a base with the adapter that its stage continues.
 
         Its tokenizer is compared with the run's before its weights are loaded.
@@ -55,6 +55,7 @@ class ModelBuilder:
         Args:
             spec: what to load or make.
             seed: of the random weights of a model made from a config.
+            hollow: see ``load_model``.
 
         Raises:
             UserError: see ``daekit.models.loading``; another tokenizer.
@@ -63,18 +64,18 @@ class ModelBuilder:
         base = base_spec(placed)
         if base.path is not None:
             require_same(self.tokenizer, load_tokenizer_of(base), base.path)
-        return load_model(placed, self.tokenizer, seed) if placed.adapter is None else load_continued(placed)
+        return load_model(placed, self.tokenizer, seed, hollow) if placed.adapter is None else load_continued(placed)
 
-    def teacher(self, spec: TeacherSpec) -> Teacher:
-        """A teacher or an ensemble of teachers, frozen."""
+    def teacher(self, spec: TeacherSpec, hollow: bool = False) -> Teacher:
+        """A teacher or an ensemble of teachers, frozen; ``hollow``: without weights, see ``load_model``."""
         if spec.model is not None:
-            return self._single(spec.model)
-        members = [self._single(member.model) for member in spec.ensemble]
+            return self._single(spec.model, hollow)
+        members = [self._single(member.model, hollow) for member in spec.ensemble]
         return EnsembleTeacher(members, [member.weight for member in spec.ensemble], spec.average)
 
-    def teachers(self, specs: Mapping[str, TeacherSpec]) -> dict[str, Teacher]:
+    def teachers(self, specs: Mapping[str, TeacherSpec], hollow: bool = False) -> dict[str, Teacher]:
         """Domain -> teacher; one object for equal specs, so that a teacher of two domains is loaded once and runs once."""
-        loaded = {text: self.teacher(spec) for text, spec in {repr(spec): spec for spec in specs.values()}.items()}
+        loaded = {text: self.teacher(spec, hollow) for text, spec in {repr(spec): spec for spec in specs.values()}.items()}
         return {domain: loaded[repr(spec)] for domain, spec in specs.items()}
 
     def require_adapters_fit(self, stage: StageSpec) -> None:
@@ -112,8 +113,8 @@ class ModelBuilder:
         assert isinstance(speaking, RoutedTeacher)
         return speaking.routes
 
-    def _single(self, spec: ModelSpec) -> Teacher:
+    def _single(self, spec: ModelSpec, hollow: bool) -> Teacher:
         if spec.adapter is not None:
             return BASE if spec.adapter == BARE_BASE else AdapterPath(self.placed(spec).adapter)
         name = spec.stage or spec.path or "teacher"
-        return ModelTeacher(self.model(spec), vocabulary_size(self.tokenizer), name, offload=spec.offload)
+        return ModelTeacher(self.model(spec, hollow=hollow), vocabulary_size(self.tokenizer), name, offload=spec.offload)

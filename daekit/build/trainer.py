@@ -21,6 +21,7 @@ from daekit.trainers import (
     KDConfig,
     KDTrainer,
 )
+from daekit.trainers.engines import receives_teachers
 from daekit.trainers.progress import ProgressCallback
 
 
@@ -59,13 +60,14 @@ def _trainer_of(
     }
     models.require_adapters_fit(stage)
     student = models.student(recipe, name, common["args"].seed)
+    hollow = receives_teachers(common["args"])
     if stage.type == "sft":
         return DomainSFTTrainer(student, **common)
     if stage.type == "kd":
         assert stage.teacher is not None, "checked when the recipe was loaded"
-        return KDTrainer(student, models.teacher(stage.teacher), **common)
-    reference = models.teacher(stage.reference) if stage.reference else None
-    return DAETrainer(student, models.teachers(stage.teachers), reference, **common)
+        return KDTrainer(student, models.teacher(stage.teacher, hollow), **common)
+    reference = models.teacher(stage.reference, hollow) if stage.reference else None
+    return DAETrainer(student, models.teachers(stage.teachers, hollow), reference, **common)
 
 
 def _arguments(recipe: Recipe, stage: StageSpec, folder: StageFolder) -> DomainSFTConfig:

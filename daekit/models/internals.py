@@ -271,5 +271,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     modules: list[nn.Module] = list(base.modules())
     layers = [module for module in modules if isinstance(kind, type) and isinstance(module, kind)]
     if len(layers) != base.config.get_text_config().num_hidden_layers:
-        raise UserError(f"{type(base).__name__}: its layers could not be found, so hidden_weight must be 0 for this model")
+        raise UserError(
+            f"{type(base).__name__}: its layers could not be found, as hidden_weight and teachers under FSDP2 need. Set "
+            "hidden_weight to 0, and launch with recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml."
+        )
     return layers

@@ -27,6 +27,7 @@ from transformers.modeling_utils import set_zero3_state
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from daekit.errors import UserError
+from daekit.models.hollow import hollow_model, is_hollow
 from daekit.models.placement import device_map_of, require_devices
 from daekit.models.quantiser import reading_unmapped
 from daekit.models.quantization import (
@@ -52,13 +53,16 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 ALWAYS = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
 
 
-def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0) -> PreTrainedModel:
+def load_model(
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0, hollow: bool = False
+) -> PreTrainedModel:
     """Load or build the model of ``spec`` (its ``stage`` already resolved to a path).
 
     Args:
         spec: exactly one of ``path`` and ``config`` is set.
         tokenizer: gives ``vocab_size`` and special tokens to a model built from a config.
         seed: of the random weights of a model built from a config.
+        hollow: leave its weights on the meta device, where it is one that is split over ranks (see ``daekit.models.hollow``).
 
     Raises:
         UserError: no such directory or hub id, corrupt or incomplete weights, an invalid config, a "4bit" model most of
@@ -69,8 +73,8 @@ def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None
     assert spec.path is not None, "a recipe's stages are resolved before their models are loaded"
     directory = Path(spec.path).expanduser()
     if (directory / _ADAPTER_CONFIG).is_file():
-        return _merged_adapter(directory, spec)
-    return _from_pretrained(spec)
+        return _merged_adapter(directory, spec, hollow)
+    return (hollow_model(spec) if hollow else None) or _from_pretrained(spec)
 
 
 def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
@@ -214,7 +218,7 @@ def _from_pretrained(spec: ModelSpec) -> PreTrainedModel:
     return model
 
 
-def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
+def _merged_adapter(directory: Path, spec: ModelSpec, hollow: bool) -> PreTrainedModel:
     """A LoRA adapter folded into its base; the base is loaded as ``spec`` says, without quantisation."""
     if spec.quantization:
         raise UserError(
@@ -226,7 +230,8 @@ def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
     if not base:
         raise UserError(f"{directory}: its adapter_config.json names no base model (base_model_name_or_path)")
     # the base may be an adapter on its base in turn; code of a base that the recipe does not name is not trusted
-    return merge_adapter(load_model(replace(spec, path=base, revision=config.revision, trust_remote_code=False)), directory)
+    model = load_model(replace(spec, path=base, revision=config.revision, trust_remote_code=False), hollow=hollow)
+    return model if is_hollow(model) else merge_adapter(model, directory)
 
 
 def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:

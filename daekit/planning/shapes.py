@@ -97,9 +97,14 @@ class Shapes:
         if search is None:
             sizes = replace(Sizes.of(config), **spec.shape)
         else:
-            choices = {"parts": search.parts, "smallest": search.smallest, "head_dims": search.head_dims or None}
-            possible = space_of(config, first_n(config), **choices).shapes(Window(*search.parameters))
-            sizes = max(possible, key=_units)
+            space = space_of(
+                config,
+                first_n(config),
+                parts=search.parts,
+                smallest=search.smallest,
+                head_dims=search.head_dims or None,
+            )
+            sizes = max(space.shapes(Window(*search.parameters)), key=_units)
         return student_config(config, choose(config, first_n(config), sizes)), teacher.dtype
 
     def _with_vocabulary(self, fields: Mapping[str, Any]) -> dict[str, Any]:

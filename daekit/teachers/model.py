@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.models.backbone import add_on_hidden, frozen_forward, require_plain_head
 from daekit.models.heads import output_head
+from daekit.models.hollow import is_hollow
 from daekit.models.identity import fingerprint
 from daekit.models.internals import Watch, Watched, kept_states
 from daekit.models.loading import load_model, load_tokenizer_of
@@ -35,19 +36,25 @@ class ModelTeacher:
         self._offload = offload
         self.layers: LayerOffload | None = None  # once it is offloaded
         self._head_there: OutputHead | None = None
-        hold_ends(model)
         add_on_hidden(model)
         self._vocab_size = vocab_size
         self._watched: Watched | None = None
         self._identity: dict[str, object] | None = None
-        require_plain_head(model, vocab_size)  # also finds a head that is too narrow, here and not in the first step
+        if not is_hollow(model):  # the rank that has read its weights looks at them
+            hold_ends(model)
+            require_plain_head(model, vocab_size)  # also finds a head that is too narrow, here and not in the first step
 
     @classmethod
-    def from_pretrained(cls, path: str, student_tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> ModelTeacher:
-        """Load a teacher from a directory or hub id; its tokenizer is compared before its weights are loaded."""
+    def from_pretrained(
+        cls, path: str, student_tokenizer: PreTrainedTokenizerBase, vocab_size: int, hollow: bool = False
+    ) -> ModelTeacher:
+        """Load a teacher from a directory or hub id; its tokenizer is compared before its weights are loaded.
+
+        With ``hollow`` they are not loaded: the first rank has them, and ``shard`` brings this one's part.
+        """
         spec = ModelSpec(path=path)
         require_same(student_tokenizer, load_tokenizer_of(spec), path)
-        return cls(load_model(spec), vocab_size, path)
+        return cls(load_model(spec, hollow=hollow), vocab_size, path)
 
     def to(self, device: torch.device) -> ModelTeacher:
         """Move the model, unless quantisation or a device map has already placed it."""
@@ -61,7 +68,7 @@ class ModelTeacher:
     def shard(self, sharding: Sharding) -> None:
         """Split the model, once, unless a device map or offloading has placed it; its fingerprint is taken before."""
         if self._identity is None:
-            self._identity = self.identity()
+            self._identity = sharding.of_first({} if is_hollow(self.model) else self.identity())
             if self._offload or getattr(self.model, "hf_device_map", None):
                 self.to(sharding.device)
             else:

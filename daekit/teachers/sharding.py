@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel
 
+from daekit.models.hollow import deal, is_hollow
 from daekit.models.internals import decoder_layers
 from daekit.protocol import IGNORE_INDEX, Batch, Teacher, packed_lengths
 
@@ -60,8 +61,17 @@ class Sharding:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return [bool(vote) for vote in votes.tolist()]
 
+    def of_first(self, facts: dict[str, object]) -> dict[str, object]:
+        """What the first rank says, which may be the only one that has read a model. A collective call."""
+        said = [facts]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
+
     def _split_fsdp(self, model: PreTrainedModel) -> None:
-        """One unit per layer, and one of what is left; TRL's ``prepare_fsdp`` makes one of the whole model."""
+        """One unit per layer, and one of what is left; TRL's ``prepare_fsdp`` makes one of the whole model.
+
+        Where a rank has no weights yet each unit is brought to it, whole, and split before the next one comes.
+        """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         plugin = self._accelerator.state.fsdp_plugin
@@ -72,9 +82,11 @@ class Sharding:
             "offload_policy": plugin.cpu_offload,
             "reshard_after_forward": True,  # also the root, whose default is to stay whole
         }
-        for layer in decoder_layers(model):
-            fully_shard(layer, **options)
-        fully_shard(model, **options)
+        (dealt,) = self.somewhere([is_hollow(model)])
+        for unit in (*decoder_layers(model), model):
+            if dealt:
+                deal(unit, self.device)
+            fully_shard(unit, **options)
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from daekit.models.backbone import frozen_copy
 from daekit.protocol import Teacher
 from daekit.teachers import AdapterTeacher, ModelTeacher, RoutedTeacher, unknown_domain
 from daekit.trainers.config import DAEConfig
+from daekit.trainers.engines import receives_teachers
 from daekit.trainers.kd import KDTrainer, as_teacher
 from daekit.trainers.student import tokenizer_of
 
@@ -61,7 +62,7 @@ class DAETrainer(KDTrainer):
         loaded: dict[Any, Teacher] = {}  # what speaks for several domains is loaded once, and asked once per batch
         for speaker in (*teachers.values(), reference):
             if speaker is not None and speaker not in loaded:
-                loaded[speaker] = as_teacher(speaker, tokenizer, model)
+                loaded[speaker] = as_teacher(speaker, tokenizer, model, args is not None and receives_teachers(args))
         routes = {domain: loaded[speaker] for domain, speaker in teachers.items()}
         if reference is not None:
             routes |= dict.fromkeys(reference_domains, loaded[reference])

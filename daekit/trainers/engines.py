@@ -94,6 +94,11 @@ def asks_for_deepspeed(args: TrainingArguments) -> bool:
     return bool(args.deepspeed) or _asked("ACCELERATE_USE_DEEPSPEED")
 
 
+def receives_teachers(args: TrainingArguments) -> bool:
+    """Whether this rank leaves it to the first one to read teachers, and gets its parts of them: under FSDP2 only."""
+    return asks_for_fsdp(args) and args.process_index > 0
+
+
 def refuse_engine(trainer: SFTTrainer) -> None:
     """Raise UserError where the engine is not what was asked for, or does what the trainers cannot follow."""
     accelerator = trainer.accelerator
@@ -167,8 +172,8 @@ def _refuse_fsdp(args: TrainingArguments) -> None:
         )
     if plugin.cpu_ram_efficient_loading:
         raise UserError(
-            "fsdp_cpu_ram_efficient_loading: true is not supported: only the first rank would hold the weights of student and "
-            "teachers when they are checked and frozen. Set it to false."
+            "fsdp_cpu_ram_efficient_loading: true is not supported: only the first rank would hold the weights of the student "
+            "when it is checked and copied. Set it to false; teachers are read by the first rank alone in any case."
         )
 
 

@@ -22,7 +22,7 @@ from daekit.teachers.on_student import on_student, require_on_student
 from daekit.teachers.sharding import Sharding, shard_teacher
 from daekit.trainers.config import KDConfig
 from daekit.trainers.domain_sft import DomainSFTTrainer
-from daekit.trainers.engines import refuse_reentrant
+from daekit.trainers.engines import receives_teachers, refuse_reentrant
 from daekit.trainers.inside import ATTENTION_METRIC, InsideLosses, hidden_metric
 from daekit.trainers.projections import forget_projections, without_projections
 from daekit.trainers.student import spec_of, tokenizer_of
@@ -65,7 +65,7 @@ class KDTrainer(DomainSFTTrainer):
     ) -> None:
         tokenizer = processing_class or tokenizer_of(model, args)
         forget_projections(model)
-        self.teacher = as_teacher(teacher, tokenizer, student=model)
+        self.teacher = as_teacher(teacher, tokenizer, model, args is not None and receives_teachers(args))
         spec = spec_of(model, args) if isinstance(model, str) else None
         require_on_student(self.teacher, isinstance(model, PeftModel) or sft_arguments.get("peft_config") is not None, spec)
         size = vocabulary_size(tokenizer)
@@ -158,15 +158,20 @@ class KDTrainer(DomainSFTTrainer):
 
 
 def as_teacher(
-    teacher: str | Path | PreTrainedModel | PeftModel | Teacher, tokenizer: PreTrainedTokenizerBase, student: Any = None
+    teacher: str | Path | PreTrainedModel | PeftModel | Teacher,
+    tokenizer: PreTrainedTokenizerBase,
+    student: Any = None,
+    hollow: bool = False,
 ) -> Teacher:
     """A Teacher from whatever names one: a path or hub id, a model, or a Teacher as it is.
+
+    With ``hollow`` one of a path has no weights yet, see ``ModelTeacher.from_pretrained``.
 
     Raises:
         UserError: another tokenizer, the student's own model, or something that is no teacher.
     """
     if isinstance(teacher, str | Path):
-        return ModelTeacher.from_pretrained(str(teacher), tokenizer, vocabulary_size(tokenizer))
+        return ModelTeacher.from_pretrained(str(teacher), tokenizer, vocabulary_size(tokenizer), hollow)
     if isinstance(teacher, PreTrainedModel | PeftModel):
         if isinstance(student, nn.Module) and {*map(id, teacher.parameters())} & {*map(id, student.parameters())}:
             raise UserError("the teacher is the student itself: as a frozen teacher it could not be trained. Load it twice.")
