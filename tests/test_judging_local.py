@@ -47,7 +47,7 @@ def tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     return fast
 
 
-def judge_at(folder: Path, template: str | None = CHATML, seed: int = 0) -> Path:
+def judge_at(folder: Path, template: str | None = CHATML, seed: int = 0, reads: int = 4096) -> Path:
     fast = tokenizer(template)
     torch.manual_seed(seed)
     config = MistralConfig(
@@ -57,7 +57,7 @@ def judge_at(folder: Path, template: str | None = CHATML, seed: int = 0) -> Path
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=4096,
+        max_position_embeddings=reads,
         initializer_range=0.3,
         eos_token_id=fast.eos_token_id,
     )
@@ -205,6 +205,17 @@ def test_what_a_local_judge_cannot_do_is_refused(parameters: dict[str, Any], sai
     path = str(judge_at(tmp_path / "judge"))
     with Engine(JudgeSpec(path=path), tmp_path / "calls") as engine, pytest.raises(UserError, match=said):
         engine.ask(requests(1, **parameters))
+
+
+def test_a_reply_ends_where_the_judges_context_ends(tmp_path: Path) -> None:
+    path = judge_at(tmp_path / "judge", reads=120)
+    with Engine(JudgeSpec(path=str(path)), tmp_path / "calls") as engine:
+        asked = requests(7, max_tokens=200)
+        replies = engine.ask(asked)
+        usages = [reply.response["usage"] for reply in replies if reply is not None]
+        assert len(usages) == 7
+        assert max(usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages) == 120
+        assert "7 of 7 replies were cut" in "".join(engine.notes(asked))
 
 
 def test_prompts_that_are_too_long_and_models_without_a_template_are_refused(tmp_path: Path) -> None:

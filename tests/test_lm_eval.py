@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from suite_world import build_world
 
 from daekit.errors import UserError
 from daekit.evaluation.likelihood import likelihood_benchmark
+from daekit.evaluation.likelihood.lm_eval import inputs
 from daekit.recipe.suite import LMEvalSpec, MinimalPairsSpec
 
 MISSING = importlib.util.find_spec("lm_eval") is None
@@ -50,3 +52,23 @@ def test_a_task_of_ones_own_offline(tmp_path):
     assert row[3] < row[2] < row[4] and json.dumps(found.rows)
     with pytest.raises(UserError, match="no task 'mina'; did you mean 'mine'"):
         likelihood_benchmark("lm", LMEvalSpec(("mina",), include_path=str(tmp_path / "tasks")))
+
+
+def test_everything_that_a_task_reads_decides_whether_it_is_measured_again(tmp_path):
+    data, tasks = tmp_path / "data.jsonl", tmp_path / "tasks"
+    (tasks / "a").mkdir(parents=True)
+    (tasks / "b").mkdir()
+    data.write_text("{}")
+    for name in ("a", "b"):
+        text = f"task: {name}\ndataset_kwargs: {{data_files: {{test: [{data}]}}}}\ndoc_to_text: !function utils.text\n"
+        (tasks / name / "task.yaml").write_text(text)
+        (tasks / name / "utils.py").write_text("def text(doc): return 1")
+    seen = [inputs(tasks, "benchmarks.lm")]
+    for file in (data, tasks / "a" / "task.yaml", tasks / "b" / "task.yaml", tasks / "a" / "utils.py"):
+        file.write_text(file.read_text() + "\n")
+        seen.append(inputs(tasks, "benchmarks.lm"))
+    assert all(one != two for one, two in itertools.pairwise(seen))
+    assert inputs(tasks, "benchmarks.lm") == seen[-1] and len(seen[-1]) == 5
+    (tasks / "a" / "task.yaml").write_text("{")
+    with pytest.raises(UserError, match=r"task\.yaml is no YAML"):
+        inputs(tasks, "benchmarks.lm")

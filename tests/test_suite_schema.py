@@ -102,6 +102,9 @@ def test_all_errors_at_once() -> None:
         ("models.one='http://x/v1#m'", "likelihood of given text, which pairs and text need"),
         ("models={}", "no model to measure"),
         ("judge={model: m}", "name exactly one of base_url"),
+        ("judge={model: m, base_url: 'http://h:port/v1'}", "judge.base_url: is no URL"),
+        ("models.one='http://h:port/v1#m'", "models.one: its url is no URL"),
+        ("benchmarks.mt={type: mt_bench, path: ., temperature: -0.5}", "temperature: -0.5 must not be negative"),
     ],
 )
 def test_what_is_wrong_is_said(override: str, says: str) -> None:

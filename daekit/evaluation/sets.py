@@ -44,12 +44,14 @@ class EvaluationSet:
 
     Attributes:
         overlong: number of rows that were left out because they are longer than ``max_length`` tokens.
+        left_out: their places in the data.
     """
 
     domain: str
     rows: tuple[TokenizedRow, ...]
     overlong: int = 0
     max_length: int | None = None
+    left_out: tuple[int, ...] = ()
 
     def notes(self, source: str) -> list[str]:
         """What a reader of the report must know about these rows."""
@@ -98,16 +100,17 @@ def tokenize_rows(
     if tokenizer.eos_token is None:
         raise UserError("the tokenizer has no eos_token: training appends it to every answer. Set tokenizer.eos_token.")
     tokenise = _Tokenise(tokenizer, assistant_only_loss)
-    rows, longest, dropped = [], 0, 0
+    rows, longest, left_out = [], 0, []
     for index, example in enumerate(dataset):
         if limit is not None and index >= limit:
             break
         row = tokenise(example, f"source {source!r}, validation row {index}")
         if max_length is not None and len(row.input_ids) > max_length:
-            dropped += 1
+            left_out.append(index)
             longest = max(longest, len(row.input_ids))
         else:
             rows.append(row)
+    dropped = len(left_out)
     if dropped and overlong == "error":
         raise UserError(
             f"source {source!r}: {dropped} of {dropped + len(rows)} validation rows are longer than max_length = {max_length} "
@@ -116,7 +119,7 @@ def tokenize_rows(
     if not rows:
         why = f": all {dropped} are longer than max_length = {max_length} tokens" if dropped else ""
         raise UserError(f"source {source!r} has no validation rows to evaluate on{why}.")
-    return EvaluationSet(domain, tuple(rows), dropped, max_length)
+    return EvaluationSet(domain, tuple(rows), dropped, max_length, tuple(left_out))
 
 
 class _Tokenise:

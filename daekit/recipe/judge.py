@@ -77,7 +77,7 @@ def judge_problems(spec: JudgeSpec) -> Iterator[tuple[str, str]]:
     if (spec.base_url is None) == (spec.path is None):
         yield "base_url", "name exactly one of base_url (https://api.openai.com/v1, say) and path (a model directory)"
     if spec.base_url is not None:
-        yield from _url_problems(spec.base_url)
+        yield from (("base_url", sentence) for sentence in url_problems(spec.base_url))
         if not spec.model:
             yield "model", "is missing: the endpoint must be told which of its models judges"
     for key in ("concurrency", "timeout", "max_tokens", "max_calls", "max_cost", "batch_size"):
@@ -96,9 +96,15 @@ def judge_problems(spec: JudgeSpec) -> Iterator[tuple[str, str]]:
         yield "max_cost", "needs price_prompt and price_completion (dollars per million tokens), or nothing can be counted"
 
 
-def _url_problems(url: str) -> Iterator[tuple[str, str]]:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        yield "base_url", "must begin with http:// or https:// and name a host, such as http://localhost:8000/v1"
+def url_problems(url: str) -> Iterator[str]:
+    """What is wrong with the URL of an endpoint. It is not quoted: what is wrong may be a key in it."""
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, an address that is none
+        yield "is no URL; it must be such as http://localhost:8000/v1"
+        return
+    if not sound:
+        yield "must begin with http:// or https:// and name a host, such as http://localhost:8000/v1"
     if parts.username or parts.password or parts.query:
-        yield "base_url", "holds credentials or a query; put the key in the environment variable that api_key_env names"
+        yield "holds credentials or a query; put the key in the environment variable that api_key_env names"

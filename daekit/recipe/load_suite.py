@@ -10,7 +10,7 @@ from pathlib import Path as FilePath
 
 from daekit.errors import UserError
 from daekit.recipe.convert import convert_suite
-from daekit.recipe.judge import JudgeSpec, judge_problems
+from daekit.recipe.judge import JudgeSpec, judge_problems, url_problems
 from daekit.recipe.overrides import apply_overrides
 from daekit.recipe.problems import Problems, listed, nearest
 from daekit.recipe.suite import (
@@ -151,6 +151,10 @@ def _check_subject(name: str, subject: SubjectSpec, suite: SuiteSpec, problems: 
         _must_exist(getattr(subject, key), path, problems)
     if subject.url is None:
         return
+    if wrong := list(url_problems(subject.url)):
+        for sentence in wrong:
+            problems.add_check(path, f"its url {sentence}")
+        return  # what follows quotes it
     if subject.served_model is None:
         problems.add_check(path, f"{subject.url}: say which model of the endpoint: {subject.url}#MODEL-NAME")
     asking = [key for key, each in (suite.benchmarks or {}).items() if isinstance(each, LIKELIHOOD)]
@@ -166,6 +170,8 @@ def _check_benchmark(spec: object, path: Path, problems: Problems) -> None:
     _positive(spec, ("limit", "window", "stride", "block", "max_new_tokens", "max_length"), path, problems)
     if isinstance(spec, (MinimalPairsSpec, MultipleChoiceSpec, MTBenchSpec, AlpacaEvalSpec)):
         _must_exist(spec.path, (*path, "path"), problems, local=True)
+    if isinstance(spec, (MTBenchSpec, AlpacaEvalSpec)) and spec.temperature is not None and not spec.temperature >= 0:
+        problems.add_check((*path, "temperature"), f"{spec.temperature} must not be negative")
     if isinstance(spec, RowsSpec) and not spec.path.startswith("builtin:"):
         _must_exist(spec.path, (*path, "path"), problems)
     if isinstance(spec, RowsSpec) and spec.reference is not None and spec.reference.path is None:

@@ -107,7 +107,8 @@ class MultipleChoiceSpec(BenchmarkSpec):
     """Questions answered with the likeliest of their choices.
 
     Metrics ``accuracy`` (summed log-probability), ``accuracy_per_token`` and ``accuracy_per_byte`` (divided by the choice's
-    tokens or bytes; lm-eval's ``acc_norm`` is per byte). A tie for the first place counts as wrong, and ties are reported.
+    tokens or bytes; lm-eval's ``acc_bytes``; its ``acc_norm`` is per character). A tie for the first place
+    counts as wrong, and ties are reported.
 
     Attributes:
         path: a JSONL file.

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from daekit.errors import UserError
 from daekit.evaluation.answers.conversations import Answer, Conversation, HowToAnswer
 from daekit.evaluation.answers.store import AnswerStore
-from daekit.evaluation.judging import Engine, JudgeRequest
+from daekit.evaluation.judging import Budget, Engine, JudgeRequest
 from daekit.evaluation.subjects import Subject
 from daekit.models.generation import Draw, generate
 from daekit.recipe.judge import JudgeSpec
@@ -49,12 +49,14 @@ def answer_all(
     where: str,
     calls: Path,
     max_calls: int | None = None,
+    budgets: list[Budget] | None = None,
 ) -> None:
     """Answer the conversations that ``store`` does not hold; each batch is on the disk before the next begins.
 
     Args:
         calls: folder for the calls to an endpoint.
-        max_calls: to an endpoint, at most.
+        max_calls: to an endpoint, at most, those of ``budgets`` included.
+        budgets: of what the endpoint was asked before; the one of these calls is added.
 
     Raises:
         UserError: a question without room for an answer; an endpoint that did not answer all (what it did answer is kept).
@@ -63,7 +65,7 @@ def answer_all(
     if not missing:
         return
     if subject.is_endpoint:
-        _over_http(subject, missing, how, store, calls, where, max_calls)
+        _over_http(subject, missing, how, store, calls, where, max_calls, [] if budgets is None else budgets)
         return
     done = len(conversations) - len(missing)
     for answers in _in_process(subject, missing, how, batch_size, where):
@@ -137,6 +139,7 @@ def _over_http(
     calls: Path,
     where: str,
     max_calls: int | None,
+    budgets: list[Budget],
 ) -> None:
     """Turn by turn, all conversations at once; replies that are on the disk are not asked for again."""
     spec = subject.spec
@@ -148,7 +151,8 @@ def _over_http(
         max_calls=max_calls,
     )
     said: dict[int, list[tuple[str, bool]]] = {each.id: [] for each in conversations}
-    with Engine(endpoint, calls) as engine:
+    with Engine(endpoint, calls, before=budgets) as engine:
+        budgets.append(engine.budget)
         for turn in range(max(len(each.turns) for each in conversations)):
             asked = [each for each in conversations if len(each.turns) > turn == len(said[each.id])]
             requests = [_request(each, [text for text, _ in said[each.id]], how) for each in asked]

@@ -12,6 +12,7 @@ from typing import Any
 
 from daekit.errors import UserError
 from daekit.evaluation.answers.conversations import Answer
+from daekit.evaluation.judging.manifest import write_whole
 
 Record = dict[str, Any]
 
@@ -60,17 +61,27 @@ class AnswerStore:
 
     def _claim(self, path: Path, facts: Any) -> None:
         if path.is_file() and self.path.is_file():
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-            if theirs != facts:
-                changed = ", ".join(key for key in sorted({*theirs, *facts}) if theirs.get(key) != facts.get(key))
-                raise UserError(
-                    f"{self.path}: holds answers of another run (its {changed} differ). Give the model another name, choose "
-                    f"another "
-                    f"output_dir, or delete {self.path}."
-                )
+            theirs = self._facts(path)
+            if theirs == facts:
+                return
+            changed = ", ".join(key for key in sorted({*theirs, *facts}) if theirs.get(key) != facts.get(key))
+            raise UserError(
+                f"{self.path}: holds answers of another run (its {changed} differ). Give the model another name, choose "
+                f"another "
+                f"output_dir, or delete {self.path}."
+            )
         if self._write:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_whole(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+    def _facts(self, path: Path) -> dict[str, Any]:
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{path}: damaged ({error}), so that nothing says what the answers in {self.path} depend on; delete both, and "
+                "the questions are answered again"
+            ) from None
 
     def _read(self) -> list[Record]:
         if not self.path.is_file():

@@ -31,7 +31,7 @@ def estimate(spec: JudgeSpec, requests: Sequence[JudgeRequest], done: Iterable[s
 
 
 class Budget:
-    """Counts calls, tokens and dollars of one engine.
+    """Counts calls, tokens and dollars of one engine. Limits hold for it and those ``before`` it together.
 
     Attributes:
         calls: sent, repeated ones included.
@@ -40,11 +40,13 @@ class Budget:
         stopped: the limit that was reached, in words; None while there is none.
     """
 
-    def __init__(self, spec: JudgeSpec) -> None:
+    def __init__(self, spec: JudgeSpec, before: Sequence[Budget] = ()) -> None:
         self._spec = spec
-        self.calls = self.retries = self.failed = 0
+        self.calls: int = 0
+        self.retries = self.failed = 0
         self.prompt_tokens = self.completion_tokens = 0
-        self.cost = 0.0
+        self.cost: float = 0.0
+        self._calls_before, self._cost_before = sum(each.calls for each in before), sum(each.cost for each in before)
         self._reserved = 0.0
         self.stopped: str | None = None
 
@@ -53,16 +55,17 @@ class Budget:
         if self._spec.max_cost is None or self.stopped:
             return False
         most = self._most(request)
-        return self.cost + most <= self._spec.max_cost < self.cost + self._reserved + most
+        spent = self._cost_before + self.cost
+        return spent + most <= self._spec.max_cost < spent + self._reserved + most
 
     def begin(self, request: JudgeRequest) -> bool:
         """Whether one more call may be sent. Its price at most is set aside until ``end``, so that calls under way together
         never spend more than ``max_cost``."""
-        spec, most = self._spec, self._most(request)
-        if spec.max_calls is not None and self.calls >= spec.max_calls:
+        spec, most, spent = self._spec, self._most(request), self._cost_before + self.cost
+        if spec.max_calls is not None and self._calls_before + self.calls >= spec.max_calls:
             self.stopped = f"max_calls={spec.max_calls} is reached"
-        elif spec.max_cost is not None and self.cost + self._reserved + most > spec.max_cost:
-            self.stopped = f"max_cost={spec.max_cost} would be exceeded (${self.cost:.4f} spent)"
+        elif spec.max_cost is not None and spent + self._reserved + most > spec.max_cost:
+            self.stopped = f"max_cost={spec.max_cost} would be exceeded (${spent:.4f} spent)"
         if self.stopped:
             return False
         self.calls += 1

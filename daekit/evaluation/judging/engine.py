@@ -42,14 +42,23 @@ class Engine:
     Args:
         role: what the one that is asked is called in messages.
         first_wait: seconds before a failed call is first repeated; doubled each time.
+        before: what other engines have sent to the same judge; limits hold for all of it.
 
     Raises:
         UserError: the spec contradicts itself; another process uses the folder; a file in it is damaged.
     """
 
-    def __init__(self, spec: JudgeSpec, folder: Path, *, role: str = "judge", first_wait: float = 1.0) -> None:
+    def __init__(
+        self,
+        spec: JudgeSpec,
+        folder: Path,
+        *,
+        role: str = "judge",
+        first_wait: float = 1.0,
+        before: Sequence[Budget] = (),
+    ) -> None:
         require_sound(spec)
-        self.spec, self.budget = spec, Budget(spec)
+        self.spec, self.budget = spec, Budget(spec, before)
         self.identity = identity(spec)
         self._who = f"{role} {spec.name}"
         self._first_wait = first_wait
@@ -99,7 +108,9 @@ class Engine:
             notes.append(f"{self._who}: the endpoint answered as several models: {', '.join(models)}.")
         cut = sum(_is_cut(reply) for reply in replies)
         if cut:
-            notes.append(f"{self._who}: {cut} of {len(replies)} replies were cut at max_tokens.")
+            notes.append(
+                f"{self._who}: {cut} of {len(replies)} replies were cut at max_tokens, or where the judge's context ends."
+            )
         return notes
 
     def estimate(self, requests: Sequence[JudgeRequest]) -> Estimate:

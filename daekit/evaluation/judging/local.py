@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.evaluation.judging.calls import JudgeReply, JudgeRequest, Message
-from daekit.evaluation.subjects import device
+from daekit.evaluation.subjects import device, hash_of_file
 from daekit.models.backbone import frozen_forward
-from daekit.models.generation import generate
+from daekit.models.generation import Draw, generate
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.judge import JudgeSpec
@@ -34,7 +34,6 @@ _KNOWN = {
 }  # temperature, top_p, seed: greedy all the same
 _CANDIDATES = 100  # tokens at least among which the likeliest texts are sought
 _NO_TEXT = "\N{REPLACEMENT CHARACTER}"
-_WHOLE = 1 << 20  # bytes of a file that are hashed in full; of larger ones the first and the last so many
 
 
 class LocalJudge:
@@ -48,6 +47,7 @@ class LocalJudge:
         if not self._tokenizer.chat_template:
             raise UserError(f"judge.path: {spec.path} has no chat template; a judge must be a chat model.")
         model = load_model(model_spec)
+        self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # bitsandbytes has placed its weights already
         self._model: PreTrainedModel = model if spec.quantization else model.to(device())  # type: ignore[arg-type]
 
@@ -72,11 +72,13 @@ class LocalJudge:
             tops: list[list[tuple[str, float]] | None] = [None] * len(batch)
             if first.get("logprobs"):
                 tops = [*self._next_tokens(batch_prompts, first.get("top_logprobs", 0))]
+            rooms = [self._room(prompt, first["max_tokens"]) for prompt in batch_prompts]
+            draws, most = [Draw(room) for room in rooms], max(rooms)
             answers = generate(
-                self._model, self._tokenizer, batch_prompts, max_new_tokens=first["max_tokens"], batch_size=len(batch)
+                self._model, self._tokenizer, batch_prompts, max_new_tokens=most, batch_size=len(batch), draws=draws
             )
-            for at, ids, top in zip(batch, answers, tops, strict=True):
-                yield at, self._reply(len(prompts[at]), ids, first["max_tokens"], top)
+            for at, ids, room, top in zip(batch, answers, rooms, tops, strict=True):
+                yield at, self._reply(len(prompts[at]), ids, room, top)
 
     def _next_tokens(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[tuple[str, float]]]:
         """After each prompt the ``count`` likeliest texts of one token and their log-probabilities; tokens of one text (with
@@ -126,11 +128,15 @@ class LocalJudge:
                 "annotator that reads the judge's text (annotator: alpaca_eval_gpt4), or serve the model and give its base_url."
             )
 
+    def _room(self, prompt: Sequence[int], max_tokens: int) -> int:
+        """How long the reply may be: where the context ends, it is cut as at ``max_tokens``."""
+        return max_tokens if self._context is None else min(max_tokens, self._context - len(prompt))
+
     def _require_room(self, request: JudgeRequest, prompt: Sequence[int]) -> None:
-        limit = getattr(self._model.config, "max_position_embeddings", None)
-        if limit is not None and len(prompt) + 1 > limit:
+        if self._room(prompt, 1) < 1:
             raise UserError(
-                f"judge.path: {request.label or 'a prompt'} has {len(prompt)} tokens, and {self._spec.path} reads {limit}. "
+                f"judge.path: {request.label or 'a prompt'} has {len(prompt)} tokens, and {self._spec.path} reads "
+                f"{self._context}. "
                 "Take a judge with a longer context, or limit the length of the answers that are judged."
             )
 
@@ -214,7 +220,7 @@ def _as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def directory_fingerprint(path: str) -> str:
     """Hash of the weights and settings in a directory, so that a judge that was trained again is another judge.
 
-    Of large files the size and both ends are read. A hub id has no files here: its name is all that is known.
+    Every byte is read. A hub id has no files here: its name is all that is known.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -223,11 +229,5 @@ def directory_fingerprint(path: str) -> str:
     for file in sorted(folder.iterdir()):
         if file.suffix not in (".safetensors", ".json", ".jinja", ".model"):
             continue
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_WHOLE))
-            if size > _WHOLE:
-                stream.seek(max(_WHOLE, size - _WHOLE))
-                digest.update(stream.read())
+        digest.update(f"{file.name}:{hash_of_file(file)}:".encode())
     return digest.hexdigest()[:16]

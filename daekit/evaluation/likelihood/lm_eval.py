@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
@@ -16,6 +18,7 @@ from daekit.recipe.problems import nearest
 from daekit.recipe.suite import LMEvalSpec
 
 _Z = 1.959963984540054  # of a 95 % interval
+_LONGEST_PATH = 1000  # characters; longer texts are templates
 
 
 class LMEval:
@@ -39,8 +42,7 @@ class LMEval:
             if task not in known:
                 hint = nearest(task, known)
                 raise UserError(f"{self.where}.tasks: lm-eval has no task {task!r}{hint}; your own need include_path")
-        files = sorted(Path(spec.include_path).expanduser().glob("**/*.y*ml")) if spec.include_path else []
-        self.data = {file.name: hash_of(read_bytes(file, self.where)) for file in files}
+        self.data = inputs(Path(spec.include_path).expanduser(), self.where) if spec.include_path else {}
         self.data["lm_eval"] = importlib.metadata.version("lm_eval")
 
     def check(self, name: str, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> None:
@@ -85,3 +87,34 @@ class LMEval:
             name = metric if variant == "none" else f"{metric}_{variant}"
             rows.append((task, name, float(value), value - spread, value + spread, count))
         return rows
+
+
+def inputs(folder: Path, where: str) -> dict[str, str]:
+    """File -> hash: every file in a directory of tasks (their code and templates too), and every local file that a task file
+    names (``data_files``)."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and "__pycache__" not in file.parts]
+    found = {str(file.relative_to(folder)): hash_of(read_bytes(file, where)) for file in files}
+    for file in files:
+        if file.suffix not in (".yaml", ".yml"):
+            continue
+        try:
+            named = list(_texts(yaml.compose(read_bytes(file, where), Loader=yaml.SafeLoader)))
+        except yaml.YAMLError as error:
+            raise UserError(f"{where}.include_path: {file} is no YAML ({error})") from error
+        for text in named:
+            if "\n" not in text and len(text) < _LONGEST_PATH and Path(text).is_file():
+                found[text] = hash_of(read_bytes(Path(text), where))
+    return found
+
+
+def _texts(node: yaml.Node | None) -> Iterator[str]:
+    """All texts of a YAML file, whatever their tags (``!function`` names code, which is not run here)."""
+    if isinstance(node, yaml.ScalarNode):
+        yield node.value
+    elif isinstance(node, yaml.SequenceNode):
+        for each in node.value:
+            yield from _texts(each)
+    elif isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            for each in pair:
+                yield from _texts(each)

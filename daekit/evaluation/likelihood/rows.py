@@ -12,6 +12,7 @@ from daekit.errors import UserError
 from daekit.evaluation.evaluate import evaluate_model
 from daekit.evaluation.likelihood.common import Measured
 from daekit.evaluation.sets import EvaluationSet, tokenize_rows
+from daekit.evaluation.subjects import file_fingerprint
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.vocabulary import require_same
 from daekit.recipe.schema import EvaluationSpec, SourceSpec
@@ -39,6 +40,9 @@ class Rows:
         )
         self.dataset = load_rows(self.where, source, spec.limit)
         self.data = {Path(spec.path).name: fingerprint(self.dataset)}
+        if spec.reference is not None and spec.reference.path is not None:
+            for file, digest in (file_fingerprint(Path(spec.reference.path).expanduser()) or {}).items():
+                self.data[f"reference/{file}"] = digest  # it may be trained again under the same name
 
     def check(self, name: str, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> None:
         """The rows can be tokenised and fit; the reference has the model's tokenizer."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from daekit.errors import UserError
 from daekit.evaluation.answers import (
     AnswerStore,
     Conversation,
@@ -15,6 +16,7 @@ from daekit.evaluation.answers import (
     require_answerable,
 )
 from daekit.evaluation.likelihood import Benchmark, likelihood_benchmark
+from daekit.evaluation.likelihood.rows import Rows
 from daekit.evaluation.subjects import Subject
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.suite import AlpacaEvalSpec, MTBenchSpec, SuiteSpec
@@ -121,7 +123,23 @@ def prepare(suite: SuiteSpec, options: Options) -> Prepared:
             benchmark.check(subject.name, subject.tokenizer, subject.context_length)
         for each in questions.values():
             require_answerable(subject, each.conversations, each.how, each.where)
+    for name, benchmark in benchmarks.items():
+        if isinstance(benchmark, Rows) and benchmark.spec.overlong == "drop":
+            _require_same_rows(name, benchmark, list(subjects.values()))
     return Prepared(suite, options, subjects, benchmarks, questions)
+
+
+def _require_same_rows(name: str, benchmark: Rows, subjects: list[Subject]) -> None:
+    """Models are compared row by row, and a row may be overlong for one tokenizer only."""
+    first, *others = subjects
+    left_out = benchmark.rows(first.tokenizer).left_out
+    for other in others:
+        if benchmark.rows(other.tokenizer).left_out != left_out:
+            raise UserError(
+                f"benchmarks.{name}: max_length = {benchmark.spec.max_length} leaves other rows out for models.{first.name} "
+                f"and models.{other.name}, whose tokenizers differ, so that they cannot be compared. Raise max_length, or take "
+                "the long rows out of the data."
+            )
 
 
 def _questions(name: str, spec: MTBenchSpec | AlpacaEvalSpec, suite: SuiteSpec, options: Options) -> Questions:

@@ -14,6 +14,8 @@ from daekit.errors import UserError
 from daekit.evaluation.answers import answer_all, open_conversations
 from daekit.evaluation.evaluate import ModelEvaluation
 from daekit.evaluation.judging import (
+    Budget,
+    Engine,
     Estimate,
     Judged,
     estimate_alpaca_eval,
@@ -41,6 +43,8 @@ class Found:
     judged: dict[str, Judged] = field(default_factory=dict)
     identities: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    budgets: dict[tuple[str, str], list[Budget]] = field(default_factory=dict)
+    """(place, name) of a judge or an endpoint -> what it was sent so far."""
 
 
 def run_suite(suite: SuiteSpec, options: Options = Options()) -> Report | None:  # noqa: B008 (frozen)
@@ -59,13 +63,15 @@ def run_suite(suite: SuiteSpec, options: Options = Options()) -> Report | None: 
     if options.dry_run:
         _say_what_would_be_done(prepared)
         return None
+    for questions in prepared.questions.values():
+        _estimate(prepared, questions)  # a judge that cannot be asked is found out before hours of answers
     _claim(prepared)
     found = Found()
     for subject in prepared.subjects.values():
         found.identities[subject.name] = subject.identity()
         found.evaluations[subject.name] = ModelEvaluation(subject.name)
         _measure(prepared, subject, found)
-        _answer(prepared, subject)
+        _answer(prepared, subject, found)
         if (weights := subject.weights_fingerprint()) is not None:
             found.identities[subject.name]["weights"] = weights
         subject.free()
@@ -105,7 +111,7 @@ def _measure(prepared: Prepared, subject: Subject, found: Found) -> None:
         found.measured[subject.name, name] = measured
 
 
-def _answer(prepared: Prepared, subject: Subject) -> None:
+def _answer(prepared: Prepared, subject: Subject, found: Found) -> None:
     """All questions, to one model."""
     for questions in prepared.questions.values():
         answer_all(
@@ -117,6 +123,7 @@ def _answer(prepared: Prepared, subject: Subject) -> None:
             where=questions.where,
             calls=questions.folder / "calls" / subject.name,
             max_calls=prepared.options.max_calls,
+            budgets=found.budgets.setdefault((str(subject.spec.url), str(subject.spec.served_model)), []),
         )
 
 
@@ -132,15 +139,18 @@ def _judge(prepared: Prepared, questions: Questions, found: Found) -> None:
         "bootstrap": prepared.suite.bootstrap,
     }
     path = Path(spec.path).expanduser()
-    if isinstance(spec, MTBenchSpec):
-        found.judged[questions.name] = judge_mt_bench(
-            questions.judge, path, answers, questions.judgments, mode=spec.mode, baseline=spec.baseline, **common
-        )
-    else:
-        outputs = _outputs(questions, answers)
-        found.judged[questions.name] = judge_alpaca_eval(
-            questions.judge, spec.annotator, path, outputs, questions.judgments, **common
-        )
+    before = found.budgets.setdefault((questions.judge.endpoint, questions.judge.name), [])
+    with Engine(questions.judge, questions.judgments, before=before) as engine:
+        before.append(engine.budget)
+        if isinstance(spec, MTBenchSpec):
+            found.judged[questions.name] = judge_mt_bench(
+                engine, path, answers, questions.judgments, mode=spec.mode, baseline=spec.baseline, **common
+            )
+        else:
+            outputs = _outputs(questions, answers)
+            found.judged[questions.name] = judge_alpaca_eval(
+                engine, spec.annotator, path, outputs, questions.judgments, **common
+            )
 
 
 def _answers(prepared: Prepared, questions: Questions) -> dict[str, list[dict[str, Any]]]:
