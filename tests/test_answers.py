@@ -28,9 +28,10 @@ from daekit.evaluation.answers import (
 from daekit.evaluation.subjects import Subject
 from daekit.models.generation import Draw, generate
 from daekit.recipe.suite import SubjectSpec
+from tests.shared_data import DATA
 
 FASTCHAT = importlib.util.find_spec("fastchat")
-MT_BENCH = Path("/work/shared/data/mt_bench")
+MT_BENCH = DATA / "mt_bench"
 
 
 @pytest.fixture(scope="module")

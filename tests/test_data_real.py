@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor
@@ -14,8 +12,8 @@ from daekit.data.mixture import mix
 from daekit.data.sources import load_source
 from daekit.data.tokenizer import load_tokenizer, source_texts, train_tokenizer
 from daekit.recipe.schema import MixtureSpec, SourceSpec, TokenizerSpec, TokenizerTraining
+from tests.shared_data import DATA
 
-DATA = Path(os.environ.get("DAEKIT_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")
 
 

@@ -19,9 +19,9 @@ from daekit.evaluation import tokenize_rows
 from daekit.models.scoring import score_rows
 from daekit.recipe import Recipe, load_recipe
 from daekit.teachers import EnsembleTeacher, ModelTeacher
+from tests.shared_data import DATA
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("DAEKIT_SHARED", ROOT.parent / "shared")) / "data"
 
 
 @pytest.fixture(name="study")

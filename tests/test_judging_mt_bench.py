@@ -18,15 +18,16 @@ from daekit.evaluation.judging.verdicts import strict_rating, strict_winner
 from daekit.recipe.judge import JudgeSpec
 from daekit.report.rows import Row
 from tests.judge_server import Call, JudgeServer, scripted_rating
+from tests.shared_data import DATA
 
-DATA = Path("/work/shared/data/mt_bench")
+MT_BENCH = DATA / "mt_bench"
 pytest.importorskip("fastchat")
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the MT-Bench files are not here")
+pytestmark = pytest.mark.skipif(not MT_BENCH.is_dir(), reason="the MT-Bench files are not here")
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
 
 def questions() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (DATA / "question.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (MT_BENCH / "question.jsonl").read_text().splitlines()]
 
 
 def answers(*models: str, text: str = "{model} on {question}, turn {turn}") -> dict[str, list[dict[str, Any]]]:
@@ -48,7 +49,7 @@ def judged(server: JudgeServer, folder: Path, models: tuple[str, ...] = ("small"
     spec = JudgeSpec(**({"model": "scripted", "base_url": server.url, "timeout": 60.0, "max_retries": 1} | fields))
     own = options.pop("answers", None) or answers(*models)
     with Engine(spec, folder, first_wait=0.005) as engine:
-        return judge_mt_bench(engine, DATA, own, folder, bootstrap=200, **options)
+        return judge_mt_bench(engine, MT_BENCH, own, folder, bootstrap=200, **options)
 
 
 def values(rows: Judged, metric: str = "judge_score") -> dict[tuple[str, str], Row]:
@@ -103,8 +104,8 @@ def test_all_80_questions_and_show_result_agrees(tmp_path: Path) -> None:
 
 def test_the_prompts_are_those_of_fastchat(tmp_path: Path) -> None:
     """Built here by hand from the prompt file, for one question with and one without a reference."""
-    prompts = {p["name"]: p for p in lines_of(DATA / "judge_prompts.jsonl")}
-    references = {r["question_id"]: r["choices"][0]["turns"] for r in lines_of(DATA / "reference_answer" / "gpt-4.jsonl")}
+    prompts = {p["name"]: p for p in lines_of(MT_BENCH / "judge_prompts.jsonl")}
+    references = {r["question_id"]: r["choices"][0]["turns"] for r in lines_of(MT_BENCH / "reference_answer" / "gpt-4.jsonl")}
     with JudgeServer() as server:
         judged(server, tmp_path, ("small",), limit=31)
         sent = {json.dumps(call.body["messages"]) for call in server.calls}
@@ -260,12 +261,12 @@ def test_labels_and_manifest(tmp_path: Path) -> None:
 def test_an_estimate_needs_neither_answers_nor_calls_and_writes_nothing(tmp_path: Path) -> None:
     with JudgeServer() as server:
         spec = JudgeSpec(model="scripted", base_url=server.url, price_prompt=30.0, price_completion=60.0)
-        before = estimate_mt_bench(spec, DATA, ["small", "large"], tmp_path / "new")
+        before = estimate_mt_bench(spec, MT_BENCH, ["small", "large"], tmp_path / "new")
         assert not (tmp_path / "new").exists() and not server.calls
         assert (before.calls, before.cached, before.completion_tokens) == (320, 0, 320 * 2048)
         assert before.cost is not None and before.cost > 320 * 2048 * 60 / 1e6
         judged(server, tmp_path, ("small",))
-        after = estimate_mt_bench(spec, DATA, ["small", "large"], tmp_path, answers=answers("small", "large"))
+        after = estimate_mt_bench(spec, MT_BENCH, ["small", "large"], tmp_path, answers=answers("small", "large"))
         assert (after.calls, after.cached) == (160, 160)
 
 

@@ -16,9 +16,10 @@ from transformers import AutoConfig
 
 from daekit.recipe import Recipe, load_recipe
 from daekit.students import Shape, count_parameters
+from tests.shared_data import DATA
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("DAEKIT_SHARED", ROOT.parent / "shared")) / "data" / "novels"
+NOVELS = DATA / "novels"
 
 
 @pytest.fixture(name="study")
@@ -114,9 +115,9 @@ def test_the_rate_is_chosen_for_each_kind_of_start(study: ModuleType, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")
+@pytest.mark.skipif(not NOVELS.is_dir(), reason="the shared data are not here")
 def test_smallest_setting_runs(tmp_path: Path) -> None:
-    options = ["--data", str(DATA), "--work", str(tmp_path), "--seeds", "0", "--jobs", "2", "--small"]
+    options = ["--data", str(NOVELS), "--work", str(tmp_path), "--seeds", "0", "--jobs", "2", "--small"]
     outputs = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.svg")]
     command = [sys.executable, str(ROOT / "benchmarks/subnetworks_study.py"), *options, *outputs]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)

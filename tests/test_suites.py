@@ -22,8 +22,9 @@ from daekit.recipe.load_suite import load_suite_text, parse_models
 from daekit.recipe.suite import SubjectSpec
 from daekit.report import read_rows
 from tests.judge_server import JudgeServer
+from tests.shared_data import DATA
 
-MT_BENCH = Path("/work/shared/data/mt_bench")
+MT_BENCH = DATA / "mt_bench"
 
 
 @pytest.fixture(scope="module")
