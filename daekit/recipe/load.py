@@ -24,7 +24,7 @@ from daekit.recipe.schema import (
     TokenizerSpec,
     WeightedModelSpec,
 )
-from daekit.recipe.tree import read_tree
+from daekit.recipe.tree import read_file, read_tree
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -41,12 +41,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: the file cannot be read, or something in it is wrong; the message names every error, with its line.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"recipe {str(path)!r} cannot be read: {reason}; give the path of a YAML file") from None
-    return load_recipe_text(text, str(path), overrides)
+    return load_recipe_text(read_file(path, "recipe"), str(path), overrides)
 
 
 def load_recipe_text(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:

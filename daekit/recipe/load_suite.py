@@ -25,7 +25,7 @@ from daekit.recipe.suite import (
     SubjectSpec,
     SuiteSpec,
 )
-from daekit.recipe.tree import Node, Path, Place, read_tree
+from daekit.recipe.tree import Node, Path, Place, read_file, read_tree
 
 # a model's name becomes a file and FastChat's model_id; a benchmark's a folder and a domain of the report
 _NAME = re.compile(r"^[\w][\w.-]*$")
@@ -46,12 +46,7 @@ def load_suite(
     Raises:
         UserError: the file cannot be read, or something in it is wrong; the message names every error, with its line.
     """
-    try:
-        text = FilePath(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"suite {str(path)!r} cannot be read: {reason}; give the path of a YAML file") from None
-    return load_suite_text(text, str(path), models, overrides, need_models)
+    return load_suite_text(read_file(path, "suite"), str(path), models, overrides, need_models)
 
 
 def load_suite_text(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import NamedTuple, TypeAlias
 
 import yaml
@@ -128,6 +129,15 @@ class Unread:
     path: Path
     place: Place
     message: str
+
+
+def read_file(path: str | FilePath, kind: str) -> str:
+    """The text of a YAML file; ``kind`` is what the UserError for one that cannot be read calls it."""
+    try:
+        return FilePath(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"{kind} {str(path)!r} cannot be read: {reason}; give the path of a YAML file") from None
 
 
 def read_tree(text: str, name: str, override: str | None = None) -> tuple[Node, list[Unread]]:
