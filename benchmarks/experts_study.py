@@ -35,7 +35,7 @@ from daekit.protocol import Batch, Teacher
 from daekit.recipe.schema import EvaluationSpec, ModelSpec, SourceSpec
 from daekit.report.figures import COLOURS, new_figure, style_axes
 from daekit.report.rows import Row
-from daekit.run import calibration
+from daekit.runtime.run import calibration
 from daekit.teachers import EnsembleTeacher, ModelTeacher
 
 RECIPES = Path(__file__).resolve().parent / "experts"

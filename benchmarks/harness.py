@@ -210,7 +210,7 @@ def machine_facts(options: argparse.Namespace) -> dict[str, Any]:
 
 def calibration(device: torch.device) -> str:
     """How fast this machine is right now: daekit's line, and on a GPU a large matrix product besides."""
-    from daekit.run import calibration as cpu_calibration  # takes seconds to import, and the children do without
+    from daekit.runtime.run import calibration as cpu_calibration  # takes seconds to import, and the children do without
 
     if device.type != "cuda":
         return cpu_calibration()

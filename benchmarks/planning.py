@@ -129,7 +129,7 @@ def prepare(case: Any, root: Path) -> None:
 
 def train(recipe: Any) -> dict[str, int]:
     """The bytes of two optimizer steps of the stage `main`, without checkpoints."""
-    from daekit.build import DataBuilder, ModelBuilder, RunFolder, build_trainer
+    from daekit.runtime import DataBuilder, ModelBuilder, RunFolder, build_trainer
 
     folder = RunFolder(Path(recipe.output_dir))
     data = DataBuilder(recipe)

@@ -28,7 +28,7 @@ import yaml
 from safetensors import safe_open
 
 from daekit.report.figures import COLOURS, new_figure, style_axes
-from daekit.run import calibration
+from daekit.runtime.run import calibration
 
 RECIPES = Path(__file__).resolve().parent / "subnetworks"
 HELD_OUT = ("ENG18450_Disraeli", "ENG18610_Eliot", "ENG18830_Broughton", "ENG19010_Mason")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from daekit.protocol import Batch, Signal, Teacher, Voice
     from daekit.recipe import load_recipe
     from daekit.recipe.load_suite import load_suite
-    from daekit.run import run_recipe
+    from daekit.runtime.run import run_recipe
     from daekit.teachers import BASE, AdapterPath, AdapterTeacher, EnsembleTeacher, ModelTeacher, RoutedTeacher
     from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, DomainSFTTrainer, KDConfig, KDTrainer
 
@@ -39,7 +39,7 @@ _ROOM_OF = {
     "EvaluationCallback": "daekit.evaluation.callback",
     "load_recipe": "daekit.recipe",
     "load_suite": "daekit.recipe.load_suite",
-    "run_recipe": "daekit.run",
+    "run_recipe": "daekit.runtime.run",
 }
 
 __all__ = [

@@ -198,7 +198,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _init(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
 
-    from daekit.run import init_students
+    from daekit.runtime.run import init_students
 
     init_students(recipe)
 
@@ -207,7 +207,7 @@ def _train(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
 
     from daekit.planning import announce
-    from daekit.run import run_recipe
+    from daekit.runtime.run import run_recipe
 
     announce(recipe, reload=lambda more: load_recipe(options.recipe, [*options.overrides, *more]))
     run_recipe(recipe)
@@ -226,7 +226,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     text = (importlib.resources.files("daekit") / "resources" / "quickstart.yaml").read_text(encoding="utf-8")
     recipe = load_recipe_text(text, "quickstart.yaml", overrides)
 
-    from daekit.run import calibration, run_recipe
+    from daekit.runtime.run import calibration, run_recipe
 
     print(calibration())
     run_recipe(recipe)

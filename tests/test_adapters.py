@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_world import load, lora, merged, save_adapter, save_base
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,7 +23,8 @@ from daekit.models.internals import Watch
 from daekit.protocol import Batch, Signal, Teacher
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import BASE, AdapterPath, AdapterTeacher, ModelTeacher, RoutedTeacher
-from tests import tiny
+from tests.helpers import tiny
+from tests.helpers.adapter_world import load, lora, merged, save_adapter, save_base
 from tests.test_teachers import V, batch_of, log_probs, plain, says
 
 DOMAINS = ("general", "shop", "law")

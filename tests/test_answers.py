@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from daekit.errors import UserError
@@ -28,7 +27,8 @@ from daekit.evaluation.answers import (
 from daekit.evaluation.subjects import Subject
 from daekit.models.generation import Draw, generate
 from daekit.recipe.suite import SubjectSpec
-from tests.shared_data import DATA
+from tests.helpers import tiny
+from tests.helpers.shared_data import DATA
 
 FASTCHAT = importlib.util.find_spec("fastchat")
 MT_BENCH = DATA / "mt_bench"

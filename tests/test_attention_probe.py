@@ -6,10 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from test_trainers_reference import four_bit, lora
-from trainer_world import gradients, kd, logged
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, PreTrainedModel, Qwen3NextConfig
 
 from daekit.errors import UserError
@@ -18,6 +15,9 @@ from daekit.models.attention_probe import AttentionCall, probing, require_row_ma
 from daekit.models.backbone import add_on_hidden
 from daekit.models.internals import Watch, kept_states
 from daekit.protocol import Batch
+from tests.helpers import tiny
+from tests.helpers.trainer_world import gradients, kd, logged
+from tests.test_trainers_reference import four_bit, lora
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]])
 MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])

@@ -21,7 +21,8 @@ from daekit.errors import UserError
 from daekit.metrics import TokenMeans
 from daekit.models.backbone import add_on_hidden, kept_hidden_states
 from daekit.protocol import Batch, packed_lengths
-from tests import reference, tiny
+from tests import reference
+from tests.helpers import tiny
 
 datasets.disable_progress_bars()
 

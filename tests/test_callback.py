@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import yaml
-from suite_world import build_world
-from trainer_world import sft
 
 from daekit import EvaluationCallback, load_suite
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.evaluation.likelihood.minimal_pairs import MinimalPairs
+from tests.helpers import tiny
+from tests.helpers.suite_world import build_world
+from tests.helpers.trainer_world import sft
 
 
 @pytest.fixture(scope="module")

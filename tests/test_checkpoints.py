@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig
-from trainer_world import dae, options, weights
 from transformers import TrainerCallback
 
 from daekit.errors import UserError
 from daekit.trainers import DomainSFTConfig, DomainSFTTrainer, checkpoint
+from tests.helpers import tiny
+from tests.helpers.trainer_world import dae, options, weights
 
 RUNTIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 STUDENTS = ("dense", "lora", "mixtral")

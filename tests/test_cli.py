@@ -10,12 +10,12 @@ import types
 from pathlib import Path
 
 import pytest
-from test_recipe import BASE, RECIPES
 
 import daekit
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.recipe import Recipe, load_recipe, load_recipe_text
+from tests.test_recipe import BASE, RECIPES
 
 DISK_FULL = "daekit: error: the disk is full ({}). Free some space; the same command goes on.\n"
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "numpy", "matplotlib")
@@ -30,12 +30,12 @@ def recipe_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
-    """Stands in for `daekit.run`: keeps the recipes that would be run."""
+    """Stands in for `daekit.runtime.run`: keeps the recipes that would be run."""
     kept: list[Recipe] = []
-    module = types.ModuleType("daekit.run")
+    module = types.ModuleType("daekit.runtime.run")
     module.run_recipe = kept.append  # type: ignore[attr-defined]
     module.calibration = lambda: "calibration: 1 GFLOP/s"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "daekit.run", module)
+    monkeypatch.setitem(sys.modules, "daekit.runtime.run", module)
     return kept
 
 
@@ -113,7 +113,7 @@ def test_what_a_run_raises(
     def fail(recipe: Recipe) -> None:
         raise raised
 
-    monkeypatch.setattr(sys.modules["daekit.run"], "run_recipe", fail)
+    monkeypatch.setattr(sys.modules["daekit.runtime.run"], "run_recipe", fail)
     assert main(["train", str(recipe_file)]) == status
     assert capsys.readouterr().err == message
 
@@ -142,7 +142,7 @@ def test_a_defect_keeps_its_traceback(recipe_file: Path, runs: list[Recipe], mon
     def fail(recipe: Recipe) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(sys.modules["daekit.run"], "run_recipe", fail)
+    monkeypatch.setattr(sys.modules["daekit.runtime.run"], "run_recipe", fail)
     with pytest.raises(ZeroDivisionError):
         main(["train", str(recipe_file)])
 

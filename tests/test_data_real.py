@@ -12,7 +12,7 @@ from daekit.data.mixture import mix
 from daekit.data.sources import load_source
 from daekit.data.tokenizer import load_tokenizer, source_texts, train_tokenizer
 from daekit.recipe.schema import MixtureSpec, SourceSpec, TokenizerSpec, TokenizerTraining
-from tests.shared_data import DATA
+from tests.helpers.shared_data import DATA
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")
 

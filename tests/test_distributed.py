@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
 from accelerate.utils import DistributedType
@@ -18,18 +17,25 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch.utils.data import SequentialSampler
-from trainer_world import V, dae, kd, relative, weights
 from transformers import PreTrainedModel
 
 from daekit.models.loading import load_model
 from daekit.recipe import load_recipe
 from daekit.recipe.schema import ModelSpec
-from daekit.run import run_recipe
+from daekit.runtime.run import run_recipe
 from daekit.teachers import EnsembleTeacher, ModelTeacher, RoutedTeacher
 from daekit.trainers import domain_sft
+from tests.helpers import tiny
+from tests.helpers.trainer_world import V, dae, kd, relative, weights
 
 SAME = 1e-5  # what rounding may do
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": str(ROOT),  # this file is a program of the ranks, too: it imports `tests`
+}
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 CASES = ["kd", "kd-lora", "kd-one-rank-all-masked", "dae", "dae-one-domain-per-rank", "dae-mixtral", "dae-lora-reference"]
 CASES += ["kd-clipped", "kd-lora-checkpointing", "kd-tied-checkpointing", "kd-ensemble-one-domain-per-rank", "dae-reference"]

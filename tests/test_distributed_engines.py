@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_distributed import CASES, ENVIRONMENT, RECIPE, SAME, require_same, train
-from trainer_world import relative
 
 from daekit.models.loading import load_model
 from daekit.recipe import load_recipe
 from daekit.recipe.schema import ModelSpec
-from daekit.run import run_recipe
+from daekit.runtime.run import run_recipe
+from tests.helpers.trainer_world import relative
+from tests.test_distributed import CASES, ENVIRONMENT, RECIPE, SAME, require_same, train
 
 ROOT = Path(__file__).parents[1]
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -47,7 +47,7 @@ def launch(engine: str, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def run(engine: str, cases: list[str], folder: Path) -> None:
-    launch(engine, str(ROOT / "tests" / "engine_run.py"), engine, str(folder), json.dumps(cases))
+    launch(engine, str(ROOT / "tests" / "helpers" / "engine_run.py"), engine, str(folder), json.dumps(cases))
 
 
 def compare(engine: str, cases: list[str], folder: Path) -> None:

@@ -10,7 +10,7 @@ from daekit.errors import UserError
 from daekit.losses import divergence
 from daekit.losses.divergences import value_factor
 from tests import reference
-from tests.loss_cases import DIVERGENCES, V
+from tests.helpers.loss_cases import DIVERGENCES, V
 
 
 def two_distributions(seed: int = 0, spread: float = 1.0) -> tuple[Tensor, Tensor]:

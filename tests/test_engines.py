@@ -23,15 +23,15 @@ from daekit.models.backbone import kept_hidden_states
 from daekit.models.heads import output_head
 from daekit.protocol import Batch
 from daekit.recipe import load_recipe
-from daekit.run import run_recipe
+from daekit.runtime.run import run_recipe
 from daekit.teachers import EnsembleTeacher, ModelTeacher, RoutedTeacher
 from daekit.teachers.sharding import one_token
 from daekit.trainers import KDConfig
 from daekit.trainers.engine_state import reading_safely
-from tests import tiny
+from tests.helpers import tiny
+from tests.helpers.trainer_world import V, kd, options, sft
 from tests.test_batch import collate, make_rows
 from tests.test_distributed import four_bits
-from tests.trainer_world import V, kd, options, sft
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
 KINDS = {

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny
 from datasets import Dataset
 
 from daekit.errors import UserError
@@ -16,6 +15,7 @@ from daekit.evaluation.sets import EvaluationSet
 from daekit.models.generation import generate
 from daekit.models.scoring import score_rows
 from daekit.recipe.schema import EvaluationSpec
+from tests.helpers import tiny
 
 USER, ANSWER = {"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7 w8 w9"}
 FORMS = {

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
-from trainer_world import in_float64  # noqa: F401  (imported for its garbage collector setting)
+
+from tests.helpers import tiny
+from tests.helpers.trainer_world import in_float64  # noqa: F401  (imported for its garbage collector setting)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -26,7 +26,7 @@ from daekit.models.loading import load_model, load_whole
 from daekit.models.quantization import stored_weights
 from daekit.recipe.schema import ModelSpec
 from daekit.trainers.refusals import refuse_expert_adapter
-from tests import tiny
+from tests.helpers import tiny
 from tests.test_teachers import batch_of
 
 _SHAPE: dict[str, Any] = dict(

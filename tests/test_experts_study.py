@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import WORDS, model, rows, tokenizer
 
 from daekit.evaluation import tokenize_rows
 from daekit.models.scoring import score_rows
 from daekit.recipe import Recipe, load_recipe
 from daekit.teachers import EnsembleTeacher, ModelTeacher
-from tests.shared_data import DATA
+from tests.helpers.shared_data import DATA
+from tests.helpers.tiny import WORDS, model, rows, tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 

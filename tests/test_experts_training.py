@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from test_trainers_reference import kl_of, lora, mixed_rows
-from trainer_world import dae, kd, logged, weights
 from transformers import BitsAndBytesConfig
 
 from daekit.errors import UserError
@@ -18,6 +15,9 @@ from daekit.models.identity import fingerprint
 from daekit.models.loading import load_model
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
+from tests.helpers import tiny
+from tests.helpers.trainer_world import dae, kd, logged, weights
+from tests.test_trainers_reference import kl_of, lora, mixed_rows
 
 V = len(tiny.WORDS)
 ATTENTION = ["q_proj", "v_proj"]

@@ -6,16 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from test_trainers_loss import micro_batches
-from trainer_world import gradients, kd, relative
 
 from daekit.losses import DIVERGENCES, PredictionTerms
 from daekit.losses.attention import attention_loss, row_pairs
 from daekit.protocol import Batch
-from tests.loss_cases import make_case, ours
+from tests.helpers import tiny
+from tests.helpers.loss_cases import make_case, ours
+from tests.helpers.trainer_world import gradients, kd, relative
 from tests.test_losses_attention import EVERY, PACKED, batch_of, make_side
+from tests.test_trainers_loss import micro_batches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

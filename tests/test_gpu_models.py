@@ -14,7 +14,7 @@ from daekit.models.loading import load_model
 from daekit.models.placement import batch_on
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
-from tests import tiny
+from tests.helpers import tiny
 from tests.test_experts import dequantised, layers_of_experts, moe, relative
 from tests.test_teachers import V, batch_of
 

@@ -19,7 +19,7 @@ import pytest
 from daekit.errors import UserError
 from daekit.evaluation.judging import Engine, Judged, annotators, estimate_alpaca_eval, judge_alpaca_eval
 from daekit.recipe.judge import JudgeSpec
-from tests.judge_server import Call, JudgeServer, scripted_rating
+from tests.helpers.judge_server import Call, JudgeServer, scripted_rating
 
 pytest.importorskip("alpaca_eval")
 WEIGHTED, RANKING = "weighted_alpaca_eval_gpt4_turbo", "alpaca_eval_gpt4"

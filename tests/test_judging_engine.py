@@ -23,7 +23,7 @@ from daekit.evaluation.judging.endpoint import _wait
 from daekit.evaluation.judging.engine import Engine
 from daekit.evaluation.judging.store import ERRORS, REPLIES, ReplyStore
 from daekit.recipe.judge import JudgeSpec, judge_problems
-from tests.judge_server import Call, JudgeServer, scripted_rating
+from tests.helpers.judge_server import Call, JudgeServer, scripted_rating
 
 COUNT = 20
 

@@ -18,7 +18,7 @@ from daekit.evaluation.judging import Engine, JudgeRequest, annotators, judge_al
 from daekit.evaluation.judging.local import encode_chat
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.schema import TokenizerSpec
-from tests.shared_data import DATA
+from tests.helpers.shared_data import DATA
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -17,8 +17,8 @@ from daekit.evaluation.judging import Engine, Judged, estimate_mt_bench, judge_m
 from daekit.evaluation.judging.verdicts import strict_rating, strict_winner
 from daekit.recipe.judge import JudgeSpec
 from daekit.report.rows import Row
-from tests.judge_server import Call, JudgeServer, scripted_rating
-from tests.shared_data import DATA
+from tests.helpers.judge_server import Call, JudgeServer, scripted_rating
+from tests.helpers.shared_data import DATA
 
 MT_BENCH = DATA / "mt_bench"
 pytest.importorskip("fastchat")

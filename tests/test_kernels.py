@@ -29,7 +29,7 @@ def test_the_kernels_say_when_triton_is_missing() -> None:
 @pytest.mark.parametrize(("arch", "shared"), [(90, 227), (80, 163), (89, 99)])
 def test_the_kernels_compile_without_a_gpu(arch: int, shared: int) -> None:
     """For data-centre and consumer cards: into their shared memory (KiB), and half precision with hardly a spilled register."""
-    command = [sys.executable, "-m", "tests.compile_kernels", str(arch)]
+    command = [sys.executable, "-m", "tests.helpers.compile_kernels", str(arch)]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]

@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 from daekit.errors import UserError
 from daekit.losses.kernels.attention import attention_kl_
 from daekit.protocol import AttentionLayer
-from tests import kernel_twins as twins
-from tests.kernel_device import DEVICE, EXACT, close
+from tests.helpers import kernel_twins as twins
+from tests.helpers.kernel_device import DEVICE, EXACT, close
 
 UNTOUCHED = 7.0
 # of the interpreter, about lanes that no kernel stores

@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 from daekit.losses import PredictionTerms
 from daekit.losses.kernels import attention, prediction
-from tests.kernel_device import INTERPRETED
-from tests.loss_cases import make_case, ours
+from tests.helpers.kernel_device import INTERPRETED
+from tests.helpers.loss_cases import make_case, ours
 from tests.test_losses_attention import EVERY, PACKED, batch_of, make_side
 from tests.test_losses_attention import ours as attention_ours
 

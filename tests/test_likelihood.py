@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from daekit.errors import UserError
@@ -21,6 +20,7 @@ from daekit.models.scoring import score_rows, score_tokens
 from daekit.protocol import IGNORE_INDEX
 from daekit.recipe.schema import ModelSpec
 from daekit.recipe.suite import MinimalPairsSpec, MultipleChoiceSpec, PerplexitySpec, RowsSpec
+from tests.helpers import tiny
 
 EOS = 1  # the tiny tokenizer has no BOS
 

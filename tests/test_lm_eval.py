@@ -7,14 +7,14 @@ import itertools
 import json
 
 import pytest
-import tiny
 import yaml
-from suite_world import build_world
 
 from daekit.errors import UserError
 from daekit.evaluation.likelihood import likelihood_benchmark
 from daekit.evaluation.likelihood.lm_eval import inputs
 from daekit.recipe.suite import LMEvalSpec, MinimalPairsSpec
+from tests.helpers import tiny
+from tests.helpers.suite_world import build_world
 
 MISSING = importlib.util.find_spec("lm_eval") is None
 

@@ -15,7 +15,7 @@ from daekit.errors import UserError
 from daekit.losses import PredictionTerms, prediction, prediction_loss
 from daekit.protocol import OutputHead, Signal, Voice
 from tests import reference
-from tests.loss_cases import DIVERGENCES, V, check, make_case, ours, relative_error, terms_of, twin
+from tests.helpers.loss_cases import DIVERGENCES, V, check, make_case, ours, relative_error, terms_of, twin
 
 # ---- equal to the formula -----------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from daekit.models.heads import output_head
 from daekit.protocol import Batch
 from daekit.teachers import ModelTeacher
 from tests import reference
-from tests.loss_cases import V, make_case, ours, relative_error, twin
+from tests.helpers.loss_cases import V, make_case, ours, relative_error, twin
 
 
 class Recorder(TorchDispatchMode):

@@ -17,7 +17,7 @@ from daekit.models.scoring import score_rows
 from daekit.protocol import OutputHead, Signal, TopK, Voice
 from daekit.teachers import EnsembleTeacher, RoutedTeacher
 from tests import reference
-from tests.loss_cases import DIVERGENCES, Case, V, check, make_case, ours, relative_error, terms_of, top_k_signal, twin
+from tests.helpers.loss_cases import DIVERGENCES, Case, V, check, make_case, ours, relative_error, terms_of, top_k_signal, twin
 from tests.test_losses_in_models import random_batch, tiny_model
 
 

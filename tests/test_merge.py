@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_world import merged, save_adapter, save_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +15,8 @@ from daekit.errors import UserError
 from daekit.models.loading import load_model
 from daekit.models.merge import merge_adapter
 from daekit.recipe.schema import ModelSpec
-from tests import tiny
+from tests.helpers import tiny
+from tests.helpers.adapter_world import merged, save_adapter, save_base
 
 IDS = torch.arange(3, 30)[None]
 

@@ -21,7 +21,7 @@ from daekit.models.loading import load_tokenizer_of
 from daekit.models.vocabulary import differences, require_same, vocabulary_size
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
-from tests import tiny
+from tests.helpers import tiny
 
 V = len(tiny.WORDS)
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

@@ -20,7 +20,7 @@ from daekit.models.loading import load_model
 from daekit.models.quantization import keep_four_bit_weights
 from daekit.models.restore import restore_weights
 from daekit.recipe.schema import ModelSpec
-from tests import tiny
+from tests.helpers import tiny
 
 SMALL: dict[str, Any] = dict(
     model_type="mistral", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,

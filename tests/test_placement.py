@@ -20,7 +20,7 @@ from daekit.models.offload import LayerOffload
 from daekit.protocol import Signal
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
-from tests import tiny
+from tests.helpers import tiny
 from tests.test_teachers import V, batch_of
 
 CPU = torch.device("cpu")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_recipe import ROOT
 
 from daekit.cli import main
 from daekit.errors import UserError
@@ -21,6 +20,7 @@ from daekit.planning.plan import StagePlan
 from daekit.planning.training import DEFAULTS, optimizer_bytes
 from daekit.recipe import load_recipe_text
 from daekit.trainers import DAEConfig
+from tests.test_recipe import ROOT
 
 RECIPE = """\
 name: planned

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_planning import CPU, GPU, PATH, RECIPE, parts, plan
 
 from daekit.errors import UserError
 from daekit.planning import Machine, Planner, here, plan_recipe
@@ -17,6 +16,7 @@ from daekit.planning.advice import Change, changes, cheapest
 from daekit.planning.memory import GRADIENTS, WEIGHTS
 from daekit.planning.plan import Plan
 from daekit.recipe import load_recipe_text
+from tests.test_planning import CPU, GPU, PATH, RECIPE, parts, plan
 
 TWO = dataclasses.replace(GPU, count=2, engine="fsdp2")
 QLORA = ("stages.kd.student={path: Qwen/Qwen2.5-0.5B, quantization: 4bit}", "stages.kd.lora.r=4")

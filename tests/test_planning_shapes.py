@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,6 +16,7 @@ from daekit.planning.shapes import Shape, Shapes, known_shapes
 from daekit.planning.skeleton import Skeleton
 from daekit.recipe import load_recipe_text
 from daekit.recipe.schema import LoraSpec, ModelSpec
+from tests.helpers import tiny
 
 SMALL: dict[str, Any] = dict(
     vocab_size=96,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from test_recipe import BASE, errors, load
 
 from daekit.recipe import trainer_options
+from tests.test_recipe import BASE, errors, load
 
 ENSEMBLE = "{ensemble: [{model: a, weight: 0.5}, {model: b, weight: 0.5}]}"
 CONFIG = "{config: {model_type: mistral}}"

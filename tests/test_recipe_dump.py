@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_recipe import BASE, RECIPES, load
 
 from daekit.recipe import Recipe, load_recipe, load_recipe_text, resolve, stage_key, to_dict, to_yaml
 from daekit.recipe.schema import (
@@ -25,6 +24,7 @@ from daekit.recipe.schema import (
     TokenizerTraining,
     WeightedModelSpec,
 )
+from tests.test_recipe import BASE, RECIPES, load
 
 # Texts that YAML is known to take for something else are drawn often.
 TRAPS = ["no", "on", "null", "~", "1e-4", "010", "12:30", "2026-11-22", "1_000", "<<", "=", "a: b", "#x", "-", "true "]

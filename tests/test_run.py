@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from daekit.errors import UserError
 from daekit.recipe import load_recipe_text
 from daekit.recipe.schema import ModelSpec, Recipe, TeacherSpec
-from daekit.run import calibration, run_recipe
+from daekit.runtime.run import calibration, run_recipe
 
 RECIPE = """
 name: small

@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from adapter_world import save_base
 from safetensors.torch import load_file
 
-from daekit.build import ModelBuilder, RunFolder
-from daekit.build.report import _teachers
 from daekit.recipe import Recipe, load_recipe_text
-from daekit.run import run_recipe
+from daekit.runtime import ModelBuilder, RunFolder
+from daekit.runtime.report import _teachers
+from daekit.runtime.run import run_recipe
+from tests.helpers import tiny
+from tests.helpers.adapter_world import save_base
 
 RECIPE = """
 name: one-base
@@ -59,7 +59,7 @@ def test_all_stages_run_on_one_base(
         rows = tiny.rows(24, seed=seed, domains=(domain,)).remove_columns("domain")
         rows.to_json(tmp_path / f"{domain}.jsonl")
     loads: list[tuple[str, str | None]] = []
-    for room in ("daekit.models.adapters", "daekit.build.models"):
+    for room in ("daekit.models.adapters", "daekit.runtime.models"):
         original = __import__(room, fromlist=["load_model"]).load_model
 
         def load(spec, *arguments, original=original):  # type: ignore[no-untyped-def]

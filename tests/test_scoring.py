@@ -4,9 +4,6 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from tiny import WORDS
-from tiny import model as tiny_model
-from tiny import tokenizer as tiny_tokenizer
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -15,6 +12,9 @@ from daekit.models.generation import generate, stop_token_ids
 from daekit.models.heads import output_head
 from daekit.models.scoring import score_rows
 from daekit.protocol import Batch, OutputHead, Signal, Voice
+from tests.helpers.tiny import WORDS
+from tests.helpers.tiny import model as tiny_model
+from tests.helpers.tiny import tokenizer as tiny_tokenizer
 
 V = len(WORDS)  # the models' vocabulary is padded to more
 EOS = 1

@@ -5,8 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from student_cases import CONFIGS, logits, rows, teacher
-from test_students_slicing import silence_channels
 
 from daekit.errors import UserError
 from daekit.students import (
@@ -23,6 +21,8 @@ from daekit.students import (
 )
 from daekit.students.families import family_of
 from daekit.students.slicing import permute_
+from tests.helpers.student_cases import CONFIGS, logits, rows, teacher
+from tests.test_students_slicing import silence_channels
 
 CASES = list(CONFIGS)
 

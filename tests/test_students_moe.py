@@ -4,7 +4,6 @@ from dataclasses import fields
 
 import pytest
 import torch
-from student_cases import logits, rows
 from torch import nn
 from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig, PreTrainedConfig
 
@@ -12,6 +11,7 @@ from daekit.errors import UserError
 from daekit.students import dense_to_mixtral, fewer_experts, measure_experts, mixtral_to_dense
 from daekit.students.experts import ExpertScores
 from daekit.students.moe import _SHARED
+from tests.helpers.student_cases import logits, rows
 
 SIZES = dict(
     vocab_size=40,

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from daekit.build import DataBuilder, ModelBuilder, folders
-from daekit.build.student import calibration_rows
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.recipe import load_recipe_text, resolve, stage_key, student_key, to_yaml
 from daekit.recipe.schema import ModelSpec, Recipe, StudentSpec
 from daekit.recipe.student_schema import CalibrationSpec, StudentSearchSpec
-from daekit.run import init_students, run_recipe
+from daekit.runtime import DataBuilder, ModelBuilder, folders
+from daekit.runtime.run import init_students, run_recipe
+from daekit.runtime.student import calibration_rows
 from daekit.students import count_parameters
 
 RECIPE = """

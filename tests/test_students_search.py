@@ -8,7 +8,6 @@ from statistics import median
 
 import pytest
 import torch
-from student_cases import CONFIGS, VOCABULARY, rows, teacher
 
 from daekit.errors import UserError
 from daekit.students import Shape, count_parameters, first_n, measure_importance, slice_model, sort_teacher, view_model
@@ -19,6 +18,7 @@ from daekit.students.search import Stage, read_log, run_search
 from daekit.students.selection import Selection, require_valid
 from daekit.students.space import Window, space_of
 from daekit.students.strategies import Evolution, draw, evolve, grid
+from tests.helpers.student_cases import CONFIGS, VOCABULARY, rows, teacher
 
 SPACES = [("coarse", "uniform"), ("coarse", "layerwise"), ("fine", "uniform"), ("fine", "layerwise")]
 

@@ -5,8 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from student_cases import CONFIGS, logits, rows, teacher
-from tiny import model as tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from daekit.errors import UserError
@@ -14,6 +12,8 @@ from daekit.students import Selection, Shape, choose, count_parameters, first_n,
 from daekit.students.importance import at_random
 from daekit.students.shapes import possible_head_dims
 from daekit.students.slicing import permute_
+from tests.helpers.student_cases import CONFIGS, logits, rows, teacher
+from tests.helpers.tiny import model as tiny_model
 
 CASES = list(CONFIGS)
 # an arbitrary student of each: fewer layers, channels, neurons, groups, queries per group, dimensions per head

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from daekit.recipe import Recipe, load_recipe
 from daekit.students import Shape, count_parameters
-from tests.shared_data import DATA
+from tests.helpers.shared_data import DATA
 
 ROOT = Path(__file__).resolve().parent.parent
 NOVELS = DATA / "novels"

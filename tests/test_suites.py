@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import yaml
-from suite_world import build_world, save
 
 from daekit.cli import main
 from daekit.errors import UserError
@@ -21,8 +19,10 @@ from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.load_suite import load_suite_text, parse_models
 from daekit.recipe.suite import SubjectSpec
 from daekit.report import read_rows
-from tests.judge_server import JudgeServer
-from tests.shared_data import DATA
+from tests.helpers import tiny
+from tests.helpers.judge_server import JudgeServer
+from tests.helpers.shared_data import DATA
+from tests.helpers.suite_world import build_world, save
 
 MT_BENCH = DATA / "mt_bench"
 

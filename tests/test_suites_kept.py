@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from suite_world import build_world, save
 from transformers import AutoTokenizer
 
 from daekit.cli import main
@@ -21,7 +19,9 @@ from daekit.evaluation.subjects import file_fingerprint, tokenizer_fingerprint
 from daekit.evaluation.suites import run_suite
 from daekit.recipe.load_suite import load_suite_text, parse_models
 from daekit.report import read_rows
-from tests.judge_server import JudgeServer
+from tests.helpers import tiny
+from tests.helpers.judge_server import JudgeServer
+from tests.helpers.suite_world import build_world, save
 
 
 @pytest.fixture(scope="module")

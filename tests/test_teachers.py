@@ -18,7 +18,7 @@ from daekit.models.backbone import add_on_hidden, frozen_copy, kept_hidden_state
 from daekit.models.heads import teacher_log_probs
 from daekit.protocol import Batch, Signal, Teacher
 from daekit.teachers import EnsembleTeacher, ModelTeacher, RoutedTeacher
-from tests import tiny
+from tests.helpers import tiny
 from tests.test_batch import collate, make_rows
 
 V = len(tiny.WORDS)

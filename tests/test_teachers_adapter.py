@@ -21,7 +21,7 @@ from daekit.models.loading import load_model
 from daekit.protocol import Batch, Teacher
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import AdapterTeacher, EnsembleTeacher, ModelTeacher, RoutedTeacher
-from tests import tiny
+from tests.helpers import tiny
 from tests.test_teachers import V, batch_of, says
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

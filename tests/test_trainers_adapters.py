@@ -6,12 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from adapter_world import load, lora, merged, save_adapter, save_base
 from safetensors.torch import load_file
-from test_trainers_loss import loss_and_gradient, micro_batches
-from trainer_world import V, dae, kd, logged, weights
 
 from daekit.data.collator import as_batch
 from daekit.errors import UserError
@@ -20,6 +16,10 @@ from daekit.models.backbone import base_of
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import BASE, AdapterPath, AdapterTeacher, EnsembleTeacher, ModelTeacher
 from daekit.trainers import DAEConfig, DAETrainer
+from tests.helpers import tiny
+from tests.helpers.adapter_world import load, lora, merged, save_adapter, save_base
+from tests.helpers.trainer_world import V, dae, kd, logged, weights
+from tests.test_trainers_loss import loss_and_gradient, micro_batches
 
 ROWS = tiny.rows(8, domains=("general", "shop"))
 

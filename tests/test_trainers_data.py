@@ -8,12 +8,12 @@ from functools import cache
 from typing import Any
 
 import pytest
-import tiny
 from datasets import Dataset, concatenate_datasets
-from trainer_world import Twin, dae, in_float64, kd, logged, options
 from trl import SFTConfig, SFTTrainer
 
 from daekit.errors import UserError
+from tests.helpers import tiny
+from tests.helpers.trainer_world import Twin, dae, in_float64, kd, logged, options
 
 FORMS_AND_MASKS = [
     ("messages", {}),

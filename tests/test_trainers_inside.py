@@ -6,13 +6,10 @@ import copy
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from test_trainers_loss import loss_and_gradient, micro_batches
 from torch import Tensor, nn
-from trainer_world import V, dae, gradients, in_float64, kd, logged, relative, weights
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from daekit.errors import UserError
@@ -20,6 +17,9 @@ from daekit.models.backbone import checkpointed_layers
 from daekit.models.internals import match_layers
 from daekit.trainers import KDConfig
 from tests import reference
+from tests.helpers import tiny
+from tests.helpers.trainer_world import V, dae, gradients, in_float64, kd, logged, relative, weights
+from tests.test_trainers_loss import loss_and_gradient, micro_batches
 
 ATTENTION = {"attention_weight": 0.7, "prediction_weight": 0.5, "ce_weight": 0.3}
 HIDDEN = {"hidden_weight": 0.6, "hidden_loss": "mse", "prediction_weight": 0.5}

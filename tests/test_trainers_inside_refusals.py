@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig
-from test_trainers_loss import loss_and_gradient, micro_batches
-from trainer_world import V, dae, kd, logged, options, relative, weights
 from transformers import HfArgumentParser
 
 from daekit.data.collator import as_batch
@@ -19,6 +16,9 @@ from daekit.models.backbone import checkpointed_layers
 from daekit.protocol import Batch, Signal
 from daekit.teachers import EnsembleTeacher, ModelTeacher
 from daekit.trainers import DAEConfig, DAETrainer, KDConfig, KDTrainer
+from tests.helpers import tiny
+from tests.helpers.trainer_world import V, dae, kd, logged, options, relative, weights
+from tests.test_trainers_loss import loss_and_gradient, micro_batches
 
 HIDDEN = {"hidden_weight": 0.6, "prediction_weight": 0.5}
 

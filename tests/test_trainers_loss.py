@@ -6,15 +6,15 @@ import copy
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from trainer_world import Twin, dae, gradients, in_float64, kd, logged, options, relative, weights
 from trl import SFTConfig, SFTTrainer
 
 from daekit.models.heads import compute_dtype
 from daekit.trainers import DomainSFTConfig, DomainSFTTrainer, domain_sft
+from tests.helpers import tiny
+from tests.helpers.trainer_world import Twin, dae, gradients, in_float64, kd, logged, options, relative, weights
 
 TERMS: list[dict[str, Any]] = [
     {},

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_trainers_loss import loss_and_gradient, micro_batches
-from trainer_world import dae, kd, logged, relative, weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from daekit.data.collator import as_batch
 from daekit.teachers import AdapterTeacher
+from tests.helpers import tiny
+from tests.helpers.trainer_world import dae, kd, logged, relative, weights
+from tests.test_trainers_loss import loss_and_gradient, micro_batches
 
 LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
 GENERAL = tiny.rows(8, domains=("general",))

@@ -6,12 +6,10 @@ from typing import Any, get_args, get_type_hints
 from unittest.mock import MagicMock
 
 import pytest
-import tiny
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
-from trainer_world import dae, kd, options, sft
 from transformers import AutoModelForCausalLM
 
 from daekit.errors import UserError
@@ -19,6 +17,8 @@ from daekit.losses import DIVERGENCES, PredictionTerms
 from daekit.recipe.schema import LossSpec
 from daekit.teachers import ModelTeacher
 from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, KDConfig, KDTrainer
+from tests.helpers import tiny
+from tests.helpers.trainer_world import dae, kd, options, sft
 
 MESSAGE = {"role": "assistant", "content": "w1"}
 

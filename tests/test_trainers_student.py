@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from trainer_world import dae, kd, options, sft
 from transformers import BitsAndBytesConfig
 
 from daekit.errors import UserError
 from daekit.trainers import DomainSFTConfig, DomainSFTTrainer
+from tests.helpers import tiny
+from tests.helpers.trainer_world import dae, kd, options, sft
 
 UP = "model.layers.0.mlp.up_proj.weight"
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import transformers
 import trl
-from trainer_world import Twin, dae, in_float64, kd, logged, weights
 from transformers import TrainerCallback
 from trl.trainer import sft_trainer
 
 from daekit.models.restore import restore_weights
 from daekit.trainers import DomainSFTTrainer
+from tests.helpers import tiny
+from tests.helpers.trainer_world import Twin, dae, in_float64, kd, logged, weights
 
 
 def test_trl_private_names() -> None:

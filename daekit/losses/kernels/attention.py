@@ -100,7 +100,7 @@ def _tiles(width: int, bytes_per_value: int, roomy: bool) -> tuple[dict[str, int
     """Launch options of the query and of the key kernel: as much as fits in shared memory and, nearly, in registers.
 
     OUTER is the block that a program holds, INNER those that it walks over. Found by compiling for sm_90, 80 and 89 and reading
-    the spills (``python -m tests.compile_kernels``), not by timing: none for half precision up to width 128 on sm_90.
+    the spills (``python -m tests.helpers.compile_kernels``), not by timing: none for half precision up to width 128 on sm_90.
     """
     if width > 256:
         raise UserError(f"attention heads of width {width}: the kernels know at most 256; choose more attention_relation_heads")

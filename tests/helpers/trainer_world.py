@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 from torch import Tensor, nn
 
 from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, DomainSFTTrainer, KDConfig, KDTrainer
+from tests.helpers import tiny
 
 V = len(tiny.WORDS)
 gc.freeze()  # every train() collects garbage: without this it walks through all imported modules, 0.5 s each time

@@ -10,7 +10,6 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from daekit.build.folders import RunFolder
 from daekit.models.adapters import base_spec, load_continued, require_adapters_fit
 from daekit.models.backbone import base_of
 from daekit.models.loading import load_model, load_tokenizer_of
@@ -19,6 +18,7 @@ from daekit.protocol import Teacher
 from daekit.recipe import student_key
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
 from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.runtime.folders import RunFolder
 from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, ModelTeacher, RoutedTeacher
 from daekit.teachers.on_student import adapter_paths, on_student
 

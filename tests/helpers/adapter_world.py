@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from daekit.models.loading import load_model
 from daekit.recipe.schema import ModelSpec
-from tests import tiny
+from tests.helpers import tiny
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

@@ -7,12 +7,12 @@ from typing import Any
 from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 
-from daekit.build.data import DataBuilder
-from daekit.build.folders import StageFolder
-from daekit.build.models import ModelBuilder
 from daekit.data.mixture import Mixture
 from daekit.errors import UserError
 from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe, StageSpec
+from daekit.runtime.data import DataBuilder
+from daekit.runtime.folders import StageFolder
+from daekit.runtime.models import ModelBuilder
 from daekit.trainers import (
     DAEConfig,
     DAETrainer,

@@ -1,7 +1,7 @@
 """Compiles the kernels for an NVIDIA GPU without one; prints a line of JSON per kernel with what ptxas says of it.
 
-``python -m tests.compile_kernels [ARCH]``, 90 (Hopper) unless given; not with ``TRITON_INTERPRET``. Numbers are those of the
-machine code: registers and bytes of stack (spills) per thread, bytes of shared memory per program.
+``python -m tests.helpers.compile_kernels [ARCH]``, 90 (Hopper) unless given; not with ``TRITON_INTERPRET``. Numbers are those
+of the machine code: registers and bytes of stack (spills) per thread, bytes of shared memory per program.
 """
 
 from __future__ import annotations

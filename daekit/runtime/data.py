@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from daekit.build.folders import RunFolder, read_file
 from daekit.data.mixture import Mixture, in_common_features, mix
 from daekit.data.sources import load_source
 from daekit.data.tokenizer import load_tokenizer, source_texts, train_tokenizer
@@ -17,6 +16,7 @@ from daekit.evaluation import EvaluationSet, tokenize_rows
 from daekit.models.adapters import base_spec
 from daekit.models.loading import load_tokenizer_of
 from daekit.recipe.schema import MixtureSpec, Recipe, SourceSpec
+from daekit.runtime.folders import RunFolder, read_file
 
 
 class DataBuilder:

@@ -6,15 +6,15 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from daekit.build.data import DataBuilder
-from daekit.build.folders import RunFolder
-from daekit.build.models import ModelBuilder
 from daekit.evaluation import ModelEvaluation, compare, evaluate_model, select_samples
 from daekit.protocol import Teacher
 from daekit.recipe import is_lora
 from daekit.recipe.adapter_config import BARE_BASE
 from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.report import Report
+from daekit.runtime.data import DataBuilder
+from daekit.runtime.folders import RunFolder
+from daekit.runtime.models import ModelBuilder
 
 
 def build_report(

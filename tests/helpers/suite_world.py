@@ -6,10 +6,11 @@ import json
 import random
 from pathlib import Path
 
-import tiny
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+
+from tests.helpers import tiny
 
 
 def save(folder: Path, seed: int, template: bool = True) -> Path:

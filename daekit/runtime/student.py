@@ -12,9 +12,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from daekit.build.data import DataBuilder
-from daekit.build.folders import RunFolder, StudentFolder
-from daekit.build.models import ModelBuilder
 from daekit.errors import UserError
 from daekit.evaluation import tokenize_rows
 from daekit.models.identity import fingerprint
@@ -23,6 +20,9 @@ from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe import student_key
 from daekit.recipe.schema import Recipe, StudentSpec
 from daekit.recipe.student_schema import CalibrationSpec, StudentSearchSpec
+from daekit.runtime.data import DataBuilder
+from daekit.runtime.folders import RunFolder, StudentFolder
+from daekit.runtime.models import ModelBuilder
 from daekit.students import (
     CandidateScorer,
     Evolution,

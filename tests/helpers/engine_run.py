@@ -1,6 +1,7 @@
 """One rank of a test of an engine: trains the cases it is given, says what engine it saw, writes weights and logs.
 
-``accelerate launch --config_file recipes/accelerate/ENGINE.yaml --num_processes 2 tests/engine_run.py ENGINE FOLDER '["kd"]'``
+``accelerate launch --config_file recipes/accelerate/ENGINE.yaml --num_processes 2
+tests/helpers/engine_run.py ENGINE FOLDER '["kd"]'``
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import pytest
 import torch
 import transformers
 from accelerate.utils import DistributedType
-from test_distributed import trainer_of
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from daekit.models.sharded import is_sharded, whole
 from daekit.trainers import config, domain_sft, engines
+from tests.test_distributed import trainer_of
 
 KINDS = {
     "ddp": (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU),

@@ -17,16 +17,6 @@ import transformers
 from accelerate import PartialState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from daekit.build import (
-    DataBuilder,
-    ModelBuilder,
-    RunFolder,
-    StageFolder,
-    build_report,
-    build_student,
-    build_trainer,
-    read_file,
-)
 from daekit.data.mixture import Mixture
 from daekit.errors import UserError
 from daekit.evaluation.suites import run_suite
@@ -38,6 +28,16 @@ from daekit.recipe.schema import ModelSpec, Recipe
 from daekit.recipe.suite import SubjectSpec
 from daekit.report import format_table, write_report
 from daekit.report.provenance import commit, versions
+from daekit.runtime import (
+    DataBuilder,
+    ModelBuilder,
+    RunFolder,
+    StageFolder,
+    build_report,
+    build_student,
+    build_trainer,
+    read_file,
+)
 from daekit.trainers import DomainSFTTrainer
 from daekit.trainers.checkpoint import checkpoints, unsealed, write_json
 from daekit.trainers.engines import refuse_launch
