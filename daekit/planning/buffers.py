@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from daekit.losses.chunk import chunk_terms
-from daekit.losses.prediction import chunk_tokens
-from daekit.models.internals import Watch
+from daekit.losses.chunk import chunk_losses
+from daekit.losses.prediction import tokens_per_chunk
+from daekit.models.features import layers_of
 from daekit.planning.models import Speaker, StageModels
 from daekit.planning.trace import ModelCost, Setting, most
 from daekit.planning.training import Machine, Training
+from daekit.protocol import FeatureSpec, OutputHead
+from daekit.recipe.objective import Objective
 from daekit.recipe.schema import StageSpec
 
 _BLOCK_SCORES = 2**20  # of daekit.losses.attention_blocks
@@ -61,11 +63,11 @@ class Buffers:
         return self.training.autocast.itemsize if self.training.autocast is not None else self._cost.hidden_width
 
     @cached_property
-    def _watch(self) -> Watch | None:
+    def _watch(self) -> FeatureSpec | None:
         loss = self.stage.loss
         if self.stage.type == "sft" or not (loss.attention_weight or loss.hidden_weight):
             return None
-        return Watch(
+        return FeatureSpec(
             self.student.config,
             attention=loss.attention_layers if loss.attention_weight else None,  # type: ignore[arg-type]
             hidden=loss.hidden_layers if loss.hidden_weight else None,  # type: ignore[arg-type]
@@ -77,7 +79,7 @@ class Buffers:
         """How many layers of the student are compared: their attention, their hidden states."""
         if self._watch is None:
             return 0, 0
-        watched = self._watch.of(self.student.config)
+        watched = layers_of(self._watch, self.student.config)
         return len(watched.attention), len(watched.hidden)
 
     @cached_property
@@ -134,7 +136,7 @@ class Buffers:
         """(gradients that the loss keeps for the backward pass, its work space)."""
         columns, hidden_size = self.student.head.shape
         gpu, width = self.machine.gpu, self._compute_width
-        step = min(chunk_tokens(columns, gpu), self.kept)
+        step = min(tokens_per_chunk(columns, gpu), self.kept)
         voices = max((len(group) for group in self.models.groups), default=0)
         kept = self.hidden + self.head_gradient
         work = step * columns * (width + (4 if voices else 0)) + step * hidden_size * (width + 4)
@@ -160,15 +162,22 @@ class Buffers:
     def _chunk_bytes(self, step: int, columns: int, voices: int) -> int:
         """Temporaries of one chunk on a CPU, from the loss itself."""
         loss = self.stage.loss
-        parameter = loss.beta if loss.divergence == "jsd" else loss.skew_alpha
+        objective = Objective(
+            ce_weight=loss.ce_weight or 1.0 * (not voices),
+            prediction_weight=loss.prediction_weight,
+            divergence=loss.divergence,
+            beta=loss.beta,
+            skew_alpha=loss.skew_alpha,
+            temperature=loss.temperature,
+        )
         dtype = torch.bfloat16 if self._compute_width == 2 else torch.float32
         with FakeTensorMode():
             student = torch.empty(step, columns, dtype=dtype)
             teacher = torch.empty(step, columns) if voices else None
             labels = torch.zeros(step, dtype=torch.long)
-            numbers = (loss.divergence, parameter, loss.temperature, loss.ce_weight or 1.0 * (not voices))
+            head = OutputHead(student, None, columns)
             given = [t for t in (student, teacher, labels) if t is not None]
-            return most(lambda: chunk_terms(student, teacher, labels, *numbers, loss.prediction_weight, None, 1.0, True), given)
+            return most(lambda: chunk_losses(student, teacher, labels, objective, head, True), given)
 
 
 def _captured(config: Any) -> int:
