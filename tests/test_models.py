@@ -14,10 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForCausalLM
 
 from daekit.errors import UserError
-from daekit.models.backbone import add_on_hidden, frozen_forward, require_plain_head
+from daekit.models.backbone import add_on_hidden, frozen_forward
 from daekit.models.heads import head_logits, output_head
 from daekit.models.identity import fingerprint
 from daekit.models.loading import load_tokenizer_of
+from daekit.models.start_checks import require_plain_head
 from daekit.models.vocabulary import differences, require_same, vocabulary_size
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher

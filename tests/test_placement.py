@@ -12,7 +12,7 @@ from accelerate import cpu_offload, disk_offload
 from torch import Tensor
 
 from daekit.errors import UserError
-from daekit.models.features import decoder_layers
+from daekit.models.backbone import decoder_layers
 from daekit.models.heads import output_head
 from daekit.models.identity import fingerprint
 from daekit.models.loading import load_model

@@ -13,6 +13,9 @@ from daekit.errors import UserError
 from daekit.models.sharded import shape_of
 from daekit.protocol import OutputHead, TeacherOutput
 
+# one thing under three names: Gemma's, RecurrentGemma's, xLSTM's
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 
 def logit_scale(config: PreTrainedConfig) -> float:
     """Multiplier of the logits that some architectures declare (1 for most).
@@ -61,8 +64,8 @@ def output_head(model: nn.Module, vocab_size: int) -> OutputHead:
             "resize the model's embeddings (model.resize_token_embeddings) or use the tokenizer it was trained with."
         )
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return OutputHead(weight, head.bias, vocab_size, logit_scale(config), softcap)
+    caps = [cap for name in _CAPS if (cap := getattr(config, name, None))]
+    return OutputHead(weight, head.bias, vocab_size, logit_scale(config), caps[0] if caps else None)
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from daekit.errors import UserError
-from daekit.models.backbone import base_of
-from daekit.models.features import decoder_layers
+from daekit.models.backbone import base_of, decoder_layers
 from daekit.planning.live import GroupedProducts, Live, size_of
 from daekit.planning.skeleton import Skeleton, fake_parameters
 from daekit.planning.standins import FusedDropout

@@ -23,8 +23,9 @@ from trl import SFTTrainer
 
 from daekit.data.collator import EXAMPLES, DomainCollator, as_batch
 from daekit.errors import UserError
-from daekit.models.backbone import add_on_hidden, require_plain_head
+from daekit.models.backbone import add_on_hidden
 from daekit.models.restore import restore_weights
+from daekit.models.start_checks import require_plain_head
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Batch, Teacher, TeacherOutput
 from daekit.teachers import AdapterPath
