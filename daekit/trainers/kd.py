@@ -25,11 +25,11 @@ from daekit.data.collator import EXAMPLES, DomainCollator, as_batch
 from daekit.errors import UserError
 from daekit.models.backbone import add_on_hidden
 from daekit.models.restore import restore_weights
-from daekit.models.start_checks import require_plain_head
+from daekit.models.start_checks import require_plain_head, require_rows_apart
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Batch, Teacher, TeacherOutput
 from daekit.teachers import AdapterPath
-from daekit.teachers.on_student import on_student, require_on_student
+from daekit.teachers.on_student import frozen_models, on_student, require_on_student
 from daekit.teachers.sharding import Sharding, shard_teacher
 from daekit.trainers.as_teacher import as_teacher
 from daekit.trainers.config import DomainSFTConfig, KDConfig
@@ -123,6 +123,8 @@ class KDTrainer(SFTTrainer):
         self.vocab_size = vocabulary_size(self.processing_class)
         add_on_hidden(self.model)
         require_plain_head(self.model, self.vocab_size)
+        if self.padding_free:
+            require_rows_apart(self.model, "student")
         self.objective = args.objective()
         self.token_metrics = TokenMetrics()
         self.teacher: Any = None
@@ -144,6 +146,9 @@ class KDTrainer(SFTTrainer):
             shard_teacher(self.teacher, Sharding(self.accelerator))
         else:
             self.teacher.to(self.accelerator.device)
+        if self.padding_free:
+            for name, model in frozen_models(self.teacher):
+                require_rows_apart(model, f"teacher {name}")
         if not (self.objective.attention_weight or self.objective.hidden_weight):
             return
         refuse_reentrant(self)
