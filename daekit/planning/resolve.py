@@ -102,8 +102,8 @@ class ModelResolver:
             space = space_of(
                 config,
                 first_n(config),
-                parts=search.parts,
-                smallest=search.smallest,
+                blocks=search.parts,
+                min_ratio=search.smallest,
                 head_dims=search.head_dims or None,
             )
             shape = max(space.shapes(Window(*search.parameters)), key=_units)

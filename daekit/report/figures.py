@@ -71,5 +71,6 @@ def to_svg(figure: Figure, name: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib does not take for a formula."""
-    return text.replace("$", r"\$")
+    """Text that matplotlib shows as it is: ``$`` begins a formula, and a legend leaves out what begins with ``_``."""
+    shown = text.replace("$", r"\$")
+    return f"\u200b{shown}" if shown.startswith("_") else shown

@@ -29,8 +29,8 @@ class CandidateScorer:
         model: the sorted teacher (``sort_teacher``).
         rows: ``input_ids`` and ``labels`` (-100 where a token does not count).
         vocab_size: the number of ids of the tokenizer.
-        by: ``perplexity``: negative log-likelihood of the text; ``kl``: KL(teacher || student).
-        tokens: the most tokens that will be asked for.
+        objective: ``perplexity``: negative log-likelihood of the text; ``kl``: KL(teacher || student).
+        tokens: The largest number of tokens that will be asked for.
 
     Raises:
         UserError: a family that is not supported, or text with fewer tokens.
@@ -43,12 +43,12 @@ class CandidateScorer:
         *,
         vocab_size: int,
         tokens: int,
-        by: Literal["perplexity", "kl"] = "perplexity",
+        objective: Literal["perplexity", "kl"] = "perplexity",
         batch_size: int = 8,
     ) -> None:
         require_plain(model)
         self.model, self.vocab_size, self.batch_size = model, vocab_size, batch_size
-        self.teacher = _Remembering(ModelTeacher(model, vocab_size)) if by == "kl" else None
+        self.teacher = _Remembering(ModelTeacher(model, vocab_size)) if objective == "kl" else None
         self.rows, self.ends = list(rows), []
         total = 0
         for row in self.rows:
@@ -56,7 +56,7 @@ class CandidateScorer:
             self.ends.append(total)
         if total < tokens:
             raise UserError(
-                f"calibration text too short: {total} tokens to score in {len(self.rows)} rows, but the last stage of "
+                f"calibration text too short: {total} tokens to score in {len(self.rows)} rows, but the last round of "
                 f"the search wants {tokens}; give more text or fewer tokens"
             )
 

@@ -17,9 +17,10 @@ A config has one size for all layers, so layers differ in which units they keep,
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations, product
 from typing import Literal
@@ -120,7 +121,7 @@ class Space:
     def selection(self, candidate: Candidate) -> Selection:
         """What a candidate keeps of the sorted teacher."""
         layers, per_group = len(candidate.layers), self.own.queries_per_group
-        neurons, groups = (genes * layers if len(genes) == 1 else genes for genes in (candidate.neurons, candidate.groups))
+        neurons, groups = (kept * layers if len(kept) == 1 else kept for kept in (candidate.neurons, candidate.groups))
         return Selection(
             layers=candidate.layers,
             hidden=_units(candidate.hidden, self.hidden_block),
@@ -158,7 +159,7 @@ class Space:
             UserError: there is none; or more shapes to look at than a million.
         """
         sizes = (self.layers, self.hidden, self.neurons, self.groups, self.queries, self.head_dims)
-        looked_at = _product_of_lengths(sizes)
+        looked_at = math.prod(map(len, sizes))
         if looked_at > _MOST_SHAPES:
             raise UserError(f"the space has {looked_at:,} combinations of sizes; take larger steps (at most {_MOST_SHAPES:,})")
         found, below, above = [], 0, 0
@@ -223,40 +224,41 @@ def space_of(
     granularity: Literal["coarse", "fine"] = "coarse",
     units: Literal["uniform", "layerwise"] = "layerwise",
     *,
-    parts: int = 8,
-    smallest: float = 0.25,
+    blocks: int = 8,
+    min_ratio: float = 0.25,
     head_dims: Sequence[int] | None = None,
 ) -> Space:
-    """The usual space over a teacher: channels and neurons in ``parts`` steps, every number of heads, queries and layers.
+    """The usual space over a teacher: channels and neurons in ``blocks`` steps, every number of heads, queries and layers.
 
     Args:
-        importance: orders the layers.
-        granularity, units: see the table above; the teacher is sorted by ``importance.uniform`` for a coarse uniform space.
-        smallest: sizes below this share of the teacher's are left out.
-        head_dims: widths of a head to choose from (default: the teacher's only; see ``possible_head_dims``).
+        importance: Orders the layers.
+        granularity, units: See the table above; for a coarse uniform space the teacher is sorted by ``importance.uniform``.
+        blocks: Number of blocks that channels and neurons are divided into.
+        min_ratio: Smallest size, as a ratio of the teacher's.
+        head_dims: Widths of a head to choose from (default: only the teacher's; see ``possible_head_dims``).
 
     Raises:
-        UserError: channels or neurons that cannot be divided into so many parts.
+        UserError: The channels or the neurons cannot be divided into so many blocks.
     """
     own = Shape.of(config)
     for name in ("hidden_size", "intermediate_size"):
-        if getattr(own, name) % parts:
-            raise UserError(f"parts={parts}: does not divide the teacher's {name}={getattr(own, name)}")
+        if getattr(own, name) % blocks:
+            raise UserError(f"blocks={blocks}: does not divide the teacher's {name}={getattr(own, name)}")
     fine = granularity == "fine"
 
-    def from_smallest(size: int, step: int = 1) -> tuple[int, ...]:
-        return tuple(each for each in range(step, size + 1, step) if each >= smallest * size)
+    def sizes(size: int, step: int = 1) -> tuple[int, ...]:
+        return tuple(each for each in range(step, size + 1, step) if each >= min_ratio * size)
 
-    hidden_block, neuron_block = own.hidden_size // parts, own.intermediate_size // parts
+    hidden_block, neuron_block = own.hidden_size // blocks, own.intermediate_size // blocks
     if family_of(config).hidden_is_all_heads:
         hidden_block = own.head_dim
     return Space(
         config=config,
-        layers=from_smallest(own.num_hidden_layers),
-        hidden=from_smallest(own.hidden_size, hidden_block),
-        neurons=from_smallest(own.intermediate_size, neuron_block),
-        groups=from_smallest(own.num_key_value_heads),
-        queries=from_smallest(own.queries_per_group),
+        layers=sizes(own.num_hidden_layers),
+        hidden=sizes(own.hidden_size, hidden_block),
+        neurons=sizes(own.intermediate_size, neuron_block),
+        groups=sizes(own.num_key_value_heads),
+        queries=sizes(own.queries_per_group),
         head_dims=tuple(sorted(head_dims)) if head_dims is not None else (own.head_dim,),
         layer_order=importance.layers_L.sort(descending=True, stable=True).indices.tolist(),
         hidden_block=hidden_block,
@@ -266,27 +268,9 @@ def space_of(
     )
 
 
-def to_json(candidate: Candidate) -> dict[str, object]:
-    """Plain values, as they come back from JSON."""
-    genes = {each.name: getattr(candidate, each.name) for each in fields(Candidate)}
-    return genes | {
-        "layers": list(candidate.layers),
-        "hidden": list(candidate.hidden),
-        "neurons": [list(blocks) for blocks in candidate.neurons],
-        "groups": [list(heads) for heads in candidate.groups],
-    }
-
-
 def _units(blocks: Sequence[int], size: int) -> tuple[int, ...]:
     return tuple(block * size + unit for block in blocks for unit in range(size))
 
 
 def _sample(units: int, count: int, generator: random.Random) -> Blocks:
     return tuple(sorted(generator.sample(range(units), count)))
-
-
-def _product_of_lengths(sizes: Sequence[Sequence[int]]) -> int:
-    total = 1
-    for each in sizes:
-        total *= len(each)
-    return total
