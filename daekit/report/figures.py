@@ -1,4 +1,4 @@
-"""What all plots of a report share: colours, the look of axes, and SVG that follows the page's font and colours."""
+"""Shared by all plots of a report: colours, the look of axes, and SVG that follows the page's font and colours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report as Markdown, for a repository or an issue."""
+"""Renders a report as Markdown, for a repository or an issue."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ def _breakdown(breakdown: Breakdown) -> list[str]:
     lines = []
     for part in breakdown.parts:
         cells = [breakdown.cell(part, model) for model in breakdown.models]
-        lines.append(
-            [_escape(part), *("" if row is None else f"{_value(row)} {format_interval(row)}" for row in cells)]
-        )
+        lines.append([_escape(part), *("" if row is None else f"{_value(row)} {format_interval(row)}" for row in cells)])
     return [f"## {_escape(breakdown.title)}", _table(["", *map(_escape, breakdown.models)], lines)]
 
 

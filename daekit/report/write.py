@@ -1,4 +1,4 @@
-"""Writes a report as files."""
+"""Writes the files of a report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A student made from its teacher: cut out of it, searched for, or made of its experts."""
+"""Makes a student from its teacher: a part of it, given or searched for, or a mixture of MoE experts."""
 
 from daekit.students.experts import ExpertScores, measure_experts
 from daekit.students.figure import search_svg

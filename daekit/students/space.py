@@ -1,4 +1,4 @@
-"""What a search may choose: the sizes of a student, which layers it keeps and, in fine spaces, which units.
+"""The space of a search: the sizes of a student, the layers that it keeps and, in fine spaces, the units.
 
 The teacher is sorted first (``sort_teacher``), so the first units of everything are those that count most. Units are chosen
 in blocks: of channels, of neurons, and key/value heads with their queries.
@@ -39,15 +39,15 @@ Blocks = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A student as a search handles it; blocks and heads are counted in the sorted teacher, in rising order.
+    """A student as a search handles it; blocks and heads are those of the sorted teacher, in rising order.
 
     Attributes:
-        layers: kept layers of the teacher.
-        hidden: kept blocks of channels.
-        neurons: kept blocks of neurons: of every kept layer, or one entry for all of them.
-        groups: kept key/value heads, likewise.
-        queries: query heads kept of each of them, the first ones.
-        head_dim: dimensions of a head.
+        layers: The kept layers of the teacher.
+        hidden: The kept blocks of channels.
+        neurons: The kept blocks of neurons, for every kept layer or in one entry for all layers.
+        groups: The kept key/value heads, likewise.
+        queries: The number of query heads that each of them keeps, the first ones.
+        head_dim: The dimensions of a head.
     """
 
     layers: Blocks
@@ -60,28 +60,28 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Window:
-    """How many parameters a student may have, both ends included."""
+    """The number of parameters that a student may have, both ends included."""
 
     low: int
     high: int
 
     def holds(self, parameters: int) -> bool:
-        """Whether a student of so many is allowed."""
+        """Whether a student may have this number of parameters."""
         return self.low <= parameters <= self.high
 
 
 @dataclass(frozen=True)
 class Space:
-    """The choices. Every tuple of sizes is rising; ``space_of`` makes the usual ones.
+    """The choices of a search; ``space_of`` makes the usual ones.
 
     Attributes:
-        config: the teacher's.
-        layers, hidden, neurons, groups, queries, head_dims: the sizes to choose from, named as in ``Candidate``; ``hidden``
-            and ``neurons`` in channels and neurons.
-        layer_order: the teacher's layers, the most important first.
-        hidden_block, neuron_block: how many units a block has.
-        any_layers: any layers instead of the most important ones.
-        any_units: any blocks instead of the first ones: the ``same`` in every layer, or each layer its ``own``.
+        config: The teacher's config.
+        layers, hidden, neurons, groups, queries, head_dims: The sizes to choose from, rising, named as in ``Candidate``;
+            ``hidden`` and ``neurons`` in channels and neurons.
+        layer_order: The teacher's layers, the most important first.
+        hidden_block, neuron_block: The number of units of a block.
+        any_layers: Whether any layers may be kept instead of the most important ones.
+        any_units: Whether any blocks may be kept instead of the first ones: the ``same`` in every layer, or ``own`` ones.
     """
 
     config: PreTrainedConfig = field(repr=False)
@@ -115,11 +115,11 @@ class Space:
         )
 
     def parameters(self, candidate: Candidate) -> int:
-        """How many parameters a candidate has."""
+        """The number of parameters of a candidate."""
         return count_parameters(self.config, self.shape(candidate))
 
     def selection(self, candidate: Candidate) -> Selection:
-        """What a candidate keeps of the sorted teacher."""
+        """The units of the sorted teacher that a candidate keeps."""
         layers, per_group = len(candidate.layers), self.own.queries_per_group
         neurons, groups = (kept * layers if len(kept) == 1 else kept for kept in (candidate.neurons, candidate.groups))
         return Selection(
@@ -134,7 +134,7 @@ class Space:
         )
 
     def first(self, shape: Shape) -> Candidate:
-        """The candidate of a shape that keeps what counts most."""
+        """The candidate of a shape that keeps the most important units."""
         return Candidate(
             layers=tuple(sorted(self.layer_order[: shape.num_hidden_layers])),
             hidden=tuple(range(shape.hidden_size // self.hidden_block)),
@@ -145,18 +145,18 @@ class Space:
         )
 
     def copies(self, layers: int) -> int:
-        """How many entries a candidate's neurons and groups have."""
+        """The number of entries of a candidate's neurons and groups."""
         return layers if self.any_units == "own" else 1
 
     def feasible(self, candidate: Candidate, window: Window) -> bool:
-        """Whether a candidate's sizes keep every rule and the window."""
+        """Whether a candidate's sizes break no rule and lie in the window."""
         return window.holds(self.parameters(candidate)) and not any(problems_of(self.config, self.shape(candidate)))
 
     def shapes(self, window: Window) -> list[Shape]:
-        """Every shape of this space that keeps the rules and the window.
+        """Every shape of this space that breaks no rule and lies in the window.
 
         Raises:
-            UserError: there is none; or more shapes to look at than a million.
+            UserError: There is none, or the space has more than a million combinations of sizes.
         """
         sizes = (self.layers, self.hidden, self.neurons, self.groups, self.queries, self.head_dims)
         looked_at = math.prod(map(len, sizes))
@@ -186,7 +186,7 @@ class Space:
         """Every candidate of a space without choices of units, shape by shape.
 
         Raises:
-            UserError: a space with choices of units, or nothing in the window.
+            UserError: The space has choices of units, or nothing lies in the window.
         """
         if self.any_units:
             raise UserError("a grid over choices of units would never end: use a coarse space, or the evolutionary search")
@@ -199,7 +199,7 @@ class Space:
                 yield Candidate(layers, first.hidden, first.neurons, first.groups, first.queries, first.head_dim)
 
     def sample(self, shapes: Sequence[Shape], generator: random.Random) -> Candidate:
-        """A candidate of one of the shapes; what may be chosen freely is, half of the time, what counts most."""
+        """A random candidate of one of the shapes; free choices are, half of the time, the most important units."""
         first = self.first(generator.choice(shapes))
         layers = first.layers
         if self.any_layers and generator.random() < 0.5:
