@@ -68,7 +68,7 @@ def run(student: str, folder: Path, callbacks: tuple[TrainerCallback, ...] = (),
     trainer = build(student, folder, **changes)
     for callback in callbacks:
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=checkpoint.newest_whole(folder) is not None)
+    trainer.train(resume_from_checkpoint=checkpoint.newest(folder) is not None)
     history = [{k: v for k, v in entry.items() if k not in RUNTIMES} for entry in trainer.state.log_history]
     torch.save({"weights": weights(trainer.model), "history": history}, folder / "result.pt")
 
@@ -199,7 +199,7 @@ def test_killed_before_every_single_file_event(student: str, tmp_path: Path, str
             run(student, folder)
 
         assert forked(kill) == -signal.SIGKILL, events[point - 1]
-        whole = checkpoint.newest_whole(folder) is not None
+        whole = checkpoint.newest(folder) is not None
         assert whole or not whole_before, f"no whole checkpoint is left before {events[point - 1]}"
         whole_before = whole_before or whole
         assert forked(lambda folder=folder: run(student, folder)) == 0, events[point - 1]
@@ -278,7 +278,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("problem", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_not_stepped_over(problem: str, output: Path) -> None:
+def test_a_corrupt_checkpoint_is_named_and_not_stepped_over(problem: str, output: Path) -> None:
     DAMAGES[problem](output / "checkpoint-6")
     with pytest.raises(UserError, match=problem) as caught:
         resume(output)
@@ -293,8 +293,8 @@ def test_a_damaged_checkpoint_is_named_and_not_stepped_over(problem: str, output
         ("teacher", {"teachers": {"shop": tiny.model(seed=9, hidden=48)}}),
         ("teacher", {"reference": tiny.model(seed=9)}),
         ("data", {"max_length": 8, "overlong": "truncate"}),
-        ("terms", {"temperature": 2.0}),
-        ("terms", {"ce_weight": 0.3}),
+        ("objective.temperature: 1.0 then, 2.0 now", {"temperature": 2.0}),
+        ("objective.ce_weight", {"ce_weight": 0.3}),
         ("seed", {"seed": 7}),
         ("batch", {"gradient_accumulation_steps": 1}),
         ("optim: .adamw_torch. then, .sgd. now", {"optim": "sgd"}),
@@ -336,7 +336,7 @@ def test_other_data_is_refused(output: Path) -> None:
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
         build("dense", tmp_path).train(resume_from_checkpoint=True)
 
 
@@ -350,7 +350,7 @@ def test_a_checkpoint_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     foreign = tmp_path / "checkpoint-500"
     foreign.mkdir()
     (foreign / "model.safetensors").write_text("precious")
-    with pytest.raises(UserError, match=r"checkpoint-500: was not written by daekit"):
+    with pytest.raises(UserError, match=r"checkpoint-500: has no .*Delete the folder.*, move it away, or"):
         build("dense", tmp_path).train()
     with pytest.raises(UserError, match="not a checkpoint of daekit"):
         build("dense", tmp_path).train(resume_from_checkpoint=str(foreign))
@@ -362,7 +362,7 @@ def test_a_run_begun_anew_in_the_same_folder_keeps_its_own_checkpoints(output: P
     build("dense", output, max_steps=5, save_total_limit=1, save_steps=4).train()
     assert [folder.name for folder in checkpoint.checkpoints(output)] == ["checkpoint-5"]
     build("dense", output, max_steps=3, save_total_limit=5).train()
-    newest = checkpoint.newest_whole(output)
+    newest = checkpoint.newest(output)
     assert newest is not None and newest.name == "checkpoint-3"
 
 
@@ -376,7 +376,7 @@ def test_a_deletion_that_is_cut_short_leaves_no_half_checkpoint(output: Path, mo
         with pytest.raises(KeyboardInterrupt):
             checkpoint.rotate(output, 1, set())
     assert [folder.name for folder in checkpoint.checkpoints(output)] == ["checkpoint-6"]
-    checkpoint.clear_remains(output)
+    checkpoint.clear_partial(output)
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
@@ -401,7 +401,7 @@ def assert_full_disk_is_survived(output: Path, fill: Callable[[], Any], empty: C
     with pytest.raises(UserError, match="the disk is full") as caught:
         trainer.train()
     assert "checkpoint-6" in str(caught.value)
-    newest = checkpoint.newest_whole(output)
+    newest = checkpoint.newest(output)
     assert newest is not None and newest.name == "checkpoint-3"
     empty()
     run("dense", output)

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from daekit.losses.chunk import chunk_terms
-from daekit.losses.prediction import chunk_tokens
-from daekit.models.internals import Watch
+from daekit.losses.chunk import chunk_losses
+from daekit.losses.prediction import tokens_per_chunk
+from daekit.models.features import layers_of
 from daekit.planning.machine import Machine
 from daekit.planning.models import FrozenModel, StageModels
 from daekit.planning.trace import MicroBatch, ModelCost, peak_bytes
 from daekit.planning.training import Training
+from daekit.protocol import FeatureSpec, OutputHead
+from daekit.recipe.objective import Objective
 from daekit.recipe.schema import StageSpec
 
 _BLOCK_SCORES = 2**20  # as in daekit.losses.attention_blocks
@@ -62,11 +64,11 @@ class Buffers:
         return self.training.autocast.itemsize if self.training.autocast is not None else self._cost.hidden_width
 
     @cached_property
-    def _watch(self) -> Watch | None:
+    def _feature_spec(self) -> FeatureSpec | None:
         loss = self.stage.loss
         if self.stage.type == "sft" or not (loss.attention_weight or loss.hidden_weight):
             return None
-        return Watch(
+        return FeatureSpec(
             self.student.config,
             attention=loss.attention_layers if loss.attention_weight else None,  # type: ignore[arg-type]
             hidden=loss.hidden_layers if loss.hidden_weight else None,  # type: ignore[arg-type]
@@ -76,10 +78,10 @@ class Buffers:
     @cached_property
     def feature_layers(self) -> tuple[int, int]:
         """(layers of the student whose attention is compared, layers whose hidden states are)."""
-        if self._watch is None:
+        if self._feature_spec is None:
             return 0, 0
-        watched = self._watch.of(self.student.config)
-        return len(watched.attention), len(watched.hidden)
+        layers = layers_of(self._feature_spec, self.student.config)
+        return len(layers.attention), len(layers.hidden)
 
     @cached_property
     def teacher_outputs(self) -> tuple[int, int]:
@@ -87,7 +89,7 @@ class Buffers:
         sizes = []
         for members in self.models.teachers:
             last = sum(self.tokens * int(each.meta.config.hidden_size) * self._width_of(each) for each in members)
-            features = sum(self._features(each) for each in members) if self._watch is not None else 0
+            features = sum(self._features(each) for each in members) if self._feature_spec is not None else 0
             sizes.append((last + features, features if self.training.checkpointing else 0))
         return max(sizes, default=(0, 0))
 
@@ -135,7 +137,7 @@ class Buffers:
         """(gradients that the loss keeps for the backward pass, its work space)."""
         columns, hidden_size = self.student.head.shape
         gpu, width = self.machine.gpu, self._compute_width
-        step = min(chunk_tokens(columns, gpu), self.tokens)
+        step = min(tokens_per_chunk(columns, gpu), self.tokens)
         members = max(map(len, self.models.teachers), default=0)
         kept = self.hidden + self.head_gradient
         work = step * columns * (width + (4 if members else 0)) + step * hidden_size * (width + 4)
@@ -163,17 +165,22 @@ class Buffers:
     def _chunk_bytes(self, step: int, columns: int, members: int) -> int:
         """Temporaries of one chunk on a CPU, measured on the loss itself."""
         loss = self.stage.loss
-        parameter = loss.beta if loss.divergence == "jsd" else loss.skew_alpha
+        objective = Objective(
+            ce_weight=loss.ce_weight or 1.0 * (not members),
+            prediction_weight=loss.prediction_weight,
+            divergence=loss.divergence,
+            beta=loss.beta,
+            skew_alpha=loss.skew_alpha,
+            temperature=loss.temperature,
+        )
         dtype = torch.bfloat16 if self._compute_width == 2 else torch.float32
         with FakeTensorMode():
             student = torch.empty(step, columns, dtype=dtype)
             teacher = torch.empty(step, columns) if members else None
             labels = torch.zeros(step, dtype=torch.long)
-            numbers = (loss.divergence, parameter, loss.temperature, loss.ce_weight or 1.0 * (not members))
+            head = OutputHead(student, None, columns)
             given = [t for t in (student, teacher, labels) if t is not None]
-            return peak_bytes(
-                lambda: chunk_terms(student, teacher, labels, *numbers, loss.prediction_weight, None, 1.0, True), given
-            )
+            return peak_bytes(lambda: chunk_losses(student, teacher, labels, objective, head, True), given)
 
 
 def _queries_and_keys(config: Any) -> int:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
-from daekit.models.internals import decoder_layers
+from daekit.models.features import decoder_layers
 from daekit.planning.quantized_layers import quantize_layers
 from daekit.planning.resolve import ResolvedModel
 from daekit.recipe.schema import LoraSpec

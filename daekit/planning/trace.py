@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
-from daekit.models.internals import decoder_layers
+from daekit.models.features import decoder_layers
 from daekit.planning.live_bytes import GroupedProducts, LiveBytes, size_of
 from daekit.planning.meta_model import MetaModel, fake_parameters
 from daekit.planning.quantized_layers import FusedDropout

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from daekit.errors import UserError
 from daekit.models.scoring import TokenRow, score_rows
-from daekit.protocol import IGNORE_INDEX, Batch, Signal
+from daekit.protocol import IGNORE_INDEX, Batch, FeatureSpec, TeacherOutput
 from daekit.students.selection import Selection
 from daekit.students.slicing import require_plain, view_model
 from daekit.teachers import ModelTeacher
@@ -79,14 +79,14 @@ class _RunOnce:
 
     def __init__(self, teacher: ModelTeacher) -> None:
         self.teacher = teacher
-        self.known: dict[bytes, list[Signal]] = {}
+        self.known: dict[bytes, list[TeacherOutput]] = {}
 
-    def signals(self, batch: Batch) -> list[Signal]:
+    def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
         ids_BT = batch.inputs["input_ids"]
         assert isinstance(ids_BT, Tensor)
         key = ids_BT.cpu().numpy().tobytes() + batch.labels_BT.cpu().numpy().tobytes()
         if key not in self.known:
-            self.known[key] = self.teacher.signals(batch)
+            self.known[key] = self.teacher.outputs(batch)
         return self.known[key]
 
     def identity(self) -> dict[str, object]:
