@@ -8,32 +8,19 @@ only after the newer one is whole, and a run that is not the same run is refused
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from daekit.errors import UserError
+from daekit.files import file_hash, write_json
 
 MANIFEST = "daekit_checkpoint.json"
 _UNFINISHED = MANIFEST + ".tmp"  # lies in a folder from the first moment of a save; its renaming ends the save
 _REMOVED = ".removed"
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
-_BLOCK = 1 << 22
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that after a crash it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as stream:
-        json.dump(content, stream, indent=1, sort_keys=True)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def begin(folder: Path) -> None:
@@ -171,12 +158,7 @@ def _remove(folder: Path) -> None:
 
 
 def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-        os.fsync(stream.fileno())  # a seal on what a power cut can still take away would be worth nothing
-    return digest.hexdigest()
+    return file_hash(path, sync=True)  # a seal on what a power cut can still take away would be worth nothing
 
 
 def _short(value: Any) -> str:

@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from daekit.data.fingerprint import fingerprint as data_fingerprint
 from daekit.errors import UserError, says_disk_is_full
+from daekit.files import write_json
 from daekit.models.identity import hash_tensors
 from daekit.models.restore import restore_weights
 from daekit.models.sharded import shape_of
@@ -197,7 +198,7 @@ class WholeCheckpointTrainer(SFTTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        checkpoint.write_json(self._accumulators_file(Path(output_dir)), self.accumulators())
+        write_json(self._accumulators_file(Path(output_dir)), self.accumulators())
 
     def _accumulators_file(self, folder: Path) -> Path:
         return folder / f"daekit_state_{self.args.process_index}.json"
