@@ -165,7 +165,7 @@ def _from_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, see
         raise UserError("config: model_type is missing; name the architecture, such as model_type: mistral")
     if tokenizer is not None:
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-        fields = {"vocab_size": vocabulary_size(tokenizer)} | special | fields
+        fields = {"vocab_size": int(vocabulary_size(tokenizer))} | special | fields
     try:
         config = AutoConfig.for_model(model_type, **fields)
         _refuse_unknown(fields, config)

@@ -27,7 +27,7 @@ from daekit.errors import UserError
 from daekit.models.backbone import add_on_hidden
 from daekit.models.restore import restore_weights
 from daekit.models.start_checks import require_plain_head, require_rows_apart
-from daekit.models.vocabulary import vocabulary_size
+from daekit.models.vocabulary import known_ids, vocabulary_size
 from daekit.protocol import Batch, Teacher, TeacherOutput
 from daekit.teachers import AdapterPath
 from daekit.teachers.on_student import frozen_models, on_student, require_on_student
@@ -106,7 +106,8 @@ class KDTrainer(SFTTrainer):
             args = copy.copy(args)
             args.model_init_kwargs = None  # used; SFTTrainer would say that they are not
         refuse_expert_adapter(model, sft_arguments.get("peft_config"))
-        self.rows = RowPreparation(self.default_domain, self._stream_domains())
+        frozen = [] if teacher is None else [each for _, each in frozen_models(teacher)]
+        self.rows = RowPreparation(self.default_domain, self._stream_domains(), known_ids([model, *frozen]))
         self.data_counts = self.rows.counts  # data set -> domain -> what preparation did to its rows
         self.checkpoints = Checkpoints(self)
         router = RouterSettings.of(model)
