@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.models.experts import PROJECTIONS, is_experts_layer
-from daekit.models.loading import load_model
+from daekit.models.loading import UNREADABLE, first_line, load_model
 from daekit.models.restore import ADAPTER_WEIGHTS, restore_adapter
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, on_an_end, read_adapter_config, require_same_base, require_shareable
 from daekit.recipe.schema import ModelSpec
@@ -109,8 +109,10 @@ def require_adapters_fit(folders: Iterable[str | Path], base: ModelSpec) -> None
     for folder in folders:
         lora = lora_config_of(folder)
         require_same_base(folder, str(lora.base_model_name_or_path), base.path, (lora.revision, base.revision))
+        # trust in an adapter is none in the base that it names, whose config this is
+        trusted = base.trust_remote_code and not _is_adapter(base)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
         require_fits(folder, lora, skeleton, quantised=base.quantization is not None)
 
 
@@ -164,14 +166,17 @@ def _on_experts(wrapper: ParamWrapper) -> bool:
 def _config_of(base: ModelSpec) -> PreTrainedConfig:
     """The config of a base; of one that is an adapter merged when it is loaded, that of the model below."""
     assert base.path is not None
-    if (Path(base.path).expanduser() / ADAPTER_CONFIG).is_file():
+    if _is_adapter(base):
         below = lora_config_of(base.path)
         return _config_of(ModelSpec(path=below.base_model_name_or_path, revision=below.revision))
     try:
         return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{base.path}: the config of the model could not be read ({reason})") from error
+    except UNREADABLE as error:
+        raise UserError(f"{base.path}: the config of the model could not be read ({first_line(error)})") from error
+
+
+def _is_adapter(base: ModelSpec) -> bool:
+    return (Path(str(base.path)).expanduser() / ADAPTER_CONFIG).is_file()
 
 
 def name_of_base(model: nn.Module) -> str:
