@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from daekit.errors import UserError
 from daekit.models.adapters import base_spec, load_continued, require_adapters_fit
-from daekit.models.loading import load_model, load_tokenizer_of
+from daekit.models.loading import load_model, load_tokenizer_of, load_whole
 from daekit.recipe.adapter_config import read_adapter_config
 from daekit.recipe.schema import ModelSpec
 from tests.helpers import tiny
@@ -138,5 +139,8 @@ def test_trust_in_an_adapter_is_no_trust_in_its_base(sharded: Path, tmp_path: Pa
         with suppress(UserError):
             use()
         assert not marker.exists()
+    with pytest.raises(UserError, match="would run the code of the base"):  # as for one on the hub
+        load_whole(AutoModelForCausalLM.from_pretrained, str(lower), {"trust_remote_code": True})
+    assert not marker.exists()
     load_model(ModelSpec(path=str(base), trust_remote_code=True))
     assert marker.exists()  # so the code is there to be run

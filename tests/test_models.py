@@ -113,6 +113,15 @@ def test_frozen_forward_restores_every_mode_after_an_error() -> None:
     assert torch.is_grad_enabled()
 
 
+def test_a_deep_copy_runs_its_own_weights() -> None:
+    model = tiny.model()
+    add_on_hidden(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.get_output_embeddings().weight.mul_(2)
+        assert torch.equal(twin(input_ids=IDS).logits, 2 * model(input_ids=IDS).logits)
+
+
 # ---- fingerprints ----------------------------------------------------------------------------------------------------------
 
 

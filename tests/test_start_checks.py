@@ -103,6 +103,24 @@ def test_the_trainers_look_at_every_teacher(tmp_path: Any) -> None:
         kd(tmp_path, tiny.rows(8), teacher=EnsembleTeacher([plain, leaking]), packing=True)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "nemotron_h"])
+def test_no_balancing_loss(family: str, tmp_path: Any) -> None:
+    with pytest.raises(UserError, match=f"router_aux_loss_coef=0.1: {family}"):
+        sft(tmp_path, tiny.rows(8), student=small(family), router_aux_loss_coef=0.1)
+    sft(tmp_path, tiny.rows(8), student=small("qwen3_moe"), router_aux_loss_coef=0.1)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("mamba", "all-linear"), ("nemotron_h", "all-linear"), ("phimoe", "all-linear"), ("llama", ["c_attn"])],
+)
+def test_targets_that_no_adapter_can_have(family: str, targets: Any, tmp_path: Any) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=targets)
+    with pytest.raises(UserError, match="peft_config: target_modules"):
+        sft(tmp_path, tiny.rows(8), student=small(family), peft_config=config)
+    sft(tmp_path, tiny.rows(8), student=small("mixtral"), peft_config=LoraConfig(target_modules="all-linear"))
+
+
 # ---- layers -----------------------------------------------------------------------------------------------------------------
 
 

@@ -116,6 +116,32 @@ def require_adapters_fit(folders: Iterable[str | Path], base: ModelSpec) -> None
         require_fits(folder, lora, skeleton, quantised=base.quantization is not None)
 
 
+def require_targets(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Try a new adapter on a twin of a model without weights: PEFT's refusals as one sentence.
+
+    Raises:
+        UserError: no such module, modules that PEFT refuses (of state-space layers), routers that return several tensors, to
+            which an adapter's output cannot be added.
+    """
+    with torch.device("meta"):
+        try:
+            adapted = get_peft_model(type(model)(copy.deepcopy(model.config)), _without_first_values(config))
+        except ValueError as error:
+            reason = first_line(error).split(". ")[0]
+            raise UserError(
+                f"peft_config: target_modules={config.target_modules!r} does not fit {model.config.model_type} ({reason}). "
+                "Name modules, such as q_proj and v_proj."
+            ) from error
+    for name, layer in adapted.named_modules():
+        linear = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) and not isinstance(layer, ParamWrapper) else None
+        # a Linear that a family has made something else of
+        if isinstance(linear, nn.Linear) and type(linear).__module__.startswith("transformers.models."):
+            raise UserError(
+                f"peft_config: target_modules={config.target_modules!r} takes in {name.removeprefix('base_model.model.')}, a "
+                f"{type(linear).__name__}, which returns several tensors. Name modules, such as q_proj and v_proj."
+            )
+
+
 def require_fits(folder: str | Path, lora: LoraConfig, skeleton: PreTrainedModel, quantised: bool) -> None:
     """Compare names and shapes of an adapter's tensors with its base as a model without weights (on the meta device).
 

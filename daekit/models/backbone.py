@@ -101,11 +101,13 @@ def add_on_hidden(model: nn.Module) -> None:
     original = base.forward
     if getattr(original, "takes_on_hidden", False):
         return
+    own = isinstance(original, types.MethodType) and original.__self__ is base  # a deep copy must run its own weights
+    run: Callable[..., Any] = original.__func__ if own else lambda _, *args, **inputs: original(*args, **inputs)  # type: ignore[attr-defined]
 
     @functools.wraps(type(base).forward)  # generate() validates its arguments against this signature
     def forward(self: PreTrainedModel, *args: Any, on_hidden: Callable[[Any], Any] | None = None, **inputs: Any) -> Any:
         if on_hidden is None:
-            return original(*args, **inputs)
+            return run(self, *args, **inputs)
         inputs.pop("labels", None)  # PEFT passes labels=None along
         # looked up on each call, because FSDP and PEFT replace modules after this point
         return on_hidden(backbone_of(self)(*args, **(inputs | {"use_cache": False})))

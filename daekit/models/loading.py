@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 from transformers.modeling_utils import set_zero3_state
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, find_adapter_config_file
 
 from daekit.errors import UserError
 from daekit.models.placement import device_map_of, require_devices
@@ -86,6 +86,7 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
             quantisation that this device cannot do, that left most weights as they were, or of weights that are quantised.
     """
     require_shards(Path(path).expanduser())
+    _refuse_trusted_adapter(path, arguments)
     config = arguments.get("quantization_config")
     if isinstance(config, BitsAndBytesConfig):
         method = quantised_by(path, arguments.get("revision"))
@@ -106,6 +107,15 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
             print(line, flush=True)
         keep_four_bit_weights(model)
     return model
+
+
+def _refuse_trusted_adapter(path: str, arguments: Mapping[str, Any]) -> None:
+    """transformers would load the base that an adapter names, and run its code on the trust that was given to the adapter."""
+    if arguments.get("trust_remote_code") and find_adapter_config_file(path, revision=arguments.get("revision")) is not None:
+        raise UserError(
+            f"{path}: holds an adapter, and trust_remote_code for it would run the code of the base that it names. Name the "
+            "base and give trust_remote_code there, or leave it out."
+        )
 
 
 def quantised_by(path: str, revision: str | None) -> str | None:

@@ -112,6 +112,10 @@ def _run_head(model: PreTrainedModel, ids: Tensor, size: int, states: Tensor | N
     """``[1, T, H]`` last hidden states and ``[T, V]`` the model's own logits; of ``states`` where they are given."""
     with _last_hidden_states(model, states) as seen:
         logits = model(input_ids=ids, use_cache=False).logits[0, :, :size]
+    if not seen:
+        raise UserError(
+            f"{type(base_of(model)).__name__}: its forward does not run its own layers; is it a copy of a wrapped model?"
+        )
     return seen[-1], logits
 
 

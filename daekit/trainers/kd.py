@@ -41,10 +41,10 @@ from daekit.trainers.features import FeatureLosses
 from daekit.trainers.loss import divergence_metric, divided, summed_losses
 from daekit.trainers.projections import forget_projections, without_projections
 from daekit.trainers.resume import Checkpoints, student_folder
-from daekit.trainers.router import RouterSettings, router_inputs
+from daekit.trainers.router import RouterSettings, require_balancing_loss, router_inputs
 from daekit.trainers.student_loading import load_student, name_of, spec_of, tokenizer_of
 from daekit.trainers.token_metrics import TokenMetrics, counted_rows
-from daekit.trainers.validation import refuse_arguments, refuse_expert_adapter
+from daekit.trainers.validation import refuse_adapter, refuse_arguments
 
 DEFAULT_DOMAIN = "general"
 
@@ -105,7 +105,7 @@ class KDTrainer(SFTTrainer):
             model = load_student(model, args, sft_arguments.pop("quantization_config", None))
             args = copy.copy(args)
             args.model_init_kwargs = None  # used; SFTTrainer would say that they are not
-        refuse_expert_adapter(model, sft_arguments.get("peft_config"))
+        refuse_adapter(model, sft_arguments.get("peft_config"))
         frozen = [] if teacher is None else [each for _, each in frozen_models(teacher)]
         self.rows = RowPreparation(self.default_domain, self._stream_domains(), known_ids([model, *frozen]))
         self.data_counts = self.rows.counts  # data set -> domain -> what preparation did to its rows
@@ -125,6 +125,7 @@ class KDTrainer(SFTTrainer):
         self.vocab_size = vocabulary_size(self.processing_class)
         add_on_hidden(self.model)
         require_plain_head(self.model, self.vocab_size)
+        require_balancing_loss(self)
         if self.padding_free:
             require_rows_apart(self.model, "student")
         self.objective = args.objective()
