@@ -13,7 +13,7 @@ import yaml
 
 from daekit.cli import main
 from daekit.errors import UserError
-from daekit.evaluation.subjects import Subject, file_fingerprint
+from daekit.evaluation.evaluated import EvaluatedModel, file_fingerprint
 from daekit.evaluation.suites import Options, run_suite
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.load_suite import load_suite_text, parse_models
@@ -112,7 +112,7 @@ def test_bad_input_is_one_sentence_before_any_weight(world, tmp_path, monkeypatc
     (tmp_path / "empty").mkdir()
     places = {"one": world / "one", "two": world / "two", "other": other, "empty": tmp_path / "empty"}
     filled = [argument.format(**places) for argument in arguments]
-    monkeypatch.setattr("daekit.evaluation.subjects.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("daekit.evaluation.evaluated.load_model", lambda *_: pytest.fail("weights were loaded"))
     assert main(["eval", str(world / "suite.yaml"), "--output", str(tmp_path / "out"), "baseline=one", *filled]) == 2
     error = capsys.readouterr().err
     assert says in error and "Traceback" not in error
@@ -141,8 +141,8 @@ def test_models_of_two_tokenizers_are_compared_by_bytes_only(world, tmp_path):
 
 
 def test_identity_knows_other_weights_and_loads_none(world, monkeypatch):
-    monkeypatch.setattr("daekit.evaluation.subjects.load_model", lambda *_: pytest.fail("weights were loaded"))
-    found = [Subject("m", SubjectSpec(path=str(world / name))).identity() for name in ("one", "two", "one")]
+    monkeypatch.setattr("daekit.evaluation.evaluated.load_model", lambda *_: pytest.fail("weights were loaded"))
+    found = [EvaluatedModel("m", SubjectSpec(path=str(world / name))).identity() for name in ("one", "two", "one")]
     assert found[0] == found[2] and found[0]["files"] != found[1]["files"]
     assert file_fingerprint(Path("some/hub-id")) is None
 

@@ -18,7 +18,8 @@ class JudgeSpec:
         model: the name that the endpoint knows the judge by; with ``path`` a name for the report (default: its last part).
         base_url: such as ``https://api.openai.com/v1`` or ``http://localhost:8000/v1``.
         path: a local judge, run in process with its own chat template.
-        api_key_env: environment variable that holds the key; a key is never written in a suite.
+        api_key_env: environment variable that holds the key (default: OPENAI_API_KEY at OpenAI, elsewhere none); a key is never
+            written in a suite.
         concurrency: calls under way at a time.
         max_retries: how often a call that failed in passing (429, 5xx, time-out, broken reply) is sent again.
         timeout: seconds for a whole call, its body included.
@@ -40,7 +41,7 @@ class JudgeSpec:
     model: str | None = None
     base_url: str | None = None
     path: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str | None = None
     concurrency: int = 8
     max_retries: int = 6
     timeout: float = 120.0

@@ -31,14 +31,14 @@ class SubjectSpec:
         adapter: directory of a LoRA adapter to merge into ``path``.
         url: base URL of an endpoint; it can answer, but cannot be asked for the likelihood of a given text.
         served_model: the model's name at the endpoint.
-        api_key_env: environment variable that holds the endpoint's key; without that variable no key is sent.
+        api_key_env: environment variable that holds the endpoint's key (default: OPENAI_API_KEY at OpenAI, elsewhere none).
     """
 
     path: str | None = None
     adapter: str | None = None
     url: str | None = None
     served_model: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str | None = None
     revision: str | None = None
     dtype: Dtype = "auto"
     attn_implementation: str | None = None
