@@ -20,7 +20,7 @@ from daekit.planning.plan import StagePlan
 from daekit.planning.training import DEFAULTS, optimizer_bytes
 from daekit.recipe import load_recipe_text
 from daekit.trainers import DAEConfig
-from tests.test_recipe import ROOT
+from tests.helpers.recipes import ROOT
 
 RECIPE = """\
 name: planned

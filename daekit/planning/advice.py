@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from daekit.errors import UserError
 from daekit.planning.training import Training
-from daekit.recipe.schema import ModelSpec, StageSpec, TeacherSpec
+from daekit.recipe.schema import ModelSpec, StageSpec
 
 _MOST_ROWS = 4096
 _OTHER_WEIGHTS = ("LoRA", "QLoRA")
@@ -123,13 +123,9 @@ def _smaller_batch(prefix: str, training: Training, rows: int) -> Change:
 
 def _teachers(stage: StageSpec) -> list[tuple[str, ModelSpec]]:
     """(where the recipe names it, the model) of every teacher."""
-    named: dict[str, TeacherSpec] = {f"teachers.{domain}": teacher for domain, teacher in stage.teachers.items()}
-    if stage.teacher is not None:
-        named["teacher"] = stage.teacher
-    if stage.reference is not None:
-        named["reference"] = stage.reference
     found = []
-    for path, spec in named.items():
+    for key, spec in stage.teachers_by_key().items():
+        path = ".".join(map(str, key))
         if spec.model is not None:
             found.append((path, spec.model))
         found += [(f"{path}.ensemble.{index}.model", member.model) for index, member in enumerate(spec.ensemble)]

@@ -14,7 +14,7 @@ from daekit.models.internals import Watch
 from daekit.planning.models import Speaker, StageModels
 from daekit.planning.trace import ModelCost, Setting, most
 from daekit.planning.training import Machine, Training
-from daekit.recipe.schema import StageSpec
+from daekit.recipe.schema import LossSpec, StageSpec
 
 _BLOCK_SCORES = 2**20  # of daekit.losses.attention_blocks
 _SHORTEST_BLOCK = 16
@@ -62,8 +62,8 @@ class Buffers:
 
     @cached_property
     def _watch(self) -> Watch | None:
-        loss = self.stage.loss
-        if self.stage.type == "sft" or not (loss.attention_weight or loss.hidden_weight):
+        loss = _loss_of(self.stage)
+        if not (loss.attention_weight or loss.hidden_weight):
             return None
         return Watch(
             self.student.config,
@@ -159,7 +159,7 @@ class Buffers:
 
     def _chunk_bytes(self, step: int, columns: int, voices: int) -> int:
         """Temporaries of one chunk on a CPU, from the loss itself."""
-        loss = self.stage.loss
+        loss = _loss_of(self.stage)
         parameter = loss.beta if loss.divergence == "jsd" else loss.skew_alpha
         dtype = torch.bfloat16 if self._compute_width == 2 else torch.float32
         with FakeTensorMode():
@@ -169,6 +169,11 @@ class Buffers:
             numbers = (loss.divergence, parameter, loss.temperature, loss.ce_weight or 1.0 * (not voices))
             given = [t for t in (student, teacher, labels) if t is not None]
             return most(lambda: chunk_terms(student, teacher, labels, *numbers, loss.prediction_weight, None, 1.0, True), given)
+
+
+def _loss_of(stage: StageSpec) -> LossSpec:
+    """The objective; that of an sft stage is the cross-entropy, whatever the rest of it says."""
+    return LossSpec() if stage.type == "sft" else stage.loss
 
 
 def _captured(config: Any) -> int:

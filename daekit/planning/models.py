@@ -10,7 +10,7 @@ from daekit.planning.shapes import Shapes
 from daekit.planning.skeleton import Skeleton
 from daekit.planning.trace import Tracer
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
-from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe, StageSpec
 
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _SAME_GPU = ("0", "cuda", "cuda:0")  # of the first process
@@ -148,18 +148,13 @@ def lora_of(recipe: Recipe, adapter: str) -> LoraSpec | None:
 
 def _speakers(stage: StageSpec) -> Iterator[tuple[str, str, ModelSpec]]:
     """(name, group, model) of every model that is loaded to speak; equal teachers are loaded once."""
-    named: dict[str, TeacherSpec] = dict(stage.teachers)
-    if stage.teacher is not None:
-        named["teacher"] = stage.teacher
-    if stage.reference is not None:
-        named["reference"] = stage.reference
     seen: set[str] = set()
-    for name, spec in named.items():
+    for key, spec in stage.teachers_by_key().items():
         if repr(spec) in seen:
             continue
         seen.add(repr(spec))
-        label = name if name in ("teacher", "reference") else f"teacher {name}"
+        label = f"teacher {key[-1]}" if key[0] == "teachers" else str(key[0])
         if spec.model is not None:
-            yield label, name, spec.model
+            yield label, label, spec.model
         for index, member in enumerate(spec.ensemble):
-            yield f"{label} {index + 1}", name, member.model
+            yield f"{label} {index + 1}", label, member.model
