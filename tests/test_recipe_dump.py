@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from daekit.recipe import Recipe, load_recipe, load_recipe_text, resolve, stage_key, to_dict, to_yaml
+from daekit.recipe.objective import Objective
 from daekit.recipe.schema import (
     DAEStage,
     EvaluationSpec,
     KDStage,
     LoraSpec,
-    LossSpec,
     MixtureSpec,
     ModelSpec,
     SFTStage,
@@ -66,7 +66,7 @@ def teachers(draw: st.DrawFn, earlier: list[str]) -> TeacherSpec:
 
 layers = st.sampled_from(["uniform", "last_2"]) | st.lists(st.tuples(counts, counts), min_size=1).map(tuple)
 losses = st.builds(
-    LossSpec,
+    Objective,
     ce_weight=floats,
     divergence=st.sampled_from(["forward_kl", "jsd", "tv"]),
     temperature=floats,
@@ -76,7 +76,7 @@ losses = st.builds(
 )
 
 
-def plain(loss: LossSpec) -> LossSpec:
+def plain(loss: Objective) -> Objective:
     """Without what an ensemble has not."""
     return loss.model_copy(update={"hidden_weight": 0.0, "hidden_layers": "uniform", "hidden_loss": "cosine"})
 

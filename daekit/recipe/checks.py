@@ -6,19 +6,17 @@ here; whatever would only follow from that is dropped by ``Errors.add_check``.
 
 from __future__ import annotations
 
-import re
-
 from daekit.errors import listed, nearest
 from daekit.recipe.check_models import check_models, check_origin, models_of_stage
 from daekit.recipe.check_suite import check_suite
 from daekit.recipe.model import TeacherSpec
+from daekit.recipe.objective import Objective
 from daekit.recipe.paths import check_exists, check_known, check_name, check_output_dir, exists
 from daekit.recipe.schema import (
     BUILTIN_CORPORA,
     STUDENT_AS_IT_WAS,
     DAEStage,
     EvaluationSpec,
-    LossSpec,
     MixtureSpec,
     Recipe,
     SFTStage,
@@ -32,7 +30,6 @@ from daekit.recipe.validation import Errors, dotted
 _RESERVED_SOURCES = ("sources", "rows")
 _BUILTIN_SPLITS = ("train", "validation")
 _USUAL_SPLITS = ("train", "validation", "test")
-_LAYERS = re.compile(r"uniform|last_[1-9]\d{0,4}")
 _SUM_TOLERANCE = 1e-6
 _NO_ROWS = "give `validation`, `validation_split` or `holdout`"
 
@@ -183,44 +180,25 @@ def _nowhere(domain: str, domains: set[str]) -> str:
     return f"no source of this stage has the domain {domain!r} (they have: {have}){nearest(domain, domains)}"
 
 
-def _check_loss(loss: LossSpec, stage: StageSpec, path: Path, errors: Errors) -> None:
-    weights = [key for key in LossSpec.model_fields if key.endswith("_weight")]
-    if not any(getattr(loss, key) for key in weights):
-        errors.add_check(path, f"{listed(weights)} are all 0: there is nothing to learn")
-    if loss.divergence == "jsd" and not 0 < loss.beta < 1:
-        message = f"{loss.beta} must lie between 0 and 1; for their limits choose forward_kl or reverse_kl"
-        errors.add_check((*path, "beta"), message)
-    if loss.divergence != "jsd" and loss.changed("beta"):
-        errors.add_check((*path, "beta"), f"beta belongs to divergence: jsd, not to {loss.divergence}")
-    skewed = loss.divergence in ("skew_kl", "skew_reverse_kl")
-    if skewed and not 0 <= loss.skew_alpha < 1:
-        message = f"{loss.skew_alpha} must be at least 0 (the KL without skew) and below 1 (where the divergence is 0)"
-        errors.add_check((*path, "skew_alpha"), message)
-    if not skewed and loss.changed("skew_alpha"):
-        message = f"skew_alpha belongs to divergence: skew_kl or skew_reverse_kl, not to {loss.divergence}"
-        errors.add_check((*path, "skew_alpha"), message)
-    for kind, options in {"attention": ("layers", "relation_heads"), "hidden": ("layers", "loss")}.items():
-        _check_layers(loss, stage, kind, path, errors)
-        for key in [f"{kind}_{option}" for option in options]:
-            if not getattr(loss, f"{kind}_weight") and loss.changed(key):
-                errors.add_check((*path, key), f"belongs to {kind}_weight, which is 0: it would do nothing")
-
-
-def _check_layers(loss: LossSpec, stage: StageSpec, kind: str, path: Path, errors: Errors) -> None:
-    """A loss on attention or hidden states: which layers, and that each row has one teacher to compare with."""
-    layers = getattr(loss, f"{kind}_layers")
-    if isinstance(layers, str) and not _LAYERS.fullmatch(layers):
-        message = f"{layers!r} is unknown; choose uniform, last_K (last_4), or pairs [[student's layer, teacher's layer], ...]"
-        errors.add_check((*path, f"{kind}_layers"), message)
-    if not isinstance(layers, str) and (not layers or any(len(pair) != 2 or min(pair) < 0 for pair in layers)):
-        errors.add_check((*path, f"{kind}_layers"), "wants pairs [student's layer, teacher's layer], counted from 0")
+def _check_loss(loss: Objective, stage: StageSpec, path: Path, errors: Errors) -> None:
+    """Settings that would do nothing, and losses on what an ensemble does not have."""
+    belongs = {"beta": ("jsd",), "skew_alpha": ("skew_kl", "skew_reverse_kl")}
+    for key, divergences in belongs.items():
+        if loss.divergence not in divergences and loss.changed(key):
+            message = f"{key} belongs to divergence: {' or '.join(divergences)}, not to {loss.divergence}"
+            errors.add_check((*path, key), message)
     ensembles = [key for key, teacher in stage.teachers_by_key().items() if teacher.ensemble]
-    if getattr(loss, f"{kind}_weight") > 0 and ensembles:
-        message = (
-            f"an ensemble has no attention or hidden states of its own; set {kind}_weight to 0, or "
-            f"`{dotted((*path[:-1], *ensembles[0]))}` to one model"
-        )
-        errors.add_check((*path, f"{kind}_weight"), message)
+    for kind, options in {"attention": ("layers", "relation_heads"), "hidden": ("layers", "loss")}.items():
+        weight = f"{kind}_weight"
+        for key in [f"{kind}_{option}" for option in options]:
+            if not getattr(loss, weight) and loss.changed(key):
+                errors.add_check((*path, key), f"belongs to {weight}, which is 0: it would do nothing")
+        if getattr(loss, weight) and ensembles:
+            message = (
+                f"an ensemble has no attention or hidden states of its own; set {weight} to 0, or "
+                f"`{dotted((*path[:-1], *ensembles[0]))}` to one model"
+            )
+            errors.add_check((*path, weight), message)
 
 
 def _check_teacher(teacher: TeacherSpec, path: Path, errors: Errors) -> None:

@@ -21,6 +21,7 @@ from daekit.recipe.model import (
     TeacherSpec,
     WeightedModelSpec,
 )
+from daekit.recipe.objective import Objective
 from daekit.recipe.reading import (
     Choice,
     Flag,
@@ -50,7 +51,6 @@ __all__ = [
     "EvaluationSpec",
     "KDStage",
     "LoraSpec",
-    "LossSpec",
     "MixtureSpec",
     "ModelSpec",
     "Quantization",
@@ -83,40 +83,6 @@ class LoraSpec(Spec):
         False,
         description="Fold the adapter into the (unquantised) base when the stage ends, so that its result is a plain model.",
     )
-
-
-class LossSpec(Spec):
-    """The objective of a ``kd`` or ``dae`` stage; weights are per loss position, in nats."""
-
-    ce_weight: Number = Field(0.0, ge=0, description="Of the cross-entropy with the labels.")
-    prediction_weight: Number = Field(
-        1.0, ge=0, description="Of the divergence between the teacher's tokens and the student's."
-    )
-    attention_weight: Number = Field(
-        0.0, ge=0, description="Of KL(teacher's attention || student's), the mean over heads and layers."
-    )
-    hidden_weight: Number = Field(0.0, ge=0, description="Of the distance between hidden states.")
-    divergence: Annotated[Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv"], Choice] = Field(
-        "forward_kl", description="forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher)."
-    )
-    beta: Number = Field(0.5, description="The mixture weight of `jsd`, between 0 and 1.")
-    skew_alpha: Number = Field(
-        0.1,
-        description="Of skew_kl and skew_reverse_kl: how much of the distribution on the left is in the mixture.",
-    )
-    temperature: Number = Field(1.0, gt=0, description="T; the divergence is multiplied by T^2 (`tv` is not).")
-    attention_layers: Text | tuple[tuple[Whole, ...], ...] = Field(
-        "uniform",
-        description="uniform (all layers of the student, spread over the teacher's), last_K (the last K of both), or pairs "
-        "[student's layer, teacher's layer], counted from 0.",
-    )
-    attention_relation_heads: Whole | None = Field(
-        None, ge=1, description="Compare in so many relation heads; default: one head to one head."
-    )
-    hidden_loss: Annotated[Literal["cosine", "mse"], Choice] = Field(
-        "cosine", description="1 - cos, or mean squared error; through a learned projection where the widths differ."
-    )
-    hidden_layers: Text | tuple[tuple[Whole, ...], ...] = Field("uniform", description="As attention_layers.")
 
 
 _FOREIGN_TO_KD = {
@@ -176,6 +142,11 @@ class SFTStage(_Stage):
     FOREIGN: ClassVar = _FOREIGN_TO_SFT
     type: Annotated[Literal["sft"], Choice]
 
+    @property
+    def loss(self) -> Objective:
+        """The cross-entropy alone."""
+        return Objective(ce_weight=1.0, prediction_weight=0.0)
+
 
 class KDStage(_Stage):
     """Follow one teacher on all rows."""
@@ -183,7 +154,7 @@ class KDStage(_Stage):
     FOREIGN: ClassVar = _FOREIGN_TO_KD
     type: Annotated[Literal["kd"], Choice]
     teacher: TeacherSpec = Field(description="The teacher to follow.")
-    loss: LossSpec = Field(LossSpec(), description="The objective.")
+    loss: Objective = Field(Objective(), description="The objective.")
 
     def teachers_by_key(self) -> dict[Path, TeacherSpec]:
         """See the base class."""
@@ -200,7 +171,7 @@ class DAEStage(_Stage):
         None, description="The model to follow on reference_domains; default: the student as it stands, frozen."
     )
     reference_domains: tuple[Text, ...] = Field(("general",), description="Domains that follow the reference.")
-    loss: LossSpec = Field(LossSpec(), description="The objective.")
+    loss: Objective = Field(Objective(), description="The objective.")
 
     def teachers_by_key(self) -> dict[Path, TeacherSpec]:
         """See the base class."""

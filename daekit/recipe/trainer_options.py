@@ -15,6 +15,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from daekit.errors import UserError, nearest
+from daekit.recipe.objective import Objective
 from daekit.recipe.reading import Leaf, Written, as_plain, as_text
 from daekit.recipe.validation import Errors, dotted
 
@@ -33,9 +34,6 @@ _DATA = "rows and their columns are set in `sources`"
 _MODEL = "how a model is loaded is set where it is named, for instance `{stage}.student.{key}`"
 _TOKENIZER = "the tokenizer is set in `tokenizer`"
 _RUN = "daekit decides it for every stage"
-# The fields of ``LossSpec``; a test compares them.
-_OBJECTIVE: tuple[str, ...] = ("ce_weight", "prediction_weight", "attention_weight", "hidden_weight", "divergence", "beta")
-_OBJECTIVE += ("skew_alpha", "temperature", "attention_layers", "attention_relation_heads", "hidden_loss", "hidden_layers")
 # Refused whatever their value.
 _ELSEWHERE = {
     "output_dir": "set `output_dir` of the recipe",
@@ -62,7 +60,7 @@ _ELSEWHERE = {
     "do_eval": _RUN,
     "do_predict": _RUN,
     "local_rank": "the launcher (accelerate, torchrun) sets it",
-    **dict.fromkeys(_OBJECTIVE, _LOSS),
+    **dict.fromkeys(Objective.model_fields, _LOSS),
     **dict.fromkeys(("reference_domains", "overlong"), "set `{stage}.{key}`"),
 }
 # Refused with one value only.

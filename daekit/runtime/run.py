@@ -37,9 +37,9 @@ from daekit.runtime import (
     build_trainer,
     read_file,
 )
-from daekit.trainers import DomainSFTTrainer
-from daekit.trainers.checkpoint import checkpoints, unsealed, write_json
-from daekit.trainers.engines import refuse_launch
+from daekit.trainers import KDTrainer
+from daekit.trainers.checkpoint import checkpoints, is_committed, write_json
+from daekit.trainers.distributed import refuse_launch
 
 
 def run_recipe(recipe: Recipe) -> None:
@@ -160,7 +160,7 @@ def _run_stage(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, 
     _make_student(recipe, name, folder, data, models)
     trainer, mixture = build_trainer(recipe, name, stage, data, models)
     _say(state, _stage_heading(name, recipe, trainer, mixture))
-    resume = any(not unsealed(each) for each in checkpoints(stage.root))
+    resume = any(is_committed(each) for each in checkpoints(stage.root))
     trainer.train(resume_from_checkpoint=resume)
     _save_result(recipe, name, stage, trainer)
     provenance = _provenance(trainer, mixture)  # all ranks: sharded weights are gathered to be hashed
@@ -191,7 +191,7 @@ def _make_student(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilde
     _free_memory()
 
 
-def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: DomainSFTTrainer) -> None:
+def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: KDTrainer) -> None:
     lora = recipe.stages[name].lora
     merge = lora is not None and lora.merge
     trainer.save_model(str(stage.adapter if merge else stage.model))
@@ -201,7 +201,7 @@ def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: DomainS
         trainer.processing_class.save_pretrained(stage.model)
 
 
-def _stage_heading(name: str, recipe: Recipe, trainer: DomainSFTTrainer, mixture: Mixture) -> str:
+def _stage_heading(name: str, recipe: Recipe, trainer: KDTrainer, mixture: Mixture) -> str:
     trained = sum(shape_of(p).numel() for p in trainer.model.parameters() if p.requires_grad)
     lines = [f"[{name}] {recipe.stages[name].type}: {trained:,} trained parameters, {len(mixture.dataset):,} rows"]
     for use in mixture.table:
@@ -216,7 +216,7 @@ def _stage_heading(name: str, recipe: Recipe, trainer: DomainSFTTrainer, mixture
     return "\n".join([*lines, *(f"    note: {note}" for note in notes)])
 
 
-def _provenance(trainer: DomainSFTTrainer, mixture: Mixture) -> dict[str, Any]:
+def _provenance(trainer: KDTrainer, mixture: Mixture) -> dict[str, Any]:
     return {
         "versions": versions(),
         "commit": commit(),
