@@ -178,7 +178,7 @@ def test_a_damaged_file_of_the_run_is_named(name: str, content: str, finished: P
 def test_an_output_dir_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match="output_dir: .*/file' is a file, not a directory"):
+        with pytest.raises(UserError, match=r"output_dir: .*/file' is a file, not a directory"):
             recipe(out)
 
 
