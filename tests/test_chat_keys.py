@@ -41,7 +41,7 @@ def test_no_key_is_sent_where_none_is_named(tmp_path: Path, monkeypatch: pytest.
     seen = sent_keys(monkeypatch)
     with JudgeServer() as server:
         assert ask(server, tmp_path / "none", None) != [None]
-        with pytest.raises(UserError, match="OPENAI_API_KEY is not sent to 127.0.0.1"):
+        with pytest.raises(UserError, match=r"OPENAI_API_KEY is not sent to 127\.0\.0\.1"):
             ask(server, tmp_path / "openai", "OPENAI_API_KEY")
     assert seen == [None] and not (tmp_path / "openai").exists()
     assert endpoint_key("judge", "https://api.openai.com/v1", None, Permissions()) == SECRET

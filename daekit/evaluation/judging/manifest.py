@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -22,7 +21,7 @@ def describe(client: ChatClient, benchmark: str, bootstrap: int, requests: Seque
     """The part of a manifest that both benchmarks share."""
     spec, budget = client.spec, client.budget
     replies = [reply for reply in map(client.reply, requests) if reply is not None]
-    judge = {key: value for key, value in dataclasses.asdict(spec).items() if key not in _NOT_IN_MANIFEST}
+    judge = {key: value for key, value in spec.model_dump(mode="json").items() if key not in _NOT_IN_MANIFEST}
     return {
         "benchmark": benchmark,
         "judge": {"name": spec.name, **judge, "endpoint": client.identity},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ def _measure(prepared: Prepared, subject: EvaluatedModel, results: Results) -> N
     for name, benchmark in prepared.benchmarks.items():
         path = prepared.folder / name / "results" / f"{subject.name}.json"
         key = {
-            "benchmark": asdict(prepared.suite.benchmarks[name]),
+            "benchmark": prepared.suite.benchmarks[name].model_dump(mode="json"),
             "data": benchmark.data,
             "model": results.identities[subject.name],
             "batch_size": prepared.suite.batch_size,
