@@ -66,7 +66,6 @@ class ModelSpec(Spec):
     are its own) on the base that the stage of A had, loaded as it was there; of a directory, on ``path`` or the base it names.
     """
 
-    SHORT: ClassVar = ({"type": "string"}, {"$ref": "#/$defs/StudentSpec"})
     NOUN: ClassVar = "a path or a mapping"
 
     path: Text | None = Field(
@@ -179,7 +178,6 @@ class TeacherSpec(Spec):
     Whatever is a model is a teacher too; an ensemble is ``{ensemble: [{model: M, weight: W}, ...], average: logits}``.
     """
 
-    SHORT: ClassVar = ({"$ref": "#/$defs/ModelSpec"},)
     NOUN: ClassVar = "a path or a mapping"
 
     model: ModelSpec | None = Field(None, description="The model, if it is one.")

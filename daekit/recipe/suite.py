@@ -30,7 +30,6 @@ class SubjectSpec(Spec):
     on its base and merged), ``PATH+ADAPTER`` (that adapter on that base), or ``https://host/v1#model-name``.
     """
 
-    SHORT: ClassVar = ({"type": "string"},)
     NOUN: ClassVar = "a path or a mapping"
 
     path: Text | None = Field(None, description="Hub id or directory.")
