@@ -18,8 +18,7 @@ from daekit.models.identity import fingerprint
 from daekit.models.scoring import TokenRow
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe import student_key
-from daekit.recipe.schema import Recipe, StudentSpec
-from daekit.recipe.student_schema import CalibrationSpec, StudentSearchSpec
+from daekit.recipe.schema import CalibrationSpec, Recipe, StudentSearchSpec, StudentSpec
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder, StudentFolder
 from daekit.runtime.models import ModelBuilder
@@ -144,11 +143,13 @@ class _Maker:
             importance,
             search.granularity,
             search.units,
-            blocks=search.parts,
-            min_ratio=search.smallest,
+            blocks=search.blocks,
+            min_ratio=search.min_ratio,
             head_dims=search.head_dims or None,
         )
-        scorer = CandidateScorer(teacher, self.rows, vocab_size=self.vocab_size, tokens=search.tokens[-1], objective=search.by)
+        scorer = CandidateScorer(
+            teacher, self.rows, vocab_size=self.vocab_size, tokens=search.tokens[-1], objective=search.objective
+        )
         rounds = [Round(tokens, search.keep) for tokens in search.tokens]
         result = run_search(
             space,
@@ -157,15 +158,15 @@ class _Maker:
             rounds[-1:] if search.strategy == "grid" else rounds,  # a grid scores all on the whole text
             candidates=10**9 if search.strategy == "grid" else search.candidates,
             log=self.home.log,
-            identity={"teacher": weights, "seed": self.seed, **_plain(asdict(search))},
+            identity={"teacher": weights, "seed": self.seed, **search.model_dump(mode="json")},
             progress=lambda line: print(f"[{self.name}] {line}", flush=True),
         )
-        self.home.plot.write_text(search_svg(read_log(self.home.log), search.by).svg)
+        self.home.plot.write_text(search_svg(read_log(self.home.log), search.objective).svg)
         self.facts["search"] = {
             "score": result.best.score,
             "candidates": result.candidates,
             "tokens": result.tokens,
-            "by": search.by,
+            "objective": search.objective,
         }
         return space.selection(result.best.candidate)
 
@@ -201,7 +202,3 @@ def calibration_rows(
                 f"calibration.tokens={spec.tokens:,} is {wanted:,}; give fewer tokens, or more sources"
             )
     return rows
-
-
-def _plain(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    return json.loads(json.dumps(value))

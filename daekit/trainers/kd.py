@@ -44,7 +44,7 @@ from daekit.trainers.resume import Checkpoints, student_folder
 from daekit.trainers.router import RouterSettings, require_balancing_loss, router_inputs
 from daekit.trainers.student_loading import load_student, name_of, spec_of, tokenizer_of
 from daekit.trainers.token_metrics import TokenMetrics, counted_rows
-from daekit.trainers.validation import refuse_adapter, refuse_arguments
+from daekit.trainers.validation import refuse_adapter, refuse_arguments, refuse_without_teacher
 
 DEFAULT_DOMAIN = "general"
 
@@ -91,6 +91,9 @@ class KDTrainer(SFTTrainer):
         if not isinstance(args, self.config_class):
             raise UserError(f"args: {type(self).__name__} needs a {self.config_class.__name__}, not a {type(args).__name__}")
         refuse_arguments(model, args, train_dataset, sft_arguments)
+        self.objective = args.objective()
+        if teacher is None:
+            refuse_without_teacher(self.objective)
         tokenizer = processing_class or tokenizer_of(model, args)
         if args.assistant_only_loss and args.chat_template_path is None:
             require_markers(tokenizer)
@@ -114,7 +117,7 @@ class KDTrainer(SFTTrainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **sft_arguments)
         router.restore(self.model)
         self.args.model_init_kwargs = init_kwargs
-        self.add_callback(self.checkpoints.callback())
+        self.add_callback(self.checkpoints)
         if isinstance(self.model, PeftModel):  # PEFT saves every adapter it holds; a checkpoint is the student's alone
             student = self.model.active_adapter
             self.model.save_pretrained = functools.partial(self.model.save_pretrained, selected_adapters=[student])
@@ -128,7 +131,6 @@ class KDTrainer(SFTTrainer):
         require_balancing_loss(self)
         if self.padding_free:
             require_rows_apart(self.model, "student")
-        self.objective = args.objective()
         self.token_metrics = TokenMetrics()
         self.teacher: Any = None
         self.features: FeatureLosses | None = None
