@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(f"daekit: error: the disk is full ({error}). Free some space; the same command goes on.")
         return _STATUS_OF_USER_ERROR
     except Stopped as stop:
-        _complain(f"daekit: {stop}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"daekit: {stop}", file=sys.stderr, flush=True)
         return stop.status
     except KeyboardInterrupt:
         _complain("stopped; the same command resumes")

@@ -182,7 +182,7 @@ def test_an_output_directory_that_turns_read_only_is_told_at_the_next_save(tmp_p
         during_step(7, turn)
         return train(tmp_path)
 
-    assert forked(action, tmp_path / "output.txt") == 2
+    assert forked(action, tmp_path / "output.txt") == 2, (tmp_path / "output.txt").read_text()
     output = (tmp_path / "output.txt").read_text()
     assert "cannot be written" in output and "make the directory writable" in output and "Traceback" not in output
     stage_of(tmp_path).chmod(0o755)

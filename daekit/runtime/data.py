@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 from datasets import Dataset, concatenate_datasets
@@ -71,10 +72,12 @@ class DataBuilder:
         facts["train"] = json.loads(json.dumps(asdict(spec.train)))
         facts_file = folder.tokenizer / "trained_on.json"
         if facts_file.is_file() and read_file(facts_file, delete=folder.tokenizer) != facts:
-            raise UserError(
-                f"{folder.tokenizer}: was trained with other settings or sources. Delete it and the stages that use it, "
-                "or choose another output_dir."
-            )
+            if folder.is_begun:
+                raise UserError(
+                    f"{folder.tokenizer}: was trained with other settings or sources. Delete it and the stages that use it, "
+                    "or choose another output_dir."
+                )
+            shutil.rmtree(folder.tokenizer)  # of a run that was refused before its first step
         if not folder.tokenizer.is_dir():
             texts = (text for name in spec.train.sources for text in source_texts(self.source(name)[0]))
             trained = train_tokenizer(texts, spec.train)

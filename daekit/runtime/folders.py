@@ -188,7 +188,7 @@ class StageFolder:
     @property
     def checkpoints(self) -> list[Path]:
         """The checkpoints whose save has ended, the lowest step first."""
-        return [folder for folder in checkpoint.checkpoints(self.root) if not checkpoint.unsealed(folder)]
+        return [folder for folder in checkpoint.checkpoints(self.root) if checkpoint.is_committed(folder)]
 
     @property
     def is_begun(self) -> bool:
@@ -208,7 +208,7 @@ class StageFolder:
                 f"stage:{self.root.name}@{folder.name}: there is no such checkpoint (there are: {there}). Name another, or set "
                 "save_steps and save_total_limit so that it is saved and kept."
             )
-        if damage := checkpoint.damage(folder):
+        if damage := checkpoint.corruption(folder):
             raise UserError(f"stage:{self.root.name}@{folder.name}: is damaged ({damage}). Name another checkpoint.")
         return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -50,7 +51,10 @@ class RunLock:
     def release(self) -> None:
         """Give the lock back; a second call does nothing."""
         if self._descriptor is not None:
-            self.path.unlink(missing_ok=True)  # while it is held: nobody can have taken it in between
+            with contextlib.suppress(
+                OSError
+            ):  # gone, or in a directory that has turned read-only; the kernel's lock ends anyway
+                self.path.unlink()  # while it is held: nobody can have taken it in between
             os.close(self._descriptor)
             self._descriptor = None
 

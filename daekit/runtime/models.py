@@ -65,14 +65,14 @@ class ModelBuilder:
             require_same(self.tokenizer, load_tokenizer_of(base), base.path)
         return load_model(placed, self.tokenizer, seed) if placed.adapter is None else load_continued(placed)
 
-    def teacher(self, spec: TeacherSpec) -> Teacher:
+    def teacher(self, spec: TeacherSpec) -> Teacher | AdapterPath:
         """A teacher or an ensemble of teachers, frozen."""
         if spec.model is not None:
             return self._single(spec.model)
         members = [self._single(member.model) for member in spec.ensemble]
         return EnsembleTeacher(members, [member.weight for member in spec.ensemble], spec.average)
 
-    def teachers(self, specs: Mapping[str, TeacherSpec]) -> dict[str, Teacher]:
+    def teachers(self, specs: Mapping[str, TeacherSpec]) -> dict[str, Teacher | AdapterPath]:
         """Domain -> teacher; one object for equal specs, so that a teacher of two domains is loaded once and runs once."""
         loaded = {text: self.teacher(spec) for text, spec in {repr(spec): spec for spec in specs.values()}.items()}
         return {domain: loaded[repr(spec)] for domain, spec in specs.items()}
@@ -94,7 +94,7 @@ class ModelBuilder:
         if folders:
             require_adapters_fit(folders, base_spec(self.placed(stage.student)))
 
-    def on_base(self, teachers: Mapping[str, Teacher], student: ModelSpec, device: Any) -> dict[str, Teacher]:
+    def on_base(self, teachers: Mapping[str, Teacher | AdapterPath], student: ModelSpec, device: Any) -> dict[str, Any]:
         """Teachers by domain, outside of a training: adapters speak on the student's base, loaded once for all of them."""
         routed = RoutedTeacher(teachers)
         paths = adapter_paths(routed)
@@ -112,7 +112,7 @@ class ModelBuilder:
         assert isinstance(speaking, RoutedTeacher)
         return speaking.routes
 
-    def _single(self, spec: ModelSpec) -> Teacher:
+    def _single(self, spec: ModelSpec) -> Teacher | AdapterPath:
         if spec.adapter is not None:
             return BASE if spec.adapter == BARE_BASE else AdapterPath(self.placed(spec).adapter)
         name = spec.stage or spec.path or "teacher"

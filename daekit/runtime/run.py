@@ -30,7 +30,7 @@ from daekit.runtime.lock import RunLock
 from daekit.runtime.signals import GRACE, StopRequest
 from daekit.runtime.stage import free_memory, run_stage
 from daekit.trainers.checkpoint import write_json
-from daekit.trainers.engines import refuse_launch
+from daekit.trainers.distributed import refuse_launch
 
 
 def run_recipe(recipe: Recipe, grace: float = GRACE) -> None:
@@ -122,7 +122,7 @@ def _held(folder: RunFolder, state: PartialState, grace: float) -> Iterator[Stop
         if not says_read_only(error) or folder.root.absolute() not in (place, *place.parents):
             raise
         raise UserError(
-            f"output_dir={folder.root}: {place} cannot be written ({error}). What was saved before is whole; make the "
+            f"output_dir={folder.root}: {place} cannot be written ({getattr(error, 'strerror', None) or error}). What was saved before is whole; make the "
             "directory writable and run again: it goes on from there."
         ) from error
     finally:

@@ -25,7 +25,7 @@ from daekit.runtime.models import ModelBuilder
 from daekit.runtime.signals import SaveOnSignal, StopRequest
 from daekit.runtime.student import build_student
 from daekit.runtime.trainer import build_trainer
-from daekit.trainers import DomainSFTTrainer
+from daekit.trainers import KDTrainer
 from daekit.trainers.checkpoint import write_json
 
 
@@ -96,7 +96,7 @@ def _make_student(
     free_memory()
 
 
-def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: DomainSFTTrainer, state: PartialState) -> None:
+def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: KDTrainer, state: PartialState) -> None:
     """Save the student; what a shorter or damaged result has left goes first."""
     if state.is_main_process:
         for folder in (stage.model, stage.adapter):
@@ -111,7 +111,7 @@ def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: DomainS
         trainer.processing_class.save_pretrained(stage.model)
 
 
-def _heading(name: str, recipe: Recipe, trainer: DomainSFTTrainer, mixture: Mixture) -> str:
+def _heading(name: str, recipe: Recipe, trainer: KDTrainer, mixture: Mixture) -> str:
     trained = sum(shape_of(p).numel() for p in trainer.model.parameters() if p.requires_grad)
     lines = [f"[{name}] {recipe.stages[name].type}: {trained:,} trained parameters, {len(mixture.dataset):,} rows"]
     for use in mixture.table:
@@ -126,7 +126,7 @@ def _heading(name: str, recipe: Recipe, trainer: DomainSFTTrainer, mixture: Mixt
     return "\n".join([*lines, *(f"    note: {note}" for note in notes)])
 
 
-def _provenance(trainer: DomainSFTTrainer, mixture: Mixture) -> dict[str, Any]:
+def _provenance(trainer: KDTrainer, mixture: Mixture) -> dict[str, Any]:
     return {
         "versions": versions(),
         "commit": commit(),

@@ -26,7 +26,7 @@ from daekit.trainers.progress import ProgressCallback
 
 def build_trainer(
     recipe: Recipe, name: str, folder: StageFolder, data: DataBuilder, models: ModelBuilder
-) -> tuple[DomainSFTTrainer, Mixture]:
+) -> tuple[KDTrainer, Mixture]:
     """The trainer of stage ``name``, and the rows that it trains on.
 
     Raises:
@@ -48,7 +48,7 @@ def build_trainer(
 
 def _trainer_of(
     recipe: Recipe, name: str, folder: StageFolder, data: DataBuilder, models: ModelBuilder, mixture: Mixture
-) -> DomainSFTTrainer:
+) -> KDTrainer:
     stage = recipe.stages[name]
     common: dict[str, Any] = {
         "args": _arguments(recipe, stage, folder),
