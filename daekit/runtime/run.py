@@ -18,6 +18,7 @@ from accelerate import PartialState
 
 from daekit.errors import UserError, says_read_only
 from daekit.evaluation.suites import run_suite
+from daekit.files import write_json
 from daekit.recipe import student_key
 from daekit.recipe.load_suite import load_suite
 from daekit.recipe.schema import Recipe
@@ -29,7 +30,6 @@ from daekit.runtime.kept import claim
 from daekit.runtime.lock import RunLock
 from daekit.runtime.signals import GRACE, StopRequest
 from daekit.runtime.stage import free_memory, run_stage
-from daekit.trainers.checkpoint import write_json
 from daekit.trainers.distributed import refuse_launch
 
 
@@ -122,8 +122,8 @@ def _held(folder: RunFolder, state: PartialState, grace: float) -> Iterator[Stop
         if not says_read_only(error) or folder.root.absolute() not in (place, *place.parents):
             raise
         raise UserError(
-            f"output_dir={folder.root}: {place} cannot be written ({getattr(error, 'strerror', None) or error}). What was saved before is whole; make the "
-            "directory writable and run again: it goes on from there."
+            f"output_dir={folder.root}: {place} cannot be written ({getattr(error, 'strerror', None) or error}). What was "
+            "saved before is whole; make the directory writable and run again: it goes on from there."
         ) from error
     finally:
         lock.release()

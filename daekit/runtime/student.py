@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.evaluation import tokenize_rows
+from daekit.files import write_json
 from daekit.models.identity import fingerprint
 from daekit.models.scoring import TokenRow
 from daekit.models.vocabulary import vocabulary_size
@@ -53,7 +54,6 @@ from daekit.students import (
     sort_teacher,
     space_of,
 )
-from daekit.trainers.checkpoint import write_json
 
 Rows = Sequence[TokenRow]
 
