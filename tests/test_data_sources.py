@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
@@ -180,6 +182,11 @@ GOOD = FORMS["prompt+completion"]
         (GOOD | {"chat_template_kwargs": [1]}, "line 2 has list .* as chat_template_kwargs"),
         ('{"prompt": "q", "completion": ', "line 2 is not JSON"),
         ("[1, 2]", "line 2 is a list"),
+        ('{"prompt": "a \\ud83d b", "completion": "c"}', r"line 2 has '\\ud83d' in prompt, half of a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "\\udfff"}]}', r"line 2 has '\\udfff' in messages\[0\]"),
+        ('{"prompt": "q", "completion": "c", "tools": [{"name": "\\udfff"}]}', r"line 2 has '\\udfff' in tools"),
+        ('{"prompt": "q", "completion": "c", "n": ' + "1" * 5000 + "}", r"line 2 is not JSON \(Exceeds the limit"),
+        ('{"prompt": ' + "[" * 100_000, r"line 2 is not JSON \(.*recursion"),
     ],
 )
 def test_a_bad_row_is_named_with_its_line(tmp_path: Path, row: Any, message: str) -> None:
@@ -218,6 +225,28 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> N
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load(tmp_path / name)
+
+
+def test_a_text_of_a_parquet_file_that_is_not_utf8_is_named_by_its_row(tmp_path: Path) -> None:
+    texts = pa.array([b"fine"] * 1200 + [b"caf\xe9"] + [b"fine"] * 3, pa.binary())
+    broken = pa.Array.from_buffers(pa.string(), len(texts), texts.buffers())  # as other writers leave it
+    pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"row 1201 of .*a.parquet holds a text that is not UTF-8"):
+        load(tmp_path / "a.parquet")
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    """In a directory it would otherwise be rows that are left out, alone it would be asked for on the hub."""
+    write(tmp_path / "rows" / "a.jsonl", pairs(2))
+    (tmp_path / "rows" / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    for path in (tmp_path / "rows", tmp_path / "rows" / "b.jsonl"):
+        with pytest.raises(UserError, match=r"b.jsonl is a link to .*gone.jsonl, which does not exist"):
+            load(path)
+
+
+def test_a_name_that_no_file_system_takes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^sources.shop: .*xxx\.\.\. cannot be opened \(File name too long\)"):
+        load(tmp_path / f"{'x' * 300}.jsonl")
 
 
 @pytest.mark.parametrize(
