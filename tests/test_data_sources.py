@@ -14,11 +14,10 @@ from datasets import Dataset
 
 from daekit.data.builtin import builtin_rows
 from daekit.data.fingerprint import fingerprint
-from daekit.data.mixture import mix
 from daekit.data.rows import form_of
 from daekit.data.sources import load_source
 from daekit.errors import UserError
-from daekit.recipe.schema import MixtureSpec, SourceSpec
+from daekit.recipe.schema import SourceSpec
 
 USER, ASSISTANT = {"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
@@ -78,15 +77,6 @@ def test_tool_calls_keep_exactly_their_keys(tmp_path: Path) -> None:
         assert second["messages"] == [USER, ASSISTANT]
         assert first["tools"] == tools and second["tools"] is None
         assert first["chat_template_kwargs"] == {} and second["chat_template_kwargs"] == {"enable_thinking": False}
-
-
-def test_a_source_with_tool_calls_mixes_with_one_without(tmp_path: Path) -> None:
-    calls, _ = load(write(tmp_path / "a.jsonl", [{"messages": [USER, CALL], "chat_template_kwargs": {"x": 1}}]))
-    plain, _ = load(write(tmp_path / "b.jsonl", [{"messages": [USER, ASSISTANT], "answer": "4"}]))
-    rows = mix({"calls": calls, "plain": plain}, MixtureSpec(("calls", "plain")), 0).dataset.to_list()
-    rows.sort(key=lambda row: row["answer"] is not None)
-    assert rows[0]["messages"] == [USER, CALL | {"content": ""}] and rows[0]["chat_template_kwargs"] == {"x": 1}
-    assert rows[1]["messages"] == [USER, ASSISTANT] and rows[1]["chat_template_kwargs"] == {}
 
 
 # ---- splits and limits -----------------------------------------------------------------------------------------------

@@ -150,8 +150,8 @@ def test_a_tokenizer_of_other_settings_is_not_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "wanted"),
     [
-        ("logging_steps=0", "stages.teacher: .*logging_steps"),  # by the config
-        ("report_to=wandbb", "stages.teacher: wandbb is not supported"),  # by the Trainer
+        ("logging_steps=0", "stages.teacher.trainer: .*logging_steps"),  # by the config
+        ("report_to=wandbb", "stages.teacher.trainer: wandbb is not supported"),  # by the Trainer
         ("padding_free=true", "stages.teacher: .*padding_free"),  # by TRL
     ],
 )

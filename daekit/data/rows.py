@@ -229,7 +229,7 @@ def _check_characters(name: str, value: Any) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RowError(
-            f"has {ascii(text[error.start])} in {name}, half of a surrogate pair, which is no character; mend the text"
+            f"has {text[error.start]!a} in {name}, half of a surrogate pair, which is no character; mend the text"
         ) from None
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from daekit.data.time_limit import cpu_limit
 from daekit.errors import UserError
 from daekit.protocol import IGNORE_INDEX
+
+_SECONDS_PER_ROW = 5.0  # of CPU time; a row takes less than a millisecond
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,9 @@ def tokenize_rows(
             too long, a set without rows, a tokenizer without ``eos_token`` or, for conversations, without chat
             template.
     """
-    if tokenizer.eos_token is None:
-        raise UserError("the tokenizer has no eos_token: training appends it to every answer. Set tokenizer.eos_token.")
-    tokenise = _Tokenise(tokenizer, assistant_only_loss)
     rows, longest, left_out = [], 0, []
-    for index, example in enumerate(dataset):
-        if limit is not None and index >= limit:
-            break
-        row = tokenise(example, f"source {source!r}, validation row {index}")
+    where = f"source {source!r}, validation row"
+    for index, row in enumerate(tokenize_each(islice(dataset, limit), tokenizer, where, assistant_only_loss)):
         if max_length is not None and len(row.input_ids) > max_length:
             left_out.append(index)
             longest = max(longest, len(row.input_ids))
@@ -122,6 +121,24 @@ def tokenize_rows(
     return EvaluationSet(domain, tuple(rows), dropped, max_length, tuple(left_out))
 
 
+def tokenize_each(
+    dataset: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str, assistant_only_loss: bool = False
+) -> Iterator[TokenizedRow]:
+    """Tokenise rows one by one, as ``tokenize_rows`` does.
+
+    Args:
+        where: begins an error about a row; its number, counted from 0, follows.
+
+    Raises:
+        UserError: a row that cannot be tokenised, that the chat template refuses, or that has no token that counts.
+    """
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has no eos_token: training appends it to every answer. Set tokenizer.eos_token.")
+    tokenise = _Tokenise(tokenizer, assistant_only_loss)
+    for index, example in enumerate(dataset):
+        yield tokenise(example, f"{where} {index}")
+
+
 class _Tokenise:
     """One row at a time, by the steps of ``SFTTrainer._prepare_dataset`` (a test holds the two together)."""
 
@@ -133,7 +150,13 @@ class _Tokenise:
         self.chat_template: str | None = None
         template = tokenizer.chat_template
         if assistant_only_loss and template is not None and not has_generation_markers(template):
-            self.chat_template = get_training_chat_template(tokenizer)
+            try:
+                self.chat_template = get_training_chat_template(tokenizer)
+            except ValueError as error:
+                raise UserError(
+                    "assistant_only_loss=True: the chat template does not mark what the assistant writes ({% generation %}), "
+                    f"and TRL knows no marked form of it ({_first_line(error)}). Set tokenizer.chat_template to one with markers."
+                ) from error
 
     def __call__(self, example: Mapping[str, Any], where: str) -> TokenizedRow:
         from trl import is_conversational
@@ -143,22 +166,40 @@ class _Tokenise:
         conversational = is_conversational(row)
         if conversational and self.tokenizer.chat_template is None:
             raise UserError(f"{where} is a conversation, but the tokenizer has no chat template: set tokenizer.chat_template.")
-        if "prompt" in row and "completion" in row:
-            tokenized = self._conversation(row) if conversational else self._completion(row)
-        elif "messages" in row:
-            tokenized = self._messages(row["messages"], _template_options(row))
-        elif "text" in row:
-            text = row["text"] + ("" if row["text"].endswith(self.tokenizer.eos_token) else self.tokenizer.eos_token)
-            ids = self.tokenizer(text=text)["input_ids"]
-            tokenized = TokenizedRow(ids, list(ids))
-        else:
+        try:
+            with cpu_limit(_SECONDS_PER_ROW):
+                tokenized = self._tokenized(row, conversational, where)
+        except UserError:
+            raise
+        except TimeoutError as error:
             raise UserError(
-                f"{where} has the columns {', '.join(sorted(row)) or 'none'}: it needs prompt and completion, "
-                "messages, or text (rename columns with the source's `columns`)."
-            )
+                f"{where}: the chat template does not come to an end ({error}). Set tokenizer.chat_template to another one."
+            ) from error
+        except Exception as error:  # a template is a program: it raises what its author wrote, or did not think of
+            if not conversational:
+                raise
+            roles = ", ".join(dict.fromkeys(str(each.get("role")) for each in _all_messages(row)))
+            raise UserError(
+                f"{where}: the chat template refuses it ({_first_line(error)}); its roles are {roles}"
+                f"{', with tools' if row.get('tools') else ''}. Mend the row, or set tokenizer.chat_template."
+            ) from error
         if all(label == IGNORE_INDEX for label in tokenized.labels[1:]):
             raise UserError(f"{where} has no token to predict: its answer is empty. Remove the row.")
         return _with_answer(tokenized, row, where)
+
+    def _tokenized(self, row: Mapping[str, Any], conversational: bool, where: str) -> TokenizedRow:
+        if "prompt" in row and "completion" in row:
+            return self._conversation(row) if conversational else self._completion(row)
+        if "messages" in row:
+            return self._messages(row["messages"], _template_options(row))
+        if "text" in row:
+            text = row["text"] + ("" if row["text"].endswith(self.tokenizer.eos_token) else self.tokenizer.eos_token)
+            ids = self.tokenizer(text=text)["input_ids"]
+            return TokenizedRow(ids, list(ids))
+        raise UserError(
+            f"{where} has the columns {', '.join(sorted(row)) or 'none'}: it needs prompt and completion, "
+            "messages, or text (rename columns with the source's `columns`)."
+        )
 
     def _completion(self, row: Mapping[str, Any]) -> TokenizedRow:
         eos = self.tokenizer.eos_token
@@ -228,6 +269,14 @@ class _Tokenise:
 def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:
     tools = row.get("tools")
     return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **row.get("chat_template_kwargs", {})}
+
+
+def _all_messages(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
 
 
 def _shown(messages: list[dict[str, Any]]) -> str:

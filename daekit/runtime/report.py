@@ -10,7 +10,7 @@ from daekit.evaluation import ModelEvaluation, compare, evaluate_model, select_s
 from daekit.protocol import Teacher
 from daekit.recipe import is_lora
 from daekit.recipe.adapter_config import BARE_BASE
-from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.schema import ModelSpec, Recipe, TeacherSpec
 from daekit.report import Report
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder
@@ -28,12 +28,12 @@ def build_report(
     """
     spec = recipe.evaluation
     assert spec is not None
-    sets = data.evaluation_sets(models.tokenizer)
+    sets = data.evaluation_sets
     evaluations: list[ModelEvaluation] = []
     for name in spec.models:
         print(f"[report] evaluating {name}", flush=True)
         model = models.model(ModelSpec(stage=name)).to(device)
-        teachers = _teachers(recipe.stages[name], models, {each.domain for each in sets.values()}, device)
+        teachers = _teachers(recipe, name, models, {each.domain for each in sets.values()}, device)
         evaluations.append(evaluate_model(name, model, models.tokenizer, sets, spec=spec, teachers=teachers))
         del model, teachers  # before the next ones are loaded
     rows = [row for evaluation in evaluations for row in evaluation.rows(spec.bootstrap)]
@@ -55,15 +55,16 @@ def build_report(
     )
 
 
-def _teachers(stage: StageSpec, models: ModelBuilder, domains: Iterable[str], device: Any) -> dict[str, Teacher]:
+def _teachers(recipe: Recipe, name: str, models: ModelBuilder, domains: Iterable[str], device: Any) -> dict[str, Teacher]:
     """Domain -> what the stage's student was told to follow there; nothing for a stage without teachers."""
+    stage = recipe.stages[name]
     if stage.type == "sft":
         return {}
     assert stage.student is not None, "a resolved recipe names every student"
     if stage.teacher is not None:
         specs = dict.fromkeys(domains, stage.teacher)
     else:
-        start = ModelSpec(adapter=stage.student.adapter or BARE_BASE) if is_lora(stage) else stage.student
+        start = ModelSpec(adapter=stage.student.adapter or BARE_BASE) if is_lora(stage) else models.start_of(recipe, name)
         reference = stage.reference or TeacherSpec(model=start)
         specs = stage.teachers | dict.fromkeys(stage.reference_domains, reference)
     teachers = models.teachers({domain: specs[domain] for domain in domains if domain in specs})

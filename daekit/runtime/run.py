@@ -38,6 +38,7 @@ from daekit.runtime import (
     build_trainer,
     read_file,
 )
+from daekit.runtime.prepare import prepare
 from daekit.trainers import DomainSFTTrainer
 from daekit.trainers.checkpoint import checkpoints, unsealed, write_json
 from daekit.trainers.engines import refuse_launch
@@ -59,10 +60,12 @@ def run_recipe(recipe: Recipe) -> None:
     if state.is_main_process:
         _claim(recipe, folder)
     state.wait_for_everyone()
-    data = DataBuilder(recipe)
-    with state.main_process_first():
-        tokenizer = data.tokenizer(folder)
-    models = ModelBuilder(folder, tokenizer)
+    prepared = prepare(recipe)
+    data, models = prepared.data, prepared.models
+    for note in prepared.notes:
+        _say(state, f"note: {note}")
+    if state.is_main_process:
+        data.save_tokenizer()
     for name in recipe.stages:
         if folder.stage(name).done.is_file():
             _say(state, f"[{name}] complete, kept")
@@ -89,8 +92,9 @@ def init_students(recipe: Recipe) -> None:
     if not made:
         raise UserError(f"{recipe.name}: no stage makes its student from a teacher (`student: {{from: TEACHER, ...}}`)")
     _claim(recipe, folder)
-    data = DataBuilder(recipe)
-    models = ModelBuilder(folder, data.tokenizer(folder))
+    data = DataBuilder(recipe, folder)
+    models = ModelBuilder(folder, data.tokenizer)
+    data.save_tokenizer()
     for name in made:
         missing = [used for used in student_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
         if missing:

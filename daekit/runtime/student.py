@@ -203,5 +203,19 @@ def calibration_rows(
     return rows
 
 
+def needs_calibration(spec: StudentSpec) -> bool:
+    """Whether anything is measured on the calibration text when this student is made."""
+    if spec.with_ or spec.dense == "average":
+        return False
+    cut = bool(spec.shape) or spec.search is not None
+    measured = spec.dense is not None or spec.keep_experts is not None or spec.search is not None or spec.fit_norms
+    return measured or (cut and spec.importance == "activations")
+
+
+def require_calibration(recipe: Recipe, spec: CalibrationSpec, data: DataBuilder) -> None:
+    """UserError if the sources have fewer tokens than the calibration text is to have."""
+    calibration_rows(recipe, spec, data, data.tokenizer)
+
+
 def _plain(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return json.loads(json.dumps(value))
