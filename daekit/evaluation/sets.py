@@ -155,7 +155,7 @@ class _Tokenise:
             except ValueError as error:
                 raise UserError(
                     "assistant_only_loss=True: the chat template does not mark what the assistant writes ({% generation %}), "
-                    f"and TRL knows no marked form of it ({_first_line(error)}). Set tokenizer.chat_template to one with markers."
+                    f"and TRL has no marked form of it ({_first_line(error)}). Set tokenizer.chat_template to one with markers."
                 ) from error
 
     def __call__(self, example: Mapping[str, Any], where: str) -> TokenizedRow:

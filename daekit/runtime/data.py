@@ -200,12 +200,6 @@ def as_dataset(rows: Iterable[TokenizedRow], domain: str) -> Dataset:
     return Dataset(InMemoryTable(pa.Table.from_arrays(columns, schema=_TOKENS.arrow_schema)))
 
 
-def loss_tokens(row: Mapping[str, Any]) -> Iterator[tuple[int, bool]]:
-    """(token, whether it carries loss) of a tokenised row; its first token is predicted by nothing."""
-    for place, (token, label) in enumerate(zip(row["input_ids"], row["labels"], strict=True)):
-        yield token, place > 0 and label >= 0
-
-
 def _flat(values: array[int]) -> pa.Array:
     return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import time
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from accelerate import PartialState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -38,7 +34,9 @@ from daekit.runtime import (
     build_trainer,
     read_file,
 )
-from daekit.runtime.prepare import prepare
+from daekit.runtime.prepare import Prepared, prepare
+from daekit.runtime.preview import stage_lines
+from daekit.runtime.quiet import quieten
 from daekit.trainers import DomainSFTTrainer
 from daekit.trainers.checkpoint import checkpoints, unsealed, write_json
 from daekit.trainers.engines import refuse_launch
@@ -55,7 +53,7 @@ def run_recipe(recipe: Recipe) -> None:
     """
     refuse_launch()
     state = _ranks()
-    _quieten()
+    quieten()
     folder = RunFolder(Path(recipe.output_dir))
     if state.is_main_process:
         _claim(recipe, folder)
@@ -70,7 +68,7 @@ def run_recipe(recipe: Recipe) -> None:
         if folder.stage(name).done.is_file():
             _say(state, f"[{name}] complete, kept")
         else:
-            _run_stage(recipe, name, folder, data, models)
+            _run_stage(prepared, name)
             _free_memory()
         state.wait_for_everyone()
     # the other ranks are done: a barrier would time out while the main process generates answers
@@ -86,7 +84,7 @@ def init_students(recipe: Recipe) -> None:
     A student whose teacher is a stage of the recipe that is not complete yet is left to ``run_recipe``.
     """
     state = _ranks()
-    _quieten()
+    quieten()
     folder = RunFolder(Path(recipe.output_dir))
     made = [name for name, stage in recipe.stages.items() if stage.student is not None and stage.student.init is not None]
     if not made:
@@ -155,7 +153,8 @@ def _claim(recipe: Recipe, folder: RunFolder) -> None:
     half.replace(folder.recipe)
 
 
-def _run_stage(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, models: ModelBuilder) -> None:
+def _run_stage(prepared: Prepared, name: str) -> None:
+    recipe, folder, data, models = prepared.recipe, prepared.folder, prepared.data, prepared.models
     state, stage = _ranks(), folder.stage(name)
     if state.is_main_process:
         stage.root.mkdir(parents=True, exist_ok=True)
@@ -164,7 +163,7 @@ def _run_stage(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, 
     start = time.perf_counter()
     _make_student(recipe, name, folder, data, models)
     trainer, mixture = build_trainer(recipe, name, stage, data, models)
-    _say(state, _stage_heading(name, recipe, trainer, mixture))
+    _say(state, _stage_heading(name, prepared, trainer))
     resume = any(not unsealed(each) for each in checkpoints(stage.root))
     trainer.train(resume_from_checkpoint=resume)
     _save_result(recipe, name, stage, trainer)
@@ -206,18 +205,11 @@ def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: DomainS
         trainer.processing_class.save_pretrained(stage.model)
 
 
-def _stage_heading(name: str, recipe: Recipe, trainer: DomainSFTTrainer, mixture: Mixture) -> str:
+def _stage_heading(name: str, prepared: Prepared, trainer: DomainSFTTrainer) -> str:
     trained = sum(shape_of(p).numel() for p in trainer.model.parameters() if p.requires_grad)
-    lines = [f"[{name}] {recipe.stages[name].type}: {trained:,} trained parameters, {len(mixture.dataset):,} rows"]
-    for use in mixture.table:
-        lines.append(
-            f"    {use.source} ({use.domain}): {use.used:,} of {use.available:,} rows, "
-            f"{use.share:.0%} of the mixture, each {use.repeats:.3g} times"
-        )
-    for domain, count in trainer.data_counts["train"].items():
-        lost = {what: n for what, n in asdict(count).items() if what not in ("rows", "kept_tokens") and n}
-        lines.append(f"    {domain}: {count.rows:,} rows, {count.kept_tokens:,} kept tokens" + (f", {lost}" if lost else ""))
-    notes = [note for note in sharing_notes(recipe) if note.startswith(f"stages.{name}.")]
+    rows, type_ = len(prepared.stages[name].mixture.dataset), prepared.recipe.stages[name].type
+    lines = [f"[{name}] {type_}: {trained:,} trained parameters, {rows:,} rows", *stage_lines(prepared, name)]
+    notes = [note for note in sharing_notes(prepared.recipe) if note.startswith(f"stages.{name}.")]
     return "\n".join([*lines, *(f"    note: {note}" for note in notes)])
 
 
@@ -287,12 +279,3 @@ def _first_difference(then: Any, now: Any, path: str = "") -> str:
 def _say(state: PartialState, text: str) -> None:
     if state.is_main_process:
         print(text, flush=True)
-
-
-def _quieten() -> None:
-    """Leave the terminal to one line per log: progress bars of a second each and warnings about TRL's own defaults go."""
-    logging.getLogger("daekit").setLevel(logging.ERROR)  # the heading of a stage says what became of its rows
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
