@@ -4,7 +4,7 @@
     python benchmarks/attention.py --device cuda         # up to 16,384 tokens, 32 heads, bfloat16
 
 Contestants: ours; maps (as the authors of "A Teacher Is Worth A Million Instructions" do: the whole ``[B, A, T, T]`` softmax of
-every layer of both models, then ``t (log t - log s)``, autograd); kept (the same maps, but of the kept positions only: the
+every layer of both models, then ``t (log t - log s)``, autograd); kept (the same maps, but of the loss positions only: the
 best that is plain); sdpa (the student's own attention, forward and backward: what a step costs anyway); floor (only the
 matrix products, causal blocks of 256 queries; it computes no loss).
 """
@@ -43,7 +43,7 @@ class Shape:
 
     @property
     def first_kept(self) -> int:
-        """The kept positions are this one and all behind it."""
+        """The loss positions are this one and all behind it."""
         return self.T - round(self.T * self.kept)
 
 
@@ -85,7 +85,7 @@ def with_gradients(loss: Tensor, student: list[Heads]) -> Outcome:
 
 
 def attention_sum(students: list[AttentionLayer], teachers: list[AttentionLayer], layout: RowLayout) -> Tensor:
-    """Our loss: the sum over kept positions of KL(teacher || student), divided by heads x layers; carries the gradient."""
+    """Our loss: the sum over loss positions of KL(teacher || student), divided by heads x layers; carries the gradient."""
     pairs = row_pairs(layout, layout, torch.arange(len(layout.offset_N), device=layout.offset_N.device))
     losses = [attention_loss(s, [(t, pairs)], layout.offset_N)[0] for s, t in zip(students, teachers, strict=True)]
     return torch.stack(losses).sum() / (students[0].query_NAD.shape[1] * len(students))

@@ -175,8 +175,8 @@ def nll_of(teacher: Teacher, rows: EvaluationSet) -> RowValues:
         ids = torch.tensor([row.input_ids])
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         batch = Batch(inputs, torch.tensor([row.labels]), torch.zeros_like(ids), (rows.domain,))
-        (signal,) = teacher.signals(batch)
-        log_p_NV = teacher_log_probs(signal, slice(None))
+        (output,) = teacher.outputs(batch)
+        log_p_NV = teacher_log_probs(output, slice(None))
         total.append(-float(log_p_NV.gather(1, batch.labels_N[:, None]).sum()))
         weight.append(len(batch.labels_N))
     return RowValues(np.array(total), np.array(weight, dtype=np.float64))

@@ -20,9 +20,9 @@ from harness import OURS, Case, Unavailable, main
 from measure import Outcome, Work
 from torch import Tensor
 
-from daekit.losses import PredictionTerms, prediction_loss
+from daekit.losses import Objective, prediction_loss
 from daekit.losses.prediction import chunk_tokens
-from daekit.protocol import OutputHead, Signal, Voice
+from daekit.protocol import Member, OutputHead, TeacherOutput
 
 BETA = 0.5  # of jsd
 
@@ -77,11 +77,11 @@ def ours(shape: Shape) -> Work:
     inputs = make(shape)
     head, teacher_head = OutputHead(inputs.weight_VH, None, shape.V), OutputHead(inputs.teacher_VH, None, shape.V)
     positions = torch.arange(shape.N, device=shape.device)
-    signal = Signal(positions, (Voice(inputs.teacher_NH, teacher_head),))
-    terms = PredictionTerms(ce_weight=shape.ce_weight, divergence=shape.divergence, beta=BETA)
+    output = TeacherOutput(positions, (Member(inputs.teacher_NH, teacher_head),))
+    objective = Objective(ce_weight=shape.ce_weight, divergence=shape.divergence, beta=BETA)
 
     def work() -> Outcome:
-        sums = prediction_loss(inputs.hidden_NH, head, inputs.labels_N, [signal], terms)
+        sums = prediction_loss(inputs.hidden_NH, head, inputs.labels_N, [output], objective)
         return with_gradients(sums.loss, inputs)
 
     return work

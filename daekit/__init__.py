@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from daekit.evaluation.callback import EvaluationCallback
-    from daekit.protocol import Batch, Signal, Teacher, Voice
+    from daekit.protocol import Batch, Member, Teacher, TeacherOutput
     from daekit.recipe import load_recipe
     from daekit.recipe.load_suite import load_suite
     from daekit.runtime.run import run_recipe
@@ -33,9 +33,9 @@ _ROOM_OF = {
     "EnsembleTeacher": "daekit.teachers",
     "RoutedTeacher": "daekit.teachers",
     "Batch": "daekit.protocol",
-    "Signal": "daekit.protocol",
+    "TeacherOutput": "daekit.protocol",
     "Teacher": "daekit.protocol",
-    "Voice": "daekit.protocol",
+    "Member": "daekit.protocol",
     "EvaluationCallback": "daekit.evaluation.callback",
     "load_recipe": "daekit.recipe",
     "load_suite": "daekit.recipe.load_suite",
@@ -55,11 +55,11 @@ __all__ = [
     "EvaluationCallback",
     "KDConfig",
     "KDTrainer",
+    "Member",
     "ModelTeacher",
     "RoutedTeacher",
-    "Signal",
     "Teacher",
-    "Voice",
+    "TeacherOutput",
     "__version__",
     "load_recipe",
     "load_suite",

@@ -19,11 +19,11 @@ class TokenMeans:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, values_N: Tensor, row_N: Tensor, domains: Sequence[str]) -> None:
-        """Add one value per kept position to the means ``name`` and ``name/<domain>``.
+        """Add one value per loss position to the means ``name`` and ``name/<domain>``.
 
         Args:
             name: of the metric.
-            values_N: one value per kept position.
+            values_N: one value per loss position.
             row_N: the row of each position, an index into ``domains``.
             domains: the domain of each row.
         """

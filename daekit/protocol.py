@@ -1,4 +1,4 @@
-"""What the rooms hand to each other: a Batch, the Signals of a Teacher, and the output head both are scored with.
+"""What the rooms hand to each other: a Batch, the TeacherOutputs for it, and the output head both are scored with.
 
 Shape legend, used as suffixes of names everywhere (``hidden_NH``):
 
@@ -6,8 +6,8 @@ Shape legend, used as suffixes of names everywhere (``hidden_NH``):
 B     sequences of a batch as the model sees them (1 when the batch is flattened without padding)
 T     positions of a sequence, tokens
 R     rows: rows of the data (documents); B of them when padded, several per sequence when packed
-N     kept positions: those that predict a token of the response (the label of the next token is not -100)
-M     the kept positions that one Signal speaks for, M <= N
+N     loss positions: those that predict a token that carries loss (the label of the next token is not -100)
+M     the loss positions that one TeacherOutput covers, M <= N
 H     width of the hidden states (teacher and student may differ)
 V     scored columns of the vocabulary, ``len(tokenizer)``
 K     tokens of a sparse distribution, the most likely ones
@@ -21,12 +21,15 @@ Everything here is a plain container: no weights are loaded and no loss is compu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 IGNORE_INDEX = -100
 
@@ -68,19 +71,19 @@ class Batch:
     domains: tuple[str, ...]
 
     @cached_property
-    def kept_BT(self) -> Tensor:
-        """``[B, T-1]`` bool: position t is kept when it predicts ``labels[t + 1] != -100``. The one shift."""
+    def loss_mask_BT(self) -> Tensor:
+        """``[B, T-1]`` bool: position t carries loss when it predicts ``labels[t + 1] != -100``. The one shift."""
         return self.labels_BT[:, 1:] != IGNORE_INDEX
 
     @cached_property
     def labels_N(self) -> Tensor:
-        """``[N]`` the token that each kept position predicts."""
-        return self.labels_BT[:, 1:][self.kept_BT]
+        """``[N]`` the token that each loss position predicts."""
+        return self.labels_BT[:, 1:][self.loss_mask_BT]
 
     @cached_property
     def row_N(self) -> Tensor:
-        """``[N]`` the row of each kept position."""
-        return self.row_BT[:, :-1][self.kept_BT]
+        """``[N]`` the row of each loss position."""
+        return self.row_BT[:, :-1][self.loss_mask_BT]
 
     @cached_property
     def layout(self) -> RowLayout:
@@ -89,27 +92,27 @@ class Batch:
         length_R = torch.bincount(self.row_BT[sequence_P, position_P], minlength=len(self.domains))
         first_R = length_R.cumsum(0) - length_R  # of each row, among the P positions that are not padding
         start_R = position_P[first_R]
-        end_R1 = torch.bincount(self.row_N, minlength=len(self.domains)).cumsum(0)
-        kept_R1 = torch.cat([end_R1.new_zeros(1), end_R1])
-        position_N = self.kept_BT.nonzero(as_tuple=True)[1]
-        return RowLayout(sequence_P[first_R], start_R, length_R, kept_R1, position_N - start_R[self.row_N])
+        end_R = torch.bincount(self.row_N, minlength=len(self.domains)).cumsum(0)
+        bounds_R1 = torch.cat([end_R.new_zeros(1), end_R])
+        position_N = self.loss_mask_BT.nonzero(as_tuple=True)[1]
+        return RowLayout(sequence_P[first_R], start_R, length_R, bounds_R1, position_N - start_R[self.row_N])
 
     @cached_property
-    def kept_N(self) -> Tensor:
-        """``[N]`` the kept positions as indices into the flattened ``[B, T]``."""
-        sequence_N, position_N = self.kept_BT.nonzero(as_tuple=True)
+    def loss_index_N(self) -> Tensor:
+        """``[N]`` the loss positions as indices into the flattened ``[B, T]``."""
+        sequence_N, position_N = self.loss_mask_BT.nonzero(as_tuple=True)
         return sequence_N * self.labels_BT.shape[1] + position_N
 
-    def keep(self, values_BT: Tensor) -> Tensor:
-        """``[N, ...]``: whatever ``[B, T, ...]`` holds at the kept positions, the hidden states for instance."""
-        return values_BT.flatten(0, 1).index_select(0, self.kept_N.to(values_BT.device))
+    def at_loss_positions(self, values_BT: Tensor) -> Tensor:
+        """``[N, ...]``: whatever ``[B, T, ...]`` holds at the loss positions, the hidden states for instance."""
+        return values_BT.flatten(0, 1).index_select(0, self.loss_index_N.to(values_BT.device))
 
     def rows_of(self, names: Sequence[str]) -> list[int]:
         """Indices of the rows whose domain is one of ``names``."""
         return [row for row, domain in enumerate(self.domains) if domain in names]
 
     def positions_of(self, rows: Sequence[int]) -> Tensor:
-        """``[M]`` indices into the N kept positions of those that belong to ``rows``, in the batch's order."""
+        """``[M]`` indices into the N loss positions of those that belong to ``rows``, in the batch's order."""
         wanted = torch.zeros(len(self.domains), dtype=torch.bool, device=self.row_N.device)
         wanted[list(rows)] = True
         return wanted[self.row_N].nonzero().flatten()
@@ -117,7 +120,7 @@ class Batch:
     def select(self, rows: Sequence[int]) -> Batch:
         """The same batch with only ``rows``, in the batch's order: whole sequences when padded, whole documents when flattened.
 
-        The kept positions of the result are those of ``positions_of(rows)``, in the same order.
+        The loss positions of the result are those of ``positions_of(rows)``, in the same order.
         """
         rows = sorted(rows)
         if rows == list(range(len(self.domains))):
@@ -126,6 +129,12 @@ class Batch:
             return self._select_sequences(rows)
         return self._select_documents(rows)
 
+    def _renumbered(self, rows: list[int]) -> Tensor:
+        """``[R + 1]``: old row -> new row, -1 for rows that are left out; the last entry is that of padding, row -1."""
+        new_row = torch.full((len(self.domains) + 1,), -1, device=self.row_BT.device, dtype=self.row_BT.dtype)
+        new_row[rows] = torch.arange(len(rows), device=self.row_BT.device, dtype=self.row_BT.dtype)
+        return new_row
+
     def _select_sequences(self, rows: list[int]) -> Batch:
         index = torch.tensor(rows, device=self.labels_BT.device)
         size = self.labels_BT.shape[0]
@@ -133,20 +142,11 @@ class Batch:
             key: value[index] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size else value
             for key, value in self.inputs.items()
         }
-        new_row = torch.full((len(self.domains) + 1,), -1, device=self.row_BT.device, dtype=self.row_BT.dtype)
-        new_row[index] = torch.arange(len(rows), device=self.row_BT.device, dtype=self.row_BT.dtype)
-        return replace(
-            self,
-            inputs=inputs,
-            labels_BT=self.labels_BT[index],
-            row_BT=new_row[self.row_BT[index]],
-            domains=tuple(self.domains[row] for row in rows),
-        )
+        row_BT = self._renumbered(rows)[self.row_BT[index]]
+        return Batch(inputs, self.labels_BT[index], row_BT, tuple(self.domains[row] for row in rows))
 
     def _select_documents(self, rows: list[int]) -> Batch:
-        new_row = torch.full((len(self.domains) + 1,), -1, device=self.row_BT.device, dtype=self.row_BT.dtype)
-        new_row[rows] = torch.arange(len(rows), device=self.row_BT.device, dtype=self.row_BT.dtype)
-        row_T = new_row[self.row_BT[0]]  # row -1 (padding) reads the last entry, -1
+        row_T = self._renumbered(rows)[self.row_BT[0]]
         wanted_T = row_T >= 0
         length = self.labels_BT.shape[1]
         inputs: dict[str, Any] = {
@@ -156,13 +156,8 @@ class Batch:
         }
         inputs |= packed_lengths(inputs["position_ids"])
         inputs |= {key: value for key, value in self.inputs.items() if isinstance(value, bool)}
-        return replace(
-            self,
-            inputs=inputs,
-            labels_BT=self.labels_BT[:, wanted_T],
-            row_BT=row_T[wanted_T][None],
-            domains=tuple(self.domains[row] for row in rows),
-        )
+        domains = tuple(self.domains[row] for row in rows)
+        return Batch(inputs, self.labels_BT[:, wanted_T], row_T[wanted_T][None], domains)
 
 
 def packed_lengths(position_ids_1T: Tensor) -> dict[str, Tensor | int]:
@@ -187,20 +182,20 @@ def packed_lengths(position_ids_1T: Tensor) -> dict[str, Tensor | int]:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where the R rows of a batch lie in its ``[B, T]`` positions, and which positions of each are kept.
+    """Where the R rows of a batch lie in its ``[B, T]`` positions, and which loss positions each of them has.
 
     Attributes:
         sequence_R: index of the sequence that holds the row.
         start_R: position of its first token in that sequence.
         length_R: its tokens.
-        kept_R1: ``[R + 1]``, the kept positions of row r are ``kept_R1[r] .. kept_R1[r + 1] - 1`` of the N.
-        offset_N: each kept position, counted from the start of its row.
+        bounds_R1: ``[R + 1]``; row r has the loss positions ``bounds_R1[r] .. bounds_R1[r + 1] - 1`` of the N.
+        offset_N: each loss position, counted from the start of its row.
     """
 
     sequence_R: Tensor
     start_R: Tensor
     length_R: Tensor
-    kept_R1: Tensor
+    bounds_R1: Tensor
     offset_N: Tensor
 
 
@@ -212,7 +207,7 @@ class AttentionLayer:
     ``q - k < window``; the weights are ``softmax(scaling * q @ k)``.
 
     Attributes:
-        query_NAD: queries at the kept positions.
+        query_NAD: queries at the loss positions.
         key_BGTD: keys at all positions; head a of the queries goes with head ``a // (A / G)`` of the keys.
         scaling: factor of the scores.
         window: of a sliding-window attention, tokens; None: all of the row.
@@ -224,14 +219,43 @@ class AttentionLayer:
     window: int | None = None
 
 
+LayerChoice = str | tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
-class Internals:
-    """What a teacher's layers did, kept for the losses that look inside; keyed by the layer of the *student* that follows.
+class FeatureSpec:
+    """Which features of its teachers a student is compared with: queries and keys of attention, hidden states.
 
     Attributes:
-        layout: of the batch that the teacher saw: its kept positions are those of the Signal, in the same order.
+        student: the student's config; its depth and its heads count.
+        attention: whose layers' attention, as for ``daekit.models.features.match_layers``; None: of no layer.
+        hidden: whose layers' hidden states; None: of no layer.
+        relation_heads: attention is compared in so many relation heads; None: in the model's own heads, one to one.
+    """
+
+    student: PreTrainedConfig
+    attention: LayerChoice | None = None
+    hidden: LayerChoice | None = None
+    relation_heads: int | None = None
+
+
+@dataclass(frozen=True)
+class FeatureLayers:
+    """Student's layer -> the layer of one teacher that it follows, and the width of that teacher's hidden states."""
+
+    attention: Mapping[int, int]
+    hidden: Mapping[int, int]
+    width: int
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a teacher's layers, keyed by the layer of the *student* that follows.
+
+    Attributes:
+        layout: of the batch that the teacher saw: its loss positions are those of the TeacherOutput, in the same order.
         attention: student's layer -> queries and keys of the teacher's layer.
-        hidden_MH: student's layer -> hidden states behind the teacher's layer, at the kept positions.
+        hidden_MH: student's layer -> hidden states behind the teacher's layer, at the loss positions.
     """
 
     layout: RowLayout
@@ -240,8 +264,8 @@ class Internals:
 
 
 @dataclass(frozen=True)
-class Voice:
-    """One teacher's opinion on M kept positions: ``hidden_MH`` scored by ``head``, with its ``weight`` among the voices."""
+class Member:
+    """One model at M loss positions: ``hidden_MH`` scored by ``head``, with its ``weight`` among the members."""
 
     hidden_MH: Tensor
     head: OutputHead
@@ -254,41 +278,50 @@ class TopK:
 
     Attributes:
         ids_MK: the tokens, different ones in each row.
-        log_probs_MK: their log-probabilities in nats at ``temperature``; the rest of 1 is the tail's.
+        log_probs_MK: their log-probabilities in nats at ``temperature``; in float32 or float64, or in fp16 with
+            ``tail_log_mass_M``. 16-bit values cannot say what the tail holds: rounding is larger than that.
         temperature: that of the softmax they come from; the loss must have the same.
+        tail_log_mass_M: log of the probability of all other tokens, float32 or float64; None: 1 - the sum of the named
+            ones. Named probabilities and tail are scaled to sum to 1, which takes out the rounding of the former.
     """
 
     ids_MK: Tensor
     log_probs_MK: Tensor
     temperature: float = 1.0
+    tail_log_mass_M: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Signal:
-    """What one or several voices together say about some kept positions of a batch.
+class TeacherOutput:
+    """The distributions of one teacher at some loss positions of a batch: of one member, or a mean of several.
 
     Attributes:
-        positions_M: indices into the N kept positions of the batch.
-        voices: voices whose weights sum to 1; none where ``top_k`` is given.
-        average: how several voices become one distribution, after the temperature: the weighted mean of their
+        positions_M: indices into the N loss positions of the batch.
+        members: members whose weights sum to 1; none where ``top_k`` is given.
+        average: how several members become one distribution, after the temperature: the weighted mean of their
             ``"logits"`` (BabyLlama-2) or of their ``"probabilities"``.
-        top_k: a sparse distribution instead of voices (what a cache or a server gives).
-        internals: what the attention and hidden-state losses need; only where they were asked for, and of one voice.
+        top_k: a sparse distribution instead of members (what a cache or a server gives).
+        features: what the attention and hidden-state losses compare; only where it was asked for, and of one member.
     """
 
     positions_M: Tensor
-    voices: tuple[Voice, ...]
+    members: tuple[Member, ...]
     average: str = "logits"
     top_k: TopK | None = None
-    internals: Internals | None = None
+    features: Features | None = None
 
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Yields Signals for a batch: without gradient, in eval mode, each kept position spoken for exactly once."""
+    """Yields TeacherOutputs for a batch: without gradient, in eval mode, each loss position covered exactly once."""
 
-    def signals(self, batch: Batch) -> list[Signal]:
-        """The signals for ``batch``; together they cover its N kept positions exactly once."""
+    def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
+        """The outputs for ``batch``; together they cover its N loss positions exactly once.
+
+        Args:
+            batch: rows, as the student sees them.
+            capture: which features to hand out, too; only a ``FeatureTeacher`` is asked for some.
+        """
         ...
 
     def identity(self) -> dict[str, object]:
@@ -297,4 +330,17 @@ class Teacher(Protocol):
 
     def to(self, device: torch.device) -> Teacher:
         """Move what can be moved to ``device``; returns itself."""
+        ...
+
+
+@runtime_checkable
+class FeatureTeacher(Teacher, Protocol):
+    """A teacher whose outputs carry the features that ``capture`` asks for."""
+
+    def feature_layers(self, spec: FeatureSpec) -> list[FeatureLayers]:
+        """The layers that ``spec`` means in each of its models.
+
+        Raises:
+            UserError: the student's layers or heads have no counterpart here.
+        """
         ...

@@ -31,11 +31,11 @@ def probabilities(some_logits: Tensor, temperature: float) -> Tensor:
     return powers / powers.sum(dim=1, keepdim=True)
 
 
-def teachers(voices: list[tuple[float, Tensor, Head]], average: str, temperature: float) -> Tensor:
+def teachers(members: list[tuple[float, Tensor, Head]], average: str, temperature: float) -> Tensor:
     """``[N, V]`` probabilities of several (weight, hidden, head) together."""
     if average == "probabilities":
-        return sum(weight * probabilities(logits(hidden, head), temperature) for weight, hidden, head in voices)
-    return probabilities(sum(weight * logits(hidden, head) for weight, hidden, head in voices), temperature)
+        return sum(weight * probabilities(logits(hidden, head), temperature) for weight, hidden, head in members)
+    return probabilities(sum(weight * logits(hidden, head) for weight, hidden, head in members), temperature)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:

@@ -19,13 +19,12 @@ from torch import Tensor
 from daekit.errors import UserError
 from daekit.models.adapters import load_continued, require_adapters_fit
 from daekit.models.backbone import base_of
-from daekit.models.internals import Watch
-from daekit.protocol import Batch, Signal, Teacher
+from daekit.protocol import Batch, FeatureSpec, Teacher, TeacherOutput
 from daekit.recipe.schema import ModelSpec
-from daekit.teachers import BASE, AdapterPath, AdapterTeacher, ModelTeacher, RoutedTeacher
+from daekit.teachers import AdapterTeacher, ModelTeacher, RoutedTeacher
 from tests.helpers import tiny
 from tests.helpers.adapter_world import load, lora, merged, save_adapter, save_base
-from tests.test_teachers import V, batch_of, log_probs, plain, says
+from tests.helpers.teacher_cases import V, batch_of, log_probs, plain, says
 
 DOMAINS = ("general", "shop", "law")
 
@@ -63,14 +62,14 @@ def forwards(model: PeftModel) -> Iterator[list[tuple[int, ...]]]:
         hook.remove()
 
 
-def switched(routes: dict[str, Teacher], batch: Batch) -> list[Signal]:
+def switched(routes: dict[str, Teacher], batch: Batch) -> list[TeacherOutput]:
     """The plain twin of a routed teacher of adapters: each teacher alone on its rows."""
-    signals = []
+    outputs = []
     for domain, speaker in routes.items():
         rows = batch.rows_of([domain])
-        for signal in speaker.signals(batch.select(rows)) if rows else []:
-            signals.append(replace(signal, positions_M=batch.positions_of(rows)[signal.positions_M]))
-    return signals
+        for output in speaker.outputs(batch.select(rows)) if rows else []:
+            outputs.append(replace(output, positions_M=batch.positions_of(rows)[output.positions_M]))
+    return outputs
 
 
 # ---- one adapter ------------------------------------------------------------------------------------------------------
@@ -156,18 +155,18 @@ def test_one_forward_is_the_same_as_switching(layout: str, quantization: str | N
     routes, batch = teachers_on(student, world), batch_of(layout)
     kept = batch.labels_N.numel()
     with forwards(student) as shapes:
-        signals = RoutedTeacher(routes).signals(batch)
-    assert shapes == [tuple(batch.labels_BT.shape)] and len(signals) == 1
+        outputs = RoutedTeacher(routes).outputs(batch)
+    assert shapes == [tuple(batch.labels_BT.shape)] and len(outputs) == 1
     with forwards(student) as shapes:
         twin = switched(routes, batch)
     assert len(shapes) == 3
-    torch.testing.assert_close(log_probs(signals, kept), log_probs(twin, kept), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_probs(outputs, kept), log_probs(twin, kept), rtol=1e-5, atol=1e-5)
     assert student.training and student.active_adapters == ["default"]
     if quantization is None:
         for domain in ("shop", "law"):
             rows = batch.rows_of([domain])
             expected = plain(merged(world / "base", world / domain), batch.select(rows))
-            torch.testing.assert_close(log_probs(signals, kept)[batch.positions_of(rows)], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(log_probs(outputs, kept)[batch.positions_of(rows)], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_one_forward_beside_other_teachers(world: Path) -> None:
@@ -185,29 +184,27 @@ def test_one_forward_beside_other_teachers(world: Path) -> None:
     assert shapes == [(len(batch.rows_of(["shop", "law"])), batch.labels_BT.shape[1])]
     torch.testing.assert_close(said, log_probs(switched(routes, batch), len(said)), rtol=1e-5, atol=1e-5)
     with forwards(student) as shapes:
-        RoutedTeacher(dict.fromkeys(DOMAINS, shop)).signals(batch)
+        RoutedTeacher(dict.fromkeys(DOMAINS, shop)).outputs(batch)
     assert shapes == [tuple(batch.labels_BT.shape)]
 
 
-def test_what_lies_inside_is_the_same_in_one_forward(world: Path) -> None:
+def test_features_are_the_same_in_one_forward(world: Path) -> None:
     student = student_on(load(world / "base"))
     routes, batch = teachers_on(student, world), batch_of()
-    router = RoutedTeacher(routes)
-    router.watch(Watch(base_of(student).config, attention="uniform", hidden="uniform"))
-    (together,) = router.signals(batch)
-    assert together.internals is not None
+    spec = FeatureSpec(base_of(student).config, attention="uniform", hidden="uniform")
+    (together,) = RoutedTeacher(routes).outputs(batch, spec)
+    assert together.features is not None
     for domain, speaker in routes.items():
         rows = batch.rows_of([domain])
-        (alone,) = speaker.signals(batch.select(rows))
-        assert alone.internals is not None
+        (alone,) = speaker.outputs(batch.select(rows), spec)
+        assert alone.features is not None
         at = batch.positions_of(rows)
         for layer in range(2):
-            ours, theirs = together.internals, alone.internals
+            ours, theirs = together.features, alone.features
             torch.testing.assert_close(ours.hidden_MH[layer][at], theirs.hidden_MH[layer], rtol=1e-4, atol=1e-5)
             mine, other = ours.attention[layer], theirs.attention[layer]
             torch.testing.assert_close(mine.query_NAD[at], other.query_NAD, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(mine.key_BGTD[rows], other.key_BGTD, rtol=1e-4, atol=1e-5)
-    router.watch(None)
 
 
 SWITCH: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
@@ -254,7 +251,7 @@ def test_adapters_of_several_dtypes_are_switched(world: Path, tmp_path: Path) ->
     rounded = save_adapter(tmp_path / "law", world / "base", dtype=torch.bfloat16)
     routes["law"] = AdapterTeacher.from_pretrained(student, rounded, V)
     with forwards(student) as shapes:
-        RoutedTeacher(routes).signals(batch_of())
+        RoutedTeacher(routes).outputs(batch_of())
     assert len(shapes) == 3
 
 
@@ -264,7 +261,7 @@ def test_frozen_models_see_exactly_the_tokens_of_the_batch(layout: str, world: P
     student = student_on(load(world / "base"))
     batch = batch_of(layout)
     with forwards(student) as shapes:
-        RoutedTeacher(teachers_on(student, world)).signals(batch)
+        RoutedTeacher(teachers_on(student, world)).outputs(batch)
     assert sum(rows * length for rows, length in shapes) == batch.labels_BT.numel()
 
 
@@ -366,9 +363,3 @@ def test_a_tied_head_that_an_adapter_would_untie(tmp_path: Path) -> None:
 def test_a_base_without_a_name(world: Path) -> None:
     with pytest.raises(UserError, match="the student's base has no name to compare with"):
         AdapterTeacher.from_pretrained(student_on(tiny.model(seed=1, hidden=64)), world / "shop", V)
-
-
-def test_an_adapter_path_alone_has_no_model() -> None:
-    with pytest.raises(UserError, match="has no model yet; KDTrainer and DAETrainer load it"):
-        BASE.signals(batch_of())
-    assert AdapterPath("a") == AdapterPath("a") != BASE

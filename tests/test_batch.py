@@ -4,66 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
-from collections.abc import Sequence
-from typing import Any
 
 import datasets
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from daekit.data.collator import DomainCollator, as_batch
+from daekit.data.collator import DomainCollator
 from daekit.errors import UserError
 from daekit.metrics import TokenMeans
-from daekit.models.backbone import add_on_hidden, kept_hidden_states
-from daekit.protocol import Batch, packed_lengths
+from daekit.models.backbone import add_on_hidden, hidden_at_loss_positions
+from daekit.protocol import packed_lengths
 from tests import reference
 from tests.helpers import tiny
+from tests.helpers.batches import Row, collate, make_rows
 
 datasets.disable_progress_bars()
 
 LAYOUTS = ("right", "left", "packed", "packed to 8", "blocks")
-Row = dict[str, Any]
-
-
-def make_rows(seed: int, count: int, longest: int = 9) -> list[Row]:
-    """Token rows of 2 tokens and more with a response somewhere, and a domain each."""
-    rng = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        ids = [rng.randrange(3, 43) for _ in range(rng.randint(2, longest))]
-        labels = [token if rng.random() < 0.6 else -100 for token in ids]
-        rows.append({"input_ids": ids, "labels": labels, "domain": rng.choice(["general", "shop", "law"])})
-    return rows
-
-
-def pad_left(examples: list[Row]) -> dict[str, Tensor]:
-    """A collator of a user's own, of the kind that generation needs."""
-    longest = max(len(example["input_ids"]) for example in examples)
-    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
-    examples = [example | {"attention_mask": [1] * len(example["input_ids"])} for example in examples]
-    return {
-        key: torch.tensor([[value] * (longest - len(example[key])) + example[key] for example in examples])
-        for key, value in fill.items()
-    }
-
-
-def collate(rows: Sequence[Row], layout: str) -> Batch:
-    examples = list(rows)
-    if layout == "blocks":  # as packing makes them: rows of one domain in one example
-        examples = []
-        for domain in dict.fromkeys(row["domain"] for row in rows):
-            mine = [row for row in rows if row["domain"] == domain]
-            joined = {key: list(itertools.chain(*(row[key] for row in mine))) for key in ("input_ids", "labels")}
-            examples.append(joined | {"domain": domain, "seq_lengths": [len(row["input_ids"]) for row in mine]})
-    multiple = 8 if layout == "packed to 8" else None
-    padding_free = layout not in ("right", "left")
-    inner = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free, pad_to_multiple_of=multiple)
-    return as_batch(DomainCollator(pad_left if layout == "left" else inner)(examples))
 
 
 def in_order(rows: list[Row], layout: str) -> list[Row]:
@@ -86,7 +46,7 @@ def test_kept_positions_equal_a_loop_over_rows(seed: int, count: int, layout: st
         for t, token in enumerate(row["labels"][1:])
         if token != -100
     ]
-    before = batch.keep(batch.inputs["input_ids"][..., None].float()).squeeze(-1).long()
+    before = batch.at_loss_positions(batch.inputs["input_ids"][..., None].float()).squeeze(-1).long()
     assert list(zip(before.tolist(), batch.labels_N.tolist(), batch.row_N.tolist(), strict=True)) == expected
     assert batch.domains == tuple(row["domain"] for row in rows)
     assert [(token, row) for _, _, token, row in reference.kept(batch.labels_BT.tolist(), batch.row_BT.tolist())] == [
@@ -97,7 +57,7 @@ def test_kept_positions_equal_a_loop_over_rows(seed: int, count: int, layout: st
 def test_the_first_token_of_a_response_is_kept() -> None:
     row = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, -100, 8, 9], "domain": "shop"}
     batch = collate([row], "right")
-    assert batch.kept_BT.tolist() == [[False, False, True, True]]
+    assert batch.loss_mask_BT.tolist() == [[False, False, True, True]]
     assert batch.labels_N.tolist() == [8, 9]
 
 
@@ -156,7 +116,7 @@ def test_a_row_says_the_same_alone_in_a_batch_and_in_a_selection(layout: str, ki
     add_on_hidden(model)
     batch = collate(rows, layout)
     with torch.no_grad():
-        whole = kept_hidden_states(model, batch)
+        whole = hidden_at_loss_positions(model, batch)
         alone = []
         for row in rows:
             hidden = plain(input_ids=torch.tensor([row["input_ids"]])).last_hidden_state[0]
@@ -164,7 +124,7 @@ def test_a_row_says_the_same_alone_in_a_batch_and_in_a_selection(layout: str, ki
         torch.testing.assert_close(whole, torch.stack(alone), rtol=1e-4, atol=1e-5)
         for size in range(1, len(rows) + 1):
             for chosen in itertools.combinations(range(len(rows)), size):
-                part = kept_hidden_states(model, batch.select(chosen))
+                part = hidden_at_loss_positions(model, batch.select(chosen))
                 torch.testing.assert_close(part, whole[batch.positions_of(chosen)], rtol=1e-4, atol=1e-5)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from daekit.errors import UserError
 from daekit.trainers import DomainSFTConfig, DomainSFTTrainer, checkpoint
@@ -68,7 +68,7 @@ def run(student: str, folder: Path, callbacks: tuple[TrainerCallback, ...] = (),
     trainer = build(student, folder, **changes)
     for callback in callbacks:
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=checkpoint.newest_whole(folder) is not None)
+    trainer.train(resume_from_checkpoint=checkpoint.newest(folder) is not None)
     history = [{k: v for k, v in entry.items() if k not in RUNTIMES} for entry in trainer.state.log_history]
     torch.save({"weights": weights(trainer.model), "history": history}, folder / "result.pt")
 
@@ -199,7 +199,7 @@ def test_killed_before_every_single_file_event(student: str, tmp_path: Path, str
             run(student, folder)
 
         assert forked(kill) == -signal.SIGKILL, events[point - 1]
-        whole = checkpoint.newest_whole(folder) is not None
+        whole = checkpoint.newest(folder) is not None
         assert whole or not whole_before, f"no whole checkpoint is left before {events[point - 1]}"
         whole_before = whole_before or whole
         assert forked(lambda folder=folder: run(student, folder)) == 0, events[point - 1]
@@ -278,7 +278,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("problem", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_not_stepped_over(problem: str, output: Path) -> None:
+def test_a_corrupt_checkpoint_is_named_and_not_stepped_over(problem: str, output: Path) -> None:
     DAMAGES[problem](output / "checkpoint-6")
     with pytest.raises(UserError, match=problem) as caught:
         resume(output)
@@ -293,8 +293,8 @@ def test_a_damaged_checkpoint_is_named_and_not_stepped_over(problem: str, output
         ("teacher", {"teachers": {"shop": tiny.model(seed=9, hidden=48)}}),
         ("teacher", {"reference": tiny.model(seed=9)}),
         ("data", {"max_length": 8, "overlong": "truncate"}),
-        ("terms", {"temperature": 2.0}),
-        ("terms", {"ce_weight": 0.3}),
+        ("objective.temperature: 1.0 then, 2.0 now", {"temperature": 2.0}),
+        ("objective.ce_weight", {"ce_weight": 0.3}),
         ("seed", {"seed": 7}),
         ("batch", {"gradient_accumulation_steps": 1}),
         ("optim: .adamw_torch. then, .sgd. now", {"optim": "sgd"}),
@@ -328,6 +328,86 @@ def test_another_student_or_base_is_refused(tmp_path: Path) -> None:
             trainer(other).train(resume_from_checkpoint=True)
 
 
+LORA: dict[str, Any] = dict(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.fixture(scope="module")
+def with_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    lora_trainer(folder, {}).train()
+    return folder
+
+
+def lora_trainer(folder: Path, adapter: dict[str, Any], **changes: Any) -> DomainSFTTrainer:
+    config = DomainSFTConfig(**options(folder, save_strategy="steps", save_steps=1, max_steps=2, **changes))
+    arguments: dict[str, Any] = dict(processing_class=tiny.tokenizer(), peft_config=LoraConfig(**(LORA | adapter)))
+    return DomainSFTTrainer(tiny.model(seed=1), config, tiny.rows(8), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("what", "adapter", "changes"),
+    [
+        (r"adapter\.lora_alpha: 8 then, 16 now", {"lora_alpha": 16}, {}),
+        (r"adapter\.lora_dropout: 0.1 then, 0.0 now", {"lora_dropout": 0.0}, {}),
+        (r"adapter\.use_rslora: false then, true now", {"use_rslora": True}, {}),
+        (r"adapter\.use_dora: false then, true now", {"use_dora": True}, {}),
+        ("adapter.target_modules: .*k_proj", {"target_modules": ["k_proj", "v_proj"]}, {}),
+        (r"adapter\.r: 4 then, 8 now", {"r": 8}, {}),
+        ("bf16: false then, true now", {}, {"bf16": True}),
+    ],
+)  # fmt: skip
+def test_another_adapter_or_precision_is_refused(
+    what: str, adapter: dict[str, Any], changes: dict[str, Any], with_adapter: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"another run.*{what}"):
+        lora_trainer(with_adapter, adapter, **changes).train(resume_from_checkpoint=True)
+
+
+def test_the_same_adapter_is_resumed(with_adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(with_adapter, tmp_path / "run"))
+    trainer = lora_trainer(folder, {})
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_another_stream_is_refused_and_the_same_is_resumed(packing: bool, tmp_path: Path) -> None:
+    def trainer(seed: int) -> Any:
+        data = tiny.rows(40, seed=seed).to_iterable_dataset()
+        changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "packing": packing, "max_length": 32}
+        return dae(tmp_path, data, **changes)
+
+    trainer(0).train()
+    with pytest.raises(UserError, match=r"another run.*data"):
+        trainer(1).train(resume_from_checkpoint=True)
+    trainer(0).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_the_order_of_checkpoints_is_that_of_steps_and_not_of_a_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that jumps back between two saves, and files that are touched later, change nothing."""
+    clock = iter(range(10**9, 0, -1000))
+    with monkeypatch.context() as patch:
+        patch.setattr("time.time", lambda: next(clock))
+        build("dense", tmp_path, max_steps=6, save_total_limit=5).train()
+    os.utime(tmp_path / "checkpoint-3" / checkpoint.MANIFEST)
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None and newest.name == "checkpoint-6"
+
+
+def test_a_mixture_of_experts_generates_after_training(tmp_path: Path) -> None:
+    """TRL sets output_router_logits for the loss of the router; saved with it, a Mixtral cannot generate with a cache."""
+    trainer = build("mixtral", tmp_path, max_steps=3)
+    assert trainer.aux_loss_enabled
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    assert "aux_loss" in trainer.state.log_history[0]
+    for folder in (tmp_path / "model", tmp_path / "checkpoint-3"):
+        saved = AutoModelForCausalLM.from_pretrained(folder)
+        assert saved.config.output_router_logits is False
+        assert saved.config.router_aux_loss_coef == tiny.model("mixtral").config.router_aux_loss_coef
+        assert saved.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3, use_cache=True, pad_token_id=0).shape[1] > 3
+
+
 def test_other_data_is_refused(output: Path) -> None:
     trainer = build("dense", output, max_steps=6)
     trainer.train_dataset = trainer.train_dataset.select(range(12))
@@ -336,7 +416,7 @@ def test_other_data_is_refused(output: Path) -> None:
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
         build("dense", tmp_path).train(resume_from_checkpoint=True)
 
 
@@ -350,7 +430,7 @@ def test_a_checkpoint_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     foreign = tmp_path / "checkpoint-500"
     foreign.mkdir()
     (foreign / "model.safetensors").write_text("precious")
-    with pytest.raises(UserError, match=r"checkpoint-500: was not written by daekit"):
+    with pytest.raises(UserError, match=r"checkpoint-500: has no .*Delete the folder.*, move it away, or"):
         build("dense", tmp_path).train()
     with pytest.raises(UserError, match="not a checkpoint of daekit"):
         build("dense", tmp_path).train(resume_from_checkpoint=str(foreign))
@@ -362,7 +442,7 @@ def test_a_run_begun_anew_in_the_same_folder_keeps_its_own_checkpoints(output: P
     build("dense", output, max_steps=5, save_total_limit=1, save_steps=4).train()
     assert [folder.name for folder in checkpoint.checkpoints(output)] == ["checkpoint-5"]
     build("dense", output, max_steps=3, save_total_limit=5).train()
-    newest = checkpoint.newest_whole(output)
+    newest = checkpoint.newest(output)
     assert newest is not None and newest.name == "checkpoint-3"
 
 
@@ -376,7 +456,7 @@ def test_a_deletion_that_is_cut_short_leaves_no_half_checkpoint(output: Path, mo
         with pytest.raises(KeyboardInterrupt):
             checkpoint.rotate(output, 1, set())
     assert [folder.name for folder in checkpoint.checkpoints(output)] == ["checkpoint-6"]
-    checkpoint.clear_remains(output)
+    checkpoint.clear_partial(output)
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
@@ -401,7 +481,7 @@ def assert_full_disk_is_survived(output: Path, fill: Callable[[], Any], empty: C
     with pytest.raises(UserError, match="the disk is full") as caught:
         trainer.train()
     assert "checkpoint-6" in str(caught.value)
-    newest = checkpoint.newest_whole(output)
+    newest = checkpoint.newest(output)
     assert newest is not None and newest.name == "checkpoint-3"
     empty()
     run("dense", output)

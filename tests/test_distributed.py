@@ -2,159 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import transformers
-from accelerate.utils import DistributedType
-from datasets import Dataset
-from peft import LoraConfig
-from safetensors.torch import load_file, save_file
-from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel
+from safetensors.torch import load_file
 
-from daekit.models.loading import load_model
 from daekit.recipe import load_recipe
-from daekit.recipe.schema import ModelSpec
 from daekit.runtime.run import run_recipe
-from daekit.teachers import EnsembleTeacher, ModelTeacher, RoutedTeacher
-from daekit.trainers import domain_sft
-from tests.helpers import tiny
-from tests.helpers.trainer_world import V, dae, kd, relative, weights
-
-SAME = 1e-5  # what rounding may do
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONPATH": str(ROOT),  # this file is a program of the ranks, too: it imports `tests`
-}
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-CASES = ["kd", "kd-lora", "kd-one-rank-all-masked", "dae", "dae-one-domain-per-rank", "dae-mixtral", "dae-lora-reference"]
-CASES += ["kd-clipped", "kd-lora-checkpointing", "kd-tied-checkpointing", "kd-ensemble-one-domain-per-rank", "dae-reference"]
-INSIDE = {"attention_weight": 0.5, "hidden_weight": 0.5}
-CASES += [
-    "kd-inside-one-rank-all-masked",
-    "dae-inside-checkpointing-one-domain-per-rank",
-    "dae-inside-checkpointing",
-    "dae-inside-lora-reference",
-]
-
-
-def rows(case: str) -> Dataset:
-    """Eight rows of unequal lengths, in the order in which rank r gets rows r*2, r*2+1 of every global batch of four."""
-    made = []
-    for index in range(8):
-        length = 4 + (index * 7) % 9
-        ids = [3 + (5 * index + step) % 40 for step in range(length)]
-        second_rank = index % 4 >= 2
-        domain = ("shop", "general")[second_rank if "one-domain-per-rank" in case else index % 2]
-        prompt = length if "one-rank-all-masked" in case and second_rank else 1 + index % 3
-        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "domain": domain})
-    return Dataset.from_list(made)
-
-
-def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
-    kind = "mixtral" if "mixtral" in case else "mistral"
-    changes: dict[str, Any] = dict(
-        per_device_train_batch_size=2 if world == 2 else 4,
-        gradient_accumulation_steps=2,
-        eval_dataset=rows("plain").select(range(7)),
-        ce_weight=0.5,
-        per_device_eval_batch_size=2,
-        num_train_epochs=2,
-        logging_steps=1,
-    )
-    changes["gradient_checkpointing"] = "checkpointing" in case
-    if "inside" in case:
-        changes |= INSIDE
-    if "lora" in case:
-        changes["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    if "reference" in case:
-        changes["reference"] = None
-    changes |= options
-    if "clipped" in case:
-        changes["max_grad_norm"] = 0.5
-    if "ensemble" in case:
-        changes["teacher"] = ensemble()
-    student: Any = tiny.model(kind, seed=1, tie_word_embeddings="tied" in case)
-    if "4bit-teacher" in case:
-        changes["teacher"] = four_bits(tiny.model(seed=2, hidden=64), folder / case)
-    if "4bit-student" in case:
-        student = four_bits(tiny.model(seed=1, hidden=64), folder / case)
-    method = kd if case.startswith("kd") else dae
-    return method(folder, rows(case), student, **changes)
-
-
-def four_bits(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model in 4 bits, which it can only be loaded in. Among ranks save_pretrained would write on the first only."""
-    place = folder / f"16-bit-{os.environ.get('RANK', '0')}"
-    place.mkdir(parents=True, exist_ok=True)
-    model.config.to_json_file(place / "config.json")
-    save_file(model.state_dict(), place / "model.safetensors", metadata={"format": "pt"})
-    return load_model(ModelSpec(path=str(place), quantization="4bit", dtype="float32"))
-
-
-def ensemble() -> EnsembleTeacher:
-    """Two members, one of which has a teacher per domain."""
-    one, other, third = (ModelTeacher(tiny.model(seed=seed, hidden=hidden), V) for seed, hidden in ((2, 48), (5, 32), (6, 32)))
-    return EnsembleTeacher([RoutedTeacher({"general": one, "shop": other}), third], [0.25, 0.75])
-
-
-def train(case: str, folder: Path, world: int) -> None:
-    """One process of ``world``; every rank writes its weights and its log."""
-    with pytest.MonkeyPatch.context() as patch:
-        # keep the rows that have nothing to learn, and the order of all
-        patch.setattr(domain_sft, "fit_to_length", lambda dataset, *_: (dataset, {}))
-        patch.setattr(transformers.Trainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset))
-        train_patched(case, folder, world)
-
-
-def train_patched(case: str, folder: Path, world: int) -> None:
-    trainer = trainer_of(case, folder, world)
-    assert trainer.accelerator.num_processes == world
-    if world > 1:
-        assert trainer.accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-        assert torch.distributed.get_world_size() == world
-    trainer.train()
-    metrics = trainer.evaluate()
-    history = [entry for entry in trainer.state.log_history if "kl" in entry]
-    rank = trainer.args.process_index
-    torch.save(
-        {"weights": weights(trainer.model), "history": history, "metrics": metrics}, folder / f"{case}-{world}-{rank}.pt"
-    )
+from tests.helpers.ddp_run import CASES, ENVIRONMENT, LAUNCHER, RECIPE, SAME, compare
+from tests.helpers.trainer_world import relative
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     compare(["dae-one-domain-per-rank", "dae-inside-checkpointing-one-domain-per-rank"], tmp_path)
-
-
-RECIPE = """
-name: small
-output_dir: OUT
-tokenizer: {train: {vocab_size: 400, kind: words}}
-sources:
-  skills: {domain: general, path: "builtin:skills", validation: "builtin:skills", limit: 64, validation_limit: 4}
-  shop: {domain: shop, path: "builtin:shop", limit: 64}
-stages:
-  student:
-    type: sft
-    student: {config: {model_type: mistral, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1,
-              num_attention_heads: 2, num_key_value_heads: 1}}
-    data: [skills]
-    trainer: &trainer {max_steps: 2, per_device_train_batch_size: 4, logging_steps: 1, gradient_checkpointing: false,
-                       optim: sgd, learning_rate: 0.1}
-  aligned: {type: dae, teachers: {shop: "stage:student"}, data: {shop: 0.5, skills: 0.5}, loss: {ce_weight: 1},
-            trainer: *trainer}
-evaluation: {models: [aligned], max_new_tokens: 2}
-"""
 
 
 def test_a_recipe_runs_on_two_ranks_as_on_one(tmp_path: Path) -> None:
@@ -173,33 +34,3 @@ def test_a_recipe_runs_on_two_ranks_as_on_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_equal_one_in_every_case(tmp_path: Path) -> None:
     compare(CASES, tmp_path)
-
-
-def compare(cases: list[str], folder: Path) -> None:
-    subprocess.run([*LAUNCHER, __file__, str(folder), json.dumps(cases)], check=True, env=ENVIRONMENT)
-    for case in cases:
-        train(case, folder, 1)
-        require_same(case, folder)
-
-
-def require_same(case: str, folder: Path) -> None:
-    """What two ranks have written is what one has, and both of them hold the same weights."""
-    one, first, second = (torch.load(folder / f"{case}-{name}.pt") for name in ("1-0", "2-0", "2-1"))
-    start = weights(trainer_of(case, folder, 1).model)
-    assert torch.equal(first["weights"], second["weights"]), case
-    assert relative(first["weights"] - start, one["weights"] - start) < SAME, case
-    assert len(first["history"]) == len(one["history"]) > 1, case
-    for ours, theirs in zip(first["history"], one["history"], strict=True):
-        assert ours.keys() == theirs.keys(), case
-        for key in theirs.keys() - {"learning_rate", "epoch"}:
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (case, key)
-    for key, value in one["metrics"].items():  # seven rows in batches of two on two ranks: one row is repeated
-        if not key.endswith(("runtime", "per_second", "_time")):
-            assert first["metrics"][key] == pytest.approx(value, rel=1e-4, abs=1e-6), (case, key)
-
-
-if __name__ == "__main__":
-    for name in json.loads(sys.argv[2]):
-        train(name, Path(sys.argv[1]), 2)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()

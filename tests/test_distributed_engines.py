@@ -17,8 +17,8 @@ from daekit.models.loading import load_model
 from daekit.recipe import load_recipe
 from daekit.recipe.schema import ModelSpec
 from daekit.runtime.run import run_recipe
+from tests.helpers.ddp_run import CASES, ENVIRONMENT, RECIPE, SAME, require_same, train
 from tests.helpers.trainer_world import relative
-from tests.test_distributed import CASES, ENVIRONMENT, RECIPE, SAME, require_same, train
 
 ROOT = Path(__file__).parents[1]
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

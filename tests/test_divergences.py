@@ -1,14 +1,16 @@
-"""The divergences themselves: value and slope against autograd on their twins, limits, bad parameters."""
+"""The divergences themselves: value and gradient against autograd on their twins, limits, bad parameters."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from daekit.errors import UserError
-from daekit.losses import divergence
-from daekit.losses.divergences import value_factor
+from daekit.losses import Objective
+from daekit.losses.divergences import Divergence, divergence_of, value_factor
 from tests import reference
 from tests.helpers.loss_cases import DIVERGENCES, V
 
@@ -20,23 +22,32 @@ def two_distributions(seed: int = 0, spread: float = 1.0) -> tuple[Tensor, Tenso
     return student, teacher
 
 
+def objective(name: str, parameter: float, temperature: float = 1.0) -> Objective:
+    values = {"divergence": name, "temperature": temperature, "beta" if name == "jsd" else "skew_alpha": parameter}
+    return Objective.of(values)
+
+
+def divergence(name: str, parameter: float) -> Divergence:
+    return divergence_of(objective(name, parameter))
+
+
 def value(name: str, parameter: float, student: Tensor, teacher: Tensor) -> Tensor:
     return divergence(name, parameter)(student.log_softmax(-1), teacher.log_softmax(-1))[0]
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
 @pytest.mark.parametrize(("name", "parameter"), DIVERGENCES)
-def test_value_and_slope(name: str, parameter: float, spread: float) -> None:
+def test_value_and_gradient(name: str, parameter: float, spread: float) -> None:
     student, teacher = two_distributions(spread=spread)
     student.requires_grad_(True)
     p = reference.probabilities(teacher, 1.0)
     expected = reference.divergence(name, reference.probabilities(student, 1.0), p, parameter)
-    (gradient,) = torch.autograd.grad(expected.sum(), student)
+    (wanted,) = torch.autograd.grad(expected.sum(), student)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         logs = (x.detach().log_softmax(-1).to(dtype) for x in (student, teacher))
-        mine, slope = divergence(name, parameter)(*logs)
+        mine, gradient = divergence(name, parameter)(*logs)
         torch.testing.assert_close(mine.double(), expected.detach(), rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(slope.double(), gradient, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(gradient.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("share", [1e-9, 1e-3, 0.5, 1 - 1e-9])
@@ -47,9 +58,9 @@ def test_mixtures_stay_finite_and_exact_however_small_a_share(name: str, share: 
     student.requires_grad_(True)
     p = reference.probabilities(teacher, 1.0)
     expected = reference.divergence(name, reference.probabilities(student, 1.0), p, share)
-    mine, slope = divergence(name, share)(*(x.detach().log_softmax(-1).float() for x in (student, teacher)))
+    mine, gradient = divergence(name, share)(*(x.detach().log_softmax(-1).float() for x in (student, teacher)))
     torch.testing.assert_close(mine.double(), expected.detach(), rtol=1e-5, atol=1e-7)
-    assert slope.isfinite().all()
+    assert gradient.isfinite().all()
 
 
 def test_limits_of_jsd_are_the_two_kls() -> None:
@@ -74,22 +85,30 @@ def test_tv_is_a_distance_between_0_and_1() -> None:
     far = value("tv", 0.5, student, teacher)
     assert (far <= 1).all() and far.max() == 1
     torch.testing.assert_close(value("tv", 0.5, teacher, student), far)
-    assert value_factor("tv", 3.0) == 1 and value_factor("skew_kl", 3.0) == 9
+    assert value_factor(objective("tv", 0.5, 3.0)) == 1 and value_factor(objective("skew_kl", 0.5, 3.0)) == 9
 
 
 @pytest.mark.parametrize(
-    ("name", "parameter", "message"),
+    ("values", "keys"),
     [
-        ("kl", 0.5, "divergence: 'kl' is unknown; choose forward_kl, .* or tv"),
-        ("jsd", 0.0, "beta: 0.0"),
-        ("jsd", 1.0, "beta: 1.0"),
-        ("jsd", 2.0, "beta"),
-        ("skew_kl", 1.0, "skew_alpha: 1.0"),
-        ("skew_reverse_kl", 1.0, "skew_alpha: 1.0"),
-        ("skew_reverse_kl", -0.1, "skew_alpha: -0.1"),
-        ("skew_kl", float("nan"), "skew_alpha: nan"),
+        ({"divergence": "kl"}, ["divergence"]),
+        ({"beta": 0.0}, ["beta"]),
+        ({"beta": 1.0, "divergence": "jsd"}, ["beta"]),
+        ({"skew_alpha": 1.0}, ["skew_alpha"]),
+        ({"skew_alpha": -0.1}, ["skew_alpha"]),
+        ({"skew_alpha": float("nan")}, ["skew_alpha"]),
+        ({"temperature": 0.0, "ce_weight": -1.0, "hidden_loss": "l1"}, ["ce_weight", "temperature", "hidden_loss"]),
+        ({"attention_layers": "last_0"}, ["attention_layers"]),
+        ({"hidden_layers": [[0, 1], [2]]}, ["hidden_layers"]),
+        ({"attention_relation_heads": 0}, ["attention_relation_heads"]),
     ],
 )
-def test_bad_divergences(name: str, parameter: float, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        divergence(name, parameter)
+def test_settings_out_of_bounds_are_named_all_at_once(values: dict[str, Any], keys: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        Objective.of(values)
+    assert [part.split("=")[0] for part in str(caught.value).split("; ")] == keys
+
+
+def test_an_objective_without_any_weight_is_refused() -> None:
+    with pytest.raises(UserError, match="all 0: there is nothing to learn from"):
+        Objective.of({"prediction_weight": 0.0})

@@ -18,16 +18,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from daekit.errors import UserError
 from daekit.models import quantiser, quantization
 from daekit.models.adapters import load_continued, load_frozen, require_adapters_fit
-from daekit.models.backbone import add_on_hidden, frozen_copy, frozen_forward, kept_hidden_states
+from daekit.models.backbone import add_on_hidden, frozen_copy, frozen_forward, hidden_at_loss_positions
 from daekit.models.experts import IMPLEMENTATION, PROJECTIONS, QuantisedExperts, is_experts_layer, quantise_experts
 from daekit.models.heads import output_head
 from daekit.models.identity import fingerprint
 from daekit.models.loading import load_model, load_whole
 from daekit.models.quantization import stored_weights
 from daekit.recipe.schema import ModelSpec
-from daekit.trainers.refusals import refuse_expert_adapter
+from daekit.trainers.validation import refuse_expert_adapter
 from tests.helpers import tiny
-from tests.test_teachers import batch_of
+from tests.helpers.teacher_cases import batch_of
 
 _SHAPE: dict[str, Any] = dict(
     vocab_size=48, hidden_size=64, intermediate_size=128, moe_intermediate_size=96, num_hidden_layers=2,
@@ -214,7 +214,7 @@ def test_a_qlora_student_equals_its_twin(bits: str, autocast: bool, checkpointin
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", enabled=autocast):
-            hidden = kept_hidden_states(model, batch_of())
+            hidden = hidden_at_loss_positions(model, batch_of())
         assert one is not base or max(sizes) < expert
         (hidden.float() @ output_head(model, 40).weight.float().T).log_softmax(-1)[:, 7].sum().backward()
         grads = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]

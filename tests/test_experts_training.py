@@ -16,8 +16,7 @@ from daekit.models.loading import load_model
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
 from tests.helpers import tiny
-from tests.helpers.trainer_world import dae, kd, logged, weights
-from tests.test_trainers_reference import kl_of, lora, mixed_rows
+from tests.helpers.trainer_world import dae, kd, kl_of, logged, lora, mixed_rows, weights
 
 V = len(tiny.WORDS)
 ATTENTION = ["q_proj", "v_proj"]

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from daekit.losses import DIVERGENCES, PredictionTerms
+from daekit.losses import DIVERGENCES
 from daekit.losses.attention import attention_loss, row_pairs
 from daekit.protocol import Batch
 from tests.helpers import tiny
-from tests.helpers.loss_cases import make_case, ours
-from tests.helpers.trainer_world import gradients, kd, relative
-from tests.test_losses_attention import EVERY, PACKED, batch_of, make_side
-from tests.test_trainers_loss import micro_batches
+from tests.helpers.attention_cases import EVERY, PACKED, batch_of, make_side
+from tests.helpers.loss_cases import make_case, make_terms, ours
+from tests.helpers.trainer_world import gradients, kd, micro_batches, relative
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -24,15 +23,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_prediction_loss(divergence: str, dtype: torch.dtype) -> None:
     case = make_case(n=300, widths=(1009, 1024), hidden=(32, 48), vocab=1001, bias=True).to(dtype)
-    terms = PredictionTerms(0.3, 0.7, divergence, temperature=2.0, chunk_tokens=128)
+    terms = make_terms(0.3, 0.7, divergence, temperature=2.0, chunk_tokens=128)
     there = replace(
         case,
         hidden=case.hidden.cuda(),
         labels=case.labels.cuda(),
         head=replace(case.head, weight=case.head.weight.cuda(), bias=case.head.bias.cuda()),
-        voices=[
+        members=[
             (weight, hidden.cuda(), replace(head, weight=head.weight.cuda(), bias=head.bias.cuda()))
-            for weight, hidden, head in case.voices
+            for weight, hidden, head in case.members
         ],
         parts=[part.cuda() for part in case.parts],
     )
@@ -53,7 +52,7 @@ def test_the_attention_loss(windows: Any, dtype: torch.dtype) -> None:
         for side in (student, teacher):
             side.query, side.key = side.query.to(device), side.key.to(device)
         student.query.requires_grad_(), student.key.requires_grad_()
-        pairs = row_pairs(here.layout, here.layout, torch.arange(len(here.kept_N), device=device))
+        pairs = row_pairs(here.layout, here.layout, torch.arange(len(here.loss_index_N), device=device))
         loss, value = attention_loss(student.layer(), [(teacher.layer(), pairs)], here.layout.offset_N)
         loss.backward()
         results.append([x.detach().cpu().double() for x in (loss, value, student.query.grad, student.key.grad)])
@@ -72,7 +71,7 @@ def test_a_step_of_training(checkpointing: bool, packing: bool, tmp_path: Any) -
         if checkpointing:  # which the Trainer turns on in train() only
             trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         batch = trainer._prepare_inputs(micro_batches(trainer, 8)[0])
-        with trainer.inside.watching():
+        with trainer.until_backward():
             loss = trainer.compute_loss(trainer.model.train(), batch)
             loss.backward()
         results.append((loss.detach().cpu().double(), gradients(trainer.model).cpu()))

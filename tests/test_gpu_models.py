@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from daekit.models.experts import quantise_experts
-from daekit.models.internals import decoder_layers
+from daekit.models.features import decoder_layers
 from daekit.models.loading import load_model
 from daekit.models.placement import batch_on
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
 from tests.helpers import tiny
+from tests.helpers.teacher_cases import V, batch_of
 from tests.test_experts import dequantised, layers_of_experts, moe, relative
-from tests.test_teachers import V, batch_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -65,14 +65,14 @@ def test_an_offloaded_teacher(kind: str, tmp_path: Any) -> None:
         model = load_model(ModelSpec(path=str(tmp_path), quantization="4bit", dtype="float32", offload=True))
     batch = batch_on(batch_of(), torch.device("cuda"))
     twin = copy.deepcopy(model).cuda()
-    expected = ModelTeacher(twin, V).signals(batch)[0].voices[0]
+    expected = ModelTeacher(twin, V).outputs(batch)[0].members[0]
     teacher = ModelTeacher(model, V, offload=True).to(torch.device("cuda"))
     layer = max(sum(p.nbytes for p in one.parameters()) for one in decoder_layers(model))
     for _ in range(3):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         level = torch.cuda.memory_allocated()
-        found = teacher.signals(batch)[0].voices[0]
+        found = teacher.outputs(batch)[0].members[0]
         assert torch.equal(found.hidden_MH, expected.hidden_MH)
         assert all(p.device.type == "cpu" for one in decoder_layers(model) for p in one.parameters())
         assert torch.cuda.max_memory_allocated() - level < 3 * layer + 2**22  # activations; the slots are there already
@@ -83,6 +83,6 @@ def test_a_teacher_on_the_cpu_for_a_student_on_the_gpu(tmp_path: Any) -> None:
     tiny.model(seed=2).save_pretrained(tmp_path)
     there = batch_on(batch_of(), torch.device("cuda"))
     teacher = ModelTeacher(load_model(ModelSpec(path=str(tmp_path), device_map="cpu")), V).to(torch.device("cuda"))
-    (signal,) = teacher.signals(there)
+    (output,) = teacher.outputs(there)
     assert teacher.model.device.type == "cpu"
-    assert signal.voices[0].hidden_MH.is_cuda and signal.voices[0].head.weight.is_cuda and signal.positions_M.is_cuda
+    assert output.members[0].hidden_MH.is_cuda and output.members[0].head.weight.is_cuda and output.positions_M.is_cuda

@@ -9,12 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from daekit.losses import PredictionTerms
 from daekit.losses.kernels import attention, prediction
+from tests.helpers.attention_cases import EVERY, PACKED, batch_of, make_side
+from tests.helpers.attention_cases import ours as attention_ours
 from tests.helpers.kernel_device import INTERPRETED
-from tests.helpers.loss_cases import make_case, ours
-from tests.test_losses_attention import EVERY, PACKED, batch_of, make_side
-from tests.test_losses_attention import ours as attention_ours
+from tests.helpers.loss_cases import make_case, make_terms, ours
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="on a GPU the losses take the kernels by themselves: see test_gpu.py"),
@@ -29,15 +28,15 @@ def test_the_prediction_loss_by_kernels(name: str, average: str, dtype: torch.dt
     case = make_case(
         n=9, widths=(13, 16, 12), hidden=(6, 8, 4), weights=(0.6, 0.4), average=average, bias=True, scale=0.7, softcap=3.0
     ).to(dtype)
-    terms = PredictionTerms(0.3, 0.7, name, beta=0.3, temperature=2.0, chunk_tokens=4)
+    terms = make_terms(0.3, 0.7, name, beta=0.3, temperature=2.0, chunk_tokens=4)
     usual, gradients = ours(case, terms)
     calls: list[int] = []
 
     def kernel(*arguments: Any) -> Any:
         calls.append(len(arguments[2]))
-        return prediction.chunk_terms(*arguments)
+        return prediction.chunk_losses(*arguments)
 
-    monkeypatch.setattr("daekit.losses.prediction.chunk_terms_on", lambda *_: kernel)
+    monkeypatch.setattr("daekit.losses.prediction.chunk_losses_on", lambda *_: kernel)
     sums, others = ours(case, terms)
     assert calls == [4, 4, 1]
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2

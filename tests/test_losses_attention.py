@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,81 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from daekit.errors import UserError
 from daekit.losses import attention_blocks
 from daekit.losses.attention import Pass, attention_loss, relation_heads, row_pairs
-from daekit.protocol import AttentionLayer, Batch
 from tests import reference
-
-
-@dataclass
-class Side:
-    """One model's sequences: queries ``[B, A, T, D]``, keys ``[B, G, T, D]``, and the row of each token."""
-
-    query: Tensor
-    key: Tensor
-    batch: Batch
-    scaling: float
-    window: int | None = None
-
-    def layer(self) -> AttentionLayer:
-        return AttentionLayer(self.batch.keep(self.query.transpose(1, 2)), self.key, self.scaling, self.window)
-
-    def maps(self) -> list[Tensor]:
-        """Attention of each sequence ``[A, T, T]``."""
-        return [
-            reference.attention_map(query, key, self.scaling, self.window, rows)
-            for query, key, rows in zip(self.query, self.key, self.batch.row_BT.tolist(), strict=True)
-        ]
-
-    def to(self, dtype: torch.dtype) -> Side:
-        return replace(self, query=self.query.detach().clone().to(dtype), key=self.key.detach().clone().to(dtype))
-
-
-def batch_of(rows: list[list[int]], kept: set[tuple[int, int]]) -> Batch:
-    """``kept``: (sequence, position) that predict something; a row may not predict across its end."""
-    row_BT = torch.tensor(rows)
-    labels = torch.full_like(row_BT, -100)
-    for b, t in kept:
-        if b < len(rows) and t + 1 < row_BT.shape[1] and row_BT[b, t] == row_BT[b, t + 1] >= 0:
-            labels[b, t + 1] = 1
-    return Batch({}, labels, row_BT, ("d",) * (int(row_BT.max()) + 1))
-
-
-def make_side(batch: Batch, seed: int, heads: int = 4, groups: int = 2, width: int = 6, window: int | None = None) -> Side:
-    generator = torch.Generator().manual_seed(seed)
-    sequences, length = batch.row_BT.shape
-    query = torch.randn(sequences, heads, length, width, generator=generator, dtype=torch.float64)
-    key = torch.randn(sequences, groups, length, width, generator=generator, dtype=torch.float64)
-    return Side(query, key, batch, scaling=0.9, window=window)
-
-
-PADDED = [[0, 0, 0, 0, 0, 0, 0, -1, -1], [-1, -1, 1, 1, 1, 1, -1, -1, -1], [2] * 9]
-PACKED = [[0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, -1]]
-EVERY = {(b, t) for b in range(3) for t in range(15)}
-SOME = {(0, 1), (0, 2), (0, 5), (0, 7), (0, 9), (1, 4), (2, 0), (2, 7)}
-
-
-def ours(
-    student: Side, teacher: Side, dtype: torch.dtype = torch.float64, upstream: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    student, teacher = student.to(dtype), teacher.to(dtype)
-    student.query.requires_grad_(), student.key.requires_grad_()
-    pairs = row_pairs(student.batch.layout, teacher.batch.layout, torch.arange(len(student.batch.kept_N)))
-    loss, value = attention_loss(student.layer(), [(teacher.layer(), pairs)], student.batch.layout.offset_N)
-    (upstream * loss).backward()
-    return loss.detach(), value, student.query.grad, student.key.grad
-
-
-def twin(student: Side, teacher: Side, upstream: float = 1.0) -> tuple[Tensor, ...]:
-    student = replace(student, query=student.query.clone().requires_grad_(), key=student.key.clone().requires_grad_())
-    pairs = zip(teacher.maps(), student.maps(), strict=True)
-    values = torch.stack([reference.attention_kl(theirs, mine) for theirs, mine in pairs])
-    value = values.flatten()[student.batch.kept_N]
-    (upstream * value.sum()).backward()
-    return value.sum().detach(), value.detach(), student.query.grad, student.key.grad
-
-
-def check(student: Side, teacher: Side, dtype: torch.dtype, tolerance: float, upstream: float = 1.0) -> None:
-    for mine, theirs in zip(ours(student, teacher, dtype, upstream), twin(student, teacher, upstream), strict=True):
-        assert (mine.double() - theirs).norm() <= tolerance * theirs.norm().clamp(min=1e-12), (mine, theirs)
+from tests.helpers.attention_cases import EVERY, PACKED, PADDED, SOME, Side, batch_of, check, make_side, ours, twin
 
 
 @pytest.mark.parametrize("rows", [PADDED, PACKED], ids=["padded", "packed"])
@@ -158,7 +85,7 @@ def test_any_layout(data: st.DataObject) -> None:
 def test_gradcheck() -> None:
     batch = batch_of(PACKED, SOME)
     student, teacher = make_side(batch, 0, window=4, width=3), make_side(batch, 1, window=3, width=2)
-    pairs = row_pairs(batch.layout, batch.layout, torch.arange(len(batch.kept_N)))
+    pairs = row_pairs(batch.layout, batch.layout, torch.arange(len(batch.loss_index_N)))
 
     def loss(query: Tensor, key: Tensor) -> Tensor:
         side = replace(student, query=query, key=key)
@@ -229,7 +156,7 @@ def test_rows_of_several_teachers(rows: list[list[int]]) -> None:
 def test_rows_that_are_not_the_students_are_an_error() -> None:
     batch, other = batch_of(PADDED, EVERY), batch_of([[0] * 9, [-1, -1, 1, 1, 1, 1, -1, -1, -1], [2] * 7 + [-1, -1]], EVERY)
     with pytest.raises(UserError, match="rows are not the student's"):
-        row_pairs(batch.layout, other.layout, torch.arange(len(batch.kept_N)))
+        row_pairs(batch.layout, other.layout, torch.arange(len(batch.loss_index_N)))
 
 
 # ---- two runs under checkpointing ---------------------------------------------------------------------------------------
@@ -240,7 +167,7 @@ def test_value_then_gradient_is_both() -> None:
     batch = batch_of(PACKED, SOME)
     student, teacher = make_side(batch, 0), make_side(batch, 1)
     expected = ours(student, teacher)
-    pairs = row_pairs(batch.layout, batch.layout, torch.arange(len(batch.kept_N)))
+    pairs = row_pairs(batch.layout, batch.layout, torch.arange(len(batch.loss_index_N)))
     query, key = student.query.clone().requires_grad_(), student.key.clone().requires_grad_()
     runs: list[Pass] = [Pass.VALUE, Pass.GRADIENT]
     seen: list[Tensor] = []
@@ -264,7 +191,7 @@ def test_value_then_gradient_is_both() -> None:
 def test_a_promised_second_run_that_does_not_come_is_an_error() -> None:
     batch = batch_of(PACKED, SOME)
     student, teacher = make_side(batch, 0), make_side(batch, 1)
-    pairs = row_pairs(batch.layout, batch.layout, torch.arange(len(batch.kept_N)))
+    pairs = row_pairs(batch.layout, batch.layout, torch.arange(len(batch.loss_index_N)))
     side = replace(student, query=student.query.requires_grad_())
     loss, _ = attention_loss(side.layer(), [(teacher.layer(), pairs)], batch.layout.offset_N, Pass.VALUE)
     with pytest.raises(RuntimeError, match="would be run again"):
@@ -281,7 +208,7 @@ def test_relation_heads_compare_other_numbers_of_heads(heads: int) -> None:
     query, key = student.query.clone().requires_grad_(), student.key.clone().requires_grad_()
     mine = relation_heads(replace(student, query=query, key=key).layer(), heads)
     theirs = relation_heads(teacher.layer(), heads)
-    pairs = row_pairs(batch.layout, batch.layout, torch.arange(len(batch.kept_N)))
+    pairs = row_pairs(batch.layout, batch.layout, torch.arange(len(batch.loss_index_N)))
     loss, value = attention_loss(mine, [(theirs, pairs)], batch.layout.offset_N)
     loss.backward()
     split = []

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig
 
-from daekit.losses import PredictionTerms, prediction, prediction_loss
-from daekit.models.backbone import add_on_hidden, kept_hidden_states
+from daekit.losses import Objective, prediction, prediction_loss
+from daekit.models.backbone import add_on_hidden, hidden_at_loss_positions
 from daekit.models.heads import output_head
 from daekit.protocol import Batch
 from daekit.teachers import ModelTeacher
 from tests import reference
-from tests.helpers.loss_cases import V, make_case, ours, relative_error, twin
+from tests.helpers.loss_cases import V, make_case, make_terms, ours, relative_error, twin
+from tests.helpers.loss_models import random_batch, tiny_model
 
 
 class Recorder(TorchDispatchMode):
@@ -41,46 +41,24 @@ class Recorder(TorchDispatchMode):
 def test_the_gradient_of_a_frozen_head_is_not_computed(trains_head: bool) -> None:
     case = make_case(n=23)
     with Recorder() as recorder:
-        _, gradients = ours(case, PredictionTerms(0.3, 0.7, chunk_tokens=4), trains_head=trains_head)
+        _, gradients = ours(case, make_terms(0.3, 0.7, chunk_tokens=4), trains_head=trains_head)
     assert ((V, 6) in recorder.products) == trains_head
     assert (gradients[1] is not None) == trains_head
-    torch.testing.assert_close(gradients[0], twin(case, PredictionTerms(0.3, 0.7))[1][0])
-
-
-_TINY = dict(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-    initializer_range=0.3, attn_implementation="eager", experts_implementation="eager",
-)  # fmt: skip
-
-
-def tiny_model(seed: int, kind: str = "mistral", vocab_size: int = 48, **fields: Any) -> Any:
-    torch.manual_seed(seed)
-    fields = _TINY | dict(vocab_size=vocab_size) | fields
-    config = MixtralConfig(**fields, num_local_experts=4) if kind == "mixtral" else MistralConfig(**fields)
-    return AutoModelForCausalLM.from_config(config)
-
-
-def random_batch(vocab: int, size: int = 3, length: int = 9, seed: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, vocab, (size, length), generator=generator)
-    labels = torch.where(torch.rand(size, length, generator=generator) < 0.5, ids, -100)
-    rows = torch.arange(size)[:, None].expand(size, length)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return Batch(inputs, labels, rows, ("general",) * size)
+    torch.testing.assert_close(gradients[0], twin(case, make_terms(0.3, 0.7))[1][0])
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
 def test_gradients_of_all_parameters_of_a_model(kind: str, tied: bool) -> None:
     """The student through ``on_hidden`` in float32; the twin is the same model in float64 with all its logits."""
-    vocab, terms = 43, PredictionTerms(0.3, 0.7, temperature=2.0, chunk_tokens=4)
+    vocab, terms = 43, make_terms(0.3, 0.7, temperature=2.0, chunk_tokens=4)
     student, teacher = tiny_model(1, kind, tie_word_embeddings=tied), tiny_model(2, vocab_size=51, hidden_size=24)
     plain, plain_teacher = tiny_model(1, kind, tie_word_embeddings=tied).double(), tiny_model(2, vocab_size=51, hidden_size=24)
     batch = random_batch(vocab)
     add_on_hidden(student)
-    signals = ModelTeacher(teacher, vocab).signals(batch)
-    hidden = kept_hidden_states(student, batch)
-    sums = prediction_loss(hidden, output_head(student, vocab), batch.labels_N, signals, terms)
+    outputs = ModelTeacher(teacher, vocab).outputs(batch)
+    hidden = hidden_at_loss_positions(student, batch)
+    sums = prediction_loss(hidden, output_head(student, vocab), batch.labels_N, outputs, *terms.both)
     sums.loss.backward()
 
     places = reference.kept(batch.labels_BT.tolist(), batch.row_BT.tolist())
@@ -108,8 +86,8 @@ def test_the_first_token_of_the_response_is_learnt() -> None:
     batch = Batch({"input_ids": ids}, torch.tensor([[-100, -100, -100, 8, 9]]), torch.zeros(1, 5, dtype=torch.long), ("g",))
     log_probs = student(input_ids=ids).logits[0, :, :43].log_softmax(-1)
     add_on_hidden(student)
-    hidden = kept_hidden_states(student, batch)
-    sums = prediction_loss(hidden, output_head(student, 43), batch.labels_N, [], PredictionTerms(ce_weight=1.0))
+    hidden = hidden_at_loss_positions(student, batch)
+    sums = prediction_loss(hidden, output_head(student, 43), batch.labels_N, [], Objective(ce_weight=1.0))
     torch.testing.assert_close(sums.ce_N, torch.stack([-log_probs[2, 8], -log_probs[3, 9]]))
 
 
@@ -118,10 +96,12 @@ def largest_tensor(chunk: int, size: int = 4, length: int = 64, vocab: int = 300
     add_on_hidden(student)
     batch, speaker = random_batch(vocab, size, length), ModelTeacher(teacher, vocab)
     with Recorder() as recorder:
-        signals = speaker.signals(batch)
-        hidden = kept_hidden_states(student, batch)
-        terms = PredictionTerms(0.5, 0.5, "jsd", 0.5, temperature=2.0, chunk_tokens=chunk)
-        prediction_loss(hidden, output_head(student, vocab), batch.labels_N, signals, terms).loss.backward()
+        outputs = speaker.outputs(batch)
+        hidden = hidden_at_loss_positions(student, batch)
+        terms = make_terms(0.5, 0.5, "jsd", 0.5, temperature=2.0, chunk_tokens=chunk)
+        prediction_loss(
+            hidden, output_head(student, vocab), batch.labels_N, outputs, terms.objective, terms.chunk_tokens
+        ).loss.backward()
     return recorder.largest
 
 
@@ -134,5 +114,5 @@ def test_logits_exist_for_one_chunk_at_a_time() -> None:
 def test_a_bfloat16_head_makes_no_second_gradient_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prediction, "_TILE_VALUES", 30)
     with Recorder() as recorder:
-        ours(make_case(n=12).to(torch.bfloat16), PredictionTerms(0.3, 0.7, chunk_tokens=4))
+        ours(make_case(n=12).to(torch.bfloat16), make_terms(0.3, 0.7, chunk_tokens=4))
     assert (5, 6) in recorder.products and (V, 6) not in recorder.products

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from daekit.losses import PredictionSums, PredictionTerms, prediction_loss
-from daekit.protocol import OutputHead, Signal, Voice
+from daekit.losses import Objective, PredictionSums, prediction_loss
+from daekit.protocol import Member, OutputHead, TeacherOutput
 
 V, H, TEACHER_H = 11, 6, 8
 KEPT = [(5, 3), (4, 0), (0, 7), (0, 0)]  # positions of the two ranks
-TERMS = PredictionTerms(0.3, 0.7, temperature=2.0, chunk_tokens=2)
+OBJECTIVE = Objective(ce_weight=0.3, prediction_weight=0.7, temperature=2.0)
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -38,9 +38,9 @@ def head_of(layer: nn.Linear) -> OutputHead:
 
 def loss_of(hidden: Tensor, teacher_hidden: Tensor, labels: Tensor, student: OutputHead, teacher: OutputHead) -> PredictionSums:
     half = torch.arange(len(hidden)) < len(hidden) // 2
-    parts = (half.nonzero().flatten(), (~half).nonzero().flatten())  # two signals of one head
-    signals = [Signal(part, (Voice(teacher_hidden[part], teacher),)) for part in parts]
-    return prediction_loss(hidden, student, labels, signals, TERMS)
+    parts = (half.nonzero().flatten(), (~half).nonzero().flatten())  # two outputs of one head
+    outputs = [TeacherOutput(part, (Member(teacher_hidden[part], teacher),)) for part in parts]
+    return prediction_loss(hidden, student, labels, outputs, OBJECTIVE, 2)
 
 
 def data(kept: tuple[int, int], rank: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,34 +12,33 @@ from accelerate import cpu_offload, disk_offload
 from torch import Tensor
 
 from daekit.errors import UserError
+from daekit.models.features import decoder_layers
 from daekit.models.heads import output_head
 from daekit.models.identity import fingerprint
-from daekit.models.internals import Watch, decoder_layers
 from daekit.models.loading import load_model
 from daekit.models.offload import LayerOffload
-from daekit.protocol import Signal
+from daekit.protocol import FeatureSpec, TeacherOutput
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
 from tests.helpers import tiny
-from tests.test_teachers import V, batch_of
+from tests.helpers.teacher_cases import V, batch_of
 
 CPU = torch.device("cpu")
 
 
-def spoken(teacher: ModelTeacher, watch: bool = False) -> list[Tensor]:
-    """Everything that a teacher says of a batch, in one list."""
-    if watch:
-        teacher.watch(Watch(teacher.model.config, attention="uniform", hidden="uniform"))
-    (signal,) = teacher.signals(batch_of())
-    (voice,) = signal.voices
-    return [voice.hidden_MH, voice.head.weight, *_inside(signal)]
+def tensors_of(teacher: ModelTeacher, features: bool = False) -> list[Tensor]:
+    """All tensors of a teacher's output for a batch."""
+    spec = FeatureSpec(teacher.model.config, attention="uniform", hidden="uniform")
+    (output,) = teacher.outputs(batch_of(), spec if features else None)
+    (member,) = output.members
+    return [member.hidden_MH, member.head.weight, *_features(output)]
 
 
-def _inside(signal: Signal) -> list[Tensor]:
-    if signal.internals is None:
+def _features(output: TeacherOutput) -> list[Tensor]:
+    if output.features is None:
         return []
-    attention = [tensor for layer in signal.internals.attention.values() for tensor in (layer.query_NAD, layer.key_BGTD)]
-    return [*attention, *signal.internals.hidden_MH.values()]
+    attention = [tensor for layer in output.features.attention.values() for tensor in (layer.query_NAD, layer.key_BGTD)]
+    return [*attention, *output.features.hidden_MH.values()]
 
 
 def equal(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -63,8 +62,8 @@ def test_an_offloaded_teacher_says_the_same(kind: str, tmp_path: Path) -> None:
     before = fingerprint(plain.model)
     moved = ModelTeacher(copy.deepcopy(plain.model), V, offload=True).to(CPU)
     assert moved.layers is not None and moved.to(CPU).layers is moved.layers
-    for watch in (False, True, False):
-        assert equal(spoken(plain, watch), spoken(moved, watch))
+    for features in (False, True, False):
+        assert equal(tensors_of(plain, features), tensors_of(moved, features))
     assert fingerprint(moved.model) == before == moved.identity()["weights"]
 
 
@@ -134,7 +133,7 @@ def test_what_cannot_be_offloaded(tmp_path: Path) -> None:
 def test_ends_of_a_model_that_accelerate_offloads_are_held(where: str, tied: bool, tmp_path: Path) -> None:
     """Its output head is a meta tensor, which a product takes without an error: refused as it is, real in a teacher."""
     model = tiny.model(seed=2, tie_word_embeddings=tied).requires_grad_(False).eval()
-    plain = spoken(ModelTeacher(copy.deepcopy(model), V))
+    plain = tensors_of(ModelTeacher(copy.deepcopy(model), V))
     _ = cpu_offload(model, CPU) if where == "cpu" else disk_offload(model, str(tmp_path), CPU)
     assert model.lm_head.weight.is_meta and model.model.layers[0].mlp.up_proj.weight.is_meta
     with pytest.raises(UserError, match="output head is on the meta device"):
@@ -142,7 +141,7 @@ def test_ends_of_a_model_that_accelerate_offloads_are_held(where: str, tied: boo
     teacher = ModelTeacher(model, V)
     assert model.model.layers[0].mlp.up_proj.weight.is_meta  # the rest stays where it was
     for _ in range(2):
-        assert equal(spoken(teacher), plain)
+        assert equal(tensors_of(teacher), plain)
 
 
 def test_a_model_without_weights_is_refused() -> None:
@@ -154,10 +153,10 @@ def test_a_model_without_weights_is_refused() -> None:
 
 def test_device_maps_of_a_recipe(tmp_path: Path, monkeypatch: Any) -> None:
     tiny.model(seed=2).save_pretrained(tmp_path)
-    whole = spoken(ModelTeacher(load_model(ModelSpec(path=str(tmp_path))), V))
+    whole = tensors_of(ModelTeacher(load_model(ModelSpec(path=str(tmp_path))), V))
     for device_map in ("cpu", "auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}):
         spec = ModelSpec(path=str(tmp_path), device_map=device_map)  # type: ignore[arg-type]
-        assert equal(spoken(ModelTeacher(load_model(spec), V).to(CPU)), whole)
+        assert equal(tensors_of(ModelTeacher(load_model(spec), V).to(CPU)), whole)
     monkeypatch.setattr("daekit.models.loading.load_whole", None)  # said before anything is loaded
     for device_map, message in (
         ("cuda:7", "names cuda:7, but there are 0 GPUs"),

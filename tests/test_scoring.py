@@ -11,7 +11,7 @@ from daekit.errors import UserError
 from daekit.models.generation import generate, stop_token_ids
 from daekit.models.heads import output_head
 from daekit.models.scoring import score_rows
-from daekit.protocol import Batch, OutputHead, Signal, Voice
+from daekit.protocol import Batch, FeatureSpec, Member, OutputHead, TeacherOutput
 from tests.helpers.tiny import WORDS
 from tests.helpers.tiny import model as tiny_model
 from tests.helpers.tiny import tokenizer as tiny_tokenizer
@@ -111,21 +111,24 @@ def test_a_row_that_keeps_nothing_scores_nothing():
     assert scores.nll_R.tolist() == scores.kl_R.tolist() == [0.0, 0.0]
 
 
-class TwoVoices:
+class TwoMembers:
     """A teacher as ``daekit.protocol`` has it: two models on the even positions, in reverse order, and one on the others."""
 
     def __init__(self, first, second, average):
         self.first, self.second, self.average = first, second, average
         self.domains = set()
 
-    def signals(self, batch: Batch) -> list[Signal]:
+    def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
         self.domains.update(batch.domains)
-        a, b = (batch.keep(model.model(**batch.inputs).last_hidden_state).detach() for model in (self.first, self.second))
+        a, b = (
+            batch.at_loss_positions(model.model(**batch.inputs).last_hidden_state).detach()
+            for model in (self.first, self.second)
+        )
         heads: list[OutputHead] = [output_head(model, V) for model in (self.first, self.second)]
         odd = torch.arange(1, len(a), 2)
         even = torch.arange(0, len(a), 2).flip(0)
-        both = (Voice(a[even], heads[0], 0.25), Voice(b[even], heads[1], 0.75))
-        return [Signal(odd, (Voice(a[odd], heads[0]),)), Signal(even, both, self.average)]
+        both = (Member(a[even], heads[0], 0.25), Member(b[even], heads[1], 0.75))
+        return [TeacherOutput(odd, (Member(a[odd], heads[0]),)), TeacherOutput(even, both, self.average)]
 
     def identity(self):
         return {}
@@ -135,10 +138,10 @@ class TwoVoices:
 
 
 @pytest.mark.parametrize("average", ["logits", "probabilities"])
-def test_kl_to_a_teacher_of_several_voices(average):
+def test_kl_to_a_teacher_of_several_members(average):
     model, first, second = make_model(seed=2), make_model(seed=3), make_model(seed=4)
     ids = make_rows(1)[0]["input_ids"]
-    teacher = TwoVoices(first, second, average)
+    teacher = TwoMembers(first, second, average)
     scores = score_rows(model, [{"input_ids": ids, "labels": ids}], vocab_size=V, teacher=teacher, domain="shop", chunk_size=3)
     with torch.no_grad():
         logits = [m(input_ids=torch.tensor([ids])).logits[0, :-1, :V].double() for m in (model, first, second)]

@@ -14,22 +14,12 @@ from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
 from daekit.errors import UserError
-from daekit.models.backbone import add_on_hidden, frozen_copy, kept_hidden_states
-from daekit.models.heads import teacher_log_probs
-from daekit.protocol import Batch, Signal, Teacher
+from daekit.models.backbone import add_on_hidden, frozen_copy, hidden_at_loss_positions
+from daekit.protocol import Batch, FeatureSpec, Teacher, TeacherOutput
 from daekit.teachers import EnsembleTeacher, ModelTeacher, RoutedTeacher
 from tests.helpers import tiny
-from tests.test_batch import collate, make_rows
-
-V = len(tiny.WORDS)
-ROWS = [
-    row | {"domain": domain}
-    for row, domain in zip(make_rows(7, 6), ("general", "shop", "law", "shop", "general", "law"), strict=True)
-]
-
-
-def batch_of(layout: str = "right") -> Batch:
-    return collate(ROWS, layout)
+from tests.helpers.batches import collate
+from tests.helpers.teacher_cases import ROWS, V, batch_of, plain, says
 
 
 def wide(seed: int, **fields: Any) -> Any:
@@ -38,30 +28,6 @@ def wide(seed: int, **fields: Any) -> Any:
 
 def teacher(seed: int, **fields: Any) -> ModelTeacher:
     return ModelTeacher(tiny.model(seed=seed, **fields), V)
-
-
-def log_probs(signals: list[Signal], kept: int, temperature: float = 1.0) -> Tensor:
-    """``[N, V]``: what the signals say about each kept position, each exactly once."""
-    out = torch.full((kept, V), float("nan"))
-    for signal in signals:
-        assert out[signal.positions_M].isnan().all()
-        out[signal.positions_M] = teacher_log_probs(signal, slice(None), temperature)
-    assert not out.isnan().any()
-    return out
-
-
-def says(speaker: Teacher, batch: Batch, temperature: float = 1.0) -> Tensor:
-    return log_probs(speaker.signals(batch), batch.labels_N.numel(), temperature)
-
-
-def plain(model: Any, batch: Batch) -> Tensor:
-    """``[N, V]`` log-probabilities of a model row by row, from its own logits."""
-    found = []
-    for row in ROWS:
-        if row["domain"] in batch.domains:
-            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :, :V]
-            found += [logits[t] for t, token in enumerate(row["labels"][1:]) if token != -100]
-    return torch.stack(found).log_softmax(-1)
 
 
 @contextmanager
@@ -120,8 +86,8 @@ def test_a_frozen_copy_runs_its_own_weights() -> None:
             parameter.add_(torch.randn_like(parameter))
     torch.testing.assert_close(says(reference, batch_of()), before, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(plain(twin, batch_of()), before, rtol=1e-4, atol=1e-5)  # its own logits as well
-    changed = kept_hidden_states(original, batch_of())
-    assert not torch.allclose(changed, reference.signals(batch_of())[0].voices[0].hidden_MH, atol=1e-2)
+    changed = hidden_at_loss_positions(original, batch_of())
+    assert not torch.allclose(changed, reference.outputs(batch_of())[0].members[0].hidden_MH, atol=1e-2)
 
 
 def test_the_forward_without_on_hidden_is_as_before() -> None:
@@ -155,16 +121,16 @@ def test_one_frozen_forward_per_row(layout: str) -> None:
 def test_an_unknown_domain_names_the_nearest() -> None:
     routed = RoutedTeacher({"general": teacher(1), "shopp": teacher(2), "law": teacher(3)})
     with pytest.raises(UserError, match=r"'shop' has rows but no teacher .*Did you mean 'shopp'\?"):
-        routed.signals(batch_of())
+        routed.outputs(batch_of())
 
 
 @pytest.mark.parametrize("layout", ["right", "packed"])
 def test_routing_with_one_teacher_is_distillation(layout: str) -> None:
     batch, speaker = batch_of(layout), teacher(1)
-    (routed,) = RoutedTeacher(dict.fromkeys(["general", "shop", "law"], speaker)).signals(batch)
-    (alone,) = speaker.signals(batch)
+    (routed,) = RoutedTeacher(dict.fromkeys(["general", "shop", "law"], speaker)).outputs(batch)
+    (alone,) = speaker.outputs(batch)
     assert torch.equal(routed.positions_M, alone.positions_M)
-    assert torch.equal(routed.voices[0].hidden_MH, alone.voices[0].hidden_MH)
+    assert torch.equal(routed.members[0].hidden_MH, alone.members[0].hidden_MH)
 
 
 def test_a_teacher_whose_rows_keep_nothing_is_heard_without_harm() -> None:
@@ -231,11 +197,11 @@ class Shuffled:
     def __init__(self, inner: Teacher) -> None:
         self.inner = inner
 
-    def signals(self, batch: Batch) -> list[Signal]:
-        (signal,) = self.inner.signals(batch)
-        order = torch.randperm(signal.positions_M.numel(), generator=torch.Generator().manual_seed(0))
-        voices = tuple(replace(voice, hidden_MH=voice.hidden_MH[order]) for voice in signal.voices)
-        return [replace(signal, positions_M=signal.positions_M[order], voices=voices)]
+    def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
+        (output,) = self.inner.outputs(batch)
+        order = torch.randperm(output.positions_M.numel(), generator=torch.Generator().manual_seed(0))
+        members = tuple(replace(member, hidden_MH=member.hidden_MH[order]) for member in output.members)
+        return [replace(output, positions_M=output.positions_M[order], members=members)]
 
     def identity(self) -> dict[str, object]:
         return self.inner.identity()
@@ -263,4 +229,4 @@ def test_what_an_ensemble_refuses() -> None:
         EnsembleTeacher([a], average="mean")
     mixed = EnsembleTeacher([EnsembleTeacher([a, b], average="probabilities"), b])
     with pytest.raises(UserError, match="averages logits cannot hold one that averages probabilities"):
-        mixed.signals(batch_of())
+        mixed.outputs(batch_of())

@@ -13,16 +13,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from daekit.errors import UserError
-from daekit.losses import PredictionTerms, prediction_loss
+from daekit.losses import Objective, prediction_loss
 from daekit.models.adapters import adapter_parameters
-from daekit.models.backbone import frozen_copy, kept_hidden_states
+from daekit.models.backbone import frozen_copy, hidden_at_loss_positions
 from daekit.models.heads import output_head
 from daekit.models.loading import load_model
 from daekit.protocol import Batch, Teacher
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import AdapterTeacher, EnsembleTeacher, ModelTeacher, RoutedTeacher
 from tests.helpers import tiny
-from tests.test_teachers import V, batch_of, says
+from tests.helpers.teacher_cases import V, batch_of, says
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -45,8 +45,8 @@ def disturb(model: PeftModel) -> None:
 
 
 def kl_to(speaker: Teacher, student: PeftModel, batch: Batch) -> Tensor:
-    hidden = kept_hidden_states(student, batch)
-    return prediction_loss(hidden, output_head(student, V), batch.labels_N, speaker.signals(batch), PredictionTerms()).loss
+    hidden = hidden_at_loss_positions(student, batch)
+    return prediction_loss(hidden, output_head(student, V), batch.labels_N, speaker.outputs(batch), Objective()).loss
 
 
 def flags(model: Any) -> dict[str, bool]:
@@ -127,7 +127,7 @@ def test_what_an_adapter_teacher_leaves_behind(adapter: str | None) -> None:
     assert torch.equal(says(speaker, batch), says(speaker, batch))
     broken = replace(batch, inputs={"input_ids": torch.tensor([[10**6]])})
     with pytest.raises(IndexError):
-        speaker.signals(broken)
+        speaker.outputs(broken)
     assert (flags(student), [module.training for module in student.modules()], student.active_adapters) == before
     kl_to(speaker, student, batch).backward()
     assert {id(p) for p in student.parameters() if p.grad is not None} <= {id(p) for p in optimizer.param_groups[0]["params"]}
@@ -147,10 +147,10 @@ def test_gradient_checkpointing_changes_no_gradient(adapter: str | None) -> None
         if checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
             student.enable_input_require_grads()
-        signals = speaker.signals(batch)
-        hidden = kept_hidden_states(student, batch)
-        speaker.signals(batch)  # and once more between forward and backward
-        prediction_loss(hidden, output_head(student, V), batch.labels_N, signals, PredictionTerms()).loss.backward()
+        outputs = speaker.outputs(batch)
+        hidden = hidden_at_loss_positions(student, batch)
+        speaker.outputs(batch)  # and once more between forward and backward
+        prediction_loss(hidden, output_head(student, V), batch.labels_N, outputs, Objective()).loss.backward()
         gradients.append({name: p.grad for name, p in student.named_parameters() if p.requires_grad})
     without, with_checkpointing = gradients
     assert without.keys() == with_checkpointing.keys()

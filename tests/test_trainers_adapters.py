@@ -18,8 +18,7 @@ from daekit.teachers import BASE, AdapterPath, AdapterTeacher, EnsembleTeacher, 
 from daekit.trainers import DAEConfig, DAETrainer
 from tests.helpers import tiny
 from tests.helpers.adapter_world import load, lora, merged, save_adapter, save_base
-from tests.helpers.trainer_world import V, dae, kd, logged, weights
-from tests.test_trainers_loss import loss_and_gradient, micro_batches
+from tests.helpers.trainer_world import V, dae, kd, logged, loss_and_gradient, micro_batches, weights
 
 ROWS = tiny.rows(8, domains=("general", "shop"))
 
@@ -179,7 +178,7 @@ def test_adapters_are_refused_before_the_student_is_loaded(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_base(tmp_path / "other", seed=9)
-    monkeypatch.setattr("daekit.trainers.domain_sft.load_student", lambda *_: pytest.fail("the student was loaded"))
+    monkeypatch.setattr("daekit.trainers.kd.load_student", lambda *_: pytest.fail("the student was loaded"))
 
     def trainer(student: str, **arguments: Any) -> DAETrainer:
         args = DAEConfig(str(tmp_path / "run"), use_cpu=True, report_to="none")

@@ -18,6 +18,7 @@ from tests.helpers.trainer_world import Twin, dae, in_float64, kd, logged, optio
 FORMS_AND_MASKS = [
     ("messages", {}),
     ("messages", {"assistant_only_loss": True}),
+    ("messages", {"assistant_only_loss": False}),
     ("prompt_completion", {}),
     ("prompt_completion", {"completion_only_loss": False}),
     ("conversational_prompt_completion", {}),
@@ -53,7 +54,8 @@ def rows(form: str, count: int = 7) -> Dataset:
 @cache
 def prepared_by_trl(form: str, mask: tuple[tuple[str, bool], ...]) -> list[dict[str, Any]]:
     """TRL's own preparation, with the domain of each row."""
-    config = SFTConfig(**options(tempfile.mkdtemp(), bf16=False, **dict(mask)))
+    responses = {"assistant_only_loss": True} if form == "messages" else {}  # what daekit does unless told otherwise
+    config = SFTConfig(**options(tempfile.mkdtemp(), bf16=False, **(responses | dict(mask))))
     data = SFTTrainer(STUDENT(), config, train_dataset=rows(form), processing_class=tiny.tokenizer()).train_dataset
     return [dict(row) for row in data.select_columns(["input_ids", "labels", "domain"])]
 

@@ -12,9 +12,22 @@ from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
 from daekit.models.heads import compute_dtype
-from daekit.trainers import DomainSFTConfig, DomainSFTTrainer, domain_sft
+from daekit.trainers import DomainSFTConfig, DomainSFTTrainer
+from daekit.trainers import loss as loss_module
 from tests.helpers import tiny
-from tests.helpers.trainer_world import Twin, dae, gradients, in_float64, kd, logged, options, relative, weights
+from tests.helpers.trainer_world import (
+    Twin,
+    dae,
+    gradients,
+    in_float64,
+    kd,
+    logged,
+    loss_and_gradient,
+    micro_batches,
+    options,
+    relative,
+    weights,
+)
 
 TERMS: list[dict[str, Any]] = [
     {},
@@ -26,27 +39,6 @@ TERMS: list[dict[str, Any]] = [
     {"divergence": "tv", "temperature": 2.0, "ce_weight": 0.5},
     {"ce_weight": 1.0, "prediction_weight": 0.0},
 ]
-
-
-def micro_batches(trainer: Any, size: int) -> list[dict[str, Any]]:
-    """The training rows in order, collated ``size`` at a time."""
-    data = trainer.train_dataset
-    columns = [name for name in ("input_ids", "labels", "domain", "seq_lengths") if name in data.column_names]
-    examples = [{name: row[name] for name in columns} for row in data]
-    return [trainer.data_collator(copy.deepcopy(examples[i : i + size])) for i in range(0, len(examples), size)]
-
-
-def loss_and_gradient(trainer: Any, batches: list[dict[str, Any]]) -> tuple[float, Tensor]:
-    """Through compute_loss and backward, with the Trainer's own count of tokens over all micro-batches."""
-    model = trainer.model.train()
-    model.zero_grad()
-    items = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
-    loss = 0.0
-    for batch in batches:
-        part = trainer.compute_loss(model, batch, num_items_in_batch=items)
-        part.backward()
-        loss += part.item()
-    return loss, gradients(model)
 
 
 @pytest.mark.parametrize("terms", TERMS, ids=lambda terms: "-".join(f"{k}={v}" for k, v in terms.items()) or "default")
@@ -99,7 +91,7 @@ class WithMaskedRows:
     """Trains on ``uneven_rows`` as they are: preparation would leave out the rows with nothing to learn."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("daekit.trainers.domain_sft.fit_to_length", lambda dataset, *_: (dataset, {}))
+        monkeypatch.setattr("daekit.trainers.data.fit_to_length", lambda dataset, *_: (dataset, {}))
         # rows in their own order, so that the fully masked ones meet in one micro-batch
         monkeypatch.setattr("transformers.Trainer._get_train_sampler", lambda *_: torch.utils.data.SequentialSampler(range(8)))
 
@@ -236,13 +228,13 @@ def test_autocast_holds_inside_student_teacher_and_loss(tmp_path: Any, monkeypat
             if isinstance(module, nn.Linear) and module is not model.lm_head:
                 module.register_forward_hook(lambda _module, _inputs, output, name=name: seen[name].add(output.dtype))
     heads: list[torch.dtype] = []
-    original = domain_sft.prediction_loss
+    original = loss_module.prediction_loss
 
     def spying(hidden: Tensor, *rest: Any) -> Any:
         heads.append(compute_dtype(hidden))
         return original(hidden, *rest)
 
-    monkeypatch.setattr(domain_sft, "prediction_loss", spying)
+    monkeypatch.setattr(loss_module, "prediction_loss", spying)
     trainer = kd(tmp_path, tiny.rows(8), student, teacher, bf16=True, eval_dataset=tiny.rows(4))
     for dtypes in seen.values():
         dtypes.clear()  # of the check of the head when the trainer is made

@@ -7,22 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from daekit.data.collator import as_batch
 from daekit.teachers import AdapterTeacher
 from tests.helpers import tiny
-from tests.helpers.trainer_world import dae, kd, logged, relative, weights
-from tests.test_trainers_loss import loss_and_gradient, micro_batches
+from tests.helpers.trainer_world import (
+    dae,
+    four_bit,
+    kd,
+    kl_of,
+    logged,
+    lora,
+    loss_and_gradient,
+    micro_batches,
+    mixed_rows,
+    relative,
+    weights,
+)
 
-LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
 GENERAL = tiny.rows(8, domains=("general",))
-
-
-def lora(**changes: Any) -> LoraConfig:
-    return LoraConfig(**(LORA | changes))
 
 
 def trained_adapter(folder: Path, base: Any) -> Path:
@@ -31,15 +36,6 @@ def trained_adapter(folder: Path, base: Any) -> Path:
     model.save_pretrained(folder)
     model.unload()
     return folder
-
-
-def mixed_rows() -> Any:
-    return tiny.rows(8, domains=("general", "shop"))
-
-
-def kl_of(trainer: Any, domain: str) -> float:
-    metrics = trainer.evaluate(mixed_rows())
-    return metrics[f"eval_kl/{domain}"]
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
@@ -136,11 +132,6 @@ def test_an_adapter_teacher_leaves_the_student_its_gradient_under_gradient_check
     assert relative(too, gradient) < 1e-5
 
 
-def four_bit(folder: Path) -> Any:
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
-
-
 def test_qlora_trains_and_its_reference_is_the_student_also_after_a_resume(tmp_path: Any) -> None:
     base = tmp_path / "base"
     tiny.model(seed=1, hidden=64).save_pretrained(base)
@@ -216,7 +207,7 @@ def test_dropout_acts_on_the_student_and_never_on_its_reference(student: str, tm
     trainer = dae(tmp_path, mixed_rows(), model, reference=None, peft_config=peft_config)
     batch = micro_batches(trainer, 8)
     modules = trainer.model.train().modules()
-    first, second = ([s.voices[0].hidden_MH for s in trainer.teacher.signals(as_batch(batch[0]))] for _ in range(2))
+    first, second = ([s.members[0].hidden_MH for s in trainer.teacher.outputs(as_batch(batch[0]))] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(module.training for module in modules if module is not trainer.model)
     assert loss_and_gradient(trainer, batch)[0] != loss_and_gradient(trainer, batch)[0]

@@ -1,8 +1,9 @@
 """The attention loss: KL between the rows of the teacher's and the student's attention, without their maps.
 
-``sum over heads of KL(softmax(scaling_t q_t K_t) || softmax(scaling_s q_s K_s))`` for each kept query, from the queries and
-keys of both models ("A Teacher Is Worth A Million Instructions", arXiv 2406.19112, whose authors keep the maps). The scores
-exist for one block of queries at a time; memory grows with T, not T^2. Gradients reach the student's queries and keys.
+``sum over heads of KL(softmax(scaling_t q_t K_t) || softmax(scaling_s q_s K_s))`` for each query at a loss position, from
+the queries and keys of both models ("A Teacher Is Worth A Million Instructions", arXiv 2406.19112, whose authors keep the
+maps). The scores exist for one block of queries at a time; memory grows with T, not T^2. Gradients reach the student's queries
+and keys.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from daekit.errors import UserError
 from daekit.losses.attention_blocks import attention_kl_
-from daekit.models.internals import require_equal_heads
+from daekit.models.features import require_equal_heads
 from daekit.protocol import AttentionLayer, RowLayout
 
 PairedTeacher = tuple[AttentionLayer, Tensor]  # and the pairs_R8 of its rows, see row_pairs
@@ -35,19 +36,19 @@ class Pass(Enum):
 
 
 def row_pairs(student: RowLayout, teacher: RowLayout, positions_M: Tensor) -> Tensor:
-    """``[R, 8]`` int64: which row of the teacher's batch is which of the student's; rows that keep nothing are left out.
+    """``[R, 8]`` int64: which row of the teacher's batch is which of the student's; rows without loss positions are left out.
 
-    Columns: the row's first kept query among the student's N and among the teacher's M, its number of kept queries, the
+    Columns: the row's first query among the student's N and among the teacher's M, its number of queries, the
     sequence and the start of the row in the student's batch and in the teacher's, its length in tokens.
 
     Raises:
-        UserError: the rows differ in length or in what they keep.
+        UserError: the rows differ in length or in their loss positions.
     """
-    count_R = teacher.kept_R1.diff()
+    count_R = teacher.bounds_R1.diff()
     theirs = count_R.nonzero().flatten()
-    first_m = teacher.kept_R1[theirs]
+    first_m = teacher.bounds_R1[theirs]
     first_n = positions_M[first_m]
-    ours = torch.searchsorted(student.kept_R1, first_n, right=True) - 1
+    ours = torch.searchsorted(student.bounds_R1, first_n, right=True) - 1
     same = torch.equal(student.offset_N[positions_M], teacher.offset_N)
     if not same or not torch.equal(student.length_R[ours], teacher.length_R[theirs]):
         raise UserError("the teacher's rows are not the student's: attention can be compared only over the same tokens")
@@ -64,13 +65,13 @@ def attention_loss(
     Memory beyond the inputs: the gradients of queries and keys, and a block of scores of a few million values.
 
     Args:
-        student: its queries at the kept positions, its keys.
-        teachers: what speaks for which rows; together they cover every kept position once.
-        offset_N: each kept position, counted from the start of its row.
+        student: its queries at the loss positions, its keys.
+        teachers: the teachers' layers and the rows that each covers; together they cover every loss position once.
+        offset_N: each loss position, counted from the start of its row.
         run: which part of the work to do.
 
     Returns:
-        The sum over kept positions and heads, in nats, which carries the gradient; and ``[N]`` the sums over heads, detached.
+        The sum over loss positions and heads, in nats, which carries the gradient; and ``[N]`` the sums over heads, detached.
 
     Raises:
         UserError: other numbers of heads; a window of the student that hides keys which the teacher looks at (KL infinite).

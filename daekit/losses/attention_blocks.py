@@ -24,13 +24,13 @@ def attention_kl_(
     """Write KL(teacher || student), summed over heads, and its gradient for the rows of ``pairs_R8``.
 
     Args:
-        student: queries ``[N, A, D]`` at the student's kept positions, keys ``[B, G, T, D]``.
+        student: queries ``[N, A, D]`` at the student's loss positions, keys ``[B, G, T, D]``.
         teacher: the same of the teacher; A must be equal, all else may differ.
         pairs_R8: which row is which, see ``daekit.losses.attention.row_pairs``.
-        offset_N: each kept position of the student, counted from the start of its row; ascending within a row.
-        value_N: written at the kept positions of these rows; None: gradients only.
+        offset_N: each loss position of the student, counted from the start of its row; ascending within a row.
+        value_N: written at the loss positions of these rows; None: gradients only.
         gradients: buffers for the gradient of the sum of values, shaped like the student's queries and keys, written at the
-            kept positions and at the keys of these rows; None: values only.
+            loss positions and at the keys of these rows; None: values only.
     """
     for first_n, first_m, count, *places, length in pairs_R8.tolist():
         row = _Row(student, teacher, first_n, first_m, places, length)
@@ -44,7 +44,7 @@ def attention_kl_(
             if value_N is not None:
                 value_N[at] = block.value()
             if gradients is not None and grad_key is not None:
-                gradients[0][at] = block.turn_into_slope().grad_query()
+                gradients[0][at] = block.to_grad_scores().grad_query()
                 block.add_grad_key(grad_key)
         if gradients is not None:
             sequence, begin = places[:2]
@@ -71,10 +71,10 @@ class _Row:
         query_s, query_t = self.student_query[queries], self.teacher_query[queries]
         score_s = _scores(query_s, self.student_key[:, keys], self.student.scaling)
         score_t = _scores(query_t, self.teacher_key[:, keys], self.teacher.scaling)
-        gap = score_t - score_s  # of raw scores: finite also where a mask makes the weights 0
+        difference = score_t - score_s  # of raw scores: finite also where a mask makes the weights 0
         log_z_s = _softmax_(score_s, _hidden(offset_Q, keys, window))
         log_z_t = _softmax_(score_t, _hidden(offset_Q, keys, self.teacher.window))
-        return _Block(score_s, score_t, gap, log_z_s - log_z_t, query_s, self.student_key, keys, self.student.scaling)
+        return _Block(score_s, score_t, difference, log_z_s - log_z_t, query_s, self.student_key, keys, self.student.scaling)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _Block:
 
     weight_s: Tensor
     weight_t: Tensor
-    gap_AQK: Tensor
+    difference_AQK: Tensor
     log_ratio_AQ: Tensor
     query_QAD: Tensor
     key_GTD: Tensor
@@ -92,25 +92,25 @@ class _Block:
 
     def value(self) -> Tensor:
         """``[Q]`` KL, summed over heads: ``sum_k t_k (score_t - score_s)_k - log Z_t + log Z_s``."""
-        return (self.gap_AQK.mul_(self.weight_t).sum(-1) + self.log_ratio_AQ).sum(0)
+        return (self.difference_AQK.mul_(self.weight_t).sum(-1) + self.log_ratio_AQ).sum(0)
 
-    def turn_into_slope(self) -> _Block:
-        """``s - t``, in place."""
+    def to_grad_scores(self) -> _Block:
+        """``s - t``, the derivative by the scores, in place of the student's weights."""
         self.weight_s.sub_(self.weight_t)
         return self
 
     def grad_query(self) -> Tensor:
         """``[Q, A, D]``."""
-        grad_GQD = (self._slope_GQK() @ self.key_GTD[:, self.keys]).mul_(self.scaling)
+        grad_GQD = (self._grad_scores_GQK() @ self.key_GTD[:, self.keys]).mul_(self.scaling)
         queries, heads, width = self.query_QAD.shape
         return grad_GQD.view(heads, queries, width).transpose(0, 1)
 
     def add_grad_key(self, grad_GTD: Tensor) -> None:
         """Add the gradient of the keys to that of the whole row."""
         query_GQD = _grouped(self.query_QAD, self.key_GTD)
-        grad_GTD[:, self.keys].baddbmm_(self._slope_GQK().transpose(1, 2), query_GQD, alpha=self.scaling)
+        grad_GTD[:, self.keys].baddbmm_(self._grad_scores_GQK().transpose(1, 2), query_GQD, alpha=self.scaling)
 
-    def _slope_GQK(self) -> Tensor:
+    def _grad_scores_GQK(self) -> Tensor:
         return self.weight_s.view(self.key_GTD.shape[0], -1, self.weight_s.shape[-1])
 
 

@@ -1,13 +1,13 @@
 """Divergences between two next-token distributions, per token, with their gradient.
 
 Each function takes log-probabilities ``student_MV`` and ``teacher_MV`` (natural logarithm, finite, rows sum to 1) and returns
-``(value_M, slope_MV)``: the divergence in nats (``tv``: between 0 and 1) and its derivative with respect to the student's
+``(value_M, grad_logits_MV)``: the divergence in nats (``tv``: between 0 and 1) and its derivative with respect to the student's
 *logits* (those whose log-softmax is ``student_MV``). Writing g for the derivative with respect to the student's
 probabilities s, that is ``s * (g - sum_v s_v g_v)``.
 
-Both arguments are work space: they are overwritten, and the slope may lie in either. A pass over a chunk costs as much
+Both arguments are work space: they are overwritten, and the gradient may lie in either. A pass over a chunk costs as much
 memory traffic as it reads and writes, so nothing is allocated that an argument can hold. Equal distributions give exactly 0
-in value and slope, and no expression overflows however far the two lie apart.
+in value and gradient, and no expression overflows however far the two lie apart.
 """
 
 from __future__ import annotations
@@ -18,25 +18,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from daekit.errors import UserError
+from daekit.recipe.objective import Objective
 
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv")
 
 
 def forward_kl(student_MV: Tensor, teacher_MV: Tensor) -> tuple[Tensor, Tensor]:
     """KL(teacher || student), Hinton et al. 2015 (arXiv 1503.02531)."""
-    gap = teacher_MV - student_MV
+    log_ratio = teacher_MV - student_MV
     teacher = teacher_MV.exp_()
-    return gap.mul_(teacher).sum(-1), student_MV.exp_().sub_(teacher)
+    return log_ratio.mul_(teacher).sum(-1), student_MV.exp_().sub_(teacher)
 
 
 def reverse_kl(student_MV: Tensor, teacher_MV: Tensor) -> tuple[Tensor, Tensor]:
     """KL(student || teacher), as in MiniLLM (arXiv 2306.08543) without sampling."""
-    gap = torch.sub(student_MV, teacher_MV, out=teacher_MV)
+    log_ratio = torch.sub(student_MV, teacher_MV, out=teacher_MV)
     student = student_MV.exp_()
-    value, slope = _project(student, gap)
-    return value, slope
+    value, grad = _project(student, log_ratio)
+    return value, grad
 
 
 def jsd(beta: float) -> Divergence:
@@ -44,52 +43,50 @@ def jsd(beta: float) -> Divergence:
 
     ``beta KL(t || m) + (1 - beta) KL(s || m)`` with ``m = beta t + (1 - beta) s``, 0 < beta < 1.
     """
-    if not 0.0 < beta < 1.0:
-        raise UserError(f"beta: {beta} is not between 0 and 1; its limits 0 and 1 are forward_kl and reverse_kl, scaled")
 
     def divergence(student_MV: Tensor, teacher_MV: Tensor) -> tuple[Tensor, Tensor]:
-        gap = teacher_MV - student_MV
-        mixed = _log_mixture(gap, beta)
-        from_teacher = gap.sub_(mixed).mul_(teacher_MV.exp_()).sum(-1)  # KL(t || m)
+        log_ratio = teacher_MV - student_MV
+        mixed = _log_mixture(log_ratio, beta)
+        from_teacher = log_ratio.sub_(mixed).mul_(teacher_MV.exp_()).sum(-1)  # KL(t || m)
         # the derivative of beta KL(t||m) and of m inside KL(s||m) cancel to a constant, which the projection removes
-        from_student, slope = _project(student_MV.exp_(), mixed.neg_())
-        return beta * from_teacher + (1 - beta) * from_student, slope.mul_(1 - beta)
+        from_student, grad = _project(student_MV.exp_(), mixed.neg_())
+        return beta * from_teacher + (1 - beta) * from_student, grad.mul_(1 - beta)
 
     return divergence
 
 
 def skew_kl(alpha: float) -> Divergence:
     """Skew KL of DistiLLM (arXiv 2402.03898): ``KL(t || m)`` with ``m = alpha t + (1 - alpha) s``, 0 <= alpha < 1."""
-    if _unskewed(alpha):
+    if alpha == 0.0:
         return forward_kl
 
     def divergence(student_MV: Tensor, teacher_MV: Tensor) -> tuple[Tensor, Tensor]:
-        gap = teacher_MV - student_MV
-        mixed = _log_mixture(gap, alpha)
+        log_ratio = teacher_MV - student_MV
+        mixed = _log_mixture(log_ratio, alpha)
         teacher, student = teacher_MV.exp_(), student_MV.exp_()
-        value = gap.sub_(mixed).mul_(teacher).sum(-1)
+        value = log_ratio.sub_(mixed).mul_(teacher).sum(-1)
         # s g = -(1 - alpha) w with w = t s / m. As s sums to 1, w - s sum(w) is excess - s sum(excess) with excess = w - s,
         # which has no rounding where teacher and student agree.
         excess = mixed.neg_().exp_().mul_(teacher).sub_(student)
-        slope = excess.addcmul_(student, excess.sum(-1, keepdim=True), value=-1)
-        return value, slope.mul_(alpha - 1)
+        grad = excess.addcmul_(student, excess.sum(-1, keepdim=True), value=-1)
+        return value, grad.mul_(alpha - 1)
 
     return divergence
 
 
 def skew_reverse_kl(alpha: float) -> Divergence:
     """Skew reverse KL of DistiLLM (arXiv 2402.03898): ``KL(s || m)`` with ``m = (1 - alpha) t + alpha s``, 0 <= alpha < 1."""
-    if _unskewed(alpha):
+    if alpha == 0.0:
         return reverse_kl
 
     def divergence(student_MV: Tensor, teacher_MV: Tensor) -> tuple[Tensor, Tensor]:
-        gap = torch.sub(teacher_MV, student_MV, out=teacher_MV)
-        ratio = _log_mixture(gap, 1 - alpha).neg_()  # log s/m
+        log_ratio = torch.sub(teacher_MV, student_MV, out=teacher_MV)
+        ratio = _log_mixture(log_ratio, 1 - alpha).neg_()  # log s/m
         student = student_MV.exp_()
         value = (student * ratio).sum(-1)
         # g = log s/m + 1 - alpha s/m; with expm1 the two last are 0 where teacher and student agree, but for a constant
-        _, slope = _project(student, torch.expm1(ratio).mul_(-alpha).add_(ratio))
-        return value, slope
+        _, grad = _project(student, torch.expm1(ratio).mul_(-alpha).add_(ratio))
+        return value, grad
 
     return divergence
 
@@ -97,36 +94,23 @@ def skew_reverse_kl(alpha: float) -> Divergence:
 def tv(student_MV: Tensor, teacher_MV: Tensor) -> tuple[Tensor, Tensor]:
     """Total variation distance ``1/2 sum |t - s|``."""
     student = student_MV.exp_()
-    gap = torch.sub(student, teacher_MV.exp_(), out=teacher_MV)
-    value = gap.abs().sum(-1).mul_(0.5)
-    _, slope = _project(student, gap.sign_())
-    return value, slope.mul_(0.5)
+    log_ratio = torch.sub(student, teacher_MV.exp_(), out=teacher_MV)
+    value = log_ratio.abs().sum(-1).mul_(0.5)
+    _, grad = _project(student, log_ratio.sign_())
+    return value, grad.mul_(0.5)
 
 
-def divergence(name: str, parameter: float) -> Divergence:
-    """The divergence called ``name``; ``parameter`` is the beta of ``jsd`` or the skew_alpha of a skew divergence.
-
-    Raises:
-        UserError: an unknown name, or a parameter outside its range.
-    """
+def divergence_of(objective: Objective) -> Divergence:
+    """The divergence that an objective names, with its parameter."""
     plain: dict[str, Divergence] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "tv": tv}
     made = {"jsd": jsd, "skew_kl": skew_kl, "skew_reverse_kl": skew_reverse_kl}
-    if name in made:
-        return made[name](parameter)
-    if name not in plain:
-        raise UserError(f"divergence: {name!r} is unknown; choose {', '.join(DIVERGENCES[:-1])} or {DIVERGENCES[-1]}")
-    return plain[name]
+    name = objective.divergence
+    return plain[name] if name in plain else made[name](objective.parameter)
 
 
-def value_factor(name: str, temperature: float) -> float:
+def value_factor(objective: Objective) -> float:
     """What a divergence at temperature T is multiplied by: T^2 (Hinton et al. 2015); 1 for ``tv``, which stays a distance."""
-    return 1.0 if name == "tv" else temperature**2
-
-
-def _unskewed(alpha: float) -> bool:
-    if not 0.0 <= alpha < 1.0:
-        raise UserError(f"skew_alpha: {alpha} must be at least 0 (the KL without skew) and below 1 (where the divergence is 0)")
-    return alpha == 0.0
+    return 1.0 if objective.divergence == "tv" else objective.temperature**2
 
 
 def _project(student: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,13 +119,13 @@ def _project(student: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return mean, g.sub_(mean[:, None]).mul_(student)
 
 
-def _log_mixture(gap: Tensor, share: float) -> Tensor:
-    """``log(m / s)`` for ``m = share t + (1 - share) s`` and ``gap = log(t / s)``, 0 < share < 1.
+def _log_mixture(log_ratio: Tensor, share: float) -> Tensor:
+    """``log(m / s)`` for ``m = share t + (1 - share) s`` and ``log_ratio = log(t / s)``, 0 < share < 1.
 
-    ``log(1 - share + share e^gap)``, taken about the larger of t and s: no exponential overflows, and a gap of 0 gives 0.
+    ``log(1 - share + share e^log_ratio)``, taken about the larger of t and s: no exponential overflows, a ratio of 1 gives 0.
     """
-    weight = torch.full_like(gap, share).masked_fill_(gap > 0, 1 - share)
-    inner = gap.abs().neg_().expm1_().mul_(weight).log1p_()
+    weight = torch.full_like(log_ratio, share).masked_fill_(log_ratio > 0, 1 - share)
+    inner = log_ratio.abs().neg_().expm1_().mul_(weight).log1p_()
     # a share that rounds to 0 or 1 beside the other would make that log1p(-1)
     inner.clamp_(min=math.log(min(share, 1 - share)))
-    return inner.add_(gap.clamp(min=0))
+    return inner.add_(log_ratio.clamp(min=0))

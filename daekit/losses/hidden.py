@@ -1,4 +1,4 @@
-"""The hidden-state loss: how far the student's hidden states are from its teacher's, in chunks of kept positions.
+"""The hidden-state loss: how far the student's hidden states are from its teacher's, in chunks of loss positions.
 
 Per position ``1 - cos(s, t)`` or the mean over channels of ``(s - t)^2``, where s is the student's hidden state, projected by a
 learned matrix where the widths differ (FitNets, arXiv 1412.6550; TinyBERT, arXiv 1909.10351). The gradient is computed in the
@@ -19,11 +19,11 @@ _CHUNK = 512  # positions
 def hidden_loss(
     student_NH: Tensor, teacher_MH: Tensor, positions_M: Tensor, projection_HH: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor]:
-    """The hidden-state loss of one layer for the positions of one signal.
+    """The hidden-state loss of one layer for the positions of one teacher output.
 
     Args:
-        student_NH: the student's hidden states at its N kept positions.
-        teacher_MH: its teacher's at the M positions it speaks for.
+        student_NH: the student's hidden states at its N loss positions.
+        teacher_MH: its teacher's at the M positions that the output covers.
         positions_M: which of the N those are.
         projection_HH: ``[teacher's width, student's width]``, None for equal widths.
         kind: ``cosine`` or ``mse``.
@@ -53,11 +53,11 @@ class _HiddenLoss(torch.autograd.Function):
                 at = slice(start, start + _CHUNK)
                 hidden, target = student_MH[at].to(exact), teacher_MH[at].to(exact)
                 image = hidden if matrix is None else hidden @ matrix.T
-                value_M[at], slope = _COMPARISONS[kind](image, target)
+                value_M[at], grad_image = _COMPARISONS[kind](image, target)
                 if grad_projection is not None:
-                    grad_projection.addmm_(slope.T, hidden)
+                    grad_projection.addmm_(grad_image.T, hidden)
                 if grad_hidden is not None:
-                    grad_hidden[at] = (slope if matrix is None else slope @ matrix).to(grad_hidden.dtype)
+                    grad_hidden[at] = (grad_image if matrix is None else grad_image @ matrix).to(grad_hidden.dtype)
         ctx.save_for_backward(grad_hidden, grad_projection)
         ctx.projection_dtype = None if projection is None else projection.dtype
         ctx.mark_non_differentiable(value_M)
@@ -80,8 +80,8 @@ def _cosine(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     length = image.norm(dim=-1, keepdim=True).clamp(min=tiny)
     direction, wanted = image / length, target / target.norm(dim=-1, keepdim=True).clamp(min=tiny)
     cosine = (direction * wanted).sum(-1, keepdim=True)
-    slope = (cosine * direction - wanted) / length
-    return 1 - cosine.squeeze(-1), torch.where(length > tiny, slope, 0.0)
+    grad_image = (cosine * direction - wanted) / length
+    return 1 - cosine.squeeze(-1), torch.where(length > tiny, grad_image, 0.0)
 
 
 def _mse(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

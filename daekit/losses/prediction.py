@@ -1,4 +1,4 @@
-"""The prediction loss: CE with the labels and a divergence from the teachers, over kept positions, in chunks.
+"""The prediction loss: CE with the labels and a divergence from the teachers, over loss positions, in chunks.
 
 Logits exist for one chunk of tokens at a time, in both models. The gradient with respect to the hidden states and the head
 is computed in the forward pass, while the chunk's logits are there, so that nothing of size N x V outlives its chunk.
@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from daekit.errors import UserError
-from daekit.losses.chunk import Values, chunk_terms_on, chunk_terms_top_k
+from daekit.losses.chunk import Values, chunk_losses_on, chunk_losses_top_k
 from daekit.losses.top_k import bucket_log_probs
 from daekit.models.heads import compute_dtype, in_dtype, project, teacher_logits
 from daekit.models.sharded import whole_heads
-from daekit.protocol import OutputHead, Signal
+from daekit.protocol import OutputHead, TeacherOutput
+from daekit.recipe.objective import Objective
 
 # Logits per chunk: 512 tokens of a vocabulary of 32,000, 64 MB in float32. Seconds on 2 cores for 2048 tokens of width 1024
 # (forward KL, frozen head), by tokens per chunk: 128 3.13, 256 2.85, 512 2.57, 1024 2.42: matrix products like long chunks.
@@ -36,42 +37,13 @@ _TILE_VALUES = 2**22  # values of the head's gradient that are computed at a tim
 
 
 @dataclass(frozen=True)
-class PredictionTerms:
-    """Which terms, and how much of each.
-
-    Attributes:
-        ce_weight: of the cross-entropy with the labels, at temperature 1.
-        prediction_weight: of ``T^2 * D(teacher, student)`` (``tv``: without T^2).
-        divergence: one of ``daekit.losses.DIVERGENCES``.
-        beta: of ``jsd``.
-        skew_alpha: of ``skew_kl`` and ``skew_reverse_kl``.
-        temperature: T.
-        chunk_tokens: tokens per chunk; None: so many that a chunk has about 17 million logits (on a GPU 134 million),
-            at least 512.
-    """
-
-    ce_weight: float = 0.0
-    prediction_weight: float = 1.0
-    divergence: str = "forward_kl"
-    beta: float = 0.5
-    skew_alpha: float = 0.1
-    temperature: float = 1.0
-    chunk_tokens: int | None = None
-
-    @property
-    def parameter(self) -> float:
-        """The one number that the divergence depends on, if it does."""
-        return self.beta if self.divergence == "jsd" else self.skew_alpha
-
-
-@dataclass(frozen=True)
 class PredictionSums:
-    """``loss`` is a sum over the N kept positions and carries the gradient; the rest is detached, one value per position.
+    """``loss`` is a sum over the N loss positions and carries the gradient; the rest is detached, one value per position.
 
     Attributes:
         loss: ``ce_weight * sum(ce_N) + prediction_weight * sum(divergence_N)``, nats.
         ce_N: cross-entropy with the label at temperature 1, nats.
-        divergence_N: ``T^2 * D``, nats (``tv``: D, without unit); None without signals.
+        divergence_N: ``T^2 * D``, nats (``tv``: D, without unit); None without a teacher.
         correct_N: whether the label is the student's most likely token.
     """
 
@@ -82,63 +54,64 @@ class PredictionSums:
 
 
 def prediction_loss(
-    hidden_NH: Tensor, head: OutputHead, labels_N: Tensor, signals: Sequence[Signal], terms: PredictionTerms
+    hidden_NH: Tensor,
+    head: OutputHead,
+    labels_N: Tensor,
+    teacher_outputs: Sequence[TeacherOutput],
+    objective: Objective,
+    chunk_tokens: int | None = None,
 ) -> PredictionSums:
-    """The sum of CE and divergence over the kept positions, with gradients for ``hidden_NH`` and a trainable head.
+    """The sum of CE and divergence over the loss positions, with gradients for ``hidden_NH`` and a trainable head.
 
-    Where heads are sharded this is a collective call: all ranks must call it, with signals of the same teachers (of M = 0
-    positions where a teacher has none to speak for).
+    Where heads are sharded this is a collective call: all ranks must call it, with outputs of the same teachers (of M = 0
+    positions where a teacher has none to cover).
 
     Args:
-        hidden_NH: the student's hidden states at the kept positions; N may be 0 (the loss is then a differentiable 0).
+        hidden_NH: the student's hidden states at the loss positions; N may be 0 (the loss is then a differentiable 0).
         head: the student's output head.
         labels_N: the token that each position predicts.
-        signals: what the teachers say; empty for cross-entropy alone, otherwise covering every position exactly once.
-        terms: weights, divergence and temperature.
+        teacher_outputs: empty for cross-entropy alone, otherwise they cover every position exactly once.
+        objective: weights, divergence and temperature.
+        chunk_tokens: tokens per chunk; None: see ``tokens_per_chunk``.
 
     Raises:
-        UserError: the signals do not speak for as many positions as there are (a teacher of the user's own, as a rule), or a
-            sparse signal is no distribution over this vocabulary at this temperature.
+        UserError: the outputs do not cover as many positions as there are (a teacher of the user's own, as a rule), or a
+            sparse output is no distribution over this vocabulary at this temperature.
     """
-    if signals:
-        _require_each_once([signal.positions_M for signal in signals], labels_N.numel())
-    voices = [voice for signal in signals for voice in signal.voices]
-    with whole_heads([head, *(voice.head for voice in voices)]) as (head, *theirs):
+    if teacher_outputs:
+        _require_each_once([output.positions_M for output in teacher_outputs], labels_N.numel())
+    members = [member for output in teacher_outputs for member in output.members]
+    with whole_heads([head, *(member.head for member in members)]) as (head, *theirs):
         whole = iter(theirs)
-        signals = [
-            replace(signal, voices=tuple(replace(voice, head=next(whole)) for voice in signal.voices)) for signal in signals
+        teacher_outputs = [
+            replace(output, members=tuple(replace(member, head=next(whole)) for member in output.members))
+            for output in teacher_outputs
         ]
+        step = chunk_tokens or tokens_per_chunk(head.vocab_size, hidden_NH.is_cuda)
+        work = _Chunks(hidden_NH, head, labels_N, teacher_outputs, objective, step)
         loss, ce_N, divergence_N, correct_N = _PredictionLoss.apply(
-            hidden_NH, head.weight, head.bias, head, labels_N, signals, terms, torch.is_grad_enabled()
+            hidden_NH, head.weight, head.bias, work, torch.is_grad_enabled()
         )
-    return PredictionSums(loss, ce_N, divergence_N if signals else None, correct_N)
+    return PredictionSums(loss, ce_N, divergence_N if teacher_outputs else None, correct_N)
 
 
-def _require_each_once(positions: list[Tensor], kept: int) -> None:
-    together = torch.cat(positions)
-    if together.numel() != kept or not torch.equal(together.sort().values, torch.arange(kept, device=together.device)):
+def _require_each_once(covered: list[Tensor], positions: int) -> None:
+    together = torch.cat(covered)
+    expected = torch.arange(positions, device=together.device)
+    if together.numel() != positions or not torch.equal(together.sort().values, expected):
         raise UserError(
-            f"the teacher speaks for {together.numel()} positions of a batch that keeps {kept}: "
-            "its signals must cover every kept position exactly once"
+            f"the teacher covers {together.numel()} positions of a batch that has {positions} loss positions: "
+            "its outputs must cover every loss position exactly once"
         )
 
 
 class _PredictionLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_NH: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: OutputHead,
-        labels_N: Tensor,
-        signals: Sequence[Signal],
-        terms: PredictionTerms,
-        wants_gradient: bool,
+        ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, work: _Chunks, grad_enabled: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        work = _Work(hidden_NH, head, labels_N, signals, terms, wants_gradient and any(ctx.needs_input_grad))
-        work.run()
-        ctx.save_for_backward(*work.gradients(head))
+        work.run(grad_enabled and any(ctx.needs_input_grad))
+        ctx.save_for_backward(*work.gradients())
         ctx.mark_non_differentiable(work.ce_N, work.divergence_N, work.correct_N)
         return work.total(), work.ce_N, work.divergence_N, work.correct_N
 
@@ -146,10 +119,10 @@ class _PredictionLoss(torch.autograd.Function):
     @once_differentiable  # the gradients are constants to autograd: a second derivative would be silently wrong
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None)
 
 
-class _Work:
+class _Chunks:
     """One pass over the chunks: per-token values, and gradients where they are wanted."""
 
     def __init__(
@@ -157,65 +130,62 @@ class _Work:
         hidden_NH: Tensor,
         head: OutputHead,
         labels_N: Tensor,
-        signals: Sequence[Signal],
-        terms: PredictionTerms,
-        wants_gradient: bool,
+        teacher_outputs: Sequence[TeacherOutput],
+        objective: Objective,
+        step: int,
     ) -> None:
-        self.hidden_NH, self.labels_N, self.signals, self.terms = hidden_NH, labels_N, signals, terms
+        self.hidden_NH, self.labels_N, self.teacher_outputs = hidden_NH.detach(), labels_N, teacher_outputs
+        self.objective, self.step, self.trained_head = objective, step, head
         self.dtype = compute_dtype(hidden_NH)
         self.exact = torch.promote_types(torch.float32, self.dtype)
-        self.head = in_dtype(head, self.dtype)
-        self.step = terms.chunk_tokens or chunk_tokens(head.vocab_size, hidden_NH.is_cuda)
+
+    def run(self, wants_gradient: bool) -> None:
+        """All chunks of all teacher outputs (of all positions where there is no teacher)."""
+        hidden_NH, self.wants_gradient = self.hidden_NH, wants_gradient
+        self.head = in_dtype(self.trained_head, self.dtype)
         # work space of all chunks: fresh memory for each costs more than a pass over it
-        size = min(self.step, hidden_NH.shape[0]), head.vocab_size
+        size = min(self.step, hidden_NH.shape[0]), self.head.vocab_size
         self.student_MV = hidden_NH.new_empty(size, dtype=self.dtype)
-        self.teacher_MV = hidden_NH.new_empty(size, dtype=self.exact) if any(signal.voices for signal in signals) else None
+        dense = any(output.members for output in self.teacher_outputs)
+        self.teacher_MV = hidden_NH.new_empty(size, dtype=self.exact) if dense else None
         self.ce_N = hidden_NH.new_zeros(hidden_NH.shape[0], dtype=self.exact)
         self.divergence_N = torch.zeros_like(self.ce_N)
-        self.correct_N = torch.zeros_like(labels_N, dtype=torch.bool)
-        self.wants_gradient = wants_gradient
+        self.correct_N = torch.zeros_like(self.labels_N, dtype=torch.bool)
         self.grad_hidden = torch.zeros_like(hidden_NH) if wants_gradient else None
-        self.grad_weight = self._accumulator(head.weight)
-        self.grad_bias = self._accumulator(head.bias)
+        self.grad_weight = self._accumulator(self.trained_head.weight)
+        self.grad_bias = self._accumulator(self.trained_head.bias)
+        for output in self.teacher_outputs or (None,):
+            positions_M = None if output is None else output.positions_M
+            count = hidden_NH.shape[0] if positions_M is None else positions_M.numel()
+            values = self._values_of(output)
+            for start in range(0, count, self.step):
+                rows = slice(start, min(start + self.step, count))
+                self._chunk(rows if positions_M is None else positions_M[rows], rows, values)
 
     def _accumulator(self, parameter: Tensor | None) -> Tensor | None:
         """Zeros for the gradient of a trained parameter: float32 where several chunks are summed, or the sum would round."""
         if parameter is None or not (self.wants_gradient and parameter.requires_grad):
             return None
-        one_chunk = self.hidden_NH.shape[0] <= self.step and len(self.signals) <= 1
+        one_chunk = self.hidden_NH.shape[0] <= self.step and len(self.teacher_outputs) <= 1
         return torch.zeros_like(parameter, dtype=parameter.dtype if one_chunk else self.exact)
 
-    def run(self) -> None:
-        """All chunks of all signals (of all positions where there is no teacher)."""
-        for signal in self.signals or (None,):
-            positions_M = None if signal is None else signal.positions_M
-            count = self.hidden_NH.shape[0] if positions_M is None else positions_M.numel()
-            values = self._values_of(signal)
-            for start in range(0, count, self.step):
-                rows = slice(start, min(start + self.step, count))
-                self._chunk(rows if positions_M is None else positions_M[rows], rows, values)
-
-    def _values_of(self, signal: Signal | None) -> Callable[[Tensor, Tensor, slice], Values]:
-        """The terms of a chunk, given the student's linear outputs, the labels and the chunk's place in the signal."""
-        terms, head = self.terms, self.head
-        numbers = (terms.divergence, terms.parameter, terms.temperature, terms.ce_weight, terms.prediction_weight)
-        numbers_of_student = (head.softcap, head.scale, self.wants_gradient)
-        dense = chunk_terms_on(self.hidden_NH.device, self.dtype)
-        if signal is None:
-            return lambda student, labels, rows: dense(student, None, labels, *numbers, *numbers_of_student)
-        if signal.top_k is not None:
-            ids = signal.top_k.ids_MK.long()
-            buckets = bucket_log_probs(signal, head.vocab_size, terms.temperature, self.exact)
-            return lambda student, labels, rows: chunk_terms_top_k(
-                student, ids[rows], buckets[rows], labels, *numbers, *numbers_of_student
-            )
-        voices = tuple(replace(v, head=in_dtype(v.head, compute_dtype(v.hidden_MH))) for v in signal.voices)
-        speaking, space = replace(signal, voices=voices), self.teacher_MV
+    def _values_of(self, output: TeacherOutput | None) -> Callable[[Tensor, Tensor, slice], Values]:
+        """The losses of a chunk, given the student's linear outputs, the labels and the chunk's place in the output."""
+        how = self.objective, self.head, self.wants_gradient
+        dense = chunk_losses_on(self.hidden_NH.device, self.dtype)
+        if output is None:
+            return lambda student, labels, rows: dense(student, None, labels, *how)
+        if output.top_k is not None:
+            ids = output.top_k.ids_MK.long()
+            buckets = bucket_log_probs(output, self.head.vocab_size, self.objective.temperature, self.exact)
+            return lambda student, labels, rows: chunk_losses_top_k(student, ids[rows], buckets[rows], labels, *how)
+        members = tuple(replace(m, head=in_dtype(m.head, compute_dtype(m.hidden_MH))) for m in output.members)
+        teacher, space = replace(output, members=members), self.teacher_MV
         assert space is not None
 
         def values(student: Tensor, labels: Tensor, rows: slice) -> Values:
-            teacher = teacher_logits(speaking, rows, terms.temperature, space[: labels.numel()])
-            return dense(student, teacher, labels, *numbers, *numbers_of_student)
+            logits = teacher_logits(teacher, rows, self.objective.temperature, space[: labels.numel()])
+            return dense(student, logits, labels, *how)
 
         return values
 
@@ -225,38 +195,38 @@ class _Work:
         self.ce_N[at], self.divergence_N[at], self.correct_N[at] = values(student_MV, self.labels_N[at], rows)
         if not self.wants_gradient:
             return
-        slope_MV = student_MV
-        with torch.autocast(slope_MV.device.type, enabled=False):
-            self.grad_hidden[at] = (slope_MV @ self.head.weight).to(self.hidden_NH.dtype)  # type: ignore[index]
+        grad_logits_MV = student_MV
+        with torch.autocast(grad_logits_MV.device.type, enabled=False):
+            self.grad_hidden[at] = (grad_logits_MV @ self.head.weight).to(self.hidden_NH.dtype)  # type: ignore[index]
             if self.grad_weight is not None:
-                self._add_to(self.grad_weight[: self.head.vocab_size], slope_MV, hidden_MH)
+                self._add_to(self.grad_weight[: self.head.vocab_size], grad_logits_MV, hidden_MH)
         if self.grad_bias is not None:
-            self.grad_bias[: self.head.vocab_size] += slope_MV.sum(0, dtype=self.exact)
+            self.grad_bias[: self.head.vocab_size] += grad_logits_MV.sum(0, dtype=self.exact)
 
-    def _add_to(self, grad_VH: Tensor, slope_MV: Tensor, hidden_MH: Tensor) -> None:
+    def _add_to(self, grad_VH: Tensor, grad_logits_MV: Tensor, hidden_MH: Tensor) -> None:
         if grad_VH.dtype == self.dtype:
-            grad_VH.addmm_(slope_MV.T, hidden_MH)
+            grad_VH.addmm_(grad_logits_MV.T, hidden_MH)
             return
         step = max(1, _TILE_VALUES // hidden_MH.shape[1])  # a product of all V x H would be as large as the gradient
         for start in range(0, grad_VH.shape[0], step):
             tile = slice(start, start + step)
-            grad_VH[tile] += slope_MV[:, tile].T @ hidden_MH
+            grad_VH[tile] += grad_logits_MV[:, tile].T @ hidden_MH
 
     def total(self) -> Tensor:
         """The weighted sum over all positions, summed in float64."""
-        terms = self.terms
-        total = terms.ce_weight * self.ce_N.sum(dtype=torch.float64)
-        total = total + terms.prediction_weight * self.divergence_N.sum(dtype=torch.float64)
+        total = self.objective.ce_weight * self.ce_N.sum(dtype=torch.float64)
+        total = total + self.objective.prediction_weight * self.divergence_N.sum(dtype=torch.float64)
         return total.to(self.exact)
 
-    def gradients(self, head: OutputHead) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients for hidden states, head weight and head bias, each in the dtype of its input."""
+        head = self.trained_head
         weight = None if self.grad_weight is None else self.grad_weight.to(head.weight.dtype)
         bias = None if self.grad_bias is None or head.bias is None else self.grad_bias.to(head.bias.dtype)
         return self.grad_hidden, weight, bias
 
 
-def chunk_tokens(vocab_size: int, on_gpu: bool) -> int:
-    """How many tokens a chunk has unless ``PredictionTerms.chunk_tokens`` says so."""
+def tokens_per_chunk(vocab_size: int, on_gpu: bool) -> int:
+    """So many tokens that a chunk has about 17 million logits (on a GPU 134 million), at least 512."""
     tokens = max(_FEWEST_TOKENS, (_CHUNK_VALUES_GPU if on_gpu else _CHUNK_VALUES) // vocab_size)
     return tokens - tokens % _ROWS

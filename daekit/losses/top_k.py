@@ -1,21 +1,23 @@
 """Sparse teachers: the divergence between two distributions over K named tokens and one bucket for all others, the tail.
 
 It is at most the divergence of the whole distributions (data processing), and the student is free within the tail: there a
-token's slope is the tail's, shared out as the student shares its own mass.
+token's gradient is the tail's, shared out as the student shares its own mass.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from daekit.errors import UserError
 from daekit.losses.divergences import Divergence
-from daekit.protocol import Signal, TopK
+from daekit.protocol import TeacherOutput, TopK
 
 
 def bucketed(divergence: Divergence, student_MV: Tensor, ids_MK: Tensor, teacher_MB: Tensor) -> tuple[Tensor, Tensor]:
-    """``(value_M, slope_MV)`` of a divergence between buckets.
+    """``(value_M, grad_logits_MV)`` of a divergence between buckets.
 
     Args:
         student_MV: log-probabilities of the student, overwritten.
@@ -25,51 +27,82 @@ def bucketed(divergence: Divergence, student_MV: Tensor, ids_MK: Tensor, teacher
     K = ids_MK.shape[-1]
     named_MK = student_MV.gather(-1, ids_MK)
     if teacher_MB.shape[-1] == K:
-        value_M, slope_MB = divergence(named_MK, teacher_MB.clone())
-        return value_M, student_MV.scatter_(-1, ids_MK, slope_MB)
+        value_M, grad_MB = divergence(named_MK, teacher_MB.clone())
+        return value_M, student_MV.scatter_(-1, ids_MK, grad_MB)
     others_MV = student_MV.scatter_(-1, ids_MK, -torch.inf)
     tail_M1 = others_MV.logsumexp(-1, keepdim=True)  # not 1 - sum, which has no digits left where the tail is small
-    value_M, slope_MB = divergence(torch.cat([named_MK, tail_M1], -1), teacher_MB.clone())
+    value_M, grad_MB = divergence(torch.cat([named_MK, tail_M1], -1), teacher_MB.clone())
     within_MV = others_MV.sub_(tail_M1).exp_()  # s_v / s_tail
-    return value_M, within_MV.mul_(slope_MB[:, K:]).scatter_(-1, ids_MK, slope_MB[:, :K])
+    return value_M, within_MV.mul_(grad_MB[:, K:]).scatter_(-1, ids_MK, grad_MB[:, :K])
 
 
-def bucket_log_probs(signal: Signal, vocab_size: int, temperature: float, dtype: torch.dtype) -> Tensor:
-    """``[M, B]`` log-probabilities of the buckets of a sparse signal, checked; B = K + 1, or K where K = V leaves no tail.
+def bucket_log_probs(output: TeacherOutput, vocab_size: int, temperature: float, dtype: torch.dtype) -> Tensor:
+    """``[M, B]`` log-probabilities of the buckets of a sparse output, checked; B = K + 1, or K where K = V leaves no tail.
 
     A tail whose mass rounds to nothing keeps the smallest normal number, so that every divergence stays finite.
 
     Raises:
-        UserError: a sparse distribution that is none over this vocabulary, or has another temperature than the loss.
+        UserError: a sparse distribution that is none over this vocabulary, has another temperature than the loss, or is kept
+            in so few bits that its tail is not known.
     """
-    top_k = signal.top_k
+    top_k = output.top_k
     assert top_k is not None
-    if signal.voices:
-        raise UserError("a teacher's signal has both voices and top_k; it speaks through one of them")
+    if output.members:
+        raise UserError("a teacher's output has both members and top_k; give one of them")
     if top_k.temperature != temperature:
         raise UserError(
             f"temperature: the loss has {temperature} but the teacher's top-k distributions are of temperature "
             f"{top_k.temperature}, and a tail cannot be tempered; use the same"
         )
-    _check_ids(top_k, signal.positions_M.numel(), vocab_size)
+    _check_ids(top_k, output.positions_M.numel(), vocab_size)
+    whole = top_k.ids_MK.shape[-1] == vocab_size
+    _check_precision(top_k, whole)
     log_probs_MK = top_k.log_probs_MK.to(dtype)
-    mass_M = log_probs_MK.exp().sum(-1)
+    tail_M = top_k.tail_log_mass_M
+    buckets_MB = log_probs_MK if whole or tail_M is None else torch.cat([log_probs_MK, tail_M.to(dtype)[:, None]], -1)
+    mass_M = buckets_MB.exp().sum(-1)
     # the error of a sum of probabilities is their entropy (below 16 nats) in units of the rounding of their logarithms
     slack = 1e-5 + 16 * torch.finfo(top_k.log_probs_MK.dtype).eps
-    whole = top_k.ids_MK.shape[-1] == vocab_size
+    complete = whole or tail_M is not None
     wrong_M = ~(mass_M <= 1 + slack) | ~log_probs_MK.isfinite().all(-1)
-    if whole:
+    if complete:
         wrong_M |= mass_M < 1 - slack
     if wrong_M.any():
         row = int(wrong_M.nonzero()[0])
+        wanted = "1, with that of the tail" if tail_M is not None else "1, as they name all tokens" if whole else "at most 1"
         raise UserError(
             f"top_k.log_probs_MK: the probabilities of row {row} sum to {float(mass_M[row]):.6g}; they must be finite "
-            f"logarithms of probabilities that sum to {'1, as they name all tokens' if whole else 'at most 1'}"
+            f"logarithms of probabilities that sum to {wanted}"
         )
     if whole:
         return log_probs_MK
+    if tail_M is not None:  # the named probabilities are rounded: together with the tail they become a distribution again
+        buckets_MB = buckets_MB.clamp(min=math.log(torch.finfo(dtype).tiny))
+        return buckets_MB - buckets_MB.logsumexp(-1, keepdim=True)
     tail_M1 = -torch.expm1(log_probs_MK.logsumexp(-1, keepdim=True))
     return torch.cat([log_probs_MK, tail_M1.clamp_(min=torch.finfo(dtype).tiny).log_()], -1)
+
+
+def _check_precision(top_k: TopK, whole: bool) -> None:
+    """A tail by subtraction is only rounding where K tokens hold nearly all mass (16 bits: errors of reverse KL up to 200%)."""
+    kept, tail_M = top_k.log_probs_MK, top_k.tail_log_mass_M
+    if kept.dtype == torch.bfloat16:
+        raise UserError(
+            "top_k.log_probs_MK: bfloat16 steps by 6% of a small probability; keep the log-probabilities in float16 with "
+            "tail_log_mass_M, or in float32"
+        )
+    if kept.dtype == torch.float16 and tail_M is None and not whole:
+        raise UserError(
+            "top_k.log_probs_MK: with 16-bit log-probabilities the tail's mass cannot be had by subtraction; give its "
+            "logarithm, taken before rounding, as tail_log_mass_M in float32"
+        )
+    if tail_M is None:
+        return
+    if whole or tail_M.dtype not in (torch.float32, torch.float64) or tail_M.shape != kept.shape[:1] or tail_M.isnan().any():
+        raise UserError(
+            f"top_k.tail_log_mass_M: {tail_M.dtype} of shape {tuple(tail_M.shape)} for {len(kept)} positions; it must be one "
+            "float32 logarithm for each, and None where K names all tokens"
+        )
 
 
 def _check_ids(top_k: TopK, positions: int, vocab_size: int) -> None:

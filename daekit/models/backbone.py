@@ -87,9 +87,9 @@ def frozen_forward(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def kept_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """``[N, H]`` last hidden states at the kept positions of ``batch``; only these are stored."""
-    return model(**batch.inputs, on_hidden=lambda outputs: batch.keep(outputs.last_hidden_state))
+def hidden_at_loss_positions(model: nn.Module, batch: Batch) -> Tensor:
+    """``[N, H]`` last hidden states at the loss positions of ``batch``; only these are stored."""
+    return model(**batch.inputs, on_hidden=lambda outputs: batch.at_loss_positions(outputs.last_hidden_state))
 
 
 def require_plain_head(model: PreTrainedModel, vocab_size: int) -> None:

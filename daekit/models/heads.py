@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from daekit.errors import UserError
 from daekit.models.sharded import shape_of
-from daekit.protocol import OutputHead, Signal
+from daekit.protocol import OutputHead, TeacherOutput
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
@@ -109,27 +109,27 @@ def head_logits(hidden_NH: Tensor, head: OutputHead, out_NV: Tensor | None = Non
         return scale_and_cap_(logits, head.scale, head.softcap)
 
 
-def teacher_logits(signal: Signal, index: Tensor | slice, temperature: float, out_MV: Tensor | None = None) -> Tensor:
-    """``[chunk, V]`` logits whose softmax at temperature T is what the voices of a signal say, for some of its M positions.
+def teacher_logits(output: TeacherOutput, index: Tensor | slice, temperature: float, out_MV: Tensor | None = None) -> Tensor:
+    """``[chunk, V]`` logits whose softmax at temperature T is the distribution of an output, for some of its M positions.
 
-    Several voices: the weighted mean of their logits, or T times the logarithm of the weighted mean of their probabilities.
+    Several members: the weighted mean of their logits, or T times the logarithm of the weighted mean of their probabilities.
     """
-    first, *others = signal.voices
+    first, *others = output.members
     total = head_logits(first.hidden_MH[index], first.head, out_MV)
     if not others:
         return total
-    if signal.average == "logits":
+    if output.average == "logits":
         total.mul_(first.weight)
-        for voice in others:
-            total.add_(head_logits(voice.hidden_MH[index], voice.head), alpha=voice.weight)
+        for member in others:
+            total.add_(head_logits(member.hidden_MH[index], member.head), alpha=member.weight)
         return total
     total = total.div_(temperature).log_softmax(-1).add_(math.log(first.weight))
-    for voice in others:
-        part = head_logits(voice.hidden_MH[index], voice.head).div_(temperature).log_softmax(-1)
-        torch.logaddexp(total, part.add_(math.log(voice.weight)), out=total)
+    for member in others:
+        part = head_logits(member.hidden_MH[index], member.head).div_(temperature).log_softmax(-1)
+        torch.logaddexp(total, part.add_(math.log(member.weight)), out=total)
     return total.mul_(temperature)
 
 
-def teacher_log_probs(signal: Signal, index: Tensor | slice, temperature: float = 1.0) -> Tensor:
-    """``[chunk, V]`` log-probabilities of a signal's voices at temperature T for some of its M positions."""
-    return teacher_logits(signal, index, temperature).div_(temperature).log_softmax(-1)
+def teacher_log_probs(output: TeacherOutput, index: Tensor | slice, temperature: float = 1.0) -> Tensor:
+    """``[chunk, V]`` log-probabilities of an output's members at temperature T for some of its M positions."""
+    return teacher_logits(output, index, temperature).div_(temperature).log_softmax(-1)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
-from daekit.protocol import Batch, Internals, OutputHead
+from daekit.protocol import Batch, Features, OutputHead
 
 
 def device_map_of(given: str | Mapping[str, str]) -> str | dict[str, Any]:
@@ -90,11 +90,11 @@ def head_on(head: OutputHead, device: torch.device) -> OutputHead:
     return replace(head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
 
 
-def internals_on(internals: Internals, batch: Batch) -> Internals:
-    """What a model did, where the batch is that its student sees."""
+def features_on(features: Features, batch: Batch) -> Features:
+    """The features of a model on the device of the batch that its student sees."""
     device = batch.labels_BT.device
     attention = {
         layer: replace(found, query_NAD=found.query_NAD.to(device), key_BGTD=found.key_BGTD.to(device))
-        for layer, found in internals.attention.items()
+        for layer, found in features.attention.items()
     }
-    return Internals(batch.layout, attention, {layer: hidden.to(device) for layer, hidden in internals.hidden_MH.items()})
+    return Features(batch.layout, attention, {layer: hidden.to(device) for layer, hidden in features.hidden_MH.items()})

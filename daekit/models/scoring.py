@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from daekit.errors import UserError
 from daekit.models.backbone import base_of, frozen_forward
 from daekit.models.heads import head_logits, output_head, teacher_log_probs
-from daekit.protocol import IGNORE_INDEX, Batch, OutputHead, Signal, Teacher, Voice
+from daekit.protocol import IGNORE_INDEX, Batch, Member, OutputHead, Teacher, TeacherOutput
 
 TokenRow = Mapping[str, Sequence[int]]
 
@@ -109,10 +109,10 @@ def _scores(
         with frozen_forward(model):
             row_N = torch.tensor(indices)[batch.row_N.cpu()]
             hidden_NH = _hidden(model, batch)
-            signals = [] if teacher is None else _signals(teacher, batch, vocab_size)
+            outputs = [] if teacher is None else _outputs(teacher, batch, vocab_size)
             scores = [
                 _score_chunk(
-                    hidden_NH[start : start + chunk_size], head, batch.labels_N[start : start + chunk_size], signals, start
+                    hidden_NH[start : start + chunk_size], head, batch.labels_N[start : start + chunk_size], outputs, start
                 )
                 for start in range(0, len(hidden_NH), chunk_size)
             ]
@@ -120,45 +120,45 @@ def _scores(
             yield row_N, torch.cat(scores).double().cpu()
 
 
-def _score_chunk(hidden_NH: Tensor, head: OutputHead, labels_N: Tensor, signals: Sequence[Signal], start: int) -> Tensor:
-    """``[N, 3]``: NLL, 1 where the label is the first choice, and KL (0 without signals) of positions ``start...``."""
+def _score_chunk(hidden_NH: Tensor, head: OutputHead, labels_N: Tensor, outputs: Sequence[TeacherOutput], start: int) -> Tensor:
+    """``[N, 3]``: NLL, 1 where the label is the first choice, and KL (0 without a teacher) of positions ``start...``."""
     logits_NV = head_logits(hidden_NH, head)
     labels_N = labels_N.to(logits_NV.device)
     log_p_NV = logits_NV.log_softmax(dim=-1)
     nll_N = -log_p_NV.gather(1, labels_N[:, None])[:, 0]
     correct_N = logits_NV.argmax(dim=-1) == labels_N
     kl_N = torch.zeros_like(nll_N)
-    for signal in signals:
-        positions_M = signal.positions_M.to(nll_N.device)
+    for output in outputs:
+        positions_M = output.positions_M.to(nll_N.device)
         inside_M = (positions_M >= start) & (positions_M < start + len(nll_N))
         if not inside_M.any():
             continue
         local = positions_M[inside_M] - start
-        log_t_MV = teacher_log_probs(signal, inside_M.nonzero().flatten()).to(log_p_NV.device)
+        log_t_MV = teacher_log_probs(output, inside_M.nonzero().flatten()).to(log_p_NV.device)
         kl_N[local] = (log_t_MV.exp() * (log_t_MV - log_p_NV[local])).sum(dim=-1)
     return torch.stack([nll_N, correct_N.to(nll_N.dtype), kl_N], dim=-1)
 
 
-def _signals(teacher: PreTrainedModel | Teacher, batch: Batch, vocab_size: int) -> list[Signal]:
+def _outputs(teacher: PreTrainedModel | Teacher, batch: Batch, vocab_size: int) -> list[TeacherOutput]:
     if isinstance(teacher, Teacher):
-        signals = teacher.signals(batch)
-        if any(signal.top_k is not None for signal in signals):
+        outputs = teacher.outputs(batch)
+        if any(output.top_k is not None for output in outputs):
             raise UserError(
                 "the KL to a teacher is of whole distributions, but this teacher gives only its most likely tokens (top_k), "
                 "whose KL is smaller: compare with the model that they come from"
             )
-        return signals
+        return outputs
     _refuse_prompt_learning(teacher)
     with frozen_forward(teacher):
-        voice = Voice(_hidden(teacher, batch), output_head(teacher, vocab_size))
-    return [Signal(torch.arange(len(batch.labels_N), device=voice.hidden_MH.device), (voice,))]
+        member = Member(_hidden(teacher, batch), output_head(teacher, vocab_size))
+    return [TeacherOutput(torch.arange(len(batch.labels_N), device=member.hidden_MH.device), (member,))]
 
 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """``[N, H]`` last hidden states at the kept positions."""
+    """``[N, H]`` last hidden states at the loss positions."""
     base = base_of(model)
     inputs = {key: value.to(base.device) if isinstance(value, Tensor) else value for key, value in batch.inputs.items()}
-    return batch.keep(base.base_model(**inputs, use_cache=False).last_hidden_state)
+    return batch.at_loss_positions(base.base_model(**inputs, use_cache=False).last_hidden_state)
 
 
 def _batches(rows: Sequence[TokenRow], batch_size: int, domain: str, device: torch.device) -> Iterator[tuple[list[int], Batch]]:

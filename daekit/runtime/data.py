@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from datasets.table import InMemoryTable
 from transformers import PreTrainedTokenizerBase
 
 from daekit.data.mixture import Mixture, mix
+from daekit.data.responses import ResponseLabels
 from daekit.data.rows import form_of
 from daekit.data.sources import load_source
 from daekit.data.tokenizer import load_tokenizer, source_texts, train_tokenizer
@@ -35,24 +36,28 @@ class LossRule:
     """Which tokens of a row carry loss, by the options of TRL that a stage sets.
 
     Attributes:
-        assistant_only: of conversations: what the assistant writes, instead of everything.
+        assistant_only: of conversations: what the assistant writes, instead of everything; None: of messages the response
+            (``daekit.data.responses``).
         completion_only: of prompt and completion: the completion (default), or with False everything.
     """
 
-    assistant_only: bool = False
+    assistant_only: bool | None = None
     completion_only: bool = True
 
     @classmethod
     def of(cls, stage: StageSpec) -> LossRule:
         """The rule of a stage."""
-        return cls(bool(stage.trainer.get("assistant_only_loss")), stage.trainer.get("completion_only_loss") is not False)
+        return cls(stage.trainer.get("assistant_only_loss"), stage.trainer.get("completion_only_loss") is not False)
 
-    def describe(self, form: str) -> str:
+    def describe(self, form: str, tokenizer: PreTrainedTokenizerBase) -> str:
         """What carries loss in rows of a form, in words."""
-        if form == "text" or (form != "messages" and not self.completion_only and not self.assistant_only):
-            return "every token"
-        if form == "messages" or not self.completion_only:
+        conversation = form == "messages" or (form == "conversation pair" and not self.completion_only)
+        if conversation and self.assistant_only is None:
+            return ResponseLabels.of(tokenizer).description
+        if conversation:
             return "what the assistant writes" if self.assistant_only else "every token, the user's and the system's too"
+        if form == "text" or not self.completion_only:
+            return "every token"
         return "the completion" + (", of it what the assistant writes" if self.assistant_only else "")
 
 
@@ -121,9 +126,9 @@ class DataBuilder:
 
     @property
     def report_rule(self) -> LossRule:
-        """The rule by which the report scores: that of the stages; where they differ, that of the narrowest."""
+        """The rule by which the report scores: that of the stages; where they differ, the default."""
         rules = [LossRule.of(stage) for stage in self.recipe.stages.values()]
-        return LossRule(any(rule.assistant_only for rule in rules))
+        return rules[0] if len(set(rules)) == 1 else LossRule()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

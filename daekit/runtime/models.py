@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.models.adapters import base_spec, config_of, load_continued, require_adapters_fit
@@ -20,9 +20,8 @@ from daekit.models.vocabulary import require_same, vocabulary_size
 from daekit.protocol import Teacher
 from daekit.recipe import student_key
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
-from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, StudentSpec, TeacherSpec
+from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.runtime.folders import RunFolder
-from daekit.students.shapes import Shape, require_possible
 from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, ModelTeacher, RoutedTeacher
 from daekit.teachers.on_student import adapter_paths, on_student
 
@@ -60,13 +59,22 @@ class ModelBuilder:
         if spec.config is not None:
             with torch.device("meta"):
                 load_model(spec, self.tokenizer)
-        if spec.init is not None:
-            require_cuttable(self, spec.init)
         base = base_spec(self.placed(spec))
         if base.path is not None:
             config_of(base)
             require_files(base.path)
             require_same(self.tokenizer, load_tokenizer_of(base), base.path)
+
+    def config(self, recipe: Recipe, spec: ModelSpec) -> PreTrainedConfig | None:
+        """The config of a model, also of a result that is not there yet; None of a student that is made from its teacher."""
+        if spec.stage is not None and not self.is_there(spec):
+            student = recipe.stages[spec.stage].student
+            return None if student is None else self.config(recipe, student)
+        if spec.init is not None:
+            return None
+        if spec.config is not None:
+            return AutoConfig.for_model(**spec.config)
+        return config_of(base_spec(self.placed(spec)))
 
     def is_there(self, spec: ModelSpec) -> bool:
         """Whether what a spec names exists before the run: not the result of a stage that is not complete."""
@@ -116,14 +124,14 @@ class ModelBuilder:
             require_same(self.tokenizer, load_tokenizer_of(base), base.path)
         return load_model(placed, self.tokenizer, seed) if placed.adapter is None else load_continued(placed)
 
-    def teacher(self, spec: TeacherSpec) -> Teacher:
+    def teacher(self, spec: TeacherSpec) -> Teacher | AdapterPath:
         """A teacher or an ensemble of teachers, frozen."""
         if spec.model is not None:
             return self._single(spec.model)
         members = [self._single(member.model) for member in spec.ensemble]
         return EnsembleTeacher(members, [member.weight for member in spec.ensemble], spec.average)
 
-    def teachers(self, specs: Mapping[str, TeacherSpec]) -> dict[str, Teacher]:
+    def teachers(self, specs: Mapping[str, TeacherSpec]) -> dict[str, Teacher | AdapterPath]:
         """Domain -> teacher; one object for equal specs, so that a teacher of two domains is loaded once and runs once."""
         loaded = {text: self.teacher(spec) for text, spec in {repr(spec): spec for spec in specs.values()}.items()}
         return {domain: loaded[repr(spec)] for domain, spec in specs.items()}
@@ -147,7 +155,7 @@ class ModelBuilder:
         if folders and self.is_there(stage.student):
             require_adapters_fit(folders, base_spec(self.placed(stage.student)))
 
-    def on_base(self, teachers: Mapping[str, Teacher], student: ModelSpec, device: Any) -> dict[str, Teacher]:
+    def on_base(self, teachers: Mapping[str, Teacher | AdapterPath], student: ModelSpec, device: Any) -> dict[str, Any]:
         """Teachers by domain, outside of a training: adapters speak on the student's base, loaded once for all of them."""
         routed = RoutedTeacher(teachers)
         paths = adapter_paths(routed)
@@ -165,7 +173,7 @@ class ModelBuilder:
         assert isinstance(speaking, RoutedTeacher)
         return speaking.routes
 
-    def _single(self, spec: ModelSpec) -> Teacher:
+    def _single(self, spec: ModelSpec) -> Teacher | AdapterPath:
         if spec.adapter is not None:
             return BASE if spec.adapter == BARE_BASE else AdapterPath(self.placed(spec).adapter)
         name = spec.stage or spec.path or "teacher"
@@ -207,12 +215,3 @@ def require_files(path: str) -> None:
                 pass
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: is not a whole safetensors file ({error}); copy it again") from error
-
-
-def require_cuttable(models: ModelBuilder, spec: StudentSpec) -> None:
-    """Whether a student of the given shape can be cut out of its teacher, by the teacher's config alone."""
-    if not spec.shape or spec.dense is not None or not models.is_there(spec.from_):
-        return
-    base = base_spec(models.placed(spec.from_))
-    config = config_of(base) if base.path is not None else AutoConfig.for_model(**(base.config or {}))
-    require_possible(config, replace(Shape.of(config), **spec.shape))

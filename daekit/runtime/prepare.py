@@ -31,10 +31,11 @@ from daekit.recipe.schema import Recipe, StageSpec
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.models import ModelBuilder, specs_of
-from daekit.runtime.student import needs_calibration, require_calibration
+from daekit.runtime.student import require_cuttable
 from daekit.runtime.trainer import naming, peft_config, training_arguments
 from daekit.trainers import DomainSFTConfig
 
+_ROOTS = ("sources.", "stages.", "tokenizer", "evaluation.", "output_dir")  # a message that begins so names its key itself
 _ADAM_STATES = 2  # values per trained value that the usual optimizers keep
 
 
@@ -90,7 +91,7 @@ class Found:
                 yield
         except UserError as error:
             text = str(error)
-            self._messages.setdefault(text if text.startswith(key.split(".")[0]) else f"{key}: {text}")
+            self._messages.setdefault(text if text.startswith(_ROOTS) else f"{key}: {text}")
 
     def __bool__(self) -> bool:
         return bool(self._messages)
@@ -114,6 +115,7 @@ def prepare(recipe: Recipe) -> Prepared:
     found, folder = Found(recipe.name), RunFolder(Path(recipe.output_dir))
     with found.at("output_dir"):
         _require_writable(folder.root)
+    found.raise_if_any()
     data = DataBuilder(recipe, folder)
     ahead = [name for name in recipe.stages if not folder.stage(name).done.is_file()]
     for name in _sources(recipe, ahead):
@@ -128,7 +130,7 @@ def prepare(recipe: Recipe) -> Prepared:
     for name in ahead:
         _prepare_stage(prepared, name, found)
     if recipe.evaluation is not None:
-        if recipe.evaluation.sources:
+        if recipe.evaluation.sources and not found:
             with found.at("evaluation"):
                 _ = data.evaluation_sets
         for index, path in enumerate(recipe.evaluation.suites):
@@ -176,9 +178,9 @@ def _prepare_stage(prepared: Prepared, name: str, found: Found) -> None:
             models.look_at(spec)
     with found.at(where):
         models.require_adapters_fit(stage)
-    if stage.student is not None and stage.student.init is not None and needs_calibration(stage.student.init):
-        with found.at(f"{where}.student.calibration"):
-            require_calibration(recipe, stage.student.init.calibration, data)
+    if stage.student is not None and stage.student.init is not None:
+        with found.at(f"{where}.student"):
+            require_cuttable(recipe, name, data, models)
     student: PreTrainedModel | None = None
     with found.at(f"{where}.student"):
         student = models.without_weights(recipe, name)

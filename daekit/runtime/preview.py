@@ -51,7 +51,8 @@ def stage_lines(prepared: Prepared, name: str) -> list[str]:
     stage, ready = prepared.recipe.stages[name], prepared.stages[name]
     lines = []
     for use in ready.mixture.table:
-        carries = LossRule.of(stage).describe(form_of(prepared.data.source(use.source)[0]))
+        form = form_of(prepared.data.source(use.source)[0])
+        carries = LossRule.of(stage).describe(form, prepared.data.tokenizer)
         lines.append(
             f"    {use.source} ({use.domain}): {use.used:,} of {use.available:,} rows, {use.share:.0%} of the mixture, each "
             f"{use.repeats:.3g} times; loss on {carries}"
@@ -81,7 +82,7 @@ def _source(prepared: Prepared, source: str, rule: LossRule, rows: int, colour: 
     yield (
         f"{source} ({prepared.recipe.sources[source].domain}): {len(tokens):,} training rows of {form}; tokens "
         f"{lengths.min():,} / {int(np.median(lengths)):,} / {lengths.max():,} (least / median / most); loss on "
-        f"{rule.describe(form)}"
+        f"{rule.describe(form, prepared.data.tokenizer)}"
     )
     for name, ready in prepared.stages.items():
         limit = ready.arguments.max_length

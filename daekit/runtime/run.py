@@ -37,9 +37,9 @@ from daekit.runtime import (
 from daekit.runtime.prepare import Prepared, prepare
 from daekit.runtime.preview import stage_lines
 from daekit.runtime.quiet import quieten
-from daekit.trainers import DomainSFTTrainer
-from daekit.trainers.checkpoint import checkpoints, unsealed, write_json
-from daekit.trainers.engines import refuse_launch
+from daekit.trainers import KDTrainer
+from daekit.trainers.checkpoint import checkpoints, is_committed, write_json
+from daekit.trainers.distributed import refuse_launch
 
 
 def run_recipe(recipe: Recipe) -> None:
@@ -164,7 +164,7 @@ def _run_stage(prepared: Prepared, name: str) -> None:
     _make_student(recipe, name, folder, data, models)
     trainer, mixture = build_trainer(recipe, name, stage, data, models)
     _say(state, _stage_heading(name, prepared, trainer))
-    resume = any(not unsealed(each) for each in checkpoints(stage.root))
+    resume = any(is_committed(each) for each in checkpoints(stage.root))
     trainer.train(resume_from_checkpoint=resume)
     _save_result(recipe, name, stage, trainer)
     provenance = _provenance(trainer, mixture)  # all ranks: sharded weights are gathered to be hashed
@@ -195,7 +195,7 @@ def _make_student(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilde
     _free_memory()
 
 
-def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: DomainSFTTrainer) -> None:
+def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: KDTrainer) -> None:
     lora = recipe.stages[name].lora
     merge = lora is not None and lora.merge
     trainer.save_model(str(stage.adapter if merge else stage.model))
@@ -205,7 +205,7 @@ def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: DomainS
         trainer.processing_class.save_pretrained(stage.model)
 
 
-def _stage_heading(name: str, prepared: Prepared, trainer: DomainSFTTrainer) -> str:
+def _stage_heading(name: str, prepared: Prepared, trainer: KDTrainer) -> str:
     trained = sum(shape_of(p).numel() for p in trainer.model.parameters() if p.requires_grad)
     rows, type_ = len(prepared.stages[name].mixture.dataset), prepared.recipe.stages[name].type
     lines = [f"[{name}] {type_}: {trained:,} trained parameters, {rows:,} rows", *stage_lines(prepared, name)]
@@ -213,7 +213,7 @@ def _stage_heading(name: str, prepared: Prepared, trainer: DomainSFTTrainer) -> 
     return "\n".join([*lines, *(f"    note: {note}" for note in notes)])
 
 
-def _provenance(trainer: DomainSFTTrainer, mixture: Mixture) -> dict[str, Any]:
+def _provenance(trainer: KDTrainer, mixture: Mixture) -> dict[str, Any]:
     return {
         "versions": versions(),
         "commit": commit(),

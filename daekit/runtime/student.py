@@ -27,10 +27,10 @@ from daekit.students import (
     CandidateScorer,
     Evolution,
     Importance,
+    Round,
     Selection,
     Shape,
     Space,
-    Stage,
     Strategy,
     Window,
     at_random,
@@ -52,6 +52,8 @@ from daekit.students import (
     sort_teacher,
     space_of,
 )
+from daekit.students.calibration import require_enough
+from daekit.students.shapes import require_possible
 
 Rows = Sequence[TokenRow]
 
@@ -144,17 +146,17 @@ class _Maker:
             importance,
             search.granularity,
             search.units,
-            parts=search.parts,
-            smallest=search.smallest,
+            blocks=search.parts,
+            min_ratio=search.smallest,
             head_dims=search.head_dims or None,
         )
-        scorer = CandidateScorer(teacher, self.rows, vocab_size=self.vocab_size, tokens=search.tokens[-1], by=search.by)
-        stages = [Stage(tokens, search.keep) for tokens in search.tokens]
+        scorer = CandidateScorer(teacher, self.rows, vocab_size=self.vocab_size, tokens=search.tokens[-1], objective=search.by)
+        rounds = [Round(tokens, search.keep) for tokens in search.tokens]
         result = run_search(
             space,
             _strategy(search, space, self.seed),
             scorer,
-            stages[-1:] if search.strategy == "grid" else stages,  # a grid proves the best: all see all of the text
+            rounds[-1:] if search.strategy == "grid" else rounds,  # a grid scores all on the whole text
             candidates=10**9 if search.strategy == "grid" else search.candidates,
             log=self.home.log,
             identity={"teacher": weights, "seed": self.seed, **_plain(asdict(search))},
@@ -203,18 +205,32 @@ def calibration_rows(
     return rows
 
 
-def needs_calibration(spec: StudentSpec) -> bool:
-    """Whether anything is measured on the calibration text when this student is made."""
+def require_cuttable(recipe: Recipe, name: str, data: DataBuilder, models: ModelBuilder) -> None:
+    """Whether the student of stage ``name`` can be made from its teacher, by the teacher's config and the calibration text.
+
+    Raises:
+        UserError: a shape that cannot be cut out of the teacher, too little calibration text for what is measured on it.
+    """
+    student = recipe.stages[name].student
+    assert student is not None and student.init is not None
+    spec = student.init
+    config = models.config(recipe, spec.from_)
+    if config is not None and spec.dense is None and spec.shape:
+        require_possible(config, replace(Shape.of(config), **spec.shape))
     if spec.with_ or spec.dense == "average":
-        return False
-    cut = bool(spec.shape) or spec.search is not None
-    measured = spec.dense is not None or spec.keep_experts is not None or spec.search is not None or spec.fit_norms
-    return measured or (cut and spec.importance == "activations")
-
-
-def require_calibration(recipe: Recipe, spec: CalibrationSpec, data: DataBuilder) -> None:
-    """UserError if the sources have fewer tokens than the calibration text is to have."""
-    calibration_rows(recipe, spec, data, data.tokenizer)
+        return
+    ranked = spec.importance == "activations" and (bool(spec.shape) or spec.search is not None)
+    if not (ranked or spec.dense or spec.keep_experts or spec.search or spec.fit_norms):
+        return
+    rows = calibration_rows(recipe, spec.calibration, data, models.tokenizer)
+    if ranked and config is not None:
+        require_enough(rows, max(config.hidden_size, config.intermediate_size), "channels or neurons")
+    scored = sum(label >= 0 for row in rows for label in row["labels"][1:])
+    if spec.search is not None and scored < spec.search.tokens[-1]:
+        raise UserError(
+            f"calibration text too short: {scored:,} of its tokens can be scored, search.tokens asks for "
+            f"{spec.search.tokens[-1]:,}; give more text or fewer tokens"
+        )
 
 
 def _plain(value: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -28,7 +28,7 @@ from daekit.trainers.progress import ProgressCallback
 
 def build_trainer(
     recipe: Recipe, name: str, folder: StageFolder, data: DataBuilder, models: ModelBuilder
-) -> tuple[DomainSFTTrainer, Mixture]:
+) -> tuple[KDTrainer, Mixture]:
     """The trainer of stage ``name``, and the rows that it trains on.
 
     Raises:
@@ -56,7 +56,7 @@ def naming(key: str) -> Iterator[None]:
 
 def _trainer_of(
     recipe: Recipe, name: str, folder: StageFolder, data: DataBuilder, models: ModelBuilder, mixture: Mixture
-) -> DomainSFTTrainer:
+) -> KDTrainer:
     stage = recipe.stages[name]
     common: dict[str, Any] = {
         "args": training_arguments(recipe, name, folder),

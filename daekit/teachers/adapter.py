@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -14,12 +15,29 @@ from peft import PeftModel
 from daekit.errors import UserError
 from daekit.models.adapters import adapter_parameters, load_frozen
 from daekit.models.backbone import add_on_hidden, base_of, frozen_forward
+from daekit.models.features import layers_of, states_and_features
 from daekit.models.heads import output_head
 from daekit.models.identity import hash_tensors
-from daekit.models.internals import Watch, Watched, kept_states
 from daekit.models.sharded import whole
-from daekit.protocol import Batch, Signal, Voice
+from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, TeacherOutput
 from daekit.teachers.sharding import Sharding
+
+
+@dataclass(frozen=True)
+class AdapterPath:
+    """Names a LoRA adapter of the student's own base, of which the trainers make an AdapterTeacher.
+
+    Give it to ``KDTrainer`` or ``DAETrainer`` wherever a teacher is wanted, also as a member of an ensemble; the student must
+    be a LoRA student (``peft_config``, or a PEFT model).
+
+    Attributes:
+        path: directory of the adapter; None: the bare base, ``BASE``.
+    """
+
+    path: str | None
+
+
+BASE = AdapterPath(None)
 
 
 class AdapterTeacher:
@@ -44,7 +62,6 @@ class AdapterTeacher:
         self.model = model
         self.adapter = adapter
         self.vocab_size = vocab_size
-        self.watched: Watched | None = None
         self._identity: dict[str, object] | None = None
         add_on_hidden(model)
         if adapter is not None:
@@ -89,22 +106,21 @@ class AdapterTeacher:
             parameter.requires_grad_(flags.get(key, False))
         return cls(model, name, vocab_size)
 
-    def watch(self, watch: Watch | None) -> list[Watched]:
-        """See ``WatchableTeacher``."""
-        self.watched = None if watch is None else watch.of(self.model.config)
-        return [] if self.watched is None else [self.watched]
+    def feature_layers(self, spec: FeatureSpec) -> list[FeatureLayers]:
+        """See ``FeatureTeacher``."""
+        return [layers_of(spec, base_of(self.model).config)]
 
-    def signals(self, batch: Batch) -> list[Signal]:
-        """One signal for all kept positions: hidden states ``[N, H]`` and the output head."""
-        with _speaking(self.model, self.adapter):
-            return speak(self.model, batch, self.vocab_size, self.watched)
+    def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
+        """One output for all loss positions: hidden states ``[N, H]`` and the output head."""
+        with _switched_to(self.model, self.adapter):
+            return current_outputs(self.model, batch, self.vocab_size, capture)
 
     def to(self, device: torch.device) -> AdapterTeacher:
         """Nothing to move: the weights are the student's."""
         return self
 
     def shard(self, sharding: Sharding) -> None:
-        """Nothing to split: the engine does it with the student. The fingerprint is taken before."""
+        """Nothing to split: the weights are split with the student's. The fingerprint is taken before."""
         self._identity = self.identity()
 
     def identity(self) -> dict[str, object]:
@@ -118,17 +134,17 @@ class AdapterTeacher:
         return {"kind": "adapter", "weights": weights, "base": base}
 
 
-def speak(model: PeftModel, batch: Batch, vocab_size: int, watched: Watched | None) -> list[Signal]:
-    """One signal for all kept positions, of the model as it is switched now."""
+def current_outputs(model: PeftModel, batch: Batch, vocab_size: int, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
+    """One output for all loss positions, of the model with whatever adapter is active now."""
     with frozen_forward(model):
-        hidden_NH, internals = kept_states(model, batch, watched)
+        hidden_NH, features = states_and_features(model, batch, capture)
         head = output_head(model, vocab_size)
     positions = torch.arange(hidden_NH.shape[0], device=hidden_NH.device)
-    return [Signal(positions, (Voice(hidden_NH, head),), internals=internals)]
+    return [TeacherOutput(positions, (Member(hidden_NH, head),), features=features)]
 
 
 def _require_fixed_base(model: PeftModel) -> None:
-    """Refuse a student whose adapter trains the biases of the base, which its other adapters speak with."""
+    """Refuse a student whose adapter trains the biases of the base, which its other adapters share."""
     for name, config in model.peft_config.items():
         bias = getattr(config, "bias", "none")
         if bias != "none":
@@ -139,7 +155,7 @@ def _require_fixed_base(model: PeftModel) -> None:
 
 
 @contextmanager
-def _speaking(model: PeftModel, adapter: str | None) -> Iterator[None]:
+def _switched_to(model: PeftModel, adapter: str | None) -> Iterator[None]:
     """Switch to an adapter (None: to the bare base) and back; PEFT flips ``requires_grad`` on the way, this does not."""
     student = model.active_adapter
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

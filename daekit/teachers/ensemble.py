@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from daekit.errors import UserError
-from daekit.models.internals import Watch, Watched
-from daekit.protocol import Batch, Signal, Teacher, Voice
+from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, Teacher, TeacherOutput
+from daekit.teachers.adapter import AdapterPath
 from daekit.teachers.sharding import Sharding, shard_teacher
 
 
 class EnsembleTeacher:
     """A weighted mean of teachers; heads may differ in width and hidden size, the vocabulary is shared.
 
-    Members may be routed teachers or ensembles (of the same kind of mean): positions are then split into the finest parts on
-    which each member speaks with one signal.
+    Members may be routed teachers or ensembles (of the same kind of mean): positions are then split into the finest parts
+    that one output of each member covers.
 
     Args:
         members: the teachers.
@@ -30,8 +31,10 @@ class EnsembleTeacher:
         UserError: weights that do not fit.
     """
 
-    def __init__(self, members: Sequence[Teacher], weights: Sequence[float] | None = None, average: str = "logits") -> None:
-        self.members = list(members)
+    def __init__(
+        self, members: Sequence[Teacher | AdapterPath], weights: Sequence[float] | None = None, average: str = "logits"
+    ) -> None:
+        self.members: list[Any] = list(members)  # an AdapterPath until the trainer has loaded it onto the student
         self.weights = [1.0 / len(self.members) for _ in self.members] if weights is None else list(weights)
         self.average = average
         self._sharded = False
@@ -42,42 +45,40 @@ class EnsembleTeacher:
         if average not in ("logits", "probabilities"):
             raise UserError(f"average: {average!r} is unknown; choose logits or probabilities")
 
-    def signals(self, batch: Batch) -> list[Signal]:
-        """The members' signals, averaged where they overlap."""
-        per_member = [member.signals(batch) for member in self.members]
-        for signal in (signal for signals in per_member for signal in signals):
-            if signal.top_k is not None:
+    def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
+        """The members' outputs, averaged where they overlap."""
+        per_member = [member.outputs(batch) for member in self.members]
+        for output in (output for outputs in per_member for output in outputs):
+            if output.top_k is not None:
                 raise UserError(
                     "an ensemble cannot hold a teacher that gives only its most likely tokens (top_k): their tails are not "
                     "known token by token, so there is no mean; use the model that they come from, or it alone"
                 )
-            if len(signal.voices) > 1 and signal.average != self.average:
-                raise UserError(f"an ensemble that averages {self.average} cannot hold one that averages {signal.average}")
-        together = [signals[0] for signals in per_member if len(signals) == 1]
-        if len(together) == len(per_member) and all(_same_order(together[0], signal) for signal in together[1:]):
-            return [Signal(together[0].positions_M, self._voices(together), self.average)]
+            if len(output.members) > 1 and output.average != self.average:
+                raise UserError(f"an ensemble that averages {self.average} cannot hold one that averages {output.average}")
+        together = [outputs[0] for outputs in per_member if len(outputs) == 1]
+        if len(together) == len(per_member) and all(_same_order(together[0], output) for output in together[1:]):
+            return [TeacherOutput(together[0].positions_M, self._weighted(together), self.average)]
         return self._split(per_member, int(batch.labels_N.numel()))
 
-    def _split(self, per_member: list[list[Signal]], kept: int) -> list[Signal]:
+    def _split(self, per_member: list[list[TeacherOutput]], positions: int) -> list[TeacherOutput]:
         merged = []
         for combination in product(*per_member):
-            common = _intersection([signal.positions_M for signal in combination], kept)
+            common = _intersection([output.positions_M for output in combination], positions)
             if common.numel() or self._sharded:  # heads are gathered in one order on all ranks, whatever rows each has
-                parts = [_restricted(signal, common, kept) for signal in combination]
-                merged.append(Signal(common, self._voices(parts), self.average))
+                parts = [_restricted(output, common, positions) for output in combination]
+                merged.append(TeacherOutput(common, self._weighted(parts), self.average))
         return merged
 
-    def _voices(self, signals: Sequence[Signal]) -> tuple[Voice, ...]:
+    def _weighted(self, outputs: Sequence[TeacherOutput]) -> tuple[Member, ...]:
         return tuple(
-            replace(voice, weight=weight * voice.weight)
-            for weight, signal in zip(self.weights, signals, strict=True)
-            for voice in signal.voices
+            replace(member, weight=weight * member.weight)
+            for weight, output in zip(self.weights, outputs, strict=True)
+            for member in output.members
         )
 
-    def watch(self, watch: Watch | None) -> list[Watched]:
+    def feature_layers(self, spec: FeatureSpec) -> list[FeatureLayers]:
         """Refused: a mean of distributions has one set of probabilities but no attention and no hidden states."""
-        if watch is None:
-            return []
         raise UserError(
             "an ensemble has no attention or hidden states of its own: attention_weight and hidden_weight need one teacher per "
             "row. Set them to 0, or choose one teacher."
@@ -105,21 +106,21 @@ class EnsembleTeacher:
         }
 
 
-def _same_order(a: Signal, b: Signal) -> bool:
+def _same_order(a: TeacherOutput, b: TeacherOutput) -> bool:
     return torch.equal(a.positions_M, b.positions_M)
 
 
-def _intersection(positions: list[Tensor], kept: int) -> Tensor:
-    votes = torch.zeros(kept, dtype=torch.long, device=positions[0].device)
-    for chosen in positions:
+def _intersection(covered: list[Tensor], positions: int) -> Tensor:
+    votes = torch.zeros(positions, dtype=torch.long, device=covered[0].device)
+    for chosen in covered:
         votes[chosen] += 1
-    return (votes == len(positions)).nonzero().flatten()
+    return (votes == len(covered)).nonzero().flatten()
 
 
-def _restricted(signal: Signal, common: Tensor, kept: int) -> Signal:
-    """The signal at those of its positions that are ``common``, in their order."""
-    where = torch.full((kept,), -1, device=common.device)
-    where[signal.positions_M] = torch.arange(signal.positions_M.numel(), device=common.device)
+def _restricted(output: TeacherOutput, common: Tensor, positions: int) -> TeacherOutput:
+    """The output at those of its positions that are ``common``, in their order."""
+    where = torch.full((positions,), -1, device=common.device)
+    where[output.positions_M] = torch.arange(output.positions_M.numel(), device=common.device)
     index = where[common]
-    voices = tuple(replace(voice, hidden_MH=voice.hidden_MH[index]) for voice in signal.voices)
-    return replace(signal, positions_M=common, voices=voices)
+    members = tuple(replace(member, hidden_MH=member.hidden_MH[index]) for member in output.members)
+    return replace(output, positions_M=common, members=members)

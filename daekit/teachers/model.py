@@ -1,4 +1,4 @@
-"""A frozen model as teacher: one forward per batch, hidden states of the kept positions, its output head."""
+"""A frozen model as teacher: one forward per batch, hidden states of the loss positions, its output head."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.models.backbone import add_on_hidden, frozen_forward, require_plain_head
+from daekit.models.features import layers_of, states_and_features
 from daekit.models.heads import output_head
 from daekit.models.identity import fingerprint
-from daekit.models.internals import Watch, Watched, kept_states
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.offload import LayerOffload
-from daekit.models.placement import batch_on, head_on, hold_ends, input_device, internals_on
+from daekit.models.placement import batch_on, features_on, head_on, hold_ends, input_device
 from daekit.models.vocabulary import require_same
-from daekit.protocol import Batch, OutputHead, Signal, Voice
+from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, OutputHead, TeacherOutput
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers.sharding import Sharding
 
 
 class ModelTeacher:
-    """A frozen causal language model that speaks for every row it is asked about.
+    """A frozen causal language model that covers every row of a batch.
 
     Args:
         model: the model; its parameters are frozen and it runs in eval mode.
         vocab_size: V, the number of ids of the student's tokenizer.
         name: what errors and provenance call it.
         offload: keep its layers in host memory, see ``daekit.models.offload``; else it may be on other devices than the
-            student (``device_map``), and what it says crosses over.
+            student (``device_map``), and its outputs are moved to the student's.
     """
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, name: str = "teacher", offload: bool = False) -> None:
@@ -38,7 +38,6 @@ class ModelTeacher:
         hold_ends(model)
         add_on_hidden(model)
         self._vocab_size = vocab_size
-        self._watched: Watched | None = None
         self._identity: dict[str, object] | None = None
         require_plain_head(model, vocab_size)  # also finds a head that is too narrow, here and not in the first step
 
@@ -67,20 +66,19 @@ class ModelTeacher:
             else:
                 sharding.split(self.model)
 
-    def watch(self, watch: Watch | None) -> list[Watched]:
-        """See ``WatchableTeacher``."""
-        self._watched = None if watch is None else watch.of(self.model.config)
-        return [] if self._watched is None else [self._watched]
+    def feature_layers(self, spec: FeatureSpec) -> list[FeatureLayers]:
+        """See ``FeatureTeacher``."""
+        return [layers_of(spec, self.model.config)]
 
-    def signals(self, batch: Batch) -> list[Signal]:
-        """One signal for all kept positions: hidden states ``[N, H]`` and the output head."""
+    def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
+        """One output for all loss positions: hidden states ``[N, H]`` and the output head."""
         device = batch.labels_BT.device
         with frozen_forward(self.model):
-            hidden_NH, internals = kept_states(self.model, batch_on(batch, input_device(self.model, device)), self._watched)
+            hidden_NH, features = states_and_features(self.model, batch_on(batch, input_device(self.model, device)), capture)
         positions = torch.arange(hidden_NH.shape[0], device=device)
-        voice = Voice(hidden_NH.to(device), self._head(device))
-        internals = None if internals is None else internals_on(internals, batch)
-        return [Signal(positions, (voice,), internals=internals)]
+        member = Member(hidden_NH.to(device), self._head(device))
+        features = None if features is None else features_on(features, batch)
+        return [TeacherOutput(positions, (member,), features=features)]
 
     def _head(self, device: torch.device) -> OutputHead:
         """The output head where the student is; copied once if the model is elsewhere."""

@@ -2,61 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from peft import PeftModel
 from torch import nn
 
 from daekit.errors import UserError
 from daekit.models.adapters import require_adapters_fit
-from daekit.protocol import Batch, Signal, Teacher
+from daekit.protocol import Teacher
 from daekit.recipe.schema import ModelSpec
-from daekit.teachers.adapter import AdapterTeacher
+from daekit.teachers.adapter import AdapterPath, AdapterTeacher
 from daekit.teachers.ensemble import EnsembleTeacher
 from daekit.teachers.routed import RoutedTeacher
 
 
-@dataclass(frozen=True)
-class AdapterPath:
-    """A LoRA adapter of the student's own base as teacher, by its directory; the trainers make an AdapterTeacher of it.
-
-    Give it to ``KDTrainer`` or ``DAETrainer`` wherever a teacher is wanted, also as a member of an ensemble; the student must
-    be a LoRA student (``peft_config``, or a PEFT model).
-
-    Attributes:
-        path: the directory; None: the bare base, ``BASE``.
-    """
-
-    path: str | None
-
-    def signals(self, batch: Batch) -> list[Signal]:
-        """Refused: without the student there is nothing to run."""
-        raise UserError(
-            f"{self}: has no model yet; KDTrainer and DAETrainer load it onto their student. With a PEFT model of your own use "
-            "AdapterTeacher.from_pretrained(model, path, vocab_size)."
-        )
-
-    def identity(self) -> dict[str, object]:
-        """What it will be; a run's facts hold the identity of the AdapterTeacher."""
-        return {"kind": "adapter", "path": self.path}
-
-    def to(self, device: torch.device) -> AdapterPath:
-        """Nothing to move."""
-        return self
-
-
-BASE = AdapterPath(None)
-
-
-def adapter_paths(teacher: Teacher) -> list[AdapterPath]:
+def adapter_paths(teacher: Teacher | AdapterPath) -> list[AdapterPath]:
     """Every AdapterPath in a teacher."""
     if isinstance(teacher, AdapterPath):
         return [teacher]
-    return [path for part in _parts(teacher) for path in adapter_paths(part)]
+    if isinstance(teacher, EnsembleTeacher):
+        parts = teacher.members
+    else:
+        parts = list(teacher.routes.values()) if isinstance(teacher, RoutedTeacher) else []
+    return [path for part in dict.fromkeys(parts) for path in adapter_paths(part)]
 
 
-def require_on_student(teacher: Teacher, has_adapter: bool, base: ModelSpec | None) -> None:
+def require_on_student(teacher: Teacher | AdapterPath, has_adapter: bool, base: ModelSpec | None) -> None:
     """Look at every AdapterPath in a teacher before the student's weights are loaded.
 
     Args:
@@ -79,15 +48,13 @@ def require_on_student(teacher: Teacher, has_adapter: bool, base: ModelSpec | No
 
 
 def on_student(
-    teacher: Teacher, student: nn.Module, vocab_size: int, loaded: dict[AdapterPath, Teacher] | None = None
+    teacher: Teacher | AdapterPath, student: nn.Module, vocab_size: int, loaded: dict[AdapterPath, Teacher] | None = None
 ) -> Teacher:
     """``teacher`` with each AdapterPath in it loaded onto the student, once; what holds none is returned as it is.
 
     Raises:
         UserError: what ``AdapterTeacher.from_pretrained`` refuses.
     """
-    if not adapter_paths(teacher):
-        return teacher
     loaded = {} if loaded is None else loaded
     if isinstance(teacher, AdapterPath):
         assert isinstance(student, PeftModel), "require_on_student has looked"
@@ -98,15 +65,11 @@ def on_student(
                 else AdapterTeacher.from_pretrained(student, teacher.path, vocab_size)
             )
         return loaded[teacher]
+    if not adapter_paths(teacher):
+        return teacher
     if isinstance(teacher, EnsembleTeacher):
         members = [on_student(member, student, vocab_size, loaded) for member in teacher.members]
         return EnsembleTeacher(members, teacher.weights, teacher.average)
     assert isinstance(teacher, RoutedTeacher)
     whole = {each: on_student(each, student, vocab_size, loaded) for each in dict.fromkeys(teacher.routes.values())}
     return RoutedTeacher({domain: whole[each] for domain, each in teacher.routes.items()})
-
-
-def _parts(teacher: Teacher) -> list[Teacher]:
-    if isinstance(teacher, EnsembleTeacher):
-        return teacher.members
-    return list(dict.fromkeys(teacher.routes.values())) if isinstance(teacher, RoutedTeacher) else []

@@ -1,16 +1,18 @@
-"""Which teacher speaks for which row: by the row's domain, one frozen forward per row."""
+"""Each row follows the teacher of its domain; one frozen forward per row."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from daekit.errors import UserError
-from daekit.models.internals import Watch, Watched, require_watchable
-from daekit.protocol import Batch, Signal, Teacher
+from daekit.models.features import require_features
+from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Teacher, TeacherOutput
+from daekit.teachers.adapter import AdapterPath
 from daekit.teachers.sharding import Sharding, one_token, shard_teacher
 from daekit.teachers.together import adapters_together
 
@@ -18,21 +20,21 @@ from daekit.teachers.together import adapters_together
 class RoutedTeacher:
     """Gives each teacher only the rows of its domains.
 
-    Where teachers are split over ranks, a rank without rows for one that runs elsewhere runs it on one token, and gets a signal
-    for no position.
+    Where teachers are split over ranks, a rank without rows for one that runs elsewhere runs it on one token, and gets an
+    output for no position.
 
     Args:
         routes: domain -> teacher. One object under several domains runs once, on the rows of all of them.
     """
 
-    def __init__(self, routes: Mapping[str, Teacher]) -> None:
-        self.routes = dict(routes)
+    def __init__(self, routes: Mapping[str, Teacher | AdapterPath]) -> None:
+        self.routes: dict[str, Any] = dict(routes)  # an AdapterPath until the trainer has loaded it onto the student
         self._sharding: Sharding | None = None
 
-    def signals(self, batch: Batch) -> list[Signal]:
-        """The signals of all teachers that have rows, with positions counted in the whole batch.
+    def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
+        """The outputs of all teachers that have rows, with positions counted in the whole batch.
 
-        Teachers that are adapters of one model speak in one forward where that is the same (see ``together.py``).
+        Teachers that are adapters of one model run in one forward where that is the same (see ``together.py``).
 
         Raises:
             UserError: a row's domain has no teacher.
@@ -40,27 +42,27 @@ class RoutedTeacher:
         for domain in set(batch.domains) - set(self.routes):
             raise unknown_domain(domain, self.routes)
         rows_of = {teacher: batch.rows_of(domains) for teacher, domains in self._domains().items()}
-        signals: list[Signal] = []
+        outputs: list[TeacherOutput] = []
         if self._sharding is None:
-            signals, rows_of = adapters_together({teacher: rows for teacher, rows in rows_of.items() if rows}, batch)
+            wanted = {teacher: rows for teacher, rows in rows_of.items() if rows}
+            outputs, rows_of = adapters_together(wanted, batch, capture)
         else:  # one by one, in the same order on all ranks
             runs = self._sharding.somewhere([bool(rows) for rows in rows_of.values()])
             rows_of = {teacher: rows for (teacher, rows), here in zip(rows_of.items(), runs, strict=True) if here}
         for teacher, rows in rows_of.items():
             positions_M = batch.positions_of(rows)
             part = batch.select(rows) if rows else one_token(batch, self._domains()[teacher][0])
-            for signal in teacher.signals(part):
-                signals.append(replace(signal, positions_M=positions_M[signal.positions_M]))
-        return signals
+            for output in teacher.outputs(part, capture):
+                outputs.append(replace(output, positions_M=positions_M[output.positions_M]))
+        return outputs
 
     def _domains(self) -> dict[Teacher, list[str]]:
         """Teacher -> its domains."""
         return {t: [domain for domain, other in self.routes.items() if other is t] for t in self.routes.values()}
 
-    def watch(self, watch: Watch | None) -> list[Watched]:
-        """Look into every teacher; see ``WatchableTeacher``."""
-        teachers = dict.fromkeys(self.routes.values())
-        return [watched for teacher in teachers for watched in require_watchable(teacher).watch(watch)]
+    def feature_layers(self, spec: FeatureSpec) -> list[FeatureLayers]:
+        """See ``FeatureTeacher``; the layers of every teacher."""
+        return [layers for teacher in self._domains() for layers in require_features(teacher).feature_layers(spec)]
 
     def to(self, device: torch.device) -> RoutedTeacher:
         """Move every teacher."""
@@ -80,10 +82,10 @@ class RoutedTeacher:
 
 
 def unknown_domain(domain: str, routes: Mapping[str, object]) -> UserError:
-    """The error for a domain that nobody speaks for; it names the nearest, because most are typing errors."""
+    """The error for a domain without a teacher; it names the nearest, because most are typing errors."""
     near = difflib.get_close_matches(domain, list(routes), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return UserError(
-        f"domain {domain!r} has rows but no teacher (teachers and reference speak for: {', '.join(sorted(routes))}).{hint} "
+        f"domain {domain!r} has rows but no teacher (teachers and reference cover: {', '.join(sorted(routes))}).{hint} "
         "Give it a teacher, or name it in reference_domains to follow the reference."
     )

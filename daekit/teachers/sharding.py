@@ -17,12 +17,12 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel
 
-from daekit.models.internals import decoder_layers
+from daekit.models.features import decoder_layers
 from daekit.protocol import IGNORE_INDEX, Batch, Teacher, packed_lengths
 
 
 class Sharding:
-    """What an engine does with frozen models: FSDP2 and ZeRO-3 split them over the ranks, ZeRO-2 only rounds them.
+    """Frozen models under FSDP2 and ZeRO-3, which split them over the ranks, and ZeRO-2, which only rounds them.
 
     Args:
         accelerator: the trainer's, of type FSDP or DEEPSPEED.
@@ -82,7 +82,7 @@ class ShardableTeacher(Teacher, Protocol):
     """A teacher whose models can be split over the ranks; any other one is held whole by each rank."""
 
     def shard(self, sharding: Sharding) -> None:
-        """Split the models of the teacher, in place of ``to(device)``; from then on ``signals`` is a collective call."""
+        """Split the models of the teacher, in place of ``to(device)``; from then on ``outputs`` is a collective call."""
         ...
 
 
@@ -108,7 +108,7 @@ def _split_zero3(model: nn.Module, config: dict[str, Any], dtype: torch.dtype) -
 
 
 def one_token(batch: Batch, domain: str) -> Batch:
-    """A batch of one row of one token, of which nothing is kept: what a rank runs only because another one must."""
+    """A batch of one row of one token without loss, for a rank that runs a teacher only because another rank must."""
     token_11 = batch.inputs["input_ids"][:1, :1]
     if "attention_mask" in batch.inputs or "position_ids" not in batch.inputs:
         inputs = {"input_ids": token_11, "attention_mask": torch.ones_like(token_11)}

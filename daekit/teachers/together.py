@@ -12,46 +12,52 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from daekit.models.adapters import adapter_parameters
 from daekit.models.backbone import base_of
-from daekit.protocol import Batch, Signal, Teacher
-from daekit.teachers.adapter import AdapterTeacher, speak
+from daekit.protocol import Batch, FeatureSpec, Teacher, TeacherOutput
+from daekit.teachers.adapter import AdapterTeacher, current_outputs
 
 _BARE_BASE = "__base__"  # PEFT's name for no adapter
 # the layers of peft.tuners.lora that take adapter_names; others raise, or would not look at it
 _MIXING_LAYERS = ("Linear", "Linear4bit", "Linear8bitLt")
 
 
-def adapters_together(rows_of: Mapping[Teacher, list[int]], batch: Batch) -> tuple[list[Signal], dict[Teacher, list[int]]]:
-    """The signals of those teachers that are adapters of one model and can be mixed, one forward per model; and who is left.
+def adapters_together(
+    rows_of: Mapping[Teacher, list[int]], batch: Batch, capture: FeatureSpec | None
+) -> tuple[list[TeacherOutput], dict[Teacher, list[int]]]:
+    """Run those teachers that are adapters of one model and can be mixed in one forward per model.
 
-    Rows of a packed batch share a sequence, and PEFT has one adapter per sequence: there everybody is left.
+    Rows of a packed batch share a sequence, and PEFT has one adapter per sequence: there no teacher is run.
 
     Args:
         rows_of: teacher -> its rows of the batch.
-        batch: signals count its positions.
+        batch: the outputs count its positions.
+        capture: see ``Teacher.outputs``.
+
+    Returns:
+        Their outputs, and the rows of the teachers that are left.
     """
     rest = dict(rows_of)
-    signals: list[Signal] = []
+    outputs: list[TeacherOutput] = []
     if len(batch.domains) != batch.labels_BT.shape[0]:
-        return signals, rest
+        return outputs, rest
     by_model: dict[int, list[AdapterTeacher]] = {}
     for teacher in rows_of:
         if isinstance(teacher, AdapterTeacher):
             by_model.setdefault(id(teacher.model), []).append(teacher)
     for teachers in by_model.values():
         if len(teachers) > 1 and can_mix(teachers[0].model, [teacher.adapter for teacher in teachers]):
-            signals += _one_forward({teacher: rest.pop(teacher) for teacher in teachers}, batch)
-    return signals, rest
+            outputs += _one_forward({teacher: rest.pop(teacher) for teacher in teachers}, batch, capture)
+    return outputs, rest
 
 
-def _one_forward(rows_of: Mapping[AdapterTeacher, list[int]], batch: Batch) -> list[Signal]:
-    """One signal for the rows of all these teachers, each row through its teacher's adapter."""
+def _one_forward(rows_of: Mapping[AdapterTeacher, list[int]], batch: Batch, capture: FeatureSpec | None) -> list[TeacherOutput]:
+    """One output for the rows of all these teachers, each row through its teacher's adapter."""
     adapter_of = {row: teacher.adapter or _BARE_BASE for teacher, rows in rows_of.items() for row in rows}
     rows = sorted(adapter_of)
     part = batch.select(rows)
     part = replace(part, inputs=part.inputs | {"adapter_names": [adapter_of[row] for row in rows]})
     first, positions_M = next(iter(rows_of)), batch.positions_of(rows)
-    signals = speak(first.model, part, first.vocab_size, first.watched)
-    return [replace(signal, positions_M=positions_M[signal.positions_M]) for signal in signals]
+    outputs = current_outputs(first.model, part, first.vocab_size, capture)
+    return [replace(output, positions_M=positions_M[output.positions_M]) for output in outputs]
 
 
 def can_mix(model: PeftModel, adapters: Sequence[str | None]) -> bool:

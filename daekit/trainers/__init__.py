@@ -1,8 +1,8 @@
-"""Trainers: trl.SFTTrainer for rows with a domain, for distillation, and for alignment from experts."""
+"""Trainers: trl.SFTTrainer for distillation, for alignment from experts, and for rows with a domain."""
 
 from daekit.trainers.config import DAEConfig, DomainSFTConfig, KDConfig
 from daekit.trainers.dae import DAETrainer
-from daekit.trainers.domain_sft import DomainSFTTrainer
 from daekit.trainers.kd import KDTrainer
+from daekit.trainers.sft import DomainSFTTrainer
 
 __all__ = ["DAEConfig", "DAETrainer", "DomainSFTConfig", "DomainSFTTrainer", "KDConfig", "KDTrainer"]

@@ -1,8 +1,8 @@
-"""Whole checkpoints only: a manifest written last says which files belong to a checkpoint and which run it is of.
+"""Committed checkpoints only: a manifest written last says which files belong to a checkpoint and which run it is of.
 
 transformers' Trainer resumes from the newest folder, whole or not, loads what it finds with ``strict=False`` and goes on
 without an optimizer if there is none. Here a checkpoint without a valid manifest does not exist, an older one is removed
-only after the newer one is whole, and a run that is not the same run is refused.
+only after the newer one is committed, and a run that is not the same run is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ import xxhash
 from daekit.errors import UserError
 
 MANIFEST = "daekit_checkpoint.json"
-_UNFINISHED = MANIFEST + ".tmp"  # lies in a folder from the first moment of a save; its renaming ends the save
-_REMOVED = ".removed"
+_PARTIAL = MANIFEST + ".tmp"  # lies in a folder from the first moment of a save; its renaming ends the save
+_TRASH = ".removed"
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _BLOCK = 1 << 22
 
@@ -37,26 +36,32 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def begin(folder: Path) -> None:
-    """Start a save: until ``seal`` the folder counts as the remains of a save that did not end."""
+    """Start a save: until ``commit`` the folder is a partial checkpoint, which is never resumed."""
     if folder.exists():
-        _remove(folder)  # of an earlier run; a mixture of both could be neither resumed nor told from a damaged one
+        _remove(folder)  # of an earlier run; a mixture of both could be neither resumed nor told from a corrupt one
     folder.mkdir(parents=True)
-    (folder / _UNFINISHED).touch()
+    (folder / _PARTIAL).touch()
 
 
-def seal(folder: Path, run: dict[str, Any]) -> None:
-    """Declare a checkpoint whole: list its files with sizes and hashes, and the run it belongs to."""
+def commit(folder: Path, run: dict[str, Any], start: int) -> None:
+    """Declare a checkpoint whole: list its files with sizes and hashes, and the run it belongs to.
+
+    Args:
+        folder: of the checkpoint.
+        run: facts of the run, for ``require_same_run``.
+        start: see ``start_of``.
+    """
     files = {
         str(path.relative_to(folder)): [path.stat().st_size, _digest(path)]
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != _UNFINISHED
+        if path.is_file() and path.name != _PARTIAL
     }
-    write_json(folder / MANIFEST, {"files": files, "run": run, "time": time.time()})
+    write_json(folder / MANIFEST, {"files": files, "run": run, "start": start})
 
 
-def damage(folder: Path) -> str | None:
+def corruption(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None if it is whole."""
-    if unsealed(folder):
+    if not is_committed(folder):
         return f"{MANIFEST} is missing: the run was stopped while it was being written, or it is not a checkpoint of daekit"
     manifest = _manifest(folder)
     if manifest is None:
@@ -78,28 +83,39 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def unsealed(folder: Path) -> bool:
-    """Whether the folder is the rest of a save that did not end (as opposed to a damaged whole checkpoint)."""
-    return not (folder / MANIFEST).is_file()
+def is_committed(folder: Path) -> bool:
+    """Whether the save of a checkpoint has ended; it may be corrupt now."""
+    return (folder / MANIFEST).is_file()
 
 
-def newest_whole(output_dir: Path) -> Path | None:
+def newest(output_dir: Path) -> Path | None:
     """The newest checkpoint to resume from; None if there is none.
 
-    Folders whose save did not end are ignored (a later save removes them).
+    Partial ones are ignored (a later save removes them).
 
     Raises:
-        UserError: the newest sealed checkpoint is damaged: going on from an older one would lose work without a word.
+        UserError: the newest committed checkpoint is corrupt: going on from an older one would lose work without a word.
     """
-    sealed = _sealed(output_dir)
-    if not sealed:
+    committed = _committed(output_dir)
+    if not committed:
         return None
-    problem = damage(sealed[-1])
+    problem = corruption(committed[-1])
     if problem:
         raise UserError(
-            f"{sealed[-1]}: the checkpoint is damaged: {problem}. Delete this folder to go on from the checkpoint before it."
+            f"{committed[-1]}: the checkpoint is damaged: {problem}. Delete this folder to go on from the checkpoint before it."
         )
-    return sealed[-1]
+    return committed[-1]
+
+
+def start_of(resumed: Path | None, output_dir: Path) -> int:
+    """Number of the start that a training belongs to: each one that begins anew in ``output_dir`` gets the next number.
+
+    Checkpoints are ordered by it and by their step, never by a clock, which may jump.
+    """
+    if resumed is not None and resumed.resolve().parent == output_dir.resolve():
+        return int((_manifest(resumed) or {"start": 0})["start"])
+    manifests = (_manifest(folder) for folder in checkpoints(output_dir) if is_committed(folder))
+    return 1 + max((int(manifest["start"]) for manifest in manifests if manifest), default=0)
 
 
 def require_same_run(folder: Path, run: dict[str, Any]) -> None:
@@ -118,39 +134,48 @@ def require_same_run(folder: Path, run: dict[str, Any]) -> None:
         )
 
 
-def clear_remains(output_dir: Path) -> None:
-    """Delete the remains of saves and of deletions that did not end.
+def clear_partial(output_dir: Path) -> None:
+    """Delete what saves and deletions that did not end have left.
 
     Raises:
-        UserError: a checkpoint that was not written by daekit: it is nobody's here to delete or to number on from.
+        UserError: a checkpoint without a manifest that is not such a rest: daekit did not write it, or it was tampered with.
     """
-    for grave in output_dir.glob(f"checkpoint-*{_REMOVED}"):
-        shutil.rmtree(grave)
-    for folder in filter(unsealed, checkpoints(output_dir)):
-        if not (folder / _UNFINISHED).is_file() and any(folder.iterdir()):
-            raise UserError(f"{folder}: was not written by daekit; train into another output_dir, or move it away")
+    for trash in output_dir.glob(f"checkpoint-*{_TRASH}"):
+        shutil.rmtree(trash)
+    for folder in checkpoints(output_dir):
+        if is_committed(folder):
+            continue
+        if not (folder / _PARTIAL).is_file() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder}: has no {MANIFEST}, so it cannot be told whether it is whole: it was not written by daekit, or that "
+                "file was lost. Delete the folder to train without it, move it away, or train into another output_dir."
+            )
         _remove(folder)
 
 
 def rotate(output_dir: Path, keep: int | None, protected: set[Path]) -> None:
-    """Delete the oldest whole checkpoints beyond ``keep``, none of ``protected`` (the one just written, the best so far)."""
+    """Delete the oldest committed checkpoints beyond ``keep``, none of ``protected`` (the one just written, the best one)."""
     if not keep:
         return
-    sealed = _sealed(output_dir)
+    committed = _committed(output_dir)
     spared = {folder.resolve() for folder in protected}
-    removable = [folder for folder in sealed if folder.resolve() not in spared]
-    for folder in removable[: max(len(sealed) - keep, 0)]:
+    removable = [folder for folder in committed if folder.resolve() not in spared]
+    for folder in removable[: max(len(committed) - keep, 0)]:
         _remove(folder)
 
 
-def _sealed(output_dir: Path) -> list[Path]:
-    """Sealed checkpoints in the order of their writing, which is not that of their steps if a run was begun anew."""
-    times = {
-        folder: (_manifest(folder) or {"time": float("inf")})["time"]
-        for folder in checkpoints(output_dir)
-        if not unsealed(folder)
-    }
-    return sorted(times, key=times.__getitem__)
+def _committed(output_dir: Path) -> list[Path]:
+    """Committed checkpoints, the oldest first: by the start that they belong to, then by step.
+
+    One whose manifest cannot be read counts as of the last start, so that it is not stepped over.
+    """
+    folders = [folder for folder in checkpoints(output_dir) if is_committed(folder)]
+    starts = {folder: int((_manifest(folder) or {"start": 1 << 62})["start"]) for folder in folders}
+    return sorted(folders, key=lambda folder: (starts[folder], _step(folder)))
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -159,15 +184,15 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         content = json.loads((folder / MANIFEST).read_text())
     except ValueError:
         return None
-    return content if isinstance(content, dict) and {"files", "run", "time"} <= content.keys() else None
+    return content if isinstance(content, dict) and {"files", "run", "start"} <= content.keys() else None
 
 
 def _remove(folder: Path) -> None:
     """Delete a folder; from the first moment on it is no checkpoint, even if the deletion is cut short."""
-    grave = folder.with_name(folder.name + _REMOVED)
-    if grave.exists():
-        shutil.rmtree(grave)
-    shutil.rmtree(folder.rename(grave))
+    trash = folder.with_name(folder.name + _TRASH)
+    if trash.exists():
+        shutil.rmtree(trash)
+    shutil.rmtree(folder.rename(trash))
 
 
 def _digest(path: Path) -> str:
@@ -175,7 +200,7 @@ def _digest(path: Path) -> str:
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
-        os.fsync(stream.fileno())  # a seal on what a power cut can still take away would be worth nothing
+        os.fsync(stream.fileno())  # a manifest of what a power cut can still take away would be worth nothing
     return digest.hexdigest()
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from trl import SFTConfig
 
 from daekit.data.preparation import OVERLONG
 from daekit.errors import UserError
-from daekit.losses import DIVERGENCES, PredictionTerms, divergence
-from daekit.trainers.engines import connect, refuse_launch
+from daekit.recipe.objective import DIVERGENCES, Objective
+from daekit.trainers.distributed import connect, refuse_launch
 
 
 @dataclass
@@ -24,11 +25,17 @@ class DomainSFTConfig(SFTConfig):
     Args:
         overlong: what becomes of rows longer than ``max_length`` tokens: ``"error"``, ``"truncate"`` or ``"drop"``; what is
             cut or dropped is counted per domain.
+        assistant_only_loss: which tokens of ``messages`` rows carry loss. None: those of the response, by the generation
+            markers of the chat template, or else those of the last assistant turn (see ``daekit.data.responses``). True and
+            False mean what they mean in TRL: only what the markers enclose, or all tokens, the user's and the system's too.
     """
 
     overlong: str = field(
         default="error",
         metadata={"help": "Rows longer than max_length: 'error', 'truncate' or 'drop'.", "choices": list(OVERLONG)},
+    )
+    assistant_only_loss: bool | None = field(
+        default=None, metadata={"help": "Loss on assistant tokens of messages rows only; default: on the response only."}
     )
     router_aux_loss_coef: float | None = field(
         default=0.0, metadata={"help": "Weight of the load-balancing loss of a mixture-of-experts student (0: none)."}
@@ -67,91 +74,58 @@ class DomainSFTConfig(SFTConfig):
             if given:
                 raise UserError(f"{name}={getattr(self, name)!r} is not supported: {reason}. Leave it at its default.")
 
-    def terms(self) -> PredictionTerms:
-        """The terms of the loss: cross-entropy alone."""
-        return PredictionTerms(ce_weight=1.0, prediction_weight=0.0)
+    def objective(self) -> Objective:
+        """What is trained: cross-entropy alone."""
+        return Objective(ce_weight=1.0, prediction_weight=0.0)
+
+
+def _setting(name: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field with default and documentation of the setting of that name in ``Objective``."""
+    setting = Objective.model_fields[name]
+    metadata: dict[str, Any] = {"help": " ".join((setting.description or "").split()).replace("%", "%%")}
+    return field(default=setting.default, metadata=metadata | ({"choices": list(choices)} if choices else {}))
 
 
 @dataclass
 class KDConfig(DomainSFTConfig):
-    """DomainSFTConfig with the weights of the distillation loss.
+    """DomainSFTConfig with the settings of ``daekit.recipe.objective.Objective``, which documents each of them.
 
     ``loss = (ce_weight * CE + prediction_weight * T^2 * D(teacher, student) + attention_weight * A + hidden_weight * H) / N``
-    with N the kept tokens of the global batch; CE, D and A in nats, H without unit. A is KL(teacher's attention || student's),
-    the mean over heads and layers, without T. The defaults are the released settings of "A Teacher Is Worth A Million
-    Instructions" (arXiv 2406.19112) but for attention_weight, which is 1 there.
-
-    Args:
-        ce_weight: weight of the cross-entropy with the labels, at temperature 1.
-        prediction_weight: weight of the divergence from the teacher.
-        attention_weight: weight of the attention loss; needs one teacher per row, whose attention is softmax attention.
-        divergence: ``"forward_kl"`` KL(teacher || student), ``"reverse_kl"`` KL(student || teacher), ``"jsd"``,
-            ``"skew_kl"`` KL(teacher || mixture) and ``"skew_reverse_kl"`` KL(student || mixture) of DistiLLM
-            (arXiv 2402.03898), or ``"tv"``, half the sum of the absolute differences.
-        beta: mixture weight of ``"jsd"``, between 0 and 1.
-        skew_alpha: of the skew divergences, the share of the distribution on the left in the mixture; 0 <= skew_alpha < 1.
-        temperature: T, divides the logits of both; the divergence is multiplied by T^2, but for ``"tv"``.
-        attention_layers: which layers are compared: ``"uniform"`` (all of the student's, spread over the teacher's),
-            ``"last_K"`` (the last K of both), or pairs of (student's layer, teacher's layer), counted from 0.
-        attention_relation_heads: compare in so many relation heads (MiniLMv2) instead of one head to one head.
-        hidden_weight: weight of the hidden-state loss.
-        hidden_loss: ``"cosine"`` 1 - cos, or ``"mse"`` mean squared difference; through a learned projection where the widths
-            of student and teacher differ.
-        hidden_layers: as ``attention_layers``.
+    with N the loss tokens of the global batch; CE, D and A in nats, H without unit ("A Teacher Is Worth A Million
+    Instructions", arXiv 2406.19112). ``attention_layers`` and ``hidden_layers`` may also be pairs of (student's layer,
+    teacher's layer).
     """
 
-    ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy with the labels."})
-    prediction_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence from the teacher."})
-    attention_weight: float = field(default=0.0, metadata={"help": "Weight of the attention loss."})
-    divergence: str = field(
-        default="forward_kl",
-        metadata={"help": "Divergence from the teacher.", "choices": list(DIVERGENCES)},
-    )
-    beta: float = field(default=0.5, metadata={"help": "Mixture weight of the jsd divergence."})
-    skew_alpha: float = field(
-        default=0.1, metadata={"help": "Share of the left distribution in the mixture of skew_kl and skew_reverse_kl."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of the divergence."})
-    attention_layers: str = field(  # or pairs; HfArgumentParser can read neither Any nor a union
-        default="uniform", metadata={"help": "Layers whose attention is compared: 'uniform', 'last_K', or pairs."}
-    )
-    attention_relation_heads: int | None = field(
-        default=None, metadata={"help": "Compare attention in so many relation heads (default: one to one)."}
-    )
-    hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the hidden-state loss."})
-    hidden_loss: str = field(default="cosine", metadata={"help": "Hidden-state loss.", "choices": ["cosine", "mse"]})
-    hidden_layers: str = field(
-        default="uniform", metadata={"help": "Layers whose hidden states are compared: 'uniform', 'last_K', or pairs."}
-    )
+    ce_weight: float = _setting("ce_weight")
+    prediction_weight: float = _setting("prediction_weight")
+    attention_weight: float = _setting("attention_weight")
+    divergence: str = _setting("divergence", DIVERGENCES)
+    beta: float = _setting("beta")
+    skew_alpha: float = _setting("skew_alpha")
+    temperature: float = _setting("temperature")
+    attention_layers: str = _setting("attention_layers")  # or pairs; HfArgumentParser can read neither Any nor a union
+    attention_relation_heads: int | None = _setting("attention_relation_heads")
+    hidden_weight: float = _setting("hidden_weight")
+    hidden_loss: str = _setting("hidden_loss", ("cosine", "mse"))
+    hidden_layers: str = _setting("hidden_layers")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = ("ce_weight", "prediction_weight", "attention_weight", "hidden_weight")
-        weights = {name: getattr(self, name) for name in names}
-        for name, value in weights.items():
-            if value < 0:
-                raise UserError(f"{name}={value}: a weight of the loss cannot be negative")
-        if not any(weights.values()):
-            raise UserError(f"{', '.join(names)} are all 0: there is nothing to learn from")
-        if self.hidden_loss not in ("cosine", "mse"):
-            raise UserError(f"hidden_loss={self.hidden_loss!r} is unknown; choose cosine or mse")
-        if self.attention_relation_heads is not None and self.attention_relation_heads < 1:
-            raise UserError(f"attention_relation_heads={self.attention_relation_heads}: at least 1 is needed")
+        self.objective()  # says what is wrong now and not when a trainer is made
         selective = self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("selective")
         if self.attention_weight and selective:
             raise UserError(
                 "gradient_checkpointing_kwargs={'selective': True}: it does not let the second run of a layer compute "
                 "the gradient of the attention loss. Leave it out, or set attention_weight to 0."
             )
-        if self.temperature <= 0:
-            raise UserError(f"temperature={self.temperature} is not positive")
-        divergence(self.divergence, self.terms().parameter)
 
-    def terms(self) -> PredictionTerms:
-        """The terms of the loss."""
-        return PredictionTerms(
-            self.ce_weight, self.prediction_weight, self.divergence, self.beta, self.skew_alpha, self.temperature
-        )
+    def objective(self) -> Objective:
+        """What is trained.
+
+        Raises:
+            UserError: a setting that is out of bounds.
+        """
+        return Objective.of({name: getattr(self, name) for name in Objective.model_fields})
 
 
 @dataclass

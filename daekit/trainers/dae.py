@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from daekit.errors import UserError
 from daekit.models.backbone import frozen_copy
 from daekit.protocol import Teacher
-from daekit.teachers import AdapterTeacher, ModelTeacher, RoutedTeacher, unknown_domain
+from daekit.teachers import AdapterPath, AdapterTeacher, ModelTeacher, RoutedTeacher, unknown_domain
+from daekit.trainers.as_teacher import as_teacher
 from daekit.trainers.config import DAEConfig
-from daekit.trainers.kd import KDTrainer, as_teacher
-from daekit.trainers.student import tokenizer_of
+from daekit.trainers.kd import KDTrainer
+from daekit.trainers.student_loading import tokenizer_of
 
 _REFERENCE_ADAPTER = "daekit_reference"
 
@@ -46,8 +47,8 @@ class DAETrainer(KDTrainer):
     def __init__(
         self,
         model: Any,
-        teachers: Mapping[str, str | PreTrainedModel | Teacher],
-        reference: str | PreTrainedModel | Teacher | None = None,
+        teachers: Mapping[str, str | PreTrainedModel | Teacher | AdapterPath],
+        reference: str | PreTrainedModel | Teacher | AdapterPath | None = None,
         args: DAEConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -58,23 +59,23 @@ class DAETrainer(KDTrainer):
         others = evaluated.values() if isinstance(evaluated, Mapping) else [evaluated]
         _check_domains(teachers, reference_domains, [train_dataset, *others])
         tokenizer = processing_class or tokenizer_of(model, args)
-        loaded: dict[Any, Teacher] = {}  # what speaks for several domains is loaded once, and asked once per batch
-        for speaker in (*teachers.values(), reference):
-            if speaker is not None and speaker not in loaded:
-                loaded[speaker] = as_teacher(speaker, tokenizer, model)
-        routes = {domain: loaded[speaker] for domain, speaker in teachers.items()}
+        loaded: dict[Any, Teacher | AdapterPath] = {}  # a teacher of several domains is loaded once, and runs once per batch
+        for given in (*teachers.values(), reference):
+            if given is not None and given not in loaded:
+                loaded[given] = as_teacher(given, tokenizer, model)
+        routes = {domain: loaded[given] for domain, given in teachers.items()}
         if reference is not None:
             routes |= dict.fromkeys(reference_domains, loaded[reference])
         self._domains = [*teachers, *reference_domains]
         self._frozen_domains = reference_domains if reference is None else []
         super().__init__(model, RoutedTeacher(routes), args, train_dataset, tokenizer, **sft_arguments)
 
-    def _complete_teacher(self) -> None:
-        super()._complete_teacher()
-        if self._frozen_domains:
-            assert isinstance(self.teacher, RoutedTeacher)
-            routes = dict.fromkeys(self._frozen_domains, self._student_as_it_stands())
-            self.teacher = RoutedTeacher(self.teacher.routes | routes)
+    def _complete(self, teacher: Teacher | AdapterPath) -> Teacher:
+        completed = super()._complete(teacher)
+        if not self._frozen_domains:
+            return completed
+        assert isinstance(completed, RoutedTeacher)
+        return RoutedTeacher(completed.routes | dict.fromkeys(self._frozen_domains, self._student_as_it_stands()))
 
     def _student_as_it_stands(self) -> Teacher:
         if not isinstance(self.model, PeftModel):
@@ -91,12 +92,12 @@ def _check_domains(teachers: Mapping[str, object], reference_domains: list[str],
         raise UserError("teachers is empty: DAE needs the expert of at least one domain, {domain: teacher}")
     both = sorted(set(teachers) & set(reference_domains))
     if both:
-        raise UserError(f"domain {both[0]!r} has a teacher and is in reference_domains: only one can speak for a row")
-    speakers = dict.fromkeys([*teachers, *reference_domains])
+        raise UserError(f"domain {both[0]!r} has a teacher and is in reference_domains: a row can follow only one of them")
+    known = dict.fromkeys([*teachers, *reference_domains])
     present = [_domains_of(dataset) for dataset in datasets]
     for domain in (domain for domains in present for domain in domains):
-        if isinstance(domain, str) and domain not in speakers:
-            raise unknown_domain(domain, speakers)
+        if isinstance(domain, str) and domain not in known:
+            raise unknown_domain(domain, known)
     idle = [domain for domain in teachers if domain not in present[0]]
     if present[0] and idle:
         raise UserError(

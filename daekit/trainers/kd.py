@@ -1,192 +1,325 @@
-"""Knowledge distillation: SFTTrainer plus a teacher."""
+"""Knowledge distillation: SFTTrainer plus a teacher. All that leans on private names of TRL and transformers is in this file.
+
+``KDTrainer`` is one class on top of ``trl.SFTTrainer``; what it does beside the loss lies in objects that it holds: rows
+(``data.py``), per-domain metrics (``token_metrics.py``), checkpoints and resume (``resume.py``), features (``features.py``).
+The loss itself is explained step by step in ``daekit/losses/__init__.py``.
+"""
 
 from __future__ import annotations
 
-import logging
-from contextlib import AbstractContextManager, nullcontext
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTTrainer
 
+from daekit.data.collator import EXAMPLES, DomainCollator, as_batch
+from daekit.data.responses import require_markers
 from daekit.errors import UserError
-from daekit.models.loading import load_tokenizer_of
-from daekit.models.vocabulary import require_same, vocabulary_size
-from daekit.protocol import Batch, Signal, Teacher
-from daekit.recipe.schema import ModelSpec
-from daekit.teachers import ModelTeacher
+from daekit.models.backbone import add_on_hidden, require_plain_head
+from daekit.models.restore import restore_weights
+from daekit.models.vocabulary import vocabulary_size
+from daekit.protocol import Batch, Teacher, TeacherOutput
+from daekit.teachers import AdapterPath
 from daekit.teachers.on_student import on_student, require_on_student
 from daekit.teachers.sharding import Sharding, shard_teacher
-from daekit.trainers.config import KDConfig
-from daekit.trainers.domain_sft import DomainSFTTrainer
-from daekit.trainers.engines import refuse_reentrant
-from daekit.trainers.inside import ATTENTION_METRIC, InsideLosses, hidden_metric
+from daekit.trainers.as_teacher import as_teacher
+from daekit.trainers.config import DomainSFTConfig, KDConfig
+from daekit.trainers.data import RowPreparation
+from daekit.trainers.distributed import refuse_reentrant, require_distribution, require_wrapped, rounding
+from daekit.trainers.distributed_state import load_stateless, reading_safely, save_fsdp_state
+from daekit.trainers.features import FeatureLosses
+from daekit.trainers.loss import divergence_metric, divided, summed_losses
 from daekit.trainers.projections import forget_projections, without_projections
-from daekit.trainers.student import spec_of, tokenizer_of
+from daekit.trainers.resume import Checkpoints, student_folder
+from daekit.trainers.router import RouterSettings, router_inputs
+from daekit.trainers.student_loading import load_student, name_of, spec_of, tokenizer_of
+from daekit.trainers.token_metrics import TokenMetrics, counted_rows
+from daekit.trainers.validation import refuse_arguments, refuse_expert_adapter
 
-logger = logging.getLogger(__name__)
+DEFAULT_DOMAIN = "general"
 
 
-class KDTrainer(DomainSFTTrainer):
+class KDTrainer(SFTTrainer):
     """``trl.SFTTrainer`` whose student follows a teacher's next-token distribution.
 
-    ``loss = (ce_weight * CE + prediction_weight * T^2 * D(teacher, student)) / kept tokens of the global batch`` (nats).
-    Logged besides what DomainSFTTrainer logs: ``kl/<domain>`` (or ``reverse_kl``, ``jsd``), with its T^2.
+    ``loss = (ce_weight * CE + prediction_weight * T^2 * D(teacher, student)) / loss tokens of the global batch`` (nats).
+    Rows may have a column ``domain``; without one they all are ``general``. Logged per domain as true token means over the
+    logging window, in nats: ``ce/<domain>``, ``tokens/<domain>``, ``mean_token_accuracy/<domain>``, ``kl/<domain>`` with its
+    T^2 (or ``reverse_kl``, ``jsd``...); without suffix over all domains.
 
     Args:
         model: the student, as for SFTTrainer: a hub id, a directory, a model or a PEFT model.
         teacher: a directory or hub id (its tokenizer is compared before its weights are loaded), a model (compared if its
             tokenizer lies where it was loaded from), an ``AdapterPath`` or ``BASE`` (adapters of a LoRA student's own base,
-            which is then loaded once), or any Teacher.
+            which is then loaded once), or any Teacher. None: the labels alone (``DomainSFTTrainer``).
         args: a KDConfig.
         train_dataset: rows in any of TRL's forms.
         processing_class: the tokenizer; default: the student's own.
         sft_arguments: further arguments of SFTTrainer (``eval_dataset``, ``peft_config``, ``callbacks``...).
 
     Raises:
-        UserError: a teacher with another tokenizer, and what DomainSFTTrainer refuses.
+        UserError: a teacher with another tokenizer, a student without whole weights, vision data, ``compute_loss_func``,
+            prompt-learning PEFT, FSDP1, context or sequence parallelism, overlong rows.
     """
 
     _tag_names = ["trl", "daekit", "kd"]
     _name = "KD"
-    config_class = KDConfig
+    loss_is_scaled_for_ga = True
+    config_class: type[DomainSFTConfig] = KDConfig
+    default_domain: str | None = DEFAULT_DOMAIN
 
     def __init__(
         self,
         model: Any,
-        teacher: str | PreTrainedModel | Teacher,
-        args: KDConfig | None = None,
+        teacher: str | PreTrainedModel | Teacher | AdapterPath | None,
+        args: DomainSFTConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        **sft_arguments: Any,
+        **sft_arguments: Any,  # of SFTTrainer, which refuses an unknown one
     ) -> None:
+        args = args if args is not None else self.config_class(f"{name_of(model)}-{self._name.replace(' ', '-')}")
+        if not isinstance(args, self.config_class):
+            raise UserError(f"args: {type(self).__name__} needs a {self.config_class.__name__}, not a {type(args).__name__}")
+        refuse_arguments(model, args, train_dataset, sft_arguments)
         tokenizer = processing_class or tokenizer_of(model, args)
+        if args.assistant_only_loss and args.chat_template_path is None:
+            require_markers(tokenizer)
         forget_projections(model)
-        self.teacher = as_teacher(teacher, tokenizer, student=model)
-        spec = spec_of(model, args) if isinstance(model, str) else None
-        require_on_student(self.teacher, isinstance(model, PeftModel) or sft_arguments.get("peft_config") is not None, spec)
+        if teacher is not None:
+            teacher = as_teacher(teacher, tokenizer, student=model)
+            spec = spec_of(model, args) if isinstance(model, str) else None
+            require_on_student(teacher, isinstance(model, PeftModel) or sft_arguments.get("peft_config") is not None, spec)
         size = vocabulary_size(tokenizer)
-        super().__init__(model, args, train_dataset, processing_class=tokenizer, **sft_arguments)
-        if self.vocab_size != size:
+        init_kwargs = args.model_init_kwargs
+        if isinstance(model, str):
+            model = load_student(model, args, sft_arguments.pop("quantization_config", None))
+            args = copy.copy(args)
+            args.model_init_kwargs = None  # used; SFTTrainer would say that they are not
+        refuse_expert_adapter(model, sft_arguments.get("peft_config"))
+        self.rows = RowPreparation(self.default_domain, self._stream_domains())
+        self.data_counts = self.rows.counts  # data set -> domain -> what preparation did to its rows
+        self.checkpoints = Checkpoints(self)
+        router = RouterSettings.of(model)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **sft_arguments)
+        router.restore(self.model)
+        self.args.model_init_kwargs = init_kwargs
+        self.add_callback(self.checkpoints.callback())
+        if isinstance(self.model, PeftModel):  # PEFT saves every adapter it holds; a checkpoint is the student's alone
+            student = self.model.active_adapter
+            self.model.save_pretrained = functools.partial(self.model.save_pretrained, selected_adapters=[student])
+        require_distribution(self)
+        self.data_collator = DomainCollator(self.data_collator)  # type: ignore[has-type]
+        # so that the Trainer counts the loss tokens of the global batch, whatever loss the student's class declares
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        self.vocab_size = vocabulary_size(self.processing_class)
+        add_on_hidden(self.model)
+        require_plain_head(self.model, self.vocab_size)
+        self.objective = args.objective()
+        self.token_metrics = TokenMetrics()
+        self.teacher: Any = None
+        self.features: FeatureLosses | None = None
+        self._until_backward: ExitStack | None = None  # of the training step that runs now
+        if teacher is not None:
+            self._add_teacher(teacher, size)
+
+    def _add_teacher(self, teacher: Teacher | AdapterPath, vocab_size: int) -> None:
+        """The student is ready: complete the teacher, place it, and prepare what is compared inside both."""
+        if self.vocab_size != vocab_size:
             raise UserError(
-                f"chat_template_path={self.args.chat_template_path!r} added {self.vocab_size - size} tokens to the student's "
-                "tokenizer, which its teacher does not have. Set the tokenizer's chat_template yourself, without new tokens."
+                f"chat_template_path={self.args.chat_template_path!r} added {self.vocab_size - vocab_size} tokens to "
+                "the student's tokenizer, which its teacher does not have. Set the tokenizer's chat_template yourself, "
+                "without new tokens."
             )
-        self._complete_teacher()
-        self._place_teacher()
-        wanted = self.args.attention_weight or self.args.hidden_weight
-        if wanted:
-            refuse_reentrant(self)
-        self.inside = InsideLosses(self.model, self.args, self.teacher) if wanted else None
-        if self.inside is not None and self.inside.projections is not None and self.optimizer is not None:
+        self.teacher = self._complete(teacher)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            shard_teacher(self.teacher, Sharding(self.accelerator))
+        else:
+            self.teacher.to(self.accelerator.device)
+        if not (self.objective.attention_weight or self.objective.hidden_weight):
+            return
+        refuse_reentrant(self)
+        self.features = FeatureLosses(self.model, self.objective, self.teacher, self.args.seed)
+        if self.features.projections is not None and self.optimizer is not None:
             raise UserError(
                 "optimizers: an optimizer of your own does not hold the projections that hidden_weight needs for a teacher of "
                 "another width, so they would stay random. Leave it out, or set hidden_weight to 0."
             )
 
-    def _complete_teacher(self) -> None:
-        """The student is ready: the moment to load adapters onto its base, and to freeze a copy of it as a teacher."""
-        self.teacher = on_student(self.teacher, self.model, self.vocab_size)
+    def _complete(self, teacher: Teacher | AdapterPath) -> Teacher:
+        """Load adapters onto the student's base; a subclass freezes a copy of the student as a teacher."""
+        return on_student(teacher, self.model, self.vocab_size)
 
-    def _place_teacher(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            shard_teacher(self.teacher, Sharding(self.accelerator))
-        else:
-            self.teacher.to(self.accelerator.device)
+    # ---- rows -----------------------------------------------------------------------------------------------------
 
-    def teacher_signals(self, batch: Batch) -> list[Signal]:
-        """What the teacher says about the batch; UserError if it says nothing, for the loss would be 0 without a word."""
-        signals = self.teacher.signals(batch)
-        if not signals and batch.labels_N.numel():
-            raise UserError(
-                f"{type(self.teacher).__name__} says nothing about a batch of {batch.labels_N.numel()} kept positions: its "
-                "signals must cover every kept position exactly once"
-            )
-        if self.inside is not None:
-            self.inside.begin(batch, signals)
-        return signals
+    def _stream_domains(self) -> list[str]:
+        """The domains that a packed stream may hold, for they cannot be listed without reading it."""
+        return [DEFAULT_DOMAIN]
+
+    def _prepare_dataset(self, dataset: Any, *arguments: Any, **named: Any) -> Any:
+        return self.rows.prepare(super()._prepare_dataset, dataset, *arguments, **named)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns  # type: ignore[has-type]
+        self._signature_columns = list(dict.fromkeys([*columns, "domain"]))
+
+    # ---- loss -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def until_backward(self) -> Iterator[None]:
+        """Inside, what captures the student's features stays: the backward pass runs checkpointed layers once more."""
+        with ExitStack() as self._until_backward:
+            try:
+                yield
+            finally:
+                self._until_backward = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The Trainer's step; the backward pass of a checkpointed layer must find the attention probe, too."""
-        with self._watching():
+        """The Trainer's step."""
+        with self.until_backward():
             return super().training_step(*args, **kwargs)
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """See DomainSFTTrainer."""
-        with self._watching():
-            return super().compute_loss(*args, **kwargs)
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The weighted sum over loss tokens, divided by the loss tokens of the global batch (all ranks, all micro-batches)."""
+        batch = as_batch(inputs)
+        with ExitStack() as forward_only:
+            with rounding(self.accelerator):  # the frozen models round as the student does
+                outputs = self.teacher_outputs(batch)
+            comparison = None
+            if self.features is not None:
+                stack = self._until_backward or forward_only
+                comparison = stack.enter_context(self.features.compare(batch, outputs))
+            inputs_of_model = batch.inputs | router_inputs(self)
+            out = model(**inputs_of_model, on_hidden=lambda hidden: summed_losses(self, hidden, batch, outputs, comparison))
+            loss = divided(self, out, batch, num_items_in_batch)
+            mode = "train" if self.model.training else "eval"
+            values = {name: value for name, value in out.items() if name not in ("loss", "aux_loss")}
+            self.token_metrics.add(mode, batch, values, counted_rows(self, inputs[EXAMPLES], mode))
+            if not return_outputs:
+                return loss
+            with torch.no_grad():  # compute_metrics wants logits, which the loss never makes
+                return loss, model(**batch.inputs)
 
-    def _watching(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.inside is None else self.inside.watching()
-
-    def _losses(self, outputs: Any, batch: Batch, signals: list[Signal]) -> dict[str, Tensor]:
-        out = super()._losses(outputs, batch, signals)
-        if self.inside is None:
-            return out
-        inside = self.inside.finish()
-        return out | inside | {"loss": out["loss"] + inside["loss"]}
+    def teacher_outputs(self, batch: Batch) -> list[TeacherOutput]:
+        """The teacher's outputs; UserError if there are none, for the loss would be 0 without a word."""
+        if self.teacher is None:
+            return []
+        capture = None if self.features is None else self.features.spec
+        outputs: list[TeacherOutput] = self.teacher.outputs(batch, capture)
+        if not outputs and batch.labels_N.numel():
+            raise UserError(
+                f"{type(self.teacher).__name__} has no output for a batch of {batch.labels_N.numel()} loss positions: its "
+                "outputs must cover every loss position exactly once"
+            )
+        return outputs
 
     def weights(self) -> dict[str, float]:
-        """See DomainSFTTrainer."""
-        args = self.args
-        return super().weights() | {ATTENTION_METRIC: args.attention_weight, hidden_metric(args): args.hidden_weight}
+        """Metric -> its weight in the loss; the loss is their weighted sum."""
+        objective = self.objective
+        weights = {"ce": objective.ce_weight, divergence_metric(objective): objective.prediction_weight}
+        return weights | (self.features.weights if self.features is not None else {})
+
+    # ---- metrics --------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of the window since the last log. A collective call, as in TRL."""
+        if self.model.training or "train_loss" in logs:  # the last log of a run may come after an evaluation
+            logs.update(self.token_metrics.pop("train"))
+            self._total_train_tokens += self.token_metrics.pop_tokens(self.accelerator)
+            logs["num_tokens"] = self._total_train_tokens
+        if "train_loss" in logs:  # over all steps; after a resume the Trainer divides by the new ones
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's loop; its loss (a mean of batch means) is replaced by the mean over the tokens of the whole set."""
+        require_wrapped(self)
+        self.token_metrics.pop("eval")
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self.token_metrics.pop("eval")
+        means["loss"] = sum(weight * means.get(name, 0.0) for name, weight in self.weights().items())
+        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in means.items()})
+        return output
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """``SFTTrainer.train``; resumes only from a committed checkpoint of the same run.
+
+        Raises:
+            UserError: nothing to resume, a corrupt checkpoint, another run's, or one without an optimizer.
+        """
+        with self.checkpoints.training(resume_from_checkpoint) as folder:
+            output = super().train(folder, *args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     def run_facts(self) -> dict[str, Any]:
-        """See WholeCheckpointTrainer; the teacher and what is compared inside it belong to them."""
-        args = self.args
-        inside = {
-            "attention": [args.attention_weight, args.attention_layers, args.attention_relation_heads],
-            "hidden": [args.hidden_weight, args.hidden_layers, args.hidden_loss],
-        }
-        return super().run_facts() | {"teacher": self.teacher.identity()} | (inside if self.inside is not None else {})
+        """See ``Checkpoints.facts``."""
+        return self.checkpoints.facts()
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        """The Trainer's epoch; a run that is resumed at its very end, where the Trainer takes one more step, has none left."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**arguments)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        write: Callable[[], None] = functools.partial(super()._save_checkpoint, model, trial)
+        self.checkpoints.save(folder, write)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, None if state_dict is None else without_projections(state_dict))
-        if self.inside is not None and self.inside.projections is not None:
-            self.inside.projections.save(Path(output_dir or self.args.output_dir), self.args.should_save)
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
+        if self.features is not None and self.features.projections is not None:
+            self.features.projections.save(folder, self.args.should_save)
 
-    def _restore_further(self, folder: Path) -> None:
-        if self.inside is not None and self.inside.projections is not None:
-            self.inside.projections.load(folder)
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            save_fsdp_state(self, Path(output_dir))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not load_stateless(self, Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.checkpoints.save_accumulators(Path(output_dir))
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        with reading_safely(self):
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.checkpoints.resumed is not None:
+            self._load_projections(self.checkpoints.resumed)
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        restore_weights(model or self.model, student_folder(self.model, Path(resume_from_checkpoint)))
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._restore_further(Path(self.state.best_model_checkpoint))
+        best = Path(self.state.best_model_checkpoint)
+        restore_weights(self.model, student_folder(self.model, best))
+        self._load_projections(best)
 
-
-def as_teacher(
-    teacher: str | Path | PreTrainedModel | PeftModel | Teacher, tokenizer: PreTrainedTokenizerBase, student: Any = None
-) -> Teacher:
-    """A Teacher from whatever names one: a path or hub id, a model, or a Teacher as it is.
-
-    Raises:
-        UserError: another tokenizer, the student's own model, or something that is no teacher.
-    """
-    if isinstance(teacher, str | Path):
-        return ModelTeacher.from_pretrained(str(teacher), tokenizer, vocabulary_size(tokenizer))
-    if isinstance(teacher, PreTrainedModel | PeftModel):
-        if isinstance(student, nn.Module) and {*map(id, teacher.parameters())} & {*map(id, student.parameters())}:
-            raise UserError("the teacher is the student itself: as a frozen teacher it could not be trained. Load it twice.")
-        _compare_tokenizers(tokenizer, teacher.config._name_or_path)
-        return ModelTeacher(teacher, vocabulary_size(tokenizer), teacher.config._name_or_path or "teacher")
-    if isinstance(teacher, Teacher):
-        return teacher
-    raise UserError(
-        f"{type(teacher).__name__} is no teacher: give a directory or hub id, a transformers model, or an object with the "
-        "methods signals(batch), identity() and to(device)"
-    )
-
-
-def _compare_tokenizers(tokenizer: PreTrainedTokenizerBase, teacher_path: str) -> None:
-    """Compare with the tokenizer that lies beside a teacher that is loaded already, if there is one."""
-    try:
-        theirs = load_tokenizer_of(ModelSpec(path=teacher_path)) if teacher_path else None
-    except UserError:
-        theirs = None
-    if theirs is None:
-        logger.warning("the tokenizer of the teacher is not known: nobody checks that it is the student's")
-    else:
-        require_same(tokenizer, theirs, teacher_path)
+    def _load_projections(self, folder: Path) -> None:
+        if self.features is not None and self.features.projections is not None:
+            self.features.projections.load(folder)

@@ -22,8 +22,9 @@ from torch.utils.data import SequentialSampler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from daekit.models.sharded import is_sharded, whole
-from daekit.trainers import config, domain_sft, engines
-from tests.test_distributed import trainer_of
+from daekit.trainers import config, distributed
+from daekit.trainers import data as trainer_data
+from tests.helpers.ddp_run import trainer_of
 
 KINDS = {
     "ddp": (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU),
@@ -72,7 +73,7 @@ def whole_weights(model: nn.Module) -> Tensor:
 
 def connect(args: Any) -> None:
     """As in daekit, with ZeRO-3 told to split small parameters, too: all of a tiny model's would stay gathered."""
-    engines.connect(args)
+    distributed.connect(args)
     if args.deepspeed_plugin is not None:
         args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
@@ -122,7 +123,7 @@ def run_rounded(engine: str, case: str, folder: Path) -> None:
 if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patch:
         # keep the rows that have nothing to learn, and the order of all
-        patch.setattr(domain_sft, "fit_to_length", lambda dataset, *_: (dataset, {}))
+        patch.setattr(trainer_data, "fit_to_length", lambda dataset, *_: (dataset, {}))
         patch.setattr(transformers.Trainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset))
         patch.setattr(config, "connect", connect)
         for name in json.loads(sys.argv[3]):

@@ -33,7 +33,7 @@ def divergence(name: str, log_s: Tensor, log_t: Tensor, parameter: float) -> Ten
     return 0.5 * (s - t).abs().sum(-1)
 
 
-def chunk_terms(
+def chunk_losses(
     student: Tensor, teacher: Tensor | None, labels: Tensor, name: str, parameter: float, temperature: float,
     ce_weight: float, prediction_weight: float, softcap: float | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip

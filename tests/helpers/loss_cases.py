@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daekit.losses import PredictionSums, PredictionTerms, prediction_loss
-from daekit.protocol import OutputHead, Signal, TopK, Voice
+from daekit.losses import Objective, PredictionSums, prediction_loss
+from daekit.protocol import Member, OutputHead, TeacherOutput, TopK
 from tests import reference
 
 # name and parameter: beta of jsd, skew_alpha of the skew divergences
@@ -23,19 +23,19 @@ V = 11  # columns of the tokenizer; heads are wider
 
 @dataclass
 class Case:
-    """A student and some teachers as plain tensors, with the positions that each signal speaks for."""
+    """A student and some teachers as plain tensors, with the positions that each output covers."""
 
     hidden: Tensor
     head: reference.Head
     labels: Tensor
-    voices: list[tuple[float, Tensor, reference.Head]]
+    members: list[tuple[float, Tensor, reference.Head]]
     average: str = "logits"
     parts: Sequence[Tensor] = ()
-    ids: Tensor | None = None  # [N, K]: the teachers give these tokens only, in one signal
+    ids: Tensor | None = None  # [N, K]: the teachers give these tokens only, in one output
 
     def to(self, dtype: torch.dtype) -> Case:
-        voices = [(weight, hidden.to(dtype), _head_to(head, dtype)) for weight, hidden, head in self.voices]
-        return replace(self, hidden=self.hidden.to(dtype), head=_head_to(self.head, dtype), voices=voices)
+        members = [(weight, hidden.to(dtype), _head_to(head, dtype)) for weight, hidden, head in self.members]
+        return replace(self, hidden=self.hidden.to(dtype), head=_head_to(self.head, dtype), members=members)
 
 
 def _head_to(head: reference.Head, dtype: torch.dtype) -> reference.Head:
@@ -62,50 +62,77 @@ def make_case(
     return Case(states[0], heads[0], labels, list(zip(weights, states[1:], heads[1:], strict=True)), average, parts)
 
 
-def ours(case: Case, terms: PredictionTerms, upstream: float = 1.0, **head_flags: bool) -> tuple[PredictionSums, list[Any]]:
+def ours(case: Case, terms: Terms, upstream: float = 1.0, **head_flags: bool) -> tuple[PredictionSums, list[Any]]:
     """The loss and the gradients of hidden states, head weight and head bias."""
     hidden = case.hidden.clone().requires_grad_(True)
     weight = case.head.weight.clone().requires_grad_(head_flags.get("trains_head", True))
     bias = None if case.head.bias is None else case.head.bias.clone().requires_grad_(head_flags.get("trains_head", True))
     head = OutputHead(weight, bias, case.head.vocab, case.head.scale, case.head.softcap)
-    voices = [(weight_, state, OutputHead(h.weight, h.bias, h.vocab, h.scale, h.softcap)) for weight_, state, h in case.voices]
-    signals = (
-        [top_k_signal(case, terms.temperature)]
+    members = [
+        (weight_, state, OutputHead(h.weight, h.bias, h.vocab, h.scale, h.softcap)) for weight_, state, h in case.members
+    ]
+    outputs = (
+        [top_k_output(case, terms.objective.temperature)]
         if case.ids is not None
         else [
-            Signal(part, tuple(Voice(state[part], h, weight_) for weight_, state, h in voices), case.average)
-            for part in (case.parts if case.voices else [])
+            TeacherOutput(part, tuple(Member(state[part], h, weight_) for weight_, state, h in members), case.average)
+            for part in (case.parts if case.members else [])
         ]
     )
-    sums = prediction_loss(hidden, head, case.labels, signals, terms)
+    sums = prediction_loss(hidden, head, case.labels, outputs, *terms.both)
     (upstream * sums.loss).backward()
     return sums, [hidden.grad, weight.grad, None if bias is None else bias.grad]
 
 
-def top_k_signal(case: Case, temperature: float) -> Signal:
+def top_k_output(case: Case, temperature: float) -> TeacherOutput:
     """What the teachers would say as a sparse distribution over ``case.ids``, in the dtype of the student."""
-    p = reference.teachers(case.voices, case.average, temperature)
+    p = reference.teachers(case.members, case.average, temperature)
     log_probs = p.gather(1, case.ids).log().to(case.hidden.dtype)
-    return Signal(torch.arange(len(case.ids)), (), top_k=TopK(case.ids, log_probs, temperature))
+    return TeacherOutput(torch.arange(len(case.ids)), (), top_k=TopK(case.ids, log_probs, temperature))
+
+
+@dataclass(frozen=True)
+class Terms:
+    objective: Objective
+    chunk_tokens: int | None = None
+
+    @property
+    def both(self) -> tuple[Objective, int | None]:
+        return self.objective, self.chunk_tokens
+
+
+def make_terms(
+    ce_weight: float = 0.0, prediction_weight: float = 1.0, divergence: str = "forward_kl", beta: float = 0.5,
+    skew_alpha: float = 0.1, temperature: float = 1.0, chunk_tokens: int | None = None,
+) -> Terms:  # fmt: skip
+    return Terms(
+        Objective(
+            ce_weight=ce_weight, prediction_weight=prediction_weight, divergence=divergence, beta=beta, skew_alpha=skew_alpha,
+            temperature=temperature,
+        ),
+        chunk_tokens,
+    )  # fmt: skip
 
 
 def terms_of(
     name: str, parameter: float, ce_weight: float = 0.3, prediction_weight: float = 0.7, temperature: float = 1.0,
     chunk_tokens: int | None = 4,
-) -> PredictionTerms:  # fmt: skip
-    return PredictionTerms(ce_weight, prediction_weight, name, parameter, parameter, temperature, chunk_tokens)
+) -> Terms:  # fmt: skip
+    beta, alpha = (parameter, 0.1) if name == "jsd" else (0.5, parameter)
+    return make_terms(ce_weight, prediction_weight, name, beta, alpha, temperature, chunk_tokens)
 
 
-def twin(case: Case, terms: PredictionTerms, upstream: float = 1.0) -> tuple[Tensor, list[Any]]:
+def twin(case: Case, terms: Terms, upstream: float = 1.0) -> tuple[Tensor, list[Any]]:
     case = case.to(torch.float64)
     leaves = [case.hidden.clone().requires_grad_(True), case.head.weight.clone().requires_grad_(True)]
     if case.head.bias is not None:
         leaves.append(case.head.bias.clone().requires_grad_(True))
     head = replace(case.head, weight=leaves[1], bias=leaves[2] if len(leaves) == 3 else None)
-    teacher = reference.teachers(case.voices, case.average, terms.temperature) if case.voices else None
+    teacher = reference.teachers(case.members, case.average, terms.objective.temperature) if case.members else None
+    o = terms.objective
     loss = reference.loss(
-        reference.logits(leaves[0], head), case.labels, teacher, terms.divergence, terms.parameter, terms.temperature,
-        terms.ce_weight, terms.prediction_weight, case.ids,
+        reference.logits(leaves[0], head), case.labels, teacher, o.divergence, o.parameter, o.temperature, o.ce_weight,
+        o.prediction_weight, case.ids,
     )  # fmt: skip
     (upstream * loss).backward()
     return loss.detach(), [*(leaf.grad for leaf in leaves), None][:3]
@@ -115,7 +142,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.detach().double() - theirs).norm() / theirs.norm().clamp(min=1e-30))
 
 
-def check(case: Case, terms: PredictionTerms, tolerance: float, upstream: float = 1.0) -> None:
+def check(case: Case, terms: Terms, tolerance: float, upstream: float = 1.0) -> None:
     sums, gradients = ours(case, terms, upstream)
     loss, expected = twin(case, terms, upstream)
     assert relative_error(sums.loss, loss) < tolerance

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, DomainSFTTrainer, KDConfig, KDTrainer
 from tests.helpers import tiny
@@ -166,3 +168,45 @@ def relative(a: Tensor, b: Tensor) -> float:
 def logged(trainer: Any, key: str) -> list[float]:
     """The values of a key in the order in which they were logged."""
     return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def micro_batches(trainer: Any, size: int) -> list[dict[str, Any]]:
+    """The training rows in order, collated ``size`` at a time."""
+    data = trainer.train_dataset
+    columns = [name for name in ("input_ids", "labels", "domain", "seq_lengths") if name in data.column_names]
+    examples = [{name: row[name] for name in columns} for row in data]
+    return [trainer.data_collator(copy.deepcopy(examples[i : i + size])) for i in range(0, len(examples), size)]
+
+
+def loss_and_gradient(trainer: Any, batches: list[dict[str, Any]]) -> tuple[float, Tensor]:
+    """Through compute_loss and backward, with the Trainer's own count of tokens over all micro-batches."""
+    model = trainer.model.train()
+    model.zero_grad()
+    items = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    loss = 0.0
+    for batch in batches:
+        part = trainer.compute_loss(model, batch, num_items_in_batch=items)
+        part.backward()
+        loss += part.item()
+    return loss, gradients(model)
+
+
+LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+
+
+def lora(**changes: Any) -> LoraConfig:
+    return LoraConfig(**(LORA | changes))
+
+
+def mixed_rows() -> Any:
+    return tiny.rows(8, domains=("general", "shop"))
+
+
+def kl_of(trainer: Any, domain: str) -> float:
+    metrics = trainer.evaluate(mixed_rows())
+    return metrics[f"eval_kl/{domain}"]
+
+
+def four_bit(folder: Path) -> Any:
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)

@@ -33,13 +33,13 @@ def attention_kl_(
     """Writes ``sum over heads of KL(teacher's attention || student's)`` of each covered query, and its gradient, in place.
 
     Args:
-        student: queries at its N kept positions and the keys they may attend to; its mask contains the teacher's (no window,
+        student: queries at its N loss positions and the keys they may attend to; its mask contains the teacher's (no window,
             or one at least as long).
-        teacher: queries at its M kept positions; the same number of query heads, anything else may differ.
+        teacher: queries at its M loss positions; the same number of query heads, anything else may differ.
         pairs_R8: one line of integers per row that both saw: its first query among the N; among the M; number of its queries
             (consecutive in both); the student's sequence and position in it where the row starts; the same two of the
             teacher; tokens of the row.
-        offset_N: each kept query, counted in tokens from the start of its row; ascending within a row.
+        offset_N: each query at a loss position, counted in tokens from the start of its row; ascending within a row.
         value_N: float32, nats; untouched for queries of no pair.
         grad_query_NAD: becomes d(sum of value_N)/d(student's queries), for the queries of the pairs. None: not wanted.
         grad_key_BGTD: the same for the student's keys, for all keys of the pairs' rows. None: not wanted.
@@ -164,7 +164,7 @@ def _query_kernel(
     top_t_O = tl.full([OUTER], -1e30, tl.float32)
     sum_s_O = tl.zeros([OUTER], tl.float32)
     sum_t_O = tl.zeros([OUTER], tl.float32)
-    gap_O = tl.zeros([OUTER], tl.float32)  # sum of exp(x_t - top_t) * (x_t - x_s)
+    weighted_O = tl.zeros([OUTER], tl.float32)  # sum of exp(x_t - top_t) * (x_t - x_s)
     for start in range(low, high, INNER):
         key_s = _tile(key_s_ptr + start * key_s_stride_t, key_s_stride_t, high - start, D_S, PAD_S, INNER)
         key_t = _tile(key_t_ptr + start * key_t_stride_t, key_t_stride_t, high - start, D_T, PAD_T, INNER)
@@ -175,10 +175,10 @@ def _query_kernel(
         sum_s_O = sum_s_O * tl.exp(top_s_O - new_s_O) + tl.sum(tl.exp(x_s - new_s_O[:, None]), 1)
         p_t, shrink_O = tl.exp(x_t - new_t_O[:, None]), tl.exp(top_t_O - new_t_O)
         sum_t_O = sum_t_O * shrink_O + tl.sum(p_t, 1)
-        gap_O = gap_O * shrink_O + tl.sum(tl.where(p_t > 0, p_t * (x_t - x_s), 0.0), 1)
+        weighted_O = weighted_O * shrink_O + tl.sum(tl.where(p_t > 0, p_t * (x_t - x_s), 0.0), 1)
         top_s_O, top_t_O = new_s_O, new_t_O
 
-    kl_O = gap_O / sum_t_O + (top_s_O - top_t_O) + (tl.log(sum_s_O) - tl.log(sum_t_O))
+    kl_O = weighted_O / sum_t_O + (top_s_O - top_t_O) + (tl.log(sum_s_O) - tl.log(sum_t_O))
     lse_s_O, lse_t_O = top_s_O + tl.log(sum_s_O), top_t_O + tl.log(sum_t_O)
     at_O = (n + local_O) * heads + head
     tl.store(kl_ptr + at_O, kl_O, mask=mine_O)
@@ -193,8 +193,8 @@ def _query_kernel(
             distance = offset_O[:, None] - (start + tl.arange(0, INNER)).to(tl.int32)[None, :]
             x_s = _scores(query_s, key_s, scaling_s, (distance >= 0) & (distance < window_s))
             x_t = _scores(query_t, key_t, scaling_t, (distance >= 0) & (distance < window_t))
-            slope = tl.exp(x_s - lse_s_O[:, None]) - tl.exp(x_t - lse_t_O[:, None])
-            grad = tl.dot(slope.to(key_s.dtype), key_s, grad, input_precision="ieee")
+            grad_scores = tl.exp(x_s - lse_s_O[:, None]) - tl.exp(x_t - lse_t_O[:, None])
+            grad = tl.dot(grad_scores.to(key_s.dtype), key_s, grad, input_precision="ieee")
         grad_ptr += head * grad_stride_a + n * grad_stride_n
         _store_tile(grad_ptr, grad_stride_n, grad * scaling_s, count - first, D_S, PAD_S, OUTER)
 
@@ -242,8 +242,8 @@ def _key_kernel(
             distance = offset_I[None, :] - key_O[:, None]
             x_s = _scores(key_s, query_s, scaling_s, (distance >= 0) & (distance < window_s))
             x_t = _scores(key_t, query_t, scaling_t, (distance >= 0) & (distance < window_t))
-            slope = tl.exp(x_s - lse_s_I[None, :]) - tl.exp(x_t - lse_t_I[None, :])
-            grad = tl.dot(slope.to(query_s.dtype), query_s, grad, input_precision="ieee")
+            grad_scores = tl.exp(x_s - lse_s_I[None, :]) - tl.exp(x_t - lse_t_I[None, :])
+            grad = tl.dot(grad_scores.to(query_s.dtype), query_s, grad, input_precision="ieee")
     grad_ptr += tl.load(line + 3) * grad_stride_b + group * grad_stride_g + token_s * grad_stride_t
     _store_tile(grad_ptr, grad_stride_t, grad * scaling_s, length - first, D_S, PAD_S, OUTER)
 

@@ -1,8 +1,8 @@
-"""CE, divergence and their slope for one chunk of logits, fused: one program per token walks over the vocabulary.
+"""CE, divergence and their gradient for one chunk of logits, fused: one program per token walks over the vocabulary.
 
-The logits are read three times (twice for forward KL) and overwritten by the slope: no other array of size M x V exists. Sums
-are kept per lane of a block and in float32. A logit below -1e30, -inf too, counts as -1e30: its probability is 0, and 0 times
-its logarithm is 0 instead of NaN.
+The logits are read three times (twice for forward KL) and overwritten by the gradient: no other array of size M x V exists.
+Sums are kept per lane of a block and in float32. A logit below -1e30, -inf too, counts as -1e30: its probability is 0, and 0
+times its logarithm is 0 instead of NaN.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,46 +15,39 @@ import triton.language as tl
 from torch import Tensor
 
 from daekit.errors import UserError
+from daekit.losses.divergences import value_factor
+from daekit.protocol import OutputHead
+from daekit.recipe.objective import Objective
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv")
 _BLOCK = 4096  # columns per step: 8 per thread, 16 bytes of a 16-bit row
 
 
-def chunk_terms(
+def chunk_losses(
     student_MV: Tensor,
     teacher_MV: Tensor | None,
     labels_M: Tensor,
-    divergence: str,
-    parameter: float,
-    temperature: float,
-    ce_weight: float,
-    prediction_weight: float,
-    softcap: float | None,
-    scale: float,
+    objective: Objective,
+    head: OutputHead,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy, divergence and correctness of M tokens; turns the student's outputs into their gradient in place.
+    """Cross-entropy, divergence and correctness of M tokens; see ``daekit.losses.chunk.chunk_losses``, the torch version.
 
     Args:
-        student_MV: what the student's head puts out, before ``logits = softcap * tanh(scale * x / softcap)``; bf16, fp16 or
-            fp32, rows in one piece each (their stride may be longer). With ``wants_gradient`` it becomes the gradient of
-            ``sum(ce_weight * ce_M + prediction_weight * divergence_M)`` for these outputs.
-        teacher_MV: logits of the teacher, scaled and capped, before the temperature; only ``softmax(teacher_MV / T)`` counts.
-            None: no divergence.
+        student_MV: bf16, fp16 or fp32, rows in one piece each (their stride may be longer).
+        teacher_MV: only ``softmax(teacher_MV / T)`` counts.
         labels_M: the tokens, each in ``0 .. V - 1`` (any other makes its cross-entropy NaN).
-        divergence: one of ``DIVERGENCES``, between the teacher t and the student s at temperature T.
-        parameter: beta of ``jsd``, a of ``skew_kl`` (KL(t || a t + (1-a) s)) and ``skew_reverse_kl`` (KL(s || (1-a) t + a s)),
-            between 0 and 1, both excluded, but for a = 0, which is the KL.
-        temperature: T; the cross-entropy is at 1.
+        objective: divergence, temperature and weights.
+        head: scale and soft-capping of the student's logits.
+        wants_gradient: whether ``student_MV`` becomes the gradient.
 
     Returns:
         ``(ce_M, divergence_M, correct_M)``: float32 nats, ``T^2 * D`` (``D`` for ``tv``) in float32 nats, and whether the
         label is the first of the largest logits.
     """
-    if divergence not in DIVERGENCES:
-        raise UserError(f"divergence: {divergence!r} is unknown; choose one of {', '.join(DIVERGENCES)}")
+    name: str = objective.divergence
+    parameter, temperature = objective.parameter, objective.temperature
     if parameter == 0.0:
-        divergence = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}.get(divergence, divergence)
+        name = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}.get(name, name)
     tokens, columns = student_MV.shape
     teacher = student_MV if teacher_MV is None else teacher_MV
     if columns > 1 and (student_MV.stride(1) != 1 or teacher.stride(1) != 1):
@@ -62,16 +55,16 @@ def chunk_terms(
     ce_M = torch.empty(tokens, dtype=torch.float32, device=student_MV.device)
     divergence_M = torch.zeros_like(ce_M)
     correct_M = torch.empty_like(ce_M, dtype=torch.bool)
-    factor = 1.0 if divergence == "tv" else temperature**2
+    factor = value_factor(objective)
     if tokens:
         with torch.cuda.device_of(student_MV):
             _chunk_kernel[(tokens,)](
                 student_MV, teacher, labels_M, ce_M, divergence_M, correct_M.view(torch.uint8),
                 student_MV.stride(0), teacher.stride(0), columns,
-                float(scale), float(softcap or 1.0), float(parameter), 1.0 / temperature, factor, float(ce_weight),
-                prediction_weight * factor / temperature,  # d logits/T -> d logits
-                TEACHER=teacher_MV is not None, DIVERGENCE=divergence, TEMPERED=temperature != 1.0,
-                SOFTCAP=softcap is not None, GRADIENT=wants_gradient, CE=ce_weight != 0.0,
+                float(head.scale), float(head.softcap or 1.0), float(parameter), 1.0 / temperature, factor,
+                float(objective.ce_weight), objective.prediction_weight * factor / temperature,  # d logits/T -> d logits
+                TEACHER=teacher_MV is not None, DIVERGENCE=name, TEMPERED=temperature != 1.0,
+                SOFTCAP=head.softcap is not None, GRADIENT=wants_gradient, CE=objective.ce_weight != 0.0,
                 BLOCK=min(_BLOCK, max(16, triton.next_power_of_2(columns))), num_warps=16, enable_fp_fusion=True,
             )  # fmt: skip
     return ce_M, divergence_M, correct_M
@@ -80,7 +73,7 @@ def chunk_terms(
 @triton.jit
 def _chunk_kernel(
     student_ptr, teacher_ptr, labels_ptr, ce_ptr, divergence_ptr, correct_ptr, student_stride, teacher_stride, columns,
-    scale, softcap, parameter, inv_temperature, factor, ce_weight, pull_weight,
+    scale, softcap, parameter, inv_temperature, factor, ce_weight, term_weight,
     TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr, TEMPERED: tl.constexpr, SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr,
     CE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -100,8 +93,8 @@ def _chunk_kernel(
     centre = -1.0
     if TEACHER:
         teacher_top, teacher_log_sum = _teacher_sums(teacher_ptr, columns, inv_temperature, BLOCK)
-        if GRADIENT and DIVERGENCE != "forward_kl":  # there the pull is -t, whose sum is known
-            centre = _pull_sum(
+        if GRADIENT and DIVERGENCE != "forward_kl":  # there the gradient term is -t, whose sum is known
+            centre = _gradient_sum(
                 student_ptr, teacher_ptr, columns, scale, softcap, inv_temperature, top, tempered_log_sum, teacher_top,
                 teacher_log_sum, parameter, DIVERGENCE, SOFTCAP, BLOCK,
             )  # fmt: skip
@@ -111,22 +104,22 @@ def _chunk_kernel(
         for start in range(0, columns, BLOCK):
             column_B = start + tl.arange(0, BLOCK)
             x_B = _logits(student_ptr, column_B, columns, scale, softcap, SOFTCAP)
-            slope_B = tl.zeros([BLOCK], tl.float32)
+            grad_B = tl.zeros([BLOCK], tl.float32)
             if TEACHER:
                 log_s_B = (x_B - top) * inv_temperature - tempered_log_sum
                 teacher_B = _logits(teacher_ptr, column_B, columns, 1.0, 1.0, False)
                 log_t_B = (teacher_B - teacher_top) * inv_temperature - teacher_log_sum
-                summand_B, pull_B = _divergence(log_s_B, log_t_B, parameter, DIVERGENCE)
+                summand_B, term_B = _divergence(log_s_B, log_t_B, parameter, DIVERGENCE)
                 value_B += summand_B
-                slope_B += pull_weight * (pull_B - tl.exp(log_s_B) * centre)
+                grad_B += term_weight * (term_B - tl.exp(log_s_B) * centre)
             if GRADIENT:
                 if CE:
-                    slope_B += ce_weight * (tl.exp(x_B - top - log_sum) - (column_B == label).to(tl.float32))
+                    grad_B += ce_weight * (tl.exp(x_B - top - log_sum) - (column_B == label).to(tl.float32))
                 if SOFTCAP:
                     capped_B = x_B * (1.0 / softcap)
-                    slope_B *= 1.0 - capped_B * capped_B
-                slope_B = (slope_B * scale).to(student_ptr.dtype.element_ty)
-                tl.store(student_ptr + column_B, slope_B, mask=column_B < columns)
+                    grad_B *= 1.0 - capped_B * capped_B
+                grad_B = (grad_B * scale).to(student_ptr.dtype.element_ty)
+                tl.store(student_ptr + column_B, grad_B, mask=column_B < columns)
     if TEACHER:
         tl.store(divergence_ptr + token, factor * tl.sum(value_B, 0))
 
@@ -171,11 +164,11 @@ def _teacher_sums(row_ptr, columns, inv_temperature, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _pull_sum(
+def _gradient_sum(
     student_ptr, teacher_ptr, columns, scale, softcap, inv_temperature, top, log_sum, teacher_top, teacher_log_sum, parameter,
     DIVERGENCE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``sum_v s_v g_v``, what the slope needs before its first column can be written."""
+    """``sum_v s_v g_v``, which the gradient needs before its first column can be written."""
     sum_B = tl.zeros([BLOCK], tl.float32)
     for start in range(0, columns, BLOCK):
         column_B = start + tl.arange(0, BLOCK)
@@ -183,46 +176,46 @@ def _pull_sum(
         teacher_B = _logits(teacher_ptr, column_B, columns, 1.0, 1.0, False)
         log_s_B = (x_B - top) * inv_temperature - log_sum
         log_t_B = (teacher_B - teacher_top) * inv_temperature - teacher_log_sum
-        _, pull_B = _divergence(log_s_B, log_t_B, parameter, DIVERGENCE)
-        sum_B += pull_B
+        _, term_B = _divergence(log_s_B, log_t_B, parameter, DIVERGENCE)
+        sum_B += term_B
     return tl.sum(sum_B, 0)
 
 
 @triton.jit
 def _divergence(log_s_B, log_t_B, parameter, DIVERGENCE: tl.constexpr):
-    """Summands of D, and the pull ``s * g`` with ``g = dD/ds`` up to a constant (which the slope does not feel)."""
+    """Summands of D, and the gradient term ``s * g`` with ``g = dD/ds`` up to a constant (which the gradient does not feel)."""
     s_B = tl.exp(log_s_B)
     t_B = tl.exp(log_t_B)
     if DIVERGENCE == "forward_kl":
         value_B = t_B * (log_t_B - log_s_B)
-        pull_B = -t_B
+        term_B = -t_B
     elif DIVERGENCE == "reverse_kl":
         value_B = s_B * (log_s_B - log_t_B)
-        pull_B = value_B
+        term_B = value_B
     elif DIVERGENCE == "tv":
         value_B = 0.5 * tl.abs(t_B - s_B)
-        pull_B = 0.5 * s_B * ((s_B > t_B).to(tl.float32) - (s_B < t_B).to(tl.float32))
+        term_B = 0.5 * s_B * ((s_B > t_B).to(tl.float32) - (s_B < t_B).to(tl.float32))
     else:
         weight_t = parameter
         if DIVERGENCE == "skew_reverse_kl":
             weight_t = 1.0 - parameter
         weight_s = 1.0 - weight_t
         # log(s/m) and log(t/m) by way of the larger of s and t: nothing overflows, no large logarithms are subtracted
-        gap_B = log_t_B - log_s_B
-        small_B = tl.exp(-tl.abs(gap_B))
-        larger_m_B = -tl.log(tl.where(gap_B > 0, weight_t + weight_s * small_B, weight_t * small_B + weight_s))
-        s_m_B = larger_m_B - tl.maximum(gap_B, 0.0)
-        t_m_B = larger_m_B + tl.minimum(gap_B, 0.0)
+        log_ratio_B = log_t_B - log_s_B
+        small_B = tl.exp(-tl.abs(log_ratio_B))
+        larger_m_B = -tl.log(tl.where(log_ratio_B > 0, weight_t + weight_s * small_B, weight_t * small_B + weight_s))
+        s_m_B = larger_m_B - tl.maximum(log_ratio_B, 0.0)
+        t_m_B = larger_m_B + tl.minimum(log_ratio_B, 0.0)
         if DIVERGENCE == "jsd":
             value_B = weight_t * t_B * t_m_B + weight_s * s_B * s_m_B
-            pull_B = weight_s * s_B * s_m_B
+            term_B = weight_s * s_B * s_m_B
         elif DIVERGENCE == "skew_kl":
             value_B = t_B * t_m_B
-            pull_B = -weight_s * s_B * tl.exp(t_m_B)
+            term_B = -weight_s * s_B * tl.exp(t_m_B)
         else:
             value_B = s_B * s_m_B
-            pull_B = s_B * (s_m_B - weight_s * tl.exp(s_m_B))
-    return value_B, pull_B
+            term_B = s_B * (s_m_B - weight_s * tl.exp(s_m_B))
+    return value_B, term_B
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args, get_type_hints
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -13,10 +13,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from daekit.errors import UserError
-from daekit.losses import DIVERGENCES, PredictionTerms
+from daekit.losses import Objective
 from daekit.recipe.schema import LossSpec
 from daekit.teachers import ModelTeacher
 from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, KDConfig, KDTrainer
+from daekit.trainers.token_metrics import counted_rows
 from tests.helpers import tiny
 from tests.helpers.trainer_world import dae, kd, options, sft
 
@@ -64,9 +65,13 @@ def test_skew_alpha_must_be_inside_its_interval(divergence: str, alpha: float) -
         KDConfig("unused", use_cpu=True, divergence=divergence, skew_alpha=alpha)
 
 
-def test_recipe_and_losses_know_the_same_divergences() -> None:
-    assert get_args(get_type_hints(LossSpec)["divergence"]) == DIVERGENCES
-    assert LossSpec().skew_alpha == KDConfig("unused", use_cpu=True).skew_alpha == PredictionTerms().skew_alpha
+def test_a_config_has_the_settings_and_defaults_of_the_objective() -> None:
+    config, objective = KDConfig("unused", use_cpu=True), Objective()
+    assert config.objective() == objective
+    assert {name: getattr(config, name) for name in Objective.model_fields} == objective.model_dump()
+    assert set(vars(LossSpec())) == set(Objective.model_fields)
+    changed = KDConfig("unused", use_cpu=True, attention_layers=[[0, 1]], hidden_loss="mse", temperature=2.0).objective()
+    assert (changed.attention_layers, changed.hidden_loss, changed.temperature) == (((0, 1),), "mse", 2.0)
 
 
 def test_configs_choose_float32_on_a_cpu_and_only_there() -> None:
@@ -181,7 +186,7 @@ def test_a_teacher_without_rows(tmp_path: Any) -> None:
 
 
 def test_a_domain_with_two_teachers(tmp_path: Any) -> None:
-    with pytest.raises(UserError, match="only one can speak"):
+    with pytest.raises(UserError, match="can follow only one of them"):
         dae(tmp_path, tiny.rows(8), reference_domains=["shop", "general"])
 
 
@@ -234,13 +239,13 @@ def test_another_tokenizer_beside_a_teacher_that_is_loaded_already(tmp_path: Any
         dae(tmp_path, tiny.rows(4), teachers={"shop": teacher})
 
 
-def test_a_teacher_that_says_nothing(tmp_path: Any) -> None:
+def test_a_teacher_without_outputs(tmp_path: Any) -> None:
     class Silent(ModelTeacher):
-        def signals(self, batch: Any) -> list[Any]:
+        def outputs(self, batch: Any, capture: Any = None) -> list[Any]:
             return []
 
     trainer = kd(tmp_path, tiny.rows(4), teacher=Silent(tiny.model(seed=2), len(tiny.WORDS)))
-    with pytest.raises(UserError, match="says nothing"):
+    with pytest.raises(UserError, match="has no output"):
         trainer.train()
 
 
@@ -277,11 +282,11 @@ def test_a_stream_that_several_processes_would_evaluate(tmp_path: Any, monkeypat
     trainer.accelerator = MagicMock(num_processes=2, process_index=1)
     trainer.accelerator.gradient_state = MagicMock(end_of_dataloader=True, remainder=-1)
     with pytest.raises(UserError, match=r"evaluated by 2 processes"):
-        trainer._counted((0, 1), "eval")
+        counted_rows(trainer, (0, 1), "eval")
     trainer.args.dataloader_drop_last = True  # nothing is repeated then
-    assert trainer._counted((0, 1), "eval") == [True, True]
+    assert counted_rows(trainer, (0, 1), "eval") == [True, True]
     trainer.accelerator.gradient_state = MagicMock(end_of_dataloader=True, remainder=5)
-    assert trainer._counted((0, 1), "eval") == [True, False]
+    assert counted_rows(trainer, (0, 1), "eval") == [True, False]
 
 
 def test_dae_config_is_a_kd_config_with_reference_domains() -> None:

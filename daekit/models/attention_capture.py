@@ -1,7 +1,8 @@
-"""Queries and keys of a model's attention layers, handed out where transformers calls its attention function.
+"""Queries and keys of a model's attention layers, captured where transformers calls its attention function.
 
-The model keeps running SDPA or FlashAttention: an attention function that calls the original and shows its arguments to a
-probe is registered beside each original one, and a model uses it only inside ``probing``. No attention map is made.
+The model keeps running SDPA or FlashAttention: an attention function that calls the original and shows its arguments to an
+observer is registered beside each original one, and a model uses it only inside ``capture_attention``. No attention map is
+made.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from daekit.models.backbone import base_of
 from daekit.protocol import Batch
 
 _PREFIX = "daekit_"  # "flash" must stay part of the name: transformers looks for it
-_PROBE = "_daekit_attention_probe"
+_OBSERVER = "_daekit_attention_observer"
 _CHECKED_QUERIES = 16  # of a batch: enough to tell another kind of mask, and nothing beside the T^2 of a whole one
 
 
@@ -49,33 +50,33 @@ class AttentionCall:
     flash: bool
 
 
-Probe = Callable[[AttentionCall], None]
+AttentionObserver = Callable[[AttentionCall], None]
 
 
 @contextmanager
-def probing(model: nn.Module, probe: Probe) -> Iterator[None]:
-    """Show every attention call of ``model`` to ``probe``; the model is as before on leaving, also after an error.
+def capture_attention(model: nn.Module, observer: AttentionObserver) -> Iterator[None]:
+    """Call ``observer`` with every attention call of ``model``; the model is as before on leaving, also after an error.
 
     With gradient checkpointing the calls come once more in the backward pass, so it must run inside, too. May be nested:
-    the innermost probe of a model sees the calls.
+    the innermost observer of a model gets the calls.
 
     Raises:
-        UserError: an attention implementation that cannot be probed, or (while it runs) one whose weights are not the softmax
+        UserError: an attention implementation that cannot be captured, or (while it runs) one whose weights are not the softmax
             of scaled scores under a causal mask: sinks, capped scores, position biases.
     """
     base = base_of(model)
     config, before = base.config, base.config._attn_implementation
     modules = [module for module in base.modules() if hasattr(module, "layer_idx")]
-    probes = [vars(module).get(_PROBE) for module in modules]
-    config._attn_implementation = probed_name(before, type(base).__name__)
+    observers = [vars(module).get(_OBSERVER) for module in modules]
+    config._attn_implementation = capturing_function(before, type(base).__name__)
     try:
         for module in modules:
-            vars(module)[_PROBE] = probe
+            vars(module)[_OBSERVER] = observer
         yield
     finally:
         config._attn_implementation = before
-        for module, outer in zip(modules, probes, strict=True):
-            vars(module)[_PROBE] = outer
+        for module, outer in zip(modules, observers, strict=True):
+            vars(module)[_OBSERVER] = outer
 
 
 def require_row_mask(call: AttentionCall, batch: Batch) -> None:
@@ -87,7 +88,7 @@ def require_row_mask(call: AttentionCall, batch: Batch) -> None:
     Raises:
         UserError: they differ.
     """
-    kept = batch.kept_BT.nonzero()
+    kept = batch.loss_mask_BT.nonzero()
     if call.flash or not len(kept):
         return
     index = torch.linspace(0, len(kept) - 1, min(len(kept), _CHECKED_QUERIES), device=kept.device).long()
@@ -109,11 +110,11 @@ def require_row_mask(call: AttentionCall, batch: Batch) -> None:
         )
 
 
-def probed_name(implementation: str, model: str) -> str:
+def capturing_function(implementation: str, model: str) -> str:
     """The name of the attention function that calls ``implementation`` and shows its arguments; registered when first used.
 
     Raises:
-        UserError: an implementation that cannot be probed; ``model`` is what the message calls the model.
+        UserError: an implementation that cannot be captured; ``model`` is what the message calls the model.
     """
     if implementation.startswith(_PREFIX):
         return implementation
@@ -139,11 +140,11 @@ def _showing(implementation: str) -> Callable[..., Any]:
             output = ALL_ATTENTION_FUNCTIONS[implementation](module, query, key, value, attention_mask, **options)
         finally:
             config._attn_implementation = _PREFIX + implementation
-        probe: Probe | None = vars(module).get(_PROBE)
-        if probe is not None:
+        observer: AttentionObserver | None = vars(module).get(_OBSERVER)
+        if observer is not None:
             _require_plain_softmax(module, query, key, options)
             scaling = options.get("scaling")
-            probe(
+            observer(
                 AttentionCall(
                     layer=int(module.layer_idx),  # type: ignore[arg-type]
                     query_BATD=query,

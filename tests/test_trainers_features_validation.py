@@ -13,12 +13,11 @@ from daekit.data.collator import as_batch
 from daekit.errors import UserError
 from daekit.losses.attention_blocks import attention_kl_
 from daekit.models.backbone import checkpointed_layers
-from daekit.protocol import Batch, Signal
+from daekit.protocol import Batch, FeatureSpec, TeacherOutput
 from daekit.teachers import EnsembleTeacher, ModelTeacher
 from daekit.trainers import DAEConfig, DAETrainer, KDConfig, KDTrainer
 from tests.helpers import tiny
-from tests.helpers.trainer_world import V, dae, kd, logged, options, relative, weights
-from tests.test_trainers_loss import loss_and_gradient, micro_batches
+from tests.helpers.trainer_world import V, dae, kd, logged, loss_and_gradient, micro_batches, options, relative, weights
 
 HIDDEN = {"hidden_weight": 0.6, "prediction_weight": 0.5}
 
@@ -45,7 +44,7 @@ def test_one_teacher_of_two_trainers(tmp_path: Any) -> None:
     assert again == alone
     plain = kd(tmp_path, data, tiny.model(seed=1), teacher)
     batch = plain.data_collator([plain.train_dataset[0]])
-    assert teacher.signals(as_batch(batch))[0].internals is None
+    assert teacher.outputs(as_batch(batch))[0].features is None
 
 
 def test_some_layers_checkpointed(tmp_path: Any) -> None:
@@ -56,7 +55,7 @@ def test_some_layers_checkpointed(tmp_path: Any) -> None:
         for index, layer in enumerate(trainer.model.model.layers):
             layer.gradient_checkpointing = index in layers
         assert checkpointed_layers(trainer.model) == layers
-        with trainer.inside.watching():
+        with trainer.until_backward():
             results.append(loss_and_gradient(trainer, micro_batches(trainer, 8)))
     (loss, gradient), *others = results
     for other, too in others:
@@ -72,12 +71,12 @@ def test_a_checkpointed_layer_does_each_half_once(tmp_path: Any, monkeypatch: py
 
     monkeypatch.setattr("daekit.losses.attention.attention_kl_", counted)
     trainer = kd(tmp_path, tiny.rows(8), tiny.model(seed=1), tiny.model(seed=2), attention_weight=1.0)
-    with trainer.inside.watching():
+    with trainer.until_backward():
         loss_and_gradient(trainer, micro_batches(trainer, 8))
     assert halves == [(True, True)] * 2
     halves.clear()
     trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
-    with trainer.inside.watching():
+    with trainer.until_backward():
         loss_and_gradient(trainer, micro_batches(trainer, 8))
     assert halves == [(True, False)] * 2 + [(False, True)] * 2
 
@@ -90,7 +89,7 @@ def test_lora_dae_with_projections_resumes(tmp_path: Any) -> None:
         return dae(tmp_path, tiny.rows(16), tiny.model(seed=1), reference=None, peft_config=lora(), **changes)
 
     straight = trainer()
-    assert straight.inside.projections is not None
+    assert straight.features.projections is not None
     straight.train()
     resumed = trainer()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -148,13 +147,13 @@ def test_an_ensemble_has_no_attention(tmp_path: Any) -> None:
 
 
 class Blind:
-    """A teacher of the user's own that cannot be looked into."""
+    """A teacher of the user's own without features."""
 
     def __init__(self) -> None:
         self.inner = ModelTeacher(tiny.model(seed=2), V)
 
-    def signals(self, batch: Batch) -> list[Signal]:
-        return self.inner.signals(batch)
+    def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
+        return self.inner.outputs(batch)
 
     def identity(self) -> dict[str, object]:
         return {}
@@ -163,8 +162,8 @@ class Blind:
         return self
 
 
-def test_a_teacher_that_cannot_be_looked_into(tmp_path: Any) -> None:
-    with pytest.raises(UserError, match="Blind cannot be looked into"):
+def test_a_teacher_without_features(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="Blind hands out no features"):
         kd(tmp_path, tiny.rows(4), teacher=Blind(), attention_weight=1.0)
 
 

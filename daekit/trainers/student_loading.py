@@ -1,4 +1,4 @@
-"""A student that is given by its path: its weights by TRL's own way of loading, but whole, and its tokenizer."""
+"""Students: weights loaded by TRL's own way, but whole; tokenizer."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from peft import LoraConfig
 
 from daekit.errors import UserError
-from daekit.losses import PredictionTerms, prediction_loss
-from daekit.models.backbone import kept_hidden_states
+from daekit.losses import Objective, prediction_loss
+from daekit.models.backbone import hidden_at_loss_positions
 from daekit.models.heads import output_head
 from daekit.protocol import Batch
 from daekit.recipe import load_recipe
@@ -27,11 +27,11 @@ from daekit.runtime.run import run_recipe
 from daekit.teachers import EnsembleTeacher, ModelTeacher, RoutedTeacher
 from daekit.teachers.sharding import one_token
 from daekit.trainers import KDConfig
-from daekit.trainers.engine_state import reading_safely
+from daekit.trainers.distributed_state import reading_safely
 from tests.helpers import tiny
+from tests.helpers.batches import collate, make_rows
+from tests.helpers.ddp_run import four_bits
 from tests.helpers.trainer_world import V, kd, options, sft
-from tests.test_batch import collate, make_rows
-from tests.test_distributed import four_bits
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
 KINDS = {
@@ -100,7 +100,7 @@ def test_fsdp_that_is_not(clean: Any, tmp_path: Path) -> None:
 def test_a_quantised_student_that_would_be_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = four_bits(tiny.model(hidden=64), tmp_path)
     lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    monkeypatch.setattr("daekit.trainers.engines.shards_parameters", lambda trainer: True)
+    monkeypatch.setattr("daekit.trainers.distributed.shards_parameters", lambda trainer: True)
     with pytest.raises(UserError, match=r"(?s)a quantised student cannot be split .*zero2.yaml"):
         sft(tmp_path, tiny.rows(4), student, peft_config=lora)
 
@@ -119,8 +119,9 @@ def test_reentrant_checkpointing_under_losses_that_look_inside(tmp_path: Path, m
 
     create = transformers.Trainer.create_accelerator_and_postprocess
     monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", zero3)
-    monkeypatch.setattr("daekit.trainers.engines.shards_parameters", lambda trainer: True)
-    monkeypatch.setattr("daekit.trainers.kd.KDTrainer._place_teacher", lambda self: None)
+    monkeypatch.setattr("daekit.trainers.distributed.shards_parameters", lambda trainer: True)
+    monkeypatch.setattr("daekit.trainers.kd.shard_teacher", lambda *_: None)
+    monkeypatch.setattr("daekit.trainers.kd.Sharding", lambda *_: None)
     lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     kd(tmp_path, tiny.rows(4), peft_config=lora, attention_weight=1.0)
     with pytest.raises(UserError, match="reentrant checkpointing"):
@@ -128,13 +129,13 @@ def test_reentrant_checkpointing_under_losses_that_look_inside(tmp_path: Path, m
 
 
 def test_deepspeed_that_is_not_there(clean: Any, tmp_path: Path) -> None:
-    clean.setattr("daekit.trainers.engines.is_deepspeed_available", lambda: False)
+    clean.setattr("daekit.trainers.distributed.is_deepspeed_available", lambda: False)
     with pytest.raises(UserError, match="DeepSpeed is not installed"):
         KDConfig(**options(tmp_path, deepspeed="ds.json"))
     clean.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match="DeepSpeed is not installed"):
         KDConfig(**options(tmp_path))
-    clean.setattr("daekit.trainers.engines.is_deepspeed_available", lambda: True)
+    clean.setattr("daekit.trainers.distributed.is_deepspeed_available", lambda: True)
     clean.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(UserError, match="DeepSpeed would become DDP"):
         KDConfig(**options(tmp_path))
@@ -201,25 +202,25 @@ def test_a_rank_without_rows_runs_one_token(layout: str) -> None:
     expert, reference, third = teacher(2, 48), teacher(3), teacher(4)
     router = RoutedTeacher({"general": reference, "shop": expert})
     both = EnsembleTeacher([RoutedTeacher({"general": reference, "shop": expert}), third])
-    alone = {speaker: speaker.signals(rows) for speaker in (router, both)}
-    assert [len(signals) for signals in alone.values()] == [1, 1]
+    alone = {speaker: speaker.outputs(rows) for speaker in (router, both)}
+    assert [len(outputs) for outputs in alone.values()] == [1, 1]
     for speaker in (router, both):
         speaker.shard(sharding)
     assert sharding.models == [reference.model, expert.model, third.model]  # each once
     student = tiny.model(seed=1)
     expert_alone = ModelTeacher(student, V)  # for its keyword on_hidden
-    hidden = kept_hidden_states(expert_alone.model, rows)
+    hidden = hidden_at_loss_positions(expert_alone.model, rows)
     tokens: list[int] = []
     reference.model.base_model.register_forward_pre_hook(
         lambda _, __, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     for speaker, before in alone.items():
-        signals = speaker.signals(rows)
-        kept = [signal.positions_M.numel() for signal in signals]
-        assert kept == [0, rows.labels_N.numel()]  # one signal per teacher, in the order of the routes on every rank
+        outputs = speaker.outputs(rows)
+        kept = [output.positions_M.numel() for output in outputs]
+        assert kept == [0, rows.labels_N.numel()]  # one output per teacher, in the order of the routes on every rank
         losses = [
-            prediction_loss(hidden, output_head(student, V), rows.labels_N, given, PredictionTerms()).loss
-            for given in (before, signals)
+            prediction_loss(hidden, output_head(student, V), rows.labels_N, given, Objective()).loss
+            for given in (before, outputs)
         ]
         assert torch.equal(*losses)
     assert tokens == [1, 1]
@@ -231,10 +232,10 @@ def test_one_token_keeps_nothing(layout: str) -> None:
     small = one_token(rows, "general")
     assert small.inputs.keys() - rows.inputs.keys() <= {"attention_mask"}
     assert small.labels_N.numel() == 0 and small.domains == ("general",)
-    assert torch.equal(small.layout.kept_R1, torch.tensor([0, 0]))
+    assert torch.equal(small.layout.bounds_R1, torch.tensor([0, 0]))
     assert small.select([0]) is small
     assert replace(small).inputs["input_ids"].shape == (1, 1)
-    assert kept_hidden_states(teacher(2).model, small).shape == (0, 32)
+    assert hidden_at_loss_positions(teacher(2).model, small).shape == (0, 32)
 
 
 class Anything:

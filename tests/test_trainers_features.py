@@ -14,12 +14,22 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTr
 
 from daekit.errors import UserError
 from daekit.models.backbone import checkpointed_layers
-from daekit.models.internals import match_layers
+from daekit.models.features import match_layers
 from daekit.trainers import KDConfig
 from tests import reference
 from tests.helpers import tiny
-from tests.helpers.trainer_world import V, dae, gradients, in_float64, kd, logged, relative, weights
-from tests.test_trainers_loss import loss_and_gradient, micro_batches
+from tests.helpers.trainer_world import (
+    V,
+    dae,
+    gradients,
+    in_float64,
+    kd,
+    logged,
+    loss_and_gradient,
+    micro_batches,
+    relative,
+    weights,
+)
 
 ATTENTION = {"attention_weight": 0.7, "prediction_weight": 0.5, "ce_weight": 0.3}
 HIDDEN = {"hidden_weight": 0.6, "hidden_loss": "mse", "prediction_weight": 0.5}
@@ -39,7 +49,7 @@ class InsideTwin:
 
     def __init__(self, student: nn.Module, teachers: dict[str, nn.Module], config: KDConfig, trainer: Any = None) -> None:
         self.student, self.teachers, self.config = student, teachers, config
-        self.matrices = trainer.inside.projections if trainer is not None else None
+        self.matrices = trainer.features.projections if trainer is not None else None
         for model in (student, *teachers.values()):
             model.set_attn_implementation("eager")
 
@@ -170,13 +180,13 @@ def test_hidden_states_equal_the_formula(loss: str, width: int, checkpointing: b
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert checkpointed_layers(model) == ({0, 1} if checkpointing else set())
     batch = micro_batches(trainer, 8)[0]
-    with trainer.inside.watching():
+    with trainer.until_backward():
         value = trainer.compute_loss(model, batch)
         value.backward()
     ours = torch.cat([p.grad.double().flatten() for name, p in sorted(model.named_parameters()) if "projections" not in name])
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert relative(ours, gradients(twin.student)) < 1e-5
-    assert (trainer.inside.projections is None) == (width == 32)
+    assert (trainer.features.projections is None) == (width == 32)
 
 
 def test_projections_are_trained_resumed_and_not_part_of_the_student(tmp_path: Any) -> None:
@@ -186,10 +196,10 @@ def test_projections_are_trained_resumed_and_not_part_of_the_student(tmp_path: A
         return kd(tmp_path / folder, tiny.rows(16), student, tiny.model(seed=2, hidden=48), **options)
 
     straight = trainer("run")
-    before = {name: matrix.detach().clone() for name, matrix in straight.inside.projections.matrices.items()}
+    before = {name: matrix.detach().clone() for name, matrix in straight.features.projections.matrices.items()}
     assert set(before) == {"48_0", "48_1"}
     straight.train()
-    assert all(not torch.equal(before[name], matrix) for name, matrix in straight.inside.projections.matrices.items())
+    assert all(not torch.equal(before[name], matrix) for name, matrix in straight.features.projections.matrices.items())
     resumed = trainer("run")
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert torch.equal(weights(resumed.model), weights(straight.model))  # the projections are among them

@@ -10,14 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, PreTrainedModel, Qwen3NextConfig
 
 from daekit.errors import UserError
-from daekit.models import attention_probe
-from daekit.models.attention_probe import AttentionCall, probing, require_row_mask
+from daekit.models import attention_capture
+from daekit.models.attention_capture import AttentionCall, capture_attention, require_row_mask
 from daekit.models.backbone import add_on_hidden
-from daekit.models.internals import Watch, kept_states
-from daekit.protocol import Batch
+from daekit.models.features import states_and_features
+from daekit.protocol import Batch, FeatureSpec
 from tests.helpers import tiny
-from tests.helpers.trainer_world import gradients, kd, logged
-from tests.test_trainers_reference import four_bit, lora
+from tests.helpers.trainer_world import four_bit, gradients, kd, logged, lora
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]])
 MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
@@ -35,7 +34,7 @@ def test_the_model_runs_as_before_and_shows_its_own_attention(kind: str) -> None
     model = tiny.model(kind, 1).eval()
     calls: list[AttentionCall] = []
     expected = model(input_ids=IDS, attention_mask=MASK).logits
-    with probing(model, calls.append):
+    with capture_attention(model, calls.append):
         shown = model(input_ids=IDS, attention_mask=MASK).logits
         assert model.config._attn_implementation == "daekit_sdpa"
     assert torch.equal(shown, expected)
@@ -57,10 +56,10 @@ def test_nested_probes_and_models_that_share_a_config() -> None:
     other = AutoModelForCausalLM.from_config(outer_model.config)
     outer: list[AttentionCall] = []
     inner: list[AttentionCall] = []
-    with probing(outer_model, outer.append):
+    with capture_attention(outer_model, outer.append):
         other(input_ids=IDS)  # same config, no probe of its own
         assert not outer
-        with probing(outer_model, inner.append):
+        with capture_attention(outer_model, inner.append):
             outer_model(input_ids=IDS)
         outer_model(input_ids=IDS)
     assert len(outer) == len(inner) == 2
@@ -73,10 +72,10 @@ def test_restored_after_an_error() -> None:
     def fail(_: AttentionCall) -> None:
         raise ValueError("in the probe")
 
-    with pytest.raises(ValueError, match="in the probe"), probing(model, fail):
+    with pytest.raises(ValueError, match="in the probe"), capture_attention(model, fail):
         model(input_ids=IDS)
     assert model.config._attn_implementation == "sdpa"
-    assert not any(vars(module).get(attention_probe._PROBE) for module in model.modules())
+    assert not any(vars(module).get(attention_capture._OBSERVER) for module in model.modules())
     model(input_ids=IDS)
 
 
@@ -89,7 +88,7 @@ def test_masks_of_padding_and_windows_are_as_assumed(mask: torch.Tensor, window:
     model = tiny.model(seed=1, sliding_window=window)
     seen = batch(IDS, mask)
     calls: list[AttentionCall] = []
-    with probing(model, calls.append):
+    with capture_attention(model, calls.append):
         model(input_ids=IDS, attention_mask=mask)
     for call in calls:
         require_row_mask(call, seen)
@@ -105,11 +104,11 @@ def test_rows_that_see_each_other_are_an_error() -> None:
     rows = torch.tensor([[0, 0, 0, 1, 1, 1]])
     packed = Batch({"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, ids, rows, ("a", "a"))
     across = replace(packed, inputs={"input_ids": ids, "position_ids": torch.arange(6)[None]})
-    watched = Watch(model.config, attention="uniform").of(model.config)
+    spec = FeatureSpec(model.config, attention="uniform")
     add_on_hidden(model)
-    kept_states(model, packed, watched)
+    states_and_features(model, packed, spec)
     with pytest.raises(UserError, match="mask is not causal within the row"):
-        kept_states(model, across, watched)
+        states_and_features(model, across, spec)
 
 
 # ---- attention that is not a causal softmax ----------------------------------------------------------------------------
@@ -134,7 +133,7 @@ def test_sinks_and_capped_scores_are_refused(tmp_path: Any) -> None:
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             module.sinks = torch.zeros(4)
-    with pytest.raises(UserError, match="MistralAttention: its attention has sinks"), probing(model, print):
+    with pytest.raises(UserError, match="MistralAttention: its attention has sinks"), capture_attention(model, print):
         model(input_ids=IDS)
 
 
@@ -169,7 +168,7 @@ def test_qlora_student(tmp_path: Any) -> None:
             torch.nn.init.normal_(parameter, std=0.1)
     batch_of = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     trainer.accelerator.gradient_state._reset_state()
-    with trainer.inside.watching():
+    with trainer.until_backward():
         trainer.compute_loss(trainer.model.train(), batch_of).backward()
     reached = {name for name, p in trainer.model.named_parameters() if p.grad is not None and p.grad.any()}
     last = trainer.model.config.num_hidden_layers - 1

@@ -94,7 +94,7 @@ def asks_for_deepspeed(args: TrainingArguments) -> bool:
     return bool(args.deepspeed) or _asked("ACCELERATE_USE_DEEPSPEED")
 
 
-def refuse_engine(trainer: SFTTrainer) -> None:
+def require_distribution(trainer: SFTTrainer) -> None:
     """Raise UserError where the engine is not what was asked for, or does what the trainers cannot follow."""
     accelerator = trainer.accelerator
     parallel = accelerator.parallelism_config
@@ -142,7 +142,7 @@ def shards_parameters(trainer: SFTTrainer) -> bool:
     return trainer.is_fsdp_enabled
 
 
-def engine_of(trainer: SFTTrainer) -> str:
+def distribution_of(trainer: SFTTrainer) -> str:
     """The name of the engine: checkpoints of one cannot be resumed under another."""
     kind: str = trainer.accelerator.distributed_type.value
     return f"{kind} ZeRO-{trainer.accelerator.state.deepspeed_plugin.zero_stage}" if trainer.is_deepspeed_enabled else kind

@@ -1,0 +1,209 @@
+"""Which tokens of a conversation are the response: those that carry loss in ``messages`` rows unless a config says otherwise.
+
+TRL's default trains on the system's and the user's tokens, too; in DAE the divergence would then cover the prompts. Here the
+response alone counts: what the generation markers of the chat template enclose (TRL has such templates for the common
+families), or, where a template has none, the last assistant turn, found by comparing tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from daekit.data.time_limit import cpu_limit
+from daekit.errors import UserError
+from daekit.protocol import IGNORE_INDEX
+
+SECONDS_PER_ROW = 5.0  # of CPU time to render a conversation, which takes less than a millisecond
+
+
+@dataclass(frozen=True)
+class ResponseLabels:
+    """Tokenises a conversation and labels its response.
+
+    Attributes:
+        markers: whether generation markers tell the response, of all assistant turns; else it is the last assistant turn.
+        template: chat template to render with; None: the tokenizer's own.
+    """
+
+    markers: bool
+    template: str | None = None
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ResponseLabels:
+        """The way that fits the tokenizer's chat template.
+
+        Raises:
+            UserError: a tokenizer without chat template.
+        """
+        from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+        if tokenizer.chat_template is None:
+            raise UserError(
+                "tokenizer.chat_template is missing, so conversations cannot be tokenised: set it, or give rows of prompt and "
+                "completion"
+            )
+        if has_generation_markers(tokenizer.chat_template):
+            return cls(markers=True)
+        try:
+            with cpu_limit(SECONDS_PER_ROW):  # TRL tries the template out
+                template = get_training_chat_template(tokenizer)
+        except TimeoutError as error:
+            raise _endless("tokenizer", error) from error
+        except Exception:  # TRL knows no template with markers for this one, or it fails on what TRL tries
+            return cls(markers=False)
+        return cls(markers=template is not None, template=template)
+
+    @property
+    def description(self) -> str:
+        """Which tokens carry loss, in words."""
+        if not self.markers:
+            return "the last assistant turn of each row (the chat template has no generation markers)"
+        whose = "the chat template" if self.template is None else "TRL's training template for this chat template"
+        return f"all assistant turns, as the generation markers of {whose} enclose them"
+
+    def __call__(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> dict[str, list[int]]:
+        """``input_ids`` and ``labels`` (-100 on all tokens but the response) of a row with ``messages``.
+
+        Args:
+            row: may have ``tools`` and ``chat_template_kwargs``, as in TRL.
+            tokenizer: of the model that is trained or evaluated.
+            where: what errors call the row.
+
+        Raises:
+            UserError: a row that the template refuses, without an assistant turn, or whose response cannot be told exactly.
+        """
+        messages, options = row["messages"], template_options(row)
+        whole = self._render(messages, options, tokenizer, where, markers=self.markers)
+        ids = whole["input_ids"]
+        if self.markers:
+            labels = [token if mask else IGNORE_INDEX for token, mask in zip(ids, whole["assistant_masks"], strict=True)]
+        else:
+            start, end = self._last_turn(messages, ids, options, tokenizer, where)
+            labels = [token if start <= place < end else IGNORE_INDEX for place, token in enumerate(ids)]
+        if all(label == IGNORE_INDEX for label in labels):
+            raise UserError(f"{where}: has no assistant tokens, so nothing carries loss; remove the row, or mend its roles")
+        return {"input_ids": ids, "labels": labels}
+
+    def _last_turn(
+        self, messages: list[Any], ids: list[int], options: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str
+    ) -> tuple[int, int]:
+        """(first token, token behind the last) of the last assistant turn: what it adds to the conversation before it."""
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
+            return 0, 0
+        if turns[-1] == 0:
+            raise UserError(f"{where}: begins with its only assistant turn, so nothing asks for it; remove the row, or mend it")
+        prompt = self._render(messages[: turns[-1]], options, tokenizer, where, add_generation_prompt=True)["input_ids"]
+        until = ids
+        if turns[-1] + 1 < len(messages):
+            until = self._render(messages[: turns[-1] + 1], options, tokenizer, where)["input_ids"]
+        if until[: len(prompt)] != prompt or ids[: len(until)] != until:
+            raise UserError(
+                f"{where}: the tokens before its last assistant turn are others with the turn than without it, so the response "
+                "cannot be told exactly. Set tokenizer.chat_template to a template with {% generation %} markers, give rows of "
+                "prompt and completion, or set assistant_only_loss to false to train on all tokens."
+            )
+        return len(prompt), len(until)
+
+    def _render(
+        self, messages: list[Any], options: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, **how: bool
+    ) -> dict[str, list[int]]:
+        return render(tokenizer, messages, where, template=self.template, options=options, **how)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Any],
+    where: str,
+    *,
+    template: str | None = None,
+    options: Mapping[str, Any],
+    markers: bool = False,
+    add_generation_prompt: bool = False,
+) -> dict[str, list[int]]:
+    """The tokens of a conversation: ``input_ids``, and with ``markers`` the ``assistant_masks`` of the template's markers.
+
+    Args:
+        where: what errors call the row.
+        template: chat template to render with; None: the tokenizer's own.
+        options: ``tools`` and the template's own variables.
+
+    Raises:
+        UserError: the template refuses the conversation, or does not come to an end.
+    """
+    try:
+        with cpu_limit(SECONDS_PER_ROW):
+            rendered: Any = tokenizer.apply_chat_template(
+                messages,
+                tokenize=True,
+                return_dict=True,
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                return_assistant_tokens_mask=markers,
+                **options,
+            )
+    except TimeoutError as error:
+        raise _endless(where, error) from error
+    except Exception as error:  # a template is a program: it raises what its author wrote, or did not think of
+        roles = ", ".join(dict.fromkeys(str(each.get("role")) for each in messages))
+        with_tools = ", with tools" if options.get("tools") else ""
+        raise UserError(
+            f"{where}: tokenizer.chat_template refuses the conversation ({_first_line(error)}); its roles are {roles}"
+            f"{with_tools}. Mend the row, or set another template."
+        ) from error
+    return rendered
+
+
+def _endless(where: str, error: TimeoutError) -> UserError:
+    return UserError(f"{where}: tokenizer.chat_template does not come to an end ({error}). Set another template.")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+
+
+def require_markers(tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError where ``assistant_only_loss=True`` cannot be kept: TRL knows no generation markers for the chat template."""
+    if not ResponseLabels.of(tokenizer).markers:
+        raise UserError(
+            "assistant_only_loss=True: tokenizer.chat_template has no {% generation %} markers, and TRL knows no template with "
+            "them for it. Set a template that has them, or leave assistant_only_loss unset: the last turn counts then."
+        )
+
+
+def label_responses(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: ResponseLabels,
+    name: str,
+    processes: int | None = None,
+) -> Dataset | IterableDataset:
+    """Add ``input_ids`` and ``labels`` to rows of ``messages`` (or ``conversations``, which are converted as TRL does).
+
+    Args:
+        dataset: rows; of a stream each row is tokenised when it comes by.
+        tokenizer: of the student.
+        labels: see there.
+        name: what errors call the data set.
+        processes: of ``datasets.map``; None: this one.
+    """
+    from trl.data_utils import maybe_convert_to_chatml
+
+    def tokenise(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+        return labels(maybe_convert_to_chatml(dict(row)), tokenizer, f"the {name} data set, row {index}")
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(tokenise, with_indices=True)
+    return dataset.map(tokenise, with_indices=True, num_proc=processes, desc=f"Tokenizing {name} dataset")
+
+
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row gives its chat template beside the messages: ``tools`` and ``chat_template_kwargs``, as in TRL."""
+    tools = row.get("tools")
+    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}

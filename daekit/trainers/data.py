@@ -1,0 +1,139 @@
+"""Rows for a trainer: TRL's preparation with the domain kept, a length policy that counts, and loss on the response only."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
+from transformers import PreTrainedTokenizerBase
+
+from daekit.data.preparation import (
+    DomainCount,
+    first_row,
+    fit_stream_to_length,
+    fit_to_length,
+    require_domains,
+    require_values,
+)
+from daekit.data.responses import ResponseLabels, label_responses
+from daekit.errors import UserError
+from daekit.trainers.validation import refuse_shared_stream
+
+logger = logging.getLogger(__name__)
+
+_WHOLE_ROWS = ("bfd", None)  # packing strategies that never split a row over two blocks; None: no packing
+
+
+class RowPreparation:
+    """Prepares the data sets of one trainer, and remembers what became of their rows.
+
+    Args:
+        default_domain: domain of the rows of a data set that has no column ``domain``; None: it must have one.
+        domains: the domains that a packed stream may hold, for they cannot be listed without reading it.
+
+    Attributes:
+        counts: data set -> domain -> what preparation did to its rows; not of streams.
+    """
+
+    def __init__(self, default_domain: str | None, domains: Sequence[str]) -> None:
+        self.default_domain, self.domains = default_domain, list(domains)
+        self.counts: dict[str, dict[str, DomainCount]] = {}
+
+    def prepare(
+        self,
+        trl: Callable[..., Any],
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: Any,
+        packing: bool,
+        formatting_func: Callable[[dict[str, Any]], str] | None,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        """TRL's preparation in two steps, tokenise then pack, with the length policy between and the domain kept.
+
+        Args:
+            trl: ``SFTTrainer._prepare_dataset``, whose arguments follow.
+            dataset: rows in any of TRL's forms.
+            processing_class: the student's tokenizer.
+            args: config of the trainer.
+            packing: whether rows are packed.
+            formatting_func: makes a text of a row.
+            dataset_name: ``train``, or the name of an evaluation set.
+
+        Raises:
+            UserError: rows without a domain or with None in a column, overlong rows, messages whose response cannot be told.
+        """
+        tokenizer, name = processing_class, dataset_name
+        if isinstance(dataset, IterableDataset) and name != "train":
+            refuse_shared_stream(args, name)
+        dataset = require_domains(dataset, name, self.default_domain)
+        if "seq_lengths" in (dataset.column_names or ()):
+            return dataset  # prepared and packed before: `evaluate` was given one of our own data sets
+        if formatting_func is None:
+            dataset = require_values(dataset, name, args.dataset_text_field)
+            if args.assistant_only_loss is None:
+                dataset = self._label_responses(dataset, tokenizer, args.dataset_num_proc, name)
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+        dataset = trl(dataset, tokenizer, whole, False, formatting_func, name)
+        limit = args.max_length if (args.packing_strategy if packing else None) in _WHOLE_ROWS else None
+        if isinstance(dataset, IterableDataset):
+            dataset = fit_stream_to_length(dataset, limit, args.overlong, name)
+        else:
+            dataset, self.counts[name] = fit_to_length(dataset, limit, args.overlong, name)
+            self._log_counts(name)
+        if packing:
+            return self._pack_by_domain(trl, dataset, tokenizer, args, name)
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+    def _label_responses(
+        self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, processes: int | None, name: str
+    ) -> Dataset | IterableDataset:
+        """``messages`` rows with their ids and labels; rows of other forms as they are."""
+        row = first_row(dataset, name)
+        if {"input_ids", "prompt"} & row.keys() or not {"messages", "conversations"} & row.keys():
+            return dataset
+        labels = ResponseLabels.of(tokenizer)
+        logger.warning("%s: loss on the response only: %s", name, labels.description)
+        return label_responses(dataset, tokenizer, labels, name, processes)
+
+    def _pack_by_domain(
+        self,
+        trl: Callable[..., Any],
+        dataset: Dataset | IterableDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        args: Any,
+        name: str,
+    ) -> Dataset | IterableDataset:
+        """Pack the rows of each domain by TRL's packing, so that a block has one domain."""
+        streaming = isinstance(dataset, IterableDataset)
+        domains = self.domains if streaming else list(dict.fromkeys(dataset["domain"]))
+        if streaming:
+            dataset = dataset.map(self._require_known_domain)
+        packed = []
+        for domain in domains:
+            part = dataset.filter(lambda row, domain=domain: row["domain"] == domain)
+            part = trl(part, tokenizer, args, True, None, f"{name} ({domain})")
+            packed.append(part.map(lambda row, domain=domain: {"domain": domain}))
+        if streaming:
+            return interleave_datasets(packed, stopping_strategy="all_exhausted_without_replacement")
+        together = concatenate_datasets(packed)
+        return together.shuffle(seed=args.seed) if args.shuffle_dataset else together
+
+    def _require_known_domain(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Pass a row of a stream on, for packing by domain would leave out the rows of a domain that is not listed."""
+        if row["domain"] not in self.domains:
+            raise UserError(
+                f"a packed stream has a row of domain {row['domain']!r} but may hold only {', '.join(self.domains)}: "
+                "domains are packed apart, and a stream does not list its own. Use packing=False or a map-style Dataset."
+            )
+        return row
+
+    def _log_counts(self, name: str) -> None:
+        for domain, count in self.counts[name].items():
+            lost = {what: n for what in ("truncated", "dropped", "emptied", "blank") if (n := getattr(count, what))}
+            level = logging.WARNING if lost else logging.INFO
+            logger.log(level, "%s, %s: %d rows, %d loss tokens %s", name, domain, count.rows, count.kept_tokens, lost or "")

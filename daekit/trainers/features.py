@@ -1,0 +1,183 @@
+"""Attention and hidden-state losses: the student's features against its teachers', compared in the student's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from daekit.errors import UserError
+from daekit.losses.attention import Pass, attention_loss, relation_heads, row_pairs
+from daekit.losses.hidden import hidden_loss
+from daekit.models.attention_capture import AttentionCall, capture_attention
+from daekit.models.backbone import base_of, checkpointed_layers
+from daekit.models.features import (
+    attention_at_loss_positions,
+    capture_hidden,
+    decoder_layers,
+    require_attention,
+    require_features,
+    require_hidden,
+)
+from daekit.protocol import AttentionLayer, Batch, Features, FeatureSpec, Teacher, TeacherOutput
+from daekit.recipe.objective import Objective
+from daekit.trainers.projections import Projections
+
+ATTENTION_METRIC = "attention_kl"
+
+
+class FeatureLosses:
+    """Attention and hidden-state losses of one student.
+
+    Args:
+        model: the student.
+        objective: weights, layers and heads.
+        teacher: asked for its features with ``spec``.
+        seed: of the projections onto teachers of another width.
+
+    Attributes:
+        spec: what the teacher's outputs must carry.
+
+    Raises:
+        UserError: a teacher without features, or whose layers or heads do not fit.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective, teacher: Teacher, seed: int) -> None:
+        self.model, self.objective = model, objective
+        config = base_of(model).config.get_text_config()
+        self.spec = FeatureSpec(
+            config,
+            attention=objective.attention_layers if objective.attention_weight else None,
+            hidden=objective.hidden_layers if objective.hidden_weight else None,
+            relation_heads=objective.attention_relation_heads,
+        )
+        layers = require_features(teacher).feature_layers(self.spec)
+        if objective.hidden_weight:
+            decoder_layers(model)  # says what is wrong now and not in the first step
+        self.attention_layers = {layer for each in layers for layer in each.attention}
+        self.hidden_layers = {layer for each in layers for layer in each.hidden}
+        unequal = {(each.width, layer) for each in layers for layer in each.hidden if each.width != config.hidden_size}
+        self.projections = Projections(config.hidden_size, unequal, seed) if unequal else None
+        if self.projections is not None:
+            self.projections.live_in(model)
+
+    @contextmanager
+    def compare(self, batch: Batch, outputs: Sequence[TeacherOutput]) -> Iterator[Comparison]:
+        """Capture the student's features while it runs on ``batch``; the model is as before on leaving.
+
+        With gradient checkpointing the backward pass runs layers once more: it must be inside, too.
+        """
+        comparison = Comparison(self, batch, outputs)
+        with ExitStack() as stack:
+            if self.objective.attention_weight:
+                stack.enter_context(capture_attention(self.model, comparison.attention))
+            stack.enter_context(capture_hidden(self.model, self.hidden_layers, comparison.hidden))
+            yield comparison
+
+    @property
+    def hidden_metric(self) -> str:
+        """Under which name the hidden-state loss is logged."""
+        return f"hidden_{self.objective.hidden_loss}"
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Metric -> its weight in the loss."""
+        return {ATTENTION_METRIC: self.objective.attention_weight, self.hidden_metric: self.objective.hidden_weight}
+
+
+class Comparison:
+    """The feature losses of one batch: layer by layer while the student runs, then ``losses``."""
+
+    def __init__(self, owner: FeatureLosses, batch: Batch, outputs: Sequence[TeacherOutput]) -> None:
+        self.owner, self.batch = owner, batch
+        self.wants_gradient = owner.model.training and torch.is_grad_enabled()
+        self.checkpointed = checkpointed_layers(owner.model) if self.wants_gradient else set()
+        self.positions = [output.positions_M for output in outputs]
+        self.teachers = [self._paired(output) for output in outputs]
+        self._attention: dict[int, tuple[Tensor, Tensor]] = {}
+        self._hidden: dict[int, tuple[Tensor, Tensor]] = {}
+        self._checked_masks: set[tuple[int, int | None]] = set()
+        self._finished = False
+
+    def losses(self) -> dict[str, Tensor]:
+        """The student's layers have run: the weighted sum of the losses as ``loss``, and their values ``[N]`` per position.
+
+        Raises:
+            UserError: a layer whose features were not captured.
+        """
+        owner, objective = self.owner, self.owner.objective
+        self._finished = True
+        out: dict[str, Tensor] = {"loss": torch.zeros((), device=self.batch.labels_BT.device)}
+        if objective.attention_weight:
+            require_attention(owner.attention_layers, self._attention)
+            _add_mean(self._attention.values(), objective.attention_weight, ATTENTION_METRIC, out)
+        if objective.hidden_weight:
+            require_hidden(owner.hidden_layers, self._hidden)
+            _add_mean(self._hidden.values(), objective.hidden_weight, owner.hidden_metric, out)
+        if not self.checkpointed:
+            self.teachers = []  # no layer is run again: their memory is free for the backward pass
+        return out
+
+    def attention(self, call: AttentionCall) -> None:
+        """Compare the attention of one layer of the student; called while it runs."""
+        if call.layer not in self.owner.attention_layers:
+            return
+        again = call.layer in self.checkpointed
+        if self._finished and not (again and torch.is_grad_enabled()):
+            return  # another forward of the student after its loss, for compute_metrics
+        self._require_graph()
+        run = Pass.GRADIENT if self._finished else Pass.VALUE if again else Pass.BOTH
+        student = self._in_heads(attention_at_loss_positions(call, self.batch, self._checked_masks))
+        teachers = [(self._in_heads(features.attention[call.layer]), pairs_R8) for features, pairs_R8 in self.teachers]
+        loss, value_N = attention_loss(student, teachers, self.batch.layout.offset_N, run)
+        if not self._finished:
+            heads = student.query_NAD.shape[1]
+            self._attention[call.layer] = (loss / heads, value_N / heads)
+
+    def hidden(self, layer: int, hidden_BTH: Tensor) -> None:
+        """Compare the hidden states behind one layer of the student; called while it runs."""
+        if self._finished:
+            return
+        self._require_graph()
+        hidden_NH = self.batch.at_loss_positions(hidden_BTH)
+        loss = torch.zeros((), device=hidden_NH.device)
+        projections = self.owner.projections
+        if projections is not None:
+            # also those whose teacher has no row on this rank: DDP waits for their gradient, and ZeRO adds up gradients in
+            # the order in which they come, which must be that of the other ranks. So here, before anything reads them.
+            loss = loss + 0 * sum(matrix.sum() for matrix in projections.of_layer(layer))
+        value_N = torch.zeros(len(hidden_NH), device=hidden_NH.device)
+        for positions_M, (features, _) in zip(self.positions, self.teachers, strict=True):
+            teacher_MH = features.hidden_MH[layer]
+            same = teacher_MH.shape[1] == hidden_NH.shape[1]
+            matrix = None if same or projections is None else projections.matrix(teacher_MH.shape[1], layer)
+            part, value_M = hidden_loss(hidden_NH, teacher_MH, positions_M, matrix, self.owner.objective.hidden_loss)
+            loss = loss + part
+            value_N[positions_M] = value_M.to(value_N.dtype)
+        self._hidden[layer] = (loss, value_N)
+
+    def _in_heads(self, layer: AttentionLayer) -> AttentionLayer:
+        heads = self.owner.objective.attention_relation_heads
+        return layer if heads is None else relation_heads(layer, heads)
+
+    def _paired(self, output: TeacherOutput) -> tuple[Features, Tensor]:
+        """The features of an output, and which of its rows is which of the batch's."""
+        if output.features is None:
+            raise UserError("a teacher's output has no features, as attention_weight and hidden_weight need of every teacher")
+        return output.features, row_pairs(self.batch.layout, output.features.layout, output.positions_M)
+
+    def _require_graph(self) -> None:
+        """UserError where a layer runs without gradient that will be run again with one: its loss would teach nothing."""
+        if self.wants_gradient and not torch.is_grad_enabled():
+            raise UserError(
+                "reentrant gradient checkpointing runs the layers without gradient, so attention and hidden-state losses would "
+                "teach nothing: set gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+
+
+def _add_mean(layers: Collection[tuple[Tensor, Tensor]], weight: float, name: str, out: dict[str, Tensor]) -> None:
+    """Add the mean over layers of (loss, value per position) to ``out``."""
+    out["loss"] = out["loss"] + weight / len(layers) * torch.stack([loss for loss, _ in layers]).sum()
+    out[name] = torch.stack([value_N for _, value_N in layers]).mean(0)

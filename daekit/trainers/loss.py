@@ -1,0 +1,58 @@
+"""The loss of one micro-batch: summed inside the student's forward, divided once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daekit.losses import prediction_loss
+from daekit.models.heads import output_head
+from daekit.protocol import Batch, TeacherOutput
+from daekit.recipe.objective import Objective
+from daekit.trainers.features import Comparison
+from daekit.trainers.router import balancing_loss, weighted
+
+
+def divergence_metric(objective: Objective) -> str:
+    """The name under which a divergence is logged: its own, and ``kl`` for the usual one."""
+    return "kl" if objective.divergence == "forward_kl" else objective.divergence
+
+
+def summed_losses(
+    trainer: Any, outputs: Any, batch: Batch, teacher_outputs: list[TeacherOutput], comparison: Comparison | None
+) -> dict[str, Tensor]:
+    """Runs inside the student's forward, where autocast and the hooks of DDP and FSDP hold.
+
+    Args:
+        trainer: a KDTrainer.
+        outputs: of the student's backbone.
+        batch: what the student sees.
+        teacher_outputs: of its teachers for the batch.
+        comparison: of its features with theirs, if they are compared.
+
+    Returns:
+        ``loss``, the weighted sum over loss positions; the metrics ``[N]`` of each position; ``aux_loss`` if it is wanted.
+    """
+    head, hidden_NH = output_head(trainer.model, trainer.vocab_size), batch.at_loss_positions(outputs.last_hidden_state)
+    sums = prediction_loss(hidden_NH, head, batch.labels_N, teacher_outputs, trainer.objective)
+    out = {"loss": sums.loss, "ce": sums.ce_N, "mean_token_accuracy": sums.correct_N}
+    if sums.divergence_N is not None:
+        out[divergence_metric(trainer.objective)] = sums.divergence_N
+    if comparison is not None:
+        compared = comparison.losses()
+        out |= compared | {"loss": out["loss"] + compared["loss"]}
+    return out | balancing_loss(trainer, outputs, batch)
+
+
+def divided(trainer: Any, out: Mapping[str, Tensor], batch: Batch, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """The sum divided by the loss tokens of the global batch (in an evaluation: of the batch), and the balancing loss."""
+    items = batch.labels_N.numel() if num_items_in_batch is None else num_items_in_batch
+    loss = out["loss"] / torch.as_tensor(items, device=out["loss"].device).clamp(min=1)
+    if num_items_in_batch is not None:  # DDP averages over ranks what is to be summed
+        loss = loss * (trainer.accelerator.num_processes // trainer.get_tp_size())
+    if "aux_loss" in out:
+        loss = loss + weighted(trainer, out["aux_loss"], num_items_in_batch is not None)
+    return loss

@@ -1,0 +1,249 @@
+"""Resuming: which run a checkpoint belongs to, and what makes a resumed run the straight run, to the bit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import TrainerCallback
+from trl import SFTConfig
+
+from daekit.data.fingerprint import fingerprint as data_fingerprint
+from daekit.errors import UserError, says_disk_is_full
+from daekit.models.identity import hash_tensors
+from daekit.models.sharded import shape_of
+from daekit.trainers import checkpoint
+from daekit.trainers.checkpoint import write_json
+from daekit.trainers.distributed import distribution_of
+from daekit.trainers.distributed_state import optimizer_files
+
+_OPTIMIZATION = (
+    *("optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+)
+_ADAPTER = (
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules"),
+    *("target_parameters", "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "bias"),
+)
+_ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")  # schedules that do not see the end
+_STREAM_ROWS = 64  # of a stream, to tell it from another one
+
+
+class Checkpoints:
+    """Saves and resumes one trainer; what lies on disk is the business of ``checkpoint.py``.
+
+    Attributes:
+        resumed: the checkpoint that the training resumes from; None: it begins anew.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.resumed: Path | None = None
+        self._start = 0
+        self._data: str | None = None
+        self._student: dict[str, Any] | None = None
+
+    @contextmanager
+    def training(self, resume: str | bool | None) -> Iterator[str | None]:
+        """Run a training; yields the checkpoint to resume from.
+
+        Raises:
+            UserError: nothing to resume, a corrupt checkpoint, another run's, or one without an optimizer.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        output_dir = Path(args.output_dir)
+        self.resumed = self._resumable(output_dir, resume) if resume else None
+        if args.should_save:
+            checkpoint.clear_partial(output_dir)
+        self._start = checkpoint.start_of(self.resumed, output_dir)
+        trainer.accelerator.wait_for_everyone()
+        # the Trainer would delete older checkpoints before the newer one is committed, and file by file
+        self._keep, args.save_total_limit = args.save_total_limit, None
+        try:
+            yield str(self.resumed) if self.resumed else None
+        finally:
+            args.save_total_limit = self._keep
+
+    def _resumable(self, output_dir: Path, wanted: str | bool) -> Path:
+        """The checkpoint to resume from; its files are hashed once, which for a large student takes a while."""
+        if wanted is True:
+            newest = checkpoint.newest(output_dir)
+            if newest is None:
+                raise UserError(f"{output_dir}: holds no checkpoint to resume from; train without resume_from_checkpoint")
+            folder = newest
+        else:
+            folder = Path(str(wanted))
+            problem = checkpoint.corruption(folder)
+            if problem:
+                raise UserError(f"{folder}: cannot be resumed: {problem}")
+        checkpoint.require_same_run(folder, self.facts())
+        needed = optimizer_files(self.trainer)
+        if not list(folder.glob(needed)):
+            raise UserError(f"{folder}: has no {needed} (save_only_model?), so the run cannot go on from it")
+        return folder
+
+    def save(self, folder: Path, write: Callable[[], None]) -> None:
+        """Save, commit, and only then remove older checkpoints.
+
+        Args:
+            folder: of the checkpoint.
+            write: the Trainer's own way of writing it.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        trainer = self.trainer
+        try:
+            if trainer.args.should_save:
+                checkpoint.begin(folder)
+            trainer.accelerator.wait_for_everyone()
+            write()
+            facts = self.facts()  # all ranks: sharded weights are gathered to be hashed
+            trainer.accelerator.wait_for_everyone()
+            if trainer.args.should_save:
+                checkpoint.commit(folder, facts, self._start)
+        except Exception as error:  # the libraries that write have no class in common for a full disk
+            if _is_full_disk(error, folder.parent):
+                raise UserError(
+                    f"{folder}: the disk is full, so this checkpoint was not saved; earlier ones are whole. Free some space "
+                    "and run again: it resumes from the newest committed checkpoint."
+                ) from error
+            raise
+        if trainer.args.should_save:
+            best = trainer.state.best_model_checkpoint
+            checkpoint.rotate(folder.parent, self._keep, {folder} | ({Path(best)} if best else set()))
+
+    # ---- which run it is ------------------------------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to be the same run. JSON-able.
+
+        All options of the optimizer and its schedule belong to it: the checkpoint's would win over new ones without a word.
+        The end (``max_steps``, ``num_train_epochs``) may move only where the learning rate does not depend on it (constant,
+        inverse_sqrt...), for there the longer run is the run that was begun. An optimizer object of the user's own is not seen.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        facts = {
+            "trainer": type(trainer).__name__,
+            "student": self._student_facts(),
+            "distributed": distribution_of(trainer),
+            "data": self._data_facts(),
+            "seed": [args.seed, args.data_seed],
+            "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size],
+            "end": _end(args),
+            "bf16": bool(args.bf16),
+            "router_aux_loss_coef": trainer.router_aux_loss_coef,
+        }
+        facts |= {name: getattr(args, name) for name in _OPTIMIZATION}
+        facts |= {f"objective.{name}": value for name, value in trainer.objective.model_dump().items()}
+        facts |= {f"adapter.{name}": value for name, value in _adapter_facts(trainer.model).items()}
+        return facts | ({} if trainer.teacher is None else {"teacher": trainer.teacher.identity()})
+
+    def _student_facts(self) -> dict[str, Any]:
+        """Read once: to hash a sharded base it is gathered, parameter by parameter."""
+        if self._student is None:
+            model = self.trainer.model
+            named = list(model.named_parameters())
+            self._student = {
+                "class": type(model).__name__.removeprefix("FSDP"),
+                "parameters": sum(shape_of(parameter).numel() for _, parameter in named),
+                "dtypes": sorted({str(parameter.dtype) for _, parameter in named if parameter.requires_grad}),
+                # the base of an adapter; what is trained comes from the checkpoint
+                "frozen": hash_tensors((name, parameter) for name, parameter in named if not parameter.requires_grad),
+            }
+        return self._student
+
+    def _data_facts(self) -> str:
+        """A hash of all rows; of a stream, which has no end that is known, of the first ones."""
+        if self._data is None:
+            rows = self.trainer.train_dataset
+            if isinstance(rows, IterableDataset):
+                rows = Dataset.from_list(list(itertools.islice(rows, _STREAM_ROWS)))
+            self._data = data_fingerprint(rows)
+        return self._data
+
+    # ---- the window since the last log ----------------------------------------------------------------------------
+
+    def save_accumulators(self, folder: Path) -> None:
+        """Write what has been summed since the last log and is not in the Trainer's own state; each rank its own."""
+        trainer = self.trainer
+        state = trainer.token_metrics.state() | {
+            "tr_loss": trainer._tr_loss.item(),
+            "total_loss_scalar": trainer._total_loss_scalar,
+            "globalstep_last_logged": trainer._globalstep_last_logged,
+            "total_train_tokens": trainer._total_train_tokens,
+            "aux_loss": trainer._metrics["train"].get("aux_loss"),
+        }
+        write_json(self._accumulators_file(folder), state)
+
+    def load_accumulators(self, folder: Path) -> None:
+        """Go on from there: the Trainer would begin a new window, and log other values than a straight run."""
+        trainer = self.trainer
+        state = json.loads(self._accumulators_file(folder).read_text())
+        trainer.token_metrics.load(state)
+        trainer._tr_loss = torch.tensor(state["tr_loss"], device=trainer.args.device)
+        trainer._total_loss_scalar = state["total_loss_scalar"]
+        trainer._globalstep_last_logged = state["globalstep_last_logged"]
+        trainer._total_train_tokens = state["total_train_tokens"]
+        if state["aux_loss"]:
+            trainer._metrics["train"]["aux_loss"] = state["aux_loss"]
+
+    def _accumulators_file(self, folder: Path) -> Path:
+        return folder / f"daekit_state_{self.trainer.args.process_index}.json"
+
+    def callback(self) -> TrainerCallback:
+        """Loads the accumulators at the one moment between the Trainer's reset of its sums and its first step."""
+        return _LoadAccumulators(self)
+
+
+class _LoadAccumulators(TrainerCallback):
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        if self.checkpoints.resumed is not None:
+            self.checkpoints.load_accumulators(self.checkpoints.resumed)
+
+
+def student_folder(model: Any, folder: Path) -> Path:
+    """Where PEFT saves the student: an adapter called ``default`` at the top, any other in a folder of its name."""
+    name = model.active_adapter if isinstance(model, PeftModel) else "default"
+    return folder if name == "default" else folder / name
+
+
+def _adapter_facts(model: Any) -> dict[str, Any]:
+    """The settings of the student's adapter that change what it computes or how it learns; none for a model without one."""
+    if not isinstance(model, PeftModel):
+        return {}
+    config = model.peft_config[model.active_adapter]
+    values = {name: getattr(config, name, None) for name in _ADAPTER}
+    return {name: sorted(value) if isinstance(value, set | frozenset) else value for name, value in values.items()}
+
+
+def _end(args: SFTConfig) -> dict[str, float] | None:
+    """Where the run ends, if its learning rate depends on that; a ``warmup_steps`` below 1 is a share of the whole run."""
+    if args.lr_scheduler_type in _ENDLESS and (args.lr_scheduler_type == "constant" or not 0 < args.warmup_steps < 1):
+        return None
+    name = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+    return {name: getattr(args, name)}
+
+
+def _is_full_disk(error: Exception, folder: Path) -> bool:
+    if says_disk_is_full(error):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    try:  # torch.save says "unexpected pos" or "iostream error", whatever the reason was
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 20))
+    except OSError as refusal:
+        return says_disk_is_full(refusal)
+    return False

@@ -1,0 +1,80 @@
+"""What a trainer logs per domain: true token means over a logging window, and how many tokens have come by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from daekit.metrics import TokenMeans
+from daekit.protocol import Batch
+from daekit.trainers.validation import refuse_shared_stream
+
+
+class TokenMetrics:
+    """Sums of one trainer since its last log, apart for training and evaluation."""
+
+    def __init__(self) -> None:
+        self._means = {"train": TokenMeans(), "eval": TokenMeans()}
+        self._new_tokens = torch.zeros((), dtype=torch.long)
+
+    def add(self, mode: str, batch: Batch, values: Mapping[str, Tensor], counted_R: list[bool]) -> None:
+        """Add one value per loss position for each metric.
+
+        Args:
+            mode: ``train`` or ``eval``.
+            batch: whose loss positions they are.
+            values: metric -> ``[N]``.
+            counted_R: which rows count.
+        """
+        row_N = batch.row_N
+        counted_N = torch.tensor(counted_R, device=row_N.device)[row_N]
+        for name in sorted(values):
+            self._means[mode].add(name, values[name].detach()[counted_N], row_N[counted_N], batch.domains)
+        if mode == "train":
+            self._new_tokens = self._new_tokens.to(batch.row_BT.device) + (batch.row_BT >= 0).sum()
+
+    def pop(self, mode: str) -> dict[str, float]:
+        """The means over all ranks, with ``tokens/<domain>``; then start anew. A collective call."""
+        logs: dict[str, float] = {}
+        for key, (mean, count) in self._means[mode].pop().items():
+            logs[key] = mean
+            if key.startswith("ce/"):
+                logs[key.replace("ce/", "tokens/", 1)] = count
+        return logs
+
+    def pop_tokens(self, accelerator: Accelerator) -> int:
+        """Tokens that training has seen on all ranks since the last call. A collective call."""
+        new = int(accelerator.reduce(self._new_tokens.to(accelerator.device)))
+        self._new_tokens = torch.zeros((), dtype=torch.long)
+        return new
+
+    def state(self) -> dict[str, Any]:
+        """What has been summed in training since the last log. JSON-able."""
+        return {"means": self._means["train"].state(), "new_tokens": int(self._new_tokens)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state()``."""
+        self._means["train"].load(state["means"])
+        self._new_tokens = torch.tensor(state["new_tokens"])
+
+
+def counted_rows(trainer: Any, examples: tuple[int, ...], mode: str) -> list[bool]:
+    """Which rows of a batch count: not those that a distributed evaluation repeats to fill its last batch.
+
+    Args:
+        trainer: that evaluates or trains.
+        examples: the example of the data loader that each row belongs to.
+        mode: ``train`` or ``eval``.
+    """
+    state = trainer.accelerator.gradient_state
+    if mode == "train" or trainer.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder == 0:
+        return [True] * len(examples)
+    if state.remainder < 0:  # its length is not known, or rows that do not fill a batch are left out
+        refuse_shared_stream(trainer.args, mode)
+        return [True] * len(examples)
+    first = trainer.accelerator.process_index * trainer.args.per_device_eval_batch_size
+    return [first + example < state.remainder for example in examples]
