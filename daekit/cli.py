@@ -1,4 +1,4 @@
-"""The command line: ``daekit check | preview | plan | init | train | eval | merge | quickstart``; heavy imports happen inside."""
+"""The command line: ``daekit check | preview | plan | init | train | eval | merge | quickstart``. It imports little at first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from daekit import __version__
-from daekit.errors import UserError, says_disk_is_full
+from daekit.errors import Stopped, UserError, says_disk_is_full
 from daekit.recipe import Recipe, load_recipe, load_recipe_text, sharing_notes, to_yaml
 from daekit.recipe.load_suite import load_suite, parse_models
 from daekit.recipe.schema import Dtype
@@ -38,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _complain(f"daekit: error: the disk is full ({error}). Free some space; the same command goes on.")
         return _STATUS_OF_USER_ERROR
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"daekit: {stop}", file=sys.stderr, flush=True)
+        return stop.status
     except KeyboardInterrupt:
         _complain("stopped; the same command resumes")
         return _STATUS_OF_INTERRUPT
@@ -114,6 +118,14 @@ def _parser() -> argparse.ArgumentParser:
     quickstart = commands.add_parser("quickstart", help="KD, then DAE, in the small: on embedded data, on a CPU, in minutes")
     quickstart.set_defaults(run=_quickstart)
     quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
+    for command in (init, train, quickstart):
+        command.add_argument(
+            "--grace",
+            metavar="SECONDS",
+            type=_positive_float,
+            default=25.0,
+            help="what SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C leave the run to save a checkpoint at its next step (default: 25)",
+        )
     for command in (check, preview, plan, init, train, quickstart):
         metavar = "key=value" if command is not preview else "[N] key=value"
         command.add_argument("overrides", metavar=metavar, nargs="*", default=[], help=_OVERRIDES_HELP)
@@ -225,7 +237,7 @@ def _init(options: argparse.Namespace) -> None:
 
     from daekit.runtime.run import init_students
 
-    init_students(recipe)
+    init_students(recipe, options.grace)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -235,7 +247,7 @@ def _train(options: argparse.Namespace) -> None:
     from daekit.runtime.run import run_recipe
 
     announce(recipe, reload=lambda more: load_recipe(options.recipe, [*options.overrides, *more]))
-    run_recipe(recipe)
+    run_recipe(recipe, options.grace)
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -254,4 +266,4 @@ def _quickstart(options: argparse.Namespace) -> None:
     from daekit.runtime.run import calibration, run_recipe
 
     print(calibration())
-    run_recipe(recipe)
+    run_recipe(recipe, options.grace)

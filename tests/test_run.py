@@ -141,6 +141,8 @@ def test_a_report_of_other_rows_is_made_anew(finished: Path, capsys: pytest.Capt
 def test_a_tokenizer_of_other_settings_is_not_used(tmp_path: Path) -> None:
     small = replace(recipe(tmp_path), stages={}, evaluation=None)
     run_recipe(small)
+    (tmp_path / "students" / "made").mkdir(parents=True)
+    (tmp_path / "students" / "made" / "student.json").write_text("{}")  # it was used
     assert small.tokenizer is not None and small.tokenizer.train is not None
     other = replace(small, tokenizer=replace(small.tokenizer, train=replace(small.tokenizer.train, vocab_size=399)))
     with pytest.raises(UserError, match="other settings"):

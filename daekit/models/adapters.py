@@ -27,7 +27,7 @@ from daekit.recipe.schema import ModelSpec
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def loraconfig_of(folder: str | Path) -> LoraConfig:
+def lora_config_of(folder: str | Path) -> LoraConfig:
     """The config of an adapter, shareable or not; UserError for what ``read_adapter_config`` refuses."""
     read_adapter_config(folder)
     try:
@@ -46,7 +46,7 @@ def base_spec(spec: ModelSpec) -> ModelSpec:
     """
     if spec.adapter is None:
         return spec
-    config = loraconfig_of(spec.adapter)
+    config = lora_config_of(spec.adapter)
     assert config.base_model_name_or_path is not None, "read_adapter_config has looked"
     if spec.path is not None:
         require_same_base(spec.adapter, config.base_model_name_or_path, spec.path, (config.revision, spec.revision))
@@ -65,7 +65,7 @@ def load_continued(spec: ModelSpec) -> PeftModel:
     assert spec.adapter is not None
     base = base_spec(spec)
     require_adapters_fit([spec.adapter], base)
-    config = loraconfig_of(spec.adapter)
+    config = lora_config_of(spec.adapter)
     config.inference_mode = False
     config.revision = base.revision
     model = get_peft_model(load_model(base), _without_first_values(config))
@@ -82,7 +82,7 @@ def load_frozen(model: PeftModel, folder: str | Path, name: str) -> None:
     Raises:
         UserError: an adapter of another base, incomplete, of other shapes, or of a kind that is not supported.
     """
-    config = loraconfig_of(folder)
+    config = lora_config_of(folder)
     config.inference_mode = True
     base = base_of(model)
     require_same_base(folder, str(config.base_model_name_or_path), name_of_base(model), (config.revision, _revision_of(model)))
@@ -107,7 +107,7 @@ def require_adapters_fit(folders: Iterable[str | Path], base: ModelSpec) -> None
     assert base.path is not None, "a base has a name"
     config = config_of(base)
     for folder in folders:
-        lora = loraconfig_of(folder)
+        lora = lora_config_of(folder)
         require_same_base(folder, str(lora.base_model_name_or_path), base.path, (lora.revision, base.revision))
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
@@ -165,7 +165,7 @@ def config_of(base: ModelSpec) -> PreTrainedConfig:
     """The config of a base; of one that is an adapter merged when it is loaded, that of the model below."""
     assert base.path is not None
     if (Path(base.path).expanduser() / ADAPTER_CONFIG).is_file():
-        below = loraconfig_of(base.path)
+        below = lora_config_of(base.path)
         return config_of(ModelSpec(path=below.base_model_name_or_path, revision=below.revision))
     try:
         return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from array import array
 from collections.abc import Iterable, Mapping
@@ -146,13 +147,7 @@ class DataBuilder:
         if spec.train is None:
             return load_tokenizer(spec)
         home = self.folder.tokenizer
-        if home.is_dir():
-            facts_file = home / _TRAINED_ON
-            if facts_file.is_file() and read_file(facts_file, delete=home) != self._tokenizer_facts():
-                raise UserError(
-                    f"{home}: was trained with other settings or sources. Delete it and the stages that use it, "
-                    "or choose another output_dir."
-                )
+        if home.is_dir() and self._tokenizer_is_ours():
             return load_tokenizer(replace(spec, train=None, path=str(home)))
         texts = (text for name in spec.train.sources for text in source_texts(self.source(name)[0]))
         with tempfile.TemporaryDirectory() as made:  # read back, so that it is the one that later commands find
@@ -164,12 +159,24 @@ class DataBuilder:
     def save_tokenizer(self) -> None:
         """Keep a tokenizer that was trained on the rows in the run's folder, for one process."""
         spec, home = self.recipe.tokenizer, self.folder.tokenizer
-        if spec is None or spec.train is None or home.is_dir():
+        if spec is None or spec.train is None or (home.is_dir() and self._tokenizer_is_ours()):
             return
+        shutil.rmtree(home, ignore_errors=True)
         half = home.with_suffix(".half")
         self.tokenizer.save_pretrained(half)
         (half / _TRAINED_ON).write_text(json.dumps(self._tokenizer_facts()))
         half.rename(home)
+
+    def _tokenizer_is_ours(self) -> bool:
+        """Whether the tokenizer in the run's folder was trained with these settings; else it is of a run that never began."""
+        home = self.folder.tokenizer
+        same = not (home / _TRAINED_ON).is_file() or read_file(home / _TRAINED_ON, delete=home) == self._tokenizer_facts()
+        if not same and self.folder.is_begun:
+            raise UserError(
+                f"{home}: was trained with other settings or sources. Delete it and the stages that use it, "
+                "or choose another output_dir."
+            )
+        return same
 
     def _tokenizer_facts(self) -> dict[str, Any]:
         spec = self.recipe.tokenizer

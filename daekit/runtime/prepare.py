@@ -30,6 +30,7 @@ from daekit.recipe.load_suite import load_suite
 from daekit.recipe.schema import Recipe, StageSpec
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder
+from daekit.runtime.kept import ahead
 from daekit.runtime.models import ModelBuilder, specs_of
 from daekit.runtime.student import require_cuttable
 from daekit.runtime.trainer import naming, peft_config, training_arguments
@@ -117,8 +118,8 @@ def prepare(recipe: Recipe) -> Prepared:
         _require_writable(folder.root)
     found.raise_if_any()
     data = DataBuilder(recipe, folder)
-    ahead = [name for name in recipe.stages if not folder.stage(name).done.is_file()]
-    for name in _sources(recipe, ahead):
+    stages = list(ahead(recipe, folder))
+    for name in _sources(recipe, stages):
         with found.at(f"sources.{name}"):
             data.source(name)
     if found:  # a tokenizer may be trained on them, and none of what follows would be told about them
@@ -127,7 +128,7 @@ def prepare(recipe: Recipe) -> Prepared:
         _ = data.tokenizer
     found.raise_if_any()
     prepared = Prepared(recipe, folder, data, ModelBuilder(folder, data.tokenizer))
-    for name in ahead:
+    for name in stages:
         _prepare_stage(prepared, name, found)
     if recipe.evaluation is not None:
         if recipe.evaluation.sources and not found:
@@ -140,14 +141,14 @@ def prepare(recipe: Recipe) -> Prepared:
     return prepared
 
 
-def _sources(recipe: Recipe, ahead: list[str]) -> list[str]:
-    """The sources that are read by what is ahead, in the order of the file."""
-    used = {name for stage in ahead for name in recipe.stages[stage].data.sources}
+def _sources(recipe: Recipe, stages: list[str]) -> list[str]:
+    """The sources that stages, tokenizer and report read, in the order of the file."""
+    used = {name for stage in stages for name in recipe.stages[stage].data.sources}
     if recipe.evaluation is not None:
         used |= {*recipe.evaluation.sources}
     if recipe.tokenizer is not None and recipe.tokenizer.train is not None:
         used |= {*recipe.tokenizer.train.sources}
-    for stage in (recipe.stages[name] for name in ahead):
+    for stage in (recipe.stages[name] for name in stages):
         if stage.student is not None and stage.student.init is not None:
             used |= {*stage.student.init.calibration.sources}
     return [name for name in recipe.sources if name in used]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -21,7 +22,7 @@ from daekit.recipe import student_key
 from daekit.recipe.schema import Recipe, StudentSpec
 from daekit.recipe.student_schema import CalibrationSpec, StudentSearchSpec
 from daekit.runtime.data import DataBuilder
-from daekit.runtime.folders import RunFolder, StudentFolder
+from daekit.runtime.folders import RunFolder, StudentFolder, listed
 from daekit.runtime.models import ModelBuilder
 from daekit.students import (
     CandidateScorer,
@@ -54,6 +55,7 @@ from daekit.students import (
 )
 from daekit.students.calibration import require_enough
 from daekit.students.shapes import require_possible
+from daekit.trainers.checkpoint import write_json
 
 Rows = Sequence[TokenRow]
 
@@ -69,8 +71,9 @@ def build_student(
     spec = recipe.stages[name].student
     assert spec is not None and spec.init is not None
     home = folder.student(student_key(recipe, name))
-    if home.model.is_dir():
+    if home.is_complete:
         return home
+    home.facts.unlink(missing_ok=True)  # of a student whose files have been lost
     home.root.mkdir(parents=True, exist_ok=True)
     start, seed = time.perf_counter(), recipe.stages[name].seed
     rows = partial(calibration_rows, recipe, spec.init.calibration, data, models.tokenizer)
@@ -79,11 +82,13 @@ def build_student(
     student = maker.make(teacher, others)
     sizes = {"parameters": student.num_parameters(), "teacher_parameters": maker.teacher_parameters}
     facts = {"stage": name, **sizes, **maker.facts, "seconds": round(time.perf_counter() - start, 1)}
-    home.facts.write_text(json.dumps(facts, indent=2) + "\n")
     half = home.model.with_suffix(".half")
+    for left in (half, home.model):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     student.save_pretrained(half)
     models.tokenizer.save_pretrained(half)
-    half.rename(home.model)  # last: the student is complete
+    half.rename(home.model)
+    write_json(home.facts, facts | {"files": listed(home.root, [home.model])})  # last: the student is complete
     print(
         f"[{name}] student made from its teacher: {sizes['parameters']:,} of {sizes['teacher_parameters']:,} parameters, in "
         f"{facts['seconds']:.0f} s -> {home.root}",
