@@ -112,7 +112,7 @@ STRINGS = "stages.expert.trainer.assistant_only_loss=true"
 
 # what is wrong -> (what to do to the world, overrides, how the sentence begins, what else it says)
 BAD: dict[str, tuple[Callable[[Path], object], list[str], str, str]] = {
-    "file that vanished": (gone("shop.jsonl"), ["sources.shop.path=OUT/shop"], "sources.shop", "does not exist"),
+    "file that is not there": (gone("shop.jsonl"), [], "sources.shop.path", "does not exist"),
     "empty file": (put("shop.jsonl"), [], "sources.shop", "has no rows"),
     "broken JSON": (put("shop.jsonl", '{"prompt": '), [], "sources.shop", "line 1 is not JSON"),
     "wrong columns": (put("shop.jsonl", {"q": "w1", "a": "w2"}), [], "sources.shop", "line 1 needs"),
@@ -203,7 +203,7 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], str, str]] = {
         "min_lr",
     ),
     "output directory that is a file": (nothing, ["output_dir=OUT/shop.jsonl"], "output_dir", "is a file"),
-    "output directory below a file": (nothing, ["output_dir=OUT/shop.jsonl/run"], "output_dir", "cannot be"),
+    "output directory below a file": (nothing, ["output_dir=OUT/shop.jsonl/run"], "output_dir", "is a file"),
     "suite without its data": (
         lambda world: (
             (world / "pairs.jsonl").write_text("{}"),
@@ -220,20 +220,13 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], str, str]] = {
 
 @pytest.mark.parametrize("what", BAD)
 def test_what_is_wrong_is_said_in_one_sentence_before_any_training(what: str, world: Path) -> None:
-    spoil, overrides, begins, says = BAD[what]
-    if "file" not in what or "vanished" not in what:
-        spoil(world)
-        checked = recipe(world, *overrides)
-    else:
-        (world / "shop").mkdir()
-        checked = recipe(world, *overrides)
-        shutil.rmtree(world / "shop")
+    spoil, overrides, key, says = BAD[what]
+    spoil(world)
     before = sorted(world.rglob("*"))
     with pytest.raises(UserError) as error:
-        prepare(checked)
+        prepare(recipe(world, *overrides))
     message = str(error.value)
-    sentences = [line.strip() for line in message.splitlines()]
-    assert any(line.startswith(begins) and says in line for line in sentences), message
+    assert any(re.search(rf"(^|\s){re.escape(key)}", line) and says in line for line in message.splitlines()), message
     assert sorted(world.rglob("*")) == before
 
 
@@ -242,7 +235,7 @@ def test_all_that_is_wrong_is_said_at_once(world: Path) -> None:
     with pytest.raises(UserError) as error:
         prepare(recipe(world, "stages.expert.trainer.max_length=4", "stages.aligned.lora.target_modules=[query]"))
     lines = str(error.value).splitlines()
-    assert lines[0] == "deep: 3 errors"
+    assert lines[0] == "deep: 3 errors" and len(error.value.details) == 3
     assert [line.split(":")[0].strip() for line in lines[1:]] == [
         "stages.expert.data",
         "stages.aligned.lora",
@@ -331,7 +324,25 @@ def test_the_report_of_a_stage_whose_student_was_made_from_its_teacher(world: Pa
     }
 
 
-def test_a_name_in_a_sentence_is_the_users(world: Path) -> None:
-    with pytest.raises(UserError) as error:
-        prepare(recipe(world, f"output_dir={'x' * 300}"))
-    assert re.match(r"output_dir: x{200} cannot be used \(File name too long\)", str(error.value))
+def test_the_report_says_how_far_each_model_went_from_the_student_as_it_was(world: Path) -> None:
+    run_recipe(recipe(world, "stages.aligned.trainer.learning_rate=0.01", "stages.expert.trainer.learning_rate=0.01"))
+    rows = json.loads((world / "run" / "report" / "report.json").read_text())
+    distance = {(row["model"], row["domain"]): row["value"] for row in rows if row["metric"] == "kl_to_reference"}
+    models, domains = ("student-as-it-was", "expert", "aligned", "cut"), ("general", "shop")
+    assert distance.keys() == {(model, domain) for model in models for domain in domains}
+    for domain in domains:
+        assert distance["student-as-it-was", domain] == pytest.approx(0, abs=1e-6)
+        assert distance["aligned", domain] > 1e-4
+    followed = {row["domain"]: row["value"] for row in rows if (row["model"], row["metric"]) == ("aligned", "kl_to_teacher")}
+    assert followed["general"] == pytest.approx(distance["aligned", "general"])
+    assert followed["shop"] != distance["aligned", "shop"]
+    text = (world / "run" / "report" / "report.md").read_text()
+    assert "KL to reference" in text.split("## Notes")[0] and "cannot show forgetting" in text
+
+
+def test_the_report_scores_the_tokens_that_the_stages_train_on(world: Path) -> None:
+    put("shop.jsonl", *[CHAT] * 9)(world)
+    whole = [f"stages.{name}.trainer.assistant_only_loss=false" for name in ("expert", "aligned", "cut")]
+    for overrides, scored in (([], "w7 </s>"), (whole, "w0 w5 w1 w7 </s>")):
+        row = prepare(recipe(world, *overrides)).data.evaluation_sets["shop"].rows[0]
+        assert tiny.tokenizer().decode([label for label in row.labels if label >= 0]) == scored

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -148,11 +148,11 @@ class DataBuilder:
             return load_tokenizer(spec)
         home = self.folder.tokenizer
         if home.is_dir() and self._tokenizer_is_ours():
-            return load_tokenizer(replace(spec, train=None, path=str(home)))
+            return load_tokenizer(spec.model_copy(update={"train": None, "path": str(home)}))
         texts = (text for name in spec.train.sources for text in source_texts(self.source(name)[0]))
         with tempfile.TemporaryDirectory() as made:  # read back, so that it is the one that later commands find
             train_tokenizer(texts, spec.train).save_pretrained(made)
-            tokenizer = load_tokenizer(replace(spec, train=None, path=made))
+            tokenizer = load_tokenizer(spec.model_copy(update={"train": None, "path": made}))
         tokenizer.name_or_path = str(home)
         return tokenizer
 
@@ -182,7 +182,7 @@ class DataBuilder:
         spec = self.recipe.tokenizer
         assert spec is not None and spec.train is not None
         facts: dict[str, Any] = {name: _training(self.recipe.sources[name]) for name in spec.train.sources}
-        return json.loads(json.dumps(facts | {"train": asdict(spec.train)}))
+        return facts | {"train": spec.train.model_dump(mode="json")}
 
     def _tokens(self, rows: Dataset, where: str, rule: LossRule) -> Dataset:
         form = form_of(rows)
@@ -227,4 +227,4 @@ def _joined(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _training(source: SourceSpec) -> dict[str, object]:
     """The part of a source's spec that decides its training rows."""
-    return {key: value for key, value in asdict(source).items() if not key.startswith("validation")}
+    return {key: value for key, value in source.model_dump(mode="json").items() if not key.startswith("validation")}

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from daekit.errors import UserError
+from daekit.files import write_whole
 from daekit.recipe import stage_key, to_yaml
 from daekit.recipe.schema import Recipe
 from daekit.runtime.folders import RunFolder, StageFolder, lost, read_file
@@ -52,9 +53,7 @@ def claim(recipe: Recipe, folder: RunFolder) -> None:
         if why:
             print(f"[{name}] {why}", flush=True)
             folder.stage(name).done.unlink()
-    half = folder.recipe.with_suffix(".half")
-    half.write_text(to_yaml(recipe))
-    half.replace(folder.recipe)
+    write_whole(folder.recipe, to_yaml(recipe))
 
 
 def _is_longer(recipe: Recipe, name: str, stage: StageFolder) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +98,18 @@ class ModelBuilder:
     def placed(self, spec: ModelSpec) -> ModelSpec:
         """The spec with earlier stages replaced by the directories of their results and adapters."""
         if spec.stage is not None:
-            spec = replace(spec, stage=None, path=str(self.folder.stage(spec.stage).model.resolve()))
+            path = self.folder.stage(spec.stage).model
+            if spec.checkpoint is not None:
+                path = self.folder.stage(spec.stage).root / f"checkpoint-{spec.checkpoint}"
+                if not path.is_dir():
+                    reference = f"stage:{spec.stage}@checkpoint-{spec.checkpoint}"
+                    raise UserError(f"{reference}: there is no {path}; name a checkpoint that was kept")
+            spec = spec.model_copy(update={"stage": None, "checkpoint": None, "path": str(path.resolve())})
         origin = adapter_stage(spec.adapter)
         if origin is None:
             return spec
         stage = self.folder.stage(origin)  # a stage whose result is merged keeps its adapter beside it
-        return replace(spec, adapter=str((stage.adapter if stage.adapter.is_dir() else stage.model).resolve()))
+        return spec.model_copy(update={"adapter": str((stage.adapter if stage.adapter.is_dir() else stage.model).resolve())})
 
     def model(self, spec: ModelSpec, seed: int = 0) -> PreTrainedModel | PeftModel:
         """Load or make a model, or a base with the adapter that its stage continues.
@@ -164,7 +169,7 @@ class ModelBuilder:
         placed = self.placed(student)
         folder = next((each.path for each in paths if each.path is not None), placed.adapter)
         if folder is not None:
-            model = load_continued(replace(base_spec(placed), adapter=folder))
+            model = load_continued(base_spec(placed).model_copy(update={"adapter": folder}))
         else:  # any adapter will do, for it stays off
             model = get_peft_model(load_model(base_spec(placed)), LoraConfig("CAUSAL_LM", r=1, target_modules="all-linear"))
         if not getattr(base_of(model), "is_quantized", False):  # a quantised one has been placed when it was loaded
@@ -187,12 +192,11 @@ def specs_of(stage: StageSpec) -> Iterator[tuple[str, ModelSpec]]:
         if stage.student.init is not None:
             yield "student.from", stage.student.init.from_
             yield from ((f"student.with.{place}", each) for place, each in enumerate(stage.student.init.with_))
-    teachers = {"teacher": stage.teacher, "reference": stage.reference}
-    teachers |= {f"teachers.{domain}": teacher for domain, teacher in stage.teachers.items()}
-    for key, teacher in teachers.items():
-        if teacher is not None and teacher.model is not None:
+    for path, teacher in stage.teachers_by_key().items():
+        key = ".".join(map(str, path))
+        if teacher.model is not None:
             yield key, teacher.model
-        for place, member in enumerate(teacher.ensemble if teacher is not None else ()):
+        for place, member in enumerate(teacher.ensemble):
             yield f"{key}.ensemble.{place}.model", member.model
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +24,9 @@ from transformers.optimization import get_scheduler
 from daekit.data.mixture import Mixture
 from daekit.data.preparation import DomainCount, fit_to_length
 from daekit.data.rows import form_of
-from daekit.errors import UserError
+from daekit.errors import ErrorDetail, UserError
 from daekit.evaluation.suites import Options
 from daekit.evaluation.suites.prepare import prepare as prepare_suite
-from daekit.recipe.load_suite import load_suite
 from daekit.recipe.schema import Recipe, StageSpec
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder
@@ -36,7 +36,7 @@ from daekit.runtime.student import require_cuttable
 from daekit.runtime.trainer import naming, peft_config, training_arguments
 from daekit.trainers import DomainSFTConfig
 
-_ROOTS = ("sources.", "stages.", "tokenizer", "evaluation.", "output_dir")  # a message that begins so names its key itself
+_KEY = re.compile(r"((?:sources|stages|tokenizer|evaluation)\b[\w.-]*|output_dir): (.*)", re.DOTALL)  # of a message
 _ADAM_STATES = 2  # values per trained value that the usual optimizers keep
 
 
@@ -82,7 +82,7 @@ class Found:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._messages: dict[str, None] = {}
+        self._details: dict[ErrorDetail, None] = {}
 
     @contextmanager
     def at(self, key: str) -> Iterator[None]:
@@ -91,18 +91,19 @@ class Found:
             with naming(key):
                 yield
         except UserError as error:
-            text = str(error)
-            self._messages.setdefault(text if text.startswith(_ROOTS) else f"{key}: {text}")
+            named = _KEY.match(str(error))  # it names its key itself, or not
+            detail = ErrorDetail(named[1], named[2], "") if named else ErrorDetail(key, str(error), "")
+            self._details.setdefault(detail)
 
     def __bool__(self) -> bool:
-        return bool(self._messages)
+        return bool(self._details)
 
     def raise_if_any(self) -> None:
         """Raises: UserError: one message with everything that was found."""
-        if len(self._messages) == 1:
-            raise UserError(next(iter(self._messages)))
-        if self._messages:
-            raise UserError("\n  ".join([f"{self._name}: {len(self._messages)} errors", *self._messages]))
+        lines = [f"{detail.key}: {detail.reason}" for detail in self._details]
+        if lines:
+            many = [f"{self._name}: {len(lines)} errors", *lines]
+            raise UserError(lines[0] if len(lines) == 1 else "\n  ".join(many), self._details)
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -134,9 +135,9 @@ def prepare(recipe: Recipe) -> Prepared:
         if recipe.evaluation.sources and not found:
             with found.at("evaluation"):
                 _ = data.evaluation_sets
-        for index, path in enumerate(recipe.evaluation.suites):
+        for index, suite in enumerate(recipe.evaluation.suites):
             with found.at(f"evaluation.suites.{index}"):
-                prepare_suite(load_suite(path, need_models=False), Options())
+                prepare_suite(suite, Options())
     found.raise_if_any()
     return prepared
 

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,9 +13,9 @@ from accelerate import PartialState
 
 from daekit.errors import UserError, says_read_only
 from daekit.evaluation.suites import run_suite
+from daekit.files import write_json
 from daekit.recipe import student_key
-from daekit.recipe.load_suite import load_suite
-from daekit.recipe.schema import Recipe
+from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluatedModel, ModelSpec, Recipe
 from daekit.recipe.suite import SubjectSpec
 from daekit.report import format_table, write_report
 from daekit.report.provenance import commit, versions
@@ -27,7 +26,6 @@ from daekit.runtime.prepare import Prepared, prepare
 from daekit.runtime.quiet import quieten
 from daekit.runtime.signals import GRACE, StopRequest
 from daekit.runtime.stage import free_memory, run_stage
-from daekit.trainers.checkpoint import write_json
 from daekit.trainers.distributed import refuse_launch
 
 
@@ -122,8 +120,8 @@ def _held(folder: RunFolder, state: PartialState, grace: float) -> Iterator[Stop
         if not says_read_only(error) or folder.root.absolute() not in (place, *place.parents):
             raise
         raise UserError(
-            f"output_dir={folder.root}: {place} cannot be written ({getattr(error, 'strerror', None) or error}). What was saved before is whole; make the "
-            "directory writable and run again: it goes on from there."
+            f"output_dir={folder.root}: {place} cannot be written ({getattr(error, 'strerror', None) or error}). What was saved "
+            "before is whole; make the directory writable and run again: it goes on from there."
         ) from error
     finally:
         lock.release()
@@ -153,9 +151,9 @@ def _report(prepared: Prepared, state: PartialState) -> None:
     """Evaluate and write; kept if neither the stages nor the evaluation have changed since."""
     recipe, folder = prepared.recipe, prepared.folder
     assert recipe.evaluation is not None
-    sources = {name: asdict(recipe.sources[name]) for name in recipe.evaluation.sources}
+    sources = {name: recipe.sources[name].model_dump(mode="json") for name in recipe.evaluation.sources}
     stages = {name: folder.stage(name).done.read_text() for name in recipe.stages}
-    key = json.loads(json.dumps({"evaluation": asdict(recipe.evaluation), "sources": sources, "stages": stages}))
+    key = {"evaluation": recipe.evaluation.model_dump(mode="json"), "sources": sources, "stages": stages}
     key_file = folder.report / "report_key.json"
     if key_file.is_file() and json.loads(key_file.read_text()) == key:
         print(f"[report] complete, kept: {folder.report / 'report.html'}", flush=True)
@@ -170,16 +168,28 @@ def _report(prepared: Prepared, state: PartialState) -> None:
 def _suites(recipe: Recipe, folder: RunFolder) -> None:
     """The suites of the recipe, each on the results of its stages and whatever models it names itself."""
     assert recipe.evaluation is not None
-    stages = {name: SubjectSpec(path=str(folder.stage(name).model.resolve())) for name in recipe.evaluation.models}
-    for path in recipe.evaluation.suites:
-        suite = load_suite(path, need_models=False)
-        report = run_suite(
-            replace(
-                suite,
-                models=stages | suite.models,
-                output_dir=str(folder.suite(suite.name)),
-                baseline=suite.baseline or recipe.evaluation.baseline,
-            )
-        )
+    evaluated = {each.name: _subject(recipe, each, folder) for each in recipe.evaluation.models}
+    for suite in recipe.evaluation.suites:
+        update = {
+            "models": evaluated | suite.models,
+            "output_dir": str(folder.suite(suite.name)),
+            "baseline": suite.baseline or recipe.evaluation.baseline,
+        }
+        report = run_suite(suite.model_copy(update=update))
         assert report is not None  # no dry run
         print(f"\n{format_table(report.rows)}\n\nSuite: {folder.suite(suite.name) / 'report.html'}", flush=True)
+
+
+def _subject(recipe: Recipe, model: EvaluatedModel, folder: RunFolder) -> SubjectSpec:
+    """A model of the report as suites name it; that it has a directory is checked when the recipe is loaded."""
+    spec: ModelSpec = model
+    if model.name == STUDENT_AS_IT_WAS:
+        first, stage = next(iter(recipe.stages.items()))
+        assert stage.student is not None, "a resolved recipe names every student"
+        made = stage.student.init is not None
+        spec = ModelSpec(path=str(folder.student(student_key(recipe, first)).model.resolve())) if made else stage.student
+    elif model.stage is not None:
+        part = "model" if model.checkpoint is None else f"checkpoint-{model.checkpoint}"
+        spec = ModelSpec(path=str((folder.stage(model.stage).root / part).resolve()))
+    shared = SubjectSpec.model_fields.keys() & ModelSpec.model_fields.keys()
+    return SubjectSpec(**{key: getattr(spec, key) for key in shared})

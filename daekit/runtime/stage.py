@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from daekit.data.mixture import Mixture
 from daekit.errors import UserError
+from daekit.files import write_json
 from daekit.models.loading import load_model
 from daekit.models.sharded import shape_of
 from daekit.recipe import sharing_notes, stage_key, student_key, to_yaml
@@ -28,7 +29,6 @@ from daekit.runtime.signals import SaveOnSignal, StopRequest
 from daekit.runtime.student import build_student
 from daekit.runtime.trainer import build_trainer
 from daekit.trainers import KDTrainer
-from daekit.trainers.checkpoint import write_json
 
 
 def run_stage(prepared: Prepared, name: str, state: PartialState, stop: StopRequest) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.evaluation import tokenize_rows
+from daekit.files import write_json
 from daekit.models.identity import fingerprint
 from daekit.models.scoring import TokenRow
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe import student_key
-from daekit.recipe.schema import Recipe, StudentSpec
-from daekit.recipe.student_schema import CalibrationSpec, StudentSearchSpec
+from daekit.recipe.schema import CalibrationSpec, Recipe, StudentSearchSpec, StudentSpec
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder, StudentFolder, listed
 from daekit.runtime.models import ModelBuilder
@@ -55,7 +54,6 @@ from daekit.students import (
 )
 from daekit.students.calibration import require_enough
 from daekit.students.shapes import require_possible
-from daekit.trainers.checkpoint import write_json
 
 Rows = Sequence[TokenRow]
 
@@ -164,7 +162,7 @@ class _Maker:
             rounds[-1:] if search.strategy == "grid" else rounds,  # a grid scores all on the whole text
             candidates=10**9 if search.strategy == "grid" else search.candidates,
             log=self.home.log,
-            identity={"teacher": weights, "seed": self.seed, **_plain(asdict(search))},
+            identity={"teacher": weights, "seed": self.seed, **search.model_dump(mode="json")},
             progress=lambda line: print(f"[{self.name}] {line}", flush=True),
         )
         self.home.plot.write_text(search_svg(read_log(self.home.log), search.by).svg)
@@ -236,7 +234,3 @@ def require_cuttable(recipe: Recipe, name: str, data: DataBuilder, models: Model
             f"calibration text too short: {scored:,} of its tokens can be scored, search.tokens asks for "
             f"{spec.search.tokens[-1]:,}; give more text or fewer tokens"
         )
-
-
-def _plain(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    return json.loads(json.dumps(value))
