@@ -1,4 +1,4 @@
-"""The command line: ``daekit check | plan | init | train | eval | merge | quickstart``. Heavy imports happen inside."""
+"""The command line: ``daekit check | preview | plan | init | train | eval | recipes...``. Heavy imports happen inside."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 from daekit import __version__
 from daekit.errors import Stopped, UserError, says_disk_is_full
-from daekit.recipe import load_recipe, load_recipe_text, sharing_notes, to_yaml
-from daekit.recipe.load_suite import load_suite, parse_models
-from daekit.recipe.schema import Dtype
+from daekit.recipe import Recipe, load_recipe, load_recipe_text, load_suite, parse_models, sharing_notes, to_yaml
+from daekit.recipe.model import Dtype
+from daekit.recipe.trainer_options import default_options
 
 _OVERRIDES_HELP = "settings laid over the recipe: key.sub=value, the value as YAML (stages.kd.trainer.max_steps=10)"
 _STATUS_OF_USER_ERROR = 2
@@ -86,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="say what is wrong with a recipe, or show it with every default filled in")
     check.set_defaults(run=_check)
+    check.add_argument(
+        "--deep", action="store_true", help="open everything that a run will need (rows, tokenizers, models, suites), too"
+    )
+    preview = commands.add_parser("preview", help="show the first N rows of each source as the model will see them (N: 2)")
+    preview.set_defaults(run=_preview)
     train = commands.add_parser("train", help="run the stages of a recipe; what is finished is kept, what was stopped resumes")
     train.set_defaults(run=_train)
     plan = commands.add_parser("plan", help="say what a recipe needs, before anything is loaded: memory by part, what fits")
@@ -100,10 +106,11 @@ def _parser() -> argparse.ArgumentParser:
         "init", help="make the students that a recipe makes from their teachers (search, slicing); no training"
     )
     init.set_defaults(run=_init)
-    for command in (check, plan, init, train):
+    for command in (check, preview, plan, init, train):
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
     _add_eval(commands)
+    _add_looks(commands)
     merge = commands.add_parser("merge", help="fold a LoRA adapter into its 16-bit base, and compare the two")
     merge.set_defaults(run=_merge)
     merge.add_argument("adapter", metavar="ADAPTER_DIR", help="a directory with adapter_config.json and its safetensors")
@@ -121,9 +128,20 @@ def _parser() -> argparse.ArgumentParser:
             default=25.0,
             help="what SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C leave the run to save a checkpoint at its next step (default: 25)",
         )
-    for command in (check, plan, init, train, quickstart):
-        command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
+    for command in (check, preview, plan, init, train, quickstart):
+        metavar = "key=value" if command is not preview else "[N] key=value"
+        command.add_argument("overrides", metavar=metavar, nargs="*", default=[], help=_OVERRIDES_HELP)
     return parser
+
+
+def _add_looks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    schema = commands.add_parser("schema", help="print the JSON Schema of recipes or suites, by which editors complete them")
+    schema.set_defaults(run=_schema)
+    schema.add_argument("kind", nargs="?", choices=["recipe", "suite"], default="recipe")
+    recipes = commands.add_parser("recipes", help="list the recipes that come with daekit, or copy one into this directory")
+    recipes.set_defaults(run=_recipes)
+    recipes.add_argument("action", nargs="?", choices=["copy"], help="write a recipe here; nothing is overwritten")
+    recipes.add_argument("name", nargs="?", metavar="NAME")
 
 
 def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -148,6 +166,14 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         default=0,
         help="give a score although up to N judgments of the model are missing",
     )
+    command.add_argument(
+        "--allow-key-env",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="environment variable that may be sent as a key to whatever endpoint the suite names",
+    )
+    command.add_argument("--allow-http", action="store_true", help="http to other machines: questions and keys go unencrypted")
     command.add_argument("--score-parser", choices=["strict", "fastchat"], help="how a rating is read (default: the suite's)")
     command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
 
@@ -180,9 +206,11 @@ def _eval(options: argparse.Namespace) -> None:
     suite = load_suite(options.suite, parse_models(options.model), overrides)
 
     from daekit.evaluation.suites import Options, run_suite
+    from daekit.generation import Permissions
     from daekit.report import format_table
 
-    how = Options(options.dry_run, options.max_calls, options.max_cost, options.allow_missing, options.score_parser)
+    allowed = Permissions(frozenset(options.allow_key_env), options.allow_http)
+    how = Options(options.dry_run, options.max_calls, options.max_cost, options.allow_missing, options.score_parser, allowed)
     report = run_suite(suite, how)
     if report is not None:
         print(f"\n{format_table(report.rows)}\n\nReport: {suite.output_dir}/report.html", flush=True)
@@ -190,9 +218,47 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
+    if options.deep:
+        _show_prepared(recipe, 1)
+        print(f"\n{recipe.name}: everything that the run needs is there")
+        return
     print(to_yaml(recipe), end="")
+    print("# trainer: what a stage does not set there is, by TRL and daekit:")
+    print("".join(f"#   {key}: {json.dumps(value)}\n" for key, value in default_options().items()), end="")
     for note in sharing_notes(recipe):
         print(f"# note: {note}")
+
+
+def _preview(options: argparse.Namespace) -> None:
+    overrides = list(options.overrides)
+    rows = int(overrides.pop(0)) if overrides and overrides[0].isdecimal() else 2
+    _show_prepared(load_recipe(options.recipe, overrides), rows)
+
+
+def _show_prepared(recipe: Recipe, rows: int) -> None:
+    from daekit.runtime.prepare import prepare
+    from daekit.runtime.preview import preview
+    from daekit.runtime.quiet import quieten
+
+    quieten()
+    print(preview(prepare(recipe), rows))
+
+
+def _schema(options: argparse.Namespace) -> None:
+    from daekit.recipe.json_schema import json_schema
+
+    print(json.dumps(json_schema(options.kind), indent=1, ensure_ascii=False))
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from daekit.recipe.shipped import copy_recipe, list_recipes
+
+    if options.action is None:
+        print(list_recipes())
+    elif options.name is None:
+        raise UserError("daekit recipes copy: which one? `daekit recipes` lists their names")
+    else:
+        print("\n".join(f"-> {path}" for path in copy_recipe(options.name, Path())))
 
 
 def _plan(options: argparse.Namespace) -> None:

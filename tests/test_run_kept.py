@@ -193,7 +193,7 @@ def test_an_error_of_another_place_stays_what_it_is(tmp_path: Path, monkeypatch:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "/elsewhere/file")
 
-    monkeypatch.setattr(runner, "DataBuilder", refuse)
+    monkeypatch.setattr(runner, "prepare", refuse)
     with pytest.raises(PermissionError):
         train(tmp_path)
 

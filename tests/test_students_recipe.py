@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.recipe import load_recipe_text, resolve, stage_key, student_key, to_yaml
-from daekit.recipe.schema import ModelSpec, Recipe, StudentSpec
-from daekit.recipe.student_schema import CalibrationSpec, StudentSearchSpec
+from daekit.recipe.schema import CalibrationSpec, ModelSpec, Recipe, StudentSearchSpec, StudentSpec
 from daekit.runtime import DataBuilder, ModelBuilder, folders
 from daekit.runtime.run import init_students, run_recipe
 from daekit.runtime.student import calibration_rows
@@ -45,7 +44,7 @@ DENSE = """{config: {model_type: mistral, hidden_size: 32, intermediate_size: 24
               num_key_value_heads: 1}}"""
 SEARCH = """
       from: "stage:teacher"
-      search: {parameters: [10000, 18000], parts: 4, candidates: 20, tokens: [30, 120], by: kl, granularity: fine}
+      search: {parameters: [10000, 18000], blocks: 4, candidates: 20, tokens: [30, 120], objective: kl, granularity: fine}
       calibration: {sources: [chat], tokens: 600, max_length: 16}
 """
 
@@ -66,8 +65,10 @@ def test_what_the_yaml_says_is_read_and_written_out() -> None:
     assert spec == ModelSpec(
         init=StudentSpec(
             from_=ModelSpec(stage="teacher"),
-            search=StudentSearchSpec((10000, 18000), "fine", parts=4, by="kl", candidates=20, tokens=(30, 120)),
-            calibration=CalibrationSpec(("chat",), 600, 16),
+            search=StudentSearchSpec(
+                parameters=(10000, 18000), granularity="fine", blocks=4, objective="kl", candidates=20, tokens=(30, 120)
+            ),
+            calibration=CalibrationSpec(sources=("chat",), tokens=600, max_length=16),
         )
     )
     for student in (SEARCH, SHAPE, "{from: a/b, with: [c/d, {path: e/f, dtype: bfloat16}]}", "{from: a/b, keep_experts: 2}"):
@@ -151,9 +152,12 @@ def test_a_stage_depends_on_what_its_student_is_made_from() -> None:
 
 def test_rows_that_are_too_long_are_split_and_nothing_is_lost(tmp_path: Path) -> None:
     spec = recipe(tmp_path, SEARCH)
-    data = DataBuilder(spec)
-    tokenizer = data.tokenizer(folders.RunFolder(tmp_path))
-    whole, split = (calibration_rows(spec, CalibrationSpec(("chat",), 600, length), data, tokenizer) for length in (10**6, 16))
+    data = DataBuilder(spec, folders.RunFolder(tmp_path))
+    tokenizer = data.tokenizer
+    whole, split = (
+        calibration_rows(spec, CalibrationSpec(sources=("chat",), tokens=600, max_length=length), data, tokenizer)
+        for length in (10**6, 16)
+    )
     assert max(len(row["input_ids"]) for row in whole) > 16 == max(len(row["input_ids"]) for row in split)
     for name in ("input_ids", "labels"):
         assert [each for row in whole for each in row[name]] == [each for row in split for each in row[name]]
@@ -242,11 +246,3 @@ def test_too_little_text_is_refused_with_the_numbers(tmp_path: Path) -> None:
     spec = recipe(tmp_path, f"{{from: {DENSE}, shape: {{hidden_size: 16}}, {calibration}}}")
     with pytest.raises(UserError, match=r"source 'skills' has [\d,]+ tokens in 200 rows.*calibration.tokens=90,000 is 45,000"):
         init_students(spec)
-
-
-def test_the_examples_of_the_readme_are_recipes() -> None:
-    readme = (Path(__file__).parent.parent / "recipes" / "README.md").read_text()
-    lines = [line for line in readme.splitlines() if line.startswith("student: {from:")]
-    assert len(lines) == 5
-    for line in lines:
-        assert recipe(Path("x"), line.removeprefix("student: ").split("  ")[0]).stages["student"].student.init is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,9 +49,10 @@ def base_spec(spec: ModelSpec) -> ModelSpec:
     assert config.base_model_name_or_path is not None, "read_adapter_config has looked"
     if spec.path is not None:
         require_same_base(spec.adapter, config.base_model_name_or_path, spec.path, (config.revision, spec.revision))
-        return replace(spec, adapter=None)
+        return spec.model_copy(update={"adapter": None})
     # code of a base that the recipe does not name is not trusted
-    return replace(spec, adapter=None, path=config.base_model_name_or_path, revision=config.revision, trust_remote_code=False)
+    base = {"path": config.base_model_name_or_path, "revision": config.revision, "trust_remote_code": False}
+    return spec.model_copy(update={"adapter": None, **base})
 
 
 def load_continued(spec: ModelSpec) -> PeftModel:
@@ -105,7 +105,7 @@ def require_adapters_fit(folders: Iterable[str | Path], base: ModelSpec) -> None
         UserError: another base (by name and revision), missing or left-over tensors, other shapes.
     """
     assert base.path is not None, "a base has a name"
-    config = _config_of(base)
+    config = config_of(base)
     for folder in folders:
         lora = lora_config_of(folder)
         require_same_base(folder, str(lora.base_model_name_or_path), base.path, (lora.revision, base.revision))
@@ -161,12 +161,12 @@ def _on_experts(wrapper: ParamWrapper) -> bool:
     return wrapper.parameter_name in PROJECTIONS and is_experts_layer(wrapper.get_base_layer())
 
 
-def _config_of(base: ModelSpec) -> PreTrainedConfig:
+def config_of(base: ModelSpec) -> PreTrainedConfig:
     """The config of a base; of one that is an adapter merged when it is loaded, that of the model below."""
     assert base.path is not None
     if (Path(base.path).expanduser() / ADAPTER_CONFIG).is_file():
         below = lora_config_of(base.path)
-        return _config_of(ModelSpec(path=below.base_model_name_or_path, revision=below.revision))
+        return config_of(ModelSpec(path=below.base_model_name_or_path, revision=below.revision))
     try:
         return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code)
     except (OSError, ValueError) as error:

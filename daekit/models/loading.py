@@ -6,7 +6,6 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +82,7 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
         UserError: no model there, a pickle, unreadable weights, a missing shard, missing weights or weights of another shape; a
             quantisation that this device cannot do, that left most weights as they were, or of weights that are quantised.
     """
-    _require_shards(Path(path).expanduser())
+    require_shards(Path(path).expanduser())
     config = arguments.get("quantization_config")
     if isinstance(config, BitsAndBytesConfig):
         method = quantised_by(path, arguments.get("revision"))
@@ -132,7 +131,7 @@ def _load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any
     return model
 
 
-def _require_shards(directory: Path) -> None:
+def require_shards(directory: Path) -> None:
     """Every shard that the index of a local checkpoint names must be there, otherwise UserError."""
     index = directory / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
@@ -226,7 +225,8 @@ def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
     if not base:
         raise UserError(f"{directory}: its adapter_config.json names no base model (base_model_name_or_path)")
     # the base may be an adapter on its base in turn; code of a base that the recipe does not name is not trusted
-    return merge_adapter(load_model(replace(spec, path=base, revision=config.revision, trust_remote_code=False)), directory)
+    update = {"path": base, "revision": config.revision, "trust_remote_code": False}
+    return merge_adapter(load_model(spec.model_copy(update=update)), directory)
 
 
 def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:

@@ -15,12 +15,11 @@ from daekit.trainers.checkpoint import MANIFEST
 _ENDS = {"stage.trainer.max_steps", "stage.trainer.num_train_epochs"}
 
 
-def claim(recipe: Recipe, folder: RunFolder) -> None:
-    """Make sure that what lies in the output directory is of this recipe, and write the recipe there.
+def ahead(recipe: Recipe, folder: RunFolder) -> dict[str, str]:
+    """The stages that a run would train -> why, of one that is complete; an empty text of the others. It reads only.
 
-    A stage counts from its first checkpoint on; what a run has left that was refused before is overwritten. A complete stage
-    that has lost its result, or is to be longer, is declared incomplete: it then goes on from its last checkpoint. For one
-    process; it must hold the lock of the directory.
+    A stage counts from its first checkpoint on. A complete stage that has lost its result, or is to be longer, goes on from its
+    last checkpoint.
 
     Raises:
         UserError: another recipe's run; a stage that was begun with other settings and cannot go on with these; damage.
@@ -32,18 +31,28 @@ def claim(recipe: Recipe, folder: RunFolder) -> None:
                 f"output_dir={recipe.output_dir}: holds a run of the recipe {theirs!r}, not of {recipe.name!r}. "
                 "Choose another output_dir, or delete this one."
             )
-    begun = {name: folder.stage(name) for name in recipe.stages if folder.stage(name).is_begun}
-    longer = [name for name, stage in begun.items() if _is_longer(recipe, name, stage)]
-    for name, stage in begun.items():
+    found = {}
+    for name in recipe.stages:
+        stage = folder.stage(name)
+        longer = stage.is_begun and _is_longer(recipe, name, stage)
         if not stage.done.is_file():
-            continue
-        if name in longer:
-            print(f"[{name}] complete, and goes on to its new end", flush=True)
+            found[name] = ""
+        elif longer:
+            found[name] = "complete, and goes on to its new end"
         elif missing := lost(stage.root, stage.done):
-            print(f"[{name}] was complete, but {missing} is missing: it is made again", flush=True)
-        else:
-            continue
-        stage.done.unlink()
+            found[name] = f"was complete, but {missing} is missing: it is made again"
+    return found
+
+
+def claim(recipe: Recipe, folder: RunFolder) -> None:
+    """Write the recipe into its output directory, and declare complete stages that are ``ahead`` incomplete.
+
+    What a run has left that was refused before its first checkpoint is overwritten. For one process; it must hold the lock.
+    """
+    for name, why in ahead(recipe, folder).items():
+        if why:
+            print(f"[{name}] {why}", flush=True)
+            folder.stage(name).done.unlink()
     write_whole(folder.recipe, to_yaml(recipe))
 
 

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 
-import datasets
 import torch
-import transformers
 from accelerate import PartialState
 
 from daekit.errors import UserError, says_read_only
 from daekit.evaluation.suites import run_suite
 from daekit.files import write_json
 from daekit.recipe import student_key
-from daekit.recipe.load_suite import load_suite
-from daekit.recipe.schema import Recipe
+from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluatedModel, ModelSpec, Recipe
 from daekit.recipe.suite import SubjectSpec
 from daekit.report import format_table, write_report
 from daekit.report.provenance import commit, versions
 from daekit.runtime import DataBuilder, ModelBuilder, RunFolder, build_report, build_student
 from daekit.runtime.kept import claim
 from daekit.runtime.lock import RunLock
+from daekit.runtime.prepare import Prepared, prepare
+from daekit.runtime.quiet import quieten
 from daekit.runtime.signals import GRACE, StopRequest
 from daekit.runtime.stage import free_memory, run_stage
 from daekit.trainers.distributed import refuse_launch
@@ -50,28 +46,29 @@ def run_recipe(recipe: Recipe, grace: float = GRACE) -> None:
     """
     refuse_launch()
     state = _ranks()
-    _quieten()
+    quieten()
     folder = RunFolder(Path(recipe.output_dir))
     with _held(folder, state, grace) as stop:
+        prepared = prepare(recipe)
+        state.wait_for_everyone()
         if state.is_main_process:
             claim(recipe, folder)
+            prepared.data.save_tokenizer()
+            for note in prepared.notes:
+                print(f"note: {note}", flush=True)
         state.wait_for_everyone()
-        data = DataBuilder(recipe)
-        with state.main_process_first():
-            tokenizer = data.tokenizer(folder)
-        models = ModelBuilder(folder, tokenizer)
         for name in recipe.stages:
             if folder.stage(name).done.is_file():
                 if state.is_main_process:
                     print(f"[{name}] complete, kept", flush=True)
             else:
-                run_stage(recipe, name, folder, data, models, state, stop)
+                run_stage(prepared, name, state, stop)
                 free_memory()
             state.wait_for_everyone()
         # the other ranks are done: a barrier would time out while the main process generates answers
         if recipe.evaluation is not None and state.is_main_process:
             if recipe.evaluation.sources:
-                _report(recipe, folder, data, models, state)
+                _report(prepared, state)
             _suites(recipe, folder)
 
 
@@ -81,7 +78,7 @@ def init_students(recipe: Recipe, grace: float = GRACE) -> None:
     A student whose teacher is a stage of the recipe that is not complete yet is left to ``run_recipe``.
     """
     state = _ranks()
-    _quieten()
+    quieten()
     if state.num_processes > 1:
         raise UserError(
             f"daekit init: makes students in one process, and {state.num_processes} were launched; run it without a launcher"
@@ -92,8 +89,9 @@ def init_students(recipe: Recipe, grace: float = GRACE) -> None:
         raise UserError(f"{recipe.name}: no stage makes its student from a teacher (`student: {{from: TEACHER, ...}}`)")
     with _held(folder, state, grace):
         claim(recipe, folder)
-        data = DataBuilder(recipe)
-        models = ModelBuilder(folder, data.tokenizer(folder))
+        data = DataBuilder(recipe, folder)
+        models = ModelBuilder(folder, data.tokenizer)
+        data.save_tokenizer()
         for name in made:
             missing = [used for used in student_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
             if missing:
@@ -122,8 +120,8 @@ def _held(folder: RunFolder, state: PartialState, grace: float) -> Iterator[Stop
         if not says_read_only(error) or folder.root.absolute() not in (place, *place.parents):
             raise
         raise UserError(
-            f"output_dir={folder.root}: {place} cannot be written ({getattr(error, 'strerror', None) or error}). What was "
-            "saved before is whole; make the directory writable and run again: it goes on from there."
+            f"output_dir={folder.root}: {place} cannot be written ({getattr(error, 'strerror', None) or error}). What was saved "
+            "before is whole; make the directory writable and run again: it goes on from there."
         ) from error
     finally:
         lock.release()
@@ -149,18 +147,19 @@ def _ranks() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def _report(recipe: Recipe, folder: RunFolder, data: DataBuilder, models: ModelBuilder, state: PartialState) -> None:
+def _report(prepared: Prepared, state: PartialState) -> None:
     """Evaluate and write; kept if neither the stages nor the evaluation have changed since."""
+    recipe, folder = prepared.recipe, prepared.folder
     assert recipe.evaluation is not None
-    sources = {name: asdict(recipe.sources[name]) for name in recipe.evaluation.sources}
+    sources = {name: recipe.sources[name].model_dump(mode="json") for name in recipe.evaluation.sources}
     stages = {name: folder.stage(name).done.read_text() for name in recipe.stages}
-    key = json.loads(json.dumps({"evaluation": asdict(recipe.evaluation), "sources": sources, "stages": stages}))
+    key = {"evaluation": recipe.evaluation.model_dump(mode="json"), "sources": sources, "stages": stages}
     key_file = folder.report / "report_key.json"
     if key_file.is_file() and json.loads(key_file.read_text()) == key:
         print(f"[report] complete, kept: {folder.report / 'report.html'}", flush=True)
         return
     provenance = {"versions": versions(), "commit": commit(), "machine": calibration()}
-    report = build_report(recipe, folder, data, models, state.device, provenance)
+    report = build_report(recipe, folder, prepared.data, prepared.models, state.device, provenance)
     write_report(folder.report, report)
     write_json(key_file, key)
     print(f"\n{format_table(report.rows)}\n\nReport: {folder.report / 'report.html'}", flush=True)
@@ -169,25 +168,28 @@ def _report(recipe: Recipe, folder: RunFolder, data: DataBuilder, models: ModelB
 def _suites(recipe: Recipe, folder: RunFolder) -> None:
     """The suites of the recipe, each on the results of its stages and whatever models it names itself."""
     assert recipe.evaluation is not None
-    stages = {name: SubjectSpec(path=str(folder.stage(name).model.resolve())) for name in recipe.evaluation.models}
-    for path in recipe.evaluation.suites:
-        suite = load_suite(path, need_models=False)
-        report = run_suite(
-            replace(
-                suite,
-                models=stages | suite.models,
-                output_dir=str(folder.suite(suite.name)),
-                baseline=suite.baseline or recipe.evaluation.baseline,
-            )
-        )
+    evaluated = {each.name: _subject(recipe, each, folder) for each in recipe.evaluation.models}
+    for suite in recipe.evaluation.suites:
+        update = {
+            "models": evaluated | suite.models,
+            "output_dir": str(folder.suite(suite.name)),
+            "baseline": suite.baseline or recipe.evaluation.baseline,
+        }
+        report = run_suite(suite.model_copy(update=update))
         assert report is not None  # no dry run
         print(f"\n{format_table(report.rows)}\n\nSuite: {folder.suite(suite.name) / 'report.html'}", flush=True)
 
 
-def _quieten() -> None:
-    """Leave the terminal to one line per log: progress bars of a second each and warnings about TRL's own defaults go."""
-    logging.getLogger("daekit").setLevel(logging.ERROR)  # the heading of a stage says what became of its rows
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+def _subject(recipe: Recipe, model: EvaluatedModel, folder: RunFolder) -> SubjectSpec:
+    """A model of the report as suites name it; that it has a directory is checked when the recipe is loaded."""
+    spec: ModelSpec = model
+    if model.name == STUDENT_AS_IT_WAS:
+        first, stage = next(iter(recipe.stages.items()))
+        assert stage.student is not None, "a resolved recipe names every student"
+        made = stage.student.init is not None
+        spec = ModelSpec(path=str(folder.student(student_key(recipe, first)).model.resolve())) if made else stage.student
+    elif model.stage is not None:
+        part = "model" if model.checkpoint is None else f"checkpoint-{model.checkpoint}"
+        spec = ModelSpec(path=str((folder.stage(model.stage).root / part).resolve()))
+    shared = SubjectSpec.model_fields.keys() & ModelSpec.model_fields.keys()
+    return SubjectSpec(**{key: getattr(spec, key) for key in shared})

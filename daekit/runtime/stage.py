@@ -23,27 +23,22 @@ from daekit.report.provenance import commit, versions
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder, StageFolder, listed
 from daekit.runtime.models import ModelBuilder
+from daekit.runtime.prepare import Prepared
+from daekit.runtime.preview import stage_lines
 from daekit.runtime.signals import SaveOnSignal, StopRequest
 from daekit.runtime.student import build_student
 from daekit.runtime.trainer import build_trainer
 from daekit.trainers import KDTrainer
 
 
-def run_stage(
-    recipe: Recipe,
-    name: str,
-    folder: RunFolder,
-    data: DataBuilder,
-    models: ModelBuilder,
-    state: PartialState,
-    stop: StopRequest,
-) -> None:
+def run_stage(prepared: Prepared, name: str, state: PartialState, stop: StopRequest) -> None:
     """Train a stage that is not complete, from its newest checkpoint if it has one. Every rank calls it.
 
     Raises:
         UserError: anything that is wrong with data, models or settings.
         Stopped: a signal came; what was trained is in a checkpoint.
     """
+    recipe, folder, data, models = prepared.recipe, prepared.folder, prepared.data, prepared.models
     stage, start = folder.stage(name), time.perf_counter()
     if state.is_main_process:
         stage.root.mkdir(parents=True, exist_ok=True)
@@ -53,7 +48,7 @@ def run_stage(
     trainer, mixture = build_trainer(recipe, name, stage, data, models)
     trainer.add_callback(SaveOnSignal(stop))
     if state.is_main_process:
-        print(_heading(name, recipe, trainer, mixture), flush=True)
+        print(_heading(prepared, name, trainer), flush=True)
     resume = bool(stage.checkpoints)
     with stop.saving():
         trainer.train(resume_from_checkpoint=resume)
@@ -111,18 +106,11 @@ def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: KDTrain
         trainer.processing_class.save_pretrained(stage.model)
 
 
-def _heading(name: str, recipe: Recipe, trainer: KDTrainer, mixture: Mixture) -> str:
+def _heading(prepared: Prepared, name: str, trainer: KDTrainer) -> str:
     trained = sum(shape_of(p).numel() for p in trainer.model.parameters() if p.requires_grad)
-    lines = [f"[{name}] {recipe.stages[name].type}: {trained:,} trained parameters, {len(mixture.dataset):,} rows"]
-    for use in mixture.table:
-        lines.append(
-            f"    {use.source} ({use.domain}): {use.used:,} of {use.available:,} rows, "
-            f"{use.share:.0%} of the mixture, each {use.repeats:.3g} times"
-        )
-    for domain, count in trainer.data_counts["train"].items():
-        lost = {what: n for what, n in asdict(count).items() if what not in ("rows", "kept_tokens") and n}
-        lines.append(f"    {domain}: {count.rows:,} rows, {count.kept_tokens:,} kept tokens" + (f", {lost}" if lost else ""))
-    notes = [note for note in sharing_notes(recipe) if note.startswith(f"stages.{name}.")]
+    rows, type_ = len(prepared.stages[name].mixture.dataset), prepared.recipe.stages[name].type
+    lines = [f"[{name}] {type_}: {trained:,} trained parameters, {rows:,} rows", *stage_lines(prepared, name)]
+    notes = [note for note in sharing_notes(prepared.recipe) if note.startswith(f"stages.{name}.")]
     return "\n".join([*lines, *(f"    note: {note}" for note in notes)])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,7 @@ from daekit.models.identity import fingerprint
 from daekit.models.scoring import TokenRow
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe import student_key
-from daekit.recipe.schema import Recipe, StudentSpec
-from daekit.recipe.student_schema import CalibrationSpec, StudentSearchSpec
+from daekit.recipe.schema import CalibrationSpec, Recipe, StudentSearchSpec, StudentSpec
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder, StudentFolder, listed
 from daekit.runtime.models import ModelBuilder
@@ -54,6 +52,8 @@ from daekit.students import (
     sort_teacher,
     space_of,
 )
+from daekit.students.calibration import require_enough
+from daekit.students.shapes import require_possible
 
 Rows = Sequence[TokenRow]
 
@@ -149,11 +149,13 @@ class _Maker:
             importance,
             search.granularity,
             search.units,
-            blocks=search.parts,
-            min_ratio=search.smallest,
+            blocks=search.blocks,
+            min_ratio=search.min_ratio,
             head_dims=search.head_dims or None,
         )
-        scorer = CandidateScorer(teacher, self.rows, vocab_size=self.vocab_size, tokens=search.tokens[-1], objective=search.by)
+        scorer = CandidateScorer(
+            teacher, self.rows, vocab_size=self.vocab_size, tokens=search.tokens[-1], objective=search.objective
+        )
         rounds = [Round(tokens, search.keep) for tokens in search.tokens]
         result = run_search(
             space,
@@ -162,15 +164,15 @@ class _Maker:
             rounds[-1:] if search.strategy == "grid" else rounds,  # a grid scores all on the whole text
             candidates=10**9 if search.strategy == "grid" else search.candidates,
             log=self.home.log,
-            identity={"teacher": weights, "seed": self.seed, **_plain(asdict(search))},
+            identity={"teacher": weights, "seed": self.seed, **search.model_dump(mode="json")},
             progress=lambda line: print(f"[{self.name}] {line}", flush=True),
         )
-        self.home.plot.write_text(search_svg(read_log(self.home.log), search.by).svg)
+        self.home.plot.write_text(search_svg(read_log(self.home.log), search.objective).svg)
         self.facts["search"] = {
             "score": result.best.score,
             "candidates": result.candidates,
             "tokens": result.tokens,
-            "by": search.by,
+            "objective": search.objective,
         }
         return space.selection(result.best.candidate)
 
@@ -208,5 +210,29 @@ def calibration_rows(
     return rows
 
 
-def _plain(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    return json.loads(json.dumps(value))
+def require_cuttable(recipe: Recipe, name: str, data: DataBuilder, models: ModelBuilder) -> None:
+    """Whether the student of stage ``name`` can be made from its teacher, by the teacher's config and the calibration text.
+
+    Raises:
+        UserError: a shape that cannot be cut out of the teacher, too little calibration text for what is measured on it.
+    """
+    student = recipe.stages[name].student
+    assert student is not None and student.init is not None
+    spec = student.init
+    config = models.config(recipe, spec.from_)
+    if config is not None and spec.dense is None and spec.shape:
+        require_possible(config, replace(Shape.of(config), **spec.shape))
+    if spec.with_ or spec.dense == "average":
+        return
+    ranked = spec.importance == "activations" and (bool(spec.shape) or spec.search is not None)
+    if not (ranked or spec.dense or spec.keep_experts or spec.search or spec.fit_norms):
+        return
+    rows = calibration_rows(recipe, spec.calibration, data, models.tokenizer)
+    if ranked and config is not None:
+        require_enough(rows, max(config.hidden_size, config.intermediate_size), "channels or neurons")
+    scored = sum(label >= 0 for row in rows for label in row["labels"][1:])
+    if spec.search is not None and scored < spec.search.tokens[-1]:
+        raise UserError(
+            f"calibration text too short: {scored:,} of its tokens can be scored, search.tokens asks for "
+            f"{spec.search.tokens[-1]:,}; give more text or fewer tokens"
+        )

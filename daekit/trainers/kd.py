@@ -43,7 +43,7 @@ from daekit.trainers.resume import Checkpoints, student_folder
 from daekit.trainers.router import RouterSettings, router_inputs
 from daekit.trainers.student_loading import load_student, name_of, spec_of, tokenizer_of
 from daekit.trainers.token_metrics import TokenMetrics, counted_rows
-from daekit.trainers.validation import refuse_arguments, refuse_expert_adapter
+from daekit.trainers.validation import refuse_arguments, refuse_expert_adapter, refuse_without_teacher
 
 DEFAULT_DOMAIN = "general"
 
@@ -90,6 +90,9 @@ class KDTrainer(SFTTrainer):
         if not isinstance(args, self.config_class):
             raise UserError(f"args: {type(self).__name__} needs a {self.config_class.__name__}, not a {type(args).__name__}")
         refuse_arguments(model, args, train_dataset, sft_arguments)
+        self.objective = args.objective()
+        if teacher is None:
+            refuse_without_teacher(self.objective)
         tokenizer = processing_class or tokenizer_of(model, args)
         if args.assistant_only_loss and args.chat_template_path is None:
             require_markers(tokenizer)
@@ -112,7 +115,7 @@ class KDTrainer(SFTTrainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **sft_arguments)
         router.restore(self.model)
         self.args.model_init_kwargs = init_kwargs
-        self.add_callback(self.checkpoints.callback())
+        self.add_callback(self.checkpoints)
         if isinstance(self.model, PeftModel):  # PEFT saves every adapter it holds; a checkpoint is the student's alone
             student = self.model.active_adapter
             self.model.save_pretrained = functools.partial(self.model.save_pretrained, selected_adapters=[student])
@@ -123,7 +126,6 @@ class KDTrainer(SFTTrainer):
         self.vocab_size = vocabulary_size(self.processing_class)
         add_on_hidden(self.model)
         require_plain_head(self.model, self.vocab_size)
-        self.objective = args.objective()
         self.token_metrics = TokenMetrics()
         self.teacher: Any = None
         self.features: FeatureLosses | None = None
