@@ -148,6 +148,14 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         default=0,
         help="give a score although up to N judgments of the model are missing",
     )
+    command.add_argument(
+        "--allow-key-env",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="environment variable that may be sent as a key to whatever endpoint the suite names",
+    )
+    command.add_argument("--allow-http", action="store_true", help="http to other machines: questions and keys go unencrypted")
     command.add_argument("--score-parser", choices=["strict", "fastchat"], help="how a rating is read (default: the suite's)")
     command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
 
@@ -180,9 +188,11 @@ def _eval(options: argparse.Namespace) -> None:
     suite = load_suite(options.suite, parse_models(options.model), overrides)
 
     from daekit.evaluation.suites import Options, run_suite
+    from daekit.generation import Permissions
     from daekit.report import format_table
 
-    how = Options(options.dry_run, options.max_calls, options.max_cost, options.allow_missing, options.score_parser)
+    allowed = Permissions(frozenset(options.allow_key_env), options.allow_http)
+    how = Options(options.dry_run, options.max_calls, options.max_cost, options.allow_missing, options.score_parser, allowed)
     report = run_suite(suite, how)
     if report is not None:
         print(f"\n{format_table(report.rows)}\n\nReport: {suite.output_dir}/report.html", flush=True)

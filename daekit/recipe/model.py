@@ -32,26 +32,26 @@ class StudentSearchSpec(Spec):
         description="The smallest and the largest number of parameters allowed: [smallest, largest]."
     )
     granularity: Annotated[Literal["coarse", "fine"], Choice] = Field(
-        "coarse", description="coarse: sizes only, the parts that count most; fine: also which layers and which parts."
+        "coarse", description="coarse: sizes only, the most important units; fine: also which layers and which units."
     )
     units: Annotated[Literal["layerwise", "uniform"], Choice] = Field(
         "layerwise",
-        description="layerwise: parts are ranked (and, if fine, chosen) in each layer by itself; uniform: alike in all layers.",
+        description="layerwise: units are ranked (and, if fine, chosen) in each layer by itself; uniform: alike in all layers.",
     )
-    parts: Whole = Field(8, ge=1, description="Hidden size and MLP width change in steps of the teacher's divided by this.")
-    smallest: Number = Field(0.25, gt=0, le=1, description="No size below this share of the teacher's.")
+    blocks: Whole = Field(8, ge=1, description="Hidden size and MLP width are chosen in blocks: the teacher's divided by this.")
+    min_ratio: Number = Field(0.25, gt=0, le=1, description="Smallest size, as a ratio of the teacher's.")
     head_dims: tuple[Whole, ...] = Field((), description="Widths of a head to choose from (default: the teacher's).")
     strategy: Annotated[Literal["evolution", "random", "grid"], Choice] = Field(
         "evolution", description="How candidates are found; grid: all of a coarse space."
     )
-    by: Annotated[Literal["perplexity", "kl"], Choice] = Field(
+    objective: Annotated[Literal["perplexity", "kl"], Choice] = Field(
         "perplexity", description="Candidates are compared by their perplexity, or by their KL to the teacher."
     )
-    candidates: Whole = Field(200, ge=1, description="How many to look at (a grid: all).")
+    candidates: Whole = Field(200, ge=1, description="Number of candidates to score (a grid: all).")
     tokens: tuple[Whole, ...] = Field(
-        (2048, 16384), description="Tokens per candidate, rising from stage to stage, at most those of the calibration."
+        (2048, 16384), description="Tokens per candidate, rising from round to round, at most those of the calibration."
     )
-    keep: Number = Field(0.25, gt=0, le=1, description="Share of the candidates that reach the next stage.")
+    keep: Number = Field(0.25, gt=0, le=1, description="Share of the candidates that reach the next round.")
 
 
 class ModelSpec(Spec):
