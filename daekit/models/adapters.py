@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.models.experts import PROJECTIONS, is_experts_layer
-from daekit.models.loading import UNREADABLE, first_line, load_model
+from daekit.models.loading import UNREADABLE, adapter_config, first_line, load_model
 from daekit.models.restore import ADAPTER_WEIGHTS, restore_adapter
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, on_an_end, read_adapter_config, require_same_base, require_shareable
 from daekit.recipe.schema import ModelSpec
@@ -28,11 +28,7 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 def lora_config_of(folder: str | Path) -> LoraConfig:
     """The config of an adapter, shareable or not; UserError for what ``read_adapter_config`` refuses."""
-    read_adapter_config(folder)
-    try:
-        config = PeftConfig.from_pretrained(str(Path(folder).expanduser()))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}: its adapter_config.json cannot be read ({str(error).splitlines()[0]})") from error
+    config = adapter_config(Path(folder).expanduser())
     assert isinstance(config, LoraConfig), "read_adapter_config has looked"
     return config
 
