@@ -1,4 +1,4 @@
-"""What an output directory holds is kept if it is whole and of this recipe, extended where that is exact, and refused by name."""
+"""An output directory is kept where it is whole and of this recipe, extended where that is exact, refused by name otherwise."""
 
 from __future__ import annotations
 

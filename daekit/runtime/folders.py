@@ -32,6 +32,7 @@ from typing import Any
 import yaml
 
 from daekit.errors import UserError
+from daekit.files import file_hash
 from daekit.trainers import checkpoint
 
 
@@ -83,7 +84,7 @@ def lost(root: Path, facts: Path) -> str | None:
 
 def _digest(path: Path) -> str | None:
     """Of weights only: other files of a result may be edited."""
-    return checkpoint._digest(path) if path.suffix == ".safetensors" else None
+    return file_hash(path) if path.suffix == ".safetensors" else None
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ def start(action: Callable[[], int | None], output: Path | None = None, **enviro
     status = 1
     try:
         os.environ |= environment
-        stream = open(output or os.devnull, "w", buffering=1)  # pytest has replaced the objects, the libraries use the numbers
+        stream = (output or Path(os.devnull)).open("w", buffering=1)
         os.dup2(stream.fileno(), 1)
-        sys.stdout = stream
+        sys.stdout = stream  # pytest has put objects of its own there
         if output is not None:
             os.dup2(stream.fileno(), 2)
             sys.stderr = stream
