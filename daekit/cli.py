@@ -292,9 +292,9 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from daekit.models.merge import merge_adapter
+    from daekit.models.merge import save_merged
 
-    print(f"{merge_adapter(options.adapter, options.out, options.dtype)}\n-> {options.out}")
+    print(f"{save_merged(options.adapter, options.out, options.dtype)}\n-> {options.out}")
 
 
 def _quickstart(options: argparse.Namespace) -> None:

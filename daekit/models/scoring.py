@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from daekit.errors import UserError
-from daekit.models.backbone import base_of, frozen_forward
-from daekit.models.heads import head_logits, output_head, teacher_log_probs
+from daekit.models.backbone import backbone_of, base_of, frozen_forward
+from daekit.models.heads import common_columns, head_logits, output_head, teacher_log_probs
 from daekit.protocol import IGNORE_INDEX, Batch, Member, OutputHead, Teacher, TeacherOutput
 
 TokenRow = Mapping[str, Sequence[int]]
@@ -110,6 +110,7 @@ def _scores(
             row_N = torch.tensor(indices)[batch.row_N.cpu()]
             hidden_NH = _hidden(model, batch)
             outputs = [] if teacher is None else _outputs(teacher, batch, vocab_size)
+            head, outputs = common_columns(head, outputs)
             scores = [
                 _score_chunk(
                     hidden_NH[start : start + chunk_size], head, batch.labels_N[start : start + chunk_size], outputs, start
@@ -158,7 +159,7 @@ def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """``[N, H]`` last hidden states at the loss positions."""
     base = base_of(model)
     inputs = {key: value.to(base.device) if isinstance(value, Tensor) else value for key, value in batch.inputs.items()}
-    return batch.at_loss_positions(base.base_model(**inputs, use_cache=False).last_hidden_state)
+    return batch.at_loss_positions(backbone_of(base)(**inputs, use_cache=False).last_hidden_state)
 
 
 def _batches(rows: Sequence[TokenRow], batch_size: int, domain: str, device: torch.device) -> Iterator[tuple[list[int], Batch]]:

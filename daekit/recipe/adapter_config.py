@@ -9,6 +9,7 @@ from typing import Any
 from daekit.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+_HIGHEST_RANK = 2**16
 BARE_BASE = "base"  # as an ``adapter``: the student's base with its adapter off
 _STAGE = "stage:"
 _KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")  # first values that leave the weights of the base as they are
@@ -23,8 +24,14 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     """The content of ``adapter_config.json``.
 
     Raises:
-        UserError: not a directory with an adapter, not LoRA, or no base named.
+        UserError: not a directory with an adapter, not LoRA, no rank that a LoRA adapter could have, no base named, or a base
+            that leads back to the adapter.
     """
+    return _read(folder, set())
+
+
+def _read(folder: str | Path, above: set[Path]) -> dict[str, Any]:
+    """``above``: the directories of the adapters that this one is a base of."""
     file = Path(folder).expanduser() / ADAPTER_CONFIG
     try:
         config = json.loads(file.read_text())
@@ -33,13 +40,29 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
             f"{folder}: is no directory with a LoRA adapter ({ADAPTER_CONFIG} cannot be read: {error.strerror}); give the "
             "directory that PEFT or an earlier run has saved it in"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder}: its {ADAPTER_CONFIG} cannot be read ({error})") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise UserError(f"{folder}: holds an adapter of the kind {kind}; only LoRA adapters are supported")
-    if not config.get("base_model_name_or_path"):
+    pattern = config.get("rank_pattern") or {}
+    for rank in (config.get("r", 8), *(pattern.values() if isinstance(pattern, dict) else [pattern])):
+        if not isinstance(rank, int) or not 1 <= rank <= _HIGHEST_RANK:
+            raise UserError(
+                f"{folder}: its {ADAPTER_CONFIG} has r={rank!r}; a rank is a whole number from 1 to {_HIGHEST_RANK}"
+            )
+    base = config.get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise UserError(f"{folder}: its {ADAPTER_CONFIG} names no base model (base_model_name_or_path) to compare with")
+    above = {*above, Path(folder).expanduser().resolve()}
+    below = Path(base).expanduser()
+    if (below / ADAPTER_CONFIG).is_file():
+        if below.resolve() in above:
+            raise UserError(
+                f"{folder}: its {ADAPTER_CONFIG} names the base {base!r}, which leads back to the adapter itself: write there "
+                "the model that it was trained on (base_model_name_or_path)"
+            )
+        _read(below, above)
     return config
 
 
