@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
 
 def _read(folder: str | Path, above: set[Path]) -> dict[str, Any]:
     """``above``: the directories of the adapters that this one is a base of."""
-    file = Path(folder).expanduser() / ADAPTER_CONFIG
     try:
-        config = json.loads(file.read_text())
+        with open(os.path.join(os.path.expanduser(folder), ADAPTER_CONFIG), encoding="utf-8") as file:
+            config = json.load(file)
     except OSError as error:
         raise UserError(
             f"{folder}: is no directory with a LoRA adapter ({ADAPTER_CONFIG} cannot be read: {error.strerror}); give the "
@@ -54,6 +55,8 @@ def _read(folder: str | Path, above: set[Path]) -> dict[str, Any]:
     base = config.get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise UserError(f"{folder}: its {ADAPTER_CONFIG} names no base model (base_model_name_or_path) to compare with")
+    if not isinstance(config.get("revision"), str | None) or not isinstance(config.get("target_modules"), str | list | None):
+        raise UserError(f"{folder}: its {ADAPTER_CONFIG} has a revision or target_modules of another kind than PEFT writes")
     above = {*above, Path(folder).expanduser().resolve()}
     below = Path(base).expanduser()
     if (below / ADAPTER_CONFIG).is_file():
@@ -98,8 +101,8 @@ def same_base(one: str, other: str) -> bool:
     """Whether two names are of one model: the same hub id, or the same directory by whatever path."""
     if one == other:
         return True
-    first, second = Path(one).expanduser(), Path(other).expanduser()
-    return first.is_dir() and second.is_dir() and first.resolve() == second.resolve()
+    first, second = os.path.expanduser(one), os.path.expanduser(other)
+    return os.path.isdir(first) and os.path.isdir(second) and os.path.realpath(first) == os.path.realpath(second)
 
 
 def require_same_base(folder: str | Path, adapter_base: str, base: str, revisions: tuple[str | None, str | None]) -> None:
