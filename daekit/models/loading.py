@@ -27,7 +27,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, find_adapter_config_file
 
 from daekit.errors import UserError
 from daekit.models.placement import device_map_of, require_devices
-from daekit.models.quantiser import reading_unmapped
 from daekit.models.quantization import (
     bits_of,
     keep_four_bit_weights,
@@ -38,6 +37,7 @@ from daekit.models.quantization import (
     require_whole_blocks,
     with_experts,
 )
+from daekit.models.quantized_loading import reading_unmapped
 from daekit.models.restore import restore_weights
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, read_adapter_config

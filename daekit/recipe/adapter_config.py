@@ -31,7 +31,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     return _read(folder, set())
 
 
-def _read(folder: str | Path, above: set[Path]) -> dict[str, Any]:
+def _read(folder: str | Path, above: set[str]) -> dict[str, Any]:
     """``above``: the directories of the adapters that this one is a base of."""
     try:
         with open(os.path.join(os.path.expanduser(folder), ADAPTER_CONFIG), encoding="utf-8") as file:
@@ -52,15 +52,15 @@ def _read(folder: str | Path, above: set[Path]) -> dict[str, Any]:
             raise UserError(
                 f"{folder}: its {ADAPTER_CONFIG} has r={rank!r}; a rank is a whole number from 1 to {_HIGHEST_RANK}"
             )
-    base = config.get("base_model_name_or_path")
-    if not base or not isinstance(base, str):
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base:
         raise UserError(f"{folder}: its {ADAPTER_CONFIG} names no base model (base_model_name_or_path) to compare with")
-    if not isinstance(config.get("revision"), str | None) or not isinstance(config.get("target_modules"), str | list | None):
+    if not isinstance(revision, str | None) or not isinstance(config.get("target_modules"), str | list | None):
         raise UserError(f"{folder}: its {ADAPTER_CONFIG} has a revision or target_modules of another kind than PEFT writes")
-    above = {*above, Path(folder).expanduser().resolve()}
-    below = Path(base).expanduser()
-    if (below / ADAPTER_CONFIG).is_file():
-        if below.resolve() in above:
+    above = {*above, os.path.realpath(os.path.expanduser(folder))}
+    below = os.path.realpath(os.path.expanduser(base))
+    if os.path.isfile(os.path.join(below, ADAPTER_CONFIG)):
+        if below in above:
             raise UserError(
                 f"{folder}: its {ADAPTER_CONFIG} names the base {base!r}, which leads back to the adapter itself: write there "
                 "the model that it was trained on (base_model_name_or_path)"

@@ -21,7 +21,7 @@ def adapter_paths(teacher: Teacher | AdapterPath) -> list[AdapterPath]:
     return [each for each in _single(teacher) if isinstance(each, AdapterPath)]
 
 
-def frozen_models(teacher: Teacher) -> list[tuple[str, PreTrainedModel]]:
+def frozen_models(teacher: Teacher | AdapterPath) -> list[tuple[str, PreTrainedModel]]:
     """The models of a teacher, by name; not those of its student's own base."""
     return [(each.name, each.model) for each in _single(teacher) if isinstance(each, ModelTeacher)]
 
