@@ -106,9 +106,10 @@ def test_odd_overrides(override: str) -> None:
     assert len(errors(BASE, override)) == 1
 
 
-def test_a_bomb_of_merge_keys_ends_at_once() -> None:
-    lines = ["a0: &a0 {x: 1}"]
-    lines += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 12)]
+@pytest.mark.parametrize(("keys", "times", "levels"), [(1, 9, 12), (0, 9, 12), (1000, 150, 3)])
+def test_a_bomb_of_merge_keys_ends_at_once(keys: int, times: int, levels: int) -> None:
+    lines = [f"a0: &a0 {{{', '.join(f'k{at}: 1' for at in range(keys))}}}"]
+    lines += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * times)}]}}" for n in range(1, levels)]
     start = time.process_time()
     with pytest.raises(UserError, match="this is not a recipe"):
         load_recipe_text("\n".join(lines), "bomb.yaml")
