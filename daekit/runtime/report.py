@@ -40,9 +40,11 @@ def build_report(
         domains = {rows.domain for rows in sets.values()}
         stage = each.name if each.is_stage else None
         teachers = _teachers(recipe, stage, models, domains, device)
-        how = {"spec": spec, "teachers": teachers, "reference": teachers.pop(_REFERENCE, None)}
-        evaluations.append(evaluate_model(each.name, model, models.tokenizer, sets, **how))
-        del model, teachers, how  # before the next ones are loaded
+        reference = teachers.pop(_REFERENCE, None)
+        evaluations.append(
+            evaluate_model(each.name, model, models.tokenizer, sets, spec=spec, teachers=teachers, reference=reference)
+        )
+        del model, teachers, reference  # before the next ones are loaded
     rows = [row for evaluation in evaluations for row in evaluation.rows(spec.bootstrap)]
     if spec.baseline is not None:
         rows += compare(evaluations, spec.baseline, reference_domains=_reference_domains(recipe), rounds=spec.bootstrap)

@@ -174,6 +174,14 @@ class KDTrainer(SFTTrainer):
         """The domains that a packed stream may hold, for they cannot be listed without reading it."""
         return [DEFAULT_DOMAIN]
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card; of a student without a name on the hub it would say that it is a fine-tuned version of None."""
+        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and card.is_file():
+            nameless = "is a fine-tuned version of [None](https://huggingface.co/None)"
+            card.write_text(card.read_text().replace(nameless, f"is a student trained by daekit ({self._name})"))
+
     def _prepare_dataset(self, dataset: Any, *arguments: Any, **named: Any) -> Any:
         return self.rows.prepare(super()._prepare_dataset, dataset, *arguments, **named)
 
