@@ -263,7 +263,7 @@ def _recipes(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
-    if options.tflops is not None and options.tflops <= 0:
+    if options.tflops is not None and not 0 < options.tflops < float("inf"):
         raise UserError(f"--tflops {options.tflops}: a rate is positive")
 
     from daekit.planning import format_plan, machine_of, plan_json, plan_recipe

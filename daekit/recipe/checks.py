@@ -127,7 +127,7 @@ def _check_mixture(recipe: Recipe, mixture: MixtureSpec, path: Path, errors: Err
 
 def _check_stage(recipe: Recipe, stage: StageSpec, path: Path, errors: Errors) -> None:
     """Note everything in one stage that cannot be trained as it is written."""
-    if stage.data is not None:
+    if stage.data is not None and stage.data.sources is not None:
         _check_mixture(recipe, stage.data, (*path, "data"), errors)
     if isinstance(stage, DAEStage):
         _check_domains(recipe, stage, path, errors)
@@ -151,7 +151,7 @@ def _check_domains(recipe: Recipe, stage: DAEStage, path: Path, errors: Errors) 
     """Each domain of the rows has exactly one teacher; each teacher has rows. A typo must never follow the reference."""
     if not stage.teachers:
         errors.add_check((*path, "teachers"), "a dae stage needs a teacher per domain: `teachers: {DOMAIN: MODEL}`")
-    if stage.data is None:
+    if stage.data is None or stage.data.sources is None:
         return
     rows = [recipe.sources.get(source) for source in stage.data.sources] if recipe.sources else []
     domains = {source.domain for source in rows if source is not None and source.domain is not None}

@@ -47,8 +47,9 @@ def load_recipe_text(text: str, name: str, overrides: Sequence[str] = ()) -> Rec
     """Like ``load_recipe``, from the text of a recipe; ``name`` is what errors call it."""
     errors = _errors(text, name, "recipe")
     _read_suites(errors)
-    apply_overrides(errors, overrides)
-    _read_suites(errors)  # of overrides
+    for override in overrides:  # one may name a suite, the next reach into it
+        apply_overrides(errors, [override])
+        _read_suites(errors)
     recipe = Recipe.read(errors.root, errors)
     if recipe is not None:
         check_recipe(recipe, errors)
