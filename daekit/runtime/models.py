@@ -98,12 +98,8 @@ class ModelBuilder:
     def placed(self, spec: ModelSpec) -> ModelSpec:
         """The spec with earlier stages replaced by the directories of their results and adapters."""
         if spec.stage is not None:
-            path = self.folder.stage(spec.stage).model
-            if spec.checkpoint is not None:
-                path = self.folder.stage(spec.stage).root / f"checkpoint-{spec.checkpoint}"
-                if not path.is_dir():
-                    reference = f"stage:{spec.stage}@checkpoint-{spec.checkpoint}"
-                    raise UserError(f"{reference}: there is no {path}; name a checkpoint that was kept")
+            stage = self.folder.stage(spec.stage)
+            path = stage.model if spec.checkpoint is None else stage.checkpoint(spec.checkpoint)
             spec = spec.model_copy(update={"stage": None, "checkpoint": None, "path": str(path.resolve())})
         origin = adapter_stage(spec.adapter)
         if origin is None:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from daekit.evaluation import EvaluationSet, ModelEvaluation, compare, evaluate_model, select_samples
+from daekit.progress import Progress
 from daekit.protocol import Teacher
 from daekit.recipe import is_lora
 from daekit.recipe.adapter_config import BARE_BASE
@@ -41,7 +42,9 @@ def build_report(
         stage = each.name if each.is_stage else None
         teachers = _teachers(recipe, stage, models, domains, device)
         how = {"spec": spec, "teachers": teachers, "reference": teachers.pop(_REFERENCE, None)}
-        evaluations.append(evaluate_model(each.name, model, models.tokenizer, sets, **how))
+        progress = Progress(f"[report] {each.name}", "rows")
+        evaluations.append(evaluate_model(each.name, model, models.tokenizer, sets, **how, progress=progress.part))
+        progress.close()
         del model, teachers, how  # before the next ones are loaded
     rows = [row for evaluation in evaluations for row in evaluation.rows(spec.bootstrap)]
     if spec.baseline is not None:

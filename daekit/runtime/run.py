@@ -120,8 +120,8 @@ def _held(folder: RunFolder, state: PartialState, grace: float) -> Iterator[Stop
         if not says_read_only(error) or folder.root.absolute() not in (place, *place.parents):
             raise
         raise UserError(
-            f"output_dir={folder.root}: {place} cannot be written ({getattr(error, 'strerror', None) or error}). What was saved "
-            "before is whole; make the directory writable and run again: it goes on from there."
+            f"output_dir={folder.root}: {place} cannot be written ({getattr(error, 'strerror', None) or error}). What was "
+            "saved before is whole; make the directory writable and run again: it goes on from there."
         ) from error
     finally:
         lock.release()
