@@ -157,8 +157,14 @@ def _answers(
     progress: Callable[[int, int], None] | None,
 ) -> list[str]:
     prompts = [row.prompt_ids or [] for row in rows]
-    lengths = {"max_new_tokens": spec.max_new_tokens, "batch_size": spec.batch_size}
-    answers = generate(model, tokenizer, prompts, **lengths, progress=progress)
+    answers = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=spec.max_new_tokens,
+        batch_size=spec.batch_size,
+        progress=progress,
+    )
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from types import TracebackType
 
 from daekit.errors import UserError
-from daekit.generation.budget import Budget, Counter, ProgressFunction
+from daekit.generation.budget import Budget, Counter
 from daekit.generation.calls import ChatReply, ChatRequest, lacks_logprobs, read_reply
 from daekit.generation.endpoint import Endpoint, PassingFailure, RefusedRequest
 from daekit.generation.keys import Permissions, endpoint_key
 from daekit.generation.local_chat import LocalChat, model_fingerprint
 from daekit.generation.store import UNREADABLE, ReplyStore
+from daekit.progress import ProgressFunction
 from daekit.recipe.judge import JudgeSpec, judge_problems
 
 _LONGEST_WAIT = 60.0  # seconds of our own back-off

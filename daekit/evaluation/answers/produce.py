@@ -11,8 +11,8 @@ from daekit.evaluation.answers.conversations import Answer, Conversation, HowToA
 from daekit.evaluation.answers.store import AnswerStore
 from daekit.evaluation.evaluated import EvaluatedModel
 from daekit.generation import ChatClient, ChatRequest
-from daekit.generation.budget import ProgressFunction
 from daekit.generation.local import Sampling, generate
+from daekit.progress import ProgressFunction
 from daekit.recipe.judge import JudgeSpec
 
 

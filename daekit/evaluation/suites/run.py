@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +25,18 @@ from daekit.evaluation.suites.report import manifest, suite_report
 from daekit.evaluation.suites.results import Results
 from daekit.files import write_whole
 from daekit.generation import ChatClient, Estimate
-from daekit.generation.budget import ProgressFunction
+from daekit.progress import Progress, ProgressFunction
 from daekit.recipe.dump import suite_to_yaml
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.suite import MTBenchSpec, SuiteSpec
 from daekit.report import Report, write_report
 from daekit.report.provenance import versions
 
-ProgressFactory = Callable[[str, str], ProgressFunction]
 
-
-def run_suite(
-    suite: SuiteSpec,
-    options: Options = Options(),  # noqa: B008 (frozen)
-    progress: ProgressFactory | None = None,
-) -> Report | None:
+def run_suite(suite: SuiteSpec, options: Options = Options()) -> Report | None:  # noqa: B008 (frozen)
     """Measure every model of a suite and write the report into its ``output_dir``.
 
     What was measured, answered or judged before is kept; a run that was stopped goes on. A refused suite writes nothing.
-
-    Args:
-        progress: ``progress(label, unit)`` is called for each long piece of work, and what it returns with (done, total);
-            default: lines are printed.
 
     Returns:
         The report; None for a dry run.
@@ -68,12 +58,12 @@ def run_suite(
         results.identities[evaluated.name] = evaluated.identity()
         results.evaluations[evaluated.name] = ModelEvaluation(evaluated.name)
         _measure(prepared, evaluated, results)
-        _answer(prepared, evaluated, results, progress)
+        _answer(prepared, evaluated, results)
         if (weights := evaluated.weights_fingerprint()) is not None:
             results.identities[evaluated.name]["weights"] = weights
         evaluated.free()
     for questions in prepared.questions.values():
-        _judge(prepared, questions, results, progress)
+        _judge(prepared, questions, results)
     report = suite_report(prepared, results)
     write_report(prepared.folder, report)
     write_whole(prepared.folder / "manifest.json", manifest(prepared, results))
@@ -100,7 +90,9 @@ def _measure(prepared: Prepared, evaluated: EvaluatedModel, results: Results) ->
             print(f"[{evaluated.name}] {name}: measured before, kept", flush=True)
         else:
             start = time.perf_counter()
-            measured = benchmark.measure(evaluated.model(), evaluated.tokenizer, prepared.suite.batch_size)
+            progress = Progress(f"[{evaluated.name}] {name}", "rows")
+            measured = benchmark.measure(evaluated.model(), evaluated.tokenizer, prepared.suite.batch_size, progress)
+            progress.close()
             save_measured(path, key, measured)
             print(f"[{evaluated.name}] {name}: measured in {time.perf_counter() - start:.1f} s", flush=True)
         evaluation.values.update(measured.values)
@@ -108,16 +100,16 @@ def _measure(prepared: Prepared, evaluated: EvaluatedModel, results: Results) ->
         results.measured[evaluated.name, name] = measured
 
 
-def _answer(prepared: Prepared, evaluated: EvaluatedModel, results: Results, progress: ProgressFactory | None) -> None:
+def _answer(prepared: Prepared, evaluated: EvaluatedModel, results: Results) -> None:
     """All questions, to one model."""
     for questions in prepared.questions.values():
         store, how = questions.store(evaluated), questions.how
         missing = open_conversations(questions.conversations, store)
-        report = progress and progress(f"{evaluated.name}: {questions.name}", "answers")
+        progress = Progress(f"[{evaluated.name}] {questions.name}", "answers")
         if evaluated.is_endpoint and missing:
             spec = endpoint_of(evaluated, how, prepared.options.max_calls)
             folder = questions.folder / "calls" / evaluated.name
-            with _client(prepared, results, spec, folder, f"models.{evaluated.name}", report) as client:
+            with _client(prepared, results, spec, folder, f"models.{evaluated.name}", progress) as client:
                 answer_by_client(client, missing, how, store, questions.where)
         elif missing:
             answer_all(
@@ -127,8 +119,9 @@ def _answer(prepared: Prepared, evaluated: EvaluatedModel, results: Results, pro
                 store,
                 batch_size=prepared.suite.batch_size,
                 where=questions.where,
-                progress=report,
+                progress=progress,
             )
+        progress.close()
 
 
 def _client(
@@ -141,7 +134,7 @@ def _client(
     return client
 
 
-def _judge(prepared: Prepared, questions: Questions, results: Results, progress: ProgressFactory | None) -> None:
+def _judge(prepared: Prepared, questions: Questions, results: Results) -> None:
     """The answers of all models to one benchmark's questions."""
     if questions.judge is None:
         results.notes.append(f"{questions.name}: answered, but not judged: the suite names no judge.")
@@ -153,8 +146,8 @@ def _judge(prepared: Prepared, questions: Questions, results: Results, progress:
         "bootstrap": prepared.suite.bootstrap,
     }
     path = Path(spec.path).expanduser()
-    report = progress and progress(f"judge of {questions.name}", "judgments")
-    with _client(prepared, results, questions.judge, questions.judgments, "judge", report) as client:
+    progress = Progress(f"[judge] {questions.name}", "judgments")
+    with _client(prepared, results, questions.judge, questions.judgments, "judge", progress) as client:
         if isinstance(spec, MTBenchSpec):
             results.judged[questions.name] = judge_mt_bench(
                 client, path, answers, questions.judgments, mode=spec.mode, baseline=spec.baseline, **common
@@ -164,6 +157,7 @@ def _judge(prepared: Prepared, questions: Questions, results: Results, progress:
             results.judged[questions.name] = judge_alpaca_eval(
                 client, spec.annotator, path, outputs, questions.judgments, **common
             )
+    progress.close()
 
 
 def _answers(prepared: Prepared, questions: Questions, write: bool) -> dict[str, list[dict[str, Any]]]:
