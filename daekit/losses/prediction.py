@@ -177,7 +177,7 @@ class _Chunks:
             return lambda student, labels, rows: dense(student, None, labels, *how)
         if output.top_k is not None:
             ids = output.top_k.ids_MK.long()
-            buckets = bucket_log_probs(output, self.head.vocab_size, self.objective.temperature, self.exact)
+            buckets = bucket_log_probs(output, self.head.vocab_size, self.objective, self.exact)
             return lambda student, labels, rows: chunk_losses_top_k(student, ids[rows], buckets[rows], labels, *how)
         members = tuple(replace(m, head=in_dtype(m.head, compute_dtype(m.hidden_MH))) for m in output.members)
         teacher, space = replace(output, members=members), self.teacher_MV

@@ -1,0 +1,325 @@
+"""Writes a cache: each different row through the teacher once, shard by shard, so that a stopped run goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from daekit.errors import UserError
+from daekit.models.backbone import base_of
+from daekit.models.vocabulary import tokenizer_facts
+from daekit.protocol import IGNORE_INDEX, Batch, Teacher, TeacherOutput
+from daekit.teachers.cache.rows import KEY_BYTES, CacheRow, rows_of_examples
+from daekit.teachers.cache.store import (
+    FACTS,
+    FORMAT,
+    HEADS,
+    MANIFEST,
+    CacheStore,
+    Shard,
+    committed_shard,
+    read_json,
+    write_json,
+    write_shard,
+    write_whole,
+    writer_lock,
+)
+from daekit.teachers.cache.values import CacheFormat, stacked, values_of
+from daekit.teachers.ensemble import EnsembleTeacher
+from daekit.teachers.routed import RoutedTeacher
+
+PAD_TO = 64
+
+Progress = Callable[[int, int], None]
+
+
+def write_cache(
+    teacher: Teacher,
+    rows: Iterable[Any],
+    directory: str | Path,
+    *,
+    keep: str = "hidden",
+    k: int = 64,
+    draws: int = 50,
+    temperature: float = 1.0,
+    seed: int = 0,
+    forced_ids: Sequence[int] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    source: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+    batch_tokens: int = 8192,
+    shard_bytes: int = 2**28,
+    ranks: tuple[int, int] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Keep what a teacher says about rows; what is there already is not computed again.
+
+    Rows run padded to a multiple of 64 tokens, as they do in a training with ``pad_to_multiple_of=64``. Memory: the teacher,
+    the values of one shard, and 4 bytes per token of all rows.
+
+    Args:
+        teacher: a model, adapter or ensemble; of a routed teacher each part has its own cache.
+        rows: tokenised rows (``trainer.train_dataset``), or Batches; see ``rows_of_examples``. Equal rows are kept once.
+        directory: of the cache; made if it is not there.
+        keep: ``hidden``: hidden states and output head, exact for every divergence and temperature; ``top_k``: the ``k`` most
+            likely tokens, with the label and ``forced_ids`` among them, and the log-mass of all others, at ``temperature``;
+            ``sampled``: ``draws`` drawn tokens, with ``seed``, for forward KL at temperature 1.
+        k: see keep.
+        draws: see keep, at most 255.
+        temperature: see keep.
+        seed: see keep.
+        forced_ids: see keep.
+        tokenizer: whose ids the rows are; kept by content, so that another one is refused when the cache is used.
+        source: further facts, JSON-able, that must be the same wherever this cache is written or used.
+        device: where the teacher runs; default: it stays where it is.
+        batch_tokens: tokens per forward, padding included; a longer row runs alone.
+        shard_bytes: size of a file, about.
+        ranks: (rank, world) of this process, which writes the shards ``rank, rank + world, ...``; default: those of
+            torch.distributed. Every rank must be given the same rows. Whoever is last writes the manifest.
+        progress: called with the loss tokens that this rank has written, and will have.
+
+    Raises:
+        UserError: the directory holds the cache of another teacher, tokenizer, temperature or format; another process writes
+            it; the disk is full; a teacher that cannot be kept.
+    """
+    form = CacheFormat(keep, k, draws, temperature, seed, tuple(forced_ids))
+    _require_one_teacher(teacher)
+    kept = {row.key: row for row in rows_of_examples(rows) if len(row.offsets)}
+    if not kept:
+        raise UserError("rows: none of them has a token that carries loss, so there is nothing to keep")
+    rank, world = ranks or ((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))
+    with writer_lock(Path(directory), rank):
+        writer = _Writer(teacher, form, Path(directory), device or torch.device("cpu"), batch_tokens, device is not None)
+        facts = writer.begin(next(iter(kept.values())), tokenizer, source)
+        writer.write(list(kept.values()), facts, shard_bytes, rank, world, progress)
+
+
+def _require_one_teacher(teacher: Teacher) -> None:
+    parts = teacher.members if isinstance(teacher, EnsembleTeacher) else [teacher]
+    for part in parts:
+        if isinstance(part, EnsembleTeacher):
+            _require_one_teacher(part)
+        elif isinstance(part, RoutedTeacher):
+            raise UserError(
+                "a routed teacher says other things about a row for another domain, and a cache knows rows by their tokens "
+                "alone. Write a cache of each of its teachers, and route those: RoutedTeacher({domain: CachedTeacher(...)})."
+            )
+        elif not isinstance(part, Teacher):
+            raise UserError(f"{part}: is not a loaded teacher; give an AdapterTeacher or a ModelTeacher")
+
+
+@dataclass
+class _Writer:
+    teacher: Teacher
+    form: CacheFormat
+    directory: Path
+    device: torch.device
+    batch_tokens: int
+    moves: bool
+
+    def begin(
+        self, row: CacheRow, tokenizer: PreTrainedTokenizerBase | None, source: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """Ask the teacher about one row, compare or write the facts and the heads."""
+        identity = self.teacher.identity()
+        if self.moves:
+            self.teacher.to(self.device)
+        self.longest = _longest(self.teacher)
+        output, _ = self._ask([row])
+        members = output.members
+        facts = self.form.facts() | {
+            "format": FORMAT,
+            "teacher": identity,
+            "tokenizer": None if tokenizer is None else tokenizer_facts(tokenizer),
+            "source": None if source is None else dict(source),
+            "autocast": autocast_dtype(self.device),
+            "dtype": [str(member.hidden_MH.dtype).removeprefix("torch.") for member in members],
+            "vocab_size": members[0].head.vocab_size,
+        }
+        self.token_bytes = self.form.token_bytes([m.hidden_MH.shape[1] * m.hidden_MH.element_size() for m in members])
+        heads = b""
+        if self.form.keep == "hidden":
+            facts["average"] = output.average
+            facts["members"] = [
+                {"weight": m.weight, "scale": m.head.scale, "softcap": m.head.softcap, "width": m.hidden_MH.shape[1]}
+                for m in members
+            ]
+            heads = save(_head_tensors(output))
+        self.heads_hash = hashlib.sha256(heads).hexdigest() if heads else None
+        if (self.directory / FACTS).is_file():
+            require_facts(self.directory, read_json(self.directory / FACTS), facts)
+        else:
+            write_json(self.directory / FACTS, facts)
+        if heads and not _holds(self.directory / HEADS, self.heads_hash):
+            write_whole(self.directory / HEADS, heads)
+        return read_json(self.directory / FACTS)
+
+    def write(
+        self, rows: list[CacheRow], facts: dict[str, Any], shard_bytes: int, rank: int, world: int, progress: Progress | None
+    ) -> None:
+        """Compute this rank's shards of the rows that are missing; the last rank that is ready writes the manifest."""
+        there = (self.directory / MANIFEST).is_file()
+        store = CacheStore(self.directory, mending=True) if there else None
+        kept = {} if store is None else {int(shard.file[6:11]): shard for shard in store.shards}
+        missing = rows if store is None else [row for row in rows if row.key not in store.index]
+        groups = _shards_of(missing, self.token_bytes, shard_bytes)
+        free = (number for number in range(len(kept) + len(groups)) if number not in kept)
+        plan = [(number, group, _plan_hash(group)) for number, group in zip(free, groups, strict=True)]
+        own = plan[rank::world]
+        total, written = sum(len(row.offsets) for _, group, _ in own for row in group), 0
+        for number, group, keys in own:
+            if committed_shard(self.directory, number, keys) is None:
+                write_shard(self.directory, number, self._values(group), keys)
+            written += sum(len(row.offsets) for row in group)
+            if progress is not None:
+                progress(written, total)
+        made = {number: committed_shard(self.directory, number, keys) for number, _, keys in plan}
+        if all(made.values()):
+            self._finish(facts, kept | made)  # type: ignore[arg-type]
+
+    def _values(self, rows: list[CacheRow]) -> dict[str, Tensor]:
+        """The tensors of a shard; rows of about the same length run together."""
+        values: list[dict[str, Tensor]] = [{} for _ in rows]
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
+        start = 0
+        while start < len(order):
+            end = start + 1
+            while end < len(order) and (end + 1 - start) * self._padded(rows[order[end]]) <= self.batch_tokens:
+                end += 1
+            chosen = order[start:end]
+            output, labels_N = self._ask([rows[index] for index in chosen])
+            found = values_of(self.form, output, labels_N, [rows[index] for index in chosen])
+            for index, value in zip(chosen, found, strict=True):
+                values[index] = value
+            start = end
+        return stacked(values, rows)
+
+    def _padded(self, row: CacheRow) -> int:
+        length = len(row.input_ids)
+        return max(length, min(math.ceil(length / PAD_TO) * PAD_TO, self.longest))
+
+    def _ask(self, rows: Sequence[CacheRow]) -> tuple[TeacherOutput, Tensor]:
+        """The teacher's output for rows, in the order of their loss positions, and the tokens that these predict."""
+        batch = padded_batch(rows, max(map(self._padded, rows)), self.device)
+        with torch.no_grad():
+            outputs = self.teacher.outputs(batch)
+        positions = batch.labels_N.numel()
+        if len(outputs) != 1 or outputs[0].positions_M.numel() != positions or not outputs[0].members:
+            raise UserError(
+                f"{type(self.teacher).__name__}: gives sparse distributions, or several outputs for rows of one domain, and "
+                "only one output with hidden states can be kept"
+            )
+        output = outputs[0]
+        require_order = torch.arange(positions, device=output.positions_M.device)
+        if not torch.equal(output.positions_M, require_order):
+            raise UserError(f"{type(self.teacher).__name__}: its output must be in the order of the batch's loss positions")
+        return output, batch.labels_N
+
+    def _finish(self, facts: dict[str, Any], shards: Mapping[int, Shard]) -> None:
+        """Write the manifest, then remove what belongs to no shard of it."""
+        named = [shards[number] for number in sorted(shards)]
+        made_by = {name: version(name) for name in ("daekit", "torch", "transformers")}
+        content = {"facts": facts, "heads": self.heads_hash, "shards": [vars(shard) for shard in named], "versions": made_by}
+        write_json(self.directory / MANIFEST, content)
+        known = {name for shard in named for name in (shard.file, shard.file.replace(".safetensors", ".json"))}
+        for path in self.directory.iterdir():
+            if (path.name.startswith("shard-") and path.name not in known) or ".partial-" in path.name:
+                with suppress(FileNotFoundError):  # another rank that is ready, too, was faster
+                    path.unlink()
+
+
+def padded_batch(rows: Sequence[CacheRow], length: int, device: torch.device) -> Batch:
+    """Rows padded on the right to ``length`` tokens; their labels are their own tokens, at the loss positions."""
+    ids_BT = torch.zeros(len(rows), length, dtype=torch.long)
+    labels_BT = torch.full_like(ids_BT, IGNORE_INDEX)
+    row_BT = torch.full_like(ids_BT, -1)
+    for index, row in enumerate(rows):
+        ids = torch.from_numpy(row.input_ids).long()
+        predicted = torch.from_numpy(row.offsets).long() + 1
+        ids_BT[index, : len(ids)] = ids
+        labels_BT[index, predicted] = ids[predicted]
+        row_BT[index, : len(ids)] = index
+    inputs = {"input_ids": ids_BT, "attention_mask": (row_BT >= 0).long()}
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    return Batch(inputs, labels_BT.to(device), row_BT.to(device), ("",) * len(rows))
+
+
+def require_facts(directory: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Compare the facts of a cache with those that are wanted; facts that either side does not know are not compared.
+
+    Raises:
+        UserError: they differ; all differences are named.
+    """
+    known = [key for key in theirs if theirs[key] is not None and ours.get(key) is not None]
+    wrong = [f"{key}: {_short(theirs[key])} there, {_short(ours[key])} wanted" for key in known if theirs[key] != ours[key]]
+    if wrong:
+        raise UserError(
+            f"{directory}: is the cache of something else ({'; '.join(wrong)}). Give this one another path, or delete that one."
+        )
+
+
+def autocast_dtype(device: torch.device) -> str:
+    """The dtype of autocast on a device, ``none`` where it is off."""
+    if not torch.is_autocast_enabled(device.type):
+        return "none"
+    return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _head_tensors(output: TeacherOutput) -> dict[str, Tensor]:
+    tensors = {}
+    for index, member in enumerate(output.members):
+        columns = slice(0, member.head.vocab_size)
+        tensors[f"weight.{index}"] = member.head.weight[columns].detach().cpu().clone()
+        if member.head.bias is not None:
+            tensors[f"bias.{index}"] = member.head.bias[columns].detach().cpu().clone()
+    return tensors
+
+
+def _longest(teacher: Any) -> int:
+    """The most positions that the models of a teacher have."""
+    if isinstance(teacher, EnsembleTeacher):
+        return min(_longest(member) for member in teacher.members)
+    if not hasattr(teacher, "model"):
+        return sys.maxsize
+    limit = getattr(base_of(teacher.model).config.get_text_config(), "max_position_embeddings", None)
+    return sys.maxsize if limit is None else int(limit)
+
+
+def _shards_of(rows: list[CacheRow], token_bytes: int, shard_bytes: int) -> list[list[CacheRow]]:
+    """The rows in their order, in groups that make a file of about ``shard_bytes`` each."""
+    groups: list[list[CacheRow]] = []
+    room = 0
+    for row in rows:
+        size = len(row.offsets) * token_bytes + KEY_BYTES + 8
+        if room < size or not groups:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(row)
+        room -= size
+    return groups
+
+
+def _plan_hash(rows: Iterable[CacheRow]) -> str:
+    return hashlib.sha256(b"".join(row.key for row in rows)).hexdigest()[:32]
+
+
+def _holds(path: Path, digest: str | None) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
