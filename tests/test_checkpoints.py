@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from daekit.errors import UserError
 from daekit.trainers import DomainSFTConfig, DomainSFTTrainer, checkpoint
@@ -326,6 +326,86 @@ def test_another_student_or_base_is_refused(tmp_path: Path) -> None:
     for other in (tiny.model(seed=2), tiny.model("mixtral", seed=1)):
         with pytest.raises(UserError, match=r"another run.*student"):
             trainer(other).train(resume_from_checkpoint=True)
+
+
+LORA: dict[str, Any] = dict(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.fixture(scope="module")
+def with_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    lora_trainer(folder, {}).train()
+    return folder
+
+
+def lora_trainer(folder: Path, adapter: dict[str, Any], **changes: Any) -> DomainSFTTrainer:
+    config = DomainSFTConfig(**options(folder, save_strategy="steps", save_steps=1, max_steps=2, **changes))
+    arguments: dict[str, Any] = dict(processing_class=tiny.tokenizer(), peft_config=LoraConfig(**(LORA | adapter)))
+    return DomainSFTTrainer(tiny.model(seed=1), config, tiny.rows(8), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("what", "adapter", "changes"),
+    [
+        (r"adapter\.lora_alpha: 8 then, 16 now", {"lora_alpha": 16}, {}),
+        (r"adapter\.lora_dropout: 0.1 then, 0.0 now", {"lora_dropout": 0.0}, {}),
+        (r"adapter\.use_rslora: false then, true now", {"use_rslora": True}, {}),
+        (r"adapter\.use_dora: false then, true now", {"use_dora": True}, {}),
+        ("adapter.target_modules: .*k_proj", {"target_modules": ["k_proj", "v_proj"]}, {}),
+        (r"adapter\.r: 4 then, 8 now", {"r": 8}, {}),
+        ("bf16: false then, true now", {}, {"bf16": True}),
+    ],
+)  # fmt: skip
+def test_another_adapter_or_precision_is_refused(
+    what: str, adapter: dict[str, Any], changes: dict[str, Any], with_adapter: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"another run.*{what}"):
+        lora_trainer(with_adapter, adapter, **changes).train(resume_from_checkpoint=True)
+
+
+def test_the_same_adapter_is_resumed(with_adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(with_adapter, tmp_path / "run"))
+    trainer = lora_trainer(folder, {})
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_another_stream_is_refused_and_the_same_is_resumed(packing: bool, tmp_path: Path) -> None:
+    def trainer(seed: int) -> Any:
+        data = tiny.rows(40, seed=seed).to_iterable_dataset()
+        changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "packing": packing, "max_length": 32}
+        return dae(tmp_path, data, **changes)
+
+    trainer(0).train()
+    with pytest.raises(UserError, match=r"another run.*data"):
+        trainer(1).train(resume_from_checkpoint=True)
+    trainer(0).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_the_order_of_checkpoints_is_that_of_steps_and_not_of_a_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that jumps back between two saves, and files that are touched later, change nothing."""
+    clock = iter(range(10**9, 0, -1000))
+    with monkeypatch.context() as patch:
+        patch.setattr("time.time", lambda: next(clock))
+        build("dense", tmp_path, max_steps=6, save_total_limit=5).train()
+    os.utime(tmp_path / "checkpoint-3" / checkpoint.MANIFEST)
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None and newest.name == "checkpoint-6"
+
+
+def test_a_mixture_of_experts_generates_after_training(tmp_path: Path) -> None:
+    """TRL sets output_router_logits for the loss of the router; saved with it, a Mixtral cannot generate with a cache."""
+    trainer = build("mixtral", tmp_path, max_steps=3)
+    assert trainer.aux_loss_enabled
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    assert "aux_loss" in trainer.state.log_history[0]
+    for folder in (tmp_path / "model", tmp_path / "checkpoint-3"):
+        saved = AutoModelForCausalLM.from_pretrained(folder)
+        assert saved.config.output_router_logits is False
+        assert saved.config.router_aux_loss_coef == tiny.model("mixtral").config.router_aux_loss_coef
+        assert saved.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3, use_cache=True, pad_token_id=0).shape[1] > 3
 
 
 def test_other_data_is_refused(output: Path) -> None:

@@ -141,6 +141,47 @@ def test_no_loss_position() -> None:
     assert sums.loss == 0 and gradients[0].shape == (0, 6) and not gradients[1].any()
 
 
+def rounded_top_k(teacher: Tensor, k: int, dtype: torch.dtype, tail: bool = True) -> TopK:
+    """Top-k of ``[N, V]`` float64 probabilities, the log-probabilities rounded, the tail's taken before."""
+    named = teacher.topk(k, dim=1)
+    others = teacher.scatter(1, named.indices, 0.0).sum(1)
+    return TopK(named.indices, named.values.log().to(dtype), 1.0, others.log().float() if tail else None)
+
+
+@pytest.mark.parametrize(("name", "parameter"), DIVERGENCES)
+@pytest.mark.parametrize("spread", [1.0, 4.0, 12.0])
+def test_sixteen_bits_with_the_tail_stored(name: str, parameter: float, spread: float) -> None:
+    """Against the float64 truth of the buckets: flat teachers and teachers whose K tokens hold all but 1e-9 of the mass."""
+    generator = torch.Generator().manual_seed(0)
+    teacher_logits, student_logits = (spread * torch.randn(40, 37, generator=generator, dtype=torch.float64) for _ in range(2))
+    teacher = teacher_logits.softmax(1)
+    top_k = rounded_top_k(teacher, 12, torch.float16)
+    student = student_logits.clone().requires_grad_()
+    p, s = reference.buckets(teacher, top_k.ids_MK), reference.buckets(student.softmax(1), top_k.ids_MK)
+    value = reference.divergence(name, s, p, parameter)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    head = OutputHead(torch.eye(37, dtype=torch.float64), None, 37)
+    hidden = student_logits.clone().requires_grad_()
+    output = TeacherOutput(torch.arange(40), (), top_k=top_k)
+    sums = prediction_loss(
+        hidden, head, torch.zeros(40, dtype=torch.long), [output], terms_of(name, parameter, 0.0, 1.0).objective
+    )
+    sums.loss.backward()
+    assert relative_error(sums.divergence_N, value.detach()) < 5e-3  # fp16 steps by 0.4% of a small probability
+    assert relative_error(hidden.grad, gradient) < 5e-3
+
+
+def test_a_stored_tail_changes_nothing_where_there_is_no_rounding() -> None:
+    case = sparse_case(4, n=9)
+    p = reference.teachers(case.members, case.average, 1.0)
+    outputs = [TeacherOutput(torch.arange(9), (), top_k=rounded_top_k(p, 4, torch.float64, tail)) for tail in (False, True)]
+    head = OutputHead(case.head.weight, None, V)
+    without, stored = (
+        prediction_loss(case.hidden, head, case.labels, [o], terms_of("reverse_kl", 0.5).objective) for o in outputs
+    )
+    torch.testing.assert_close(stored.divergence_N, without.divergence_N, rtol=1e-6, atol=1e-8)  # the tail is float32
+
+
 HALF = torch.full((2, 2), 0.25).log()
 
 
@@ -155,6 +196,11 @@ HALF = torch.full((2, 2), 0.25).log()
         (TopK(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0.25, 0.25], [1.0, 0.0]]).log()), "row 1 .* finite"),
         (TopK(torch.tensor([[0, 1], [2, 3]]), HALF * float("nan")), "row 0 sum to nan"),
         (TopK(torch.arange(V).repeat(2, 1), torch.full((2, V), 0.9 / V).log()), "sum to 0.9; .* name all tokens"),
+        (TopK(torch.tensor([[0, 1], [2, 3]]), HALF.half()), "16-bit .* tail_log_mass_M"),
+        (TopK(torch.tensor([[0, 1], [2, 3]]), HALF.bfloat16(), 1.0, HALF[:, 0]), "bfloat16 steps"),
+        (TopK(torch.tensor([[0, 1], [2, 3]]), HALF.half(), 1.0, HALF[:, 0].half()), "tail_log_mass_M: torch.float16"),
+        (TopK(torch.tensor([[0, 1], [2, 3]]), HALF.half(), 1.0, HALF), "tail_log_mass_M: .* one float32 logarithm for each"),
+        (TopK(torch.tensor([[0, 1], [2, 3]]), HALF.half(), 1.0, HALF[:, 0]), "row 0 sum to 0.75.*with that of the tail"),
         (TopK(torch.tensor([[0, 1]]), HALF[:1]), "for 2 positions"),
         (TopK(torch.tensor([[0], [2]]), HALF), "ids of shape"),
         (TopK(torch.empty(2, 0, dtype=torch.long), torch.empty(2, 0)), "1 <= K"),

@@ -12,7 +12,7 @@ from daekit.cli import parse
 from daekit.planning import Machine, machine_of, plan_recipe
 from daekit.planning.show import gigabytes
 from daekit.recipe import load_recipe
-from tests.test_recipe import RECIPES, ROOT
+from tests.helpers.planning import RECIPES, ROOT
 
 PLAN = re.compile(r"^# Plan +daekit (plan .*)$", re.MULTILINE)
 PLANNED = re.compile(r"^# Planned +(.*)$", re.MULTILINE)

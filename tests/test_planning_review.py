@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from daekit.errors import UserError
-from daekit.planning import Machine, Planner, here, plan_recipe
+from daekit.planning import Machine, Planner, announcement, plan_recipe, this_machine
 from daekit.planning.advice import Change, changes, cheapest
 from daekit.planning.memory import GRADIENTS, WEIGHTS
 from daekit.planning.plan import Plan
 from daekit.recipe import load_recipe_text
-from tests.test_planning import CPU, GPU, PATH, RECIPE, parts, plan
+from tests.helpers.planning import CPU, GPU, PATH, RECIPE, parts, plan
 
 TWO = dataclasses.replace(GPU, count=2, engine="fsdp2")
 QLORA = ("stages.kd.student={path: Qwen/Qwen2.5-0.5B, quantization: 4bit}", "stages.kd.lora.r=4")
@@ -34,7 +34,7 @@ def test_families_without_groups_of_heads_are_planned(kind: str) -> None:
     config = "stages.kd.student.config={model_type: %s, num_hidden_layers: 2}" % kind  # noqa: UP031
     assert plan(config).memory.parts[WEIGHTS] > 10**6
     losses = ("stages.kd.loss.hidden_weight=1", config)
-    assert parts(*losses, moment="the loss") != parts(config, moment="the loss")
+    assert parts(*losses, phase="the loss") != parts(config, phase="the loss")
 
 
 def test_layers_that_are_not_found_are_said_to_be_the_reason() -> None:
@@ -48,9 +48,21 @@ def test_a_mistake_of_the_planner_stops_no_run(monkeypatch: pytest.MonkeyPatch, 
     def broken(*_: Any, **__: Any) -> Plan:
         raise AttributeError("no such field")
 
-    monkeypatch.setattr(here, "plan_recipe", broken)
-    here.announce(load_recipe_text(RECIPE, "planned.yaml"), lambda more: load_recipe_text(RECIPE, "planned.yaml"))
+    monkeypatch.setattr(announcement, "plan_recipe", broken)
+    announcement.announce(load_recipe_text(RECIPE, "planned.yaml"), lambda more: load_recipe_text(RECIPE, "planned.yaml"))
     assert "[kd] no plan of its memory: no such field" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("domain", ["reference", "teacher"])
+def test_a_domain_of_any_name_keeps_its_teacher(domain: str) -> None:
+    teachers = "stages.dae.teachers={%s: {config: {model_type: llama, num_hidden_layers: 9}}}"
+    renamed, usual = (
+        plan(teachers % name, "sources.shop.domain=" + name, "stages.dae.reference=stage:kd", stage="dae", machine=GPU)
+        for name in (domain, "shop")
+    )
+    found = {part.replace(f"teacher {domain}", "teacher shop"): size for part, size in renamed.memory.parts.items()}
+    assert found == usual.memory.parts and renamed.static == usual.static
+    assert found["teacher shop weights"] > found["reference weights"] > 0
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
@@ -64,11 +76,11 @@ def test_a_quantised_student_is_not_split(engine: Any) -> None:
 def test_fsdp2_keeps_whole_gradients_while_micro_batches_accumulate() -> None:
     """Transformers' loop reduces only after the last micro-batch (``no_sync``); until then each device has them whole."""
     more = "stages.kd.trainer.gradient_accumulation_steps=4"
-    once, often = (parts(*each, machine=TWO, moment="the loss") for each in ((), (more,)))
+    once, often = (parts(*each, machine=TWO, phase="the loss") for each in ((), (more,)))
     assert GRADIENTS not in once
     values = once[WEIGHTS] * 2 // 4
     assert often[GRADIENTS] == pytest.approx(2 * values, rel=0.01)  # bfloat16, of all weights
-    assert parts(more, machine=dataclasses.replace(TWO, engine="zero2"), moment="the loss")[GRADIENTS] == 2 * values
+    assert parts(more, machine=dataclasses.replace(TWO, engine="zero2"), phase="the loss")[GRADIENTS] == 2 * values
 
 
 @pytest.mark.parametrize(
@@ -91,18 +103,18 @@ def test_a_teacher_takes_memory_where_it_lies(placement: str, machine: Machine, 
     plain, placed = plan(teacher % "", machine=machine), plan(teacher % f", {placement}", machine=machine)
     weights = plain.memory.parts["teacher weights"]
     assert placed.memory.parts.get("teacher weights", 0) == (weights if there else 0)
-    assert plain.standing - placed.standing == (0 if there and not may_move else weights), "a run is stopped for what is sure"
+    assert plain.static - placed.static == (0 if there and not may_move else weights), "a run is stopped for what is sure"
 
 
 def test_a_run_that_stays_on_the_cpu_is_planned_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * 10**9, 8 * 10**9) if device == 0 else 1 / 0)
-    assert here.this_machine() == Machine(7 * 10**9)
-    assert not here.this_machine(cpu=True).gpu
+    assert this_machine() == Machine(7 * 10**9)
+    assert not this_machine(cpu=True).gpu
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert here.this_machine() == Machine(7 * 10**9, count=4, engine="ddp")
+    assert this_machine() == Machine(7 * 10**9, count=4, engine="ddp")
 
 
 def test_what_trains_other_weights_is_advised_last() -> None:

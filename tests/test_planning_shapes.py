@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from daekit.errors import UserError
 from daekit.models.loading import load_model
-from daekit.planning.shapes import Shape, Shapes, known_shapes
-from daekit.planning.skeleton import Skeleton
+from daekit.planning.meta_model import MetaModel
+from daekit.planning.resolve import ModelResolver, ResolvedModel, known_shapes
 from daekit.recipe import load_recipe_text
 from daekit.recipe.schema import LoraSpec, ModelSpec
 from tests.helpers import tiny
@@ -38,9 +38,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def shape(kind: str, quantization: str | None = None, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> Shape:
+def shape(kind: str, quantization: str | None = None, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> ResolvedModel:
     config = AutoConfig.for_model(kind, **(SMALL | FAMILIES.get(kind, {}) | fields))
-    return Shape(config, dtype, quantization, torch.bfloat16)
+    return ResolvedModel(config, dtype, quantization, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("name", "billions"), [("Mistral-7B-v0.1", 7.24), ("Mixtral-8x7B-v0.1", 46.70)])
@@ -59,13 +59,13 @@ def test_known_shapes_have_their_parameters(entry: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_skeleton_has_the_parameters_of_its_model(kind: str) -> None:
+def test_a_meta_model_has_the_parameters_of_its_model(kind: str) -> None:
     real = AutoModelForCausalLM.from_config(shape(kind).config, dtype=torch.bfloat16)
-    skeleton = Skeleton(shape(kind), trained=True)
-    assert skeleton.values() == sum(p.numel() for p in real.parameters())
-    assert sum(p.bytes for p in skeleton.parameters()) == 2 * skeleton.values()
-    assert all(p.trained for p in skeleton.parameters())
-    assert len(skeleton.layers) == 3
+    meta = MetaModel(shape(kind), trained=True)
+    assert meta.values() == sum(p.numel() for p in real.parameters())
+    assert sum(p.bytes for p in meta.parameters()) == 2 * meta.values()
+    assert all(p.trained for p in meta.parameters())
+    assert len(meta.layers) == 3
 
 
 @pytest.mark.parametrize(("targets", "dora"), [("all-linear", False), (("q_proj", "down_proj"), True)])
@@ -74,7 +74,7 @@ def test_an_adapter_is_that_of_peft(targets: Any, dora: bool) -> None:
         r=4, target_modules=targets if isinstance(targets, str) else list(targets), use_dora=dora, task_type="CAUSAL_LM"
     )
     real = get_peft_model(AutoModelForCausalLM.from_config(shape("llama").config, dtype=torch.bfloat16), config)
-    planned = list(Skeleton(shape("llama"), LoraSpec(r=4, target_modules=targets, use_dora=dora), trained=True).parameters())
+    planned = list(MetaModel(shape("llama"), LoraSpec(r=4, target_modules=targets, use_dora=dora), trained=True).parameters())
     trained = [p for p in real.parameters() if p.requires_grad]
     assert sum(p.values for p in planned if p.trained) == sum(p.numel() for p in trained)
     assert sum(p.bytes for p in planned if p.trained) == sum(p.numel() * p.element_size() for p in trained)
@@ -86,7 +86,7 @@ def test_quantised_weights_have_the_bytes_of_bitsandbytes(quantization: Any, tol
     config = shape("llama", hidden_size=256, intermediate_size=512).config
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     real = load_model(ModelSpec(path=str(tmp_path), dtype="bfloat16", quantization=quantization))
-    planned = Skeleton(shape("llama", quantization, hidden_size=256, intermediate_size=512))
+    planned = MetaModel(shape("llama", quantization, hidden_size=256, intermediate_size=512))
     assert sum(p.bytes for p in planned.parameters()) == pytest.approx(_bytes(real), rel=tolerance)
 
 
@@ -106,7 +106,7 @@ def _bytes(model: torch.nn.Module) -> int:
 
 def test_experts_are_planned_in_4_bits() -> None:
     fields = dict(hidden_size=256, intermediate_size=512)
-    experts = [p for layer in Skeleton(shape("mixtral", "4bit", **fields)).layers for p in layer if p.values >= 4 * 256 * 512]
+    experts = [p for layer in MetaModel(shape("mixtral", "4bit", **fields)).layers for p in layer if p.values >= 4 * 256 * 512]
     assert len(experts) == 6
     for parameter in experts:
         assert 0.51 < parameter.bytes / parameter.values < 0.53
@@ -126,24 +126,24 @@ stages:
 
 def test_a_stage_has_the_shape_of_its_student() -> None:
     recipe = load_recipe_text(RECIPE, "planned.yaml")
-    shapes = Shapes(recipe)
-    result = shapes.of(ModelSpec(stage="one"))
+    shapes = ModelResolver(recipe)
+    result = shapes.resolve(ModelSpec(stage="one"))
     assert (result.config.num_hidden_layers, result.config.vocab_size, result.dtype) == (2, 300, torch.bfloat16)
-    assert shapes.of(ModelSpec(stage="one", dtype="float32")).dtype == torch.float32
+    assert shapes.resolve(ModelSpec(stage="one", dtype="float32")).dtype == torch.float32
     student = recipe.stages["two"].student
     assert student is not None
-    assert shapes.of(student).dtype == torch.float32
+    assert shapes.resolve(student).dtype == torch.float32
 
 
 def test_a_directory_is_read(tmp_path: Path) -> None:
     tiny.model(kind="mixtral").to(torch.bfloat16).save_pretrained(tmp_path)
-    found = Shapes(load_recipe_text(RECIPE, "planned.yaml")).of(ModelSpec(path=str(tmp_path)))
+    found = ModelResolver(load_recipe_text(RECIPE, "planned.yaml")).resolve(ModelSpec(path=str(tmp_path)))
     assert (found.config.model_type, found.config.num_local_experts, found.dtype) == ("mixtral", 4, torch.bfloat16)
 
 
 def test_an_unknown_hub_id_names_the_remedy() -> None:
     with pytest.raises(UserError, match=r"nobody/nothing: its shape is not known.*hf download nobody/nothing config.json"):
-        Shapes(load_recipe_text(RECIPE, "planned.yaml")).of(ModelSpec(path="nobody/nothing"))
+        ModelResolver(load_recipe_text(RECIPE, "planned.yaml")).resolve(ModelSpec(path="nobody/nothing"))
 
 
 CUT = """
@@ -159,19 +159,19 @@ stages:
 """
 
 
-def cut_student(way: str, teacher: str = "EleutherAI/pythia-1.4b") -> Shape:
+def cut_student(way: str, teacher: str = "EleutherAI/pythia-1.4b") -> ResolvedModel:
     recipe = load_recipe_text(CUT.replace("TEACHER", teacher).replace("WAY", way), "cut.yaml")
     spec = recipe.stages["student"].student
     assert spec is not None
-    return Shapes(recipe).of(spec)
+    return ModelResolver(recipe).resolve(spec)
 
 
 def test_a_student_that_is_cut_from_its_teacher_has_the_sizes_that_the_recipe_gives() -> None:
     cut = cut_student("shape: {hidden_size: 1024, intermediate_size: 4096, num_attention_heads: 8, num_key_value_heads: 8}")
     assert (cut.config.hidden_size, cut.config.num_hidden_layers, cut.dtype) == (1024, 24, torch.float16)
-    assert sum(p.values for p in Skeleton(cut).parameters()) == known_shapes()["EleutherAI/pythia-410m"]["parameters"]
+    assert sum(p.values for p in MetaModel(cut).parameters()) == known_shapes()["EleutherAI/pythia-410m"]["parameters"]
     for window in ([380_000_000, 420_000_000], [600_000_000, 700_000_000]):
-        found = sum(p.values for p in Skeleton(cut_student(f"search: {{parameters: {window}}}")).parameters())
+        found = sum(p.values for p in MetaModel(cut_student(f"search: {{parameters: {window}}}")).parameters())
         assert window[0] <= found <= window[1]
 
 

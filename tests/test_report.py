@@ -131,6 +131,27 @@ def test_all_text_is_escaped():
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1, "a name broke a table"
 
 
+def test_a_metric_of_any_name_is_text():
+    """Names of lm-eval's tasks and of a suite's files become metrics."""
+    rows = [Row("m", "shop", NASTY, 0.5, 0.4, 0.6, 10), Row("m", "shop", "acc", 0.5, 0.4, 0.6, 10)]
+    page = Page(render_html(replace(example(), rows=rows)))
+    assert "script" not in page.tags and NASTY in page.text
+    table = next(block for block in render_markdown(replace(example(), rows=rows), None).split("\n\n") if "| metric |" in block)
+    assert "<" not in table and re.findall(r"(?<!\\)[`*$]", table) == []
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_a_domain_that_begins_with_a_line_has_its_curve_in_the_legend():
+    assert "_shop" in curves_svg("kd", [{"step": 1, "kl/_shop": 1.0}, {"step": 2, "kl/_shop": 0.5}], ["_shop"]).svg
+
+
+def test_half_a_surrogate_pair_ends_no_report(tmp_path):
+    sample = Sample("m", "shop", 0, "prompt", "", None, "half: \ud83d", None, None)
+    write_report(tmp_path, replace(example(), samples=[sample]))
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["generated"] == sample.generated
+    assert r"half: \ud83d" in (tmp_path / "report.html").read_text()
+
+
 def test_no_recipe_closes_its_own_fence():
     markdown = render_markdown(replace(example(), recipe="a: |\n  ```\n  ````\n  # heading\n"), None)
     assert markdown.count("`````") == 2

@@ -21,8 +21,7 @@ from daekit.students import (
 )
 from daekit.students.families import family_of
 from daekit.students.slicing import permute_
-from tests.helpers.student_cases import CONFIGS, logits, rows, teacher
-from tests.test_students_slicing import silence_channels
+from tests.helpers.student_cases import CONFIGS, logits, rows, silence_channels, teacher
 
 CASES = list(CONFIGS)
 

@@ -12,9 +12,9 @@ import torch
 from daekit.errors import UserError
 from daekit.students import Shape, count_parameters, first_n, measure_importance, slice_model, sort_teacher, view_model
 from daekit.students.figure import search_svg
-from daekit.students.genes import crossed, mutated
+from daekit.students.mutation import crossed, mutated
 from daekit.students.scorer import CandidateScorer
-from daekit.students.search import Stage, read_log, run_search
+from daekit.students.search import Round, read_log, run_search
 from daekit.students.selection import Selection, require_valid
 from daekit.students.space import Window, space_of
 from daekit.students.strategies import Evolution, draw, evolve, grid
@@ -25,7 +25,7 @@ SPACES = [("coarse", "uniform"), ("coarse", "layerwise"), ("fine", "uniform"), (
 
 def space(case="mistral", granularity="coarse", units="layerwise", **options):
     config = CONFIGS[case]
-    return space_of(config, first_n(config), granularity, units, **{"parts": 4} | options)
+    return space_of(config, first_n(config), granularity, units, **{"blocks": 4} | options)
 
 
 def window(case, low=0.3, high=0.6):
@@ -113,8 +113,8 @@ def test_a_budget_that_nothing_meets_names_the_nearest_sizes():
         next(evolve(choices, Window(low + 1, high - 1), 0, Evolution()))
     with pytest.raises(UserError, match=rf"nearest sizes have {sizes[0]:,} parameters|have {sizes[0]:,}"):
         next(draw(choices, Window(1, 2), 0))
-    with pytest.raises(UserError, match="parts=7: does not divide the teacher's hidden_size=48"):
-        space(parts=7)
+    with pytest.raises(UserError, match="blocks=7: does not divide the teacher's hidden_size=48"):
+        space(blocks=7)
 
 
 def looks_until(strategy, choices, scores, optimum):
@@ -133,9 +133,9 @@ def test_evolution_finds_the_optimum_that_a_grid_proves_with_fewer_looks_than_ra
     model = teacher("mistral", initializer_range=0.08)
     importance = measure_importance(model, rows())
     sort_teacher(model, importance)
-    choices = replace(space_of(model.config, importance, parts=4), any_layers=True, queries=(2,))
+    choices = replace(space_of(model.config, importance, blocks=4), any_layers=True, queries=(2,))
     limits = window("mistral", 0.37, 0.55)
-    scorer = CandidateScorer(model, rows(3, seed=9), vocab_size=VOCABULARY, tokens=30, by="kl")
+    scorer = CandidateScorer(model, rows(3, seed=9), vocab_size=VOCABULARY, tokens=30, objective="kl")
     everything = propose(grid(choices, limits), choices, 10**6)
     scores = {candidate: scorer(choices.selection(candidate), 30) for candidate in everything}
     optimum = min(scores, key=scores.__getitem__)
@@ -148,7 +148,7 @@ def test_evolution_finds_the_optimum_that_a_grid_proves_with_fewer_looks_than_ra
 
 @pytest.mark.parametrize("case", ["llama", "mistral", "gpt_neox-sequential"])
 def test_in_a_space_of_thousands_evolution_needs_a_small_part_of_the_looks(case):
-    choices, limits = replace(space(case, parts=8), any_layers=True), window(case, 0.3, 0.6)
+    choices, limits = replace(space(case, blocks=8), any_layers=True), window(case, 0.3, 0.6)
     everything = propose(grid(choices, limits), choices, 10**6)
     best = random.Random(case).choice(everything)
     wanted = choices.shape(best)
@@ -170,7 +170,9 @@ def test_a_student_is_scored_as_the_slice_would_be():
     text = rows(5, seed=2)
     text[0]["labels"] = [-100] * 4 + text[0]["labels"][4:]
     candidates = propose(draw(choices, limits, 1), choices, 4)[:4]
-    scorers = {by: CandidateScorer(model, text, vocab_size=VOCABULARY, tokens=40, by=by) for by in ("perplexity", "kl")}
+    scorers = {
+        kind: CandidateScorer(model, text, vocab_size=VOCABULARY, tokens=40, objective=kind) for kind in ("perplexity", "kl")
+    }
     for selection in map(choices.selection, candidates):
         student = slice_model(model, selection)
         for by, scorer in scorers.items():
@@ -180,7 +182,7 @@ def test_a_student_is_scored_as_the_slice_would_be():
 
 def test_by_kl_the_teacher_runs_once_over_the_text():
     model = teacher("mistral")
-    scorer = CandidateScorer(model, rows(5), vocab_size=VOCABULARY, tokens=40, by="kl", batch_size=2)
+    scorer = CandidateScorer(model, rows(5), vocab_size=VOCABULARY, tokens=40, objective="kl", batch_size=2)
     runs = []
     model.model.layers[0].register_forward_pre_hook(lambda module, inputs: runs.append(len(inputs[0])))
     choices = space()
@@ -228,14 +230,14 @@ def test_text_that_is_too_short_is_refused_with_the_numbers():
         CandidateScorer(teacher("mistral"), text, vocab_size=VOCABULARY, tokens=tokens + 1)
 
 
-STAGES = (Stage(10, keep=0.5), Stage(20, keep=0.25), Stage(40))
+STAGES = (Round(10, keep=0.5), Round(20, keep=0.25), Round(40))
 
 
-def run(log=None, candidates=50, score=smooth, seed=1, stages=STAGES, progress=None):
+def run(log=None, candidates=50, score=smooth, seed=1, rounds=STAGES, progress=None):
     choices = space(granularity="fine")
     strategy = evolve(choices, window("mistral"), seed, Evolution(16, 8, 4))
     return run_search(
-        choices, strategy, score, stages, candidates=candidates, log=log, identity={"seed": seed}, progress=progress
+        choices, strategy, score, rounds, candidates=candidates, log=log, identity={"seed": seed}, progress=progress
     )
 
 
@@ -251,12 +253,12 @@ def test_survivors_of_a_look_are_its_best_and_only_they_see_more_text(tmp_path):
     assert calls == [line["tokens"] for line in lines]
     assert result.tokens == sum(calls) and result.candidates == 56
     first = lines[:26]  # the first batch: 16, half of them, a quarter of these
-    assert [line["stage"] for line in first] == [0] * 16 + [1] * 8 + [2] * 2
-    for stage, size in ((0, 8), (1, 2)):
-        ranked = sorted((line for line in first if line["stage"] == stage), key=lambda line: line["score"])
-        later = [line["candidate"] for line in first if line["stage"] == stage + 1]
+    assert [line["round"] for line in first] == [0] * 16 + [1] * 8 + [2] * 2
+    for number, size in ((0, 8), (1, 2)):
+        ranked = sorted((line for line in first if line["round"] == number), key=lambda line: line["score"])
+        later = [line["candidate"] for line in first if line["round"] == number + 1]
         assert sorted(map(str, later)) == sorted(str(line["candidate"]) for line in ranked[:size])
-    finals = [line["score"] for line in lines if line["stage"] == 2]
+    finals = [line["score"] for line in lines if line["round"] == 2]
     assert [scored.score for scored in result.finalists] == sorted(finals)
     assert result.best.score == min(finals)
     assert len(read_log(tmp_path / "log.jsonl")) == 56
@@ -264,7 +266,7 @@ def test_survivors_of_a_look_are_its_best_and_only_they_see_more_text(tmp_path):
 
 def test_the_best_stay_parents(tmp_path):
     """Every child after the first generation is at most a few genes from one of the best so far."""
-    result = run(candidates=400, stages=(Stage(10),))
+    result = run(candidates=400, rounds=(Round(10),))
     assert result.best.score < 0.6  # all sizes and layers right: next to nothing is left
 
 
@@ -284,7 +286,7 @@ def test_a_killed_search_goes_on_to_the_same_result(killed_at, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(log, score=killed)
     with log.open("a") as stream:
-        stream.write('{"stage": 0, "tok')  # the last line was being written
+        stream.write('{"round": 0, "tok')  # the last line was being written
     asked = []
     result = run(log, score=lambda selection, tokens: asked.append(tokens) or smooth(selection, tokens))
     assert result.best == expected.best and result.finalists == expected.finalists and result.tokens == expected.tokens
@@ -302,14 +304,14 @@ def test_logs_of_other_searches_and_damaged_ones_are_refused(tmp_path):
     run(log)
     with pytest.raises(UserError, match=r"another search \(seed: 1 there, 2 here\)"):
         run(log, seed=2)
-    with pytest.raises(UserError, match="stages"):
-        run(log, stages=(Stage(10),))
+    with pytest.raises(UserError, match="rounds"):
+        run(log, rounds=(Round(10),))
     lines = log.read_text().splitlines()
     log.write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:]]) + "\n")
     with pytest.raises(UserError, match="not the log of a search"):
         run(log)
-    with pytest.raises(UserError, match=r"stages=\[10, 10\]"):
-        run(stages=(Stage(10), Stage(10)))
+    with pytest.raises(UserError, match=r"tokens=\[10, 10\]"):
+        run(rounds=(Round(10), Round(10)))
 
 
 def test_progress_says_how_fast_and_what_is_best(tmp_path):
@@ -326,15 +328,15 @@ def test_a_space_that_is_used_up_ends_the_search():
     choices = replace(space(), layers=(2,), hidden=(24, 36), neurons=(20,), groups=(2, 3), queries=(2,))
     limits = Window(0, 10**9)
     for strategy in (evolve(choices, limits, 0, Evolution(2, 2, 2)), draw(choices, limits, 0), grid(choices, limits)):
-        assert run_search(choices, strategy, smooth, [Stage(1)], candidates=1000).candidates == 4
+        assert run_search(choices, strategy, smooth, [Round(1)], candidates=1000).candidates == 4
 
 
 def test_the_plot_shows_every_candidate(tmp_path):
     run(tmp_path / "log")
-    svg = search_svg(read_log(tmp_path / "log"), marks={"first-n": (9000, 3.0)}).svg
-    for words in ("million parameters", "perplexity", "dropped out early", "best", "first-n"):
+    svg = search_svg(read_log(tmp_path / "log")).svg
+    for words in ("million parameters", "perplexity", "dropped out early", "best"):
         assert words in svg
-    assert "KL to teacher" in search_svg(read_log(tmp_path / "log"), by="kl").svg
+    assert "KL to teacher" in search_svg(read_log(tmp_path / "log"), objective="kl").svg
 
 
 @pytest.mark.parametrize("units", ["uniform", "layerwise"])

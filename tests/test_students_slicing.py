@@ -12,7 +12,7 @@ from daekit.students import Selection, Shape, choose, count_parameters, first_n,
 from daekit.students.importance import at_random
 from daekit.students.shapes import possible_head_dims
 from daekit.students.slicing import permute_
-from tests.helpers.student_cases import CONFIGS, logits, rows, teacher
+from tests.helpers.student_cases import CONFIGS, logits, rows, silence_channels, teacher
 from tests.helpers.tiny import model as tiny_model
 
 CASES = list(CONFIGS)
@@ -131,20 +131,6 @@ def test_every_kth_pair_turns_with_its_own_frequencies(case):
     assert (logits(student) - logits(model)).abs().max() < 2e-3 * logits(model).abs().max()
     if fits is not None:
         assert (logits(slice_model(model, selection)) - logits(model)).abs().max() > 0.02 * logits(model).abs().max()
-
-
-def silence_channels(model, kept):
-    """Make all channels but the first ``kept`` carry nothing, and the mean of the channels zero."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "embed" in name and "lm_head" not in name:
-                parameter[:, :kept] -= parameter[:, :kept].mean(dim=1, keepdim=True)
-                parameter[:, kept:] = 0
-            elif any(part in name for part in ("o_proj", "down_proj", "dense.", "dense_4h_to_h")):
-                parameter[:kept] -= parameter[:kept].mean(dim=0, keepdim=True)
-                parameter[kept:] = 0
-            elif "norm" in name and name.endswith("bias"):
-                parameter[kept:] = 0
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -92,6 +92,8 @@ class ResponseLabels:
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             return 0, 0
+        if turns[-1] == 0:
+            raise UserError(f"{where}: begins with its only assistant turn, so nothing asks for it; remove the row, or mend it")
         prompt = self._render(messages[: turns[-1]], options, tokenizer, where, add_generation_prompt=True)["input_ids"]
         until = ids
         if turns[-1] + 1 < len(messages):
@@ -126,6 +128,15 @@ class ResponseLabels:
         except TemplateError as error:
             raise UserError(f"{where}: tokenizer.chat_template refuses the conversation ({error})") from error
         return rendered
+
+
+def require_markers(tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError where ``assistant_only_loss=True`` cannot be kept: TRL knows no generation markers for the chat template."""
+    if not ResponseLabels.of(tokenizer).markers:
+        raise UserError(
+            "assistant_only_loss=True: tokenizer.chat_template has no {% generation %} markers, and TRL knows no template with "
+            "them for it. Set a template that has them, or leave assistant_only_loss unset: the last turn counts then."
+        )
 
 
 def label_responses(

@@ -1,12 +1,11 @@
-"""What a recipe needs before it runs: memory by part, what fits, operations of a step. Nothing is loaded."""
+"""What a recipe needs before it runs: memory by part, what fits, operations of a step. No weights are loaded."""
 
-from daekit.planning.here import announce, machine_of, this_machine
+from daekit.planning.announcement import announce
+from daekit.planning.machine import Machine, machine_of, this_machine
 from daekit.planning.plan import Plan, Planner, StagePlan, plan_recipe
 from daekit.planning.show import format_plan, plan_json
-from daekit.planning.training import ENGINES, Machine
 
 __all__ = [
-    "ENGINES",
     "Machine",
     "Plan",
     "Planner",

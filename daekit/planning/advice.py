@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from daekit.errors import UserError
+from daekit.planning.models import teachers_of
 from daekit.planning.training import Training
-from daekit.recipe.schema import ModelSpec, StageSpec, TeacherSpec
+from daekit.recipe.schema import ModelSpec, StageSpec
 
 _MOST_ROWS = 4096
 _OTHER_WEIGHTS = ("LoRA", "QLoRA")
@@ -16,14 +17,14 @@ _BATCHES = "smaller micro-batches, more of them"
 
 @dataclass(frozen=True)
 class Change:
-    """One way to need less memory: what it is, in words, and the overrides that do it."""
+    """One way to need less memory: what it is in words, and the overrides that make it."""
 
     what: str
     overrides: tuple[str, ...]
 
 
 def largest_rows(total: Callable[[int], int], memory: int) -> int:
-    """The most rows of a micro-batch whose ``total`` bytes fit, 0 if one does not; ``total`` grows with the rows."""
+    """The largest number of rows whose ``total`` bytes fit, 0 if one row does not fit; ``total`` must grow with the rows."""
     if total(1) > memory:
         return 0
     low, high = 1, _MOST_ROWS + 1
@@ -46,14 +47,16 @@ def changes(stage: StageSpec, name: str, training: Training, gpu: bool) -> list[
         found.append(Change("gradient checkpointing", (f"{prefix}.trainer.gradient_checkpointing=true",)))
     unquantised = [
         f"{prefix}.{path}.quantization=4bit"
-        for path, model in _teachers(stage)
+        for path, model in _teacher_models(stage)
         if model.quantization is None and model.config is None and model.adapter is None
     ]
     if unquantised:
         found.append(Change("teachers in 4 bits", tuple(unquantised)))
     if "adam" in training.optim and "8bit" not in training.optim and gpu:
         found.append(Change("an optimizer with 8-bit states", (f"{prefix}.trainer.optim=adamw_8bit",)))
-    near = [path for path, model in _teachers(stage) if not model.offload and model.device_map is None and not model.adapter]
+    near = [
+        path for path, model in _teacher_models(stage) if not model.offload and model.device_map is None and not model.adapter
+    ]
     if near and gpu:
         found.append(Change("teachers in host memory", tuple(f"{prefix}.{path}.offload=true" for path in near)))
     lora = () if stage.lora is not None else (f"{prefix}.lora.r=16",)
@@ -66,13 +69,13 @@ def changes(stage: StageSpec, name: str, training: Training, gpu: bool) -> list[
 
 
 def cheapest(options: Sequence[Change], fits: Callable[[Sequence[str]], bool]) -> tuple[Change, ...]:
-    """The first change that makes the stage fit; else the fewest of all of them together; nothing if not even these do.
+    """The first single change that makes the stage fit, else a smallest set of changes; empty if all together do not suffice.
 
-    What trains other weights comes last: first all others are tried, alone and together.
+    Changes that train other weights (LoRA, QLoRA) are tried only after all others failed, alone and together.
 
     Args:
-        options: the cheapest first.
-        fits: whether the stage fits with these overrides.
+        options: The changes, the cheapest first.
+        fits: Whether the stage fits with these overrides.
     """
     others = [option for option in options if option.what not in _OTHER_WEIGHTS]
     return _fewest(others, fits) or _fewest(options, fits)
@@ -89,7 +92,7 @@ def _fewest(options: Sequence[Change], fits: Callable[[Sequence[str]], bool]) ->
     taken = [*batches[-1:], *others]
     if not _fits(fits, taken):
         return ()
-    for option in reversed(taken):  # the dearest are left out first
+    for option in reversed(taken):  # the most expensive is left out first
         fewer = [other for other in taken if other is not option]
         if _fits(fits, fewer):
             taken = fewer
@@ -121,16 +124,11 @@ def _smaller_batch(prefix: str, training: Training, rows: int) -> Change:
     )
 
 
-def _teachers(stage: StageSpec) -> list[tuple[str, ModelSpec]]:
-    """(where the recipe names it, the model) of every teacher."""
-    named: dict[str, TeacherSpec] = {f"teachers.{domain}": teacher for domain, teacher in stage.teachers.items()}
-    if stage.teacher is not None:
-        named["teacher"] = stage.teacher
-    if stage.reference is not None:
-        named["reference"] = stage.reference
+def _teacher_models(stage: StageSpec) -> list[tuple[str, ModelSpec]]:
+    """(its key below the stage, the model) of every teacher, and of every member of an ensemble."""
     found = []
-    for path, spec in named.items():
-        if spec.model is not None:
-            found.append((path, spec.model))
-        found += [(f"{path}.ensemble.{index}.model", member.model) for index, member in enumerate(spec.ensemble)]
+    for path, teacher in teachers_of(stage):
+        if teacher.model is not None:
+            found.append((path, teacher.model))
+        found += [(f"{path}.ensemble.{index}.model", member.model) for index, member in enumerate(teacher.ensemble)]
     return found

@@ -1,4 +1,4 @@
-"""What teachers' signals and the losses hold besides weights and activations."""
+"""The memory of a stage besides weights and activations: the teachers' outputs and the buffers of the losses."""
 
 from __future__ import annotations
 
@@ -11,59 +11,60 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from daekit.losses.chunk import chunk_losses
 from daekit.losses.prediction import tokens_per_chunk
 from daekit.models.features import layers_of
-from daekit.planning.models import Speaker, StageModels
-from daekit.planning.trace import ModelCost, Setting, most
-from daekit.planning.training import Machine, Training
+from daekit.planning.machine import Machine
+from daekit.planning.models import FrozenModel, StageModels
+from daekit.planning.trace import MicroBatch, ModelCost, peak_bytes
+from daekit.planning.training import Training
 from daekit.protocol import FeatureSpec, OutputHead
 from daekit.recipe.objective import Objective
 from daekit.recipe.schema import StageSpec
 
-_BLOCK_SCORES = 2**20  # of daekit.losses.attention_blocks
+_BLOCK_SCORES = 2**20  # as in daekit.losses.attention_blocks
 _SHORTEST_BLOCK = 16
 _TILE = 2**22  # values of the head's gradient that are summed at a time
 
 
 class Buffers:
-    """Of one stage: signals, buffers of the losses, and what the losses inside the model keep.
+    """The buffers of one stage, in bytes.
 
     Args:
-        stage: of a resolved recipe.
-        models: its models.
-        training: its options.
-        machine: where it runs.
-        setting: one micro-batch.
+        stage: A stage of a resolved recipe.
+        models: Its models.
+        training: Its options.
+        machine: Where it runs.
+        batch: One micro-batch; all its tokens are loss tokens.
     """
 
-    def __init__(self, stage: StageSpec, models: StageModels, training: Training, machine: Machine, setting: Setting) -> None:
-        self.stage, self.models, self.training, self.machine, self.setting = stage, models, training, machine, setting
-        self.kept = training.tokens  # N
-        self.student = models.student.skeleton
+    def __init__(self, stage: StageSpec, models: StageModels, training: Training, machine: Machine, batch: MicroBatch) -> None:
+        self.stage, self.models, self.training, self.machine, self.batch = stage, models, training, machine, batch
+        self.tokens = training.tokens  # N
+        self.student = models.student.meta
 
     @cached_property
     def _cost(self) -> ModelCost:
-        return self.models.student.cost(self.setting)
+        return self.models.student.cost(self.batch)
 
     @cached_property
     def hidden(self) -> int:
         """Bytes of the student's hidden states at all positions."""
-        return self.kept * int(self.student.config.hidden_size) * self._cost.hidden_width
+        return self.tokens * int(self.student.config.hidden_size) * self._cost.hidden_width
 
     def extra_saved(self, layers: int) -> int:
-        """Gradients that the losses inside a layer have computed ahead; evenly over the layers."""
-        return layers * self._inside // len(self._cost.layers)
+        """Gradients that attention and hidden-state losses compute in the forward pass, spread evenly over the layers."""
+        return layers * self._feature_gradients // len(self._cost.layers)
 
     @cached_property
-    def _inside(self) -> int:
-        attention, hidden = self.watched_layers
-        compared = attention * _captured(self.student.config) * self._compute_width if attention else 0
-        return self.kept * compared + hidden * self.hidden
+    def _feature_gradients(self) -> int:
+        attention, hidden = self.feature_layers
+        compared = attention * _queries_and_keys(self.student.config) * self._compute_width if attention else 0
+        return self.tokens * compared + hidden * self.hidden
 
     @cached_property
     def _compute_width(self) -> int:
         return self.training.autocast.itemsize if self.training.autocast is not None else self._cost.hidden_width
 
     @cached_property
-    def _watch(self) -> FeatureSpec | None:
+    def _feature_spec(self) -> FeatureSpec | None:
         loss = self.stage.loss
         if self.stage.type == "sft" or not (loss.attention_weight or loss.hidden_weight):
             return None
@@ -75,38 +76,38 @@ class Buffers:
         )
 
     @cached_property
-    def watched_layers(self) -> tuple[int, int]:
-        """How many layers of the student are compared: their attention, their hidden states."""
-        if self._watch is None:
+    def feature_layers(self) -> tuple[int, int]:
+        """(layers of the student whose attention is compared, layers whose hidden states are)."""
+        if self._feature_spec is None:
             return 0, 0
-        watched = layers_of(self._watch, self.student.config)
-        return len(watched.attention), len(watched.hidden)
+        layers = layers_of(self._feature_spec, self.student.config)
+        return len(layers.attention), len(layers.hidden)
 
     @cached_property
-    def signals(self) -> tuple[int, int]:
-        """(what the teachers' signals hold until the loss, what of it until the end of the backward pass)."""
-        groups = []
-        for group in self.models.groups:
-            last = sum(self.kept * int(s.skeleton.config.hidden_size) * self._width_of(s) for s in group)
-            inside = sum(self._internals(s) for s in group) if self._watch is not None else 0
-            groups.append((last + inside, inside if self.training.checkpointing else 0))
-        return max(groups, default=(0, 0))
+    def teacher_outputs(self) -> tuple[int, int]:
+        """(what the outputs of the largest teacher hold until the loss, what of it until the end of the backward pass)."""
+        sizes = []
+        for members in self.models.teachers:
+            last = sum(self.tokens * int(each.meta.config.hidden_size) * self._width_of(each) for each in members)
+            features = sum(self._features(each) for each in members) if self._feature_spec is not None else 0
+            sizes.append((last + features, features if self.training.checkpointing else 0))
+        return max(sizes, default=(0, 0))
 
-    def _internals(self, speaker: Speaker) -> int:
-        """Queries, keys and hidden states that one teacher's layers leave."""
-        config = speaker.skeleton.config
-        attention, hidden = self.watched_layers
-        width = self.training.autocast.itemsize if self.training.autocast is not None else self._width_of(speaker)
-        compared = attention * _captured(config) * width if attention else 0
-        return self.kept * (compared + hidden * int(config.hidden_size) * self._width_of(speaker))
+    def _features(self, model: FrozenModel) -> int:
+        """Queries, keys and hidden states that are captured in one frozen model's layers."""
+        config = model.meta.config
+        attention, hidden = self.feature_layers
+        width = self.training.autocast.itemsize if self.training.autocast is not None else self._width_of(model)
+        compared = attention * _queries_and_keys(config) * width if attention else 0
+        return self.tokens * (compared + hidden * int(config.hidden_size) * self._width_of(model))
 
-    def _width_of(self, speaker: Speaker) -> int:
-        return speaker.tracer.cost(self.setting).hidden_width
+    def _width_of(self, model: FrozenModel) -> int:
+        return model.tracer.cost(self.batch).hidden_width
 
     @cached_property
     def scores(self) -> int:
-        """Blocks of attention scores of both models; GPU kernels have none."""
-        if not self.watched_layers[0] or self.machine.gpu:
+        """Blocks of attention scores of both models; GPU kernels hold none."""
+        if not self.feature_layers[0] or self.machine.gpu:
             return 0
         row = self.student.config.num_attention_heads * self.training.length
         return 4 * 4 * max(_BLOCK_SCORES, _SHORTEST_BLOCK * row)
@@ -136,34 +137,36 @@ class Buffers:
         """(gradients that the loss keeps for the backward pass, its work space)."""
         columns, hidden_size = self.student.head.shape
         gpu, width = self.machine.gpu, self._compute_width
-        step = min(tokens_per_chunk(columns, gpu), self.kept)
-        voices = max((len(group) for group in self.models.groups), default=0)
+        step = min(tokens_per_chunk(columns, gpu), self.tokens)
+        members = max(map(len, self.models.teachers), default=0)
         kept = self.hidden + self.head_gradient
-        work = step * columns * (width + (4 if voices else 0)) + step * hidden_size * (width + 4)
+        work = step * columns * (width + (4 if members else 0)) + step * hidden_size * (width + 4)
         if not gpu:
-            work += self._chunk_bytes(step, columns, voices)
-        elif width != 4 and voices:
+            work += self._chunk_bytes(step, columns, members)
+        elif width != 4 and members:
             work += step * columns * width  # a teacher's linear outputs, before they are copied in float32
-        work += max(voices - 1, 0) * step * columns * 4
+        work += max(members - 1, 0) * step * columns * 4
         work += self._cast_heads(width)
-        if self._head_trained and (self.kept > step or len(self.models.groups) > 1) and self.student.head.element_size() != 4:
+        if (
+            self._head_trained
+            and (self.tokens > step or len(self.models.teachers) > 1)
+            and self.student.head.element_size() != 4
+        ):
             work += self.student.head.numel() * 4  # summed in float32
-        if self._head_trained and self.kept > step:
+        if self._head_trained and self.tokens > step:
             work += 4 * _TILE
         return kept, work
 
     def _cast_heads(self, width: int) -> int:
         """Copies of output heads in the dtype of the products."""
-        heads = [self.student.head]
-        groups = self.models.groups
-        heads += [speaker.skeleton.head for speaker in (max(groups, key=len) if groups else [])]
+        heads = [self.student.head, *(each.meta.head for each in max(self.models.teachers, key=len, default=[]))]
         return sum(head.numel() * width for head in heads if head.element_size() != width)
 
-    def _chunk_bytes(self, step: int, columns: int, voices: int) -> int:
-        """Temporaries of one chunk on a CPU, from the loss itself."""
+    def _chunk_bytes(self, step: int, columns: int, members: int) -> int:
+        """Temporaries of one chunk on a CPU, measured on the loss itself."""
         loss = self.stage.loss
         objective = Objective(
-            ce_weight=loss.ce_weight or 1.0 * (not voices),
+            ce_weight=loss.ce_weight or 1.0 * (not members),
             prediction_weight=loss.prediction_weight,
             divergence=loss.divergence,
             beta=loss.beta,
@@ -173,19 +176,19 @@ class Buffers:
         dtype = torch.bfloat16 if self._compute_width == 2 else torch.float32
         with FakeTensorMode():
             student = torch.empty(step, columns, dtype=dtype)
-            teacher = torch.empty(step, columns) if voices else None
+            teacher = torch.empty(step, columns) if members else None
             labels = torch.zeros(step, dtype=torch.long)
             head = OutputHead(student, None, columns)
             given = [t for t in (student, teacher, labels) if t is not None]
-            return most(lambda: chunk_losses(student, teacher, labels, objective, head, True), given)
+            return peak_bytes(lambda: chunk_losses(student, teacher, labels, objective, head, True), given)
 
 
-def _captured(config: Any) -> int:
-    """Values per token of one layer's queries and keys."""
+def _queries_and_keys(config: Any) -> int:
+    """Values of one layer's queries and keys per token."""
     return int((config.num_attention_heads + config.num_key_value_heads) * head_width(config))
 
 
 def head_width(config: Any) -> int:
-    """D of an attention head, as transformers reads it."""
+    """D, the width of an attention head, as transformers reads it from a config."""
     width = getattr(config, "head_dim", None)
     return int(width or config.hidden_size // config.num_attention_heads)

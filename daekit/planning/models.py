@@ -1,126 +1,132 @@
-"""The models of one stage: its student, and everybody who speaks to it."""
+"""The models of one stage: its student, and the frozen models that it learns from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from daekit.models.adapters import base_spec, lora_config_of
-from daekit.planning.shapes import Shapes
-from daekit.planning.skeleton import Skeleton
+from daekit.planning.meta_model import MetaModel
+from daekit.planning.resolve import ModelResolver
 from daekit.planning.trace import Tracer
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
 from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
 
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-_SAME_GPU = ("0", "cuda", "cuda:0")  # of the first process
+_SAME_GPU = ("0", "cuda", "cuda:0")  # the GPU of the first process
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """A frozen model of a stage.
+class FrozenModel:
+    """A teacher or reference of a stage.
 
     Attributes:
-        name: what the plan calls it.
-        tracer: of its model; of the student's where it is an adapter on it.
-        bytes: of its weights; of its adapter alone where it is one.
-        group: speakers of one group speak for the same rows (an ensemble), those of others for other rows.
-        adapter: whether it is an adapter on the student's base.
-        movable: whether part of it may come to lie on another device, as ``device_map`` allows.
+        name: Its name in the plan.
+        tracer: The tracer of its model; the student's, where it is an adapter on the student's base.
+        bytes: Bytes of its weights; of the adapter alone, where it is one.
+        teacher: The key of the recipe that it belongs to; the members of an ensemble share one, and run on the same rows.
+        adapter: Whether it is an adapter on the student's base.
+        movable: Whether ``device_map`` may put part of it on another device.
     """
 
     name: str
     tracer: Tracer
     bytes: int
-    group: str
+    teacher: str
     adapter: bool = False
     movable: bool = False
 
     @property
-    def skeleton(self) -> Skeleton:
-        """Its model."""
-        return self.tracer.skeleton
+    def meta(self) -> MetaModel:
+        """Its model, without weights."""
+        return self.tracer.meta
 
 
 @dataclass(frozen=True)
 class StageModels:
-    """Student and speakers of a stage."""
+    """The student of a stage and its frozen models."""
 
     student: Tracer
-    speakers: tuple[Speaker, ...]
+    frozen: tuple[FrozenModel, ...]
 
     @property
-    def groups(self) -> list[list[Speaker]]:
-        """The speakers that are heard together."""
-        names = dict.fromkeys(speaker.group for speaker in self.speakers)
-        return [[speaker for speaker in self.speakers if speaker.group == name] for name in names]
+    def teachers(self) -> list[list[FrozenModel]]:
+        """The frozen models by teacher: one, or all members of an ensemble."""
+        keys = dict.fromkeys(model.teacher for model in self.frozen)
+        return [[model for model in self.frozen if model.teacher == key] for key in keys]
 
 
 class ModelPlanner:
-    """Skeletons of a recipe's models, each made once."""
+    """Makes the meta models of a recipe, equal ones once."""
 
     def __init__(self) -> None:
         self._tracers: dict[str, Tracer] = {}
 
     def stage(self, recipe: Recipe, name: str, gpu: bool = True) -> StageModels:
-        """The models of a stage of a recipe (or of a changed one: equal models are made once).
+        """The models of a stage of a recipe, or of a changed recipe.
 
         Args:
-            recipe: resolved.
-            name: of the stage.
-            gpu: whether the student is on one; on a CPU host memory is the student's memory.
+            recipe: A resolved recipe.
+            name: The stage's name.
+            gpu: Whether the student is on a GPU; on a CPU, host memory is the student's memory, too.
 
         Raises:
-            UserError: see ``daekit.planning.shapes`` and ``daekit.planning.skeleton``.
+            UserError: See ``daekit.planning.resolve`` and ``daekit.planning.meta_model``.
         """
-        stage, shapes = recipe.stages[name], Shapes(recipe)
+        stage, resolver = recipe.stages[name], ModelResolver(recipe)
         spec, lora = student_of(recipe, name)
-        student = self._tracer(shapes, spec, lora, trained=True)
-        speakers = []
-        for who, group, each in _speakers(stage):
-            if each.adapter is not None:
-                bytes_ = self._adapter_bytes(recipe, shapes, spec, each.adapter)
-                speakers.append(Speaker(who, student, bytes_, group, adapter=True))
-            else:
-                speakers.append(self._loaded(shapes, each, who, group, gpu))
-        if stage.type == "dae" and stage.reference is None:  # the student as it stands
-            own = sum(p.bytes for p in student.skeleton.parameters() if p.adapter)
-            copy = Speaker("reference", student, own, "reference", adapter=True)
-            speakers.append(self._loaded(shapes, spec, "reference", "reference", gpu) if lora is None else copy)
-        return StageModels(student, tuple(speakers))
+        student = self._tracer(resolver, spec, lora, trained=True)
+        frozen = []
+        seen: set[str] = set()
+        for key, teacher in teachers_of(stage):
+            if repr(teacher) in seen:  # the run loads equal teachers once
+                continue
+            seen.add(repr(teacher))
+            for who, each in _members(key, teacher):
+                if each.adapter is not None:
+                    size = self._adapter_bytes(recipe, resolver, spec, each.adapter)
+                    frozen.append(FrozenModel(who, student, size, key, adapter=True))
+                else:
+                    frozen.append(self._loaded(resolver, each, who, key, gpu))
+        if stage.type == "dae" and stage.reference is None:  # the student as it is at the start
+            own = sum(p.bytes for p in student.meta.parameters() if p.adapter)
+            copy = FrozenModel("reference", student, own, "reference", adapter=True)
+            frozen.append(copy if lora is not None else self._loaded(resolver, spec, "reference", "reference", gpu))
+        return StageModels(student, tuple(frozen))
 
-    def _loaded(self, shapes: Shapes, spec: ModelSpec, who: str, group: str, gpu: bool) -> Speaker:
-        tracer = self._tracer(shapes, spec, None, trained=False)
-        layers = [sum(p.bytes for p in layer) for layer in tracer.skeleton.layers]
-        ends = sum(p.bytes for p in tracer.skeleton.outside)
+    def _loaded(self, resolver: ModelResolver, spec: ModelSpec, who: str, key: str, gpu: bool) -> FrozenModel:
+        tracer = self._tracer(resolver, spec, None, trained=False)
+        layers = [sum(p.bytes for p in layer) for layer in tracer.meta.layers]
+        ends = sum(p.bytes for p in tracer.meta.outside)
         if spec.offload and gpu:  # two layers at a time are on the student's device
-            return Speaker(who, tracer, ends + 2 * max(layers), group)
+            return FrozenModel(who, tracer, ends + 2 * max(layers), key)
         devices = spec.device_map.values() if isinstance(spec.device_map, dict) else [spec.device_map or "0"]
         if gpu and not any(device in _SAME_GPU or device in _MAPS for device in devices):
-            return Speaker(who, tracer, 0, group)
-        # transformers spreads it over what it finds; a mapping is counted as a whole
+            return FrozenModel(who, tracer, 0, key)
+        # transformers spreads the model over the devices that it finds; one that a mapping spreads counts as a whole
         movable = isinstance(spec.device_map, dict) or spec.device_map in _MAPS
-        return Speaker(who, tracer, ends + sum(layers), group, movable=movable)
+        return FrozenModel(who, tracer, ends + sum(layers), key, movable=movable)
 
-    def _adapter_bytes(self, recipe: Recipe, shapes: Shapes, base: ModelSpec, adapter: str) -> int:
-        """Bytes of an adapter that speaks on the student's base; none of the base itself."""
+    def _adapter_bytes(self, recipe: Recipe, resolver: ModelResolver, base: ModelSpec, adapter: str) -> int:
+        """Bytes of an adapter on the student's base; 0 for the base itself."""
         if adapter == BARE_BASE:
             return 0
-        lora = lora_of(recipe, adapter)
-        skeleton = self._tracer(shapes, base, lora, trained=True).skeleton
-        return sum(p.bytes for p in skeleton.parameters() if p.adapter)
+        meta = self._tracer(resolver, base, lora_of(recipe, adapter), trained=True).meta
+        return sum(p.bytes for p in meta.parameters() if p.adapter)
 
-    def _tracer(self, shapes: Shapes, spec: ModelSpec, lora: LoraSpec | None, trained: bool) -> Tracer:
-        shape = shapes.of(spec)
-        fields = {name: value for name, value in vars(shape).items() if name != "config"}
-        key = repr((shape.config.to_json_string(), fields, lora, trained))
+    def _tracer(self, resolver: ModelResolver, spec: ModelSpec, lora: LoraSpec | None, trained: bool) -> Tracer:
+        resolved = resolver.resolve(spec)
+        fields = {name: value for name, value in vars(resolved).items() if name != "config"}
+        key = repr((resolved.config.to_json_string(), fields, lora, trained))
         if key not in self._tracers:
-            self._tracers[key] = Tracer(Skeleton(shape, lora, trained))
+            self._tracers[key] = Tracer(MetaModel(resolved, lora, trained))
         return self._tracers[key]
 
 
 def student_of(recipe: Recipe, name: str) -> tuple[ModelSpec, LoraSpec | None]:
-    """(the base of a stage's student, the adapter that is trained on it); a continued adapter has its own stage's base."""
+    """(the base of a stage's student, the adapter that is trained on it).
+
+    A student that continues the adapter of an earlier stage has that stage's base.
+    """
     spec, lora = recipe.stages[name].student, recipe.stages[name].lora
     assert spec is not None, "a resolved recipe names every student"
     if spec.adapter is None:
@@ -132,7 +138,7 @@ def student_of(recipe: Recipe, name: str) -> tuple[ModelSpec, LoraSpec | None]:
 
 
 def lora_of(recipe: Recipe, adapter: str) -> LoraSpec | None:
-    """The adapter that an earlier stage trains, or that lies in a directory."""
+    """The settings of an adapter that an earlier stage trains, or that a directory holds."""
     origin = adapter_stage(adapter)
     if origin is not None:
         return student_of(recipe, origin)[1]
@@ -146,20 +152,16 @@ def lora_of(recipe: Recipe, adapter: str) -> LoraSpec | None:
     )
 
 
-def _speakers(stage: StageSpec) -> Iterator[tuple[str, str, ModelSpec]]:
-    """(name, group, model) of every model that is loaded to speak; equal teachers are loaded once."""
-    named: dict[str, TeacherSpec] = dict(stage.teachers)
-    if stage.teacher is not None:
-        named["teacher"] = stage.teacher
-    if stage.reference is not None:
-        named["reference"] = stage.reference
-    seen: set[str] = set()
-    for name, spec in named.items():
-        if repr(spec) in seen:
-            continue
-        seen.add(repr(spec))
-        label = name if name in ("teacher", "reference") else f"teacher {name}"
-        if spec.model is not None:
-            yield label, name, spec.model
-        for index, member in enumerate(spec.ensemble):
-            yield f"{label} {index + 1}", name, member.model
+def teachers_of(stage: StageSpec) -> list[tuple[str, TeacherSpec]]:
+    """(key below the stage, teacher) of every teacher that a stage names: ``teachers.shop``, ``teacher``, ``reference``."""
+    found = [(f"teachers.{domain}", teacher) for domain, teacher in stage.teachers.items()]
+    single = (("teacher", stage.teacher), ("reference", stage.reference))
+    return found + [(key, teacher) for key, teacher in single if teacher is not None]
+
+
+def _members(key: str, teacher: TeacherSpec) -> list[tuple[str, ModelSpec]]:
+    """(name in the plan, model) of a teacher, or of every member of an ensemble."""
+    label = key.replace("teachers.", "teacher ", 1)
+    if teacher.model is not None:
+        return [(label, teacher.model)]
+    return [(f"{label} {index}", member.model) for index, member in enumerate(teacher.ensemble, start=1)]

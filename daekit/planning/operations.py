@@ -1,4 +1,4 @@
-"""Floating-point operations of a step: products of matrices, two per multiplied value; everything else is left out."""
+"""Counts the floating-point operations of a step: two per multiplied value of a matrix product; all else is left out."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 from daekit.planning.buffers import head_width
 from daekit.planning.memory import StageMemory
-from daekit.planning.skeleton import Parameter, Skeleton
+from daekit.planning.meta_model import MetaModel, Parameter
 
 
 def step_operations(memory: StageMemory) -> float:
-    """Of one optimizer step on one device: all its micro-batches, rows of ``max_length`` tokens.
+    """Operations of one optimizer step on one device: all its micro-batches, with rows of ``max_length`` tokens.
 
-    Of several teachers the dearest speaks for every row; attention is causal; a quantised weight counts as any other.
+    Of several teachers the most expensive runs on every row. Attention is causal. A quantised weight counts as any other.
     """
     training, student = memory.training, memory.student
     tokens, length = training.tokens, training.length
@@ -22,21 +22,21 @@ def step_operations(memory: StageMemory) -> float:
     step = 2 * forward + attention + trained  # the backward pass of attention is twice its forward pass
     if training.checkpointing:
         step += forward - 2 * tokens * student.head.numel()
-    layers, _ = memory.buffers.watched_layers
-    # scores of both models, gradients of queries and keys
+    layers, _ = memory.buffers.feature_layers
+    # the scores of both models, and the gradients of queries and keys
     step += 4 * layers * attention / len(student.layers) / 2
-    speakers = (sum(_forward(speaker.skeleton, tokens, length) for speaker in group) for group in memory.models.groups)
-    return (step + max(speakers, default=0)) * training.accumulation
+    teachers = (sum(_forward(each.meta, tokens, length) for each in members) for members in memory.models.teachers)
+    return (step + max(teachers, default=0)) * training.accumulation
 
 
-def _forward(skeleton: Skeleton, tokens: int, length: int) -> float:
-    return 2 * tokens * _products(skeleton.parameters()) + _attention(skeleton, tokens, length)
+def _forward(meta: MetaModel, tokens: int, length: int) -> float:
+    return 2 * tokens * _products(meta.parameters()) + _attention(meta, tokens, length)
 
 
-def _attention(skeleton: Skeleton, tokens: int, length: int) -> float:
-    """Scores and weighted values, of half of the keys."""
-    width = skeleton.config.num_attention_heads * head_width(skeleton.config)
-    return 2 * tokens * length * width * len(skeleton.layers)
+def _attention(meta: MetaModel, tokens: int, length: int) -> float:
+    """Scores and weighted values; causal attention computes them for half of the keys."""
+    width = meta.config.num_attention_heads * head_width(meta.config)
+    return 2 * tokens * length * width * len(meta.layers)
 
 
 def _products(parameters: Iterable[Parameter]) -> float:

@@ -1,4 +1,4 @@
-"""A recipe's plan: memory of each stage, what fits, what it costs in operations, and what would make it fit."""
+"""The plan of a recipe: the memory and operations of each stage, whether it fits, and what would make it fit."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from daekit.errors import UserError
 from daekit.planning.advice import Change, changes, cheapest, largest_rows
+from daekit.planning.machine import Machine
 from daekit.planning.memory import Memory, StageMemory
 from daekit.planning.models import ModelPlanner
 from daekit.planning.operations import step_operations
-from daekit.planning.training import Machine, Training, training_of
+from daekit.planning.training import Training, training_of
 from daekit.recipe.schema import Recipe
 
 _SHARDS = (2, 4, 8, 16, 32)
@@ -21,21 +22,22 @@ class StagePlan:
     """What is known of one stage before it runs.
 
     Attributes:
-        name: of the stage.
-        training: its options.
-        memory: at its highest moment, per device.
-        standing: what it needs however short its rows are: weights, gradients, optimizer; no teacher that may lie elsewhere.
-        fits: whether the peak is within the device's memory.
-        largest_rows: the largest ``per_device_train_batch_size`` that fits; None if it was not asked for.
-        operations: floating-point operations of one optimizer step on one device.
-        changes: the cheapest changes that make it fit, where it does not.
-        shards: over how many devices FSDP2 would make it fit, where it does not.
+        name: The stage's name.
+        training: Its options.
+        memory: The phase that needs most memory, per device.
+        static: Bytes that it needs however short its rows are: weights, gradients and optimizer, without teachers that may be
+            put elsewhere.
+        fits: Whether the peak is within the device's memory.
+        operations: Floating-point operations of one optimizer step on one device.
+        largest_rows: The largest ``per_device_train_batch_size`` that fits; None if it was not asked for.
+        changes: The cheapest changes that make it fit, where it does not.
+        shards: The number of devices over which FSDP2 would make it fit, where it does not.
     """
 
     name: str
     training: Training
     memory: Memory
-    standing: int
+    static: int
     fits: bool
     operations: float
     largest_rows: int | None = None
@@ -55,7 +57,7 @@ Reload = Callable[[Sequence[str]], Recipe]
 
 
 class Planner:
-    """Plans stages of recipes on one machine; models are made once."""
+    """Plans stages of recipes on one machine, and makes each model once."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -65,25 +67,25 @@ class Planner:
         """The plan of a stage, without advice.
 
         Raises:
-            UserError: a model whose shape is not known or cannot be planned, an unknown optimizer, a quantised student
-                that is to be split.
+            UserError: A model is not known or cannot be planned, the optimizer is unknown, or a quantised student would have
+                to be split.
         """
         memory = self._memory(recipe, name)
-        _refuse_split(memory.student.shape.quantization, self.machine)
+        _refuse_split(memory.student.spec.quantization, self.machine)
         peak = memory.peak()
-        standing = sum(memory.standing.values()) - self.machine.overhead
+        static = sum(memory.static.values()) - self.machine.overhead
         if memory.training.accumulation == 1:
-            standing += memory.gradients
-        standing -= sum(speaker.bytes for speaker in memory.models.speakers if speaker.movable)
-        return StagePlan(name, memory.training, peak, standing, peak.total <= self.machine.memory, step_operations(memory))
+            static += memory.gradients
+        static -= sum(model.bytes for model in memory.models.frozen if model.movable)
+        return StagePlan(name, memory.training, peak, static, peak.total <= self.machine.memory, step_operations(memory))
 
     def advised(self, recipe: Recipe, name: str, reload: Reload) -> StagePlan:
-        """The plan of a stage, with what fits.
+        """The plan of a stage, with the largest batch that fits and the changes that would make it fit.
 
         Args:
-            recipe: resolved.
-            name: of the stage.
-            reload: the recipe with further overrides.
+            recipe: A resolved recipe.
+            name: The stage's name.
+            reload: Loads the recipe with further overrides.
         """
         plan = self.stage(recipe, name)
         rows = largest_rows(lambda rows: self._memory(recipe, name, rows).peak().total, self.machine.memory)
@@ -101,7 +103,7 @@ class Planner:
         return StageMemory(stage, models, training_of(stage, name, self.machine), self.machine)
 
     def _shards(self, recipe: Recipe, name: str) -> int | None:
-        """The fewest devices that FSDP2 makes it fit on; quantised students are not split."""
+        """The smallest number of devices on which it fits with FSDP2; None for a quantised student, which is not split."""
         student = recipe.stages[name].student
         if not self.machine.gpu or self.machine.engine in ("fsdp2", "zero3") or (student and student.quantization):
             return None
@@ -128,13 +130,13 @@ def plan_recipe(recipe: Recipe, machine: Machine, reload: Reload | None = None, 
     """The plan of a recipe, before anything of it is loaded.
 
     Args:
-        recipe: resolved.
-        machine: where it is to run.
-        reload: the recipe with further overrides; None: nothing is advised.
-        only: names of stages; default: all.
+        recipe: A resolved recipe.
+        machine: Where it is to run.
+        reload: Loads the recipe with further overrides; None for a plan without advice.
+        only: The stages to plan (default: all).
 
     Raises:
-        UserError: see ``Planner``; the message names the stage.
+        UserError: See ``Planner.stage``; the message names the stage.
     """
     planner, plans = Planner(machine), []
     for name in only or recipe.stages:

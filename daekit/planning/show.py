@@ -1,11 +1,11 @@
-"""A plan as a table, and as JSON."""
+"""Shows a plan as text and as JSON."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from daekit.planning.machine import Machine
 from daekit.planning.plan import Plan, StagePlan
-from daekit.planning.training import Machine
 
 
 def gigabytes(size: float) -> str:
@@ -14,12 +14,12 @@ def gigabytes(size: float) -> str:
 
 
 def format_plan(plan: Plan, tflops: float | None = None) -> str:
-    """The plan for a reader; with a rate in TFLOP/s also the time of a step."""
+    """The plan as text; with a rate in TFLOP/s also the time of a step."""
     return "\n\n".join(_format_stage(stage, plan.machine, tflops) for stage in plan.stages)
 
 
 def plan_json(plan: Plan, tflops: float | None = None) -> dict[str, Any]:
-    """The plan for a program; sizes in bytes."""
+    """The plan as plain values; sizes are in bytes."""
     machine = plan.machine
     return {
         "machine": {"memory": machine.memory, "gpu": machine.gpu, "count": machine.count, "engine": machine.engine},
@@ -31,7 +31,7 @@ def _stage_json(stage: StagePlan, tflops: float | None) -> dict[str, Any]:
     return {
         "parts": stage.memory.parts,
         "total": stage.memory.total,
-        "moment": stage.memory.moment,
+        "phase": stage.memory.phase,
         "fits": stage.fits,
         "largest_per_device_train_batch_size": stage.largest_rows,
         "operations_per_step": stage.operations,
@@ -54,7 +54,7 @@ def _format_stage(stage: StagePlan, machine: Machine, tflops: float | None) -> s
     verdict = "fits" if stage.fits else "does not fit"
     lines.append(
         f"    {'planned peak':<28}{gigabytes(stage.memory.total):>10}  of {gigabytes(machine.memory)}: {verdict} "
-        f"(highest: {stage.memory.moment})"
+        f"(highest: {stage.memory.phase})"
     )
     if stage.largest_rows is not None:
         largest = stage.largest_rows or "none: not even 1"

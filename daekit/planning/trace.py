@@ -1,4 +1,4 @@
-"""What one layer of a model keeps and needs at most, by running it on tensors that exist only in name."""
+"""Measures what one layer of a model allocates and keeps, by running it on fake tensors, which have shapes but no data."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.models.features import decoder_layers
-from daekit.planning.live import GroupedProducts, Live, size_of
-from daekit.planning.skeleton import Skeleton, fake_parameters
-from daekit.planning.standins import FusedDropout
+from daekit.planning.live_bytes import GroupedProducts, LiveBytes, size_of
+from daekit.planning.meta_model import MetaModel, fake_parameters
+from daekit.planning.quantized_layers import FusedDropout
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One micro-batch.
+class MicroBatch:
+    """The size of a micro-batch, and how it is computed.
 
     Attributes:
         rows: B.
         length: T.
-        padded: whether some row is shorter, so that attention gets a mask of its own.
-        autocast: dtype of mixed precision, None without.
-        gpu: whether GPU kernels run.
+        padded: Whether some row is shorter, so that attention is given a mask.
+        autocast: The dtype of mixed precision; None without.
+        gpu: Whether GPU kernels run.
     """
 
     rows: int
@@ -44,15 +44,15 @@ class LayerCost:
     """Bytes of one layer beyond its weights and its input.
 
     Attributes:
-        output: what it hands on.
-        frozen: the most while it runs without gradient, its output included.
-        saved: what lives after it has run with gradient, its output included.
-        forward: the most while it runs so.
-        cached: copies of weights in the dtype of autocast, which live until the forward pass of the model ends.
-        checkpointed: the most while it runs under gradient checkpointing.
-        stashed: what checkpointing cannot drop.
-        backward: the most in its backward pass beyond what lived at its start, new gradients of its weights included.
-        backward_again: the same where the weights have gradients of earlier micro-batches.
+        output: Bytes of its output.
+        frozen: Peak of a forward pass without gradient, its output included.
+        saved: Bytes that live after a forward pass with gradient, its output included.
+        forward: Peak of that forward pass.
+        cached: Copies of weights in the dtype of autocast, which live until the model's forward pass ends.
+        checkpointed: Peak of a forward pass under gradient checkpointing.
+        stashed: Bytes of that pass that checkpointing cannot drop.
+        backward: Peak of the backward pass beyond what lived at its start, new gradients of the weights included.
+        backward_again: The same where the weights have gradients of earlier micro-batches already.
     """
 
     output: int
@@ -71,10 +71,10 @@ class ModelCost:
     """Bytes of a model's passes.
 
     Attributes:
-        layers: the cost of each layer, in order.
-        ends: what embedding and final norm keep (without gradient: their output alone).
-        shared: what all layers are handed: attention mask, rotary embedding.
-        hidden_width: bytes per value of the last hidden states.
+        layers: The cost of each layer, in order.
+        ends: Bytes that embedding and final norm keep; without gradient those of their output alone.
+        shared: Bytes of what all layers are given: attention mask and rotary embedding.
+        hidden_width: Bytes per value of the last hidden states.
     """
 
     layers: list[LayerCost]
@@ -90,33 +90,33 @@ class _Call:
 
 
 class Tracer:
-    """Costs of one skeleton under different settings; layers that look alike are run once."""
+    """The costs of one model for different micro-batches; of layers that are alike one is run."""
 
-    def __init__(self, skeleton: Skeleton) -> None:
-        self.skeleton = skeleton
-        self._costs: dict[Setting, ModelCost] = {}
+    def __init__(self, meta: MetaModel) -> None:
+        self.meta = meta
+        self._costs: dict[MicroBatch, ModelCost] = {}
 
-    def cost(self, setting: Setting) -> ModelCost:
+    def cost(self, batch: MicroBatch) -> ModelCost:
         """The cost of a micro-batch.
 
         Raises:
-            UserError: an architecture that cannot be run without data.
+            UserError: The architecture cannot be run without data.
         """
-        if setting not in self._costs:
+        if batch not in self._costs:
             try:
-                self._costs[setting] = self._run(setting)
+                self._costs[batch] = self._run(batch)
             except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, IndexError) as error:
-                name = type(base_of(self.skeleton.model)).__name__
+                name = type(base_of(self.meta.model)).__name__
                 raise UserError(f"{name}: its memory cannot be planned ({str(error).strip().splitlines()[0]})") from error
-        return self._costs[setting]
+        return self._costs[batch]
 
     @cached_property
     def _twin(self) -> tuple[Any, list[nn.Module], list[int], FakeTensorMode, list[Tensor]]:
-        """(backbone with one layer of each kind, these layers, which of them each layer is, the mode, all weights)."""
-        model = self.skeleton.model
+        """(backbone with one layer of each kind, these layers, the kind of every layer, the mode, all weights)."""
+        model = self.meta.model
         layers = decoder_layers(model)
         kinds: dict[Any, int] = {}
-        of_layer = [kinds.setdefault(_signature(layer, i, self.skeleton.config), len(kinds)) for i, layer in enumerate(layers)]
+        of_layer = [kinds.setdefault(_signature(layer, i, self.meta.config), len(kinds)) for i, layer in enumerate(layers)]
         chosen = [layers[of_layer.index(kind)] for kind in range(len(kinds))]
         backbone = base_of(model).base_model
         holder = next(m for m in backbone.modules() if isinstance(m, nn.ModuleList) and layers[0] in list(m))
@@ -126,22 +126,22 @@ class Tracer:
             weights = fake_parameters(backbone)
         return backbone, chosen, of_layer, mode, weights
 
-    def _run(self, setting: Setting) -> ModelCost:
+    def _run(self, batch: MicroBatch) -> ModelCost:
         backbone, chosen, of_layer, mode, weights = self._twin
-        backbone.train(self.skeleton.trained)
+        backbone.train(self.meta.trained)
         with mode, GroupedProducts(), ExitStack() as stack:
-            stack.enter_context(_as_config_of(self.skeleton.config, of_layer))
-            if setting.gpu:
+            stack.enter_context(_as_config_of(self.meta.config, of_layer))
+            if batch.gpu:
                 stack.enter_context(_fused_dropout(backbone))
-            calls, ends, width = self._ends(backbone, chosen, setting, weights)
-            costs = [self._layer(layer, call, setting, weights) for layer, call in zip(chosen, calls, strict=True)]
+            calls, ends, width = self._ends(backbone, chosen, batch, weights)
+            costs = [self._layer(layer, call, batch, weights) for layer, call in zip(chosen, calls, strict=True)]
             shared = size_of([call.kwargs for call in calls])
         return ModelCost([costs[kind] for kind in of_layer], ends, shared, width)
 
     def _ends(
-        self, backbone: Any, chosen: list[nn.Module], setting: Setting, weights: list[Tensor]
+        self, backbone: Any, chosen: list[nn.Module], batch: MicroBatch, weights: list[Tensor]
     ) -> tuple[list[_Call], int, int]:
-        """(how each layer is called, bytes that the parts around the layers keep, bytes per value of the result)."""
+        """(the call of each layer, bytes that the modules around the layers keep, bytes per value of the result)."""
         calls: dict[int, _Call] = {}
 
         def noted(index: int) -> Callable[[nn.Module, Any, Any], None]:
@@ -151,50 +151,50 @@ class Tracer:
             return note
 
         hooks = [layer.register_forward_pre_hook(noted(i), with_kwargs=True) for i, layer in enumerate(chosen)]
-        ids = torch.zeros((setting.rows, setting.length), dtype=torch.long)
+        ids = torch.zeros((batch.rows, batch.length), dtype=torch.long)
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-        if setting.padded:
-            inputs["attention_mask"] = torch.ones((setting.rows, setting.length), dtype=torch.long)
-        with _autocast(setting), torch.no_grad():
+        if batch.padded:
+            inputs["attention_mask"] = torch.ones((batch.rows, batch.length), dtype=torch.long)
+        with _autocast(batch), torch.no_grad():
             backbone(**inputs)
         for hook in hooks:
             hook.remove()
-        with Live([*weights, ids]) as live, _autocast(setting), _as_identity(chosen):
-            with torch.set_grad_enabled(self.skeleton.trained):
+        with LiveBytes([*weights, ids]) as live, _autocast(batch), _as_identity(chosen):
+            with torch.set_grad_enabled(self.meta.trained):
                 out = backbone(**(inputs | {"attention_mask": None}))
             ends = live.bytes
             width = out.last_hidden_state.element_size()
         return list(calls.values()), ends, width
 
-    def _layer(self, layer: nn.Module, call: _Call, setting: Setting, weights: list[Tensor]) -> LayerCost:
+    def _layer(self, layer: nn.Module, call: _Call, batch: MicroBatch, weights: list[Tensor]) -> LayerCost:
         given = [*weights, *_tensors(call)]
-        with Live(given) as live, _autocast(setting), torch.no_grad():
+        with LiveBytes(given) as live, _autocast(batch), torch.no_grad():
             y = _run(layer, call, None)
             output, frozen = size_of(y), live.peak
             del y
-        if not self.skeleton.trained:
+        if not self.meta.trained:
             return LayerCost(output, frozen)
-        saved, forward, backward = _with_gradient(layer, call, setting, given)
+        saved, forward, backward = _with_gradient(layer, call, batch, given)
         gradients = [p.grad for p in layer.parameters() if p.grad is not None]
-        _, _, again = _with_gradient(layer, call, setting, [*given, *gradients])
+        _, _, again = _with_gradient(layer, call, batch, [*given, *gradients])
         layer.zero_grad(set_to_none=True)
         del gradients
-        checkpointed, cached, stashed = _checkpointed(layer, call, setting, given)
+        checkpointed, cached, stashed = _checkpointed(layer, call, batch, given)
         return LayerCost(output, frozen, saved, forward, cached, checkpointed, stashed, backward, again)
 
 
-def most(function: Callable[[], Any], given: list[Tensor]) -> int:
-    """The most bytes that live beyond ``given`` while ``function`` runs; call it in a FakeTensorMode."""
-    with Live(given) as live:
+def peak_bytes(function: Callable[[], Any], given: list[Tensor]) -> int:
+    """Peak bytes beyond ``given`` while ``function`` runs; to be called in a FakeTensorMode."""
+    with LiveBytes(given) as live:
         function()
         return live.peak
 
 
-def _with_gradient(layer: nn.Module, call: _Call, setting: Setting, given: list[Tensor]) -> tuple[int, int, int]:
-    """(saved, forward, backward) of LayerCost."""
+def _with_gradient(layer: nn.Module, call: _Call, batch: MicroBatch, given: list[Tensor]) -> tuple[int, int, int]:
+    """``saved``, ``forward`` and ``backward`` of LayerCost."""
     x = _input(call).detach().requires_grad_()
-    with Live([*given, x]) as live:
-        with _autocast(setting):
+    with LiveBytes([*given, x]) as live:
+        with _autocast(batch):
             y = _run(layer, call, x)
             saved, forward = live.bytes, live.peak
         gradient = torch.empty_like(y)
@@ -204,11 +204,11 @@ def _with_gradient(layer: nn.Module, call: _Call, setting: Setting, given: list[
     return saved, forward, backward
 
 
-def _checkpointed(layer: nn.Module, call: _Call, setting: Setting, given: list[Tensor]) -> tuple[int, int, int]:
-    """(checkpointed, cached, stashed) of LayerCost; what non-reentrant checkpointing would drop is dropped."""
+def _checkpointed(layer: nn.Module, call: _Call, batch: MicroBatch, given: list[Tensor]) -> tuple[int, int, int]:
+    """``checkpointed``, ``cached`` and ``stashed`` of LayerCost; saved tensors are dropped, as checkpointing does."""
     x = _input(call).detach().requires_grad_()
-    with Live([*given, x]) as live:
-        with _autocast(setting):
+    with LiveBytes([*given, x]) as live:
+        with _autocast(batch):
             with torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
                 y = _run(layer, call, x)
             in_autocast, highest = live.bytes, live.peak
@@ -217,11 +217,11 @@ def _checkpointed(layer: nn.Module, call: _Call, setting: Setting, given: list[T
 
 
 def _drop(_: Tensor) -> Any:
-    """What checkpointing keeps of a saved tensor."""
+    """Checkpointing keeps nothing of a saved tensor."""
 
 
 def _run(layer: nn.Module, call: _Call, x: Tensor | None) -> Tensor:
-    """The layer's hidden states, with ``x`` in the place of the first tensor it was called with."""
+    """The layer's output hidden states, with ``x`` as its input instead of the recorded one."""
     args, kwargs = call.args, dict(call.kwargs)
     if x is not None:
         if args:
@@ -241,19 +241,19 @@ def _tensors(call: _Call) -> list[Tensor]:
 
 
 def _signature(layer: nn.Module, index: int, config: Any) -> Any:
-    """What two layers have in common that cost the same."""
+    """Equal for layers that cost the same."""
     types = getattr(config, "layer_types", None)
     parameters = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
     return type(layer), types[index] if types is not None else None, parameters
 
 
-def _autocast(setting: Setting) -> Any:
-    return torch.autocast("cpu", setting.autocast, enabled=setting.autocast is not None)
+def _autocast(batch: MicroBatch) -> Any:
+    return torch.autocast("cpu", batch.autocast, enabled=batch.autocast is not None)
 
 
 @contextmanager
 def _as_config_of(config: Any, of_layer: list[int]) -> Iterator[None]:
-    """A config that says that there is one layer of each kind."""
+    """Within, the config says that the model has one layer of each kind."""
     kinds = range(len(set(of_layer)))
     types, depth = getattr(config, "layer_types", None), config.num_hidden_layers
     config.num_hidden_layers = len(kinds)
@@ -269,7 +269,7 @@ def _as_config_of(config: Any, of_layer: list[int]) -> Iterator[None]:
 
 @contextmanager
 def _as_identity(layers: list[nn.Module]) -> Iterator[None]:
-    """Layers that hand on what they are given: what remains is the ends of the model."""
+    """Within, layers return their input, so that only the ends of the model allocate memory."""
     for layer in layers:
         vars(layer)["forward"] = lambda hidden_states, *_, **__: hidden_states
     try:

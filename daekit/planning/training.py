@@ -1,20 +1,20 @@
-"""What a stage's options mean for memory: TRL's defaults, the optimizer's states, the engine."""
+"""The options of a stage that decide its memory: the batch, and the states of the optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from daekit.errors import UserError
-from daekit.planning.skeleton import Parameter
+from daekit.planning.machine import Machine
+from daekit.planning.meta_model import Parameter
 from daekit.recipe.schema import StageSpec
 
-Engine = Literal["none", "ddp", "fsdp2", "zero2", "zero3"]
-ENGINES: tuple[Engine, ...] = ("ddp", "fsdp2", "zero2", "zero3")
-# of trl.SFTConfig and daekit's configs (a test compares them): they are not made here, as making one asks for the device
+# The defaults of trl.SFTConfig and of daekit's configs (a test compares them); no config is made here, because making one
+# looks for a device.
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
@@ -29,45 +29,24 @@ DEFAULTS: dict[str, Any] = {
 _STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "adamw_apex_fused": 2, "rmsprop": 1, "adagrad": 1, "sgd": 0}
 _STATES_32 = {"adamw_bnb": 2, "adamw_32bit": 2, "lion": 1, "lion_32bit": 1, "rmsprop_bnb": 1, "rmsprop_32bit": 1, "ademamix": 3}
 _STATES_8 = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "lion_8bit": 1, "rmsprop_8bit": 1, "rmsprop_bnb_8bit": 1, "ademamix_8bit": 3}
-_FEWEST_8 = 4096  # bitsandbytes keeps the states of smaller parameters in 32 bits
+_SMALLEST_8 = 4096  # values; bitsandbytes keeps the states of smaller parameters in 32 bits
 _BLOCK_8 = 256  # values of a state that share a scale
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where a recipe is to run.
+class Training:
+    """The options of a stage that decide its memory.
 
     Attributes:
-        memory: bytes of one device.
-        gpu: whether it is one.
-        count: how many of them, one process each.
-        engine: how the processes share the work.
+        rows: Rows of a micro-batch.
+        accumulation: Micro-batches of an optimizer step.
+        checkpointing: Whether layers are run again in the backward pass instead of keeping their activations.
+        autocast: The dtype of mixed precision; None without.
+        optim: The optimizer's name, as transformers spells it.
+        length: Tokens of the longest row.
+        flat: Whether rows are laid end to end, without padding.
+        attention_mask: Whether attention is given a mask of its own.
     """
-
-    memory: int
-    gpu: bool = True
-    count: int = 1
-    engine: Engine = "none"
-
-    @property
-    def overhead(self) -> int:
-        """Bytes that are no tensors: CUDA's context, libraries, what the allocator cannot use. An estimate."""
-        return 10**9 if self.gpu else 0
-
-    def shards(self, what: Literal["weights", "gradients", "optimizer", "teachers"]) -> int:
-        """In how many parts this is split over the devices."""
-        split = {
-            "weights": ("fsdp2", "zero3"),
-            "teachers": ("fsdp2", "zero3"),
-            "gradients": ("fsdp2", "zero2", "zero3"),
-            "optimizer": ("fsdp2", "zero2", "zero3"),
-        }
-        return self.count if self.engine in split[what] else 1
-
-
-@dataclass(frozen=True)
-class Training:
-    """The options of a stage that decide its memory."""
 
     rows: int
     accumulation: int
@@ -80,15 +59,15 @@ class Training:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """Tokens of a micro-batch."""
         return self.rows * self.length
 
 
 def training_of(stage: StageSpec, name: str, machine: Machine) -> Training:
-    """The options of a stage, the trainers' defaults filled in.
+    """The options of a stage, with the trainers' defaults.
 
     Raises:
-        UserError: no ``max_length``, so that nothing bounds a row.
+        UserError: ``max_length`` is null, so that nothing bounds a row.
     """
     options = DEFAULTS | stage.trainer
     if options["max_length"] is None:
@@ -111,10 +90,10 @@ def training_of(stage: StageSpec, name: str, machine: Machine) -> Training:
 
 
 def optimizer_bytes(optim: str, parameters: Iterable[Parameter], gpu: bool) -> tuple[int, int]:
-    """(bytes of the states, the most that a step needs besides); paged states lie in the host's memory.
+    """(bytes of the states, the most bytes that a step needs besides); paged states lie in the host's memory.
 
     Raises:
-        UserError: an optimizer whose states are not known here.
+        UserError: The optimizer is none of those whose states are known here.
     """
     trained = [p for p in parameters if p.trained]
     name = optim.removeprefix("paged_")
@@ -135,13 +114,13 @@ def optimizer_bytes(optim: str, parameters: Iterable[Parameter], gpu: bool) -> t
 
 
 def _state_8(parameter: Parameter) -> int:
-    if parameter.embedding or parameter.values < _FEWEST_8:
+    if parameter.embedding or parameter.values < _SMALLEST_8:
         return 4 * parameter.values
     return parameter.values + 4 * -(-parameter.values // _BLOCK_8)
 
 
 def _step_bytes(name: str, trained: list[Parameter], gpu: bool) -> int:
-    """Temporaries of a step: a GPU updates all parameters at once unless the update is fused, a CPU one after another."""
+    """Temporaries of a step: a GPU updates all parameters at once unless the update is fused, a CPU updates them one by one."""
     if name != "adamw_torch":
         return 0
     sizes = [p.values * p.width for p in trained]

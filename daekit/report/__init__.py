@@ -1,5 +1,4 @@
-"""What a run leaves for its reader: rows as JSON, Markdown, one self-contained HTML page, plots and a table for the
-terminal."""
+"""Writes a report: rows as JSON, Markdown, one self-contained HTML page, plots, and a table for the terminal."""
 
 from daekit.report.rows import Report, Row, Sample, read_rows
 from daekit.report.tables import format_table

@@ -1,4 +1,4 @@
-"""A domain's parts as grouped bars: MT-Bench's categories, say."""
+"""Draws the parts of a domain, such as MT-Bench's categories, as grouped bars."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def bars_svg(breakdown: Breakdown, models: Sequence[str]) -> Plot | None:
     """One group of bars per part, one bar per model with its 95 % interval; None where there are too many to be told apart.
 
     Args:
-        models: of the whole report, so that a model has one colour in all plots.
+        models: All models of the report, so that a model has one colour in all plots.
     """
     if len(breakdown.parts) > _MOST_PARTS or len(breakdown.models) > _MOST_MODELS:
         return None

@@ -1,4 +1,4 @@
-"""Training curves of one stage, from the trainer's log."""
+"""Draws the training curves of one stage from the trainer's log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all plots of a report share: colours, the look of axes, and SVG that follows the page's font and colours."""
+"""Shared by all plots of a report: colours, the look of axes, and SVG that follows the page's font and colours."""
 
 from __future__ import annotations
 
@@ -71,5 +71,6 @@ def to_svg(figure: Figure, name: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib does not take for a formula."""
-    return text.replace("$", r"\$")
+    """Text that matplotlib shows as it is: ``$`` begins a formula, and a legend leaves out what begins with ``_``."""
+    shown = text.replace("$", r"\$")
+    return f"\u200b{shown}" if shown.startswith("_") else shown

@@ -1,4 +1,4 @@
-"""Gain on the domains against forgetting elsewhere: one point per model, for the page and as a PNG."""
+"""Draws gain on the domains against forgetting elsewhere, one point per model, for the page and as a PNG."""
 
 from __future__ import annotations
 

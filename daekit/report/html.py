@@ -1,4 +1,4 @@
-"""The report as one HTML file that asks nothing of the network: no script, styles and plots inline."""
+"""Renders a report as one HTML file that loads nothing from the network: no script, styles and plots inline."""
 
 from __future__ import annotations
 

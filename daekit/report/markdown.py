@@ -1,4 +1,4 @@
-"""The report as Markdown, for a repository or an issue."""
+"""Renders a report as Markdown, for a repository or an issue."""
 
 from __future__ import annotations
 
@@ -78,16 +78,14 @@ def _matrix(table: Pivot) -> str:
                 strong = "**" if model in table.best[column] else ""
                 line.append(f"{strong}{_value(row)}{strong} {format_interval(row)}")
         lines.append(line)
-    return _table(["model", *(f"{_escape(column.heading)}: {column.title}" for column in table.columns)], lines)
+    return _table(["model", *(_escape(f"{column.heading}: {column.title}") for column in table.columns)], lines)
 
 
 def _breakdown(breakdown: Breakdown) -> list[str]:
     lines = []
     for part in breakdown.parts:
         cells = [breakdown.cell(part, model) for model in breakdown.models]
-        lines.append(
-            [_escape(part), *("" if row is None else f"{_value(row)} {_escape(format_interval(row))}" for row in cells)]
-        )
+        lines.append([_escape(part), *("" if row is None else f"{_value(row)} {format_interval(row)}" for row in cells)])
     return [f"## {_escape(breakdown.title)}", _table(["", *map(_escape, breakdown.models)], lines)]
 
 
@@ -122,14 +120,8 @@ def _provenance(report: Report) -> list[str]:
 
 
 def _cells(row: Row) -> list[str]:
-    return [
-        _escape(row.model),
-        _escape(row.domain),
-        metric_title(row.metric),
-        _value(row),
-        format_interval(row),
-        str(row.n),
-    ]
+    names = map(_escape, (row.model, row.domain, metric_title(row.metric)))
+    return [*names, _value(row), format_interval(row), str(row.n)]
 
 
 def _value(row: Row) -> str:
@@ -146,7 +138,7 @@ def _short(text: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
+    """Text in one line that Markdown shows as it is; ``$`` would begin a formula on some pages."""
     flat = " ".join(text.split())
-    flat = re.sub(r"([\\`*_~\[\]|#])", r"\\\1", flat)
+    flat = re.sub(r"([\\`*_~\[\]|#$])", r"\\\1", flat)
     return flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,4 +1,4 @@
-"""Which code measured: versions of packages and the commit of daekit's source."""
+"""The code that measured: versions of packages and the commit of daekit's source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report is made of: measured values and sample answers, as plain containers."""
+"""The plain containers of a report: measured values and sample answers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Row:
     """One measured value.
 
     Attributes:
-        model: name of the model, as a rule the stage that trained it.
+        model: The model's name, as a rule that of the stage that trained it.
         domain: ``ecommerce``, or ``general/skills`` for one of several sources of a domain.
-        metric: one of those in ``daekit.evaluation``.
-        value: the value over all ``n`` rows.
-        low: lower end of its 95 % interval.
-        high: upper end.
-        n: rows of the data that it was measured on.
+        metric: One of the metrics in ``daekit.evaluation``.
+        value: The value over all ``n`` rows.
+        low: The lower end of its 95 % interval.
+        high: The upper end of its 95 % interval.
+        n: The number of rows of the data that it was measured on.
     """
 
     model: str
@@ -34,15 +34,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one model answered to one prompt.
+    """The answer of one model to one prompt.
 
     Attributes:
-        domain: as in ``Row``; with ``row`` it says which prompt this is.
-        row: index of the row in its evaluation set.
-        answer: the right result in any manner, if the data say it.
-        exact_match: whether ``generated`` is the reference; None where there is none to be (an open question).
-        answer_match: whether ``generated`` holds it; None without ``answer``.
-        mark: what a judge said of it.
+        domain: As in ``Row``; domain and ``row`` together identify the prompt.
+        row: The index of the row in its evaluation set.
+        answer: The right result in any style, if the data hold it.
+        exact_match: Whether ``generated`` is the reference; None for a prompt without one.
+        answer_match: Whether ``generated`` holds ``answer``; None without ``answer``.
+        mark: The judge's verdict.
     """
 
     model: str
@@ -62,16 +62,16 @@ class Report:
     """Everything that a report shows; equal contents give equal files.
 
     Attributes:
-        title: heading, as a rule the name of the recipe.
-        rows: measured values, models in the order in which they are to be shown.
-        baseline: the model that gain and forgetting are measured against.
-        samples: answers, grouped by prompt when shown.
-        curves: stage -> the trainer's ``state.log_history`` (``{"step": 10, "loss": 1.2, "kl/ecommerce": 0.3}``...).
-        notes: sentences that a reader must know (rows dropped, a metric left out...).
-        versions: package -> version.
-        seconds: stage -> wall-clock seconds.
-        provenance: further facts, name -> value (commit, data fingerprints, identities of teachers).
-        recipe: the resolved recipe as YAML.
+        title: The heading, as a rule the name of the recipe.
+        rows: The measured values, in the order in which models are shown.
+        baseline: The model that gain and forgetting are measured against.
+        samples: Answers, which are shown by prompt.
+        curves: Stage -> the trainer's ``state.log_history`` (``{"step": 10, "loss": 1.2, "kl/ecommerce": 0.3}``...).
+        notes: Sentences that a reader must know (rows dropped, a metric left out...).
+        versions: Package -> version.
+        seconds: Stage -> wall-clock seconds.
+        provenance: Further facts, name -> value (commit, data fingerprints, identities of teachers).
+        recipe: The resolved recipe as YAML.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Rows arranged as tables: the headline that terminal, Markdown and HTML share."""
+"""Arranges rows as tables; terminal, Markdown and HTML share the headline table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a report as files."""
+"""Writes the files of a report."""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ PLOT = "gain_forgetting.png"
 
 
 def write_report(directory: Path, report: Report) -> None:
-    """Write ``report.json``, ``report.md``, ``report.html``, ``samples.jsonl`` and ``gain_forgetting.png`` into
-    ``directory``.
+    """Write ``report.json``, ``report.md``, ``report.html``, ``samples.jsonl`` and ``gain_forgetting.png`` into ``directory``.
 
-    Equal reports give equal files. The PNG exists only when there are a baseline, a gain and a forgetting to draw.
-    Everything is rendered before the first file is written, and ``report.html`` is written last.
+    Equal reports give equal files. The PNG exists only where there are a baseline, a gain and a forgetting to draw. All text is
+    made before the first file is written, and ``report.html`` is written last.
     """
-    markdown_plot = None
     models = tuple(dict.fromkeys(row.model for row in report.rows))
-    html = render_html(report)
+    html, rows, samples = render_html(report), rows_json(report.rows), samples_jsonl(report.samples)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / PLOT).unlink(missing_ok=True)
-    if report.baseline is not None and save_gain_forgetting_png(directory / PLOT, report.rows, models, report.baseline):
-        markdown_plot = PLOT
-    (directory / "report.json").write_text(rows_json(report.rows), encoding="utf-8")
-    (directory / "samples.jsonl").write_text(samples_jsonl(report.samples), encoding="utf-8")
-    (directory / "report.md").write_text(render_markdown(report, markdown_plot), encoding="utf-8")
-    (directory / "report.html").write_text(html, encoding="utf-8")
+    drawn = report.baseline is not None and save_gain_forgetting_png(directory / PLOT, report.rows, models, report.baseline)
+    markdown = render_markdown(report, PLOT if drawn else None)
+    for name, text in (("report.json", rows), ("samples.jsonl", samples), ("report.md", markdown), ("report.html", html)):
+        # half a surrogate pair, which a model may write, has no UTF-8: it is written as its escape, in JSON the right one
+        (directory / name).write_text(text, encoding="utf-8", errors="backslashreplace")

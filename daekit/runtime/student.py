@@ -27,10 +27,10 @@ from daekit.students import (
     CandidateScorer,
     Evolution,
     Importance,
+    Round,
     Selection,
     Shape,
     Space,
-    Stage,
     Strategy,
     Window,
     at_random,
@@ -144,17 +144,19 @@ class _Maker:
             importance,
             search.granularity,
             search.units,
-            parts=search.parts,
-            smallest=search.smallest,
+            blocks=search.parts,
+            min_ratio=search.smallest,
             head_dims=search.head_dims or None,
         )
-        scorer = CandidateScorer(teacher, self.rows, vocab_size=self.vocab_size, tokens=search.tokens[-1], by=search.by)
-        stages = [Stage(tokens, search.keep) for tokens in search.tokens]
+        scorer = CandidateScorer(teacher, self.rows, vocab_size=self.vocab_size, tokens=search.tokens[-1], objective=search.by)
+        rounds = [Round(tokens, search.keep) for tokens in search.tokens]
         result = run_search(
             space,
             _strategy(search, space, self.seed),
             scorer,
-            stages[-1:] if search.strategy == "grid" else stages,  # a grid proves the best: all see all of the text
+            rounds[-1:]
+            if search.strategy == "grid"
+            else rounds,  # a grid scores all on the whole text
             candidates=10**9 if search.strategy == "grid" else search.candidates,
             log=self.home.log,
             identity={"teacher": weights, "seed": self.seed, **_plain(asdict(search))},

@@ -1,4 +1,4 @@
-"""A student made from its teacher: cut out of it, searched for, or made of its experts."""
+"""Makes a student from its teacher: a part of it, given or searched for, or a mixture of MoE experts."""
 
 from daekit.students.experts import ExpertScores, measure_experts
 from daekit.students.figure import search_svg
@@ -6,7 +6,7 @@ from daekit.students.importance import Importance, at_random, choose, first_n, m
 from daekit.students.moe import dense_to_mixtral, fewer_experts, mixtral_to_dense
 from daekit.students.norms import fit_norms
 from daekit.students.scorer import CandidateScorer
-from daekit.students.search import SearchResult, Stage, read_log, run_search
+from daekit.students.search import Round, SearchResult, read_log, run_search
 from daekit.students.selection import Selection
 from daekit.students.shapes import Shape, count_parameters
 from daekit.students.slicing import slice_model, view_model
@@ -18,11 +18,11 @@ __all__ = [
     "Evolution",
     "ExpertScores",
     "Importance",
+    "Round",
     "SearchResult",
     "Selection",
     "Shape",
     "Space",
-    "Stage",
     "Strategy",
     "Window",
     "at_random",

@@ -1,4 +1,4 @@
-"""Calibration text run through a model once, watched module by module; nothing of a batch is kept after it."""
+"""Runs calibration text through a model once and shows observers what goes into and out of modules; no batch is kept."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from daekit.models.backbone import frozen_forward
 from daekit.models.scoring import TokenRow
 
 # (first input, output, real_BT): called after a module ran; real_BT is False where a token is padding
-Watcher = Callable[[Tensor, Tensor, Tensor], None]
+Observer = Callable[[Tensor, Tensor, Tensor], None]
 
 
 def require_enough(rows: Sequence[TokenRow], units: int, what: str) -> None:
-    """Whether the calibration text has at least a token for each of the units that are ranked on it, otherwise UserError."""
+    """Raise UserError if the calibration text has fewer tokens than units that are ranked on it."""
     tokens = sum(len(row["input_ids"]) for row in rows)
     if tokens < units:
         raise UserError(
@@ -28,7 +28,7 @@ def require_enough(rows: Sequence[TokenRow], units: int, what: str) -> None:
         )
 
 
-def run_hooked(model: PreTrainedModel, rows: Sequence[TokenRow], watchers: Mapping[str, Watcher], batch_size: int) -> None:
+def run_hooked(model: PreTrainedModel, rows: Sequence[TokenRow], observers: Mapping[str, Observer], batch_size: int) -> None:
     """Run the rows through the backbone of ``model`` (no logits) and show the named modules' first input and output.
 
     Rows of like length share a batch, padded on the right. Runs in eval mode without gradient; the model is as before on
@@ -36,7 +36,7 @@ def run_hooked(model: PreTrainedModel, rows: Sequence[TokenRow], watchers: Mappi
     """
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]), reverse=True)
     real: list[Tensor] = [torch.empty(0)]
-    with frozen_forward(model), _hooks(model, watchers, real):
+    with frozen_forward(model), _hooks(model, observers, real):
         for start in range(0, len(order), batch_size):
             input_ids_BT, real_BT = _collate([rows[index] for index in order[start : start + batch_size]], model.device)
             real[0] = real_BT
@@ -44,16 +44,16 @@ def run_hooked(model: PreTrainedModel, rows: Sequence[TokenRow], watchers: Mappi
 
 
 @contextmanager
-def _hooks(model: PreTrainedModel, watchers: Mapping[str, Watcher], real: list[Tensor]) -> Iterator[None]:
-    def hook(watch: Watcher) -> Callable[..., None]:
+def _hooks(model: PreTrainedModel, observers: Mapping[str, Observer], real: list[Tensor]) -> Iterator[None]:
+    def hook(observe: Observer) -> Callable[..., None]:
         def show(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             first = args[0] if args else kwargs["hidden_states"]
-            watch(first, output[0] if isinstance(output, tuple) else output, real[0].to(first.device))
+            observe(first, output[0] if isinstance(output, tuple) else output, real[0].to(first.device))
 
         return show
 
     handles = [
-        model.get_submodule(name).register_forward_hook(hook(watch), with_kwargs=True) for name, watch in watchers.items()
+        model.get_submodule(name).register_forward_hook(hook(observe), with_kwargs=True) for name, observe in observers.items()
     ]
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the experts of a Mixtral do on calibration text: how much each is asked, how much it says, and which neurons say it."""
+"""Scores the MoE experts of a Mixtral, and their neurons, on calibration text."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from daekit.students.calibration import require_enough, run_hooked
 
 @dataclass(frozen=True)
 class ExpertScores:
-    """Means over all tokens, float64 on the CPU; an expert that a token is not sent to counts as 0 for it.
+    """Means over all tokens, float64 on the CPU; for a token that is not sent to an expert, that expert counts as 0.
 
     Attributes:
-        routing_LE: weight that the router gives an expert; they sum to 1 per layer.
-        contribution_LE: size (L2) of what the expert adds to the MLP's output, its routing weight included.
+        routing_LE: The weight that the router gives an expert; the weights of a layer sum to 1.
+        contribution_LE: The L2 norm of what the expert adds to the MLP's output, its routing weight included.
         neurons_LEF: |activation| of each of an expert's neurons, times the routing weight.
     """
 
@@ -36,14 +36,14 @@ def measure_experts(model: PreTrainedModel, rows: Sequence[TokenRow], *, batch_s
         rows: ``input_ids`` per row; some hundred rows are usual.
 
     Raises:
-        UserError: another architecture, quantised experts, or fewer tokens than an expert has neurons.
+        UserError: The model has another architecture or quantised experts, or there are fewer tokens than neurons in an expert.
     """
     require_model_type(model, "mixtral")
     require_enough(rows, model.config.intermediate_size, "neurons of an expert")
     names = [f"model.layers.{layer}.mlp" for layer in range(model.config.num_hidden_layers)]
-    watchers = {name: _Experts(model.get_submodule(name)) for name in names}
-    run_hooked(model, rows, watchers, batch_size)
-    sums = list(watchers.values())
+    observers = {name: _Experts(model.get_submodule(name)) for name in names}
+    run_hooked(model, rows, observers, batch_size)
+    sums = list(observers.values())
     tokens = sum(len(row["input_ids"]) for row in rows)
     return ExpertScores(
         routing_LE=torch.stack([each.routing_E for each in sums]) / tokens,
@@ -53,7 +53,7 @@ def measure_experts(model: PreTrainedModel, rows: Sequence[TokenRow], *, batch_s
 
 
 def require_model_type(model: PreTrainedModel, model_type: str) -> None:
-    """Whether this is a plain, unquantised model of an architecture, otherwise UserError."""
+    """Raise UserError unless this is a plain, unquantised model of an architecture."""
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"{type(model).__name__}: not a plain transformers model; merge its adapter first (merge_and_unload)")
     if model.config.model_type != model_type:
@@ -63,7 +63,7 @@ def require_model_type(model: PreTrainedModel, model_type: str) -> None:
 
 
 class _Experts:
-    """Sums over tokens for the MLP of one layer: its router and experts are run once more on what came in."""
+    """Sums over tokens for the MLP of one layer, whose router and experts are run once more on its input."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block

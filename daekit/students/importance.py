@@ -1,4 +1,4 @@
-"""How much each layer, channel, neuron and head of a teacher does on calibration text, and the student that keeps the most.
+"""Scores each layer, channel, neuron and head of a teacher on calibration text, and chooses the units with the best scores.
 
 The scores are those of NVIDIA's Minitron (Model-Optimizer, mcore_minitron.py): of an activation a, the mean of |a| over the
 tokens of a sequence, and of these means the root of the sum of squares over the sequences;
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from daekit.models.scoring import TokenRow
-from daekit.students.calibration import Watcher, require_enough, run_hooked
+from daekit.students.calibration import Observer, require_enough, run_hooked
 from daekit.students.selection import Selection
 from daekit.students.shapes import Shape, require_possible
 from daekit.students.slicing import permute_, require_plain
@@ -27,13 +27,13 @@ from daekit.students.slicing import permute_, require_plain
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores of a teacher's units, float64 on the CPU; only their order matters, equal ones count from the first.
+    """The scores of a teacher's units, float64 on the CPU; only their order matters, and of equal scores the first wins.
 
     Attributes:
-        layers_L: of its L layers.
-        hidden_H: of its channels.
-        neurons_LF: of the neurons of every layer.
-        queries_LA: of the query heads of every layer; a key/value head counts as its query heads together.
+        layers_L: The scores of the layers.
+        hidden_H: The scores of the channels.
+        neurons_LF: The scores of the neurons of every layer.
+        queries_LA: The scores of the query heads of every layer; a key/value head has the sum of its query heads' scores.
     """
 
     layers_L: Tensor
@@ -43,7 +43,7 @@ class Importance:
 
     @property
     def uniform(self) -> Importance:
-        """The same neurons and heads in every layer: those that score most in all together, each layer counting alike."""
+        """Scores that are the same in every layer: the sum over the layers, each of which counts alike."""
 
         def together(scores_LU: Tensor) -> Tensor:
             share_LU = scores_LU / scores_LU.abs().sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
@@ -59,7 +59,7 @@ def measure_importance(model: PreTrainedModel, rows: Sequence[TokenRow], *, batc
         rows: ``input_ids`` per row; some hundred rows are usual.
 
     Raises:
-        UserError: a family that is not supported, or fewer tokens than units are ranked.
+        UserError: The family is not supported, or there are fewer tokens than units to rank.
     """
     family = require_plain(model)
     shape = Shape.of(model.config)
@@ -70,9 +70,9 @@ def measure_importance(model: PreTrainedModel, rows: Sequence[TokenRow], *, batc
     neurons = [family.in_layer(layer, family.mlp_output) for layer in layers]
     sizes = {norm: _MeanSquares() for norm in (*norms, *heads, *neurons)}
     angles = {f"{family.backbone}.layers.{layer}": _Angles() for layer in layers}
-    watchers: dict[str, Watcher] = {norm: _output(sizes[norm]) for norm in norms}
-    watchers |= {name: _input(sizes[name]) for name in (*heads, *neurons)} | angles
-    run_hooked(model, rows, watchers, batch_size)
+    observers: dict[str, Observer] = {norm: _output(sizes[norm]) for norm in norms}
+    observers |= {name: _input(sizes[name]) for name in (*heads, *neurons)} | angles
+    run_hooked(model, rows, observers, batch_size)
     heads_LAD = torch.stack([sizes[name].scores() for name in heads]).view(len(layers), shape.num_attention_heads, -1)
     return Importance(
         layers_L=torch.stack([angle.mean() for angle in angles.values()]),
@@ -83,21 +83,21 @@ def measure_importance(model: PreTrainedModel, rows: Sequence[TokenRow], *, batc
 
 
 def first_n(config: PreTrainedConfig) -> Importance:
-    """The first units count most: a baseline."""
+    """Scores that fall from the first unit to the last: a baseline."""
     return _scored(config, lambda *size: -torch.arange(size[-1], dtype=torch.float64).expand(size))
 
 
 def at_random(config: PreTrainedConfig, seed: int) -> Importance:
-    """A random order: a baseline."""
+    """Random scores: a baseline."""
     generator = torch.Generator().manual_seed(seed)
     return _scored(config, lambda *size: torch.rand(size, dtype=torch.float64, generator=generator))
 
 
 def choose(config: PreTrainedConfig, importance: Importance, shape: Shape) -> Selection:
-    """The units of a teacher that count most, the most important first (layers: in the teacher's order).
+    """The units of a teacher with the best scores, the best first (layers in the teacher's order).
 
     Raises:
-        UserError: a shape that cannot be cut out of this teacher.
+        UserError: The shape cannot be cut out of this teacher.
     """
     require_possible(config, shape)
     group = Shape.of(config).queries_per_group
@@ -120,11 +120,10 @@ def choose(config: PreTrainedConfig, importance: Importance, shape: Shape) -> Se
 
 
 def sort_teacher(model: PreTrainedModel, importance: Importance) -> None:
-    """Reorder channels, neurons and heads in place, the most important first: the best sub-networks are then the first of
-    everything (``Selection.first``), and views. What the model computes stays the same but for rounding; layers stay where
-    they are.
+    """Reorder channels, neurons and heads in place, the best scores first.
 
-    Beside the model one weight at a time is copied.
+    The best sub-networks are then the first units of everything (``Selection.first``), and views. What the model computes
+    changes by rounding only; layers keep their places. One weight at a time is copied.
     """
     permute_(model, choose(model.config, importance, Shape.of(model.config)))
 
@@ -161,11 +160,11 @@ class _MeanSquares:
         return self.total.sqrt()
 
 
-def _output(sizes: _MeanSquares) -> Watcher:
+def _output(sizes: _MeanSquares) -> Observer:
     return lambda _, output_BTU, real_BT: sizes.add(output_BTU, real_BT)
 
 
-def _input(sizes: _MeanSquares) -> Watcher:
+def _input(sizes: _MeanSquares) -> Observer:
     return lambda input_BTU, _, real_BT: sizes.add(input_BTU, real_BT)
 
 

@@ -14,8 +14,6 @@ from torch import Tensor
 from transformers import MistralConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel
 
 from daekit.errors import UserError
-from daekit.models.scoring import TokenRow
-from daekit.students.calibration import require_enough, run_hooked
 from daekit.students.experts import ExpertScores, require_model_type
 from daekit.students.slicing import empty_model, fill
 
@@ -48,7 +46,7 @@ _SHARED = (
 def mixtral_to_dense(
     model: PreTrainedModel, how: Merge, scores: ExpertScores | None = None, intermediate_size: int | None = None
 ) -> PreTrainedModel:
-    """A Mistral with a Mixtral's attention, norms and embeddings, and one MLP per layer made of its experts.
+    """A Mistral with a Mixtral's attention, norms and embeddings, and one MLP per layer made of its MoE experts.
 
     ==================  ================================================================================================
     ``best_expert``     the expert that adds most to the output, per layer
@@ -61,11 +59,11 @@ def mixtral_to_dense(
     The first three are exact where the experts of a layer are equal; so is ``top_neurons`` if it keeps all neurons.
 
     Args:
-        scores: of ``measure_experts``; not needed for ``average``.
-        intermediate_size: the width of the MLP, for ``top_neurons`` only (default: that of one expert).
+        scores: The result of ``measure_experts``; only ``average`` does without.
+        intermediate_size: The width of the MLP, for ``top_neurons`` only (default: that of one expert).
 
     Raises:
-        UserError: another architecture, quantised weights, missing scores, an impossible width.
+        UserError: The model has another architecture or quantised weights, scores are missing, or the width is impossible.
     """
     require_model_type(model, "mixtral")
     experts, neurons = model.config.num_local_experts, model.config.intermediate_size
@@ -92,11 +90,12 @@ def fewer_experts(
     """A Mixtral with the ``experts`` of each layer that add most to its output, and their rows of the router.
 
     Args:
-        scores: of ``measure_experts``.
-        num_experts_per_tok: default: the teacher's.
+        scores: The result of ``measure_experts``.
+        num_experts_per_tok: Number of experts that a token is sent to (default: the teacher's).
 
     Raises:
-        UserError: another architecture, quantised weights, more experts than there are, or than a token is sent to.
+        UserError: The model has another architecture or quantised weights, or it has fewer experts than ``experts``, or
+            ``experts`` is below ``num_experts_per_tok``.
     """
     require_model_type(model, "mixtral")
     active = model.config.num_experts_per_tok if num_experts_per_tok is None else num_experts_per_tok
@@ -121,26 +120,24 @@ def dense_to_mixtral(
     models: Sequence[PreTrainedModel],
     *,
     num_experts_per_tok: int = 2,
-    router_rows: Sequence[Sequence[TokenRow]] | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """A Mixtral whose experts are the MLPs of Mistral models of one shape; two of 7B give a 2x7B of 12.9 billion parameters.
 
-    Attention, norms, embeddings and output head are the first model's. Of equal models the result computes the same as each.
+    Attention, norms, embeddings and output head are the first model's; the routers are small random values, for a student that
+    is trained next. A mixture of equal models computes the same as each of them.
 
     Args:
-        num_experts_per_tok: experts that a token is sent to. With two experts and two per token both always run, and the router
-            only weighs them: there is no load to balance.
-        router_rows: for each model rows of its domain: its row of a layer's router is then the mean input of the first model's
-            MLP on them, normalised (mergekit's "hidden"). Without: small random values, for a student that is trained next.
-        seed: of the random values.
+        num_experts_per_tok: Number of MoE experts that a token is sent to. With two experts and two per token both always run,
+            and the router only weighs them: there is no load to balance.
+        seed: Seed of the routers' random values.
 
     Raises:
-        UserError: another architecture, shapes that differ, or too few models.
+        UserError: A model has another architecture, their shapes differ, or there are too few.
     """
     _require_alike(models, num_experts_per_tok)
     first, config = models[0], models[0].config
-    routers = _random_routers(config, len(models), seed) if router_rows is None else _routers(first, router_rows, len(models))
+    routers = _random_routers(config, len(models), seed)
     tensors = _outside_mlps(first)
     for layer in range(config.num_hidden_layers):
         mlps = [model.get_submodule(f"model.layers.{layer}.mlp") for model in models]
@@ -206,26 +203,6 @@ def _top_neurons(gate_up_EGH: Tensor, down_EHF: Tensor, scores: ExpertScores, la
         "up_proj": gate_up_EGH[expert_W, neurons + neuron_W],
         "down_proj": columns_WH.T.contiguous().to(down_EHF.dtype),
     }
-
-
-def _routers(first: PreTrainedModel, router_rows: Sequence[Sequence[TokenRow]], experts: int) -> list[Tensor]:
-    if len(router_rows) != experts:
-        raise UserError(f"router_rows: rows for {len(router_rows)} experts, but there are {experts} models")
-    directions = [_mean_inputs(first, rows) for rows in router_rows]
-    return [torch.stack(layer) for layer in zip(*directions, strict=True)]
-
-
-def _mean_inputs(model: PreTrainedModel, rows: Sequence[TokenRow]) -> list[Tensor]:
-    """For every layer the mean input of its MLP, of length 1."""
-    require_enough(rows, 1, "routers")
-    names = [f"model.layers.{layer}.mlp" for layer in range(model.config.num_hidden_layers)]
-    sums = {name: torch.zeros(model.config.hidden_size, dtype=torch.float64) for name in names}
-
-    def adding(name: str) -> Any:
-        return lambda input_BTH, _, real_BT: sums[name].add_(input_BTH[real_BT].double().sum(dim=0).cpu())
-
-    run_hooked(model, rows, {name: adding(name) for name in names}, batch_size=8)
-    return [total_H / total_H.norm() for total_H in sums.values()]
 
 
 def _random_routers(config: PreTrainedConfig, experts: int, seed: int) -> list[Tensor]:

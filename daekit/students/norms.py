@@ -1,4 +1,4 @@
-"""Norms over fewer channels, scaled to what they gave over all of them: measured on calibration text, an option.
+"""Fits norms over fewer channels to what they gave over all of them, on calibration text; an option.
 
 A norm divides by the root mean square of its channels (LayerNorm: by their deviation from their mean), so that without some
 of them it gives other values for those that stay. For a norm of the teacher with outputs ``z = (x - m) / s`` before its
@@ -7,8 +7,7 @@ channels is
 
     a = mean over tokens of s' / s        b = mean over tokens of (m' - m) / s        (RMSNorm: m = 0 and no b)
 
-It is exact where the dropped channels are dead. ``a`` goes into the norm's weight, ``b`` into its bias. Neither whittle nor
-NVIDIA's Model-Optimizer does this; they leave it to the training that follows.
+The fit is exact where the dropped channels are always 0. ``a`` goes into the norm's weight, ``b`` into its bias.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ def fit_norms(
     """Scale and shift of every norm of ``model`` that the selection narrows, by its name; for ``slice_model``.
 
     Args:
-        rows: calibration text: ``input_ids`` per row.
+        rows: Calibration text, ``input_ids`` per row.
 
     Raises:
-        UserError: as ``slice_model``, or fewer tokens than channels.
+        UserError: As ``slice_model``, or there are fewer tokens than channels.
     """
     family = require_plain(model)
     require_valid(model.config, selection)
@@ -67,8 +66,8 @@ class _Fit:
 
     def __call__(self, input: Tensor, _: Tensor, real_BT: Tensor) -> None:
         x = input.double()[real_BT]
-        mean, size = self._moments(x)
-        kept_mean, kept_size = self._moments(x[..., self.kept.to(x.device)])
+        mean, size = self._mean_and_size(x)
+        kept_mean, kept_size = self._mean_and_size(x[..., self.kept.to(x.device)])
         self.scale += float((kept_size / size).sum())
         self.shift += float(((kept_mean - mean) / size).sum())
         self.count += size.numel()
@@ -76,6 +75,6 @@ class _Fit:
     def result(self) -> NormFit:
         return NormFit(self.scale / self.count, self.shift / self.count)
 
-    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _mean_and_size(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean = x.mean(dim=-1) if self.centred else torch.zeros_like(x[..., 0])
         return mean, ((x - mean[..., None]).square().mean(dim=-1) + self.eps).sqrt()

@@ -1,4 +1,4 @@
-"""Candidates scored without a copy of their weights: views of the sorted teacher run on calibration text."""
+"""Scores candidates on calibration text, as views of the sorted teacher without copies of weights."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from daekit.teachers import ModelTeacher
 
 
 class CandidateScorer:
-    """``scorer(selection, tokens)``: nats per token of a student on the first rows that hold so many tokens.
+    """``scorer(selection, tokens)`` is the nats per token of a student on the first rows that hold this many tokens.
 
-    The student is made of views (``view_model``): beside the teacher a score needs the activations of a batch, and copies of
-    only what strides cannot say, which a coarse space does not choose unless it drops query heads within groups.
+    The student consists of views (``view_model``): beside the teacher, a score needs the activations of a batch, and copies
+    only where strides cannot express what is kept: in a coarse space, where query heads within groups are dropped.
 
-    By KL the teacher runs once over the text, and its last hidden states are kept: 4 bytes x hidden size per token in 32 bits.
+    For KL the teacher runs once over the text, and its last hidden states are kept: 4 bytes x hidden size per token in 32 bits.
 
     Args:
-        model: the sorted teacher (``sort_teacher``).
+        model: The sorted teacher (``sort_teacher``).
         rows: ``input_ids`` and ``labels`` (-100 where a token does not count).
-        vocab_size: the number of ids of the tokenizer.
-        by: ``perplexity``: negative log-likelihood of the text; ``kl``: KL(teacher || student).
-        tokens: the most tokens that will be asked for.
+        vocab_size: Number of ids of the tokenizer.
+        objective: ``perplexity``: negative log-likelihood of the text; ``kl``: KL(teacher || student).
+        tokens: The largest number of tokens that will be asked for.
 
     Raises:
-        UserError: a family that is not supported, or text with fewer tokens.
+        UserError: The family is not supported, or the text has fewer tokens.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class CandidateScorer:
         *,
         vocab_size: int,
         tokens: int,
-        by: Literal["perplexity", "kl"] = "perplexity",
+        objective: Literal["perplexity", "kl"] = "perplexity",
         batch_size: int = 8,
     ) -> None:
         require_plain(model)
         self.model, self.vocab_size, self.batch_size = model, vocab_size, batch_size
-        self.teacher = _Remembering(ModelTeacher(model, vocab_size)) if by == "kl" else None
+        self.teacher = _RunOnce(ModelTeacher(model, vocab_size)) if objective == "kl" else None
         self.rows, self.ends = list(rows), []
         total = 0
         for row in self.rows:
@@ -56,7 +56,7 @@ class CandidateScorer:
             self.ends.append(total)
         if total < tokens:
             raise UserError(
-                f"calibration text too short: {total} tokens to score in {len(self.rows)} rows, but the last stage of "
+                f"calibration text too short: {total} tokens to score in {len(self.rows)} rows, but the last round of "
                 f"the search wants {tokens}; give more text or fewer tokens"
             )
 
@@ -74,8 +74,8 @@ class CandidateScorer:
         return float(total.sum() / scores.tokens_R.sum())
 
 
-class _Remembering:
-    """A teacher that runs once on each batch: every candidate is compared with it on the same ones."""
+class _RunOnce:
+    """A teacher that runs once on each batch, because every candidate is compared with it on the same batches."""
 
     def __init__(self, teacher: ModelTeacher) -> None:
         self.teacher = teacher
@@ -92,6 +92,6 @@ class _Remembering:
     def identity(self) -> dict[str, object]:
         return self.teacher.identity()
 
-    def to(self, device: torch.device) -> _Remembering:
+    def to(self, device: torch.device) -> _RunOnce:
         self.teacher.to(device)
         return self

@@ -1,4 +1,4 @@
-"""Which layers, channels, neurons and heads of its teacher a student keeps."""
+"""The layers, channels, neurons and heads of a teacher that a student keeps."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PerLayer = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Selection:
-    """Indices into the teacher, counted from 0. Sizes are equal in all layers, indices may differ.
+    """Indices into the teacher, counted from 0. All layers keep equally many units, but not the same ones.
 
     Attributes:
-        layers: kept layers, in their order.
-        hidden: kept channels of the residual stream; it runs through the whole model, so they are the same everywhere.
-        neurons: for every kept layer the kept neurons of its MLP.
-        kv_heads: for every kept layer the kept key/value heads.
-        query_heads: for every kept layer the kept query heads, equally many for each kept key/value head, in its order.
-        head_dim: dimensions of a head; fewer than the teacher's are every k-th of its own.
+        layers: The kept layers, in the teacher's order.
+        hidden: The kept channels of the residual stream, which are the same in the whole model.
+        neurons: The kept neurons of the MLP, for every kept layer.
+        kv_heads: The kept key/value heads, for every kept layer.
+        query_heads: The kept query heads, for every kept layer; equally many of each kept key/value head, in its order.
+        head_dim: The dimensions of a head; a smaller number than the teacher's keeps every k-th of them.
     """
 
     layers: tuple[int, ...]
@@ -36,7 +36,7 @@ class Selection:
 
     @classmethod
     def first(cls, config: PreTrainedConfig, shape: Shape) -> Selection:
-        """The first of everything, in a shape that ``require_possible`` accepts."""
+        """The first units of everything, in a shape that ``require_possible`` accepts."""
         group = Shape.of(config).queries_per_group
         kept, kv_heads = shape.queries_per_group, range(shape.num_key_value_heads)
         layers = shape.num_hidden_layers
@@ -51,7 +51,7 @@ class Selection:
 
     @classmethod
     def whole(cls, config: PreTrainedConfig) -> Selection:
-        """Everything, as it stands."""
+        """All units of the teacher, in its order."""
         return cls.first(config, Shape.of(config))
 
     @property
@@ -68,7 +68,7 @@ class Selection:
 
 
 def require_valid(config: PreTrainedConfig, selection: Selection) -> None:
-    """Whether the indices exist in a teacher of ``config`` and fit together, otherwise UserError."""
+    """Raise UserError unless the indices exist in a teacher of ``config`` and fit together."""
     problems = list(_problems(config, selection))
     if problems:
         raise UserError("selection of a student: " + "; ".join(problems))

@@ -1,4 +1,4 @@
-"""The sizes of a student: which are possible under a teacher, and how many parameters they make."""
+"""The sizes of a student: those that are possible for a teacher, and the parameters that they make."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Shape:
-        """The sizes that a config says, with those that it leaves to be derived."""
+        """The sizes of a config, those that follow from others included."""
         heads, hidden = config.num_attention_heads, config.hidden_size
         if family_of(config).hidden_is_all_heads:
             kv_heads, head_dim = heads, hidden // heads
@@ -90,7 +90,7 @@ def possible_head_dims(config: PreTrainedConfig) -> list[int]:
 
 
 def require_possible(config: PreTrainedConfig, shape: Shape) -> None:
-    """Whether a student of ``shape`` can be cut out of a teacher of ``config``, otherwise UserError with every broken rule."""
+    """Raise UserError with every broken rule unless a student of ``shape`` can be cut out of a teacher of ``config``."""
     problems = list(problems_of(config, shape))
     if problems:
         raise UserError(f"no such student can be cut from this {config.model_type} teacher: " + "; ".join(problems))

@@ -1,4 +1,4 @@
-"""One slicer for all families: it reads which axis of which weight to cut from the tables of ``families``."""
+"""Cuts a student out of its teacher; the tables of ``families`` say which axis of which weight is cut."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from daekit.students.shapes import Shape, rotated
 
 @dataclass(frozen=True)
 class NormFit:
-    """What ``fit_norms`` found for a norm over fewer channels: before its weight and bias the teacher's outputs are ``scale``
-    times those of the student, plus ``shift``."""
+    """The result of ``fit_norms`` for one norm: before weight and bias, the teacher's outputs are ``scale`` times those of the
+    student, plus ``shift``."""
 
     scale: float
     shift: float = 0.0
@@ -35,20 +35,20 @@ def slice_model(
     although the model divides them by the root of another head_dim.
 
     Args:
-        model: the teacher: a causal language model in 16 or 32 bits, without adapters.
-        norm_fits: of ``fit_norms``: norms over fewer channels are scaled to what they gave over all of them.
+        model: The teacher, a causal language model in 16 or 32 bits without adapters.
+        norm_fits: The result of ``fit_norms``; norms over fewer channels are scaled to what they gave over all of them.
 
     Raises:
-        UserError: a family that is not supported, a selection that is not possible, quantised or adapted weights.
+        UserError: The family is not supported, the selection is not possible, or the weights are quantised or adapted.
     """
     return _cut(model, selection, norm_fits or {}, lambda tensor: tensor.clone())
 
 
 def view_model(model: PreTrainedModel, selection: Selection) -> PreTrainedModel:
-    """As ``slice_model``, but frozen, and its weights are views of the teacher's wherever strides can say what is kept.
+    """As ``slice_model``, but frozen, and with views of the teacher's weights wherever strides can express what is kept.
 
-    Of a teacher that ``sort_teacher`` sorted, a selection of the first units is all views, except where query heads within
-    groups, or dimensions within heads are dropped: the attention's projections are copies then.
+    If ``sort_teacher`` sorted the teacher, a selection of the first units needs no copies, unless it drops query heads within
+    groups or dimensions within heads: then the attention's projections are copies.
     """
     return _cut(model, selection, {}, lambda tensor: tensor).requires_grad_(False)
 
@@ -58,7 +58,7 @@ def permute_(model: PreTrainedModel, order: Selection) -> None:
     """Reorder channels, neurons and heads of ``model`` in place; one weight at a time is copied.
 
     Args:
-        order: a selection that keeps everything.
+        order: A selection that keeps all units.
     """
     family = require_plain(model)
     require_valid(model.config, order)
@@ -72,7 +72,7 @@ def permute_(model: PreTrainedModel, order: Selection) -> None:
 
 
 def require_plain(model: PreTrainedModel) -> Family:
-    """The family of a model whose weights are just those of its table, otherwise UserError."""
+    """The family of a model; UserError unless its weights are exactly those of the family's table."""
     if not isinstance(model, PreTrainedModel):
         raise UserError(
             f"{type(model).__name__}: a student is cut from a plain transformers model; merge its adapter first "
@@ -92,7 +92,7 @@ def require_plain(model: PreTrainedModel) -> Family:
 
 
 def student_config(config: PreTrainedConfig, selection: Selection) -> PreTrainedConfig:
-    """The config of the student; only sizes and what is listed per layer differ from the teacher's."""
+    """The config of the student: the teacher's, with other sizes and lists per layer."""
     shape, student = selection.shape, copy.deepcopy(config)
     sizes = {
         "num_hidden_layers": shape.num_hidden_layers,
@@ -122,8 +122,8 @@ def fill(model: PreTrainedModel, tensors: Mapping[str, Tensor], like: PreTrained
     """Give an empty model its weights, without a copy, and its buffers; in eval mode.
 
     Args:
-        tensors: one for every parameter.
-        like: gives the generation config and, for the buffers, the device.
+        tensors: One tensor for every parameter.
+        like: The model whose generation config and device are taken.
     """
     device = like.device
     unknown = model.load_state_dict(dict(tensors), strict=False, assign=True).unexpected_keys
@@ -168,7 +168,7 @@ def _cut(
 
 
 class _Indices:
-    """The teacher's indices along an axis that a layer of the student keeps."""
+    """The indices of the teacher that a layer of the student keeps, along each axis."""
 
     def __init__(self, teacher: PreTrainedConfig, selection: Selection) -> None:
         self.selection = selection
@@ -177,7 +177,7 @@ class _Indices:
         self.score_factor = math.sqrt(selection.head_dim / self.head_dim)
 
     def of(self, axis: str, place: int | None) -> Sequence[int] | None:
-        """The indices of a weight's axis in the student's layer ``place`` (None: outside the layers); None: all."""
+        """The indices along a weight's axis in the student's layer ``place`` (None outside the layers); None for all."""
         if axis == "vocab":
             return None
         if axis == "hidden":
@@ -193,7 +193,7 @@ class _Indices:
         return self._rows(self.selection.query_heads[place], parts=3 if axis == "query_key_value" else 1)
 
     def score_factors(self, axis: str, tensor: Tensor) -> Tensor:
-        """The factor of every row of a weight that multiplies the scores; of fused rows only the queries' take part."""
+        """The factor of every row of a weight that multiplies the scores; of fused projections, only the queries' rows."""
         rows = torch.full((len(tensor),), self.score_factor, dtype=tensor.dtype, device=tensor.device)
         if axis == "query_key_value":
             rows.view(-1, 3, len(self.dims))[:, 1:] = 1.0

@@ -1,4 +1,4 @@
-"""What a search may choose: the sizes of a student, which layers it keeps and, in fine spaces, which units.
+"""The space of a search: the sizes of a student, the layers that it keeps and, in fine spaces, the units.
 
 The teacher is sorted first (``sort_teacher``), so the first units of everything are those that count most. Units are chosen
 in blocks: of channels, of neurons, and key/value heads with their queries.
@@ -17,9 +17,10 @@ A config has one size for all layers, so layers differ in which units they keep,
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations, product
 from typing import Literal
@@ -38,15 +39,15 @@ Blocks = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A student as a search handles it; blocks and heads are counted in the sorted teacher, in rising order.
+    """A student as a search handles it; blocks and heads are those of the sorted teacher, in rising order.
 
     Attributes:
-        layers: kept layers of the teacher.
-        hidden: kept blocks of channels.
-        neurons: kept blocks of neurons: of every kept layer, or one entry for all of them.
-        groups: kept key/value heads, likewise.
-        queries: query heads kept of each of them, the first ones.
-        head_dim: dimensions of a head.
+        layers: The kept layers of the teacher.
+        hidden: The kept blocks of channels.
+        neurons: The kept blocks of neurons, for every kept layer or in one entry for all layers.
+        groups: The kept key/value heads, likewise.
+        queries: The number of query heads that each of them keeps, the first ones.
+        head_dim: The dimensions of a head.
     """
 
     layers: Blocks
@@ -59,28 +60,28 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Window:
-    """How many parameters a student may have, both ends included."""
+    """The number of parameters that a student may have, both ends included."""
 
     low: int
     high: int
 
     def holds(self, parameters: int) -> bool:
-        """Whether a student of so many is allowed."""
+        """Whether a student may have this number of parameters."""
         return self.low <= parameters <= self.high
 
 
 @dataclass(frozen=True)
 class Space:
-    """The choices. Every tuple of sizes is rising; ``space_of`` makes the usual ones.
+    """The choices of a search; ``space_of`` makes the usual ones.
 
     Attributes:
-        config: the teacher's.
-        layers, hidden, neurons, groups, queries, head_dims: the sizes to choose from, named as in ``Candidate``; ``hidden``
-            and ``neurons`` in channels and neurons.
-        layer_order: the teacher's layers, the most important first.
-        hidden_block, neuron_block: how many units a block has.
-        any_layers: any layers instead of the most important ones.
-        any_units: any blocks instead of the first ones: the ``same`` in every layer, or each layer its ``own``.
+        config: The teacher's config.
+        layers, hidden, neurons, groups, queries, head_dims: The sizes to choose from, rising, named as in ``Candidate``;
+            ``hidden`` and ``neurons`` in channels and neurons.
+        layer_order: The teacher's layers, the most important first.
+        hidden_block, neuron_block: The number of units of a block.
+        any_layers: Whether any layers may be kept instead of the most important ones.
+        any_units: Whether any blocks may be kept instead of the first ones: the ``same`` in every layer, or ``own`` ones.
     """
 
     config: PreTrainedConfig = field(repr=False)
@@ -114,13 +115,13 @@ class Space:
         )
 
     def parameters(self, candidate: Candidate) -> int:
-        """How many parameters a candidate has."""
+        """The number of parameters of a candidate."""
         return count_parameters(self.config, self.shape(candidate))
 
     def selection(self, candidate: Candidate) -> Selection:
-        """What a candidate keeps of the sorted teacher."""
+        """The units of the sorted teacher that a candidate keeps."""
         layers, per_group = len(candidate.layers), self.own.queries_per_group
-        neurons, groups = (genes * layers if len(genes) == 1 else genes for genes in (candidate.neurons, candidate.groups))
+        neurons, groups = (kept * layers if len(kept) == 1 else kept for kept in (candidate.neurons, candidate.groups))
         return Selection(
             layers=candidate.layers,
             hidden=_units(candidate.hidden, self.hidden_block),
@@ -133,7 +134,7 @@ class Space:
         )
 
     def first(self, shape: Shape) -> Candidate:
-        """The candidate of a shape that keeps what counts most."""
+        """The candidate of a shape that keeps the most important units."""
         return Candidate(
             layers=tuple(sorted(self.layer_order[: shape.num_hidden_layers])),
             hidden=tuple(range(shape.hidden_size // self.hidden_block)),
@@ -144,21 +145,21 @@ class Space:
         )
 
     def copies(self, layers: int) -> int:
-        """How many entries a candidate's neurons and groups have."""
+        """The number of entries of a candidate's neurons and groups."""
         return layers if self.any_units == "own" else 1
 
     def feasible(self, candidate: Candidate, window: Window) -> bool:
-        """Whether a candidate's sizes keep every rule and the window."""
+        """Whether a candidate's sizes break no rule and lie in the window."""
         return window.holds(self.parameters(candidate)) and not any(problems_of(self.config, self.shape(candidate)))
 
     def shapes(self, window: Window) -> list[Shape]:
-        """Every shape of this space that keeps the rules and the window.
+        """Every shape of this space that breaks no rule and lies in the window.
 
         Raises:
-            UserError: there is none; or more shapes to look at than a million.
+            UserError: There is none, or the space has more than a million combinations of sizes.
         """
         sizes = (self.layers, self.hidden, self.neurons, self.groups, self.queries, self.head_dims)
-        looked_at = _product_of_lengths(sizes)
+        looked_at = math.prod(map(len, sizes))
         if looked_at > _MOST_SHAPES:
             raise UserError(f"the space has {looked_at:,} combinations of sizes; take larger steps (at most {_MOST_SHAPES:,})")
         found, below, above = [], 0, 0
@@ -185,7 +186,7 @@ class Space:
         """Every candidate of a space without choices of units, shape by shape.
 
         Raises:
-            UserError: a space with choices of units, or nothing in the window.
+            UserError: The space has choices of units, or nothing lies in the window.
         """
         if self.any_units:
             raise UserError("a grid over choices of units would never end: use a coarse space, or the evolutionary search")
@@ -198,7 +199,7 @@ class Space:
                 yield Candidate(layers, first.hidden, first.neurons, first.groups, first.queries, first.head_dim)
 
     def sample(self, shapes: Sequence[Shape], generator: random.Random) -> Candidate:
-        """A candidate of one of the shapes; what may be chosen freely is, half of the time, what counts most."""
+        """A random candidate of one of the shapes; free choices are, half of the time, the most important units."""
         first = self.first(generator.choice(shapes))
         layers = first.layers
         if self.any_layers and generator.random() < 0.5:
@@ -223,40 +224,41 @@ def space_of(
     granularity: Literal["coarse", "fine"] = "coarse",
     units: Literal["uniform", "layerwise"] = "layerwise",
     *,
-    parts: int = 8,
-    smallest: float = 0.25,
+    blocks: int = 8,
+    min_ratio: float = 0.25,
     head_dims: Sequence[int] | None = None,
 ) -> Space:
-    """The usual space over a teacher: channels and neurons in ``parts`` steps, every number of heads, queries and layers.
+    """The usual space over a teacher: channels and neurons in ``blocks`` steps, every number of heads, queries and layers.
 
     Args:
-        importance: orders the layers.
-        granularity, units: see the table above; the teacher is sorted by ``importance.uniform`` for a coarse uniform space.
-        smallest: sizes below this share of the teacher's are left out.
-        head_dims: widths of a head to choose from (default: the teacher's only; see ``possible_head_dims``).
+        importance: Orders the layers.
+        granularity, units: See the table above; for a coarse uniform space the teacher is sorted by ``importance.uniform``.
+        blocks: Number of blocks that channels and neurons are divided into.
+        min_ratio: Smallest size, as a ratio of the teacher's.
+        head_dims: Widths of a head to choose from (default: only the teacher's; see ``possible_head_dims``).
 
     Raises:
-        UserError: channels or neurons that cannot be divided into so many parts.
+        UserError: The channels or the neurons cannot be divided into so many blocks.
     """
     own = Shape.of(config)
     for name in ("hidden_size", "intermediate_size"):
-        if getattr(own, name) % parts:
-            raise UserError(f"parts={parts}: does not divide the teacher's {name}={getattr(own, name)}")
+        if getattr(own, name) % blocks:
+            raise UserError(f"blocks={blocks}: does not divide the teacher's {name}={getattr(own, name)}")
     fine = granularity == "fine"
 
-    def from_smallest(size: int, step: int = 1) -> tuple[int, ...]:
-        return tuple(each for each in range(step, size + 1, step) if each >= smallest * size)
+    def sizes(size: int, step: int = 1) -> tuple[int, ...]:
+        return tuple(each for each in range(step, size + 1, step) if each >= min_ratio * size)
 
-    hidden_block, neuron_block = own.hidden_size // parts, own.intermediate_size // parts
+    hidden_block, neuron_block = own.hidden_size // blocks, own.intermediate_size // blocks
     if family_of(config).hidden_is_all_heads:
         hidden_block = own.head_dim
     return Space(
         config=config,
-        layers=from_smallest(own.num_hidden_layers),
-        hidden=from_smallest(own.hidden_size, hidden_block),
-        neurons=from_smallest(own.intermediate_size, neuron_block),
-        groups=from_smallest(own.num_key_value_heads),
-        queries=from_smallest(own.queries_per_group),
+        layers=sizes(own.num_hidden_layers),
+        hidden=sizes(own.hidden_size, hidden_block),
+        neurons=sizes(own.intermediate_size, neuron_block),
+        groups=sizes(own.num_key_value_heads),
+        queries=sizes(own.queries_per_group),
         head_dims=tuple(sorted(head_dims)) if head_dims is not None else (own.head_dim,),
         layer_order=importance.layers_L.sort(descending=True, stable=True).indices.tolist(),
         hidden_block=hidden_block,
@@ -266,27 +268,9 @@ def space_of(
     )
 
 
-def to_json(candidate: Candidate) -> dict[str, object]:
-    """Plain values, as they come back from JSON."""
-    genes = {each.name: getattr(candidate, each.name) for each in fields(Candidate)}
-    return genes | {
-        "layers": list(candidate.layers),
-        "hidden": list(candidate.hidden),
-        "neurons": [list(blocks) for blocks in candidate.neurons],
-        "groups": [list(heads) for heads in candidate.groups],
-    }
-
-
 def _units(blocks: Sequence[int], size: int) -> tuple[int, ...]:
     return tuple(block * size + unit for block in blocks for unit in range(size))
 
 
 def _sample(units: int, count: int, generator: random.Random) -> Blocks:
     return tuple(sorted(generator.sample(range(units), count)))
-
-
-def _product_of_lengths(sizes: Sequence[Sequence[int]]) -> int:
-    total = 1
-    for each in sizes:
-        total *= len(each)
-    return total

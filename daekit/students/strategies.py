@@ -1,8 +1,8 @@
-"""Three ways of going through a space: evolution, random as its baseline, and a grid, which proves the optimum of a small one.
+"""Three strategies of a search: evolution, random draws as its baseline, and a grid, which proves the optimum of a small space.
 
-A strategy is a generator: it yields candidates to score and is sent their scores, in the same order (lower is better, None for
-one that dropped out after a first look). It depends on the seed and the scores only, so that a search is repeated, or resumed,
-by giving it the scores again.
+A strategy is a generator: it yields candidates and is sent their scores, in the same order (lower is better; None for a
+candidate that dropped out in an early round). It depends on the seed and the scores only, so that sending it the scores again
+repeats or resumes a search.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from daekit.students.genes import crossed, mutated
+from daekit.students.mutation import crossed, mutated
 from daekit.students.shapes import Shape
 from daekit.students.space import Candidate, Space, Window
 
@@ -25,11 +25,11 @@ class Evolution:
     """Settings of the evolutionary search.
 
     Attributes:
-        initial: candidates drawn at random to begin with.
-        offspring: candidates of a generation.
-        elite: the best so far that stay and have offspring.
-        crossover: share of the offspring that have two parents.
-        mutations: changes of an offspring at most; how many is the smaller of two draws.
+        initial: Number of random candidates at the start.
+        offspring: Number of candidates of a generation.
+        elite: Number of the best candidates so far that have offspring.
+        crossover: Share of the offspring that have two parents.
+        mutations: Largest number of mutations of a child; the actual number is the smaller of two draws.
     """
 
     initial: int = 32
@@ -55,10 +55,10 @@ def draw(space: Space, window: Window, seed: int, batch: int = 16) -> Strategy:
 
 
 def evolve(space: Space, window: Window, seed: int, settings: Evolution) -> Strategy:
-    """Random candidates first; then, again and again, offspring of the best: two parents' genes mixed, a few of them changed.
+    """Random candidates first, then generation after generation offspring of the best, by crossover and mutation.
 
-    What breaks a rule, lies outside the window or was there before is drawn again before anything is scored. It ends when
-    nothing new is found.
+    A child that breaks a rule, lies outside the window or was proposed before is drawn again before anything is scored. The
+    search ends when nothing new is found.
     """
     generator, shapes = random.Random(seed), space.shapes(window)
     seen: set[Candidate] = set()
@@ -74,7 +74,7 @@ def evolve(space: Space, window: Window, seed: int, settings: Evolution) -> Stra
         elite = sorted(elite, key=lambda entry: entry[:2])[: settings.elite]
         parents = [candidate for *_, candidate in elite]
         candidates = list(islice(_children(space, window, parents, generator, settings, seen), settings.offspring))
-        if len(candidates) < settings.offspring:  # around the best everything is known
+        if len(candidates) < settings.offspring:  # all candidates near the best have been proposed
             missing = settings.offspring - len(candidates)
             candidates += islice(_fresh(space, shapes, generator, seen), missing)
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from daekit.data.collator import EXAMPLES, DomainCollator, as_batch
+from daekit.data.responses import require_markers
 from daekit.errors import UserError
 from daekit.models.backbone import add_on_hidden, require_plain_head
 from daekit.models.restore import restore_weights
@@ -90,15 +91,15 @@ class KDTrainer(SFTTrainer):
         if not isinstance(args, self.config_class):
             raise UserError(f"args: {type(self).__name__} needs a {self.config_class.__name__}, not a {type(args).__name__}")
         refuse_arguments(model, args, train_dataset, sft_arguments)
-        tokenizer = processing_class
-        if tokenizer is None and (isinstance(model, str) or teacher is not None):
-            tokenizer = tokenizer_of(model, args)
+        tokenizer = processing_class or tokenizer_of(model, args)
+        if args.assistant_only_loss and args.chat_template_path is None:
+            require_markers(tokenizer)
         forget_projections(model)
         if teacher is not None:
             teacher = as_teacher(teacher, tokenizer, student=model)
             spec = spec_of(model, args) if isinstance(model, str) else None
             require_on_student(teacher, isinstance(model, PeftModel) or sft_arguments.get("peft_config") is not None, spec)
-        size = None if tokenizer is None else vocabulary_size(tokenizer)
+        size = vocabulary_size(tokenizer)
         init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
             model = load_student(model, args, sft_arguments.pop("quantization_config", None))
@@ -131,11 +132,11 @@ class KDTrainer(SFTTrainer):
         if teacher is not None:
             self._add_teacher(teacher, size)
 
-    def _add_teacher(self, teacher: Teacher | AdapterPath, vocab_size: int | None) -> None:
+    def _add_teacher(self, teacher: Teacher | AdapterPath, vocab_size: int) -> None:
         """The student is ready: complete the teacher, place it, and prepare what is compared inside both."""
         if self.vocab_size != vocab_size:
             raise UserError(
-                f"chat_template_path={self.args.chat_template_path!r} added {self.vocab_size - (vocab_size or 0)} tokens to "
+                f"chat_template_path={self.args.chat_template_path!r} added {self.vocab_size - vocab_size} tokens to "
                 "the student's tokenizer, which its teacher does not have. Set the tokenizer's chat_template yourself, "
                 "without new tokens."
             )

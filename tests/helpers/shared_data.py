@@ -1,8 +1,10 @@
-"""Where the real data of tests lie: beside the repository, or in DAEKIT_SHARED; tests skip what is not there."""
+"""Where real data and models of tests lie: beside the repository, or in DAEKIT_SHARED, DAEKIT_MODELS; else tests skip."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-DATA = Path(os.environ.get("DAEKIT_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
+_BESIDE = Path(__file__).resolve().parents[3]
+DATA = Path(os.environ.get("DAEKIT_SHARED", _BESIDE / "shared")) / "data"
+MODELS = Path(os.environ.get("DAEKIT_MODELS", _BESIDE / "models"))

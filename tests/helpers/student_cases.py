@@ -78,3 +78,17 @@ def logits(model: PreTrainedModel, seed: int = 5) -> torch.Tensor:
     """Of two random sequences of 17 tokens."""
     ids = torch.randint(VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(seed))
     return model(input_ids=ids).logits.double()
+
+
+def silence_channels(model, kept):
+    """Make all channels but the first ``kept`` carry nothing, and the mean of the channels zero."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed" in name and "lm_head" not in name:
+                parameter[:, :kept] -= parameter[:, :kept].mean(dim=1, keepdim=True)
+                parameter[:, kept:] = 0
+            elif any(part in name for part in ("o_proj", "down_proj", "dense.", "dense_4h_to_h")):
+                parameter[:kept] -= parameter[:kept].mean(dim=0, keepdim=True)
+                parameter[kept:] = 0
+            elif "norm" in name and name.endswith("bias"):
+                parameter[kept:] = 0

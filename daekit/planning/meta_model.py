@@ -1,4 +1,4 @@
-"""A model without weights, on the meta device, as it will stand in memory: quantised where it will be, with its adapter."""
+"""A model on the meta device, without weights, laid out as it will be in memory: quantised, and with its adapter."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.models.features import decoder_layers
-from daekit.planning.shapes import Shape
-from daekit.planning.standins import quantise
+from daekit.planning.quantized_layers import quantize_layers
+from daekit.planning.resolve import ResolvedModel
 from daekit.recipe.schema import LoraSpec
 
 
@@ -25,14 +25,14 @@ class Parameter:
     """One parameter as it is stored.
 
     Attributes:
-        values: how many.
-        bytes: of its storage, scales included.
-        width: bytes per value of its gradient and of its state in the optimizer.
-        trained: whether it has these.
-        adapter: whether it belongs to a LoRA adapter.
-        embedding: whether the optimizers of bitsandbytes keep its state in 32 bits.
-        rows: its first dimension, 0 of a vector.
-        products: by how much of it a token is multiplied: 1, an expert's share, or 0.
+        values: Number of values.
+        bytes: Bytes of its storage, the scales of quantised weights included.
+        width: Bytes per value of its gradient and of its state in the optimizer.
+        trained: Whether it has a gradient and a state.
+        adapter: Whether it belongs to a LoRA adapter.
+        embedding: Whether it is the embedding, whose state the optimizers of bitsandbytes keep in 32 bits.
+        rows: Its first dimension; 0 for a vector.
+        products: The share of its values that one token is multiplied by: 1, the active experts' share, or 0.
     """
 
     values: int
@@ -45,28 +45,29 @@ class Parameter:
     products: float
 
 
-class Skeleton:
-    """A model of some shape on the meta device.
+class MetaModel:
+    """A model on the meta device.
 
     Args:
-        shape: what it looks like.
-        lora: an adapter that is trained; None: none.
-        trained: whether the model is a student: its adapter is trained, or without one all its weights.
+        spec: Its config, dtype and quantisation.
+        lora: The adapter that is trained on it; None without.
+        trained: Whether the model is a student: its adapter is trained, or all its weights where it has none.
 
     Raises:
-        UserError: an architecture whose layers are not known, a quantised student without an adapter, wrong target modules.
+        UserError: The layers of the architecture are not found, the config cannot be built, or the adapter's target modules
+            are not there.
     """
 
-    def __init__(self, shape: Shape, lora: LoraSpec | None = None, trained: bool = False) -> None:
-        self.shape, self.trained = shape, trained
-        model: Any = _on_meta(shape)
-        bits = {None: 0, "4bit": 4, "8bit": 8}[shape.quantization]
-        quantised = quantise(model, bits, shape.compute_dtype) if bits else {}
+    def __init__(self, spec: ResolvedModel, lora: LoraSpec | None = None, trained: bool = False) -> None:
+        self.spec, self.trained = spec, trained
+        model: Any = _on_meta(spec)
+        bits = {None: 0, "4bit": 4, "8bit": 8}[spec.quantization]
+        quantised = quantize_layers(model, bits, spec.compute_dtype) if bits else {}
         if lora is not None:
             model = _with_adapter(model, lora, in_bfloat16=bool(bits))
         elif not trained:
             model.requires_grad_(False)
-        self.model: Any = model  # its layers are those of one kind once it has been traced
+        self.model: Any = model  # once it has been traced, it has one layer of each kind
         base = base_of(model)
         self.head, self.embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
         layers = _layers_of(model)
@@ -86,13 +87,13 @@ class Skeleton:
         return self.head is self.embedding
 
     def parameters(self) -> Iterator[Parameter]:
-        """Every parameter once."""
+        """All parameters, each once."""
         yield from self.outside
         for layer in self.layers:
             yield from layer
 
     def values(self) -> int:
-        """How many values the model has without its adapter."""
+        """The number of values of the model without its adapter."""
         return sum(p.values for p in self.parameters() if not p.adapter)
 
     def _described(self, name: str, parameter: nn.Parameter, quantised: dict[int, int]) -> Parameter:
@@ -113,13 +114,13 @@ class Skeleton:
         )
 
 
-def _on_meta(shape: Shape) -> Any:
-    attention = {"attn_implementation": shape.attention} if shape.attention else {}
+def _on_meta(spec: ResolvedModel) -> Any:
+    attention = {"attn_implementation": spec.attention} if spec.attention else {}
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(shape.config, dtype=shape.dtype, **attention)
+            return AutoModelForCausalLM.from_config(spec.config, dtype=spec.dtype, **attention)
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError) as error:
-        raise UserError(f"a {shape.config.model_type} model cannot be built from its config ({error})") from error
+        raise UserError(f"a {spec.config.model_type} model cannot be built from its config ({error})") from error
 
 
 def _layers_of(model: Any) -> list[nn.Module]:
@@ -131,7 +132,7 @@ def _layers_of(model: Any) -> list[nn.Module]:
 
 
 def _with_adapter(model: nn.Module, lora: LoraSpec, in_bfloat16: bool) -> Any:
-    """A PEFT model; the adapter of a quantised base is in bfloat16, as TRL has it."""
+    """The model with its adapter; like TRL's, the adapter of a quantised base is in bfloat16."""
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -142,7 +143,7 @@ def _with_adapter(model: nn.Module, lora: LoraSpec, in_bfloat16: bool) -> Any:
     )
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            # a property of transformers that PEFT still asks for
+            # PEFT reads a property that transformers has deprecated
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
             adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     except ValueError as error:
@@ -155,7 +156,7 @@ def _with_adapter(model: nn.Module, lora: LoraSpec, in_bfloat16: bool) -> Any:
 
 
 def fake_parameters(module: nn.Module) -> list[Tensor]:
-    """Put uninitialised tensors of the CPU in the place of a module's on the meta device; call it in a FakeTensorMode."""
+    """Replace a module's meta tensors by fake tensors of the CPU, and return these; to be called in a FakeTensorMode."""
     made: dict[int, Any] = {}
     for part in module.modules():
         for names in (part._parameters, part._buffers):

@@ -1,4 +1,4 @@
-"""Stand-ins for quantised modules: the memory traffic of bitsandbytes' and daekit's own, without weights or kernels."""
+"""Layers that allocate and keep what bitsandbytes' and daekit's quantised layers do, without weights and kernels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _CODES = (16 + 256) * 4 + 4  # code books and offset of a 4-bit Linear
 _BLOCK_8 = 256  # values of an expert in 8 bits that share a scale
 
 
-def quantise(model: nn.Module, bits: int, dtype: torch.dtype) -> dict[int, int]:
-    """Make stand-ins of all Linear modules but the output head, and of all layers of experts.
+def quantize_layers(model: nn.Module, bits: int, dtype: torch.dtype) -> dict[int, int]:
+    """Quantise all Linear modules of a meta model but its output head, and all its MoE experts.
 
     Args:
-        model: on the meta device.
+        model: A model on the meta device.
         bits: 4 or 8.
-        dtype: of the matrix products.
+        dtype: The dtype of the matrix products.
 
     Returns:
         Bytes of each quantised parameter, by its ``id``.
@@ -56,7 +56,7 @@ def _experts_bytes(values: int, bits: int) -> int:
 
 
 class _FourBit(nn.Linear):
-    """bitsandbytes' Linear4bit: weights dequantised in each pass, inputs kept by none."""
+    """Like bitsandbytes' Linear4bit: each pass dequantises the weights, and no pass keeps its input."""
 
     compute_dtype: torch.dtype
 
@@ -66,14 +66,14 @@ class _FourBit(nn.Linear):
 
 
 class _EightBit(_FourBit):
-    """LLM.int8: inputs are quantised, and kept as they were for the backward pass, also under checkpointing."""
+    """Like LLM.int8: the input is quantised, and kept as it was for the backward pass, also under checkpointing."""
 
     def forward(self, input: Tensor) -> Tensor:
         return _Int8Product.apply(input, self.out_features)
 
 
 class _Experts(nn.Module):
-    """One projection of all experts of a layer; no parameter of the layer itself, so that PEFT finds none there."""
+    """One projection of all MoE experts of a layer, in a module of its own, so that PEFT finds no parameter in the layer."""
 
     def __init__(self, weight_EOI: nn.Parameter) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _Experts(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """``x W^T`` with a W that is made anew in each pass."""
+    """``x W^T`` where each pass allocates W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, outputs: int) -> Tensor:
@@ -111,7 +111,7 @@ class _Int8Product(torch.autograd.Function):
 
 
 def _experts_forward(self: nn.Module, hidden_NH: Tensor, expert_NK: Tensor, weight_NK: Tensor) -> Tensor:
-    """``daekit.models.experts.experts_forward`` with the tokens spread evenly over the experts."""
+    """``daekit.models.experts.experts_forward``, with the tokens spread evenly over the MoE experts."""
     module: Any = self
     tokens, top_k = expert_NK.shape
     order_S = expert_NK.flatten().argsort(stable=True)
@@ -136,7 +136,7 @@ ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_forward)
 
 
 class FusedDropout(nn.Module):
-    """Dropout as a GPU runs it: its mask has one byte per value (on a CPU it has the dtype of the values)."""
+    """Dropout as a GPU runs it: the mask has one byte per value (on a CPU the mask has the dtype of the values)."""
 
     def __init__(self, p: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""From a ModelSpec to its config, without weights and without the network: known shapes, local directories, the hub's cache."""
+"""Finds the config of a recipe's model without weights and without the network: known shapes, directories, the hub's cache."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ from daekit.errors import UserError
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, adapter_stage, read_adapter_config
 from daekit.recipe.schema import ModelSpec, Recipe, StudentSpec
-from daekit.students import Shape as Sizes
-from daekit.students import Window, choose, first_n, space_of
+from daekit.students import Shape, Window, choose, first_n, space_of
 from daekit.students.slicing import student_config
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a model looks like before anything of it is loaded.
+class ResolvedModel:
+    """All that is known of a model before it is loaded.
 
     Attributes:
-        config: of transformers.
-        dtype: of the weights that are not quantised.
+        config: The config of transformers.
+        dtype: The dtype of the weights that are not quantised.
         quantization: None, ``4bit`` or ``8bit``.
-        compute_dtype: of the matrix products with quantised weights.
-        attention: the attention implementation, None: transformers' choice. FlashAttention is planned as SDPA, which needs
-            as much memory where there is no mask.
+        compute_dtype: The dtype of the matrix products with quantised weights.
+        attention: The attention implementation; None for transformers' choice. FlashAttention is planned as SDPA, which
+            needs as much memory where there is no mask.
     """
 
     config: PreTrainedConfig
@@ -45,25 +44,25 @@ class Shape:
     attention: str | None = None
 
 
-class Shapes:
-    """The shapes of the models of one recipe."""
+class ModelResolver:
+    """Resolves the models of one recipe."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
-    def of(self, spec: ModelSpec) -> Shape:
-        """The shape of a model of the recipe.
+    def resolve(self, spec: ModelSpec) -> ResolvedModel:
+        """What is known of a model of the recipe.
 
         Raises:
-            UserError: a hub id that is neither known nor in the cache, a directory without config, a config that is wrong.
+            UserError: A hub id is neither known nor in the cache, a directory holds no config, or a config is wrong.
         """
-        config, own = self._found(spec)
+        config, own = self._config_and_dtype(spec)
         dtype = _DTYPES.get(spec.dtype, own)
         attention = "sdpa" if spec.attn_implementation and "flash" in spec.attn_implementation else spec.attn_implementation
-        return Shape(config, dtype, spec.quantization, _DTYPES.get(spec.dtype, torch.bfloat16), attention)
+        return ResolvedModel(config, dtype, spec.quantization, _DTYPES.get(spec.dtype, torch.bfloat16), attention)
 
-    def _found(self, spec: ModelSpec) -> tuple[PreTrainedConfig, torch.dtype]:
-        """(config, the dtype that ``auto`` means)."""
+    def _config_and_dtype(self, spec: ModelSpec) -> tuple[PreTrainedConfig, torch.dtype]:
+        """(config, the dtype that ``auto`` stands for)."""
         if spec.stage is not None:
             return self._result_of(spec.stage)
         if spec.config is not None:
@@ -74,38 +73,41 @@ class Shapes:
         return _from_path(spec)
 
     def _result_of(self, name: str) -> tuple[PreTrainedConfig, torch.dtype]:
-        """A stage's result has the shape of its student; a LoRA student is merged into its base, which is not quantised."""
+        """A stage's result is like its student; a LoRA adapter is merged into the base, which is not quantised then."""
         stage = self.recipe.stages[name]
         student = stage.student
         assert student is not None, "a resolved recipe names every student"
         origin = adapter_stage(student.adapter)
         if origin is not None:
             return self._result_of(origin)
-        shape = self.of(replace(student, dtype="auto") if stage.lora else student)
-        return shape.config, shape.dtype
+        resolved = self.resolve(replace(student, dtype="auto") if stage.lora else student)
+        return resolved.config, resolved.dtype
 
     def _part_of_teacher(self, spec: StudentSpec) -> tuple[PreTrainedConfig, torch.dtype]:
-        """A student that is cut out of its teacher. Of the shapes that a search may find: the one with most units in all layers
-        together, which needs most for activations; parameters differ little, as the window says."""
+        """A student that is cut out of its teacher.
+
+        Of the shapes that a search may find this takes the one with most channels and neurons in all layers together: it needs
+        most memory for activations. The number of parameters differs little, because the search bounds it.
+        """
         if spec.with_ or spec.dense is not None or spec.keep_experts is not None:
             raise UserError(
                 "a student that is made of experts is not planned. Make it with `daekit init`, and plan with the path that it "
                 "prints in place of `from`"
             )
-        teacher = self.of(spec.from_)
+        teacher = self.resolve(spec.from_)
         config, search = teacher.config, spec.search
         if search is None:
-            sizes = replace(Sizes.of(config), **spec.shape)
+            shape = replace(Shape.of(config), **spec.shape)
         else:
             space = space_of(
                 config,
                 first_n(config),
-                parts=search.parts,
-                smallest=search.smallest,
+                blocks=search.parts,
+                min_ratio=search.smallest,
                 head_dims=search.head_dims or None,
             )
-            sizes = max(space.shapes(Window(*search.parameters)), key=_units)
-        return student_config(config, choose(config, first_n(config), sizes)), teacher.dtype
+            shape = max(space.shapes(Window(*search.parameters)), key=_units)
+        return student_config(config, choose(config, first_n(config), shape)), teacher.dtype
 
     def _with_vocabulary(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         tokenizer = self.recipe.tokenizer
@@ -116,8 +118,8 @@ class Shapes:
         return {"vocab_size": vocabulary_size(load_tokenizer(tokenizer)), **fields}
 
 
-def _units(sizes: Sizes) -> int:
-    return sizes.num_hidden_layers * (sizes.hidden_size + sizes.intermediate_size)
+def _units(shape: Shape) -> int:
+    return shape.num_hidden_layers * (shape.hidden_size + shape.intermediate_size)
 
 
 @cache
@@ -150,7 +152,7 @@ def _from_path(spec: ModelSpec) -> tuple[PreTrainedConfig, torch.dtype]:
 
 
 def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """What a config says of its weights; float32 where it says nothing, as transformers then takes the weights' own."""
+    """The dtype that a config names; float32 where it names none, because transformers then keeps the dtype of the weights."""
     dtype = config.dtype
     if isinstance(dtype, torch.dtype):
         return dtype

@@ -1,4 +1,4 @@
-"""Bytes of tensors that exist only in name: torch's fake tensors, counted as operations make and drop their storages."""
+"""Counts the bytes of fake tensors while operations make and drop their storages."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Live(TorchDispatchMode):
-    """Inside, ``bytes`` is the size of all storages that were made and still live, ``peak`` the most since ``restart``.
+class LiveBytes(TorchDispatchMode):
+    """While active, ``bytes`` is the size of all storages made that still live, and ``peak`` its maximum since ``restart``.
 
-    What a kernel allocates and frees within one operation is not seen.
+    What a kernel allocates and frees within one operation is not counted.
 
     Args:
-        known: tensors that do not count: weights, inputs.
+        known: Tensors that do not count, such as weights and inputs.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -29,7 +29,7 @@ class Live(TorchDispatchMode):
             self._watch(tensor, 0)
 
     def restart(self) -> int:
-        """Begin a new peak at what lives now, which is returned."""
+        """Set the peak to the bytes that live now, and return these."""
         self.peak = self.bytes
         return self.bytes
 
@@ -56,7 +56,7 @@ class Live(TorchDispatchMode):
 
 
 class GroupedProducts(TorchDispatchMode):
-    """Inside, fake tensors know products of experts in all dtypes; torch knows those of a GPU, in bfloat16, only."""
+    """Gives fake tensors the grouped matrix products of MoE experts in all dtypes; torch has only bfloat16 on a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -68,6 +68,6 @@ class GroupedProducts(TorchDispatchMode):
 
 
 def size_of(*tensors: Any) -> int:
-    """Bytes of the storages of tensors, each once; what is no tensor is nothing."""
+    """Bytes of the storages of all tensors in nested containers, each storage once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_leaves(tensors) if isinstance(t, Tensor)}
     return sum(storages.values())

@@ -1,4 +1,4 @@
-"""How the evolutionary search makes a candidate of others: mixing the choices of two, changing one of them."""
+"""Crossover and mutation: how the evolutionary search makes new candidates of old ones."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ _SIZES = ("layers", "hidden", "neurons", "groups", "queries", "head_dims")
 
 
 def crossed(space: Space, one: Candidate, other: Candidate, generator: random.Random) -> Candidate:
-    """Each gene of one of two parents; what a layer of both chose goes with the layers where numbers of layers differ."""
+    """A candidate that takes each choice from one of two parents; choices of a layer follow the layer where depths differ."""
     names = ("layers", "hidden", "neurons", "groups", "queries", "head_dim")
     source = {name: generator.choice((one, other)) for name in names}
     if family_of(space.config).hidden_is_all_heads:  # these depend on each other
         source["hidden"] = source["head_dim"] = source["groups"]
     layers = source["layers"].layers
-    genes: dict[str, Any] = {name: getattr(source[name], name) for name in ("hidden", "queries", "head_dim")}
+    choices: dict[str, Any] = {name: getattr(source[name], name) for name in ("hidden", "queries", "head_dim")}
     for name in ("neurons", "groups"):
-        genes[name] = _by_layer(space, source[name], layers, getattr(source[name], name))
-    return Candidate(layers=layers, **genes)
+        choices[name] = _by_layer(space, source[name], layers, getattr(source[name], name))
+    return Candidate(layers=layers, **choices)
 
 
-def _by_layer(space: Space, parent: Candidate, layers: Blocks, genes: tuple[Blocks, ...]) -> tuple[Blocks, ...]:
-    """A parent's choices for other layers than its own: where it has no such layer, the first blocks."""
+def _by_layer(space: Space, parent: Candidate, layers: Blocks, kept: tuple[Blocks, ...]) -> tuple[Blocks, ...]:
+    """The blocks that a parent keeps of these layers; the first blocks of a layer that the parent does not have."""
     if space.any_units != "own":
-        return genes
-    known = dict(zip(parent.layers, genes, strict=True))
-    first = tuple(range(len(genes[0])))
+        return kept
+    known = dict(zip(parent.layers, kept, strict=True))
+    first = tuple(range(len(kept[0])))
     return tuple(known.get(layer, first) for layer in layers)
 
 
 def mutated(space: Space, candidate: Candidate, generator: random.Random) -> Candidate:
-    """One change: a size a step up or down, one up and another down, or other layers or blocks of the same number."""
+    """A candidate with one change: a size stepped up or down, one size up and another down, another layer, or another block."""
     changes = ["resize", "trade"]
     changes += ["layer"] * space.any_layers + ["block"] * bool(space.any_units)
     change = generator.choice(changes)
@@ -54,7 +54,7 @@ def mutated(space: Space, candidate: Candidate, generator: random.Random) -> Can
 
 
 def _stepped(space: Space, candidate: Candidate, name: str, step: int) -> Candidate:
-    """A size moved by a step along the sizes of the space, as far as there are any."""
+    """A candidate with one size moved to the next size of the space; unchanged where there is none."""
     shape = space.shape(candidate)
     current = {
         "layers": shape.num_hidden_layers,
@@ -77,7 +77,7 @@ def _stepped(space: Space, candidate: Candidate, name: str, step: int) -> Candid
 
 
 def _resized(space: Space, candidate: Candidate, name: str, size: int) -> Candidate:
-    """A candidate with another size: the least important blocks go, the most important missing ones come."""
+    """A candidate with another size: its least important blocks are dropped, or the most important missing ones added."""
     if name == "queries":
         return replace(candidate, queries=size)
     if name == "head_dims":
@@ -113,16 +113,16 @@ def _with_layers(space: Space, candidate: Candidate, layers: Blocks) -> Candidat
 
 
 def _with_other_block(space: Space, candidate: Candidate, generator: random.Random) -> Candidate:
-    """One kept block given for one that is not, of the channels, or of the neurons or heads of one entry."""
+    """A candidate with one kept block exchanged for a missing one: of the channels, or of one entry's neurons or heads."""
     name = generator.choice(("hidden", "neurons", "groups"))
     own = space.own
     if name == "hidden":
         return replace(candidate, hidden=_swapped(candidate.hidden, own.hidden_size // space.hidden_block, generator))
     units = own.intermediate_size // space.neuron_block if name == "neurons" else own.num_key_value_heads
-    genes: list[Blocks] = list(getattr(candidate, name))
-    place = generator.randrange(len(genes))
-    genes[place] = _swapped(genes[place], units, generator)
-    changed: dict[str, Any] = {name: tuple(genes)}
+    entries: list[Blocks] = list(getattr(candidate, name))
+    place = generator.randrange(len(entries))
+    entries[place] = _swapped(entries[place], units, generator)
+    changed: dict[str, Any] = {name: tuple(entries)}
     return replace(candidate, **changed)
 
 
