@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from daekit.data.mixture import Mixture
 from daekit.errors import UserError
 from daekit.evaluation.suites import run_suite
+from daekit.files import write_json, write_whole
 from daekit.models.loading import load_model
 from daekit.models.sharded import shape_of
 from daekit.recipe import sharing_notes, stage_key, student_key, to_yaml
@@ -39,7 +40,7 @@ from daekit.runtime import (
     read_file,
 )
 from daekit.trainers import KDTrainer
-from daekit.trainers.checkpoint import checkpoints, is_committed, write_json
+from daekit.trainers.checkpoint import checkpoints, is_committed
 from daekit.trainers.distributed import refuse_launch
 
 
@@ -146,9 +147,7 @@ def _claim(recipe: Recipe, folder: RunFolder) -> None:
         folder.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output_dir={recipe.output_dir}: cannot be made ({error.strerror}); choose another") from error
-    half = folder.recipe.with_suffix(".half")
-    half.write_text(to_yaml(recipe))
-    half.replace(folder.recipe)
+    write_whole(folder.recipe, to_yaml(recipe))
 
 
 def _run_stage(recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, models: ModelBuilder) -> None:

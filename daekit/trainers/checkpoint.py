@@ -8,31 +8,18 @@ only after the newer one is committed, and a run that is not the same run is ref
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from daekit.errors import UserError
+from daekit.files import file_hash, write_json
 
 MANIFEST = "daekit_checkpoint.json"
 _PARTIAL = MANIFEST + ".tmp"  # lies in a folder from the first moment of a save; its renaming ends the save
 _TRASH = ".removed"
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
-_BLOCK = 1 << 22
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file so that after a crash it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as stream:
-        json.dump(content, stream, indent=1, sort_keys=True)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def begin(folder: Path) -> None:
@@ -196,12 +183,7 @@ def _remove(folder: Path) -> None:
 
 
 def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-        os.fsync(stream.fileno())  # a manifest of what a power cut can still take away would be worth nothing
-    return digest.hexdigest()
+    return file_hash(path, sync=True)  # a manifest of what a power cut can still take away would be worth nothing
 
 
 def _short(value: Any) -> str:

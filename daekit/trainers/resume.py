@@ -18,10 +18,10 @@ from trl import SFTConfig
 
 from daekit.data.fingerprint import fingerprint as data_fingerprint
 from daekit.errors import UserError, says_disk_is_full
+from daekit.files import write_json
 from daekit.models.identity import hash_tensors
 from daekit.models.sharded import shape_of
 from daekit.trainers import checkpoint
-from daekit.trainers.checkpoint import write_json
 from daekit.trainers.distributed import distribution_of
 from daekit.trainers.distributed_state import optimizer_files
 
