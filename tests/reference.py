@@ -69,7 +69,7 @@ def buckets(p: Tensor, ids: Tensor) -> Tensor:
 
 
 def drawn_kl(student: Tensor, drawn: list[list[int]]) -> Tensor:
-    """``[N]`` KL(drawn || student): of each position the tokens that were drawn from its teacher, each worth 1 / their number."""
+    """``[N]`` KL(drawn || student): of each position the tokens drawn from its teacher, each worth 1 / their number."""
     values = []
     for p, tokens in zip(student, drawn, strict=True):
         shares = {token: tokens.count(token) / len(tokens) for token in tokens}

@@ -111,7 +111,7 @@ def test_routed_caches_serve_a_mixed_batch(tmp_path: Path) -> None:
         {
             int(p): member
             for output in routed.outputs(batch)
-            for p, member in zip(output.positions_M, output.members[0].hidden_MH)
+            for p, member in zip(output.positions_M, output.members[0].hidden_MH, strict=True)
         }
         for routed in (RoutedTeacher(teachers), cached)
     ]
@@ -172,7 +172,7 @@ def test_sampled_equals_its_twin_in_value_and_gradient(tmp_path: Path) -> None:
     assert top_k is not None and top_k.tail_log_mass_M.isneginf().all()  # type: ignore[union-attr]
     counts = (9 * top_k.log_probs_MK.double().exp()).round().long()
     assert (counts.sum(-1) == 9).all() and (counts == 0).any()
-    drawn = [[int(t) for t, n in zip(ids, ns) for _ in range(n)] for ids, ns in zip(top_k.ids_MK, counts)]
+    drawn = [ids.repeat_interleave(times).tolist() for ids, times in zip(top_k.ids_MK, counts, strict=True)]
     logits = torch.randn(len(drawn), V, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
     mine, twin = (logits.clone().requires_grad_(True) for _ in range(2))
     sums = prediction_loss(mine, OutputHead(torch.eye(V).double(), None, V), batch.labels_N, [kept], Objective())
@@ -267,7 +267,7 @@ def test_a_stopped_writing_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, mo
     with pytest.raises(UserError, match="not complete"):
         CachedTeacher(tmp_path / "stopped")
     (tmp_path / "stopped" / "shard-00003.safetensors").write_bytes(b"half")  # renamed, but not committed
-    (tmp_path / "stopped" / "shard-00003.safetensors.partial-1").write_bytes(b"half")
+    (tmp_path / "stopped" / "shard-00004.safetensors.tmp").write_bytes(b"half")
     monkeypatch.setattr(writing, "write_shard", lambda *given: (written.append(given[1]), real(*given))[1])
     write_cache(teacher, rows, tmp_path / "stopped", shard_bytes=10_000)
     assert sorted(written) == list(range(shards))  # each once

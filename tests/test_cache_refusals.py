@@ -1,9 +1,10 @@
-"""What a cache refuses: another teacher, tokenizer, temperature or dtype, files that changed, missing rows, losses it cannot serve."""
+"""What a cache refuses: other teachers and settings, files that changed, missing rows, losses that it cannot serve."""
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from daekit.errors import UserError
 from daekit.losses import Objective
 from daekit.protocol import FeatureSpec
 from daekit.teachers import BASE, CachedTeacher, EnsembleTeacher, LabelTeacher, RoutedTeacher, write_cache
-from daekit.teachers.cache import store as files
 from daekit.teachers.requirements import require_served
 from tests.helpers import tiny
 from tests.helpers.cache_cases import batch_to, long_rows, model_teacher
@@ -92,8 +92,14 @@ def test_settings_out_of_bounds(key: str, settings: dict[str, Any], tmp_path: Pa
 
 def test_teachers_that_cannot_be_kept(tmp_path: Path) -> None:
     routed = RoutedTeacher({"shop": model_teacher()})
-    for teacher, words in ((routed, "each of its teachers"), (EnsembleTeacher([routed]), "each of its teachers"),
-                           (LabelTeacher(), "sparse"), (BASE, "not a loaded teacher"), (EnsembleTeacher([BASE]), "not a loaded")):  # fmt: skip
+    cases = [
+        (routed, "each of its teachers"),
+        (EnsembleTeacher([routed]), "each of its teachers"),
+        (LabelTeacher(), "sparse"),
+        (BASE, "not a loaded teacher"),
+        (EnsembleTeacher([BASE]), "not a loaded teacher"),
+    ]
+    for teacher, words in cases:
         with pytest.raises(UserError, match=words):
             write_cache(teacher, ROWS, tmp_path / "new")  # type: ignore[arg-type]
 
@@ -137,7 +143,7 @@ def test_a_cut_and_a_missing_shard_are_named_when_the_cache_is_opened(cache: Pat
     with pytest.raises(UserError, match=rf"shard-00001.safetensors: has {len(whole) - 5:,} of {len(whole):,} bytes"):
         CachedTeacher(cache)
     shard.unlink()
-    with pytest.raises(UserError, match="shard-00001.safetensors: is missing"):
+    with pytest.raises(UserError, match=r"shard-00001.safetensors: is missing"):
         CachedTeacher(cache)
 
 
@@ -163,7 +169,7 @@ def test_a_flipped_byte_in_the_heads(cache: Path) -> None:
 
 
 def test_a_full_disk_names_the_file_and_leaves_what_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real: Callable[..., Any] = files.os.fsync
+    real: Callable[..., Any] = os.fsync
     calls: list[int] = []
 
     def full(descriptor: int) -> None:
@@ -172,10 +178,10 @@ def test_a_full_disk_names_the_file_and_leaves_what_is_complete(tmp_path: Path, 
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"the disk is full \([\d,]+ bytes wanted\)"):
         write_cache(model_teacher(), ROWS, tmp_path, shard_bytes=10_000)
-    assert not list(tmp_path.glob("*.partial-*"))
+    assert not list(tmp_path.glob("*.tmp"))
     assert (tmp_path / "shard-00000.json").exists() and not (tmp_path / "manifest.json").exists()
     write_cache(model_teacher(), ROWS, tmp_path, shard_bytes=10_000)
     CachedTeacher(tmp_path).outputs(batch_to(ROWS))
@@ -255,5 +261,5 @@ def test_trainers_look_at_caches_before_the_first_step(tmp_path: Path) -> None:
     dae(tmp_path / "run", data, teachers={"shop": cached})
     with pytest.raises(UserError, match=f"{12 - len(shop)} of 12 rows"):
         kd(tmp_path / "run", data, teacher=cached)
-    with pytest.raises(UserError, match="^attention_weight"):
+    with pytest.raises(UserError, match=r"^attention_weight"):
         kd(tmp_path / "run", data, teacher=cached, attention_weight=1.0)

@@ -84,7 +84,7 @@ def bucket_log_probs(output: TeacherOutput, vocab_size: int, objective: Objectiv
             "they give forward_kl only. Use it, or the teacher's most likely tokens"
         )
     if whole:
-        return log_probs_MK.clamp(min=math.log(torch.finfo(dtype).tiny))
+        return log_probs_MK.masked_fill(zero_MK, math.log(torch.finfo(dtype).tiny))
     if tail_M is not None:  # the named probabilities are rounded: together with the tail they become a distribution again
         buckets_MB = buckets_MB.clamp(min=math.log(torch.finfo(dtype).tiny))
         return buckets_MB - buckets_MB.logsumexp(-1, keepdim=True)

@@ -154,9 +154,7 @@ class _Maker:
             space,
             _strategy(search, space, self.seed),
             scorer,
-            rounds[-1:]
-            if search.strategy == "grid"
-            else rounds,  # a grid scores all on the whole text
+            rounds[-1:] if search.strategy == "grid" else rounds,  # a grid scores all on the whole text
             candidates=10**9 if search.strategy == "grid" else search.candidates,
             log=self.home.log,
             identity={"teacher": weights, "seed": self.seed, **_plain(asdict(search))},

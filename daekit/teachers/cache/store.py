@@ -8,16 +8,15 @@
       shard-00000.safetensors  keys, bounds and values of some rows
       shard-00000.json         its hash; the shard is committed when this exists
       manifest.json            the facts again, and all shards with their hashes; the cache is whole when this exists
-      writer-0.lock            held by the writing process of each rank
+      writer-0.lock            held by the writing process of each rank; shared.lock while it writes one of the other files
 
-Every file is written beside its place and renamed, so that a name stands for whole content at any moment.
+Every file is written beside its place and renamed (``daekit.files``): a name stands for whole content at any moment.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -28,10 +27,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from daekit.errors import UserError
+from daekit.files import file_hash, write_whole
 from daekit.teachers.cache.rows import KEY_BYTES
 
 Keep = Literal["hidden", "top_k", "sampled"]
@@ -42,10 +42,10 @@ MANIFEST, FACTS, HEADS = "manifest.json", "facts.json", "heads.safetensors"
 
 @dataclass(frozen=True)
 class Shard:
-    """A committed shard: ``tokens`` loss positions of ``rows`` rows; ``plan`` is the hash of the keys it should hold."""
+    """A committed shard: ``tokens`` loss positions of ``rows`` rows; ``plan`` is a hash of the keys it should hold."""
 
     file: str
-    sha256: str
+    hash: str
     bytes: int
     rows: int
     tokens: int
@@ -57,21 +57,16 @@ def shard_file(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that its name stands for nothing or for all of ``content``, also after a crash.
+def write_file(path: Path, content: bytes) -> None:
+    """See ``daekit.files.write_whole``.
 
     Raises:
         UserError: the disk is full, or the directory cannot be written.
     """
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         reason = f"the disk is full ({len(content):,} bytes wanted)" if full else str(error.strerror)
         raise UserError(
@@ -80,9 +75,9 @@ def write_whole(path: Path, content: bytes) -> None:
         ) from error
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """See ``write_whole``."""
-    write_whole(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+def write_facts(path: Path, content: Mapping[str, Any]) -> None:
+    """Write one of the JSON files; see ``write_file``."""
+    write_file(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -100,10 +95,10 @@ def write_shard(directory: Path, number: int, tensors: dict[str, Tensor], plan: 
     """Write and commit a shard; ``tensors`` hold ``keys [R, 16]`` and ``bounds [R + 1]`` beside the values."""
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     path = directory / shard_file(number)
-    write_whole(path, content)
+    write_file(path, content)
     rows, tokens = len(tensors["keys"]), int(tensors["bounds"][-1])
-    shard = Shard(path.name, hashlib.sha256(content).hexdigest(), len(content), rows, tokens, plan)
-    write_json(path.with_suffix(".json"), asdict(shard))
+    shard = Shard(path.name, file_hash(path), len(content), rows, tokens, plan)
+    write_facts(path.with_suffix(".json"), asdict(shard))
     return shard
 
 
@@ -114,6 +109,14 @@ def committed_shard(directory: Path, number: int, plan: str) -> Shard | None:
         return None
     shard = Shard(**read_json(path.with_suffix(".json")))
     return shard if shard.plan == plan and path.stat().st_size == shard.bytes else None
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Wait until no other rank is in here: for the files that belong to no rank."""
+    with (directory / "shared.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
@@ -199,10 +202,9 @@ class CacheStore:
     def heads(self) -> dict[str, Tensor]:
         """The tensors of the output heads."""
         path = self.directory / HEADS
-        content = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(content).hexdigest() != self._heads_hash:
+        if not path.is_file() or file_hash(path) != self._heads_hash:
             raise _corrupt(path)
-        return load(content)
+        return load_file(path)
 
     def row(self, key: bytes) -> RowValues:
         """The values of a row that is there. Its shard's hash is checked when its first row is read."""
@@ -219,11 +221,8 @@ class CacheStore:
         """
         if number in self._checked:
             return
-        path, digest = self.directory / self.shards[number].file, hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-        if digest.hexdigest() != self.shards[number].sha256:
+        path = self.directory / self.shards[number].file
+        if file_hash(path) != self.shards[number].hash:
             raise _corrupt(path)
         self._checked.add(number)
 

@@ -6,7 +6,6 @@ import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from daekit.errors import UserError
+from daekit.files import file_hash
 from daekit.models.backbone import base_of
 from daekit.models.vocabulary import tokenizer_facts
 from daekit.protocol import IGNORE_INDEX, Batch, Teacher, TeacherOutput
@@ -30,11 +30,12 @@ from daekit.teachers.cache.store import (
     MANIFEST,
     CacheStore,
     Shard,
+    alone,
     committed_shard,
     read_json,
-    write_json,
+    write_facts,
+    write_file,
     write_shard,
-    write_whole,
     writer_lock,
 )
 from daekit.teachers.cache.values import CacheFormat, stacked, values_of
@@ -158,13 +159,14 @@ class _Writer:
                 for m in members
             ]
             heads = save(_head_tensors(output))
-        self.heads_hash = hashlib.sha256(heads).hexdigest() if heads else None
-        if (self.directory / FACTS).is_file():
-            require_facts(self.directory, read_json(self.directory / FACTS), facts)
-        else:
-            write_json(self.directory / FACTS, facts)
-        if heads and not _holds(self.directory / HEADS, self.heads_hash):
-            write_whole(self.directory / HEADS, heads)
+        with alone(self.directory):
+            if (self.directory / FACTS).is_file():
+                require_facts(self.directory, read_json(self.directory / FACTS), facts)
+            else:
+                write_facts(self.directory / FACTS, facts)
+            if heads and not ((self.directory / HEADS).is_file() and (self.directory / HEADS).read_bytes() == heads):
+                write_file(self.directory / HEADS, heads)
+            self.heads_hash = file_hash(self.directory / HEADS) if heads else None
         return read_json(self.directory / FACTS)
 
     def write(
@@ -188,7 +190,8 @@ class _Writer:
                 progress(written, total)
         made = {number: committed_shard(self.directory, number, keys) for number, _, keys in plan}
         if all(made.values()):
-            self._finish(facts, kept | made)  # type: ignore[arg-type]
+            with alone(self.directory):
+                self._finish(facts, kept | made)  # type: ignore[arg-type]
 
     def _values(self, rows: list[CacheRow]) -> dict[str, Tensor]:
         """The tensors of a shard; rows of about the same length run together."""
@@ -233,12 +236,11 @@ class _Writer:
         named = [shards[number] for number in sorted(shards)]
         made_by = {name: version(name) for name in ("daekit", "torch", "transformers")}
         content = {"facts": facts, "heads": self.heads_hash, "shards": [vars(shard) for shard in named], "versions": made_by}
-        write_json(self.directory / MANIFEST, content)
+        write_facts(self.directory / MANIFEST, content)
         known = {name for shard in named for name in (shard.file, shard.file.replace(".safetensors", ".json"))}
         for path in self.directory.iterdir():
-            if (path.name.startswith("shard-") and path.name not in known) or ".partial-" in path.name:
-                with suppress(FileNotFoundError):  # another rank that is ready, too, was faster
-                    path.unlink()
+            if path.name.startswith("shard-") and path.name not in known:
+                path.unlink()
 
 
 def padded_batch(rows: Sequence[CacheRow], length: int, device: torch.device) -> Batch:
@@ -319,7 +321,3 @@ def _shards_of(rows: list[CacheRow], token_bytes: int, shard_bytes: int) -> list
 
 def _plan_hash(rows: Iterable[CacheRow]) -> str:
     return hashlib.sha256(b"".join(row.key for row in rows)).hexdigest()[:32]
-
-
-def _holds(path: Path, digest: str | None) -> bool:
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
