@@ -13,6 +13,7 @@ from torch import Tensor
 
 from daekit.errors import UserError
 from daekit.losses import Objective, prediction_loss
+from daekit.losses.top_k import bucket_log_probs
 from daekit.models.scoring import score_rows
 from daekit.protocol import Member, OutputHead, TeacherOutput, TopK
 from daekit.teachers import EnsembleTeacher, RoutedTeacher
@@ -182,6 +183,14 @@ def test_a_stored_tail_changes_nothing_where_there_is_no_rounding() -> None:
     torch.testing.assert_close(stored.divergence_N, without.divergence_N, rtol=1e-6, atol=1e-8)  # the tail is float32
 
 
+def test_rounded_probabilities_and_their_tail_are_a_distribution_again() -> None:
+    p = (6 * torch.randn(20, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).softmax(1)
+    buckets = bucket_log_probs(
+        TeacherOutput(torch.arange(20), (), top_k=rounded_top_k(p, 4, torch.float16)), V, 1.0, torch.float32
+    )
+    torch.testing.assert_close(buckets.exp().sum(1), torch.ones(20), rtol=0, atol=1e-6)
+
+
 HALF = torch.full((2, 2), 0.25).log()
 
 
@@ -200,7 +209,7 @@ HALF = torch.full((2, 2), 0.25).log()
         (TopK(torch.tensor([[0, 1], [2, 3]]), HALF.bfloat16(), 1.0, HALF[:, 0]), "bfloat16 steps"),
         (TopK(torch.tensor([[0, 1], [2, 3]]), HALF.half(), 1.0, HALF[:, 0].half()), "tail_log_mass_M: torch.float16"),
         (TopK(torch.tensor([[0, 1], [2, 3]]), HALF.half(), 1.0, HALF), "tail_log_mass_M: .* one float32 logarithm for each"),
-        (TopK(torch.tensor([[0, 1], [2, 3]]), HALF.half(), 1.0, HALF[:, 0]), "row 0 sum to 0.75.*with that of the tail"),
+        (TopK(torch.tensor([[0, 1], [2, 3]]), HALF.half(), 1.0, HALF[:, 0]), "row 0 sum to 0.7.*with that of the tail"),
         (TopK(torch.tensor([[0, 1]]), HALF[:1]), "for 2 positions"),
         (TopK(torch.tensor([[0], [2]]), HALF), "ids of shape"),
         (TopK(torch.empty(2, 0, dtype=torch.long), torch.empty(2, 0)), "1 <= K"),

@@ -45,7 +45,7 @@ def bucket_log_probs(output: TeacherOutput, vocab_size: int, objective: Objectiv
     below the rounding of any other.
 
     Raises:
-        UserError: a sparse distribution that is none over this vocabulary, has another temperature than the loss, is kept in
+        UserError: a sparse distribution that is none over this vocabulary, has another temperature than the loss, is stored in
             so few bits that its tail is not known, or gives a named token the probability 0 where that is infinitely far away.
     """
     top_k = output.top_k
@@ -94,22 +94,22 @@ def bucket_log_probs(output: TeacherOutput, vocab_size: int, objective: Objectiv
 
 def _check_precision(top_k: TopK, whole: bool) -> None:
     """A tail by subtraction is only rounding where K tokens hold nearly all mass (16 bits: errors of reverse KL up to 200%)."""
-    kept, tail_M = top_k.log_probs_MK, top_k.tail_log_mass_M
-    if kept.dtype == torch.bfloat16:
+    stored, tail_M = top_k.log_probs_MK, top_k.tail_log_mass_M
+    if stored.dtype == torch.bfloat16:
         raise UserError(
             "top_k.log_probs_MK: bfloat16 steps by 6% of a small probability; keep the log-probabilities in float16 with "
             "tail_log_mass_M, or in float32"
         )
-    if kept.dtype == torch.float16 and tail_M is None and not whole:
+    if stored.dtype == torch.float16 and tail_M is None and not whole:
         raise UserError(
             "top_k.log_probs_MK: with 16-bit log-probabilities the tail's mass cannot be had by subtraction; give its "
             "logarithm, taken before rounding, as tail_log_mass_M in float32"
         )
     if tail_M is None:
         return
-    if whole or tail_M.dtype not in (torch.float32, torch.float64) or tail_M.shape != kept.shape[:1] or tail_M.isnan().any():
+    if whole or tail_M.dtype not in (torch.float32, torch.float64) or tail_M.shape != stored.shape[:1] or tail_M.isnan().any():
         raise UserError(
-            f"top_k.tail_log_mass_M: {tail_M.dtype} of shape {tuple(tail_M.shape)} for {len(kept)} positions; it must be one "
+            f"top_k.tail_log_mass_M: {tail_M.dtype} of shape {tuple(tail_M.shape)} for {len(stored)} positions; it must be one "
             "float32 logarithm for each, and None where K names all tokens"
         )
 

@@ -82,17 +82,17 @@ def capture_attention(model: nn.Module, observer: AttentionObserver) -> Iterator
 def require_row_mask(call: AttentionCall, batch: Batch) -> None:
     """Compare the mask that SDPA was given with the one that the loss assumes: causal, within the row, within the window.
 
-    Some of the kept queries are looked at, the first and the last among them. Under FlashAttention there is nothing to look
-    at: its boundaries of rows are those that the collator wrote down.
+    Some of the queries at loss positions are compared, the first and the last among them. FlashAttention has no mask: its
+    boundaries of rows are those that the collator wrote down.
 
     Raises:
         UserError: they differ.
     """
-    kept = batch.loss_mask_BT.nonzero()
-    if call.flash or not len(kept):
+    places = batch.loss_mask_BT.nonzero()
+    if call.flash or not len(places):
         return
-    index = torch.linspace(0, len(kept) - 1, min(len(kept), _CHECKED_QUERIES), device=kept.device).long()
-    sequence_Q, position_Q = kept[index].T
+    index = torch.linspace(0, len(places) - 1, min(len(places), _CHECKED_QUERIES), device=places.device).long()
+    sequence_Q, position_Q = places[index].T
     row_BT = batch.row_BT
     key_T = torch.arange(row_BT.shape[1], device=row_BT.device)
     expected_QT = (row_BT[sequence_Q] == row_BT[sequence_Q, position_Q][:, None]) & (key_T <= position_Q[:, None])

@@ -89,7 +89,7 @@ def newest(output_dir: Path) -> Path | None:
     problem = corruption(committed[-1])
     if problem:
         raise UserError(
-            f"{committed[-1]}: the checkpoint is damaged: {problem}. Delete this folder to go on from the checkpoint before it."
+            f"{committed[-1]}: the checkpoint is corrupt: {problem}. Delete this folder to go on from the checkpoint before it."
         )
     return committed[-1]
 

@@ -1,4 +1,4 @@
-"""Which engine holds the ranks of a run together, and whether it is the one that the launch asked for.
+"""How the ranks of a run share the work (DDP, FSDP2, ZeRO), and whether it is what the launch asked for.
 
 accelerate goes on with less than it was told, without a word: one process instead of several, DDP instead of FSDP. A student
 that was to be split over eight GPUs would then not fit, or eight students would be trained apart.
@@ -56,7 +56,7 @@ def refuse_launch(deepspeed: bool = False) -> None:
 
 
 def connect(args: TrainingArguments) -> None:
-    """Make what accelerate knows of the processes true where there is no GPU; refuse what cannot work before models are loaded.
+    """Tell accelerate the truth about the processes where there is no GPU; refuse what cannot work before models are loaded.
 
     On a CPU accelerate would drop FSDP in silence, as it does for every distributed type but that of a GPU; and DeepSpeed has
     to be told of the process group, which on a GPU it has made itself.
@@ -143,13 +143,13 @@ def shards_parameters(trainer: SFTTrainer) -> bool:
 
 
 def distribution_of(trainer: SFTTrainer) -> str:
-    """The name of the engine: checkpoints of one cannot be resumed under another."""
+    """How the run is distributed, in one word: a checkpoint of one way cannot be resumed under another."""
     kind: str = trainer.accelerator.distributed_type.value
     return f"{kind} ZeRO-{trainer.accelerator.state.deepspeed_plugin.zero_stage}" if trainer.is_deepspeed_enabled else kind
 
 
 def rounding(accelerator: Accelerator) -> AbstractContextManager[Any]:
-    """What the student's forward runs in: autocast, or nothing where the engine rounds the weights themselves."""
+    """What the student's forward runs in: autocast, or nothing where FSDP2 or DeepSpeed rounds the weights themselves."""
     by_weights = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     return nullcontext() if by_weights else accelerator.autocast()
 

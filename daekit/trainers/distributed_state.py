@@ -1,4 +1,4 @@
-"""What an engine adds to a checkpoint beside the student's weights, which are safetensors under every engine.
+"""What FSDP2 and DeepSpeed add to a checkpoint beside the student's weights, which are always safetensors.
 
 FSDP2: ``optimizer.bin``, the optimizer's state gathered on the first rank (``optimizer.pt`` where it has none). DeepSpeed: a
 folder ``global_step*`` of its own files, one or two per rank. All are written by ``torch.save``, and read with

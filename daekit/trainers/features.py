@@ -55,7 +55,7 @@ class FeatureLosses:
         )
         layers = require_features(teacher).feature_layers(self.spec)
         if objective.hidden_weight:
-            decoder_layers(model)  # says what is wrong now and not in the first step
+            decoder_layers(model)  # raises now and not in the first step
         self.attention_layers = {layer for each in layers for layer in each.attention}
         self.hidden_layers = {layer for each in layers for layer in each.hidden}
         unequal = {(each.width, layer) for each in layers for layer in each.hidden if each.width != config.hidden_size}

@@ -70,13 +70,13 @@ class Projections(nn.Module):
 
 
 def forget_projections(student: object) -> None:
-    """Take out what an earlier trainer left in a student: nobody's now, and part of any copy."""
+    """Remove the projections that an earlier trainer left in a student: nothing trains them, and a copy would hold them."""
     if isinstance(student, nn.Module) and hasattr(student, _NAME):
         delattr(student, _NAME)
 
 
 def without_projections(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict as an engine gathers it, parameter by parameter, without what is no part of the student."""
+    """A state dict that FSDP2 or DeepSpeed has gathered parameter by parameter, without the projections."""
     return {name: tensor for name, tensor in state.items() if f"{_NAME}." not in name}
 
 

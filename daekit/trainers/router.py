@@ -35,7 +35,7 @@ class RouterSettings:
 
 
 def router_inputs(trainer: Any) -> dict[str, bool]:
-    """What the student's forward is told beside the batch, whatever its config says."""
+    """Whether the student's forward returns its router's logits, as an argument: its config has settings of its own."""
     known = hasattr(trainer.model.config.get_text_config(), "output_router_logits")
     return {"output_router_logits": trainer.aux_loss_enabled} if known else {}
 

@@ -1,4 +1,4 @@
-"""What the trainers refuse before any work is done: what would change the objective, or fail later, without a word."""
+"""Validation of a trainer's arguments before any work is done: what would change the objective, or fail later, in silence."""
 
 from __future__ import annotations
 
