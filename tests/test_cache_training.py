@@ -22,11 +22,14 @@ from daekit.teachers import (
     ModelTeacher,
     write_cache,
 )
+from daekit.teachers.cache import rows_of_examples
 from daekit.teachers.requirements import require_served
+from daekit.trainers import DomainSFTConfig
+from daekit.trainers.prepared import prepared_rows
 from tests.helpers import tiny
 from tests.helpers.adapter_world import load, save_adapter, save_base
 from tests.helpers.cache_cases import V, batch_to, long_rows, model_teacher
-from tests.helpers.trainer_world import dae, kd, logged, lora, relative, sft, weights
+from tests.helpers.trainer_world import dae, kd, logged, lora, options, relative, sft, weights
 
 EXACT = dict(pad_to_multiple_of=64, num_train_epochs=2)  # padded alike, a row is the same to the bit beside any others
 
@@ -161,6 +164,16 @@ def test_sparse_caches_train(how: dict[str, Any], tmp_path: Path) -> None:
     other.train()
     a, b = logged(straight, "loss"), logged(other, "loss")
     assert b[-1] < b[0] and a[-1] < a[0]
+
+
+def test_prepared_rows_are_those_of_the_real_trainer(tmp_path: Path) -> None:
+    data = tiny.rows(9)
+    for changes in (dict(), dict(packing=True, max_length=40)):
+        real = kd(tmp_path / "run", data, eval_dataset=tiny.rows(4, seed=3), **changes)
+        args = DomainSFTConfig(**options(tmp_path / "run", **changes))
+        made = prepared_rows(tiny.tokenizer(), args, data, tiny.rows(4, seed=3))
+        wanted = rows_of_examples([*real.train_dataset, *real.eval_dataset])
+        assert [row.key for row in rows_of_examples(made)] == [row.key for row in wanted]
 
 
 # ---- labels ------------------------------------------------------------------------------------------------------------

@@ -58,14 +58,16 @@ def rows_of_examples(examples: Iterable[Any]) -> Iterator[CacheRow]:
     """The rows of a tokenised data set, as a trainer prepares it, or of Batches.
 
     Args:
-        examples: Batches, or mappings with ``input_ids``, optional ``labels`` (-100: no loss; default: the ids) and, where
-            rows are packed, ``seq_lengths``.
+        examples: CacheRows, Batches, or mappings with ``input_ids``, optional ``labels`` (-100: no loss; default: the ids)
+            and, where rows are packed, ``seq_lengths``.
 
     Raises:
         UserError: something else, such as rows that are not tokenised yet.
     """
     for number, example in enumerate(examples):
-        if isinstance(example, Batch):
+        if isinstance(example, CacheRow):
+            yield example
+        elif isinstance(example, Batch):
             yield from rows_of_batch(example)
         elif isinstance(example, Mapping) and "input_ids" in example:
             yield from _rows_of_example(example)
