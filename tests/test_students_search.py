@@ -308,7 +308,7 @@ def test_logs_of_other_searches_and_damaged_ones_are_refused(tmp_path):
         run(log, rounds=(Round(10),))
     lines = log.read_text().splitlines()
     log.write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:]]) + "\n")
-    with pytest.raises(UserError, match="not the log of a search"):
+    with pytest.raises(UserError, match="line 4 is damaged"):
         run(log)
     with pytest.raises(UserError, match=r"tokens=\[10, 10\]"):
         run(rounds=(Round(10), Round(10)))

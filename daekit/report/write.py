@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from daekit.files import write_whole
 from daekit.report.gain_forgetting import save_gain_forgetting_png
 from daekit.report.html import render_html
 from daekit.report.markdown import render_markdown
@@ -26,4 +27,4 @@ def write_report(directory: Path, report: Report) -> None:
     markdown = render_markdown(report, PLOT if drawn else None)
     for name, text in (("report.json", rows), ("samples.jsonl", samples), ("report.md", markdown), ("report.html", html)):
         # half a surrogate pair, which a model may write, has no UTF-8: it is written as its escape, in JSON the right one
-        (directory / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_whole(directory / name, text.encode(errors="backslashreplace"))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from daekit.errors import UserError
+from daekit.files import append_json_lines, read_json_lines
 from daekit.students.selection import Selection
 from daekit.students.space import Candidate, Space
 from daekit.students.strategies import Strategy
@@ -132,14 +133,22 @@ class _Log:
         self.path = path
         self.known: dict[tuple[int, str], float] = {}
         self.fresh = 0
-        header = json.loads(json.dumps({"search": header}))
         if path is None:
             return
-        if path.is_file() and path.stat().st_size:
-            self._read(path, header)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._write(header)
+        header = json.loads(json.dumps({"search": header}))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines, _ = read_json_lines(path, repair=True)
+        if not lines:
+            append_json_lines(path, [header])
+        elif lines[0] != header:
+            raise UserError(
+                f"{path}: is the log of another search ({_difference(lines[0], header)}); give this one a log of its own, or "
+                "move that one away"
+            )
+        try:
+            self.known = {(line["round"], json.dumps(line["candidate"])): line["score"] for line in lines[1:]}
+        except KeyError as error:
+            raise UserError(f"{path}: not the log of a search ({error} is missing); move it away to start anew") from error
 
     def score(self, number: int, tokens: int, candidate: Candidate, space: Space, score: Score) -> float:
         """The score of a candidate on this many tokens, read from the log or computed now."""
@@ -147,44 +156,19 @@ class _Log:
         key = (number, json.dumps(choices))
         if key not in self.known:
             start = time.perf_counter()
-            value = score(space.selection(candidate), tokens)
+            self.known[key] = score(space.selection(candidate), tokens)
             self.fresh += 1
-            self.known[key] = value
-            self._write(
-                {
-                    "round": number,
-                    "tokens": tokens,
-                    "score": value,
-                    "parameters": space.parameters(candidate),
-                    "seconds": round(time.perf_counter() - start, 4),
-                    "candidate": choices,
-                }
-            )
+            line = {
+                "round": number,
+                "tokens": tokens,
+                "score": self.known[key],
+                "parameters": space.parameters(candidate),
+                "seconds": round(time.perf_counter() - start, 4),
+                "candidate": choices,
+            }
+            if self.path is not None:
+                append_json_lines(self.path, [line])
         return self.known[key]
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        if self.path is not None:
-            with self.path.open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
-
-    def _read(self, path: Path, header: Mapping[str, Any]) -> None:
-        whole, _, cut_off = path.read_text().rpartition("\n")
-        if cut_off:  # the process was killed while it wrote a line; that candidate is scored again
-            path.write_text(whole + "\n" if whole else "")
-        lines = whole.splitlines()
-        if not lines:
-            self._write(header)
-            return
-        try:
-            first, *scores = [json.loads(line) for line in lines]
-            self.known = {(line["round"], json.dumps(line["candidate"])): line["score"] for line in scores}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not the log of a search ({error}); move it away to start anew") from error
-        if first != header:
-            raise UserError(
-                f"{path}: is the log of another search ({_difference(first, header)}); give this one a log of its own, or "
-                "move that one away"
-            )
 
 
 def _difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
@@ -217,8 +201,5 @@ class _Clock:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log, for every candidate the one of its last round."""
-    last: dict[str, dict[str, Any]] = {}
-    for line in path.read_text().splitlines()[1:]:
-        entry = json.loads(line)
-        last[json.dumps(entry["candidate"])] = entry
+    last = {json.dumps(line["candidate"]): line for line in read_json_lines(path)[0][1:]}
     return list(last.values())
