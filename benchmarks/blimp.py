@@ -127,7 +127,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(options.model), AutoTokenizer.from_pretrained(options.model)
 
     def work() -> Any:
-        benchmark = likelihood_benchmark("blimp", MinimalPairsSpec(str(options.data), limit=options.limit))
+        benchmark = likelihood_benchmark("blimp", MinimalPairsSpec(path=str(options.data), limit=options.limit))
         return benchmark.measure(model, tokenizer, options.batch_size)
 
     measured, times = timed(work)

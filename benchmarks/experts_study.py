@@ -139,7 +139,7 @@ def measure(folder: Path, paths: dict[str, Path], limit: int) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(paths["student"])
     sets = {}
     for family in FAMILIES:
-        spec = SourceSpec(family, str(folder / "data" / f"{family}-validation.jsonl"), chat=True)
+        spec = SourceSpec(domain=family, path=str(folder / "data" / f"{family}-validation.jsonl"), chat=True)
         rows = load_source(family, spec, 0)[0].shuffle(seed=0)
         kept = dict(source=family, domain=family, max_length=128, overlong="drop")
         sets[family] = tokenize_rows(rows.select(range(min(limit, len(rows)))), tokenizer, **kept)

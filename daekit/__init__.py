@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from daekit.evaluation.callback import EvaluationCallback
     from daekit.protocol import Batch, Member, Teacher, TeacherOutput
     from daekit.recipe import load_recipe
-    from daekit.recipe.load_suite import load_suite
+    from daekit.recipe.load import load_suite
     from daekit.runtime.run import run_recipe
     from daekit.teachers import (
         BASE,
@@ -51,7 +51,7 @@ _ROOM_OF = {
     "Member": "daekit.protocol",
     "EvaluationCallback": "daekit.evaluation.callback",
     "load_recipe": "daekit.recipe",
-    "load_suite": "daekit.recipe.load_suite",
+    "load_suite": "daekit.recipe.load",
     "run_recipe": "daekit.runtime.run",
 }
 

@@ -15,7 +15,7 @@ from typing import get_args
 from daekit import __version__
 from daekit.errors import UserError, says_disk_is_full
 from daekit.recipe import load_recipe, load_recipe_text, sharing_notes, to_yaml
-from daekit.recipe.load_suite import load_suite, parse_models
+from daekit.recipe.load import load_suite, parse_models
 from daekit.recipe.schema import Dtype
 
 _OVERRIDES_HELP = "settings laid over the recipe: key.sub=value, the value as YAML (stages.kd.trainer.max_steps=10)"

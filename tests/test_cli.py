@@ -15,7 +15,7 @@ import daekit
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.recipe import Recipe, load_recipe, load_recipe_text
-from tests.test_recipe import BASE, RECIPES
+from tests.helpers.recipes import BASE, RECIPES
 
 DISK_FULL = "daekit: error: the disk is full ({}). Free some space; the same command goes on.\n"
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "numpy", "matplotlib")

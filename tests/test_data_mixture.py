@@ -29,7 +29,7 @@ sizes_and_weights = st.lists(
 def test_counts_of_a_weighted_mixture(parts: list[tuple[int, float]], rows: int | None, seed: int) -> None:
     names = tuple("abcd"[: len(parts)])
     sources = {name: source(name, size) for name, (size, _) in zip(names, parts, strict=True)}
-    spec = MixtureSpec(names, tuple(weight for _, weight in parts), rows)
+    spec = MixtureSpec(sources=names, weights=tuple(weight for _, weight in parts), rows=rows)
     whole = sum(Fraction(str(weight)) for _, weight in parts)
     shares = [Fraction(str(weight)) / whole for _, weight in parts]
     most = min(size / share for (size, _), share in zip(parts, shares, strict=True)) // 1
@@ -59,13 +59,13 @@ def test_counts_of_a_weighted_mixture(parts: list[tuple[int, float]], rows: int 
 def test_shares_are_exact(percent: int) -> None:
     """In floating point these lose a row: the quotient comes out just below 100."""
     sources = {"a": source("a", percent), "b": source("b", 100 - percent)}
-    mixture = mix(sources, MixtureSpec(("a", "b"), (percent / 100, (100 - percent) / 100)), 0)
+    mixture = mix(sources, MixtureSpec(sources=("a", "b"), weights=(percent / 100, (100 - percent) / 100)), 0)
     assert [use.used for use in mixture.table] == [percent, 100 - percent]
 
 
 def test_a_list_is_every_row_once_in_a_seeded_order() -> None:
     sources = {"a": source("a", 30), "b": source("b", 20), "unused": source("c", 5)}
-    spec = MixtureSpec(("b", "a"))
+    spec = MixtureSpec(sources=("b", "a"))
     mixture = mix(sources, spec, 3)
     texts = mixture.dataset["text"][:]
     assert sorted(texts) == sorted(sources["a"]["text"][:] + sources["b"]["text"][:])
@@ -81,7 +81,7 @@ def test_the_rows_chosen_from_a_source_do_not_depend_on_the_others() -> None:
 
     def chosen(sources: dict[str, Dataset], rows: int, seed: int = 0) -> set[str]:
         names = tuple(sources)
-        mixture = mix(sources, MixtureSpec(names, (1 / len(names),) * len(names), rows), seed)
+        mixture = mix(sources, MixtureSpec(sources=names, weights=(1 / len(names),) * len(names), rows=rows), seed)
         return {text for text in mixture.dataset["text"] if text.startswith("a")}
 
     assert chosen({"a": a, "b": b}, 20) == chosen({"c": c, "b": b, "a": a}, 30)
@@ -91,33 +91,33 @@ def test_the_rows_chosen_from_a_source_do_not_depend_on_the_others() -> None:
 
 def test_sources_of_equal_size_give_rows_of_their_own_choice() -> None:
     """Data sets with parallel rows would otherwise always give the same ones."""
-    mixture = mix({"a": source("a", 50), "b": source("b", 50)}, MixtureSpec(("a", "b"), (1.0, 1.0), 20), 0)
+    mixture = mix({"a": source("a", 50), "b": source("b", 50)}, MixtureSpec(sources=("a", "b"), weights=(1.0, 1.0), rows=20), 0)
     texts = mixture.dataset["text"][:]
     assert {text[1:] for text in texts if text[0] == "a"} != {text[1:] for text in texts if text[0] == "b"}
 
 
 def test_selected_rows_are_mixed_as_they_were_selected() -> None:
     part = source("a", 100).select([5, 50, 7])
-    assert sorted(mix({"a": part}, MixtureSpec(("a",)), 0).dataset["text"]) == ["a5", "a50", "a7"]
+    assert sorted(mix({"a": part}, MixtureSpec(sources=("a",)), 0).dataset["text"]) == ["a5", "a50", "a7"]
 
 
 def test_two_forms_in_one_mixture_are_refused() -> None:
     pairs = Dataset.from_dict({"prompt": ["q"], "completion": ["a"], "domain": ["b"]})
     with pytest.raises(UserError, match=r"a has text, b has prompt.completion"):
-        mix({"a": source("a", 3), "b": pairs}, MixtureSpec(("a", "b")), 0)
+        mix({"a": source("a", 3), "b": pairs}, MixtureSpec(sources=("a", "b")), 0)
     chats = Dataset.from_dict(
         {column: [[{"role": "user", "content": "x"}]] for column in ("prompt", "completion")} | {"domain": ["c"]}
     )
     with pytest.raises(UserError, match=r"b has prompt.completion, c has conversation pair"):
-        mix({"b": pairs, "c": chats}, MixtureSpec(("b", "c")), 0)
+        mix({"b": pairs, "c": chats}, MixtureSpec(sources=("b", "c")), 0)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
 def test_weights_are_positive(weight: float) -> None:
     with pytest.raises(UserError, match=r"data.b: weight .* must be positive"):
-        mix({"a": source("a", 3), "b": source("b", 3)}, MixtureSpec(("a", "b"), (1.0, weight)), 0)
+        mix({"a": source("a", 3), "b": source("b", 3)}, MixtureSpec(sources=("a", "b"), weights=(1.0, weight)), 0)
 
 
 def test_a_source_without_a_row_is_an_error() -> None:
     with pytest.raises(UserError, match=r"data.b: a share of 0.01 of 20 rows is not one row"):
-        mix({"a": source("a", 30), "b": source("b", 30)}, MixtureSpec(("a", "b"), (0.99, 0.01), 20), 0)
+        mix({"a": source("a", 30), "b": source("b", 30)}, MixtureSpec(sources=("a", "b"), weights=(0.99, 0.01), rows=20), 0)

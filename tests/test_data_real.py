@@ -19,15 +19,17 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are n
 
 def test_both_sources_load_fast_and_mix() -> None:
     begin = time.process_time()
-    general, held = load_source("general", SourceSpec("general", str(DATA / "general"), validation_split="validation"), 0)
+    general, held = load_source(
+        "general", SourceSpec(domain="general", path=str(DATA / "general"), validation_split="validation"), 0
+    )
     seconds = time.process_time() - begin
     assert held is not None and (len(general), len(held)) == (70168, 2000)
     assert seconds < 4, f"{seconds:.1f} s for 72,168 rows"
     begin = time.process_time()
     assert len(fingerprint(general)) == 32
     assert general.data.nbytes / (time.process_time() - begin) > 100e6
-    shop, _ = load_source("shop", SourceSpec("ecommerce", str(DATA / "ecommerce/train.jsonl")), 0)
-    mixture = mix({"general": general, "shop": shop}, MixtureSpec(("general", "shop"), (0.75, 0.25)), 0)
+    shop, _ = load_source("shop", SourceSpec(domain="ecommerce", path=str(DATA / "ecommerce/train.jsonl")), 0)
+    mixture = mix({"general": general, "shop": shop}, MixtureSpec(sources=("general", "shop"), weights=(0.75, 0.25)), 0)
     assert [use.used for use in mixture.table] == [30120, 10040]
 
 
@@ -49,7 +51,7 @@ def test_gpt2_directory() -> None:
 
 def test_a_tokenizer_trained_on_real_rows_is_exact() -> None:
     texts = list(source_texts(_rows("ecommerce", 2000)))
-    tokenizer = train_tokenizer(texts, TokenizerTraining(2000))
+    tokenizer = train_tokenizer(texts, TokenizerTraining(vocab_size=2000))
     assert len(tokenizer) == 2000
     ids = tokenizer(texts)["input_ids"]
     assert tokenizer.batch_decode(ids, skip_special_tokens=True) == texts
@@ -57,4 +59,4 @@ def test_a_tokenizer_trained_on_real_rows_is_exact() -> None:
 
 
 def _rows(source: str, limit: int):  # type: ignore[no-untyped-def]
-    return load_source(source, SourceSpec(source, str(DATA / source / "train.jsonl"), limit=limit), 0)[0]
+    return load_source(source, SourceSpec(domain=source, path=str(DATA / source / "train.jsonl"), limit=limit), 0)[0]

@@ -81,7 +81,7 @@ def test_tool_calls_keep_exactly_their_keys(tmp_path: Path) -> None:
 def test_a_source_with_tool_calls_mixes_with_one_without(tmp_path: Path) -> None:
     calls, _ = load(write(tmp_path / "a.jsonl", [{"messages": [USER, CALL], "chat_template_kwargs": {"x": 1}}]))
     plain, _ = load(write(tmp_path / "b.jsonl", [{"messages": [USER, ASSISTANT], "answer": "4"}]))
-    rows = mix({"calls": calls, "plain": plain}, MixtureSpec(("calls", "plain")), 0).dataset.to_list()
+    rows = mix({"calls": calls, "plain": plain}, MixtureSpec(sources=("calls", "plain")), 0).dataset.to_list()
     rows.sort(key=lambda row: row["answer"] is not None)
     assert rows[0]["messages"] == [USER, CALL | {"content": ""}] and rows[0]["chat_template_kwargs"] == {"x": 1}
     assert rows[1]["messages"] == [USER, ASSISTANT] and rows[1]["chat_template_kwargs"] == {}

@@ -39,7 +39,7 @@ CHAT = [
 
 
 def trained(kind: str, vocab_size: int = 400, texts: list[str] | None = None) -> PreTrainedTokenizerBase:
-    return train_tokenizer(texts or TEXTS * 3, TokenizerTraining(vocab_size, kind=kind))  # type: ignore[arg-type]
+    return train_tokenizer(texts or TEXTS * 3, TokenizerTraining(vocab_size=vocab_size, kind=kind))  # type: ignore[arg-type]
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -98,7 +98,7 @@ def test_training_is_deterministic_across_processes() -> None:
     code = (
         "from daekit.data.tokenizer import train_tokenizer; from daekit.recipe.schema import TokenizerTraining\n"
         "for kind in ('bpe', 'words'):\n"
-        f"    print(train_tokenizer({TEXTS * 3!r}, TokenizerTraining(400, kind=kind)).backend_tokenizer.to_str())"
+        f"    print(train_tokenizer({TEXTS * 3!r}, TokenizerTraining(vocab_size=400, kind=kind)).backend_tokenizer.to_str())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     here = [trained(kind).backend_tokenizer.to_str() for kind in ("bpe", "words")]  # type: ignore[attr-defined]
@@ -152,7 +152,7 @@ def test_a_vocabulary_that_is_too_small() -> None:
         trained("bpe", 200)
     for kind in ("bpe", "words"):
         with pytest.raises(UserError, match="no rows to train a tokenizer"):
-            train_tokenizer([], TokenizerTraining(500, kind=kind))  # type: ignore[arg-type]
+            train_tokenizer([], TokenizerTraining(vocab_size=500, kind=kind))  # type: ignore[arg-type]
 
 
 # ---- SentencePiece ---------------------------------------------------------------------------------------------------

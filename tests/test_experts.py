@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,10 +250,10 @@ def test_an_adapter_that_sits_on_experts_is_named_before_its_quantised_base_is_r
     require_adapters_fit([tmp_path], base)
     plain = get_peft_model(load(saved("mixtral")), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     monkeypatch.setattr(quantiser.library, "safe_open", None)  # nothing is read
-    four = replace(base, quantization="4bit")
+    four = base.model_copy(update={"quantization": "4bit"})
     for refused in (
         lambda: require_adapters_fit([tmp_path], four),
-        lambda: load_continued(replace(four, adapter=str(tmp_path))),
+        lambda: load_continued(four.model_copy(update={"adapter": str(tmp_path)})),
         lambda: load_frozen(plain, tmp_path, "expert"),
     ):
         with pytest.raises(UserError, match=r"matrices on experts \(.*down_proj\), which are quantised in this base"):

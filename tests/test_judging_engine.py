@@ -37,7 +37,7 @@ def requests(count: int = COUNT, **parameters: Any) -> list[JudgeRequest]:
 
 
 def spec(server: JudgeServer, **fields: Any) -> JudgeSpec:
-    return dataclasses.replace(JudgeSpec(model="judge", base_url=server.url, timeout=30.0, concurrency=8), **fields)
+    return JudgeSpec(**{"model": "judge", "base_url": server.url, "timeout": 30.0, "concurrency": 8} | fields)
 
 
 def ask(server: JudgeServer, folder: Path, wanted: list[JudgeRequest] | None = None, **fields: Any) -> list[Any]:
@@ -365,8 +365,6 @@ def test_two_processes_on_one_folder(tmp_path: Path) -> None:
         ({"path": "judge", "max_cost": 1.0}, "max_cost"),
         ({"path": "judge", "temperature": 0.5}, "temperature"),
         ({"base_url": "http://x/v1", "model": "m", "quantization": "4bit"}, "quantization"),
-        ({"path": "judge", "concurrency": 0}, "concurrency"),
-        ({"path": "judge", "max_retries": -1}, "max_retries"),
     ],
 )
 def test_a_spec_that_contradicts_itself(fields: dict[str, Any], key: str, tmp_path: Path) -> None:
@@ -376,3 +374,9 @@ def test_a_spec_that_contradicts_itself(fields: dict[str, Any], key: str, tmp_pa
     with pytest.raises(UserError, match=rf"judge\.{key}"):
         Engine(JudgeSpec(**fields), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("fields", [{"concurrency": 0}, {"max_retries": -1}, {"unknown": 1}])
+def test_a_spec_out_of_bounds_is_not_made(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        JudgeSpec(path="judge", **fields)

@@ -66,7 +66,7 @@ def test_minimal_pairs_item_by_item(tmp_path, model, tokenizer, prefix):
     data = {"a": pairs(12, 1), "b": pairs(5, 2)}
     for name, rows in data.items():
         write_lines(tmp_path / f"{name}.jsonl", rows)
-    found = likelihood_benchmark("blimp", MinimalPairsSpec(str(tmp_path), prefix=prefix)).measure(model, tokenizer, 4)
+    found = likelihood_benchmark("blimp", MinimalPairsSpec(path=str(tmp_path), prefix=prefix)).measure(model, tokenizer, 4)
     before = [EOS] if prefix == "auto" else []
     right = {"a": [], "b": []}
     items = iter(found.items)
@@ -94,7 +94,7 @@ def test_sentences_of_equal_tokens_are_a_tie_and_ties_are_wrong(tmp_path, model,
     # both words are unknown to the tokenizer; the other pairs put the two into different batches
     rows = [{"sentence_good": "w1 xylophone w2", "sentence_bad": "w1 zebra w2"}, *pairs(9, 3)]
     rows.append({"sentence_good": "w1 w2", "sentence_bad": "w1 w2"})  # as in BLiMP's passive_1
-    benchmark = likelihood_benchmark("p", MinimalPairsSpec(str(write_lines(tmp_path / "p.jsonl", rows))))
+    benchmark = likelihood_benchmark("p", MinimalPairsSpec(path=str(write_lines(tmp_path / "p.jsonl", rows))))
     found = benchmark.measure(model, tokenizer, 1)
     assert found.items[0]["good"] == found.items[0]["bad"] and not found.items[0]["correct"]
     assert not found.items[-1]["correct"]
@@ -106,7 +106,7 @@ def test_sentences_of_equal_tokens_are_a_tie_and_ties_are_wrong(tmp_path, model,
 def test_a_limit_is_per_paradigm(tmp_path, model, tokenizer):
     for name in "ab":
         write_lines(tmp_path / f"{name}.jsonl", pairs(6, 4))
-    found = likelihood_benchmark("p", MinimalPairsSpec(str(tmp_path), limit=2)).measure(model, tokenizer, 8)
+    found = likelihood_benchmark("p", MinimalPairsSpec(path=str(tmp_path), limit=2)).measure(model, tokenizer, 8)
     assert [len(value.total_R) for value in found.values.values()] == [2, 2]
 
 
@@ -135,7 +135,7 @@ def test_bits_per_byte_by_windows(tmp_path, model, tokenizer):
     documents = [tiny.words(rng, 40, 60), "w3 w4", tiny.words(rng, 20, 30)]
     for at, text in enumerate(documents):
         (tmp_path / f"{at}.txt").write_text(text)
-    spec = PerplexitySpec({"novels": str(tmp_path)}, window=16, stride=6, block=20)
+    spec = PerplexitySpec(texts={"novels": str(tmp_path)}, window=16, stride=6, block=20)
     found = likelihood_benchmark("text", spec).measure(model, tokenizer, 4)
     total, tokens = 0.0, 0
     for text in documents:
@@ -163,7 +163,7 @@ def test_blocks_hold_the_bytes_of_their_characters():
 
 def test_without_a_prefix_the_first_token_and_its_bytes_do_not_count(tmp_path, model, tokenizer):
     (tmp_path / "a.txt").write_text("w11 w2 w3")
-    spec = PerplexitySpec({"d": str(tmp_path / "a.txt")}, window=8, stride=4, prefix="none")
+    spec = PerplexitySpec(texts={"d": str(tmp_path / "a.txt")}, window=8, stride=4, prefix="none")
     found = likelihood_benchmark("text", spec).measure(model, tokenizer, 4)
     log_p = plain_log_probabilities(model, tokenizer("w11 w2 w3")["input_ids"])
     assert found.values["d", "text", "nll"].mean == pytest.approx(-sum(log_p) / 2, rel=1e-5)
@@ -172,7 +172,7 @@ def test_without_a_prefix_the_first_token_and_its_bytes_do_not_count(tmp_path, m
 
 def test_unknown_tokens_are_told(tmp_path, model, tokenizer):
     (tmp_path / "a.txt").write_text("w1 zebra w3 zoo")
-    spec = PerplexitySpec({"d": str(tmp_path / "a.txt")}, window=8, stride=4)
+    spec = PerplexitySpec(texts={"d": str(tmp_path / "a.txt")}, window=8, stride=4)
     found = likelihood_benchmark("t", spec).measure(model, tokenizer, 4)
     assert any("2 tokens are <unk>" in note for note in found.notes)
 
@@ -205,7 +205,7 @@ def test_multiple_choice_item_by_item(tmp_path, model, tokenizer):
         answer = rng.randrange(len(choices))
         said = [answer, "ABCD"[answer], choices[answer]][at % 3]
         rows.append({"q": tiny.words(rng, 2, 6), "choices": choices, "answer": said})
-    spec = MultipleChoiceSpec(str(write_lines(tmp_path / "m.jsonl", rows)), prompt="w0 {q} w1")
+    spec = MultipleChoiceSpec(path=str(write_lines(tmp_path / "m.jsonl", rows)), prompt="w0 {q} w1")
     found = likelihood_benchmark("quiz", spec).measure(model, tokenizer, 4)
     right: dict[str, list[bool]] = {"accuracy": [], "accuracy_per_token": [], "accuracy_per_byte": []}
     for row, item in zip(rows, found.items, strict=True):
@@ -237,13 +237,15 @@ def test_multiple_choice_item_by_item(tmp_path, model, tokenizer):
 )
 def test_a_question_that_cannot_be_asked(tmp_path, row, says):
     with pytest.raises(UserError, match="line 1") as caught:
-        likelihood_benchmark("quiz", MultipleChoiceSpec(str(write_lines(tmp_path / "m.jsonl", [row])), prompt="{q}"))
+        likelihood_benchmark("quiz", MultipleChoiceSpec(path=str(write_lines(tmp_path / "m.jsonl", [row])), prompt="{q}"))
     assert says in str(caught.value)
 
 
 def test_a_letter_that_is_a_choice_is_that_choice(tmp_path):
     row = {"q": "w1", "choices": ["B", "A"], "answer": "A"}
-    benchmark = likelihood_benchmark("quiz", MultipleChoiceSpec(str(write_lines(tmp_path / "m.jsonl", [row])), prompt="{q}"))
+    benchmark = likelihood_benchmark(
+        "quiz", MultipleChoiceSpec(path=str(write_lines(tmp_path / "m.jsonl", [row])), prompt="{q}")
+    )
     assert benchmark.questions[0].answer == 1
 
 
@@ -258,7 +260,7 @@ def test_rows_measure_the_distance_to_a_reference(tmp_path, model, tokenizer):
     path = str(write_lines(tmp_path / "rows.jsonl", rows))
 
     def measure(reference):
-        spec = RowsSpec(path, domain="shop", max_new_tokens=3, reference=ModelSpec(path=str(tmp_path / reference)))
+        spec = RowsSpec(path=path, domain="shop", max_new_tokens=3, reference=ModelSpec(path=str(tmp_path / reference)))
         benchmark = likelihood_benchmark("rows", spec)
         benchmark.check("m", tokenizer, 256)
         return benchmark.measure(model, tokenizer, 4)
@@ -273,7 +275,7 @@ def test_rows_measure_the_distance_to_a_reference(tmp_path, model, tokenizer):
 
 def test_rows_that_do_not_fit_are_told_before_the_weights(tmp_path, tokenizer):
     path = str(write_lines(tmp_path / "rows.jsonl", [{"prompt": "w1 " * 20, "completion": "w2"}]))
-    benchmark = likelihood_benchmark("rows", RowsSpec(path, max_new_tokens=20))
+    benchmark = likelihood_benchmark("rows", RowsSpec(path=path, max_new_tokens=20))
     benchmark.check("m", tokenizer, 40)
     with pytest.raises(UserError, match="needs 40 tokens, more than the 39"):
         benchmark.check("m", tokenizer, 39)
@@ -285,11 +287,14 @@ def test_rows_that_do_not_fit_are_told_before_the_weights(tmp_path, tokenizer):
 def test_what_is_wrong_with_a_file_is_said(tmp_path, tokenizer):
     (tmp_path / "empty").mkdir()
     cases = [
-        (MinimalPairsSpec(str(tmp_path / "empty")), "holds no .jsonl file"),
-        (MinimalPairsSpec(str(write_lines(tmp_path / "a.jsonl", [{"sentence_good": "a"}]))), "needs a text in 'sentence_bad'"),
-        (MinimalPairsSpec(str(write_lines(tmp_path / "b.jsonl", []))), "has no pairs"),
-        (PerplexitySpec({"d": str(tmp_path / "empty")}), "has no text"),
-        (PerplexitySpec({"d": str(write_lines(tmp_path / "d.jsonl", [{"txt": "a"}]))}), "needs a text in 'text'"),
+        (MinimalPairsSpec(path=str(tmp_path / "empty")), "holds no .jsonl file"),
+        (
+            MinimalPairsSpec(path=str(write_lines(tmp_path / "a.jsonl", [{"sentence_good": "a"}]))),
+            "needs a text in 'sentence_bad'",
+        ),
+        (MinimalPairsSpec(path=str(write_lines(tmp_path / "b.jsonl", []))), "has no pairs"),
+        (PerplexitySpec(texts={"d": str(tmp_path / "empty")}), "has no text"),
+        (PerplexitySpec(texts={"d": str(write_lines(tmp_path / "d.jsonl", [{"txt": "a"}]))}), "needs a text in 'text'"),
     ]
     for spec, says in cases:
         with pytest.raises(UserError) as caught:
@@ -297,19 +302,19 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, tokenizer):
         assert says in str(caught.value) and "benchmarks.x" in str(caught.value)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
-        likelihood_benchmark("x", PerplexitySpec({"d": str(tmp_path / "latin.txt")}))
+        likelihood_benchmark("x", PerplexitySpec(texts={"d": str(tmp_path / "latin.txt")}))
 
 
 def test_what_does_not_fit_the_model_is_said(tmp_path, tokenizer):
     pairs_file = write_lines(tmp_path / "p.jsonl", [{"sentence_good": "w1 " * 30, "sentence_bad": "w2"}])
     (tmp_path / "t.txt").write_text("w1 w2")
     with pytest.raises(UserError, match="31 tokens are more than the 30"):
-        likelihood_benchmark("x", MinimalPairsSpec(str(pairs_file))).check("m", tokenizer, 30)
-    likelihood_benchmark("x", MinimalPairsSpec(str(pairs_file))).check("m", tokenizer, 31)
+        likelihood_benchmark("x", MinimalPairsSpec(path=str(pairs_file))).check("m", tokenizer, 30)
+    likelihood_benchmark("x", MinimalPairsSpec(path=str(pairs_file))).check("m", tokenizer, 31)
     with pytest.raises(UserError, match="1024 tokens are more than the 512"):
-        likelihood_benchmark("x", PerplexitySpec({"d": str(tmp_path / "t.txt")})).check("m", tokenizer, 512)
+        likelihood_benchmark("x", PerplexitySpec(texts={"d": str(tmp_path / "t.txt")})).check("m", tokenizer, 512)
     with pytest.raises(UserError, match="prefix=bos, but the tokenizer has no such token"):
-        likelihood_benchmark("x", MinimalPairsSpec(str(pairs_file), prefix="bos")).check("m", tokenizer, 64)
+        likelihood_benchmark("x", MinimalPairsSpec(path=str(pairs_file), prefix="bos")).check("m", tokenizer, 64)
 
 
 # ---- ROUGE-L ---------------------------------------------------------------------------------------------------------

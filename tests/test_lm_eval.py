@@ -22,7 +22,7 @@ MISSING = importlib.util.find_spec("lm_eval") is None
 @pytest.mark.skipif(not MISSING, reason="lm-eval is installed")
 def test_without_lm_eval_the_remedy_is_named():
     with pytest.raises(UserError, match="pip install lm-eval"):
-        likelihood_benchmark("lm", LMEvalSpec(("arc_easy",)))
+        likelihood_benchmark("lm", LMEvalSpec(tasks=("arc_easy",)))
 
 
 @pytest.mark.skipif(MISSING, reason="lm-eval is not installed")
@@ -43,15 +43,15 @@ def test_a_task_of_ones_own_offline(tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "mine.yaml").write_text(yaml.safe_dump(task))
     model, tokenizer = tiny.model(seed=1).eval(), tiny.tokenizer()
-    benchmark = likelihood_benchmark("lm", LMEvalSpec(("mine",), include_path=str(tmp_path / "tasks")))
+    benchmark = likelihood_benchmark("lm", LMEvalSpec(tasks=("mine",), include_path=str(tmp_path / "tasks")))
     found = benchmark.measure(model, tokenizer, 4)
     (row,) = [row for row in found.rows if row[1] == "acc"]
-    ours = likelihood_benchmark("p", MinimalPairsSpec(str(file))).measure(model, tokenizer, 4)
+    ours = likelihood_benchmark("p", MinimalPairsSpec(path=str(file))).measure(model, tokenizer, 4)
     assert row[0] == "mine" and row[5] == len(file.read_text().splitlines())
     assert row[2] == pytest.approx(ours.values["p", "paradigm_1", "accuracy"].mean)
     assert row[3] < row[2] < row[4] and json.dumps(found.rows)
     with pytest.raises(UserError, match="no task 'mina'; did you mean 'mine'"):
-        likelihood_benchmark("lm", LMEvalSpec(("mina",), include_path=str(tmp_path / "tasks")))
+        likelihood_benchmark("lm", LMEvalSpec(tasks=("mina",), include_path=str(tmp_path / "tasks")))
 
 
 def test_everything_that_a_task_reads_decides_whether_it_is_measured_again(tmp_path):

@@ -9,40 +9,9 @@ import pytest
 
 from daekit.data.builtin import NAMES
 from daekit.errors import UserError
-from daekit.recipe import BUILTIN_CORPORA, Recipe, load_recipe, load_recipe_text
+from daekit.recipe import BUILTIN_CORPORA, load_recipe
 from daekit.recipe.schema import MixtureSpec, ModelSpec, TeacherSpec, TokenizerSpec
-
-ROOT = Path(__file__).parent.parent
-RECIPES = sorted(path for folder in ("recipes", "recipes/paper") for path in (ROOT / folder).glob("*.yaml"))
-
-BASE = """\
-name: base
-output_dir: runs/base
-sources:
-  shop: {domain: ecommerce, path: builtin:shop, validation: builtin:shop}
-  general: {domain: general, path: builtin:chat}
-stages:
-  kd:
-    type: kd
-    student: some/student
-    teacher: some/teacher
-    data: [general]
-  dae:
-    type: dae
-    teachers: {ecommerce: some/expert}
-    data: {shop: 0.25, general: 0.75}
-"""
-
-
-def load(text: str, *overrides: str) -> Recipe:
-    return load_recipe_text(textwrap.dedent(text), "test.yaml", overrides)
-
-
-def errors(text: str, *overrides: str) -> list[str]:
-    """The lines of the one error that loading raises."""
-    with pytest.raises(UserError) as caught:
-        load(text, *overrides)
-    return [line.strip() for line in str(caught.value).splitlines()[1:]] or [str(caught.value)]
+from tests.helpers.recipes import BASE, RECIPES, ROOT, errors, load
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -91,8 +60,8 @@ def test_shorthands() -> None:
     assert recipe.tokenizer == TokenizerSpec(path="some/tokenizer")
     assert dae.student == ModelSpec(stage="kd")
     long = load(BASE, "stages.dae.data={sources: {shop: 1, general: 3}, rows: 40}", "stages.kd.data={sources: [general]}")
-    assert long.stages["dae"].data == MixtureSpec(("shop", "general"), (1.0, 3.0), 40)
-    assert long.stages["kd"].data == MixtureSpec(("general",))
+    assert long.stages["dae"].data == MixtureSpec(sources=("shop", "general"), weights=(1.0, 3.0), rows=40)
+    assert long.stages["kd"].data == MixtureSpec(sources=("general",))
     ensemble = load(BASE, "stages.kd.teacher={ensemble: [{model: a, weight: 0.5}, {model: 'b', weight: 0.5}]}")
     assert ensemble.stages["kd"].teacher is not None
     assert [member.model.path for member in ensemble.stages["kd"].teacher.ensemble] == ["a", "b"]
@@ -129,7 +98,7 @@ def test_a_student_without_a_model_is_the_stage_before() -> None:
 def test_defaults_are_resolved() -> None:
     recipe = load(BASE + "evaluation: {}\ntokenizer: {train: {vocab_size: 100}}\n")
     assert recipe.evaluation is not None and recipe.tokenizer is not None and recipe.tokenizer.train is not None
-    assert recipe.evaluation.models == ("kd", "dae")
+    assert recipe.evaluation.names == ("kd", "dae")
     assert recipe.evaluation.sources == ("shop",)
     assert recipe.tokenizer.train.sources == ("shop", "general")
 
@@ -263,9 +232,9 @@ def test_one_error_does_not_bring_others_with_it() -> None:
         ("stages.dae.lora.target_modules", "[1, [2]]", "target_modules.1: wants a text, not a list"),
         ("stages.dae.lora.target_modules", "{a: 1}", "target_modules: wants a text"),
         ("sources.shop.columns.promt", "x", "columns.promt: unknown key; it must be one of"),
-        ("tokenizer", "[x]", "tokenizer: wants a mapping"),
+        ("tokenizer", "[x]", "tokenizer: wants a path or a mapping"),
         ("tokenizer", "{train: {}}", "tokenizer.train.vocab_size: this required key is missing"),
-        ("stages.kd.trainer", "3", "trainer: wants a mapping of options"),
+        ("stages.kd.trainer", "3", "trainer: wants a mapping, not 3"),
         ("stages.kd.trainer.learning_rate", "fast", "learning_rate: wants a number, not fast"),
         ("stages.kd.trainer.packing", "1", "packing: wants true or false, not 1"),
         ("stages.kd.trainer.lr_scheduler_type", "cosin", "'cosin' is not one of linear"),

@@ -12,7 +12,7 @@ from daekit.cli import main
 from daekit.errors import UserError
 from daekit.recipe import Recipe, load_recipe_text, resolve, sharing_notes, stage_key, to_yaml
 from daekit.recipe.schema import ModelSpec
-from tests.test_recipe import errors
+from tests.helpers.recipes import errors
 
 TEXT = """
 name: shared

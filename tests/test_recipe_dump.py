@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -11,12 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from daekit.recipe import Recipe, load_recipe, load_recipe_text, resolve, stage_key, to_dict, to_yaml
+from daekit.recipe.objective import Objective
 from daekit.recipe.schema import (
+    DAEStage,
     EvaluationSpec,
+    KDStage,
     LoraSpec,
-    LossSpec,
     MixtureSpec,
     ModelSpec,
+    SFTStage,
     SourceSpec,
     StageSpec,
     TeacherSpec,
@@ -24,7 +26,7 @@ from daekit.recipe.schema import (
     TokenizerTraining,
     WeightedModelSpec,
 )
-from tests.test_recipe import BASE, RECIPES, load
+from tests.helpers.recipes import BASE, RECIPES, load
 
 # Texts that YAML is known to take for something else are drawn often.
 TRAPS = ["no", "on", "null", "~", "1e-4", "010", "12:30", "2026-11-22", "1_000", "<<", "=", "a: b", "#x", "-", "true "]
@@ -49,7 +51,7 @@ def models(draw: st.DrawFn, earlier: list[str]) -> ModelSpec:
     if way == "stage":
         return ModelSpec(stage=draw(st.sampled_from(earlier)), dtype=dtype)
     if way == "config":
-        return ModelSpec(config={**draw(st.dictionaries(texts, anything, max_size=3)), "model_type": "x"}, dtype=dtype)
+        return ModelSpec(config={**draw(st.dictionaries(texts, anything, max_size=3)), "model_type": "mistral"}, dtype=dtype)
     return ModelSpec(path=draw(paths), dtype=dtype, revision=draw(st.none() | texts), trust_remote_code=draw(st.booleans()))
 
 
@@ -58,13 +60,13 @@ def teachers(draw: st.DrawFn, earlier: list[str]) -> TeacherSpec:
     if draw(st.booleans()):
         return TeacherSpec(model=draw(models(earlier)))
     weight = draw(st.floats(0.01, 0.99))
-    members = (WeightedModelSpec(draw(models(earlier)), weight), WeightedModelSpec(draw(models(earlier)), 1 - weight))
+    members = tuple(WeightedModelSpec(model=draw(models(earlier)), weight=each) for each in (weight, 1 - weight))
     return TeacherSpec(ensemble=members, average=draw(st.sampled_from(["logits", "probabilities"])))
 
 
 layers = st.sampled_from(["uniform", "last_2"]) | st.lists(st.tuples(counts, counts), min_size=1).map(tuple)
 losses = st.builds(
-    LossSpec,
+    Objective,
     ce_weight=floats,
     divergence=st.sampled_from(["forward_kl", "jsd", "tv"]),
     temperature=floats,
@@ -74,12 +76,12 @@ losses = st.builds(
 )
 
 
-def plain(loss: LossSpec) -> LossSpec:
+def plain(loss: Objective) -> Objective:
     """Without what an ensemble has not."""
-    return replace(loss, hidden_weight=0.0, hidden_layers="uniform", hidden_loss="cosine")
+    return loss.model_copy(update={"hidden_weight": 0.0, "hidden_layers": "uniform", "hidden_loss": "cosine"})
 
 
-loras = st.builds(LoraSpec, r=counts, lora_dropout=st.floats(0, 0.9), target_modules=texts | st.just(("q", "no")))
+loras = st.builds(LoraSpec, r=st.integers(1, 4096), lora_dropout=st.floats(0, 0.9), target_modules=texts | st.just(("q", "no")))
 trainers = st.fixed_dictionaries(
     {},
     optional={
@@ -98,22 +100,22 @@ trainers = st.fixed_dictionaries(
 @st.composite
 def stages(draw: st.DrawFn, sources: dict[str, SourceSpec], earlier: list[str]) -> StageSpec:
     names = tuple(draw(st.lists(st.sampled_from(sorted(sources)), min_size=1, unique=True)))
-    data = MixtureSpec(names)
+    data = MixtureSpec(sources=names)
     if draw(st.booleans()):
-        data = MixtureSpec(names, tuple(draw(floats) for _ in names), draw(st.none() | counts))
+        data = MixtureSpec(sources=names, weights=tuple(draw(floats) for _ in names), rows=draw(st.none() | counts))
     student = draw(models(earlier) if not earlier else st.none() | models(earlier))
     lora = None if student is not None and student.config is not None else draw(st.none() | loras)
     common: dict[str, Any] = {"data": data, "student": student, "trainer": draw(trainers), "lora": lora}
     kind = draw(st.sampled_from(["sft", "kd", "dae"]))
     if kind == "sft":
-        return StageSpec(type="sft", **common)
+        return SFTStage(type="sft", **common)
     if kind == "kd":
         teacher = draw(teachers(earlier))
-        return StageSpec(type="kd", teacher=teacher, loss=plain(draw(losses)) if teacher.ensemble else draw(losses), **common)
+        return KDStage(type="kd", teacher=teacher, loss=plain(draw(losses)) if teacher.ensemble else draw(losses), **common)
     domains = sorted({sources[name].domain for name in names})
     experts = {domain: draw(teachers(earlier)) for domain in domains}
     reference = draw(st.none() | teachers(earlier))
-    return StageSpec(type="dae", teachers=experts, reference=reference, loss=plain(draw(losses)), **common)
+    return DAEStage(type="dae", teachers=experts, reference=reference, loss=plain(draw(losses)), **common)
 
 
 @st.composite
@@ -139,7 +141,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     evaluation = st.builds(EvaluationSpec, limit=st.none() | counts, generate=st.booleans())
     return Recipe(
         name=draw(texts),
-        output_dir=draw(texts.filter(lambda text: not text.startswith("~"))),
+        output_dir=draw(texts.filter(lambda text: not text.startswith(("~", "/")) and "\0" not in text)),
         sources=sources,
         stages=chosen,
         seed=draw(st.integers(0, 2**31)),

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.recipe import load_recipe_text, resolve, stage_key, student_key, to_yaml
-from daekit.recipe.schema import ModelSpec, Recipe, StudentSpec
-from daekit.recipe.student_schema import CalibrationSpec, StudentSearchSpec
+from daekit.recipe.schema import CalibrationSpec, ModelSpec, Recipe, StudentSearchSpec, StudentSpec
 from daekit.runtime import DataBuilder, ModelBuilder, folders
 from daekit.runtime.run import init_students, run_recipe
 from daekit.runtime.student import calibration_rows
@@ -66,8 +65,10 @@ def test_what_the_yaml_says_is_read_and_written_out() -> None:
     assert spec == ModelSpec(
         init=StudentSpec(
             from_=ModelSpec(stage="teacher"),
-            search=StudentSearchSpec((10000, 18000), "fine", parts=4, by="kl", candidates=20, tokens=(30, 120)),
-            calibration=CalibrationSpec(("chat",), 600, 16),
+            search=StudentSearchSpec(
+                parameters=(10000, 18000), granularity="fine", parts=4, by="kl", candidates=20, tokens=(30, 120)
+            ),
+            calibration=CalibrationSpec(sources=("chat",), tokens=600, max_length=16),
         )
     )
     for student in (SEARCH, SHAPE, "{from: a/b, with: [c/d, {path: e/f, dtype: bfloat16}]}", "{from: a/b, keep_experts: 2}"):
@@ -153,7 +154,10 @@ def test_rows_that_are_too_long_are_split_and_nothing_is_lost(tmp_path: Path) ->
     spec = recipe(tmp_path, SEARCH)
     data = DataBuilder(spec)
     tokenizer = data.tokenizer(folders.RunFolder(tmp_path))
-    whole, split = (calibration_rows(spec, CalibrationSpec(("chat",), 600, length), data, tokenizer) for length in (10**6, 16))
+    whole, split = (
+        calibration_rows(spec, CalibrationSpec(sources=("chat",), tokens=600, max_length=length), data, tokenizer)
+        for length in (10**6, 16)
+    )
     assert max(len(row["input_ids"]) for row in whole) > 16 == max(len(row["input_ids"]) for row in split)
     for name in ("input_ids", "labels"):
         assert [each for row in whole for each in row[name]] == [each for row in split for each in row[name]]

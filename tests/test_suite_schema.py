@@ -10,7 +10,7 @@ import pytest
 
 from daekit.errors import UserError
 from daekit.recipe.dump import suite_to_yaml
-from daekit.recipe.load_suite import load_suite, load_suite_text, parse_models
+from daekit.recipe.load import load_suite, load_suite_text, parse_models
 from daekit.recipe.suite import BENCHMARKS, MinimalPairsSpec, MTBenchSpec, SubjectSpec, subject_of
 
 SUITES = sorted((Path(__file__).parent.parent / "eval" / "suites").glob("*.yaml"))
@@ -88,7 +88,7 @@ def test_all_errors_at_once() -> None:
     ("override", "says"),
     [
         ("benchmarks.pairs.type=minimal_pair", "did you mean 'minimal_pairs'?"),
-        ("benchmarks.pairs={path: .}", "a mapping with a `type`"),
+        ("benchmarks.pairs={path: .}", "pairs.type: this required key is missing: it must be one of minimal_pairs"),
         ("benchmarks.pears.limit=3", "did you mean 'pairs'?"),
         ("models.on.dtype=float32", "models has no 'on'; did you mean 'one'?"),
         ("benchmarks.pairs.path=nowhere", "'nowhere' does not exist"),
@@ -136,5 +136,5 @@ def test_models_of_the_command_line(tmp_path: Path) -> None:
 
 def test_suites_import_neither_torch_nor_transformers() -> None:
     heavy = ("torch", "transformers", "numpy")
-    code = f"import sys, daekit.recipe.load_suite, daekit.cli; print([n for n in {heavy} if n in sys.modules])"
+    code = f"import sys, daekit.recipe.load, daekit.cli; print([n for n in {heavy} if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

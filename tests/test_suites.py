@@ -16,7 +16,7 @@ from daekit.errors import UserError
 from daekit.evaluation.subjects import Subject, file_fingerprint
 from daekit.evaluation.suites import Options, run_suite
 from daekit.recipe.judge import JudgeSpec
-from daekit.recipe.load_suite import load_suite_text, parse_models
+from daekit.recipe.load import load_suite_text, parse_models
 from daekit.recipe.suite import SubjectSpec
 from daekit.report import read_rows
 from tests.helpers import tiny

@@ -17,7 +17,7 @@ from daekit.evaluation.answers import AnswerStore
 from daekit.evaluation.judging.local import directory_fingerprint
 from daekit.evaluation.subjects import file_fingerprint, tokenizer_fingerprint
 from daekit.evaluation.suites import run_suite
-from daekit.recipe.load_suite import load_suite_text, parse_models
+from daekit.recipe.load import load_suite_text, parse_models
 from daekit.report import read_rows
 from tests.helpers import tiny
 from tests.helpers.judge_server import JudgeServer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,8 @@ class Subject:
         *adapters, base = [path for path in (self.spec.adapter, *self._chain()) if path]
         for path in adapters:
             if any((Path(path).expanduser() / name).is_file() for name in _TOKENIZER_FILES):
-                return load_tokenizer_of(replace(self._model_spec, path=path, revision=None))
-        return load_tokenizer_of(replace(self._model_spec, path=base))
+                return load_tokenizer_of(self._model_spec.model_copy(update={"path": path, "revision": None}))
+        return load_tokenizer_of(self._model_spec.model_copy(update={"path": base}))
 
     @cached_property
     def config(self) -> PreTrainedConfig:

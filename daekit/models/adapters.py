@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,9 +49,10 @@ def base_spec(spec: ModelSpec) -> ModelSpec:
     assert config.base_model_name_or_path is not None, "read_adapter_config has looked"
     if spec.path is not None:
         require_same_base(spec.adapter, config.base_model_name_or_path, spec.path, (config.revision, spec.revision))
-        return replace(spec, adapter=None)
+        return spec.model_copy(update={"adapter": None})
     # code of a base that the recipe does not name is not trusted
-    return replace(spec, adapter=None, path=config.base_model_name_or_path, revision=config.revision, trust_remote_code=False)
+    base = {"path": config.base_model_name_or_path, "revision": config.revision, "trust_remote_code": False}
+    return spec.model_copy(update={"adapter": None, **base})
 
 
 def load_continued(spec: ModelSpec) -> PeftModel:

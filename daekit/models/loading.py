@@ -6,7 +6,6 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,7 +225,8 @@ def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
     if not base:
         raise UserError(f"{directory}: its adapter_config.json names no base model (base_model_name_or_path)")
     # the base may be an adapter on its base in turn; code of a base that the recipe does not name is not trusted
-    return merge_adapter(load_model(replace(spec, path=base, revision=config.revision, trust_remote_code=False)), directory)
+    update = {"path": base, "revision": config.revision, "trust_remote_code": False}
+    return merge_adapter(load_model(spec.model_copy(update=update)), directory)
 
 
 def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:

@@ -154,9 +154,7 @@ def lora_of(recipe: Recipe, adapter: str) -> LoraSpec | None:
 
 def teachers_of(stage: StageSpec) -> list[tuple[str, TeacherSpec]]:
     """(key below the stage, teacher) of every teacher that a stage names: ``teachers.shop``, ``teacher``, ``reference``."""
-    found = [(f"teachers.{domain}", teacher) for domain, teacher in stage.teachers.items()]
-    single = (("teacher", stage.teacher), ("reference", stage.reference))
-    return found + [(key, teacher) for key, teacher in single if teacher is not None]
+    return [(".".join(map(str, key)), teacher) for key, teacher in stage.teachers_by_key().items()]
 
 
 def _members(key: str, teacher: TeacherSpec) -> list[tuple[str, ModelSpec]]:

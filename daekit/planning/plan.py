@@ -98,7 +98,7 @@ class Planner:
     def _memory(self, recipe: Recipe, name: str, rows: int | None = None) -> StageMemory:
         stage = recipe.stages[name]
         if rows is not None:
-            stage = replace(stage, trainer=stage.trainer | {"per_device_train_batch_size": rows})
+            stage = stage.model_copy(update={"trainer": stage.trainer | {"per_device_train_batch_size": rows}})
         models = self._models.stage(recipe, name, self.machine.gpu)
         return StageMemory(stage, models, training_of(stage, name, self.machine), self.machine)
 

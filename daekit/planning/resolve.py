@@ -80,7 +80,7 @@ class ModelResolver:
         origin = adapter_stage(student.adapter)
         if origin is not None:
             return self._result_of(origin)
-        resolved = self.resolve(replace(student, dtype="auto") if stage.lora else student)
+        resolved = self.resolve(student.model_copy(update={"dtype": "auto"}) if stage.lora else student)
         return resolved.config, resolved.dtype
 
     def _part_of_teacher(self, spec: StudentSpec) -> tuple[PreTrainedConfig, torch.dtype]:
@@ -134,7 +134,8 @@ def _from_path(spec: ModelSpec) -> tuple[PreTrainedConfig, torch.dtype]:
     directory = Path(path).expanduser()
     if (directory / ADAPTER_CONFIG).is_file():
         config = read_adapter_config(directory)
-        return _from_path(replace(spec, path=config["base_model_name_or_path"], revision=config.get("revision")))
+        base = {"path": config["base_model_name_or_path"], "revision": config.get("revision")}
+        return _from_path(spec.model_copy(update=base))
     if path in known_shapes() and not directory.is_dir():
         entry = known_shapes()[path]
         return _from_fields(entry["config"]), _DTYPES[entry["dtype"]]

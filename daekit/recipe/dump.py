@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import yaml
 
 from daekit.recipe.adapter_config import adapter_stage
 from daekit.recipe.load import resolve
-from daekit.recipe.schema import MixtureSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.schema import Recipe, StageSpec
 from daekit.recipe.suite import SuiteSpec
 from daekit.recipe.tree import Dumper
 
-# Keys that a stage of this type must not have (see check_stage.py).
-_LEFT_OUT = {
-    "sft": ("teacher", "teachers", "reference", "reference_domains", "loss"),
-    "kd": ("teachers", "reference", "reference_domains"),
-    "dae": ("teacher",),
-}
 # Options that say what is watched and kept of a training run; its weights do not depend on them.
 _WATCHING = frozenset(
     {
@@ -48,9 +41,9 @@ _SCHEDULES_BY_VALIDATION = ("reduce_lr_on_plateau", "greedy")
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as JSON-able mappings and lists, in the form of the YAML.
 
-    Every default is written out; what is unset (None) or means nothing for the type of a stage is left out.
+    Every default is written out; what is unset (None) is left out.
     """
-    return _mapping(recipe)
+    return recipe.model_dump(mode="json")
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -60,7 +53,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 def suite_to_yaml(suite: SuiteSpec) -> str:
     """A suite as YAML, fully explicit; ``load_suite_text`` of it is the suite again."""
-    return yaml.dump(_mapping(suite), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(suite.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def stage_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
@@ -75,18 +68,18 @@ def stage_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
     """
     recipe = resolve(recipe)
     stage = recipe.stages[stage_name]
-    facts = _unplaced(_mapping(stage))
+    facts = _unplaced(stage.model_dump(mode="json"))
     facts["trainer"] = {key: value for key, value in stage.trainer.items() if key not in _WATCHING}
     init = stage.student and stage.student.init
     sources = [*stage.data.sources, *(init.calibration.sources if init else ())]
     tokenizer: Any = None
     if recipe.tokenizer is not None:
-        tokenizer = _mapping(recipe.tokenizer)
+        tokenizer = recipe.tokenizer.model_dump(mode="json")
         sources += recipe.tokenizer.train.sources if recipe.tokenizer.train else ()
     else:
         # Without a tokenizer of its own a run takes that of the first student.
         first = next(iter(recipe.stages.values())).student
-        tokenizer = first and _unplaced(_plain(first))
+        tokenizer = first and _unplaced(first.model_dump(mode="json"))
     return {
         "stage": facts,
         "seed": recipe.seed,
@@ -104,7 +97,7 @@ def student_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
     init = stage.student.init
     used = {model.stage for model in (init.from_, *init.with_)}
     return {
-        "student": _plain(stage.student),
+        "student": stage.student.model_dump(mode="json"),
         "seed": recipe.seed if stage.seed is None else stage.seed,
         "tokenizer": facts["tokenizer"],
         "sources": {name: _source(recipe, stage, name) for name in init.calibration.sources},
@@ -114,13 +107,13 @@ def student_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
 
 def _source(recipe: Recipe, stage: StageSpec, name: str) -> dict[str, Any]:
     looks = stage.trainer.get("load_best_model_at_end") or (stage.trainer.get("lr_scheduler_type") in _SCHEDULES_BY_VALIDATION)
-    facts = _mapping(recipe.sources[name])
+    facts = recipe.sources[name].model_dump(mode="json")
     return facts if looks else {key: value for key, value in facts.items() if key not in _VALIDATION}
 
 
 def _stages_used(stage: StageSpec) -> set[str]:
     """Names of the stages whose results a stage starts from or follows."""
-    teachers = [teacher for teacher in (stage.teacher, stage.reference, *stage.teachers.values()) if teacher]
+    teachers = list(stage.teachers_by_key().values())
     models = [stage.student, *(teacher.model for teacher in teachers)]
     models += [member.model for teacher in teachers for member in teacher.ensemble]
     if stage.student and stage.student.init:
@@ -133,28 +126,3 @@ def _unplaced(facts: Any) -> Any:
     if isinstance(facts, dict):
         return {key: _unplaced(below) for key, below in facts.items() if key not in _PLACEMENT}
     return [_unplaced(item) for item in facts] if isinstance(facts, list) else facts
-
-
-def _mapping(spec: Any) -> dict[str, Any]:
-    left_out = _LEFT_OUT[spec.type] if isinstance(spec, StageSpec) else ()
-    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-    return {
-        name.removesuffix("_"): _plain(value) for name, value in fields.items() if value is not None and name not in left_out
-    }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, MixtureSpec):
-        sources = dict(zip(value.sources, value.weights, strict=True)) if value.weights else list(value.sources)
-        return {"sources": sources} if value.rows is None else {"sources": sources, "rows": value.rows}
-    if isinstance(value, TeacherSpec):
-        return _plain(value.model) if value.model else {**_mapping(value)}
-    if isinstance(value, ModelSpec) and value.init:
-        return _mapping(value.init)
-    if isinstance(value, ModelSpec) or dataclasses.is_dataclass(value):
-        return _mapping(value)
-    if isinstance(value, dict):
-        return {key: _plain(below) for key, below in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

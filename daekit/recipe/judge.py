@@ -3,59 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from daekit.recipe.schema import Dtype, Quantization
+from pydantic import Field
+
+from daekit.recipe.model import Dtype, Quantization
+from daekit.recipe.reading import Choice, Number, Spec, Text, Whole
 
 
-@dataclass(frozen=True)
-class JudgeSpec:
-    """Who judges: exactly one of ``base_url`` (an OpenAI-compatible endpoint) and ``path`` (a model directory or hub id).
+class JudgeSpec(Spec):
+    """Who judges: exactly one of ``base_url`` (an OpenAI-compatible endpoint) and ``path`` (a model directory or hub id)."""
 
-    Attributes:
-        model: the name that the endpoint knows the judge by; with ``path`` a name for the report (default: its last part).
-        base_url: such as ``https://api.openai.com/v1`` or ``http://localhost:8000/v1``.
-        path: a local judge, run in process with its own chat template.
-        api_key_env: environment variable that holds the key; a key is never written in a suite.
-        concurrency: calls under way at a time.
-        max_retries: how often a call that failed in passing (429, 5xx, time-out, broken reply) is sent again.
-        timeout: seconds for a whole call, its body included.
-        max_tokens: of a reply; default: the benchmark's own (MT-Bench 2048; AlpacaEval: the annotator's).
-        token_limit: the name under which the endpoint takes ``max_tokens``; reasoning models want the newer one.
-        temperature: default: the benchmark's own (MT-Bench 0; AlpacaEval: the annotator's).
-        seed: sent with every call if given.
-        price_prompt: dollars per million tokens of prompts.
-        price_completion: dollars per million tokens of replies.
-        max_calls: calls that one run may send at most, repeated ones included.
-        max_cost: dollars that one run may spend at most.
-        score_parser: ``strict``: the last ``[[rating]]`` within 1 and 10 (the last verdict of a pairwise game); ``fastchat``:
-            the first rating whatever its size, as FastChat reads it.
-        batch_size: prompts per batch of a local judge.
-        dtype: of a local judge's weights.
-        quantization: of a local judge: ``4bit`` or ``8bit``.
-    """
-
-    model: str | None = None
-    base_url: str | None = None
-    path: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 8
-    max_retries: int = 6
-    timeout: float = 120.0
-    max_tokens: int | None = None
-    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    temperature: float | None = None
-    seed: int | None = None
-    price_prompt: float | None = None
-    price_completion: float | None = None
-    max_calls: int | None = None
-    max_cost: float | None = None
-    score_parser: Literal["strict", "fastchat"] = "strict"
-    batch_size: int = 8
-    dtype: Dtype = "auto"
-    quantization: Quantization | None = None
+    model: Text | None = Field(
+        None,
+        description="The name that the endpoint knows it by; with `path` a name for the report (default: its last part).",
+    )
+    base_url: Text | None = Field(None, description="Such as https://api.openai.com/v1 or http://localhost:8000/v1.")
+    path: Text | None = Field(None, description="A local judge, run in process with its own chat template.")
+    api_key_env: Text = Field(
+        "OPENAI_API_KEY", description="Environment variable that holds the key; a key is never written in a suite."
+    )
+    concurrency: Whole = Field(8, gt=0, description="Calls under way at a time.")
+    max_retries: Whole = Field(
+        6, ge=0, description="How often a call that failed in passing (429, 5xx, time-out, broken reply) is sent again."
+    )
+    timeout: Number = Field(120.0, gt=0, description="Seconds for a whole call, its body included.")
+    max_tokens: Whole | None = Field(
+        None, gt=0, description="Of a reply; default: the benchmark's own (MT-Bench 2048; AlpacaEval: the annotator's)."
+    )
+    token_limit: Annotated[Literal["max_tokens", "max_completion_tokens"], Choice] = Field(
+        "max_tokens", description="The name under which the endpoint takes max_tokens; reasoning models want the newer one."
+    )
+    temperature: Number | None = Field(
+        None, ge=0, description="Default: the benchmark's own (MT-Bench 0; AlpacaEval: the annotator's)."
+    )
+    seed: Whole | None = Field(None, description="Sent with every call if given.")
+    price_prompt: Number | None = Field(None, ge=0, description="Dollars per million tokens of prompts.")
+    price_completion: Number | None = Field(None, ge=0, description="Dollars per million tokens of replies.")
+    max_calls: Whole | None = Field(None, gt=0, description="Calls that one run may send at most, repeated ones included.")
+    max_cost: Number | None = Field(None, gt=0, description="Dollars that one run may spend at most.")
+    score_parser: Annotated[Literal["strict", "fastchat"], Choice] = Field(
+        "strict",
+        description="strict: the last [[rating]] within 1 and 10 (the last verdict of a pairwise game); fastchat: the first "
+        "rating whatever its size, as FastChat reads it.",
+    )
+    batch_size: Whole = Field(8, gt=0, description="Prompts per batch of a local judge.")
+    dtype: Annotated[Dtype, Choice] = Field("auto", description="Of a local judge's weights.")
+    quantization: Annotated[Quantization | None, Choice] = Field(None, description="Of a local judge: 4bit or 8bit.")
 
     @property
     def name(self) -> str:
@@ -80,14 +75,6 @@ def judge_problems(spec: JudgeSpec) -> Iterator[tuple[str, str]]:
         yield from (("base_url", sentence) for sentence in url_problems(spec.base_url))
         if not spec.model:
             yield "model", "is missing: the endpoint must be told which of its models judges"
-    for key in ("concurrency", "timeout", "max_tokens", "max_calls", "max_cost", "batch_size"):
-        value = getattr(spec, key)
-        if value is not None and value <= 0:
-            yield key, f"{value} must be greater than 0"
-    for key in ("max_retries", "temperature", "price_prompt", "price_completion"):
-        value = getattr(spec, key)
-        if value is not None and value < 0:
-            yield key, f"{value} must not be negative"
     if spec.path is None and (spec.quantization is not None or spec.dtype != "auto"):
         yield "quantization" if spec.quantization else "dtype", "belongs to a local judge (path); an endpoint decides it itself"
     if spec.path is not None and spec.temperature:

@@ -1,33 +1,32 @@
-"""A recipe file -> a typed, checked and resolved Recipe, or one error that names everything that is wrong with it."""
+"""A recipe or suite file -> a typed and checked object, or one error that names everything that is wrong with it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any, TypeVar
 
 from daekit.errors import UserError
 from daekit.recipe.adapter_config import adapter_stage
-from daekit.recipe.check import check_recipe
-from daekit.recipe.check_adapter import with_base_of
-from daekit.recipe.convert import convert_recipe
+from daekit.recipe.check_models import with_base_of
+from daekit.recipe.check_suite import check_suite
+from daekit.recipe.checks import check_recipe
+from daekit.recipe.model import ModelSpec, TeacherSpec
 from daekit.recipe.overrides import apply_overrides
-from daekit.recipe.problems import Problems
-from daekit.recipe.schema import (
-    EvaluationSpec,
-    ModelSpec,
-    Recipe,
-    SourceSpec,
-    StageSpec,
-    TeacherSpec,
-    TokenizerSpec,
-    WeightedModelSpec,
-)
-from daekit.recipe.tree import read_file, read_tree
+from daekit.recipe.paths import is_name
+from daekit.recipe.reading import Spec
+from daekit.recipe.schema import DAEStage, EvaluatedModel, KDStage, Recipe, StageSpec
+from daekit.recipe.suite import SuiteSpec
+from daekit.recipe.tree import Node, Path, Place, read_file, read_tree
+from daekit.recipe.validation import Errors
+
+S = TypeVar("S", bound=Spec)
+_SUITES: Path = ("evaluation", "suites")
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | FilePath, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from a YAML file.
 
     Args:
@@ -35,8 +34,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: ``key.sub=value``, laid over the file in this order; values are YAML.
 
     Returns:
-        The recipe, checked, with every implied default filled in (see ``resolve``). Paths are relative to the current
-        directory.
+        The recipe, checked, with every implied default filled in (see ``resolve``) and the suites that it names read. Paths are
+        relative to the current directory.
 
     Raises:
         UserError: the file cannot be read, or something in it is wrong; the message names every error, with its line.
@@ -46,19 +45,113 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_recipe_text(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Like ``load_recipe``, from the text of a recipe; ``name`` is what errors call it."""
-    root, unread = read_tree(text, name)
-    problems = Problems(name, root)
-    if root.value is None:
-        raise UserError(f"{name}: the recipe is empty")
-    for wrong in unread:
-        problems.add_unread(wrong.path, wrong.message, wrong.place)
-    apply_overrides(root, overrides, problems)
-    recipe = convert_recipe(root, problems)
+    errors = _errors(text, name, "recipe")
+    _read_suites(errors)
+    apply_overrides(errors, overrides)
+    _read_suites(errors)  # of overrides
+    recipe = Recipe.read(errors.root, errors)
     if recipe is not None:
-        check_recipe(recipe, problems)
-    problems.raise_if_any()
-    assert recipe is not None  # whatever keeps it from being read is a problem
+        check_recipe(recipe, errors)
+    errors.raise_if_any()
+    assert recipe is not None  # whatever keeps it from being read is an error
     return resolve(recipe)
+
+
+def load_suite(
+    path: str | FilePath, models: Mapping[str, str] | None = None, overrides: Sequence[str] = (), need_models: bool = True
+) -> SuiteSpec:
+    """Read a suite from a YAML file.
+
+    Args:
+        path: the file.
+        models: name -> model as ``--model`` names it, added to those of the file before the overrides.
+        overrides: ``key.sub=value``, laid over the file in this order.
+        need_models: whether a suite without any model is an error.
+
+    Raises:
+        UserError: the file cannot be read, or something in it is wrong; the message names every error, with its line.
+    """
+    return load_suite_text(read_file(path, "suite"), str(path), models, overrides, need_models)
+
+
+def load_suite_text(
+    text: str,
+    name: str,
+    models: Mapping[str, str] | None = None,
+    overrides: Sequence[str] = (),
+    need_models: bool = True,
+) -> SuiteSpec:
+    """Like ``load_suite``, from the text of a suite; ``name`` is what errors call it."""
+    errors = _errors(text, name, "suite")
+    _add_models(errors.root, models or {})
+    apply_overrides(errors, overrides)
+    suite = SuiteSpec.read(errors.root, errors)
+    if suite is not None:
+        check_suite(suite, errors)
+        if need_models and not suite.models:
+            errors.add_check(("models",), "no model to measure: give --model NAME=PATH_OR_URL, or models in the suite")
+    errors.raise_if_any()
+    assert suite is not None  # whatever keeps it from being read is an error
+    return suite.model_copy(update={"output_dir": os.path.expanduser(suite.output_dir)})
+
+
+def parse_models(arguments: Sequence[str]) -> dict[str, str]:
+    """Name -> model of ``--model`` arguments: ``NAME=MODEL``, or ``MODEL``, whose name is its last part.
+
+    Raises:
+        UserError: a name twice, or one that may not be a name.
+    """
+    models: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, model = argument.partition("=")
+        if not equals or not is_name(name, dots=True):  # an URL or a path may hold a `=`
+            last = re.split(r"[/#+]", argument.rstrip("/"))[-1]
+            name, model = re.sub(r"[^\w.-]", "-", last).lstrip(".-"), argument
+        if not name or not model:
+            raise UserError(f"--model {argument!r} names no model; write --model NAME=PATH_OR_URL")
+        if name in models:
+            raise UserError(f"--model: two models are named {name!r}; give them names: --model NAME=PATH_OR_URL")
+        models[name] = model
+    return models
+
+
+def _errors(text: str, name: str, kind: str) -> Errors:
+    """The tree of a file, and what in it cannot be read."""
+    root, unread = read_tree(text, name)
+    if root.value is None and not unread:
+        raise UserError(f"{name}: the {kind} is empty")
+    errors = Errors(name, root)
+    errors.add_all_unread(unread)
+    return errors
+
+
+def _read_suites(errors: Errors) -> None:
+    """Put the content of the suites that a recipe names in their place, so that nothing is read again later."""
+    node = errors.root.find(_SUITES)
+    for index, item in enumerate(node.value if node is not None and isinstance(node.value, list) else ()):
+        if not isinstance(item.value, str):
+            continue
+        file = os.path.expanduser(item.value)
+        try:
+            tree, unread = read_tree(read_file(file, "suite"), file, file=file)
+        except UserError as error:
+            errors.add_unread((*_SUITES, index), " ".join(str(error).split()), item.place)
+            continue
+        item.value, item.text = tree.value, tree.text
+        errors.add_all_unread(unread, (*_SUITES, index))
+
+
+def _add_models(root: Node, models: Mapping[str, str]) -> None:
+    if not models or not isinstance(root.value, dict):
+        return
+    below = root.value.setdefault("models", Node({}, Place()))
+    if below.value is None:
+        below.value = {}
+    if isinstance(below.value, dict):
+        below.value |= {name: Node(text, Place(override=f"--model {name}")) for name, text in models.items()}
+
+
+# ---- implied defaults ------------------------------------------------------------------------------------------------
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -68,7 +161,7 @@ def resolve(recipe: Recipe) -> Recipe:
     it was loaded there; ``evaluation.models`` are all stages, ``evaluation.sources`` all sources with validation rows,
     ``tokenizer.train.sources`` all sources; ``~`` at the start of a path is the home folder.
     """
-    sources = {name: _expand_source(source) for name, source in recipe.sources.items()}
+    sources = {name: _at_home(source, "path", "validation") for name, source in recipe.sources.items()}
     stages: dict[str, StageSpec] = {}
     before = ""
     for name, stage in recipe.stages.items():
@@ -76,74 +169,55 @@ def resolve(recipe: Recipe) -> Recipe:
         origin = adapter_stage(student.adapter)
         if student.path is None and student.stage is None and student.config is None and student.init is None:
             if student.adapter is None:
-                student = replace(student, stage=before)
+                student = student.model_copy(update={"stage": before})
             elif origin is not None:
                 student = with_base_of(student, stages[origin].student or ModelSpec())
-        stages[name] = _expand_stage(replace(stage, student=student))
+        stages[name] = _resolve_stage(stage, student)
         before = name
-    return replace(
-        recipe,
-        output_dir=os.path.expanduser(recipe.output_dir),
-        sources=sources,
-        stages=stages,
-        tokenizer=recipe.tokenizer and _resolve_tokenizer(recipe.tokenizer, tuple(sources)),
-        evaluation=recipe.evaluation and _resolve_evaluation(recipe.evaluation, recipe),
-    )
+    tokenizer, evaluation = recipe.tokenizer, recipe.evaluation
+    if tokenizer is not None:
+        tokenizer = _at_home(tokenizer, "path")
+        if tokenizer.train is not None and not tokenizer.train.sources:
+            train = tokenizer.train.model_copy(update={"sources": tuple(sources)})
+            tokenizer = tokenizer.model_copy(update={"train": train})
+    if evaluation is not None:
+        models = evaluation.models or tuple(EvaluatedModel(name=name, stage=name) for name in stages)
+        update = {
+            "models": tuple(_at_home(model, "path") for model in models),
+            "sources": evaluation.sources or tuple(name for name, source in sources.items() if source.has_validation),
+            "suites": tuple(_at_home(suite, "output_dir") for suite in evaluation.suites),
+        }
+        evaluation = evaluation.model_copy(update=update)
+    output_dir = os.path.expanduser(recipe.output_dir)
+    resolved = {"sources": sources, "stages": stages, "tokenizer": tokenizer, "evaluation": evaluation}
+    return recipe.model_copy(update={"output_dir": output_dir, **resolved})
 
 
-def has_validation(source: SourceSpec) -> bool:
-    """Whether a source has rows to evaluate on."""
-    return bool(source.validation or source.validation_split or source.holdout)
+def _at_home(spec: S, *keys: str) -> S:
+    """A spec whose paths begin with the home folder, not with ``~``."""
+    paths = {key: getattr(spec, key) for key in keys}
+    return spec.model_copy(update={key: os.path.expanduser(path) for key, path in paths.items() if path})
 
 
-def _resolve_tokenizer(tokenizer: TokenizerSpec, sources: tuple[str, ...]) -> TokenizerSpec:
-    train = tokenizer.train and replace(tokenizer.train, sources=tokenizer.train.sources or sources)
-    return replace(tokenizer, path=_home(tokenizer.path), train=train)
+def _resolve_model(model: ModelSpec) -> ModelSpec:
+    return _at_home(model, "path", "adapter")
 
 
-def _resolve_evaluation(evaluation: EvaluationSpec, recipe: Recipe) -> EvaluationSpec:
-    with_rows = tuple(name for name, source in recipe.sources.items() if has_validation(source))
-    return replace(
-        evaluation,
-        models=evaluation.models or tuple(recipe.stages),
-        sources=evaluation.sources or with_rows,
-    )
+def _resolve_teacher(teacher: TeacherSpec) -> TeacherSpec:
+    members = tuple(each.model_copy(update={"model": _resolve_model(each.model)}) for each in teacher.ensemble)
+    return teacher.model_copy(update={"model": teacher.model and _resolve_model(teacher.model), "ensemble": members})
 
 
-def _home(path: str | None) -> str | None:
-    return os.path.expanduser(path) if path else path
-
-
-def _expand_source(source: SourceSpec) -> SourceSpec:
-    return replace(source, path=os.path.expanduser(source.path), validation=_home(source.validation))
-
-
-def _expand_model(model: ModelSpec) -> ModelSpec:
-    return replace(model, path=_home(model.path), adapter=_home(model.adapter))
-
-
-def _expand_student(student: ModelSpec, stage: StageSpec) -> ModelSpec:
-    if student.init is None:
-        return _expand_model(student)
-    init = replace(
-        student.init,
-        from_=_expand_model(student.init.from_),
-        with_=tuple(_expand_model(model) for model in student.init.with_),
-        calibration=replace(student.init.calibration, sources=student.init.calibration.sources or stage.data.sources),
-    )
-    return replace(student, init=init)
-
-
-def _expand_teacher(teacher: TeacherSpec) -> TeacherSpec:
-    members = tuple(WeightedModelSpec(_expand_model(member.model), member.weight) for member in teacher.ensemble)
-    return replace(teacher, model=teacher.model and _expand_model(teacher.model), ensemble=members)
-
-
-def _expand_stage(stage: StageSpec) -> StageSpec:
-    return replace(
-        stage,
-        student=stage.student and _expand_student(stage.student, stage),
-        teacher=stage.teacher and _expand_teacher(stage.teacher),
-        teachers={domain: _expand_teacher(teacher) for domain, teacher in stage.teachers.items()},
-        reference=stage.reference and _expand_teacher(stage.reference),
-    )
+def _resolve_stage(stage: StageSpec, student: ModelSpec) -> StageSpec:
+    student = _resolve_model(student)
+    if (init := student.init) is not None:
+        calibration = init.calibration.model_copy(update={"sources": init.calibration.sources or stage.data.sources})
+        parts = {"from_": _resolve_model(init.from_), "with_": tuple(_resolve_model(model) for model in init.with_)}
+        student = student.model_copy(update={"init": init.model_copy(update={**parts, "calibration": calibration})})
+    update: dict[str, Any] = {"student": student}
+    if isinstance(stage, KDStage):
+        update["teacher"] = _resolve_teacher(stage.teacher)
+    if isinstance(stage, DAEStage):
+        update["teachers"] = {domain: _resolve_teacher(teacher) for domain, teacher in stage.teachers.items()}
+        update["reference"] = stage.reference and _resolve_teacher(stage.reference)
+    return stage.model_copy(update=update)

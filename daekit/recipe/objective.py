@@ -7,71 +7,78 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from daekit.errors import UserError
+from daekit.errors import UserError, listed
+from daekit.recipe.reading import Choice, Number, Spec, Text, Whole, as_plain
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv"]
 DIVERGENCES: tuple[str, ...] = get_args(DivergenceName)
 WEIGHTS = ("ce_weight", "prediction_weight", "attention_weight", "hidden_weight")
-LayerChoice = str | tuple[tuple[int, int], ...]
-_LAYERS = re.compile(r"uniform|last_[1-9]\d*")
+_LAYERS = re.compile(r"uniform|last_[1-9][0-9]{0,4}")
 
 
-class Objective(BaseModel):
+def _known_layers(written: Any) -> Any:
+    choice = as_plain(written)
+    if isinstance(choice, str):
+        known = bool(_LAYERS.fullmatch(choice))
+    else:
+        known = isinstance(choice, list | tuple) and len(choice) > 0 and all(map(_is_pair, choice))
+    if not known:
+        raise ValueError("choose uniform, last_K (last_4), or pairs [[student's layer, teacher's layer], ...], counted from 0")
+    return choice
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(layer) is int and layer >= 0 for layer in value)
+
+
+LayerChoice = Annotated[Text | tuple[tuple[Whole, Whole], ...], BeforeValidator(_known_layers)]
+
+
+class Objective(Spec):
     """``loss = (ce_weight * CE + prediction_weight * T^2 * D + attention_weight * A + hidden_weight * H) / N``.
 
     N are the loss tokens of the global batch. CE, D and A are in nats, H has no unit. The defaults are the released settings
     of "A Teacher Is Worth A Million Instructions" (arXiv 2406.19112) but for attention_weight, which is 1 there.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False)
 
-    ce_weight: float = Field(default=0.0, ge=0)
+    ce_weight: Number = Field(default=0.0, ge=0)
     """Weight of CE, the cross-entropy with the labels, at temperature 1."""
-    prediction_weight: float = Field(default=1.0, ge=0)
+    prediction_weight: Number = Field(default=1.0, ge=0)
     """Weight of D, the divergence of the student's next-token distribution from its teacher's."""
-    attention_weight: float = Field(default=0.0, ge=0)
+    attention_weight: Number = Field(default=0.0, ge=0)
     """Weight of A, KL(teacher's attention || student's), the mean over heads and layers, without temperature. It needs one
     teacher per row, whose attention is softmax attention."""
-    hidden_weight: float = Field(default=0.0, ge=0)
+    hidden_weight: Number = Field(default=0.0, ge=0)
     """Weight of H, the distance between hidden states."""
-    divergence: DivergenceName = "forward_kl"
+    divergence: Annotated[DivergenceName, Choice] = "forward_kl"
     """forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher); jsd; skew_kl: KL(teacher || mixture) and
     skew_reverse_kl: KL(student || mixture) of DistiLLM (arXiv 2402.03898); tv: half the sum of the absolute differences."""
-    beta: float = Field(default=0.5, gt=0, lt=1)
+    beta: Number = Field(default=0.5, gt=0, lt=1)
     """Mixture weight of jsd; its limits 0 and 1 are forward_kl and reverse_kl, scaled."""
-    skew_alpha: float = Field(default=0.1, ge=0, lt=1)
+    skew_alpha: Number = Field(default=0.1, ge=0, lt=1)
     """Share of the distribution on the left in the mixture of skew_kl and skew_reverse_kl; at 1 they would be 0."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Number = Field(default=1.0, gt=0)
     """T, which divides the logits of both models; D is multiplied by T^2, but for tv."""
     attention_layers: LayerChoice = "uniform"
     """Layers whose attention is compared: uniform (all of the student's, spread over the teacher's), last_K (the last K of
     both), or pairs [student's layer, teacher's layer], counted from 0."""
-    attention_relation_heads: int | None = Field(default=None, ge=1)
+    attention_relation_heads: Whole | None = Field(default=None, ge=1)
     """Compare attention in so many relation heads (MiniLMv2, arXiv 2012.15828); null: one head to one head."""
-    hidden_loss: Literal["cosine", "mse"] = "cosine"
+    hidden_loss: Annotated[Literal["cosine", "mse"], Choice] = "cosine"
     """cosine: 1 - cos; mse: mean squared difference; through a learned projection where the widths differ."""
     hidden_layers: LayerChoice = "uniform"
     """Layers whose hidden states are compared, as for attention_layers."""
 
-    @field_validator("attention_layers", "hidden_layers", mode="before")
-    @classmethod
-    def _known_layers(cls, choice: Any) -> Any:
-        if isinstance(choice, str):
-            known = bool(_LAYERS.fullmatch(choice))
-        else:
-            known = isinstance(choice, list | tuple) and len(choice) > 0 and all(map(_is_pair, choice))
-        if not known:
-            raise ValueError("choose uniform, last_K (last_4), or pairs of a student's and a teacher's layer")
-        return choice
-
     @model_validator(mode="after")
     def _anything_to_learn(self) -> Objective:
         if not any(getattr(self, name) for name in WEIGHTS):
-            raise ValueError(f"{', '.join(WEIGHTS)} are all 0: there is nothing to learn from")
+            raise ValueError(f"{listed(WEIGHTS)} are all 0: there is nothing to learn from")
         return self
 
     @classmethod
@@ -94,7 +101,3 @@ class Objective(BaseModel):
     def parameter(self) -> float:
         """The one number that the divergence depends on, if it does."""
         return self.beta if self.divergence == "jsd" else self.skew_alpha
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2

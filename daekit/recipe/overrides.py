@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from daekit.errors import UserError
-from daekit.recipe.problems import Problems, dotted, nearest
+from daekit.errors import UserError, nearest
+from daekit.recipe.model import STAGE, stage_of
+from daekit.recipe.suite import subject_keys
 from daekit.recipe.tree import Node, Path, Place, read_tree
+from daekit.recipe.validation import Errors, dotted
 
 # The mappings whose keys are the user's own names: a misspelt one must not make a new entry.
 _NAMED = (("sources",), ("stages",), ("benchmarks",), ("models",))
+_DEEPEST = 40  # keys of a path
 
 
-def apply_overrides(root: Node, overrides: Sequence[str], problems: Problems) -> None:
+def apply_overrides(errors: Errors, overrides: Sequence[str]) -> None:
     """Set each ``key.sub=value`` in the tree, the value read as YAML; mappings that are missing on the way are made.
 
     A text on the way that is short for a mapping (a model, a teacher, a tokenizer) becomes that mapping; an item of a list
@@ -22,26 +26,27 @@ def apply_overrides(root: Node, overrides: Sequence[str], problems: Problems) ->
         keys, equals, text = override.partition("=")
         path: Path = tuple(keys.split("."))
         if not equals or not all(path):
-            problems.add((), "is not of the form key.sub=value", Place(override=repr(override)))
+            errors.add((), "is not of the form key.sub=value", Place(override=repr(override)))
             continue
         if not text.strip():
-            problems.add((), "has no value; write null to unset a key", Place(override=repr(override)))
+            errors.add((), "has no value; write null to unset a key", Place(override=repr(override)))
             continue
         try:
             value, unread = read_tree(text, "its value", override=repr(override))
         except UserError as error:
-            problems.add((), str(error), Place(override=repr(override)))
+            errors.add((), str(error), Place(override=repr(override)))
             continue
-        for wrong in unread:
-            problems.add_unread((*path, *wrong.path), wrong.message, wrong.place)
-        message = _set(root, path, value)
+        errors.add_all_unread(unread, path)
+        message = _set(errors.root, path, value)
         if message:
-            problems.add((), message, Place(override=repr(override)))
+            errors.add((), message, Place(override=repr(override)))
 
 
 def _set(root: Node, path: Path, value: Node) -> str:
     """Put ``value`` at ``path``; returns what is wrong, or nothing."""
     node = root
+    if len(path) > _DEEPEST:
+        return f"has {len(path)} keys; nothing lies so deep"
     for depth, key in enumerate(path[:-1]):
         below, wrong = _step(node, key, path[:depth], value.place)
         if wrong or below is None:
@@ -49,7 +54,7 @@ def _set(root: Node, path: Path, value: Node) -> str:
         node = below
     key, above = path[-1], path[:-1]
     if isinstance(node.value, str):
-        _expand(node)
+        _expand(node, above)
     if isinstance(node.value, list):
         index, wrong = _index(node, str(key), above)
         if not wrong:
@@ -66,7 +71,7 @@ def _set(root: Node, path: Path, value: Node) -> str:
 def _step(node: Node, key: str | int, above: Path, place: Place) -> tuple[Node | None, str]:
     """(the node below ``key``, made if it is missing; what is wrong, or nothing)."""
     if isinstance(node.value, str):
-        _expand(node)
+        _expand(node, above)
     if isinstance(node.value, list):
         index, wrong = _index(node, str(key), above)
         return (None, wrong) if wrong else (node.value[index], "")
@@ -81,17 +86,20 @@ def _step(node: Node, key: str | int, above: Path, place: Place) -> tuple[Node |
     return node.value[str(key)], ""
 
 
-def _expand(node: Node) -> None:
-    """A text that stands for a mapping becomes it: ``PATH`` is ``{path: PATH}``, ``stage:NAME`` is ``{stage: NAME}``."""
+def _expand(node: Node, path: Path) -> None:
+    """A text that stands for a mapping becomes it: a path, ``stage:NAME``, a model of a suite."""
     text = str(node.value)
-    key = "stage" if text.startswith("stage:") else "path"
-    node.value, node.text = {key: Node(text.removeprefix("stage:").strip(), node.place)}, None
+    if path[-2:-1] == ("models",):
+        keys: dict[str, Any] = subject_keys(text)
+    else:
+        keys = stage_of(text.removeprefix(STAGE)) if text.startswith(STAGE) else {"path": text}
+    node.value, node.text = {key: Node(below, node.place) for key, below in keys.items()}, None
 
 
 def _index(node: Node, key: str, above: Path) -> tuple[int, str]:
     """(the index that ``key`` names in a list; what is wrong, or nothing)."""
     assert isinstance(node.value, list)
     count = len(node.value)
-    if not key.isdecimal() or int(key) >= count:
+    if not (key.isdecimal() and len(key) < 10 and int(key) < count):
         return 0, f"{dotted(above)} is a list of {count}: address an item by its index from 0, not {key!r}, or set it whole"
     return int(key), ""

@@ -1,328 +1,280 @@
-"""The typed form of a recipe: what a YAML file may say. Imports neither torch nor transformers.
+"""The typed form of a recipe: what a YAML file may say, with types, bounds, defaults and documentation.
 
-One file is one run of one or more stages. Every mapping of the YAML is one frozen dataclass here; a key that is not a
-field is an error. Names are those of TRL, PEFT and transformers wherever the same thing has one.
+One file is one run of one or more stages. Every mapping of the YAML is one pydantic model; an unknown key is an error.
+Names are those of TRL, PEFT and transformers wherever the same thing has one. Neither torch nor transformers is imported.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from daekit.recipe.student_schema import CalibrationSpec, StudentSearchSpec
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo
 
-StageType = Literal["sft", "kd", "dae"]
-Quantization = Literal["4bit", "8bit"]
-Overlong = Literal["error", "truncate", "drop"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Column = Literal["messages", "prompt", "completion", "text", "answer"]
+from daekit.recipe.model import (
+    CalibrationSpec,
+    Dtype,
+    ModelSpec,
+    Quantization,
+    StudentSearchSpec,
+    StudentSpec,
+    TeacherSpec,
+    WeightedModelSpec,
+)
+from daekit.recipe.objective import Objective
+from daekit.recipe.reading import (
+    Choice,
+    Flag,
+    Leaf,
+    Number,
+    Spec,
+    Text,
+    Whole,
+    Written,
+    as_text,
+    by_type,
+)
+from daekit.recipe.rows import BUILTIN_CORPORA, MixtureSpec, SourceSpec, TokenizerSpec, TokenizerTraining
+from daekit.recipe.suite import Column, SuiteSpec
+from daekit.recipe.trainer_options import read_trainer_options
+from daekit.recipe.tree import Path
+from daekit.recipe.validation import Errors
 
-# The embedded corpora that ``path: builtin:NAME`` may name.
-BUILTIN_CORPORA = ("skills", "chat", "shop")
+__all__ = [
+    "BUILTIN_CORPORA",
+    "STUDENT_AS_IT_WAS",
+    "CalibrationSpec",
+    "Column",
+    "DAEStage",
+    "Dtype",
+    "EvaluatedModel",
+    "EvaluationSpec",
+    "KDStage",
+    "LoraSpec",
+    "MixtureSpec",
+    "ModelSpec",
+    "Quantization",
+    "Recipe",
+    "SFTStage",
+    "SourceSpec",
+    "StageSpec",
+    "StudentSearchSpec",
+    "StudentSpec",
+    "TeacherSpec",
+    "TokenizerSpec",
+    "TokenizerTraining",
+    "WeightedModelSpec",
+]
+
+STUDENT_AS_IT_WAS = "student-as-it-was"  # among the models of an evaluation: the first stage's student before any training
+LARGEST_SEED = 2**32 - 1  # of numpy
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """Where a model comes from: exactly one of ``path``, ``stage`` and ``config``; or an adapter on the student's base; or, for
-    a student, ``init``.
+class LoraSpec(Spec):
+    """A LoRA adapter for the student (PEFT's names). With ``student.quantization: 4bit`` this is QLoRA."""
 
-    In YAML a plain string is short for ``{path: ...}``, ``stage:NAME`` for ``{stage: NAME}``, and ``{from: TEACHER, ...}``
-    with the keys of ``StudentSpec`` for ``init``.
+    r: Whole = Field(16, gt=0, le=65536, description="Rank.")
+    lora_alpha: Whole = Field(32, gt=0, description="The adapter's output is multiplied by lora_alpha / r.")
+    lora_dropout: Number = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapter.")
+    target_modules: Text | tuple[Text, ...] = Field("all-linear", description="Names of modules, or `all-linear`.")
+    use_rslora: Flag = Field(False, description="Multiply by lora_alpha / sqrt(r) instead.")
+    use_dora: Flag = Field(False, description="Learn magnitudes apart from directions (DoRA).")
+    merge: Flag = Field(
+        False,
+        description="Fold the adapter into the (unquantised) base when the stage ends, so that its result is a plain model.",
+    )
 
-    One base, several models: a teacher, member of an ensemble or reference that is ``{adapter: A}`` and nothing else is a LoRA
-    adapter of the base that the student is trained on (with ``lora`` or ``adapter``); the base is loaded once, in the student's
-    dtype and quantisation. A student that is ``{adapter: A}`` goes on training that adapter (without ``lora``: rank and targets
-    are its own) on the base that the stage of A had, loaded as it was there; of a directory, on ``path`` or the base it names.
 
-    Attributes:
-        path: hub id or directory (a directory that holds a LoRA adapter is loaded on its base and merged).
-        stage: the result of an earlier stage of this recipe.
-        config: a model made from scratch with random weights: ``model_type`` and the fields of its transformers config;
-            ``vocab_size`` and special tokens are taken from the tokenizer unless given.
-        dtype: the dtype that the weights are loaded in.
-        adapter: ``stage:NAME`` (of an earlier LoRA stage), a directory, or, for a teacher, ``base`` (the base, adapter off).
-        quantization: ``4bit`` (nf4, double quantisation) or ``8bit``, by bitsandbytes; experts too.
-        device_map: of a teacher: the device that it lies on (``cuda:1``, ``1``, ``cpu``), ``auto``, or a mapping of its
-            modules to devices; default: the student's device.
-        offload: of a teacher: its layers stay in host memory and are brought to the student's device one by one, the next
-            while one runs; the device holds two of them at most.
-        init: a student made from its teacher.
+_FOREIGN_TO_KD = {
+    "teachers": "a kd stage follows one `teacher` on all rows; for a teacher per domain use type: dae",
+    "reference": "a kd stage has no reference; for one use type: dae",
+    "reference_domains": "a kd stage has no reference; for one use type: dae",
+}
+_FOREIGN_TO_SFT = {
+    "teacher": "an sft stage learns from the data alone; for a teacher use type: kd",
+    "teachers": "an sft stage learns from the data alone; for teachers use type: dae",
+    "reference": "an sft stage learns from the data alone; for a reference use type: dae",
+    "reference_domains": "an sft stage has no reference; for one use type: dae",
+    "loss": "an sft stage has the cross-entropy as its only loss; for others use type: kd or dae",
+}
+_FIRST = ("type", "student", "lora", "teacher", "teachers", "reference", "reference_domains", "data")
+
+
+def _read_options(value: Any, info: ValidationInfo) -> Any:
+    return read_trainer_options(value, info.context if isinstance(info.context, Errors) else None)
+
+
+class _Stage(Spec):
+    """What every training run has."""
+
+    TYPES: ClassVar = ("sft", "kd", "dae")
+
+    data: MixtureSpec = Field(description="The rows.")
+    student: ModelSpec | None = Field(
+        None, description="The model to train; without path, stage and config: the result of the stage before."
+    )
+    lora: LoraSpec | None = Field(None, description="Train an adapter on the student.")
+    seed: Whole | None = Field(
+        None,
+        ge=0,
+        le=LARGEST_SEED,
+        description="Of this stage alone (two teachers from scratch that shall differ); default: the seed of the recipe.",
+    )
+    overlong: Annotated[Literal["error", "truncate", "drop"], Choice] = Field(
+        "error", description="What becomes of rows longer than trainer.max_length."
+    )
+    trainer: Annotated[dict[str, Any], BeforeValidator(_read_options)] = Field(
+        {}, description="Any field of trl.SFTConfig (learning_rate, max_steps, per_device_train_batch_size, packing...)."
+    )
+
+    def teachers_by_key(self) -> dict[Path, TeacherSpec]:
+        """Key path below the stage -> every teacher that it names, the reference last."""
+        return {}
+
+    def compact(self, dumped: dict[str, Any]) -> dict[str, Any]:
+        """The models first, as people write it."""
+        return {key: dumped[key] for key in _FIRST if key in dumped} | dumped
+
+
+class SFTStage(_Stage):
+    """Cross-entropy on the data's own tokens."""
+
+    FOREIGN: ClassVar = _FOREIGN_TO_SFT
+    type: Annotated[Literal["sft"], Choice]
+
+    @property
+    def loss(self) -> Objective:
+        """The cross-entropy alone."""
+        return Objective(ce_weight=1.0, prediction_weight=0.0)
+
+
+class KDStage(_Stage):
+    """Follow one teacher on all rows."""
+
+    FOREIGN: ClassVar = _FOREIGN_TO_KD
+    type: Annotated[Literal["kd"], Choice]
+    teacher: TeacherSpec = Field(description="The teacher to follow.")
+    loss: Objective = Field(Objective(), description="The objective.")
+
+    def teachers_by_key(self) -> dict[Path, TeacherSpec]:
+        """See the base class."""
+        return {("teacher",): self.teacher} if self.teacher is not None else {}
+
+
+class DAEStage(_Stage):
+    """Follow the teacher of each row's domain, and the reference elsewhere."""
+
+    FOREIGN: ClassVar = {"teacher": "a dae stage names a teacher per domain: `teachers: {DOMAIN: MODEL}`"}
+    type: Annotated[Literal["dae"], Choice]
+    teachers: dict[str, TeacherSpec] = Field(description="Domain -> teacher.")
+    reference: TeacherSpec | None = Field(
+        None, description="The model to follow on reference_domains; default: the student as it stands, frozen."
+    )
+    reference_domains: tuple[Text, ...] = Field(("general",), description="Domains that follow the reference.")
+    loss: Objective = Field(Objective(), description="The objective.")
+
+    def teachers_by_key(self) -> dict[Path, TeacherSpec]:
+        """See the base class."""
+        found: dict[Path, TeacherSpec] = {("teachers", domain): each for domain, each in (self.teachers or {}).items()}
+        if self.reference is not None:
+            found["reference",] = self.reference
+        return {key: each for key, each in found.items() if each is not None}
+
+
+StageSpec: TypeAlias = SFTStage | KDStage | DAEStage
+_AnyStage = Annotated[
+    Annotated[SFTStage, Tag("sft")] | Annotated[KDStage, Tag("kd")] | Annotated[DAEStage, Tag("dae")],
+    Discriminator(by_type({"sft": SFTStage, "kd": KDStage, "dae": DAEStage})),
+]
+
+
+class EvaluatedModel(ModelSpec):
+    """A model that the report measures: a stage, ``student-as-it-was``, or any other by ``{name: NAME, path: PATH}``.
+
+    A plain text names a stage, or the first stage's student before any training; ``{NAME: PATH}`` is short for the two keys.
     """
 
-    path: str | None = None
-    stage: str | None = None
-    adapter: str | None = None
-    config: dict[str, Any] | None = None
-    revision: str | None = None
-    dtype: Dtype = "auto"
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    quantization: Quantization | None = None
-    device_map: str | dict[str, str] | None = None
-    offload: bool = False
-    init: StudentSpec | None = None
+    SHORT: ClassVar = ({"type": "string"}, {"type": "object", "minProperties": 1, "maxProperties": 1})
+    NOUN: ClassVar = "the name of a stage, or {name: NAME, path: PATH}"
+
+    name: Text = Field(description="Its name in the report.")
+
+    @classmethod
+    def expand(cls, value: Any) -> Any:
+        """See the class; a stage is the model ``{stage: NAME}``."""
+        if isinstance(value, Mapping):
+            if len(value) != 1 or next(iter(value)) in cls.model_fields:
+                return value if "from" not in value else cls._made(value)
+            (name, below), path = next(iter(value.items())), getattr(value, "path", None)
+            values = (
+                {"name": name, **model}
+                if isinstance(model := ModelSpec.expand(below), Mapping)
+                else {"name": name, "path": below}
+            )
+            return values if path is None else Written(values, (*path, name))
+        text = as_text(value)
+        if not isinstance(text, str):
+            return value
+        values = {"name": text} if text == STUDENT_AS_IT_WAS else {"name": text, "stage": text}
+        return Written(values, value.path) if isinstance(value, Leaf) else values
+
+    @property
+    def is_stage(self) -> bool:
+        """Whether it is the result of a stage, named as that is."""
+        return self.stage == self.name and self.checkpoint is None
+
+    @classmethod
+    def _made(cls, value: Mapping[str, Any]) -> Any:
+        rest = {key: below for key, below in value.items() if key != "name"}
+        model = ModelSpec.expand(Written(rest, value.path) if isinstance(value, Written) else rest)
+        values = {**model, **({"name": value["name"]} if "name" in value else {})}
+        return Written(values, value.path) if isinstance(value, Written) else values
+
+    def compact(self, dumped: dict[str, Any]) -> Any:
+        """A stage's result and the student as it was are written as their names."""
+        only = {key for key in type(self).model_fields if self.changed(key)}
+        if self.name == STUDENT_AS_IT_WAS or (self.is_stage and only == {"name", "stage"}):
+            return self.name
+        return {"name": self.name, **super().compact(dumped)}
 
 
-@dataclass(frozen=True)
-class StudentSpec:
-    """A student made from its teacher, before it is trained: ``student: {from: TEACHER, ...}``.
+class EvaluationSpec(Spec):
+    """The report that ends a run: every model x every domain with validation rows."""
 
-    One of: a part of the teacher, of a given ``shape`` or found by a ``search``; a Mixtral made ``dense`` (and cut, if a
-    shape or a search is given, too), or with fewer experts (``keep_experts``); a Mixtral whose experts are the teacher and
-    other dense models (``with``).
+    models: tuple[EvaluatedModel, ...] = Field(
+        (), description="Names of stages (default: every stage, in order), `student-as-it-was`, or {name: NAME, path: PATH}."
+    )
+    baseline: Text | None = Field(None, description="The evaluated model that gain and forgetting are measured against.")
+    sources: tuple[Text, ...] = Field((), description="Sources whose validation rows are used (default: all that have some).")
+    limit: Whole | None = Field(None, gt=0, description="At most so many validation rows per source.")
+    generate: Flag = Field(True, description="Also generate answers greedily, for exact_match and answer_match.")
+    max_new_tokens: Whole = Field(64, gt=0, description="Tokens to generate at most.")
+    batch_size: Whole = Field(32, gt=0, description="Rows per forward pass.")
+    bootstrap: Whole = Field(1000, gt=0, description="Resamples of the interval.")
+    suites: tuple[SuiteSpec, ...] = Field(
+        (),
+        description="Suites to measure `models` with when the report is written: files, read when the recipe is loaded, or "
+        "their content. Each writes into OUTPUT_DIR/suites/NAME. A suite without baseline takes this one.",
+        json_schema_extra={"items": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/SuiteSpec"}]}},
+    )
 
-    Attributes:
-        from_: the teacher; ``from`` in YAML.
-        with_: further Mistral models of the same shape; ``with`` in YAML. Attention and embeddings are those of ``from``.
-        dense: how the experts of a layer become one MLP (``daekit.students.mixtral_to_dense``).
-        keep_experts: how many experts of each layer stay.
-        shape: sizes by their names in the config (``hidden_size``...); those that are left out are the teacher's.
-        search: finds the shape instead.
-        importance: what is kept: what counts most on calibration text (``activations``), the ``first`` or ``random`` parts.
-        fit_norms: scale norms over fewer channels to what they gave over all of them, measured on calibration text.
-    """
-
-    from_: ModelSpec
-    with_: tuple[ModelSpec, ...] = ()
-    dense: Literal["best_expert", "average", "routed_average", "top_neurons"] | None = None
-    keep_experts: int | None = None
-    shape: dict[str, int] = field(default_factory=dict)
-    search: StudentSearchSpec | None = None
-    importance: Literal["activations", "first", "random"] = "activations"
-    fit_norms: bool = False
-    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the evaluated models."""
+        return tuple(model.name for model in self.models)
 
 
-@dataclass(frozen=True)
-class WeightedModelSpec:
-    """A member of an ensemble: a model and its weight; the weights of an ensemble sum to 1."""
-
-    model: ModelSpec
-    weight: float
-
-
-@dataclass(frozen=True)
-class TeacherSpec:
-    """One teacher: a model, or an ensemble of several.
-
-    In YAML whatever is a ModelSpec is a TeacherSpec too; an ensemble is ``{ensemble: [{model: M, weight: W}, ...],
-    average: logits}``.
-    """
-
-    model: ModelSpec | None = None
-    ensemble: tuple[WeightedModelSpec, ...] = ()
-    average: Literal["logits", "probabilities"] = "logits"
-
-
-@dataclass(frozen=True)
-class TokenizerTraining:
-    """A tokenizer trained on the training rows of some sources.
-
-    Attributes:
-        vocab_size: its size, special tokens included.
-        sources: names of the sources to read (default: all).
-        kind: ``bpe`` (byte-level) or ``words`` (one token per word, digit and punctuation mark: for small worlds).
-    """
-
-    vocab_size: int
-    sources: tuple[str, ...] = ()
-    kind: Literal["bpe", "words"] = "bpe"
-
-
-@dataclass(frozen=True)
-class TokenizerSpec:
-    """Where the tokenizer comes from: a hub id, a directory or a SentencePiece/tokenizers file, or training on the data.
-
-    In YAML a plain string is short for ``{path: ...}``. Not needed when the first student is loaded from a path.
-    """
-
-    path: str | None = None
-    train: TokenizerTraining | None = None
-    chat_template: str | None = None
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """Rows of one domain.
-
-    Attributes:
-        domain: the name that decides which teacher speaks for these rows.
-        path: a JSONL or Parquet file, a directory of them, a hub id, or ``builtin:NAME`` for the embedded corpora.
-        split: split of a hub data set or of a builtin corpus to train on.
-        name: configuration name of a hub data set.
-        validation: a file, directory or ``builtin:NAME`` with the rows to evaluate on.
-        validation_split: split of ``path`` to evaluate on.
-        holdout: number of rows taken from the end of the (seeded) shuffled training rows, to evaluate on instead.
-        limit: use at most so many training rows (the first ones).
-        validation_limit: use at most so many validation rows.
-        columns: our column name -> its name in the data.
-        chat: make of a prompt and a completion that are strings a user's and an assistant's message, so that the tokenizer's
-            chat template frames them; without it TRL joins the two strings as they are.
-    """
-
-    domain: str
-    path: str
-    split: str = "train"
-    name: str | None = None
-    revision: str | None = None
-    validation: str | None = None
-    validation_split: str | None = None
-    holdout: int | None = None
-    limit: int | None = None
-    validation_limit: int | None = None
-    columns: dict[Column, str] = field(default_factory=dict)
-    chat: bool = False
-
-
-@dataclass(frozen=True)
-class MixtureSpec:
-    """What a stage trains on.
-
-    In YAML a list of source names means all their rows; a mapping ``source: weight`` gives the *share of rows* of each. The
-    long form is ``{sources: <list or mapping>, rows: N}``.
-
-    Attributes:
-        sources: names of sources.
-        weights: share of rows of each source, in the order of ``sources``; empty: all rows of every source, once.
-        rows: rows of one epoch of a weighted mixture. Default: the most that repeats no row of any source. A source that
-            has fewer rows than its share asks for is repeated: each row is used n or n + 1 times.
-    """
-
-    sources: tuple[str, ...]
-    weights: tuple[float, ...] = ()
-    rows: int | None = None
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """A LoRA adapter for the student (PEFT's names). With ``student.quantization: 4bit`` this is QLoRA.
-
-    Attributes:
-        merge: fold the adapter into the (unquantised) base when the stage ends, so that its result is a plain model.
-    """
-
-    r: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    use_rslora: bool = False
-    use_dora: bool = False
-    merge: bool = False
-
-
-@dataclass(frozen=True)
-class LossSpec:
-    """The objective of a ``kd`` or ``dae`` stage; weights are per kept token, in nats.
-
-    Attributes:
-        divergence: ``forward_kl`` KL(teacher || student), ``reverse_kl``, ``jsd``, ``skew_kl``, ``skew_reverse_kl`` or ``tv``.
-        beta: the mixture weight of ``jsd``.
-        skew_alpha: of ``skew_kl`` and ``skew_reverse_kl``: how much of the distribution on the left is in the mixture.
-        temperature: T; the divergence is multiplied by T^2 (``tv`` is not).
-        attention_weight: of KL(teacher's attention || student's), the mean over heads and layers.
-        attention_layers: ``uniform`` (all layers of the student, spread over the teacher's), ``last_K`` (the last K of both),
-            or pairs ``[student's layer, teacher's layer]``, counted from 0.
-        attention_relation_heads: compare in so many relation heads; default: one head to one head.
-        hidden_weight: of the distance between hidden states.
-        hidden_loss: ``cosine`` (1 - cos) or ``mse``, through a learned projection where the widths differ.
-        hidden_layers: as ``attention_layers``.
-    """
-
-    ce_weight: float = 0.0
-    prediction_weight: float = 1.0
-    attention_weight: float = 0.0
-    hidden_weight: float = 0.0
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv"] = "forward_kl"
-    beta: float = 0.5
-    skew_alpha: float = 0.1
-    temperature: float = 1.0
-    attention_layers: str | tuple[tuple[int, ...], ...] = "uniform"
-    attention_relation_heads: int | None = None
-    hidden_loss: Literal["cosine", "mse"] = "cosine"
-    hidden_layers: str | tuple[tuple[int, ...], ...] = "uniform"
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """One training run.
-
-    Attributes:
-        type: ``sft`` (cross-entropy on the data's own tokens), ``kd`` (follow one teacher on all rows) or ``dae`` (follow the
-            teacher of each row's domain, and the reference elsewhere).
-        student: the model to train; without path, stage and config: the result of the stage before.
-        teacher: for ``kd``.
-        teachers: for ``dae``: domain -> teacher.
-        reference: for ``dae``: the model to follow on ``reference_domains``; default: the student as it stands, frozen.
-        reference_domains: for ``dae``: domains that follow the reference.
-        data: the rows.
-        seed: of this stage alone (two teachers from scratch that shall differ); default: the seed of the recipe.
-        overlong: what becomes of rows longer than ``trainer.max_length``: ``error``, ``truncate`` or ``drop``.
-        trainer: any field of ``trl.SFTConfig`` (learning_rate, max_steps, per_device_train_batch_size, packing...).
-    """
-
-    type: StageType
-    data: MixtureSpec
-    student: ModelSpec | None = None
-    teacher: TeacherSpec | None = None
-    teachers: dict[str, TeacherSpec] = field(default_factory=dict)
-    reference: TeacherSpec | None = None
-    reference_domains: tuple[str, ...] = ("general",)
-    lora: LoraSpec | None = None
-    loss: LossSpec = field(default_factory=LossSpec)
-    seed: int | None = None
-    overlong: Overlong = "error"
-    trainer: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EvaluationSpec:
-    """The report that ends a run: every model x every domain with validation rows.
-
-    Attributes:
-        models: names of stages (default: every stage, in order).
-        baseline: the stage that gain and forgetting are measured against.
-        sources: sources whose validation rows are used (default: all that have some).
-        limit: at most so many validation rows per source.
-        generate: also generate answers greedily, for exact_match and answer_match.
-        max_new_tokens: tokens to generate at most.
-        batch_size: rows per forward pass.
-        bootstrap: resamples of the interval.
-        suites: suite files (see ``daekit.recipe.suite``) to measure ``models`` with when the report is written; each writes
-            into ``OUTPUT_DIR/suites/NAME``. A suite without baseline takes this one.
-    """
-
-    models: tuple[str, ...] = ()
-    baseline: str | None = None
-    sources: tuple[str, ...] = ()
-    limit: int | None = None
-    generate: bool = True
-    max_new_tokens: int = 64
-    batch_size: int = 32
-    bootstrap: int = 1000
-    suites: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Spec):
     """A whole run.
 
     Names of sources, stages and domains consist of letters, digits, ``_`` and ``-``: they become keys of overrides
     (``stages.NAME.lora.r=8``), folders and suffixes of metrics.
-
-    Attributes:
-        name: becomes part of model cards and reports.
-        output_dir: everything the run writes is below it.
-        seed: of data order, initial weights and dropout of every stage.
-        sources: name -> rows of one domain.
-        stages: name -> stage, in the order in which they run.
-        evaluation: None: no report.
     """
 
-    name: str
-    output_dir: str
-    sources: dict[str, SourceSpec]
-    stages: dict[str, StageSpec]
-    seed: int = 0
-    tokenizer: TokenizerSpec | None = None
-    evaluation: EvaluationSpec | None = None
+    name: Text = Field(min_length=1, description="Becomes part of model cards and reports.")
+    output_dir: Text = Field(min_length=1, description="Everything the run writes is below it.")
+    sources: dict[str, SourceSpec] = Field(description="Name -> rows of one domain.")
+    stages: dict[str, _AnyStage] = Field(description="Name -> stage, in the order in which they run.")
+    seed: Whole = Field(0, ge=0, le=LARGEST_SEED, description="Of data order, initial weights and dropout of every stage.")
+    tokenizer: TokenizerSpec | None = Field(None, description="Default: that of the first student.")
+    evaluation: EvaluationSpec | None = Field(None, description="The report; without it there is none.")

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path as FilePath
 from typing import Any
 
-from daekit.errors import UserError
-from daekit.recipe.problems import Problems, nearest
-from daekit.recipe.schema import LossSpec
-from daekit.recipe.tree import Node, Path
+from daekit.errors import UserError, nearest
+from daekit.recipe.objective import Objective
+from daekit.recipe.reading import Leaf, Written, as_plain, as_text
+from daekit.recipe.validation import Errors, dotted
 
 # The dataclass and its bases, the most general first.
 _CLASSES = (
@@ -59,7 +60,7 @@ _ELSEWHERE = {
     "do_eval": _RUN,
     "do_predict": _RUN,
     "local_rank": "the launcher (accelerate, torchrun) sets it",
-    **dict.fromkeys((each.name for each in fields(LossSpec)), _LOSS),
+    **dict.fromkeys(Objective.model_fields, _LOSS),
     **dict.fromkeys(("reference_domains", "overlong"), "set `{stage}.{key}`"),
 }
 # Refused with one value only.
@@ -71,14 +72,40 @@ _REFUSED_VALUES: dict[str, tuple[Any, str]] = {
     "save_only_model": (True, "a stage that is stopped could not resume without its optimizer"),
     "ignore_data_skip": (True, "a stage that is resumed would train on other rows than one that was not stopped"),
 }
+_POSITIVE = frozenset(
+    {
+        "max_length",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+    }
+)
+_NOT_NEGATIVE = frozenset({"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"})
+# What daekit's own configs set in place of TRL's defaults.
+_OUR_DEFAULTS = {
+    "assistant_only_loss": None,
+    "router_aux_loss_coef": 0.0,
+    "logging_nan_inf_filter": False,
+    "disable_tqdm": True,
+}
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of the trainer: the names of the simple types that it takes, and its allowed values where they are listed."""
+    """An option of the trainer.
+
+    Attributes:
+        kinds: names of the simple types that it takes.
+        choices: its allowed values where they are listed.
+        default: where it is a plain value; otherwise None.
+        help: what TRL or transformers say of it, on one line.
+    """
 
     kinds: frozenset[str]
     choices: tuple[str, ...] = ()
+    default: Any = None
+    help: str = ""
 
     def wanted(self) -> str:
         """What the option asks for, in words."""
@@ -87,58 +114,90 @@ class Option:
         return " or ".join(noun for kind, noun in _SIMPLE.items() if kind in self.kinds)
 
 
-def read_trainer_options(node: Node, path: Path, problems: Problems) -> dict[str, Any]:
-    """The options in ``node``, each checked against the field of ``trl.SFTConfig`` that has its name."""
-    if not isinstance(node.value, dict):
-        problems.add_unread(path, f"wants a mapping of options of trl.SFTConfig, not {node.show()}", node.place)
-        return {}
+def read_trainer_options(value: Any, errors: Errors | None) -> Any:
+    """The options of a stage, each checked against the field of ``trl.SFTConfig`` that has its name.
+
+    Args:
+        value: as it was written, or plain.
+        errors: take what is wrong, one by one; None: it is raised.
+
+    Raises:
+        ValueError: without ``errors``: what is wrong.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    path = value.path if isinstance(value, Written) else ("trainer",)
+    values, wrong = {}, {}
     try:
         known = sft_options()
     except UserError as error:
-        problems.add_unread(path, str(error), node.place)
-        return {}
-    stage = ".".join(str(part) for part in path[:-1])
-    values = {}
-    for key, below in node.value.items():
+        known, wrong[path] = {}, str(error)
+    for key, below in value.items() if known else ():
         where = (*path, key)
-        if problems.unread(where):
+        if errors is not None and errors.is_unread(where):
             continue
-        if key in _ELSEWHERE:
-            problems.add_unread(where, f"refused here: {_ELSEWHERE[key].format(stage=stage, key=key)}", below.place)
-        elif key not in known or known[key].kinds <= {"None"}:
-            reason = "cannot be set in a recipe" if key in known else f"trl.SFTConfig has no such option{nearest(key, known)}"
-            problems.add_unread(where, reason, below.place)
-        else:
-            wrong, values[key] = _read_option(key, below, known[key])
-            if wrong:
-                problems.add_unread(where, wrong, below.place)
+        reason, values[key] = _read_option(key, below, known, dotted(path[:-1]) or "stages.NAME")
+        if reason:
+            del values[key]
+            wrong[where] = reason
+    values_wrong = {(*path, key): reason for key, reason in _contradictions(values)}
+    for where, reason in (wrong | values_wrong).items():
+        if errors is None:
+            raise ValueError(f"{dotted(where)}: {reason}")
+        errors.add_unread(where, reason)
     return values
 
 
-def _read_option(key: str, node: Node, option: Option) -> tuple[str, Any]:
+def _read_option(key: str, value: Any, known: Mapping[str, Option], stage: str) -> tuple[str, Any]:
     """(what is wrong or nothing, the value)."""
-    fits, value = _fit(node, option.kinds)
+    if key in _ELSEWHERE:
+        return f"refused here: {_ELSEWHERE[key].format(stage=stage, key=key)}", None
+    if key not in known:
+        return f"trl.SFTConfig has no such option{nearest(key, known)}", None
+    option, shown = known[key], value.node.show() if isinstance(value, Leaf) else repr(value)
+    if option.kinds <= {"None"}:
+        return "cannot be set in a recipe", None
+    fits, plain = _fit(value, option.kinds)
     if not fits:
-        return f"wants {option.wanted()}, not {node.show()}", None
-    if option.choices and isinstance(value, str) and value not in option.choices:
-        return f"{value!r} is not {option.wanted()}{nearest(value, option.choices)}", None
-    if key in _REFUSED_VALUES and value == _REFUSED_VALUES[key][0]:
-        return f"{node.show()} is refused: {_REFUSED_VALUES[key][1]}", None
-    return "", value
+        return f"wants {option.wanted()}, not {_shown(value)}", None
+    if option.choices and isinstance(plain, str) and plain not in option.choices:
+        return f"{plain!r} is not {option.wanted()}{nearest(plain, option.choices)}", None
+    if key in _REFUSED_VALUES and plain == _REFUSED_VALUES[key][0]:
+        return f"{shown} is refused: {_REFUSED_VALUES[key][1]}", None
+    if plain is not None and key in _POSITIVE and plain <= 0:
+        return f"{shown} must be greater than 0", None
+    if plain is not None and key in _NOT_NEGATIVE and plain < 0:
+        return f"{shown} must not be negative", None
+    return "", plain
 
 
-def _fit(node: Node, kinds: frozenset[str]) -> tuple[bool, Any]:
+def _contradictions(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(option, reason) of values that the trainer takes as they are and stumbles over later."""
+    if options.get("max_steps") == 0:
+        yield "max_steps", "0 would train num_train_epochs instead; leave the stage out to train nothing"
+    if options.get("packing") and options.get("max_length", 1) is None:
+        yield "packing", "fills blocks of max_length tokens, which is null; give a number"
+    if options.get("load_best_model_at_end") and (options.get("eval_strategy") or "no") == "no":
+        yield "load_best_model_at_end", "needs evaluations to choose by; set eval_strategy"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Leaf):
+        return value.node.show()
+    return {"dict": "a mapping", "list": "a list"}.get(type(as_plain(value)).__name__, repr(value))
+
+
+def _fit(written: Any, kinds: frozenset[str]) -> tuple[bool, Any]:
     """(whether the value is of one of these kinds, the value)."""
-    value = node.value
+    value = as_plain(written)
     name = "None" if value is None else type(value).__name__
     if name in kinds or (name == "int" and "float" in kinds):
-        return True, node.plain()
-    if name == "float" and "int" in kinds and value == int(value):  # type: ignore[arg-type, call-overload]
-        return True, int(value)  # type: ignore[arg-type, call-overload]
+        return True, value
+    if isinstance(value, float) and "int" in kinds and value.is_integer():
+        return True, int(value)
     # A plain `no` is the word where a text is wanted: save_strategy: no.
-    if "str" in kinds and node.text is not None and node.text.lower() not in ("true", "false"):
-        return True, node.text
-    return False, None
+    text = as_text(written)
+    return ("str" in kinds and isinstance(text, str)), text
 
 
 @cache
@@ -195,10 +254,34 @@ def _option(field: ast.AnnAssign, enums: dict[str, tuple[str, ...]]) -> Option:
             kinds.add(name)
         elif name in enums:
             choices = enums[name]
+    words: dict[str | None, ast.expr] = {"default": field.value} if field.value is not None else {}
     if isinstance(field.value, ast.Call):
-        metadata = [word.value for word in field.value.keywords if word.arg == "metadata"]
-        choices = _choices(metadata[0]) or choices if metadata else choices
-    return Option(frozenset(kinds), choices)
+        words = {word.arg: word.value for word in field.value.keywords}
+    metadata = _literals(words.get("metadata"))
+    choices = tuple(metadata.get("choices", ())) or choices
+    default = words.get("default")
+    value = ast.literal_eval(default) if isinstance(default, (ast.Constant, ast.UnaryOp)) else None
+    return Option(frozenset(kinds), choices, value, " ".join(str(metadata.get("help", "")).split()))
+
+
+def default_options() -> dict[str, Any]:
+    """Option -> what a stage has that does not set it, of all that a recipe can set and that are not empty."""
+    values = {key: option.default for key, option in sft_options().items() if key not in _ELSEWHERE} | _OUR_DEFAULTS
+    return {key: value for key, value in values.items() if value not in (None, "")}
+
+
+def options_schema() -> dict[str, Any]:
+    """The JSON Schema of ``trainer``."""
+    types = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "dict": "object", "list": "array"}
+    properties: dict[str, Any] = {}
+    for key, option in sft_options().items():
+        if key in _ELSEWHERE or option.kinds <= {"None"}:
+            continue
+        kinds = [types.get(kind, "null") for kind in sorted(option.kinds)]
+        properties[key] = {"description": option.help, "type": kinds if len(kinds) > 1 else kinds[0]}
+        if option.choices and not option.kinds & {"dict", "list", "int", "float", "bool"}:
+            properties[key] |= {"enum": [*option.choices, *([None] if "None" in option.kinds else [])]}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 def _members(annotation: ast.expr) -> list[ast.expr]:
@@ -208,11 +291,13 @@ def _members(annotation: ast.expr) -> list[ast.expr]:
     return [annotation]
 
 
-def _choices(metadata: ast.expr) -> tuple[str, ...]:
-    """The literal ``"choices": [...]`` of a field's metadata, or nothing."""
-    if not isinstance(metadata, ast.Dict):
-        return ()
-    for key, value in zip(metadata.keys, metadata.values, strict=True):
-        if isinstance(key, ast.Constant) and key.value == "choices" and isinstance(value, ast.List):
-            return tuple(item.value for item in value.elts if isinstance(item, ast.Constant) and isinstance(item.value, str))
-    return ()
+def _literals(metadata: ast.expr | None) -> dict[str, Any]:
+    """The entries of a field's metadata that are literals."""
+    found: dict[str, Any] = {}
+    for key, value in zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ():
+        if isinstance(key, ast.Constant) and isinstance(value, (ast.Constant, ast.List)):
+            try:
+                found[str(key.value)] = ast.literal_eval(value)
+            except ValueError:  # an item that is no literal
+                continue
+    return found

@@ -28,20 +28,24 @@ _FLOAT = re.compile(
     r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
-# A file with more values than this is a mistake or an attack (aliases of aliases): a recipe has a few hundred.
+# A file with more values, or deeper ones, is a mistake or an attack (aliases of aliases): a recipe has a few hundred, six deep.
 _MOST_NODES = 20_000
+_DEEPEST = 40
+_SHOWN = 80  # characters of a value in a message
 
 
 class Place(NamedTuple):
-    """Where a value was written: a line of the file or an override of the command line."""
+    """Where a value was written: a line of the file (or of a suite that it names), or an override of the command line."""
 
     line: int | None = None
     override: str | None = None
+    file: str | None = None
 
     def __str__(self) -> str:
         if self.override is not None:
             return f"override {self.override}: "
-        return f"line {self.line}: " if self.line is not None else ""
+        file = "" if self.file is None else f"{self.file}, "
+        return f"{file}line {self.line}: " if self.line is not None else ""
 
 
 @dataclass
@@ -85,7 +89,8 @@ class Node:
             return "a list" if self.value else "an empty list"
         if self.value is None:
             return "null (nothing)"
-        return self.text if self.text is not None else repr(self.value)
+        shown = self.text if self.text is not None else repr(self.value)
+        return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}... ({len(shown)} characters)"
 
     def plain(self) -> object:
         """The value as plain Python objects."""
@@ -122,6 +127,19 @@ for _kind, _pattern in _PATTERNS.items():
 Dumper.add_implicit_resolver(_PREFIX + "float", _FLOAT, list("-+0123456789."))
 
 
+_HALF = "holds half of a character (a lone surrogate), which no file can hold; write the character itself"
+
+
+def _whole_characters(text: str) -> str | None:
+    """``text`` with pairs of surrogates (JSON writes emoji so) joined; None if one stands alone."""
+    if not any("\ud800" <= character <= "\udfff" for character in text):
+        return text
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        return None
+
+
 @dataclass
 class Unread:
     """A value that the recipe writes but that cannot be read."""
@@ -135,13 +153,20 @@ def read_file(path: str | FilePath, kind: str) -> str:
     """The text of a YAML file; ``kind`` is what the UserError for one that cannot be read calls it."""
     try:
         return FilePath(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+    except (OSError, ValueError) as error:
+        text = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+        reason = error.strerror if isinstance(error, OSError) else text
         raise UserError(f"{kind} {str(path)!r} cannot be read: {reason}; give the path of a YAML file") from None
 
 
-def read_tree(text: str, name: str, override: str | None = None) -> tuple[Node, list[Unread]]:
+def read_tree(text: str, name: str, override: str | None = None, file: str | None = None) -> tuple[Node, list[Unread]]:
     """The tree of one YAML document, and what in it cannot be read (a key given twice, a tag, a number that is not finite).
+
+    Args:
+        text: of the document.
+        name: what errors call it.
+        override: the override that it is the value of, if it is one.
+        file: written into the place of each value, for a document that becomes part of another.
 
     Raises:
         UserError: the text is not YAML at all, or an alias in it has no end.
@@ -149,8 +174,8 @@ def read_tree(text: str, name: str, override: str | None = None) -> tuple[Node, 
     try:
         root = yaml.compose(text, Loader=Loader)
         if root is None:
-            return Node(None, Place(None if override else 1, override)), []
-        reader = _Reader(name, override)
+            return Node(None, Place(None if override else 1, override, file)), []
+        reader = _Reader(name, override, file)
         return reader.read(root, (), (), reader.place(root)), reader.unread
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -165,24 +190,24 @@ def read_tree(text: str, name: str, override: str | None = None) -> tuple[Node, 
 class _Reader:
     """Turns PyYAML's nodes into ours; ``above`` are the nodes on the way down, to find an alias inside its own anchor."""
 
-    def __init__(self, name: str, override: str | None) -> None:
+    def __init__(self, name: str, override: str | None, file: str | None) -> None:
         self.name = name
-        self.override = override
+        self.override, self.file = override, file
         self.count = 0
         self.unread: list[Unread] = []
 
     def place(self, node: yaml.Node) -> Place:
-        return Place(None if self.override else node.start_mark.line + 1, self.override)
+        return Place(None if self.override else node.start_mark.line + 1, self.override, self.file)
 
     def note(self, node: yaml.Node, path: Path, message: str) -> None:
         self.unread.append(Unread(path, self.place(node), message))
 
     def read(self, node: yaml.Node, path: Path, above: tuple[yaml.Node, ...], place: Place) -> Node:
-        self.count += 1
         if any(node is other for other in above):
             raise UserError(f"{self.name}: {self.place(node)}an anchor contains an alias of itself")
-        if self.count > _MOST_NODES:
-            raise UserError(f"{self.name}: more than {_MOST_NODES} values: this is not a recipe")
+        if len(above) > _DEEPEST:
+            raise UserError(f"{self.name}: {self.place(node)}nested too deeply to be a recipe")
+        self.one_more()
         above = (*above, node)
         if isinstance(node, yaml.MappingNode) and node.tag == _PREFIX + "map":
             pairs = self.pairs(node, path, above)
@@ -195,21 +220,30 @@ class _Reader:
         self.note(node, path, f"the tag {node.tag!r} is not allowed in a recipe; write the plain value")
         return Node(None, place)
 
+    def one_more(self) -> None:
+        self.count += 1
+        if self.count > _MOST_NODES:
+            raise UserError(f"{self.name}: more than {_MOST_NODES} values: this is not a recipe")
+
     def pairs(self, node: yaml.MappingNode, path: Path, above: tuple[yaml.Node, ...]) -> dict[str, tuple[yaml.Node, Place]]:
         """The keys of a mapping; those merged with ``<<`` come last and never replace its own."""
         own: dict[str, tuple[yaml.Node, Place]] = {}
         merged: list[yaml.Node] = []
         for key, value in node.value:
+            self.one_more()  # counted here, too: merged mappings may merge others, and none of their values be read
             if key.tag == _PREFIX + "merge":
                 merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
             elif not isinstance(key, yaml.ScalarNode):
                 self.note(key, path, "a key must be a name, not a list or a mapping")
-            elif key.value in own:
-                first = str(own[key.value][1]).rstrip(": ")
-                self.note(key, (*path, key.value), f"this key is given twice (first in {first}); keep one")
+            elif (name := _whole_characters(key.value)) is None:
+                self.note(key, path, f"the key {key.value!r} {_HALF}")
+            elif name in own:
+                first = str(own[name][1]).rstrip(": ")
+                self.note(key, (*path, name), f"this key is given twice (first in {first}); keep one")
             else:
-                own[key.value] = (value, self.place(key))
+                own[name] = (value, self.place(key))
         for mapping in merged:
+            self.one_more()
             if not isinstance(mapping, yaml.MappingNode) or any(mapping is other for other in above):
                 self.note(mapping, path, "`<<` merges mappings only, and none that contains itself")
                 continue
@@ -233,5 +267,7 @@ class _Reader:
             if not math.isfinite(value) or kind == "int":
                 self.note(node, path, f"{text} is not a finite number of sensible size")
         elif kind != "null":
-            value = text
+            value = _whole_characters(text)
+            if value is None:
+                self.note(node, path, f"{text[:_SHOWN]!r} {_HALF}")
         return Node(value, place, text if node.style is None and kind != "null" else None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
 
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
@@ -67,8 +66,8 @@ class DataBuilder:
             return load_tokenizer_of(base_spec(first))
         if spec.train is None:
             return load_tokenizer(spec)
-        facts = json.loads(json.dumps({name: _training(self.recipe.sources[name]) for name in spec.train.sources}))
-        facts["train"] = json.loads(json.dumps(asdict(spec.train)))
+        facts: dict[str, object] = {name: _training(self.recipe.sources[name]) for name in spec.train.sources}
+        facts["train"] = spec.train.model_dump(mode="json")
         facts_file = folder.tokenizer / "trained_on.json"
         if facts_file.is_file() and read_file(facts_file, delete=folder.tokenizer) != facts:
             raise UserError(
@@ -82,9 +81,9 @@ class DataBuilder:
             trained.save_pretrained(half)
             (half / facts_file.name).write_text(json.dumps(facts))
             half.rename(folder.tokenizer)
-        return load_tokenizer(replace(spec, train=None, path=str(folder.tokenizer)))
+        return load_tokenizer(spec.model_copy(update={"train": None, "path": str(folder.tokenizer)}))
 
 
 def _training(source: SourceSpec) -> dict[str, object]:
     """The part of a source's spec that decides its training rows."""
-    return {key: value for key, value in asdict(source).items() if not key.startswith("validation")}
+    return {key: value for key, value in source.model_dump(mode="json").items() if not key.startswith("validation")}

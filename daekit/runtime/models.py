@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from daekit.errors import UserError
 from daekit.models.adapters import base_spec, load_continued, require_adapters_fit
 from daekit.models.backbone import base_of
 from daekit.models.loading import load_model, load_tokenizer_of
@@ -40,12 +40,18 @@ class ModelBuilder:
     def placed(self, spec: ModelSpec) -> ModelSpec:
         """The spec with earlier stages replaced by the directories of their results and adapters."""
         if spec.stage is not None:
-            spec = replace(spec, stage=None, path=str(self.folder.stage(spec.stage).model.resolve()))
+            path = self.folder.stage(spec.stage).model
+            if spec.checkpoint is not None:
+                path = self.folder.stage(spec.stage).root / f"checkpoint-{spec.checkpoint}"
+                if not path.is_dir():
+                    reference = f"stage:{spec.stage}@checkpoint-{spec.checkpoint}"
+                    raise UserError(f"{reference}: there is no {path}; name a checkpoint that was kept")
+            spec = spec.model_copy(update={"stage": None, "checkpoint": None, "path": str(path.resolve())})
         origin = adapter_stage(spec.adapter)
         if origin is None:
             return spec
         stage = self.folder.stage(origin)  # a stage whose result is merged keeps its adapter beside it
-        return replace(spec, adapter=str((stage.adapter if stage.adapter.is_dir() else stage.model).resolve()))
+        return spec.model_copy(update={"adapter": str((stage.adapter if stage.adapter.is_dir() else stage.model).resolve())})
 
     def model(self, spec: ModelSpec, seed: int = 0) -> PreTrainedModel | PeftModel:
         """Load or make a model, or a base with the adapter that its stage continues.
@@ -84,7 +90,7 @@ class ModelBuilder:
             UserError: an adapter of another base, incomplete, with another tokenizer, or of a kind that is not supported.
         """
         assert stage.student is not None, "a resolved recipe names every student"
-        teachers = [teacher for teacher in (stage.teacher, stage.reference, *stage.teachers.values()) if teacher]
+        teachers = stage.teachers_by_key().values()
         specs = [teacher.model for teacher in teachers] + [each.model for teacher in teachers for each in teacher.ensemble]
         named = {spec.adapter: self.placed(spec).adapter for spec in specs if spec and spec.adapter not in (None, BARE_BASE)}
         folders = [folder for folder in named.values() if folder is not None]
@@ -103,7 +109,7 @@ class ModelBuilder:
         placed = self.placed(student)
         folder = next((each.path for each in paths if each.path is not None), placed.adapter)
         if folder is not None:
-            model = load_continued(replace(base_spec(placed), adapter=folder))
+            model = load_continued(base_spec(placed).model_copy(update={"adapter": folder}))
         else:  # any adapter will do, for it stays off
             model = get_peft_model(load_model(base_spec(placed)), LoraConfig("CAUSAL_LM", r=1, target_modules="all-linear"))
         if not getattr(base_of(model), "is_quantized", False):  # a quantised one has been placed when it was loaded

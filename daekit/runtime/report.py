@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from daekit.evaluation import ModelEvaluation, compare, evaluate_model, select_samples
 from daekit.protocol import Teacher
 from daekit.recipe import is_lora
 from daekit.recipe.adapter_config import BARE_BASE
-from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluatedModel, ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.report import Report
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder
@@ -30,16 +32,16 @@ def build_report(
     assert spec is not None
     sets = data.evaluation_sets(models.tokenizer)
     evaluations: list[ModelEvaluation] = []
-    for name in spec.models:
-        print(f"[report] evaluating {name}", flush=True)
-        model = models.model(ModelSpec(stage=name)).to(device)
-        teachers = _teachers(recipe.stages[name], models, {each.domain for each in sets.values()}, device)
-        evaluations.append(evaluate_model(name, model, models.tokenizer, sets, spec=spec, teachers=teachers))
+    for each in spec.models:
+        print(f"[report] evaluating {each.name}", flush=True)
+        model = _model(recipe, each, models).to(device)
+        domains = {rows.domain for rows in sets.values()}
+        teachers = _teachers(recipe.stages[each.name], models, domains, device) if each.is_stage else {}
+        evaluations.append(evaluate_model(each.name, model, models.tokenizer, sets, spec=spec, teachers=teachers))
         del model, teachers  # before the next ones are loaded
     rows = [row for evaluation in evaluations for row in evaluation.rows(spec.bootstrap)]
     if spec.baseline is not None:
-        domains = _reference_domains(recipe)
-        rows += compare(evaluations, spec.baseline, reference_domains=domains, rounds=spec.bootstrap)
+        rows += compare(evaluations, spec.baseline, reference_domains=_reference_domains(recipe), rounds=spec.bootstrap)
     done = {name: folder.stage(name).read_done() or {} for name in recipe.stages}
     return Report(
         title=recipe.name,
@@ -55,12 +57,19 @@ def build_report(
     )
 
 
+def _model(recipe: Recipe, spec: EvaluatedModel, models: ModelBuilder) -> PreTrainedModel:
+    if spec.name != STUDENT_AS_IT_WAS:
+        return models.model(spec)
+    first, stage = next(iter(recipe.stages.items()))
+    return models.student(recipe, first, recipe.seed if stage.seed is None else stage.seed)
+
+
 def _teachers(stage: StageSpec, models: ModelBuilder, domains: Iterable[str], device: Any) -> dict[str, Teacher]:
     """Domain -> what the stage's student was told to follow there; nothing for a stage without teachers."""
     if stage.type == "sft":
         return {}
     assert stage.student is not None, "a resolved recipe names every student"
-    if stage.teacher is not None:
+    if stage.type == "kd":
         specs = dict.fromkeys(domains, stage.teacher)
     else:
         start = ModelSpec(adapter=stage.student.adapter or BARE_BASE) if is_lora(stage) else stage.student

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ from daekit.files import write_json, write_whole
 from daekit.models.loading import load_model
 from daekit.models.sharded import shape_of
 from daekit.recipe import sharing_notes, stage_key, student_key, to_yaml
-from daekit.recipe.load_suite import load_suite
-from daekit.recipe.schema import ModelSpec, Recipe
+from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluatedModel, ModelSpec, Recipe
 from daekit.recipe.suite import SubjectSpec
 from daekit.report import format_table, write_report
 from daekit.report.provenance import commit, versions
@@ -229,9 +228,9 @@ def _provenance(trainer: KDTrainer, mixture: Mixture) -> dict[str, Any]:
 def _report(recipe: Recipe, folder: RunFolder, data: DataBuilder, models: ModelBuilder, state: PartialState) -> None:
     """Evaluate and write; kept if neither the stages nor the evaluation have changed since."""
     assert recipe.evaluation is not None
-    sources = {name: asdict(recipe.sources[name]) for name in recipe.evaluation.sources}
+    sources = {name: recipe.sources[name].model_dump(mode="json") for name in recipe.evaluation.sources}
     stages = {name: folder.stage(name).done.read_text() for name in recipe.stages}
-    key = json.loads(json.dumps({"evaluation": asdict(recipe.evaluation), "sources": sources, "stages": stages}))
+    key = {"evaluation": recipe.evaluation.model_dump(mode="json"), "sources": sources, "stages": stages}
     key_file = folder.report / "report_key.json"
     if key_file.is_file() and json.loads(key_file.read_text()) == key:
         print(f"[report] complete, kept: {folder.report / 'report.html'}", flush=True)
@@ -246,19 +245,31 @@ def _report(recipe: Recipe, folder: RunFolder, data: DataBuilder, models: ModelB
 def _suites(recipe: Recipe, folder: RunFolder) -> None:
     """The suites of the recipe, each on the results of its stages and whatever models it names itself."""
     assert recipe.evaluation is not None
-    stages = {name: SubjectSpec(path=str(folder.stage(name).model.resolve())) for name in recipe.evaluation.models}
-    for path in recipe.evaluation.suites:
-        suite = load_suite(path, need_models=False)
-        report = run_suite(
-            replace(
-                suite,
-                models=stages | suite.models,
-                output_dir=str(folder.suite(suite.name)),
-                baseline=suite.baseline or recipe.evaluation.baseline,
-            )
-        )
+    evaluated = {each.name: _subject(recipe, each, folder) for each in recipe.evaluation.models}
+    for suite in recipe.evaluation.suites:
+        update = {
+            "models": evaluated | suite.models,
+            "output_dir": str(folder.suite(suite.name)),
+            "baseline": suite.baseline or recipe.evaluation.baseline,
+        }
+        report = run_suite(suite.model_copy(update=update))
         assert report is not None  # no dry run
         print(f"\n{format_table(report.rows)}\n\nSuite: {folder.suite(suite.name) / 'report.html'}", flush=True)
+
+
+def _subject(recipe: Recipe, model: EvaluatedModel, folder: RunFolder) -> SubjectSpec:
+    """A model of the report as suites name it; that it has a directory is checked when the recipe is loaded."""
+    spec: ModelSpec = model
+    if model.name == STUDENT_AS_IT_WAS:
+        first, stage = next(iter(recipe.stages.items()))
+        assert stage.student is not None, "a resolved recipe names every student"
+        made = stage.student.init is not None
+        spec = ModelSpec(path=str(folder.student(student_key(recipe, first)).model.resolve())) if made else stage.student
+    elif model.stage is not None:
+        part = "model" if model.checkpoint is None else f"checkpoint-{model.checkpoint}"
+        spec = ModelSpec(path=str((folder.stage(model.stage).root / part).resolve()))
+    shared = SubjectSpec.model_fields.keys() & ModelSpec.model_fields.keys()
+    return SubjectSpec(**{key: getattr(spec, key) for key in shared})
 
 
 def _free_memory() -> None:

@@ -18,8 +18,7 @@ from daekit.models.identity import fingerprint
 from daekit.models.scoring import TokenRow
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe import student_key
-from daekit.recipe.schema import Recipe, StudentSpec
-from daekit.recipe.student_schema import CalibrationSpec, StudentSearchSpec
+from daekit.recipe.schema import CalibrationSpec, Recipe, StudentSearchSpec, StudentSpec
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder, StudentFolder
 from daekit.runtime.models import ModelBuilder
@@ -157,7 +156,7 @@ class _Maker:
             rounds[-1:] if search.strategy == "grid" else rounds,  # a grid scores all on the whole text
             candidates=10**9 if search.strategy == "grid" else search.candidates,
             log=self.home.log,
-            identity={"teacher": weights, "seed": self.seed, **_plain(asdict(search))},
+            identity={"teacher": weights, "seed": self.seed, **search.model_dump(mode="json")},
             progress=lambda line: print(f"[{self.name}] {line}", flush=True),
         )
         self.home.plot.write_text(search_svg(read_log(self.home.log), search.by).svg)
@@ -201,7 +200,3 @@ def calibration_rows(
                 f"calibration.tokens={spec.tokens:,} is {wanted:,}; give fewer tokens, or more sources"
             )
     return rows
-
-
-def _plain(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    return json.loads(json.dumps(value))

@@ -62,7 +62,6 @@ def _trainer_of(
     if stage.type == "sft":
         return DomainSFTTrainer(student, **common)
     if stage.type == "kd":
-        assert stage.teacher is not None, "checked when the recipe was loaded"
         return KDTrainer(student, models.teacher(stage.teacher), **common)
     reference = models.teacher(stage.reference) if stage.reference else None
     return DAETrainer(student, models.teachers(stage.teachers), reference, **common)

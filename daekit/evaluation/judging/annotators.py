@@ -24,9 +24,8 @@ from typing import Any
 
 import yaml
 
-from daekit.errors import UserError
+from daekit.errors import UserError, nearest
 from daekit.evaluation.judging.calls import JudgeReply
-from daekit.recipe.problems import nearest
 
 Messages = list[dict[str, str]]
 _PLACEHOLDER = re.compile(r"{([^ \s]+?)}")  # alpaca_eval's

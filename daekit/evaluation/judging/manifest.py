@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -24,7 +23,7 @@ def describe(engine: Engine, benchmark: str, bootstrap: int, requests: Sequence[
     """The part of a manifest that both benchmarks share."""
     spec, budget = engine.spec, engine.budget
     replies = [reply for reply in map(engine.reply, requests) if reply is not None]
-    judge = {key: value for key, value in dataclasses.asdict(spec).items() if key not in _NOT_IN_MANIFEST}
+    judge = {key: value for key, value in spec.model_dump(mode="json").items() if key not in _NOT_IN_MANIFEST}
     return {
         "benchmark": benchmark,
         "judge": {"name": spec.name, **judge, "endpoint": engine.identity},

@@ -12,9 +12,8 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from daekit.errors import UserError
+from daekit.errors import UserError, nearest
 from daekit.evaluation.likelihood.common import Measured, hash_of, read_bytes
-from daekit.recipe.problems import nearest
 from daekit.recipe.suite import LMEvalSpec
 
 _Z = 1.959963984540054  # of a 95 % interval

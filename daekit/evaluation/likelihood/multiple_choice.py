@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from daekit.errors import UserError
+from daekit.errors import UserError, nearest
 from daekit.evaluation.intervals import RowValues
 from daekit.evaluation.likelihood.common import (
     Measured,
@@ -27,7 +27,6 @@ from daekit.evaluation.likelihood.common import (
 )
 from daekit.models.scoring import score_rows
 from daekit.models.vocabulary import vocabulary_size
-from daekit.recipe.problems import nearest
 from daekit.recipe.suite import MultipleChoiceSpec
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +43,7 @@ class Options:
     def judge(self, spec: JudgeSpec) -> JudgeSpec:
         """A judge under these options."""
         given = {key: getattr(self, key) for key in ("max_calls", "max_cost", "score_parser")}
-        return replace(spec, **{key: value for key, value in given.items() if value is not None})
+        return spec.model_copy(update={key: value for key, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def _measure(prepared: Prepared, subject: Subject, found: Found) -> None:
     for name, benchmark in prepared.benchmarks.items():
         path = prepared.folder / name / "results" / f"{subject.name}.json"
         key = {
-            "benchmark": asdict(prepared.suite.benchmarks[name]),
+            "benchmark": prepared.suite.benchmarks[name].model_dump(mode="json"),
             "data": benchmark.data,
             "model": found.identities[subject.name],
             "batch_size": prepared.suite.batch_size,

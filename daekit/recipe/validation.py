@@ -1,0 +1,125 @@
+"""Everything that is wrong with a file, gathered to be told at once, each with its key and its line or override."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from daekit.errors import ErrorDetail, UserError, nearest
+from daekit.recipe.tree import Node, Path, Place, Unread
+
+_NOUNS = {
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "tuple_type": "a list (of one, if need be: [...])",
+    "dict_type": "a mapping",
+}
+_BOUNDS = {
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+}
+
+
+def dotted(path: Path) -> str:
+    """A key path as users write it in an override: ``stages.kd.teacher.ensemble.0.weight``."""
+    return ".".join(str(part) for part in path)
+
+
+@dataclass
+class Errors:
+    """Everything that is wrong with one file.
+
+    Attributes:
+        name: of the file, the first words of the message.
+        root: the tree in which places are looked up.
+        paths: of the mappings that are being read, the innermost last.
+    """
+
+    name: str
+    root: Node
+    found: list[tuple[Place, Path, str]] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
+    _unread: set[Path] = field(default_factory=set)
+
+    def add(self, path: Path, message: str, place: Place | None = None) -> None:
+        """Note an error at ``path``; its place is that of the nearest key that exists unless given."""
+        self.found.append((self.root.locate(path).place if place is None else place, path, message))
+
+    def add_unread(self, path: Path, message: str, place: Place | None = None) -> None:
+        """Like ``add``, for a value that cannot be read: what is found later at the same keys would only follow from it."""
+        if not self.is_unread(path):
+            self._unread.add(path)
+            self.add(path, message, place)
+
+    def add_all_unread(self, unread: list[Unread], above: Path = ()) -> None:
+        """Note what a tree says of values that cannot be read; the tree lies below ``above``."""
+        for wrong in unread:
+            self._unread.add((*above, *wrong.path))
+            self.add((*above, *wrong.path), wrong.message, wrong.place)
+
+    def is_unread(self, path: Path) -> bool:
+        """Whether the value at ``path``, or one that holds it, is known not to be readable."""
+        return any(path[: len(other)] == other for other in self._unread)
+
+    def add_check(self, path: Path, message: str) -> None:
+        """Like ``add``, unless something at, above or below ``path`` could not be read."""
+        if not self.is_unread(path) and not any(other[: len(path)] == path for other in self._unread):
+            self.add(path, message)
+
+    def given(self, path: Path) -> bool:
+        """Whether the file itself writes a value (other than null) at ``path``."""
+        node = self.root.find(path)
+        return node is not None and node.value is not None
+
+    def add_validation(self, path: Path, error: ValidationError, choices: tuple[str, ...] = ()) -> None:
+        """Note what pydantic says of the value at ``path``.
+
+        Args:
+            path: of the field.
+            error: its ``loc`` names members of unions, too, which no file has.
+            choices: the values that the field might have, if pydantic does not know all of them.
+        """
+        wanted: dict[Path, list[str]] = {}
+        for each in error.errors(include_url=False, include_input=False):
+            where, node = path, self.root.locate(path)
+            for part in each["loc"]:
+                below = node.child(part)
+                if below is not None:
+                    where, node = (*where, part), below
+            context, kind = each.get("ctx", {}), each["type"]
+            if kind in _NOUNS:
+                wanted.setdefault(where, []).append(_NOUNS[kind])
+            elif kind == "literal_error":
+                allowed = choices or tuple(re.findall(r"'([^']*)'", str(context["expected"])))
+                key = str(each["loc"][-2]) if each["loc"][-1:] == ("[key]",) else None
+                text = key if key is not None else node.text if node.text is not None else node.value
+                hint = nearest(text, allowed) if isinstance(text, str) else ""
+                start = "unknown key; it must be" if key is not None else f"{node.show()} is not"
+                self.add_unread(where, f"{start} one of {', '.join(allowed)}{hint}")
+            elif kind == "string_too_short":
+                self.add_unread(where, "must not be empty")
+            elif kind in _BOUNDS:
+                bound = "must not be negative" if context.get("ge") == 0 else _BOUNDS[kind].format(**context)
+                self.add_unread(where, f"{node.show()} {bound}")
+            else:
+                self.add_unread(where, str(context.get("error") or each["msg"]))
+        for where, nouns in wanted.items():
+            if not any(other[: len(where)] == where and other != where for other in wanted):  # the other member got further
+                nouns = nouns if len(nouns) == 1 else [noun.partition(" (")[0] for noun in nouns]
+                self.add_unread(where, f"wants {' or '.join(nouns)}, not {self.root.locate(where).show()}")
+
+    def raise_if_any(self) -> None:
+        """Raises: UserError: one message with every error, in the order of the file, overrides last."""
+        if not self.found:
+            return
+        ordered = sorted(self.found, key=lambda each: (each[0].override is not None, each[0].file or "", each[0].line or 0))
+        lines = [f"  {place}{dotted(path)}{': ' if path else ''}{message}" for place, path, message in ordered]
+        count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
+        details = [ErrorDetail(dotted(path), message, str(place).rstrip(": ")) for place, path, message in ordered]
+        raise UserError("\n".join([f"{self.name}: {count}", *lines]), details)
