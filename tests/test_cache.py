@@ -17,6 +17,7 @@ from daekit.models.heads import teacher_log_probs
 from daekit.protocol import OutputHead, TeacherOutput
 from daekit.teachers import CachedTeacher, EnsembleTeacher, RoutedTeacher, write_cache
 from daekit.teachers.cache import write as writing
+from daekit.teachers.cache.asking import AskedTeacher
 from daekit.teachers.cache.rows import rows_of_batch, rows_of_examples
 from daekit.teachers.cache.store import bytes_to_ids, ids_to_bytes
 from tests import reference
@@ -227,8 +228,8 @@ def test_ids_survive_three_bytes() -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every forward from here on."""
     seen: list[int] = []
-    ask = writing._Writer._ask
-    monkeypatch.setattr(writing._Writer, "_ask", lambda self, rows: (seen.append(len(rows)), ask(self, rows))[1])
+    ask = AskedTeacher.ask
+    monkeypatch.setattr(AskedTeacher, "ask", lambda self, rows: (seen.append(len(rows)), ask(self, rows))[1])
     return seen
 
 

@@ -78,7 +78,7 @@ class ModelPlanner:
         frozen = []
         seen: set[str] = set()
         for key, teacher in teachers_of(stage):
-            if repr(teacher) in seen:  # the run loads equal teachers once
+            if repr(teacher) in seen or teacher.cache is not None:  # the run loads equal teachers once, and cached ones not
                 continue
             seen.add(repr(teacher))
             for who, each in _members(key, teacher):

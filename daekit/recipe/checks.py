@@ -7,6 +7,7 @@ here; whatever would only follow from that is dropped by ``Errors.add_check``.
 from __future__ import annotations
 
 from daekit.errors import listed, nearest
+from daekit.recipe.check_caches import check_cache, check_served
 from daekit.recipe.check_models import check_models, check_origin, models_of_stage
 from daekit.recipe.check_suite import check_suite
 from daekit.recipe.model import TeacherSpec
@@ -16,7 +17,6 @@ from daekit.recipe.schema import (
     BUILTIN_CORPORA,
     STUDENT_AS_IT_WAS,
     DAEStage,
-    KDStage,
     EvaluationSpec,
     MixtureSpec,
     Recipe,
@@ -134,7 +134,7 @@ def _check_stage(recipe: Recipe, stage: StageSpec, path: Path, errors: Errors) -
         _check_domains(recipe, stage, path, errors)
     if not isinstance(stage, SFTStage):
         _check_loss(stage.loss, stage, (*path, "loss"), errors)
-        _check_sparse(stage, path, errors)
+        check_served(stage, path, errors)
     for key, teacher in stage.teachers_by_key().items():
         _check_teacher(teacher, (*path, *key), errors)
     student = stage.student
@@ -204,7 +204,7 @@ def _check_loss(loss: Objective, stage: StageSpec, path: Path, errors: Errors) -
 
 
 def _check_teacher(teacher: TeacherSpec, path: Path, errors: Errors) -> None:
-    _check_cache(teacher, path, errors)
+    check_cache(teacher, path, errors)
     kinds = [teacher.model is not None, bool(teacher.ensemble), teacher.labels]
     if sum(kinds) != 1 and not (teacher.is_student and teacher.cache is not None and path[-1] == "reference"):
         errors.add_check(path, "a teacher is exactly one of a model, an ensemble and labels")
@@ -218,36 +218,6 @@ def _check_teacher(teacher: TeacherSpec, path: Path, errors: Errors) -> None:
             errors.add_check((*path, "ensemble"), f"the weights {shown} must be greater than 0")
         elif abs(sum(weights) - 1) > _SUM_TOLERANCE:
             errors.add_check((*path, "ensemble"), f"the weights {shown} sum to {sum(weights):.6g}, must sum to 1")
-
-
-def _check_cache(teacher: TeacherSpec, path: Path, errors: Errors) -> None:
-    cache = teacher.cache
-    if cache is None:
-        return
-    if teacher.labels:
-        errors.add_check((*path, "cache"), "labels are in the rows already; remove it")
-    for key, keep in (("k", "top_k"), ("draws", "sampled")):
-        if cache.changed(key) and cache.keep is not None and cache.keep != keep:
-            errors.add_check((*path, "cache", key), f"belongs to keep: {keep}, not to {cache.keep}")
-
-
-def _check_sparse(stage: KDStage | DAEStage, path: Path, errors: Errors) -> None:
-    """What a cache and labels do not serve: features of layers; other divergences and temperatures."""
-    loss = stage.loss
-    for key, teacher in stage.teachers_by_key().items():
-        what = "labels" if teacher.labels else "a cache" if teacher.cache is not None else None
-        if what is None:
-            continue
-        where = dotted((*path, *key))
-        for weight in ("attention_weight", "hidden_weight"):
-            if getattr(loss, weight) > 0:
-                reason = "no layers" if teacher.labels else "distributions alone, not what layers did"
-                message = f"{what} ({where}) has {reason}; set it to 0" + ("" if teacher.labels else ", or leave `cache` out")
-                errors.add_check((*path, "loss", weight), message)
-        drawn = teacher.labels or (teacher.cache is not None and teacher.cache.keep == "sampled")
-        if drawn and (loss.divergence != "forward_kl" or loss.temperature != 1.0):
-            message = f"{'labels' if teacher.labels else 'drawn tokens'} ({where}) give forward_kl at temperature 1 only; use it"
-            errors.add_check((*path, "loss", "divergence" if loss.divergence != "forward_kl" else "temperature"), message)
 
 
 # ---- tokenizer and report --------------------------------------------------------------------------------------------

@@ -24,16 +24,15 @@ from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Teacher
 from daekit.recipe import student_key
 from daekit.recipe.adapter_config import BARE_BASE
-from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.schema import DAEStage, ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.runtime.models import ModelBuilder
 from daekit.teachers import CachedTeacher, ModelTeacher, write_cache
-from daekit.teachers.cache import CacheRow, CacheStore, rows_of_examples
-from daekit.teachers.cache.write import require_facts
+from daekit.teachers.cache import CacheRow, CacheStore, require_facts, rows_of_examples
 from daekit.trainers import DomainSFTConfig
 from daekit.trainers.distributed import rounding
 from daekit.trainers.prepared import rows_of_trainer, rows_trainer
 
-Key = tuple[str, ...]
+Key = tuple[str | int, ...]  # below a stage
 _SECONDS = 10  # between two lines of progress
 
 
@@ -83,9 +82,10 @@ def make_caches(
 
 def _domains(recipe: Recipe, name: str, key: Key, present: list[str]) -> list[str]:
     """The domains whose rows follow a teacher."""
-    if key[0] == "teachers":
-        return [key[1]]
-    return present if key[0] == "teacher" else list(recipe.stages[name].reference_domains)
+    stage = recipe.stages[name]
+    if not isinstance(stage, DAEStage):
+        return present
+    return [str(key[1])] if key[0] == "teachers" else list(stage.reference_domains)
 
 
 def _is_labels(stage: StageSpec, key: Key) -> bool:

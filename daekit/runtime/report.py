@@ -73,9 +73,10 @@ def _teachers(stage: StageSpec, models: ModelBuilder, domains: Iterable[str], de
         specs = dict.fromkeys(domains, stage.teacher)
     else:
         start = ModelSpec(adapter=stage.student.adapter or BARE_BASE) if is_lora(stage) else stage.student
-        reference = stage.reference or TeacherSpec(model=start)
+        given = stage.reference
+        reference = TeacherSpec(model=start) if given is None or given.is_student else given
         specs = stage.teachers | dict.fromkeys(stage.reference_domains, reference)
-    teachers = models.teachers({domain: specs[domain] for domain in domains if domain in specs})
+    teachers = models.teachers({domain: specs[domain] for domain in domains if domain in specs and not specs[domain].labels})
     return {domain: teacher.to(device) for domain, teacher in models.on_base(teachers, stage.student, device).items()}
 
 

@@ -36,6 +36,7 @@ from daekit.runtime import (
     build_report,
     build_student,
     build_trainer,
+    cache_stage,
     read_file,
 )
 from daekit.trainers import KDTrainer
@@ -101,6 +102,32 @@ def init_students(recipe: Recipe) -> None:
         home = build_student(recipe, name, folder, data, models, state.device)
         print(f"[{name}] {home.model}", flush=True)
         _free_memory()
+
+
+def cache_teachers(recipe: Recipe) -> None:
+    """Make what is missing of the caches of a recipe's teachers, and train nothing. Under a launcher every rank calls it.
+
+    A stage whose models come from a stage of the recipe that is not complete yet is left to ``run_recipe``.
+    """
+    refuse_launch()
+    state = _ranks()
+    _quieten()
+    folder = RunFolder(Path(recipe.output_dir))
+    cached = [name for name, stage in recipe.stages.items() if any(each.cache for each in stage.teachers_by_key().values())]
+    if not cached:
+        raise UserError(f"{recipe.name}: no teacher has a cache (`teacher: {{path: ..., cache: hidden}}`)")
+    if state.is_main_process:
+        _claim(recipe, folder)
+    state.wait_for_everyone()
+    data = DataBuilder(recipe)
+    with state.main_process_first():
+        models = ModelBuilder(folder, data.tokenizer(folder))
+    for name in cached:
+        missing = [used for used in stage_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
+        if missing:
+            _say(state, f"[{name}] needs the stage {missing[0]!r}, which is not complete: run the recipe")
+        else:
+            cache_stage(recipe, name, folder.stage(name), data, models)
 
 
 def calibration() -> str:

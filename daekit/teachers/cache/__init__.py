@@ -2,7 +2,7 @@
 
 from daekit.teachers.cache.cached import CachedTeacher
 from daekit.teachers.cache.rows import CacheRow, rows_of_batch, rows_of_examples
-from daekit.teachers.cache.store import KEEPS, CacheStore
+from daekit.teachers.cache.store import KEEPS, CacheStore, require_facts
 from daekit.teachers.cache.write import write_cache
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "CacheRow",
     "CacheStore",
     "CachedTeacher",
+    "require_facts",
     "rows_of_batch",
     "rows_of_examples",
     "write_cache",

@@ -13,10 +13,10 @@ from daekit.errors import UserError
 from daekit.models.vocabulary import tokenizer_facts
 from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, OutputHead, TeacherOutput
 from daekit.recipe.objective import Objective
+from daekit.teachers.cache.asking import autocast_dtype
 from daekit.teachers.cache.rows import CacheRow, rows_of_batch
-from daekit.teachers.cache.store import CacheStore, RowValues
+from daekit.teachers.cache.store import CacheStore, RowValues, require_facts
 from daekit.teachers.cache.values import read_sampled, read_top_k
-from daekit.teachers.cache.write import autocast_dtype, require_facts
 
 
 class CachedTeacher:

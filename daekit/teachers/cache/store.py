@@ -269,6 +269,25 @@ class RowValues:
         return start, end
 
 
+def require_facts(directory: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Compare the facts of a cache with those that are wanted; facts that either side does not know are not compared.
+
+    Raises:
+        UserError: they differ; all differences are named.
+    """
+    known = [key for key in theirs if theirs[key] is not None and ours.get(key) is not None]
+    wrong = [f"{key}: {_short(theirs[key])} there, {_short(ours[key])} wanted" for key in known if theirs[key] != ours[key]]
+    if wrong:
+        raise UserError(
+            f"{directory}: is the cache of something else ({'; '.join(wrong)}). Give this one another path, or delete that one."
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
 def _corrupt(path: Path) -> UserError:
     return UserError(
         f"{path}: is not what was written (its hash differs from the manifest's). Delete this file and "

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.files import file_hash
-from daekit.models.backbone import base_of
 from daekit.models.vocabulary import tokenizer_facts
-from daekit.protocol import IGNORE_INDEX, Batch, Teacher, TeacherOutput
+from daekit.protocol import Teacher
+from daekit.teachers.cache.asking import AskedTeacher, autocast_dtype, head_tensors, require_one_teacher
 from daekit.teachers.cache.rows import KEY_BYTES, CacheRow, rows_of_examples
 from daekit.teachers.cache.store import (
     FACTS,
@@ -33,16 +31,13 @@ from daekit.teachers.cache.store import (
     alone,
     committed_shard,
     read_json,
+    require_facts,
     write_facts,
     write_file,
     write_shard,
     writer_lock,
 )
 from daekit.teachers.cache.values import CacheFormat, stacked, values_of
-from daekit.teachers.ensemble import EnsembleTeacher
-from daekit.teachers.routed import RoutedTeacher
-
-PAD_TO = 64
 
 Progress = Callable[[int, int], None]
 
@@ -97,56 +92,36 @@ def write_cache(
             it; the disk is full; a teacher that cannot be kept.
     """
     form = CacheFormat(keep, k, draws, temperature, seed, tuple(forced_ids))
-    _require_one_teacher(teacher)
+    require_one_teacher(teacher)
     kept = {row.key: row for row in rows_of_examples(rows) if len(row.offsets)}
     if not kept:
         raise UserError("rows: none of them has a token that carries loss, so there is nothing to keep")
     rank, world = ranks or ((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))
     with writer_lock(Path(directory), rank):
-        writer = _Writer(teacher, form, Path(directory), device or torch.device("cpu"), batch_tokens, device is not None)
+        writer = _Writer(AskedTeacher(teacher, device), form, Path(directory), batch_tokens)
         facts = writer.begin(next(iter(kept.values())), tokenizer, source)
         writer.write(list(kept.values()), facts, shard_bytes, rank, world, progress)
 
 
-def _require_one_teacher(teacher: Teacher) -> None:
-    parts = teacher.members if isinstance(teacher, EnsembleTeacher) else [teacher]
-    for part in parts:
-        if isinstance(part, EnsembleTeacher):
-            _require_one_teacher(part)
-        elif isinstance(part, RoutedTeacher):
-            raise UserError(
-                "a routed teacher says other things about a row for another domain, and a cache knows rows by their tokens "
-                "alone. Write a cache of each of its teachers, and route those: RoutedTeacher({domain: CachedTeacher(...)})."
-            )
-        elif not isinstance(part, Teacher):
-            raise UserError(f"{part}: is not a loaded teacher; give an AdapterTeacher or a ModelTeacher")
-
-
 @dataclass
 class _Writer:
-    teacher: Teacher
+    asked: AskedTeacher
     form: CacheFormat
     directory: Path
-    device: torch.device
     batch_tokens: int
-    moves: bool
 
     def begin(
         self, row: CacheRow, tokenizer: PreTrainedTokenizerBase | None, source: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         """Ask the teacher about one row, compare or write the facts and the heads."""
-        identity = self.teacher.identity()
-        if self.moves:
-            self.teacher.to(self.device)
-        self.longest = _longest(self.teacher)
-        output, _ = self._ask([row])
+        output, _ = self.asked.ask([row])
         members = output.members
         facts = self.form.facts() | {
             "format": FORMAT,
-            "teacher": identity,
+            "teacher": self.asked.identity,
             "tokenizer": None if tokenizer is None else tokenizer_facts(tokenizer),
             "source": None if source is None else dict(source),
-            "autocast": autocast_dtype(self.device),
+            "autocast": autocast_dtype(self.asked.device),
             "dtype": [str(member.hidden_MH.dtype).removeprefix("torch.") for member in members],
             "vocab_size": members[0].head.vocab_size,
         }
@@ -158,7 +133,7 @@ class _Writer:
                 {"weight": m.weight, "scale": m.head.scale, "softcap": m.head.softcap, "width": m.hidden_MH.shape[1]}
                 for m in members
             ]
-            heads = save(_head_tensors(output))
+            heads = save(head_tensors(output))
         with alone(self.directory):
             if (self.directory / FACTS).is_file():
                 require_facts(self.directory, read_json(self.directory / FACTS), facts)
@@ -200,36 +175,15 @@ class _Writer:
         start = 0
         while start < len(order):
             end = start + 1
-            while end < len(order) and (end + 1 - start) * self._padded(rows[order[end]]) <= self.batch_tokens:
+            while end < len(order) and (end + 1 - start) * self.asked.padded(rows[order[end]]) <= self.batch_tokens:
                 end += 1
             chosen = order[start:end]
-            output, labels_N = self._ask([rows[index] for index in chosen])
+            output, labels_N = self.asked.ask([rows[index] for index in chosen])
             found = values_of(self.form, output, labels_N, [rows[index] for index in chosen])
             for index, value in zip(chosen, found, strict=True):
                 values[index] = value
             start = end
         return stacked(values, rows)
-
-    def _padded(self, row: CacheRow) -> int:
-        length = len(row.input_ids)
-        return max(length, min(math.ceil(length / PAD_TO) * PAD_TO, self.longest))
-
-    def _ask(self, rows: Sequence[CacheRow]) -> tuple[TeacherOutput, Tensor]:
-        """The teacher's output for rows, in the order of their loss positions, and the tokens that these predict."""
-        batch = padded_batch(rows, max(map(self._padded, rows)), self.device)
-        with torch.no_grad():
-            outputs = self.teacher.outputs(batch)
-        positions = batch.labels_N.numel()
-        if len(outputs) != 1 or outputs[0].positions_M.numel() != positions or not outputs[0].members:
-            raise UserError(
-                f"{type(self.teacher).__name__}: gives sparse distributions, or several outputs for rows of one domain, and "
-                "only one output with hidden states can be kept"
-            )
-        output = outputs[0]
-        require_order = torch.arange(positions, device=output.positions_M.device)
-        if not torch.equal(output.positions_M, require_order):
-            raise UserError(f"{type(self.teacher).__name__}: its output must be in the order of the batch's loss positions")
-        return output, batch.labels_N
 
     def _finish(self, facts: dict[str, Any], shards: Mapping[int, Shard]) -> None:
         """Write the manifest, then remove what belongs to no shard of it."""
@@ -241,68 +195,6 @@ class _Writer:
         for path in self.directory.iterdir():
             if path.name.startswith("shard-") and path.name not in known:
                 path.unlink()
-
-
-def padded_batch(rows: Sequence[CacheRow], length: int, device: torch.device) -> Batch:
-    """Rows padded on the right to ``length`` tokens; their labels are their own tokens, at the loss positions."""
-    ids_BT = torch.zeros(len(rows), length, dtype=torch.long)
-    labels_BT = torch.full_like(ids_BT, IGNORE_INDEX)
-    row_BT = torch.full_like(ids_BT, -1)
-    for index, row in enumerate(rows):
-        ids = torch.from_numpy(row.input_ids).long()
-        predicted = torch.from_numpy(row.offsets).long() + 1
-        ids_BT[index, : len(ids)] = ids
-        labels_BT[index, predicted] = ids[predicted]
-        row_BT[index, : len(ids)] = index
-    inputs = {"input_ids": ids_BT, "attention_mask": (row_BT >= 0).long()}
-    inputs = {name: value.to(device) for name, value in inputs.items()}
-    return Batch(inputs, labels_BT.to(device), row_BT.to(device), ("",) * len(rows))
-
-
-def require_facts(directory: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Compare the facts of a cache with those that are wanted; facts that either side does not know are not compared.
-
-    Raises:
-        UserError: they differ; all differences are named.
-    """
-    known = [key for key in theirs if theirs[key] is not None and ours.get(key) is not None]
-    wrong = [f"{key}: {_short(theirs[key])} there, {_short(ours[key])} wanted" for key in known if theirs[key] != ours[key]]
-    if wrong:
-        raise UserError(
-            f"{directory}: is the cache of something else ({'; '.join(wrong)}). Give this one another path, or delete that one."
-        )
-
-
-def autocast_dtype(device: torch.device) -> str:
-    """The dtype of autocast on a device, ``none`` where it is off."""
-    if not torch.is_autocast_enabled(device.type):
-        return "none"
-    return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
-def _head_tensors(output: TeacherOutput) -> dict[str, Tensor]:
-    tensors = {}
-    for index, member in enumerate(output.members):
-        columns = slice(0, member.head.vocab_size)
-        tensors[f"weight.{index}"] = member.head.weight[columns].detach().cpu().clone()
-        if member.head.bias is not None:
-            tensors[f"bias.{index}"] = member.head.bias[columns].detach().cpu().clone()
-    return tensors
-
-
-def _longest(teacher: Any) -> int:
-    """The most positions that the models of a teacher have."""
-    if isinstance(teacher, EnsembleTeacher):
-        return min(_longest(member) for member in teacher.members)
-    if not hasattr(teacher, "model"):
-        return sys.maxsize
-    limit = getattr(base_of(teacher.model).config.get_text_config(), "max_position_embeddings", None)
-    return sys.maxsize if limit is None else int(limit)
 
 
 def _shards_of(rows: list[CacheRow], token_bytes: int, shard_bytes: int) -> list[list[CacheRow]]:
