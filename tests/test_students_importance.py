@@ -8,7 +8,6 @@ import torch
 
 from daekit.errors import UserError
 from daekit.students import (
-    Selection,
     Shape,
     at_random,
     choose,
@@ -21,7 +20,7 @@ from daekit.students import (
 )
 from daekit.students.families import family_of
 from daekit.students.slicing import permute_
-from tests.helpers.student_cases import CONFIGS, logits, rows, silence_channels, teacher
+from tests.helpers.student_cases import CONFIGS, first_units, logits, rows, silence_channels, teacher
 
 CASES = list(CONFIGS)
 
@@ -148,7 +147,7 @@ def test_the_first_of_a_sorted_teacher_is_the_best_of_it(case):
     best = slice_model(model, choose(model.config, scores, shape))
     sort_teacher(model, scores)
     assert (logits(model) - before).abs().max() < 1e-4 * before.abs().max()
-    first = view_model(model, Selection.first(model.config, shape))
+    first = view_model(model, first_units(model.config, shape))
     assert (logits(first) - logits(best)).abs().max() < 1e-4 * before.abs().max()
     assert measure_importance(model, rows()).hidden_H.diff().max() < 1e-6  # the scores of a sorted teacher fall
 
@@ -223,8 +222,8 @@ def test_uniform_importance_keeps_the_same_units_in_every_layer():
 def test_baselines():
     config = CONFIGS["mistral"]
     shape = Shape(2, 40, 20, 2, 2, 16)
-    assert choose(config, first_n(config), shape) == Selection.first(config, shape)
-    assert choose(config, first_n(config).uniform, shape) == Selection.first(config, shape)
+    assert choose(config, first_n(config), shape) == first_units(config, shape)
+    assert choose(config, first_n(config).uniform, shape) == first_units(config, shape)
     one, again, other = (choose(config, at_random(config, seed), shape) for seed in (1, 1, 2))
     assert one == again != other
 
@@ -236,4 +235,4 @@ def test_calibration_text_that_is_too_short_is_refused_with_the_numbers():
     with pytest.raises(UserError, match=rf"{tokens} tokens in 2 rows, but 48 channels or neurons"):
         measure_importance(model, short)
     with pytest.raises(UserError, match=r"0 tokens in 0 rows, but 48 channels"):
-        fit_norms(model, Selection.whole(model.config), [])
+        fit_norms(model, first_units(model.config), [])

@@ -15,10 +15,10 @@ from daekit.students.figure import search_svg
 from daekit.students.mutation import crossed, mutated
 from daekit.students.scorer import CandidateScorer
 from daekit.students.search import Round, read_log, run_search
-from daekit.students.selection import Selection, require_valid
+from daekit.students.selection import require_valid
 from daekit.students.space import Window, space_of
 from daekit.students.strategies import Evolution, draw, evolve, grid
-from tests.helpers.student_cases import CONFIGS, VOCABULARY, rows, teacher
+from tests.helpers.student_cases import CONFIGS, VOCABULARY, first_units, rows, teacher
 
 SPACES = [("coarse", "uniform"), ("coarse", "layerwise"), ("fine", "uniform"), ("fine", "layerwise")]
 
@@ -189,7 +189,7 @@ def test_by_kl_the_teacher_runs_once_over_the_text():
     for candidate in propose(draw(choices, window("mistral"), 0), choices, 6)[:6]:
         scorer(choices.selection(candidate), 40)
     assert 3 <= sum(runs) <= 5  # rows, together
-    assert scorer(Selection.whole(model.config), 40) == 0.0
+    assert scorer(first_units(model.config), 40) == 0.0
 
 
 @torch.no_grad()

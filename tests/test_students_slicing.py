@@ -8,11 +8,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from daekit.errors import UserError
-from daekit.students import Selection, Shape, choose, count_parameters, first_n, fit_norms, slice_model, view_model
+from daekit.students import Shape, choose, count_parameters, first_n, fit_norms, slice_model, view_model
 from daekit.students.importance import at_random
 from daekit.students.shapes import possible_head_dims
 from daekit.students.slicing import permute_
-from tests.helpers.student_cases import CONFIGS, logits, rows, silence_channels, teacher
+from tests.helpers.student_cases import CONFIGS, first_units, logits, rows, silence_channels, teacher
 from tests.helpers.tiny import model as tiny_model
 
 CASES = list(CONFIGS)
@@ -31,7 +31,7 @@ SMALLER = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_whole_is_the_teacher_and_has_its_own_storage(case):
     model = teacher(case)
-    student = slice_model(model, Selection.whole(model.config))
+    student = slice_model(model, first_units(model.config))
     assert torch.equal(logits(student), logits(model))
     theirs = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert not theirs & {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
@@ -89,7 +89,7 @@ def test_a_student_learns_and_its_teacher_does_not(case):
 
 def test_layers_keep_their_order_and_their_types():
     model = teacher("qwen2")
-    whole = Selection.whole(model.config)
+    whole = first_units(model.config)
     kept = replace(
         whole, layers=(0, 1, 3), neurons=whole.neurons[:3], kv_heads=whole.kv_heads[:3], query_heads=whole.query_heads[:3]
     )
@@ -125,7 +125,7 @@ def test_every_kth_pair_turns_with_its_own_frequencies(case):
     if case.startswith("gpt_neox"):  # its hidden size follows from the heads: drop channels that do nothing, too
         shape = replace(shape, hidden_size=shape.num_attention_heads * head_dim)
         silence_channels(model, shape.hidden_size)
-    selection = Selection.first(model.config, shape)
+    selection = first_units(model.config, shape)
     fits = fit_norms(model, selection, rows()) if case in ("qwen3", "gpt_neox", "gpt_neox-sequential") else None
     student = slice_model(model, selection, fits)
     assert (logits(student) - logits(model)).abs().max() < 2e-3 * logits(model).abs().max()
@@ -144,7 +144,7 @@ def test_norms_over_fewer_channels_are_scaled_to_what_they_gave(case):
         with torch.no_grad():  # and the dropped heads say nothing
             for layer in model.gpt_neox.layers:
                 layer.attention.dense.weight[:, kept:] = 0
-    selection = Selection.first(model.config, shape)
+    selection = first_units(model.config, shape)
     plain, fitted = slice_model(model, selection), slice_model(model, selection, fit_norms(model, selection, rows()))
     scale = logits(model).abs().max()
     assert (logits(fitted) - logits(model)).abs().max() < 2e-3 * scale
@@ -154,7 +154,7 @@ def test_norms_over_fewer_channels_are_scaled_to_what_they_gave(case):
 def test_the_shift_of_a_layernorm_is_that_of_its_mean():
     """On one token the fit is exact for any channels: its output over the kept channels is then the teacher's."""
     model = teacher("gpt_neox").double()
-    selection = Selection.first(model.config, Shape(4, 32, 40, 2, 2, 16))
+    selection = first_units(model.config, Shape(4, 32, 40, 2, 2, 16))
     x = torch.randn(48, dtype=torch.double) + 1.5
     model.gpt_neox.embed_in.weight.data[:] = x
     fits = fit_norms(model, selection, [{"input_ids": [3] * 50}])
@@ -170,7 +170,7 @@ def test_padding_has_no_part_in_the_fit_of_norms(case):
     model, text = teacher(case), rows()
     hidden, head_dim = (16, 8) if case == "gpt_neox" else (40, 4)
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2} if case == "gpt_neox" else {}
-    selection = Selection.first(model.config, replace(Shape.of(model.config), hidden_size=hidden, head_dim=head_dim, **heads))
+    selection = first_units(model.config, replace(Shape.of(model.config), hidden_size=hidden, head_dim=head_dim, **heads))
     one, padded = (fit_norms(model, selection, text, batch_size=size) for size in (1, len(text)))
     assert one.keys() == padded.keys() and len(one) == (17 if case == "qwen3" else 9)
     for name, fit in one.items():
@@ -191,7 +191,7 @@ def test_the_first_of_everything_is_a_view(case):
         num_attention_heads=heads * own.queries_per_group,
         num_hidden_layers=3,
     )
-    selection = Selection.first(model.config, shape)
+    selection = first_units(model.config, shape)
     view, copy = view_model(model, selection), slice_model(model, selection)
     assert torch.equal(logits(view), logits(copy))
     theirs = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -201,7 +201,7 @@ def test_the_first_of_everything_is_a_view(case):
 
 def test_of_query_heads_within_groups_only_their_projections_are_copies():
     model = teacher("mistral")
-    view = view_model(model, Selection.first(model.config, replace(Shape.of(model.config), num_attention_heads=3)))
+    view = view_model(model, first_units(model.config, replace(Shape.of(model.config), num_attention_heads=3)))
     theirs = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     copied = {name for name, parameter in view.named_parameters() if parameter.untyped_storage().data_ptr() not in theirs}
     assert {name.split(".")[-2] for name in copied} == {"q_proj", "o_proj"}
@@ -246,7 +246,7 @@ def test_what_the_rules_allow_can_be_built_and_is_counted_right(case):
         if list(problems_of(config, shape)):
             continue
         allowed += 1
-        model = empty_model(student_config(config, Selection.first(config, shape)))
+        model = empty_model(student_config(config, first_units(config, shape)))
         assert sum(p.numel() for p in model.parameters()) == count_parameters(config, shape)
     assert allowed > 1
 
@@ -273,7 +273,7 @@ def test_rope_that_scales_by_place_keeps_its_head_dim():
 def test_selections_that_do_not_fit_are_refused(change, words):
     model = teacher("mistral")
     with pytest.raises(UserError, match=words):
-        slice_model(model, replace(Selection.whole(model.config), **change))
+        slice_model(model, replace(first_units(model.config), **change))
 
 
 def test_models_that_cannot_be_cut_are_refused():
@@ -281,23 +281,23 @@ def test_models_that_cannot_be_cut_are_refused():
     with pytest.raises(UserError, match=r"'gpt2'.*llama, mistral, qwen2, qwen3, gpt_neox"):
         count_parameters(gpt2.config)
     with pytest.raises(UserError, match="mixtral_to_dense"):
-        Selection.whole(tiny_model("mixtral").config)
+        first_units(tiny_model("mixtral").config)
     adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(UserError, match="merge its adapter first"):
-        slice_model(adapted, Selection.whole(tiny_model().config))
+        slice_model(adapted, first_units(tiny_model().config))
     model = tiny_model()
     model.config.quantization_config = {"load_in_4bit": True}
     with pytest.raises(UserError, match="quantised"):
-        slice_model(model, Selection.whole(model.config))
+        slice_model(model, first_units(model.config))
     model = tiny_model()
     model.model.layers[0].mlp.extra = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"mlp\.extra\.bias"):
-        slice_model(model, Selection.whole(model.config))
+        slice_model(model, first_units(model.config))
 
 
 def test_a_student_is_in_its_teachers_dtype():
     model = teacher("qwen3").to(torch.bfloat16)
-    student = slice_model(model, Selection.whole(model.config))
+    student = slice_model(model, first_units(model.config))
     assert student.dtype == student.config.dtype == torch.bfloat16
     assert student.model.rotary_emb.inv_freq.dtype == torch.float32
     assert student.generation_config.to_dict() == model.generation_config.to_dict()

@@ -11,44 +11,12 @@ import torch
 from torch import Tensor
 
 from daekit.losses.divergences import divergence_of, value_factor
-from daekit.losses.top_k import bucketed
 from daekit.models.heads import scale_and_cap_
 from daekit.protocol import OutputHead
 from daekit.recipe.objective import Objective
 
 Values = tuple[Tensor, Tensor, Tensor]
-
-
-def chunk_losses(
-    student_MV: Tensor,
-    teacher_MV: Tensor | None,
-    labels_M: Tensor,
-    objective: Objective,
-    head: OutputHead,
-    wants_gradient: bool,
-) -> Values:
-    """Cross-entropy, divergence and their gradient for one chunk of tokens.
-
-    Args:
-        student_MV: outputs of the student's linear layer, before scale and soft-capping. Overwritten: with the derivative of
-            ``ce_weight * ce + prediction_weight * divergence`` with respect to them where a gradient is wanted.
-        teacher_MV: the teacher's logits, scaled and soft-capped, before the temperature, in float32 (float64 for a float64
-            student); None: cross-entropy alone. Overwritten.
-        labels_M: the token that each position predicts.
-        objective: divergence, temperature and weights.
-        head: the student's; scale and soft-capping of its logits.
-        wants_gradient: whether ``student_MV`` becomes the gradient.
-
-    Returns:
-        ``ce_M`` at temperature 1 and ``divergence_M`` (with its factor T^2; 0 without teacher) in nats, and ``correct_M``:
-        whether the label is the student's first choice.
-    """
-
-    def compare(student_log_probs_MV: Tensor) -> tuple[Tensor, Tensor]:
-        teacher_log_probs_MV = _log_softmax_(teacher_MV, objective.temperature)  # type: ignore[arg-type]
-        return divergence_of(objective)(student_log_probs_MV, teacher_log_probs_MV)
-
-    return _losses(student_MV, None if teacher_MV is None else compare, labels_M, objective, head, wants_gradient)
+Compare = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def chunk_losses_on(device: torch.device, dtype: torch.dtype) -> Callable[..., Values]:
@@ -60,50 +28,54 @@ def chunk_losses_on(device: torch.device, dtype: torch.dtype) -> Callable[..., V
     return kernels.chunk_losses
 
 
-def chunk_losses_top_k(
+def chunk_losses(
     student_MV: Tensor,
-    ids_MK: Tensor,
-    teacher_MB: Tensor,
+    teacher: Tensor | Compare | None,
     labels_M: Tensor,
     objective: Objective,
     head: OutputHead,
     wants_gradient: bool,
 ) -> Values:
-    """As ``chunk_losses``, with a sparse teacher: tokens ``ids_MK`` and the log-probabilities ``teacher_MB`` of its buckets."""
+    """Cross-entropy, divergence and their gradient for one chunk of tokens.
 
-    def compare(student_log_probs_MV: Tensor) -> tuple[Tensor, Tensor]:
-        return bucketed(divergence_of(objective), student_log_probs_MV, ids_MK, teacher_MB)
+    Args:
+        student_MV: outputs of the student's linear layer, before scale and soft-capping. Overwritten: with the derivative of
+            ``ce_weight * ce + prediction_weight * divergence`` with respect to them where a gradient is wanted.
+        teacher: logits ``[M, V]``, scaled and soft-capped, before the temperature, in float32 (float64 for a float64
+            student), overwritten. For a sparse teacher (not on CUDA) a function that compares the student's
+            log-probabilities ``[M, V]``, which it may overwrite, with it: (divergence ``[M]``, gradient of the logits
+            ``[M, V]``). None: cross-entropy alone.
+        labels_M: the token that each position predicts.
+        objective: divergence, temperature and weights.
+        head: the student's; scale and soft-capping of its logits.
+        wants_gradient: whether ``student_MV`` becomes the gradient.
 
-    return _losses(student_MV, compare, labels_M, objective, head, wants_gradient)
-
-
-def _losses(
-    student_MV: Tensor,
-    compare: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
-    labels_M: Tensor,
-    objective: Objective,
-    head: OutputHead,
-    wants_gradient: bool,
-) -> Values:
+    Returns:
+        ``ce_M`` at temperature 1 and ``divergence_M`` (with its factor T^2; 0 without teacher) in nats, and ``correct_M``:
+        whether the label is the student's first choice.
+    """
     ce_weight, temperature, softcap = objective.ce_weight, objective.temperature, head.softcap
     exact = torch.promote_types(student_MV.dtype, torch.float32)
     logits = scale_and_cap_(student_MV.to(exact), head.scale, softcap)  # student_MV itself where it is exact
     correct_M = logits.argmax(-1) == labels_M
     capped = logits.clone() if wants_gradient and softcap is not None else None
     # at T = 1 the log-probabilities of both losses are the same and take the place of the logits
-    shared = temperature == 1.0 or compare is None
+    shared = temperature == 1.0 or teacher is None
     log_probs = torch.log_softmax(logits, -1, out=logits) if shared else torch.log_softmax(logits, -1)
     ce_M = -log_probs.gather(-1, labels_M[:, None]).squeeze(-1)
     divergence_M = torch.zeros_like(ce_M)
     grad_logits = None
-    if wants_gradient and (ce_weight or compare is None):
+    if wants_gradient and (ce_weight or teacher is None):
         grad_logits = log_probs.exp() if shared else log_probs.exp_()
         grad_logits.scatter_add_(-1, labels_M[:, None], -torch.ones_like(ce_M)[:, None])
         grad_logits = _scaled_(grad_logits, ce_weight)
-    if compare is not None:
+    if teacher is not None:
         student = log_probs if shared else _log_softmax_(logits, temperature)
         factor = value_factor(objective)
-        value_M, grad_divergence = compare(student)
+        if isinstance(teacher, Tensor):
+            value_M, grad_divergence = divergence_of(objective)(student, _log_softmax_(teacher, temperature))
+        else:
+            value_M, grad_divergence = teacher(student)
         divergence_M = factor * value_M
         # d(factor D)/d logits = factor * dD/d(logits/T) / T
         grad_divergence = _scaled_(grad_divergence, objective.prediction_weight * factor / temperature)

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from daekit.errors import UserError
-from daekit.losses.chunk import Values, chunk_losses_on, chunk_losses_top_k
-from daekit.losses.top_k import bucket_log_probs
+from daekit.losses.chunk import Values, chunk_losses, chunk_losses_on
+from daekit.losses.divergences import divergence_of
+from daekit.losses.top_k import bucket_log_probs, bucketed
 from daekit.models.heads import compute_dtype, in_dtype, project, teacher_logits
 from daekit.models.sharded import whole_heads
 from daekit.protocol import OutputHead, TeacherOutput
@@ -176,9 +177,13 @@ class _Chunks:
         if output is None:
             return lambda student, labels, rows: dense(student, None, labels, *how)
         if output.top_k is not None:
-            ids = output.top_k.ids_MK.long()
+            ids, divergence = output.top_k.ids_MK.long(), divergence_of(self.objective)
             buckets = bucket_log_probs(output, self.head.vocab_size, self.objective, self.exact)
-            return lambda student, labels, rows: chunk_losses_top_k(student, ids[rows], buckets[rows], labels, *how)
+
+            def sparse(student: Tensor, labels: Tensor, rows: slice) -> Values:
+                return chunk_losses(student, lambda s: bucketed(divergence, s, ids[rows], buckets[rows]), labels, *how)
+
+            return sparse
         members = tuple(replace(m, head=in_dtype(m.head, compute_dtype(m.hidden_MH))) for m in output.members)
         teacher, space = replace(output, members=members), self.teacher_MV
         assert space is not None

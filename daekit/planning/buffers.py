@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from daekit.losses.chunk import chunk_losses
@@ -113,33 +114,14 @@ class Buffers:
         return 4 * 4 * max(_BLOCK_SCORES, _SHORTEST_BLOCK * row)
 
     @cached_property
-    def _head_trained(self) -> bool:
-        return bool(self.student.head.requires_grad)
-
-    @cached_property
-    def head_gradient(self) -> int:
-        return self.student.head.numel() * self.student.head.element_size() if self._head_trained else 0
-
-    @cached_property
-    def embedding_trained(self) -> bool:
-        return bool(self.student.embedding.requires_grad)
-
-    @cached_property
-    def embedding_bytes(self) -> int:
-        return self.student.embedding.numel() * self.student.embedding.element_size()
-
-    @cached_property
-    def embedding_gradient(self) -> int:
-        return self.embedding_bytes if self.embedding_trained and not self.student.tied else 0
-
-    @cached_property
     def loss(self) -> tuple[int, int]:
         """(gradients that the loss keeps for the backward pass, its work space)."""
-        columns, hidden_size = self.student.head.shape
+        head = self.student.head
+        columns, hidden_size = head.shape
         gpu, width = self.machine.gpu, self._compute_width
         step = min(tokens_per_chunk(columns, gpu), self.tokens)
         members = max(map(len, self.models.teachers), default=0)
-        kept = self.hidden + self.head_gradient
+        kept = self.hidden + gradient_bytes(head)
         work = step * columns * (width + (4 if members else 0)) + step * hidden_size * (width + 4)
         if not gpu:
             work += self._chunk_bytes(step, columns, members)
@@ -147,13 +129,9 @@ class Buffers:
             work += step * columns * width  # a teacher's linear outputs, before they are copied in float32
         work += max(members - 1, 0) * step * columns * 4
         work += self._cast_heads(width)
-        if (
-            self._head_trained
-            and (self.tokens > step or len(self.models.teachers) > 1)
-            and self.student.head.element_size() != 4
-        ):
-            work += self.student.head.numel() * 4  # summed in float32
-        if self._head_trained and self.tokens > step:
+        if head.requires_grad and (self.tokens > step or len(self.models.teachers) > 1) and head.element_size() != 4:
+            work += head.numel() * 4  # summed in float32
+        if head.requires_grad and self.tokens > step:
             work += 4 * _TILE
         return kept, work
 
@@ -181,6 +159,11 @@ class Buffers:
             head = OutputHead(student, None, columns)
             given = [t for t in (student, teacher, labels) if t is not None]
             return peak_bytes(lambda: chunk_losses(student, teacher, labels, objective, head, True), given)
+
+
+def gradient_bytes(weight: Tensor) -> int:
+    """Bytes of a weight's gradient; 0 if it is not trained."""
+    return weight.numel() * weight.element_size() if weight.requires_grad else 0
 
 
 def _queries_and_keys(config: Any) -> int:

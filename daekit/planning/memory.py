@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from daekit.planning.buffers import Buffers
+from daekit.planning.buffers import Buffers, gradient_bytes
 from daekit.planning.machine import Machine
 from daekit.planning.meta_model import MetaModel, Parameter
 from daekit.planning.models import FrozenModel, StageModels
@@ -221,9 +221,9 @@ class StageMemory:
                 + self._own(layers[-1 if last else 0])
             )
         gradients = (
-            self.buffers.head_gradient
+            gradient_bytes(self.student.head)
             if last
-            else self.gradients - self._gradient_bytes(self.student.layers[0]) - self.buffers.embedding_gradient
+            else self.gradients - self._gradient_bytes(self.student.layers[0]) - self._embedding_gradient
         )
         return self._with(
             {
@@ -242,8 +242,8 @@ class StageMemory:
         return layer.backward_again if self.training.accumulation > 1 else layer.backward
 
     def _backward_of_embedding(self) -> Counter[str]:
-        new = self.buffers.embedding_bytes if self.buffers.embedding_trained else 0
-        present = 0 if self.training.accumulation > 1 or self.student.tied else new
+        new = gradient_bytes(self.student.embedding)
+        present = 0 if self.training.accumulation > 1 else self._embedding_gradient
         gradients = self.gradients - present
         return self._with(
             {
@@ -253,6 +253,11 @@ class StageMemory:
                 OUTPUTS: self.buffers.teacher_outputs[1],
             }
         )
+
+    @cached_property
+    def _embedding_gradient(self) -> int:
+        """Bytes of the embedding's gradient beside that of the head."""
+        return 0 if self.student.tied else gradient_bytes(self.student.embedding)
 
     @cached_property
     def _saved(self) -> int:

@@ -92,10 +92,6 @@ class MetaModel:
         for layer in self.layers:
             yield from layer
 
-    def values(self) -> int:
-        """The number of values of the model without its adapter."""
-        return sum(p.values for p in self.parameters() if not p.adapter)
-
     def _described(self, name: str, parameter: nn.Parameter, quantised: dict[int, int]) -> Parameter:
         embedding = parameter is self.embedding
         products = 0.0

@@ -122,7 +122,7 @@ def choose(config: PreTrainedConfig, importance: Importance, shape: Shape) -> Se
 def sort_teacher(model: PreTrainedModel, importance: Importance) -> None:
     """Reorder channels, neurons and heads in place, the best scores first.
 
-    The best sub-networks are then the first units of everything (``Selection.first``), and views. What the model computes
+    The best sub-networks are then the first units of everything, and views. What the model computes
     changes by rounding only; layers keep their places. One weight at a time is copied.
     """
     permute_(model, choose(model.config, importance, Shape.of(model.config)))

@@ -34,26 +34,6 @@ class Selection:
     query_heads: PerLayer
     head_dim: int
 
-    @classmethod
-    def first(cls, config: PreTrainedConfig, shape: Shape) -> Selection:
-        """The first units of everything, in a shape that ``require_possible`` accepts."""
-        group = Shape.of(config).queries_per_group
-        kept, kv_heads = shape.queries_per_group, range(shape.num_key_value_heads)
-        layers = shape.num_hidden_layers
-        return cls(
-            layers=tuple(range(layers)),
-            hidden=tuple(range(shape.hidden_size)),
-            neurons=(tuple(range(shape.intermediate_size)),) * layers,
-            kv_heads=(tuple(kv_heads),) * layers,
-            query_heads=(tuple(kv * group + query for kv in kv_heads for query in range(kept)),) * layers,
-            head_dim=shape.head_dim,
-        )
-
-    @classmethod
-    def whole(cls, config: PreTrainedConfig) -> Selection:
-        """All units of the teacher, in its order."""
-        return cls.first(config, Shape.of(config))
-
     @property
     def shape(self) -> Shape:
         """The sizes of the student."""

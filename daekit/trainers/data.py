@@ -54,14 +54,7 @@ class RowPreparation:
     ) -> Dataset | IterableDataset:
         """TRL's preparation in two steps, tokenise then pack, with the length policy between and the domain kept.
 
-        Args:
-            trl: ``SFTTrainer._prepare_dataset``, whose arguments follow.
-            dataset: rows in any of TRL's forms.
-            processing_class: the student's tokenizer.
-            args: config of the trainer.
-            packing: whether rows are packed.
-            formatting_func: makes a text of a row.
-            dataset_name: ``train``, or the name of an evaluation set.
+        ``trl`` is ``SFTTrainer._prepare_dataset``, whose arguments follow.
 
         Raises:
             UserError: rows without a domain or with None in a column, overlong rows, messages whose response cannot be told.

@@ -113,7 +113,7 @@ class KDTrainer(SFTTrainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **sft_arguments)
         router.restore(self.model)
         self.args.model_init_kwargs = init_kwargs
-        self.add_callback(self.checkpoints.callback())
+        self.add_callback(self.checkpoints)
         if isinstance(self.model, PeftModel):  # PEFT saves every adapter it holds; a checkpoint is the student's alone
             student = self.model.active_adapter
             self.model.save_pretrained = functools.partial(self.model.save_pretrained, selected_adapters=[student])

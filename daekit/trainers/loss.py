@@ -24,14 +24,7 @@ def divergence_metric(objective: Objective) -> str:
 def summed_losses(
     trainer: Any, outputs: Any, batch: Batch, teacher_outputs: list[TeacherOutput], comparison: Comparison | None
 ) -> dict[str, Tensor]:
-    """Runs inside the student's forward, where autocast and the hooks of DDP and FSDP hold.
-
-    Args:
-        trainer: a KDTrainer.
-        outputs: of the student's backbone.
-        batch: what the student sees.
-        teacher_outputs: of its teachers for the batch.
-        comparison: of its features with theirs, if they are compared.
+    """Runs inside the student's forward, where autocast and the hooks of DDP and FSDP hold; ``outputs`` are its backbone's.
 
     Returns:
         ``loss``, the weighted sum over loss positions; the metrics ``[N]`` of each position; ``aux_loss`` if it is wanted.

@@ -37,7 +37,7 @@ _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_pl
 _STREAM_ROWS = 64  # of a stream, to tell it from another one
 
 
-class Checkpoints:
+class Checkpoints(TrainerCallback):
     """Saves and resumes one trainer; what lies on disk is the business of ``checkpoint.py``.
 
     Attributes:
@@ -63,7 +63,7 @@ class Checkpoints:
         self.resumed = self._resumable(output_dir, resume) if resume else None
         if args.should_save:
             checkpoint.clear_partial(output_dir)
-        self._start = checkpoint.start_of(self.resumed, output_dir)
+            self._start = checkpoint.start_of(self.resumed, output_dir)
         trainer.accelerator.wait_for_everyone()
         # the Trainer would delete older checkpoints before the newer one is committed, and file by file
         self._keep, args.save_total_limit = args.save_total_limit, None
@@ -184,7 +184,7 @@ class Checkpoints:
         }
         write_json(self._accumulators_file(folder), state)
 
-    def load_accumulators(self, folder: Path) -> None:
+    def _load_accumulators(self, folder: Path) -> None:
         """Go on from there: the Trainer would begin a new window, and log other values than a straight run."""
         trainer = self.trainer
         state = json.loads(self._accumulators_file(folder).read_text())
@@ -199,18 +199,10 @@ class Checkpoints:
     def _accumulators_file(self, folder: Path) -> Path:
         return folder / f"daekit_state_{self.trainer.args.process_index}.json"
 
-    def callback(self) -> TrainerCallback:
-        """Loads the accumulators at the one moment between the Trainer's reset of its sums and its first step."""
-        return _LoadAccumulators(self)
-
-
-class _LoadAccumulators(TrainerCallback):
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self.checkpoints = checkpoints
-
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        if self.checkpoints.resumed is not None:
-            self.checkpoints.load_accumulators(self.checkpoints.resumed)
+        """Load the accumulators at the one moment between the Trainer's reset of its sums and its first step."""
+        if self.resumed is not None:
+            self._load_accumulators(self.resumed)
 
 
 def student_folder(model: Any, folder: Path) -> Path:

@@ -63,13 +63,7 @@ class TokenMetrics:
 
 
 def counted_rows(trainer: Any, examples: tuple[int, ...], mode: str) -> list[bool]:
-    """Which rows of a batch count: not those that a distributed evaluation repeats to fill its last batch.
-
-    Args:
-        trainer: that evaluates or trains.
-        examples: the example of the data loader that each row belongs to.
-        mode: ``train`` or ``eval``.
-    """
+    """Which rows of a batch count: not those that a distributed evaluation repeats to fill its last batch."""
     state = trainer.accelerator.gradient_state
     if mode == "train" or trainer.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder == 0:
         return [True] * len(examples)

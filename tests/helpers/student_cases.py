@@ -17,6 +17,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from daekit.students import Selection, Shape
+
 VOCABULARY = 40
 SIZES: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
@@ -80,7 +82,7 @@ def logits(model: PreTrainedModel, seed: int = 5) -> torch.Tensor:
     return model(input_ids=ids).logits.double()
 
 
-def silence_channels(model, kept):
+def silence_channels(model: PreTrainedModel, kept: int) -> None:
     """Make all channels but the first ``kept`` carry nothing, and the mean of the channels zero."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -92,3 +94,19 @@ def silence_channels(model, kept):
                 parameter[kept:] = 0
             elif "norm" in name and name.endswith("bias"):
                 parameter[kept:] = 0
+
+
+def first_units(config: Any, shape: Shape | None = None) -> Selection:
+    """The selection that keeps the first units of everything, in a possible shape; without one, all units."""
+    own = Shape.of(config)
+    shape = shape or own
+    layers, kv_heads = shape.num_hidden_layers, range(shape.num_key_value_heads)
+    queries = tuple(kv * own.queries_per_group + query for kv in kv_heads for query in range(shape.queries_per_group))
+    return Selection(
+        layers=tuple(range(layers)),
+        hidden=tuple(range(shape.hidden_size)),
+        neurons=(tuple(range(shape.intermediate_size)),) * layers,
+        kv_heads=(tuple(kv_heads),) * layers,
+        query_heads=(queries,) * layers,
+        head_dim=shape.head_dim,
+    )
