@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from daekit.teachers import CachedTeacher
 from tests.helpers.cache_cases import bytes_of
 from tests.helpers.cache_run import ROWS
+from tests.helpers.cache_world import build_world, recipe_text
 from tests.helpers.ddp_run import ENVIRONMENT, LAUNCHER, ROOT
 
 pytestmark = pytest.mark.slow
@@ -76,3 +78,19 @@ def test_two_ranks_write_the_same_bytes_and_share_the_work(straight: Path, tmp_p
     output = run(str(tmp_path / "cache"), launcher=LAUNCHER)
     assert computed(output) == ROWS and output.count("whole") == 2
     assert bytes_of(tmp_path / "cache") == bytes_of(straight)
+
+
+@pytest.mark.timeout(900)
+def test_two_ranks_train_a_recipe_from_caches_as_from_live_teachers(tmp_path: Path) -> None:
+    """The ranks write their parts of each cache before the stage, and read the same one."""
+    build_world(tmp_path)
+    launch = [*LAUNCHER, "-m", "daekit", "train"]
+    for name, live in (("live", True), ("cached", False)):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(recipe_text(tmp_path, tmp_path / name, live=live))
+        done = subprocess.run([*launch, str(path)], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for stage in ("kd", "dae"):
+        files = [tmp_path / name / "stages" / stage / "model" / "model.safetensors" for name in ("live", "cached")]
+        live_weights, cached_weights = map(load_file, files)
+        assert all(live_weights[key].equal(cached_weights[key]) for key in live_weights)

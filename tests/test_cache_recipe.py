@@ -15,51 +15,16 @@ from daekit.recipe import load_recipe_text, stage_key, to_yaml
 from daekit.recipe.schema import Recipe
 from daekit.runtime.run import cache_teachers, run_recipe
 from daekit.teachers import CachedTeacher, ModelTeacher
-from tests.helpers import tiny
-
-STAGES = """
-name: cached
-output_dir: OUT/run
-tokenizer: {path: OUT/base}
-sources:
-  general: {domain: general, path: OUT/general.jsonl}
-  shop: {domain: shop, path: OUT/shop.jsonl, validation: OUT/valid.jsonl}
-stages:
-  kd:
-    type: kd
-    student: OUT/student
-    teacher: {path: OUT/base, cache: hidden}
-    data: [general]
-    trainer: &trainer {max_steps: 4, per_device_train_batch_size: 4, pad_to_multiple_of: 64, gradient_checkpointing: false,
-                       report_to: none, save_strategy: "no", learning_rate: 1.0e-3}
-  dae:
-    type: dae
-    teachers: {shop: {path: OUT/expert, cache: {keep: hidden}}}
-    reference: {cache: hidden}
-    data: [general, shop]
-    trainer: {<<: *trainer, eval_strategy: steps, eval_steps: 2}
-"""
+from tests.helpers.cache_world import build_world, recipe_text
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    for seed, name in enumerate(("base", "expert", "student")):
-        tiny.model(seed=seed).save_pretrained(root / name)
-        tiny.tokenizer().save_pretrained(root / name)
-    for seed, (name, count) in enumerate({"general": 12, "shop": 9, "valid": 4}.items()):
-        lines = [json.dumps({key: row[key] for key in ("prompt", "completion")}) for row in tiny.rows(count, seed=seed)]
-        (root / f"{name}.jsonl").write_text("\n".join(lines))
-    return root
+    return build_world(tmp_path_factory.mktemp("world"))
 
 
 def recipe(world: Path, out: Path, *overrides: str, live: bool = False) -> Recipe:
-    tree = yaml.safe_load(STAGES.replace("OUT", str(world)))
-    tree["output_dir"] = str(out)
-    if live:
-        del tree["stages"]["kd"]["teacher"]["cache"], tree["stages"]["dae"]["reference"]
-        del tree["stages"]["dae"]["teachers"]["shop"]["cache"]
-    return load_recipe_text(yaml.safe_dump(tree, sort_keys=False), "cached.yaml", overrides)
+    return load_recipe_text(recipe_text(world, out, live), "cached.yaml", overrides)
 
 
 def models_loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
