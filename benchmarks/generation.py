@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from daekit.evaluation.answers import AnswerStore, HowToAnswer, answer_all, mt_bench_conversations
-from daekit.evaluation.subjects import Subject
+from daekit.evaluation.evaluated import EvaluatedModel
 from daekit.recipe.suite import SubjectSpec
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    subject = Subject("model", SubjectSpec(path=str(options.model)))
+    subject = EvaluatedModel("model", SubjectSpec(path=str(options.model)))
     subject.model()
     runs = {size: run(subject, options, size) for size in (options.batch_size, 1)}
     batched, single = runs[options.batch_size], runs[1]
@@ -55,7 +55,7 @@ def main() -> None:
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def run(subject: Subject, options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
+def run(subject: EvaluatedModel, options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
     """Greedy answers to all questions."""
     conversations, _ = mt_bench_conversations(options.questions, "questions", options.limit, 0.0)
     how = HowToAnswer(options.max_new_tokens)

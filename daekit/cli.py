@@ -1,4 +1,4 @@
-"""The command line: ``daekit check | plan | init | cache | train | eval | merge | quickstart``. Heavy imports happen inside."""
+"""The command line: ``daekit check | plan | init | cache | train | eval | recipes...``. Heavy imports happen inside."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 from daekit import __version__
 from daekit.errors import UserError, says_disk_is_full
-from daekit.recipe import load_recipe, load_recipe_text, sharing_notes, to_yaml
-from daekit.recipe.load import load_suite, parse_models
-from daekit.recipe.schema import Dtype
+from daekit.recipe import load_recipe, load_recipe_text, load_suite, parse_models, sharing_notes, to_yaml
+from daekit.recipe.model import Dtype
+from daekit.recipe.trainer_options import default_options
 
 _OVERRIDES_HELP = "settings laid over the recipe: key.sub=value, the value as YAML (stages.kd.trainer.max_steps=10)"
 _STATUS_OF_USER_ERROR = 2
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
     _add_eval(commands)
+    _add_looks(commands)
     merge = commands.add_parser("merge", help="fold a LoRA adapter into its 16-bit base, and compare the two")
     merge.set_defaults(run=_merge)
     merge.add_argument("adapter", metavar="ADAPTER_DIR", help="a directory with adapter_config.json and its safetensors")
@@ -114,6 +116,16 @@ def _parser() -> argparse.ArgumentParser:
     for command in (check, plan, init, cache, train, quickstart):
         command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
     return parser
+
+
+def _add_looks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    schema = commands.add_parser("schema", help="print the JSON Schema of recipes or suites, by which editors complete them")
+    schema.set_defaults(run=_schema)
+    schema.add_argument("kind", nargs="?", choices=["recipe", "suite"], default="recipe")
+    recipes = commands.add_parser("recipes", help="list the recipes that come with daekit, or copy one into this directory")
+    recipes.set_defaults(run=_recipes)
+    recipes.add_argument("action", nargs="?", choices=["copy"], help="write a recipe here; nothing is overwritten")
+    recipes.add_argument("name", nargs="?", metavar="NAME")
 
 
 def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -138,6 +150,14 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         default=0,
         help="give a score although up to N judgments of the model are missing",
     )
+    command.add_argument(
+        "--allow-key-env",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="environment variable that may be sent as a key to whatever endpoint the suite names",
+    )
+    command.add_argument("--allow-http", action="store_true", help="http to other machines: questions and keys go unencrypted")
     command.add_argument("--score-parser", choices=["strict", "fastchat"], help="how a rating is read (default: the suite's)")
     command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
 
@@ -170,9 +190,11 @@ def _eval(options: argparse.Namespace) -> None:
     suite = load_suite(options.suite, parse_models(options.model), overrides)
 
     from daekit.evaluation.suites import Options, run_suite
+    from daekit.generation import Permissions
     from daekit.report import format_table
 
-    how = Options(options.dry_run, options.max_calls, options.max_cost, options.allow_missing, options.score_parser)
+    allowed = Permissions(frozenset(options.allow_key_env), options.allow_http)
+    how = Options(options.dry_run, options.max_calls, options.max_cost, options.allow_missing, options.score_parser, allowed)
     report = run_suite(suite, how)
     if report is not None:
         print(f"\n{format_table(report.rows)}\n\nReport: {suite.output_dir}/report.html", flush=True)
@@ -181,8 +203,27 @@ def _eval(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     print(to_yaml(recipe), end="")
+    print("# trainer: what a stage does not set there is, by TRL and daekit:")
+    print("".join(f"#   {key}: {json.dumps(value)}\n" for key, value in default_options().items()), end="")
     for note in sharing_notes(recipe):
         print(f"# note: {note}")
+
+
+def _schema(options: argparse.Namespace) -> None:
+    from daekit.recipe.json_schema import json_schema
+
+    print(json.dumps(json_schema(options.kind), indent=1, ensure_ascii=False))
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from daekit.recipe.shipped import copy_recipe, list_recipes
+
+    if options.action is None:
+        print(list_recipes())
+    elif options.name is None:
+        raise UserError("daekit recipes copy: which one? `daekit recipes` lists their names")
+    else:
+        print("\n".join(f"-> {path}" for path in copy_recipe(options.name, Path())))
 
 
 def _plan(options: argparse.Namespace) -> None:

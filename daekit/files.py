@@ -49,6 +49,13 @@ def file_hash(path: Path, *, sync: bool = False) -> str:
     return digest.hexdigest()
 
 
+def directory_hashes(directory: Path, endings: tuple[str, ...]) -> dict[str, str] | None:
+    """File name -> hash of the files in a directory whose names end so; None where there is no directory (a hub id)."""
+    if not directory.is_dir():
+        return None
+    return {path.name: file_hash(path) for path in sorted(directory.iterdir()) if path.name.endswith(endings)}
+
+
 def append_json_lines(path: Path, entries: Iterable[Any]) -> None:
     """Append one line per entry; they are on the disk when this returns.
 

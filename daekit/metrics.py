@@ -22,7 +22,7 @@ class TokenMeans:
         """Add one value per loss position to the means ``name`` and ``name/<domain>``.
 
         Args:
-            name: of the metric.
+            name: Name of the metric.
             values_N: one value per loss position.
             row_N: the row of each position, an index into ``domains``.
             domains: the domain of each row.

@@ -185,9 +185,9 @@ class RowLayout:
     """Where the R rows of a batch lie in its ``[B, T]`` positions, and which loss positions each of them has.
 
     Attributes:
-        sequence_R: index of the sequence that holds the row.
-        start_R: position of its first token in that sequence.
-        length_R: its tokens.
+        sequence_R: Index of the sequence that holds the row.
+        start_R: Position of the row's first token in that sequence.
+        length_R: Number of its tokens.
         bounds_R1: ``[R + 1]``; row r has the loss positions ``bounds_R1[r] .. bounds_R1[r + 1] - 1`` of the N.
         offset_N: each loss position, counted from the start of its row.
     """
@@ -210,7 +210,7 @@ class AttentionLayer:
         query_NAD: queries at the loss positions.
         key_BGTD: keys at all positions; head a of the queries goes with head ``a // (A / G)`` of the keys.
         scaling: factor of the scores.
-        window: of a sliding-window attention, tokens; None: all of the row.
+        window: Tokens that a query of sliding-window attention sees; None: all of the row.
     """
 
     query_NAD: Tensor
@@ -228,9 +228,9 @@ class FeatureSpec:
 
     Attributes:
         student: the student's config; its depth and its heads count.
-        attention: whose layers' attention, as for ``daekit.models.features.match_layers``; None: of no layer.
-        hidden: whose layers' hidden states; None: of no layer.
-        relation_heads: attention is compared in so many relation heads; None: in the model's own heads, one to one.
+        attention: Layers whose attention is compared, as for ``daekit.models.features.match_layers``; None: none.
+        hidden: Layers whose hidden states are compared; None: none.
+        relation_heads: Attention is compared in so many relation heads; None: in the model's own heads, one to one.
     """
 
     student: PreTrainedConfig
@@ -253,7 +253,7 @@ class Features:
     """Features of a teacher's layers, keyed by the layer of the *student* that follows.
 
     Attributes:
-        layout: of the batch that the teacher saw: its loss positions are those of the TeacherOutput, in the same order.
+        layout: Layout of the batch that the teacher saw; its loss positions are those of the TeacherOutput, in the same order.
         attention: student's layer -> queries and keys of the teacher's layer.
         hidden_MH: student's layer -> hidden states behind the teacher's layer, at the loss positions.
     """
@@ -280,7 +280,7 @@ class TopK:
         ids_MK: the tokens, different ones in each row.
         log_probs_MK: their log-probabilities in nats at ``temperature``; in float32 or float64, or in fp16 with
             ``tail_log_mass_M``. 16-bit values cannot say what the tail holds: rounding is larger than that.
-        temperature: that of the softmax they come from; the loss must have the same.
+        temperature: Temperature of the softmax that they come from; the loss must have the same.
         tail_log_mass_M: log of the probability of all other tokens, float32 or float64; None: 1 - the sum of the named
             ones. Named probabilities and tail are scaled to sum to 1, which takes out the rounding of the former.
     """
@@ -301,7 +301,7 @@ class TeacherOutput:
         average: how several members become one distribution, after the temperature: the weighted mean of their
             ``"logits"`` (BabyLlama-2) or of their ``"probabilities"``.
         top_k: a sparse distribution instead of members (what a cache or a server gives).
-        features: what the attention and hidden-state losses compare; only where it was asked for, and of one member.
+        features: Features for the attention and hidden-state losses; only where they were asked for, and of one member.
     """
 
     positions_M: Tensor
@@ -319,8 +319,8 @@ class Teacher(Protocol):
         """The outputs for ``batch``; together they cover its N loss positions exactly once.
 
         Args:
-            batch: rows, as the student sees them.
-            capture: which features to hand out, too; only a ``FeatureTeacher`` is asked for some.
+            batch: The rows, as the student sees them.
+            capture: The features to hand out beside; None: none. Only a ``FeatureTeacher`` is asked for some.
         """
         ...
 

@@ -24,8 +24,8 @@ from daekit.evaluation.answers import (
     mt_bench_conversations,
     require_answerable,
 )
-from daekit.evaluation.subjects import Subject
-from daekit.models.generation import Draw, generate
+from daekit.evaluation.evaluated import EvaluatedModel
+from daekit.generation.local import Sampling, generate
 from daekit.recipe.suite import SubjectSpec
 from tests.helpers import tiny
 from tests.helpers.shared_data import DATA
@@ -35,11 +35,11 @@ MT_BENCH = DATA / "mt_bench"
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory) -> Subject:
+def subject(tmp_path_factory) -> EvaluatedModel:
     folder = tmp_path_factory.mktemp("model")
     tiny.model(seed=3).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
-    return Subject("mine", SubjectSpec(path=str(folder)))
+    return EvaluatedModel("mine", SubjectSpec(path=str(folder)))
 
 
 def conversations(count: int, temperature: float = 0.0) -> list[Conversation]:
@@ -63,8 +63,8 @@ def test_drawn_tokens_follow_the_distribution():
         logits = model(input_ids=torch.tensor([prompt])).logits[0, -1, : len(tiny.WORDS)].double()
     expected = (logits / temperature).softmax(-1).numpy()
     count = 4000
-    draws = [Draw(1, temperature, (at,)) for at in range(count)]
-    answers = generate(model, tokenizer, [prompt] * count, max_new_tokens=1, batch_size=1000, draws=draws)
+    draws = [Sampling(1, temperature, (at,)) for at in range(count)]
+    answers = generate(model, tokenizer, [prompt] * count, max_new_tokens=1, batch_size=1000, sampling=draws)
     drawn = np.bincount([answer[0] if answer else 1 for answer in answers], minlength=len(expected))  # nothing: </s>
     assert len(drawn) == len(expected)  # columns beyond the tokenizer are never drawn
     chi2 = ((drawn - count * expected) ** 2 / (count * expected)).sum()
@@ -76,12 +76,12 @@ def test_drawn_tokens_follow_the_distribution():
 def test_a_batch_changes_neither_drawn_nor_greedy_rows():
     model, tokenizer = tiny.model(seed=5).eval(), tiny.tokenizer()
     prompts = [[3 + (at * 7 + j) % 40 for j in range(1 + at % 6)] for at in range(12)]
-    draws = [Draw(3 + at % 6, [0.0, 0.7, 1.5][at % 3], (0, at)) for at in range(12)]
+    draws = [Sampling(3 + at % 6, [0.0, 0.7, 1.5][at % 3], (0, at)) for at in range(12)]
     state = torch.random.get_rng_state()
-    together = generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=12, draws=draws)
+    together = generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=12, sampling=draws)
     assert torch.equal(state, torch.random.get_rng_state())
     alone = [
-        generate(model, tokenizer, [prompt], max_new_tokens=8, batch_size=1, draws=[draw])[0]
+        generate(model, tokenizer, [prompt], max_new_tokens=8, batch_size=1, sampling=[draw])[0]
         for prompt, draw in zip(prompts, draws, strict=True)
     ]
     assert together == alone
@@ -89,7 +89,9 @@ def test_a_batch_changes_neither_drawn_nor_greedy_rows():
     assert any(len(answer) == draw.max_new_tokens < 8 for answer, draw in zip(together, draws, strict=True))
     plain = generate(model, tokenizer, prompts, max_new_tokens=8)
     assert [answer[: draw.max_new_tokens] for answer, draw in zip(plain, draws, strict=True)][::3] == together[::3]
-    other = generate(model, tokenizer, prompts, max_new_tokens=8, draws=[replace(draw, seed=(1, *draw.seed)) for draw in draws])
+    other = generate(
+        model, tokenizer, prompts, max_new_tokens=8, sampling=[replace(draw, seed=(1, *draw.seed)) for draw in draws]
+    )
     assert other[::3] == together[::3] and other != together
 
 
@@ -203,7 +205,9 @@ def test_no_chat_template_is_said(tmp_path):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"models\.bare has no chat template"):
-        require_answerable(Subject("bare", SubjectSpec(path=str(tmp_path))), conversations(1), HowToAnswer(4), "benchmarks.mt")
+        require_answerable(
+            EvaluatedModel("bare", SubjectSpec(path=str(tmp_path))), conversations(1), HowToAnswer(4), "benchmarks.mt"
+        )
 
 
 def test_a_system_message_and_variables_reach_the_template(tmp_path, subject):

@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-# the module, where it is not named as its distribution and may not be installed
-DISTRIBUTIONS = {"lm_eval": "lm-eval", "deepspeed": "deepspeed"}
+# of a module that need not be installed; pydantic asks for one version of pydantic_core
+DISTRIBUTIONS = {"lm_eval": "lm-eval", "deepspeed": "deepspeed", "pydantic_core": "pydantic"}
 # torch's CUDA build brings triton; liger_kernel is one contestant of a benchmark, which says so where it is missing
 UNDECLARED = {"daekit": {"triton"}, "benchmarks": {"triton", "liger_kernel"}, "examples": set()}
 

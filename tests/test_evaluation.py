@@ -12,7 +12,7 @@ from daekit.evaluation import ModelEvaluation, TokenizedRow, compare, evaluate_m
 from daekit.evaluation.intervals import RowValues, interval, paired_interval
 from daekit.evaluation.matching import answer_match, exact_match
 from daekit.evaluation.sets import EvaluationSet
-from daekit.models.generation import generate
+from daekit.generation.local import generate
 from daekit.models.scoring import score_rows
 from daekit.recipe.schema import EvaluationSpec
 from tests.helpers import tiny

@@ -15,8 +15,8 @@ from daekit.models.placement import batch_on
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
 from tests.helpers import tiny
+from tests.helpers.expert_models import dequantised, layers_of_experts, moe, relative
 from tests.helpers.teacher_cases import V, batch_of
-from tests.test_experts import dequantised, layers_of_experts, moe, relative
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

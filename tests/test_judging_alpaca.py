@@ -17,7 +17,8 @@ import pandas as pd
 import pytest
 
 from daekit.errors import UserError
-from daekit.evaluation.judging import Engine, Judged, annotators, estimate_alpaca_eval, judge_alpaca_eval
+from daekit.evaluation.judging import Judged, annotators, estimate_alpaca_eval, judge_alpaca_eval
+from daekit.generation import ChatClient
 from daekit.recipe.judge import JudgeSpec
 from tests.helpers.judge_server import Call, JudgeServer, scripted_rating
 
@@ -49,8 +50,8 @@ def judged(server: JudgeServer, folder: Path, annotator: str = RANKING, count: i
     outputs = options.pop("outputs", outputs)
     fields = {name: options.pop(name) for name in list(options) if name in JudgeSpec.__dataclass_fields__}
     spec = JudgeSpec(**({"model": "scripted", "base_url": server.url, "timeout": 60.0, "max_retries": 1} | fields))
-    with Engine(spec, folder, first_wait=0.005) as engine:
-        return judge_alpaca_eval(engine, annotator, reference, outputs, folder, bootstrap=200, **options)
+    with ChatClient(spec, folder, first_wait=0.005) as client:
+        return judge_alpaca_eval(client, annotator, reference, outputs, folder, bootstrap=200, **options)
 
 
 def rows(result: Judged, metric: str = "win_rate") -> dict[str, Any]:
@@ -196,9 +197,9 @@ def test_limits_hold_for_all_that_one_engine_is_asked(tmp_path: Path) -> None:
     reference, outputs = world(tmp_path)
     with JudgeServer() as server:
         spec = JudgeSpec(model="scripted", base_url=server.url, max_calls=3 * COUNT)
-        with Engine(spec, tmp_path / "calls", role="referee") as engine:
-            first = judge_alpaca_eval(engine, RANKING, reference, outputs, tmp_path / "a", bootstrap=50)
-            second = judge_alpaca_eval(engine, WEIGHTED, reference, outputs, tmp_path / "b", bootstrap=50)
+        with ChatClient(spec, tmp_path / "calls", role="referee") as client:
+            first = judge_alpaca_eval(client, RANKING, reference, outputs, tmp_path / "a", bootstrap=50)
+            second = judge_alpaca_eval(client, WEIGHTED, reference, outputs, tmp_path / "b", bootstrap=50)
         assert not first.refusals and second.refusals
         assert len(server.calls) == 3 * COUNT
 

@@ -14,8 +14,9 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 
 from daekit.data.tokenizer import load_tokenizer
 from daekit.errors import UserError
-from daekit.evaluation.judging import Engine, JudgeRequest, annotators, judge_alpaca_eval
-from daekit.evaluation.judging.local import encode_chat
+from daekit.evaluation.judging import annotators, judge_alpaca_eval
+from daekit.generation import ChatClient, ChatRequest
+from daekit.generation.local_chat import encode_chat
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.schema import TokenizerSpec
 from tests.helpers.shared_data import DATA
@@ -71,9 +72,9 @@ def messages(content: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": "Judge."}, {"role": "user", "content": content}]
 
 
-def requests(count: int = 7, **parameters: Any) -> list[JudgeRequest]:
+def requests(count: int = 7, **parameters: Any) -> list[ChatRequest]:
     common = {"temperature": 0, "max_tokens": 6} | parameters
-    return [JudgeRequest(messages(f"Rate {'it ' * i}"), common) for i in range(count)]
+    return [ChatRequest(messages(f"Rate {'it ' * i}"), common) for i in range(count)]
 
 
 @pytest.mark.parametrize("template", [CHATML, STRIPPING])
@@ -123,42 +124,42 @@ def test_a_template_that_rewrites_messages_is_refused() -> None:
 
 def test_batches_are_equal_to_one_by_one_and_nothing_is_asked_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(judge_at(tmp_path / "judge"))
-    with Engine(JudgeSpec(path=path, batch_size=3), tmp_path / "a") as engine:
-        together = engine.ask(requests())
+    with ChatClient(JudgeSpec(path=path, batch_size=3), tmp_path / "a") as client:
+        together = client.ask(requests())
     alone = []
     for at, request in enumerate(requests()):
-        with Engine(JudgeSpec(path=path, batch_size=1), tmp_path / f"b{at}") as engine:
-            alone += engine.ask([request])
+        with ChatClient(JudgeSpec(path=path, batch_size=1), tmp_path / f"b{at}") as client:
+            alone += client.ask([request])
     assert [reply and reply.text for reply in together] == [reply and reply.text for reply in alone]
     assert len({reply and reply.text for reply in together}) > 1
-    monkeypatch.setattr("daekit.evaluation.judging.engine.LocalJudge", None)  # loading it again would fail
-    with Engine(JudgeSpec(path=path), tmp_path / "a") as engine:
-        assert engine.ask(requests()) == together
+    monkeypatch.setattr("daekit.generation.client.LocalChat", None)  # loading it again would fail
+    with ChatClient(JudgeSpec(path=path), tmp_path / "a") as client:
+        assert client.ask(requests()) == together
 
 
 def test_a_judge_that_was_trained_again_is_another_judge(tmp_path: Path) -> None:
     judge_at(tmp_path / "judge")
     spec = JudgeSpec(path=str(tmp_path / "judge"))
-    with Engine(spec, tmp_path / "calls") as engine:
-        engine.ask(requests(2))
-    with Engine(spec, tmp_path / "calls") as engine:
-        assert all(engine.reply(request) for request in requests(2))
+    with ChatClient(spec, tmp_path / "calls") as client:
+        client.ask(requests(2))
+    with ChatClient(spec, tmp_path / "calls") as client:
+        assert all(client.reply(request) for request in requests(2))
     judge_at(tmp_path / "judge", seed=1)
-    with Engine(spec, tmp_path / "calls") as engine:
-        assert not any(engine.reply(request) for request in requests(2))
+    with ChatClient(spec, tmp_path / "calls") as client:
+        assert not any(client.reply(request) for request in requests(2))
 
 
 def test_max_calls_holds_for_a_local_judge(tmp_path: Path) -> None:
     path = str(judge_at(tmp_path / "judge"))
-    with Engine(JudgeSpec(path=path, max_calls=3), tmp_path / "calls") as engine:
-        assert sum(reply is not None for reply in engine.ask(requests())) == 3
+    with ChatClient(JudgeSpec(path=path, max_calls=3), tmp_path / "calls") as client:
+        assert sum(reply is not None for reply in client.ask(requests())) == 3
 
 
 def test_log_probabilities_of_the_first_token_are_those_of_one_forward_pass(tmp_path: Path) -> None:
     path = judge_at(tmp_path / "judge")
     wanted = requests(max_tokens=1, logprobs=True, top_logprobs=5)
-    with Engine(JudgeSpec(path=str(path), batch_size=4), tmp_path / "calls") as engine:
-        replies = engine.ask(wanted)
+    with ChatClient(JudgeSpec(path=str(path), batch_size=4), tmp_path / "calls") as client:
+        replies = client.ask(wanted)
     model, fast = MistralForCausalLM.from_pretrained(path).eval(), tokenizer()
     for request, reply in zip(wanted, replies, strict=True):
         ids = fast.apply_chat_template(request.messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
@@ -171,7 +172,7 @@ def test_log_probabilities_of_the_first_token_are_those_of_one_forward_pass(tmp_
             texts[text] = texts.get(text, 0.0) + probability
         best = sorted(texts.items(), key=lambda item: -item[1])[:5]
         assert reply is not None
-        top = reply.response["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        top = reply.top_logprobs
         assert [entry["token"] for entry in top] == [text for text, _ in best]
         assert [entry["logprob"] for entry in top] == pytest.approx([math.log(value) for _, value in best], abs=1e-5)
 
@@ -204,28 +205,27 @@ def test_alpaca_eval_with_a_local_judge(tmp_path: Path) -> None:
 )
 def test_what_a_local_judge_cannot_do_is_refused(parameters: dict[str, Any], said: str, tmp_path: Path) -> None:
     path = str(judge_at(tmp_path / "judge"))
-    with Engine(JudgeSpec(path=path), tmp_path / "calls") as engine, pytest.raises(UserError, match=said):
-        engine.ask(requests(1, **parameters))
+    with ChatClient(JudgeSpec(path=path), tmp_path / "calls") as client, pytest.raises(UserError, match=said):
+        client.ask(requests(1, **parameters))
 
 
 def test_a_reply_ends_where_the_judges_context_ends(tmp_path: Path) -> None:
     path = judge_at(tmp_path / "judge", reads=120)
-    with Engine(JudgeSpec(path=str(path)), tmp_path / "calls") as engine:
+    with ChatClient(JudgeSpec(path=str(path)), tmp_path / "calls") as client:
         asked = requests(7, max_tokens=200)
-        replies = engine.ask(asked)
-        usages = [reply.response["usage"] for reply in replies if reply is not None]
-        assert len(usages) == 7
-        assert max(usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages) == 120
-        assert "7 of 7 replies were cut" in "".join(engine.notes(asked))
+        replies = client.ask(asked)
+        lengths = [(reply.prompt_tokens or 0) + (reply.completion_tokens or 0) for reply in replies if reply is not None]
+        assert len(lengths) == 7 and max(lengths) == 120
+        assert "7 of 7 replies were cut" in "".join(client.notes(asked))
 
 
 def test_prompts_that_are_too_long_and_models_without_a_template_are_refused(tmp_path: Path) -> None:
     path = judge_at(tmp_path / "judge")
-    long = [JudgeRequest(messages("x" * 5000), {"max_tokens": 3}, label="question 81")]
+    long = [ChatRequest(messages("x" * 5000), {"max_tokens": 3}, label="question 81")]
     too_long = pytest.raises(UserError, match=r"question 81 has 50\d\d tokens.*reads 4096")
-    with Engine(JudgeSpec(path=str(path)), tmp_path / "calls") as engine, too_long:
-        engine.ask(long)
+    with ChatClient(JudgeSpec(path=str(path)), tmp_path / "calls") as client, too_long:
+        client.ask(long)
     judge_at(tmp_path / "plain", template=None)
     plain = JudgeSpec(path=str(tmp_path / "plain"))
-    with Engine(plain, tmp_path / "calls") as engine, pytest.raises(UserError, match="no chat template"):
-        engine.ask(requests(1))
+    with ChatClient(plain, tmp_path / "calls") as client, pytest.raises(UserError, match="no chat template"):
+        client.ask(requests(1))

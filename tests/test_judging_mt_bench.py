@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from daekit.errors import UserError
-from daekit.evaluation.judging import Engine, Judged, estimate_mt_bench, judge_mt_bench
+from daekit.evaluation.judging import Judged, estimate_mt_bench, judge_mt_bench
 from daekit.evaluation.judging.verdicts import strict_rating, strict_winner
+from daekit.generation import ChatClient
 from daekit.recipe.judge import JudgeSpec
 from daekit.report.rows import Row
 from tests.helpers.judge_server import Call, JudgeServer, scripted_rating
@@ -48,8 +49,8 @@ def judged(server: JudgeServer, folder: Path, models: tuple[str, ...] = ("small"
     fields = {name: options.pop(name) for name in list(options) if name in JudgeSpec.__dataclass_fields__}
     spec = JudgeSpec(**({"model": "scripted", "base_url": server.url, "timeout": 60.0, "max_retries": 1} | fields))
     own = options.pop("answers", None) or answers(*models)
-    with Engine(spec, folder, first_wait=0.005) as engine:
-        return judge_mt_bench(engine, MT_BENCH, own, folder, bootstrap=200, **options)
+    with ChatClient(spec, folder, first_wait=0.005) as client:
+        return judge_mt_bench(client, MT_BENCH, own, folder, bootstrap=200, **options)
 
 
 def values(rows: Judged, metric: str = "judge_score") -> dict[tuple[str, str], Row]:

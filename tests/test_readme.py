@@ -138,7 +138,9 @@ def test_a_recipe_may_say_what_a_page_shows(page: str, text: str, tmp_path: Path
         recipe["sources"] |= {domain: {"domain": domain, "path": "rows.jsonl"} for domain in value}
         inside["data"] = [*value, "general"]
     inside[key] = value
-    load_recipe_text(yaml.safe_dump(recipe, sort_keys=False), page)
+    loaded = load_recipe_text(yaml.safe_dump(recipe, sort_keys=False), page)
+    if key == "student" and "from" in value:
+        assert loaded.stages["kd"].student is not None and loaded.stages["kd"].student.init is not None
 
 
 def test_the_pages_show_something() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from daekit.errors import UserError
-from daekit.models.generation import generate, stop_token_ids
+from daekit.generation.local import generate, stop_token_ids
 from daekit.models.heads import output_head
 from daekit.models.scoring import score_rows
 from daekit.protocol import Batch, FeatureSpec, Member, OutputHead, TeacherOutput

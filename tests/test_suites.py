@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import yaml
 
 from daekit.cli import main
 from daekit.errors import UserError
-from daekit.evaluation.subjects import Subject, file_fingerprint
+from daekit.evaluation.evaluated import EvaluatedModel, file_fingerprint
 from daekit.evaluation.suites import Options, run_suite
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.load import load_suite_text, parse_models
@@ -112,7 +113,7 @@ def test_bad_input_is_one_sentence_before_any_weight(world, tmp_path, monkeypatc
     (tmp_path / "empty").mkdir()
     places = {"one": world / "one", "two": world / "two", "other": other, "empty": tmp_path / "empty"}
     filled = [argument.format(**places) for argument in arguments]
-    monkeypatch.setattr("daekit.evaluation.subjects.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("daekit.evaluation.evaluated.load_model", lambda *_: pytest.fail("weights were loaded"))
     assert main(["eval", str(world / "suite.yaml"), "--output", str(tmp_path / "out"), "baseline=one", *filled]) == 2
     error = capsys.readouterr().err
     assert says in error and "Traceback" not in error
@@ -123,6 +124,60 @@ def test_an_output_directory_of_another_suite_is_refused(world, tmp_path, capsys
     command = ["eval", str(world / "suite.yaml"), "--output", str(tmp_path), "--model", f"one={world / 'one'}"]
     assert main(command) == 2
     assert "holds the suite 'else'" in capsys.readouterr().err
+
+
+def test_a_refused_suite_writes_nothing_into_the_folder_of_another(tmp_path, world, capsys):
+    questions(tmp_path / "questions")
+    assert main(["eval", asking(tmp_path), "--model", f"one={world / 'one'}"]) == 0
+    answers = tmp_path / "out" / "mt" / "model_answer" / "one.jsonl"
+    answers.write_bytes(answers.read_bytes()[:-9])  # its run was killed
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    other = yaml.safe_load((tmp_path / "suite.yaml").read_text()) | {"name": "other"}
+    other["judge"] = {"model": "judge", "base_url": "http://127.0.0.1:9/v1"}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    assert (
+        main(["eval", str(tmp_path / "other.yaml"), "--model", f"two={world / 'two'}", "--model", f"one={world / 'one'}"]) == 2
+    )
+    assert "holds the suite 'asked'" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_an_endpoint_that_may_not_be_asked_is_refused_before_anything_is_written(judged, tmp_path, world, capsys, monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", "postgres://secret")
+    questions(tmp_path / "questions")
+    asking(
+        tmp_path, **({"model": "judge", "base_url": "https://far.example/v1", "api_key_env": "DATABASE_URL"} if judged else {})
+    )
+    models = ["--model", f"one={world / 'one'}" if judged else "far=http://far.example/v1#m"]
+    assert main(["eval", str(tmp_path / "suite.yaml"), *models]) == 2
+    said = capsys.readouterr().err
+    assert ("--allow-key-env DATABASE_URL" if judged else "--allow-http") in said and "secret" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_trust_is_given_to_the_path_and_not_to_the_base_that_an_adapter_names(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    save(base, 0)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}))
+    (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
+    tokenizer = json.loads((base / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    adapter.mkdir()
+    facts = {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(facts))
+    model = EvaluatedModel("m", SubjectSpec(path=str(adapter), trust_remote_code=True))
+    with pytest.raises(UserError):
+        _ = model.config
+    with contextlib.suppress(UserError):  # without its own code the tokenizer may be an ordinary one
+        _ = model.tokenizer
+    assert not (tmp_path / "ran").exists()
+    facts["base_model_name_or_path"] = str(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"models\.m: the adapter .* names .* as its base"):
+        _ = EvaluatedModel("m", SubjectSpec(path=str(adapter))).config
 
 
 def test_models_of_two_tokenizers_are_compared_by_bytes_only(world, tmp_path):
@@ -141,8 +196,8 @@ def test_models_of_two_tokenizers_are_compared_by_bytes_only(world, tmp_path):
 
 
 def test_identity_knows_other_weights_and_loads_none(world, monkeypatch):
-    monkeypatch.setattr("daekit.evaluation.subjects.load_model", lambda *_: pytest.fail("weights were loaded"))
-    found = [Subject("m", SubjectSpec(path=str(world / name))).identity() for name in ("one", "two", "one")]
+    monkeypatch.setattr("daekit.evaluation.evaluated.load_model", lambda *_: pytest.fail("weights were loaded"))
+    found = [EvaluatedModel("m", SubjectSpec(path=str(world / name))).identity() for name in ("one", "two", "one")]
     assert found[0] == found[2] and found[0]["files"] != found[1]["files"]
     assert file_fingerprint(Path("some/hub-id")) is None
 

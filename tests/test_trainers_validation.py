@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from daekit.errors import UserError
 from daekit.losses import Objective
 from daekit.teachers import ModelTeacher
-from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, KDConfig, KDTrainer
+from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, DomainSFTTrainer, KDConfig, KDTrainer
 from daekit.trainers.token_metrics import counted_rows
 from tests.helpers import tiny
 from tests.helpers.trainer_world import dae, kd, options, sft
@@ -289,3 +289,13 @@ def test_a_stream_that_several_processes_would_evaluate(tmp_path: Any, monkeypat
 
 def test_dae_config_is_a_kd_config_with_reference_domains() -> None:
     assert DAEConfig("unused", use_cpu=True).reference_domains == ["general"]
+
+
+@pytest.mark.parametrize("name", ["prediction_weight", "attention_weight", "hidden_weight"])
+def test_a_weight_that_needs_a_teacher_is_refused_without_one(name: str, tmp_path: Any) -> None:
+    """The loss would be 0, or lack a part, without a word."""
+    weights = {"ce_weight": 1.0, "prediction_weight": 0.0}
+    with pytest.raises(UserError, match=rf"{name}=0.5: compares the student with a teacher, but there is none"):
+        DomainSFTTrainer(tiny.model(), KDConfig(**options(tmp_path, **(weights | {name: 0.5}))), tiny.rows(4))
+    alone = KDTrainer(tiny.model(), None, KDConfig(**options(tmp_path, **weights)), tiny.rows(4), tiny.tokenizer())
+    assert alone.weights() == {"ce": 1.0, "kl": 0.0}

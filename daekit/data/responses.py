@@ -66,9 +66,9 @@ class ResponseLabels:
         """``input_ids`` and ``labels`` (-100 on all tokens but the response) of a row with ``messages``.
 
         Args:
-            row: may have ``tools`` and ``chat_template_kwargs``, as in TRL.
-            tokenizer: of the model that is trained or evaluated.
-            where: what errors call the row.
+            row: A row, which may have ``tools`` and ``chat_template_kwargs``, as in TRL.
+            tokenizer: Tokenizer of the model that is trained or evaluated.
+            where: Name of the row in errors.
 
         Raises:
             UserError: a row that the template refuses, without an assistant turn, or whose response cannot be told exactly.
@@ -149,11 +149,11 @@ def label_responses(
     """Add ``input_ids`` and ``labels`` to rows of ``messages`` (or ``conversations``, which are converted as TRL does).
 
     Args:
-        dataset: rows; of a stream each row is tokenised when it comes by.
-        tokenizer: of the student.
-        labels: see there.
-        name: what errors call the data set.
-        processes: of ``datasets.map``; None: this one.
+        dataset: The rows; those of a stream are tokenised when they come by.
+        tokenizer: The student's tokenizer.
+        labels: How the response is told.
+        name: Name of the data set in errors.
+        processes: Number of processes of ``datasets.map``; None: this one alone.
     """
     from trl.data_utils import maybe_convert_to_chatml
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from daekit.evaluation.intervals import RowValues, interval
 from daekit.evaluation.matching import answer_match, exact_match, rouge_l
 from daekit.evaluation.sets import EvaluationSet, TokenizedRow
-from daekit.models.generation import generate
+from daekit.generation.local import generate
 from daekit.models.scoring import score_rows
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Teacher

@@ -65,10 +65,10 @@ def attention_loss(
     Memory beyond the inputs: the gradients of queries and keys, and a block of scores of a few million values.
 
     Args:
-        student: its queries at the loss positions, its keys.
-        teachers: the teachers' layers and the rows that each covers; together they cover every loss position once.
-        offset_N: each loss position, counted from the start of its row.
-        run: which part of the work to do.
+        student: The student's queries at the loss positions, and its keys.
+        teachers: The teachers' layers and the rows that each covers; together they cover every loss position once.
+        offset_N: Each loss position, counted from the start of its row.
+        run: The part of the work to do.
 
     Returns:
         The sum over loss positions and heads, in nats, which carries the gradient; and ``[N]`` the sums over heads, detached.

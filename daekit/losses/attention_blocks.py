@@ -25,8 +25,8 @@ def attention_kl_(
 
     Args:
         student: queries ``[N, A, D]`` at the student's loss positions, keys ``[B, G, T, D]``.
-        teacher: the same of the teacher; A must be equal, all else may differ.
-        pairs_R8: which row is which, see ``daekit.losses.attention.row_pairs``.
+        teacher: Queries and keys of the teacher; A must be equal, all else may differ.
+        pairs_R8: The rows of both that belong together, see ``daekit.losses.attention.row_pairs``.
         offset_N: each loss position of the student, counted from the start of its row; ascending within a row.
         value_N: written at the loss positions of these rows; None: gradients only.
         gradients: buffers for the gradient of the sum of values, shaped like the student's queries and keys, written at the

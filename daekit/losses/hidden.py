@@ -22,9 +22,9 @@ def hidden_loss(
     """The hidden-state loss of one layer for the positions of one teacher output.
 
     Args:
-        student_NH: the student's hidden states at its N loss positions.
-        teacher_MH: its teacher's at the M positions that the output covers.
-        positions_M: which of the N those are.
+        student_NH: The student's hidden states at its N loss positions.
+        teacher_MH: The teacher's hidden states at the M positions that its output covers.
+        positions_M: Indices of those into the N.
         projection_HH: ``[teacher's width, student's width]``, None for equal widths.
         kind: ``cosine`` or ``mse``.
 

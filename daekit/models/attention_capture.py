@@ -36,7 +36,7 @@ class AttentionCall:
         query_BATD: queries after rotary embedding.
         key_BGTD: keys, not repeated for grouped queries.
         scaling: factor of the scores.
-        window: of a sliding-window attention, tokens.
+        window: Tokens that a query of sliding-window attention sees; None: all.
         mask: ``[B, 1, T, T]`` of SDPA, True (or 0.0) where attention is allowed; None where it is plainly causal.
         flash: whether FlashAttention runs, which has no mask of that form.
     """

@@ -60,8 +60,8 @@ def match_layers(choice: LayerChoice, student: int, teacher: int) -> dict[int, i
     Args:
         choice: ``uniform``: every layer of the student, spread evenly, the last one on the last; ``last_K``: the last K of
             both; or pairs (student's layer, teacher's layer).
-        student: its number of layers.
-        teacher: its number of layers.
+        student: Number of the student's layers.
+        teacher: Number of the teacher's layers.
 
     Raises:
         UserError: an unknown choice, a layer that does not exist, or one of the student's that is named twice.
@@ -166,8 +166,8 @@ def attention_at_loss_positions(call: AttentionCall, batch: Batch, checked: set[
     Under autocast both are rounded as the model's own attention rounds them (rotary embedding leaves them in float32).
 
     Args:
-        call: of a layer.
-        batch: what the model sees.
+        call: Call of the attention function of one layer.
+        batch: The batch that the model sees.
         checked: the masks (by identity) and windows that have been checked in this forward; added to.
     """
     kind = (id(call.mask), call.window)

@@ -102,8 +102,8 @@ class ModelResolver:
             space = space_of(
                 config,
                 first_n(config),
-                blocks=search.parts,
-                min_ratio=search.smallest,
+                blocks=search.blocks,
+                min_ratio=search.min_ratio,
                 head_dims=search.head_dims or None,
             )
             shape = max(space.shapes(Window(*search.parameters)), key=_units)

@@ -21,8 +21,10 @@ class JudgeSpec(Spec):
     )
     base_url: Text | None = Field(None, description="Such as https://api.openai.com/v1 or http://localhost:8000/v1.")
     path: Text | None = Field(None, description="A local judge, run in process with its own chat template.")
-    api_key_env: Text = Field(
-        "OPENAI_API_KEY", description="Environment variable that holds the key; a key is never written in a suite."
+    api_key_env: Text | None = Field(
+        None,
+        description="Environment variable that holds the key, which is never written in a suite (default: OPENAI_API_KEY at "
+        "OpenAI's own hosts, elsewhere none).",
     )
     concurrency: Whole = Field(8, gt=0, description="Calls under way at a time.")
     max_retries: Whole = Field(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
 from daekit.recipe.reading import Choice, Flag, Free, Leaf, Number, Spec, Text, Whole, Written, as_text
 
 Quantization = Literal["4bit", "8bit"]
+Keep = Literal["hidden", "top_k", "sampled"]
+KEEPS: tuple[str, ...] = get_args(Keep)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 STAGE = "stage:"
 _CHECKPOINT = "@checkpoint-"
@@ -32,26 +34,26 @@ class StudentSearchSpec(Spec):
         description="The smallest and the largest number of parameters allowed: [smallest, largest]."
     )
     granularity: Annotated[Literal["coarse", "fine"], Choice] = Field(
-        "coarse", description="coarse: sizes only, the parts that count most; fine: also which layers and which parts."
+        "coarse", description="coarse: sizes only, the most important units; fine: also which layers and which units."
     )
     units: Annotated[Literal["layerwise", "uniform"], Choice] = Field(
         "layerwise",
-        description="layerwise: parts are ranked (and, if fine, chosen) in each layer by itself; uniform: alike in all layers.",
+        description="layerwise: units are ranked (and, if fine, chosen) in each layer by itself; uniform: alike in all layers.",
     )
-    parts: Whole = Field(8, ge=1, description="Hidden size and MLP width change in steps of the teacher's divided by this.")
-    smallest: Number = Field(0.25, gt=0, le=1, description="No size below this share of the teacher's.")
+    blocks: Whole = Field(8, ge=1, description="Hidden size and MLP width are chosen in blocks: the teacher's divided by this.")
+    min_ratio: Number = Field(0.25, gt=0, le=1, description="Smallest size, as a ratio of the teacher's.")
     head_dims: tuple[Whole, ...] = Field((), description="Widths of a head to choose from (default: the teacher's).")
     strategy: Annotated[Literal["evolution", "random", "grid"], Choice] = Field(
         "evolution", description="How candidates are found; grid: all of a coarse space."
     )
-    by: Annotated[Literal["perplexity", "kl"], Choice] = Field(
+    objective: Annotated[Literal["perplexity", "kl"], Choice] = Field(
         "perplexity", description="Candidates are compared by their perplexity, or by their KL to the teacher."
     )
-    candidates: Whole = Field(200, ge=1, description="How many to look at (a grid: all).")
+    candidates: Whole = Field(200, ge=1, description="Number of candidates to score (a grid: all).")
     tokens: tuple[Whole, ...] = Field(
-        (2048, 16384), description="Tokens per candidate, rising from stage to stage, at most those of the calibration."
+        (2048, 16384), description="Tokens per candidate, rising from round to round, at most those of the calibration."
     )
-    keep: Number = Field(0.25, gt=0, le=1, description="Share of the candidates that reach the next stage.")
+    keep: Number = Field(0.25, gt=0, le=1, description="Share of the candidates that reach the next round.")
 
 
 class ModelSpec(Spec):
@@ -66,7 +68,6 @@ class ModelSpec(Spec):
     are its own) on the base that the stage of A had, loaded as it was there; of a directory, on ``path`` or the base it names.
     """
 
-    SHORT: ClassVar = ({"type": "string"}, {"$ref": "#/$defs/StudentSpec"})
     NOUN: ClassVar = "a path or a mapping"
 
     path: Text | None = Field(
@@ -172,10 +173,9 @@ class CacheSpec(Spec):
     A plain text is short for ``{keep: ...}``.
     """
 
-    SHORT: ClassVar = ({"enum": ["hidden", "top_k", "sampled"]},)
     NOUN: ClassVar = "hidden, top_k or sampled, or a mapping"
 
-    keep: Annotated[Literal["hidden", "top_k", "sampled"], Choice] = Field(
+    keep: Annotated[Keep, Choice] = Field(
         description="hidden: hidden states and output head, exact for every divergence and temperature (width x bytes of the "
         "dtype per token); top_k: the most likely tokens and the mass of all others (5 k + 4 bytes); sampled: drawn tokens, "
         "unbiased for forward_kl at temperature 1 (about 50 bytes)."
@@ -206,7 +206,6 @@ class TeacherSpec(Spec):
     the student as the stage finds it.
     """
 
-    SHORT: ClassVar = ({"$ref": "#/$defs/ModelSpec"}, {"const": "labels"})
     NOUN: ClassVar = "a path or a mapping"
 
     model: ModelSpec | None = Field(None, description="The model, if it is one.")

@@ -16,7 +16,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    GetJsonSchemaHandler,
     Strict,
     ValidationError,
     ValidationInfo,
@@ -24,7 +23,6 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from daekit.errors import listed, nearest
 from daekit.recipe.tree import Node, Path
@@ -113,7 +111,6 @@ class Spec(BaseModel):
     Attributes:
         FOREIGN: keys that belong elsewhere -> where.
         TYPES: of a class that a ``type`` chooses: every type there is.
-        SHORT: the JSON Schemas of the shorthands that ``expand`` reads.
         NOUN: what it is, with its shorthands, in an error.
     """
 
@@ -122,7 +119,6 @@ class Spec(BaseModel):
     )
     FOREIGN: ClassVar[Mapping[str, str]] = {}
     TYPES: ClassVar[tuple[str, ...]] = ()
-    SHORT: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     NOUN: ClassVar[str] = ""
 
     @classmethod
@@ -154,7 +150,7 @@ class Spec(BaseModel):
         value = cls.expand(value)
         noun = cls.NOUN or f"a mapping with the keys {listed(cls._keys())}"
         if value is None:
-            raise PydanticCustomError("null", "wants {noun}, not null (nothing)", {"noun": noun})
+            raise ValueError(f"wants {noun}, not null (nothing)")
         if not isinstance(value, Written):
             errors.add_unread(value.path, f"wants {noun}, not {errors.root.locate(value.path).show()}")
             return None
@@ -212,15 +208,6 @@ class Spec(BaseModel):
         values = handler(self)
         unset = {each.alias or name for name, each in type(self).model_fields.items() if getattr(self, name) is None}
         return self.compact({key: value for key, value in values.items() if key not in unset})
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        found = handler(schema)
-        if cls.SHORT:
-            own = handler.resolve_ref_schema(found)
-            whole = {key: own.pop(key) for key in list(own)}
-            own["anyOf"] = [*cls.SHORT, whole]
-        return found
 
 
 def by_type(classes: Mapping[str, type[Spec]]) -> Callable[[Any], str]:

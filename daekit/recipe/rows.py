@@ -52,16 +52,6 @@ class MixtureSpec(Spec):
     is ``{sources: <list or mapping>, rows: N}``.
     """
 
-    SHORT: ClassVar = (
-        {"type": "array", "items": {"type": "string"}},
-        {"type": "object", "additionalProperties": {"type": "number", "exclusiveMinimum": 0}},
-        {
-            "type": "object",
-            "properties": {"sources": {"type": ["array", "object"]}, "rows": {"type": ["integer", "null"]}},
-            "required": ["sources"],
-            "additionalProperties": False,
-        },
-    )
     NOUN: ClassVar = "a list of sources ([a, b]) or a share of rows for each ({a: 0.25, b: 0.75})"
 
     sources: tuple[Text, ...] = Field(description="Names of sources.")
@@ -109,7 +99,6 @@ class TokenizerSpec(Spec):
     A plain text is short for ``{path: ...}``. Not needed when the first student is loaded from a path.
     """
 
-    SHORT: ClassVar = ({"type": "string"},)
     NOUN: ClassVar = "a path or a mapping"
 
     path: Text | None = Field(None, description="Hub id, directory or file.")

@@ -196,7 +196,6 @@ class EvaluatedModel(ModelSpec):
     A plain text names a stage, or the first stage's student before any training; ``{NAME: PATH}`` is short for the two keys.
     """
 
-    SHORT: ClassVar = ({"type": "string"}, {"type": "object", "minProperties": 1, "maxProperties": 1})
     NOUN: ClassVar = "the name of a stage, or {name: NAME, path: PATH}"
 
     name: Text = Field(description="Its name in the report.")
@@ -257,7 +256,6 @@ class EvaluationSpec(Spec):
         (),
         description="Suites to measure `models` with when the report is written: files, read when the recipe is loaded, or "
         "their content. Each writes into OUTPUT_DIR/suites/NAME. A suite without baseline takes this one.",
-        json_schema_extra={"items": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/SuiteSpec"}]}},
     )
 
     @property

@@ -30,7 +30,6 @@ class SubjectSpec(Spec):
     on its base and merged), ``PATH+ADAPTER`` (that adapter on that base), or ``https://host/v1#model-name``.
     """
 
-    SHORT: ClassVar = ({"type": "string"},)
     NOUN: ClassVar = "a path or a mapping"
 
     path: Text | None = Field(None, description="Hub id or directory.")
@@ -40,9 +39,10 @@ class SubjectSpec(Spec):
         description="Base URL of an endpoint; it can answer, but cannot be asked for the likelihood of a given text.",
     )
     served_model: Text | None = Field(None, description="The model's name at the endpoint.")
-    api_key_env: Text = Field(
-        "OPENAI_API_KEY",
-        description="Environment variable that holds the endpoint's key; without that variable no key is sent.",
+    api_key_env: Text | None = Field(
+        None,
+        description="Environment variable that holds the endpoint's key (default: OPENAI_API_KEY at OpenAI's own hosts, "
+        "elsewhere none).",
     )
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub id.")
     dtype: Annotated[Dtype, Choice] = Field("auto", description="The dtype that the weights are loaded in.")

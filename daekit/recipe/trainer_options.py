@@ -281,7 +281,8 @@ def options_schema() -> dict[str, Any]:
         properties[key] = {"description": option.help, "type": kinds if len(kinds) > 1 else kinds[0]}
         if option.choices and not option.kinds & {"dict", "list", "int", "float", "bool"}:
             properties[key] |= {"enum": [*option.choices, *([None] if "None" in option.kinds else [])]}
-    return {"type": "object", "properties": properties, "additionalProperties": False}
+    about = "Fields of trl.SFTConfig."
+    return {"description": about, "type": "object", "properties": properties, "additionalProperties": False}
 
 
 def _members(annotation: ast.expr) -> list[ast.expr]:

@@ -143,11 +143,13 @@ class _Maker:
             importance,
             search.granularity,
             search.units,
-            blocks=search.parts,
-            min_ratio=search.smallest,
+            blocks=search.blocks,
+            min_ratio=search.min_ratio,
             head_dims=search.head_dims or None,
         )
-        scorer = CandidateScorer(teacher, self.rows, vocab_size=self.vocab_size, tokens=search.tokens[-1], objective=search.by)
+        scorer = CandidateScorer(
+            teacher, self.rows, vocab_size=self.vocab_size, tokens=search.tokens[-1], objective=search.objective
+        )
         rounds = [Round(tokens, search.keep) for tokens in search.tokens]
         result = run_search(
             space,
@@ -159,12 +161,12 @@ class _Maker:
             identity={"teacher": weights, "seed": self.seed, **search.model_dump(mode="json")},
             progress=lambda line: print(f"[{self.name}] {line}", flush=True),
         )
-        self.home.plot.write_text(search_svg(read_log(self.home.log), search.by).svg)
+        self.home.plot.write_text(search_svg(read_log(self.home.log), search.objective).svg)
         self.facts["search"] = {
             "score": result.best.score,
             "candidates": result.candidates,
             "tokens": result.tokens,
-            "by": search.by,
+            "objective": search.objective,
         }
         return space.selection(result.best.candidate)
 

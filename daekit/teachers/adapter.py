@@ -76,7 +76,7 @@ class AdapterTeacher:
             model: the PEFT model that the student is trained in.
             path: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
             vocab_size: V.
-            name: what PEFT calls the adapter; default: ``daekit_teacher_N``.
+            name: Name of the adapter in PEFT; default: ``daekit_teacher_N``.
 
         Raises:
             UserError: an adapter of another base, with missing tensors or other shapes, or on the output head or embeddings.

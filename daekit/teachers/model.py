@@ -24,7 +24,7 @@ class ModelTeacher:
     Args:
         model: the model; its parameters are frozen and it runs in eval mode.
         vocab_size: V, the number of ids of the student's tokenizer.
-        name: what errors and provenance call it.
+        name: Name of the teacher in errors and provenance.
         offload: keep its layers in host memory, see ``daekit.models.offload``; else it may be on other devices than the
             student (``device_map``), and its outputs are moved to the student's.
     """

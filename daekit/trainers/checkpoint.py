@@ -34,9 +34,9 @@ def commit(folder: Path, run: dict[str, Any], start: int) -> None:
     """Declare a checkpoint whole: list its files with sizes and hashes, and the run it belongs to.
 
     Args:
-        folder: of the checkpoint.
-        run: facts of the run, for ``require_same_run``.
-        start: see ``start_of``.
+        folder: Directory of the checkpoint.
+        run: Facts of the run, for ``require_same_run``.
+        start: Number of the start that the run belongs to, see ``start_of``.
     """
     files = {
         str(path.relative_to(folder)): [path.stat().st_size, _digest(path)]

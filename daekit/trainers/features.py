@@ -32,13 +32,13 @@ class FeatureLosses:
     """Attention and hidden-state losses of one student.
 
     Args:
-        model: the student.
-        objective: weights, layers and heads.
-        teacher: asked for its features with ``spec``.
-        seed: of the projections onto teachers of another width.
+        model: The student.
+        objective: Weights, layers and heads.
+        teacher: The teacher, whose outputs are asked for with ``capture=spec``.
+        seed: Seed of the projections onto teachers of another width.
 
     Attributes:
-        spec: what the teacher's outputs must carry.
+        spec: The features that the teacher's outputs must carry.
 
     Raises:
         UserError: a teacher without features, or whose layers or heads do not fit.

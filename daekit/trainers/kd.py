@@ -44,7 +44,7 @@ from daekit.trainers.resume import Checkpoints, student_folder
 from daekit.trainers.router import RouterSettings, router_inputs
 from daekit.trainers.student_loading import load_student, name_of, spec_of, tokenizer_of
 from daekit.trainers.token_metrics import TokenMetrics, counted_rows
-from daekit.trainers.validation import refuse_arguments, refuse_expert_adapter
+from daekit.trainers.validation import refuse_arguments, refuse_expert_adapter, refuse_without_teacher
 
 DEFAULT_DOMAIN = "general"
 
@@ -91,6 +91,9 @@ class KDTrainer(SFTTrainer):
         if not isinstance(args, self.config_class):
             raise UserError(f"args: {type(self).__name__} needs a {self.config_class.__name__}, not a {type(args).__name__}")
         refuse_arguments(model, args, train_dataset, sft_arguments)
+        self.objective = args.objective()
+        if teacher is None:
+            refuse_without_teacher(self.objective)
         tokenizer = processing_class or tokenizer_of(model, args)
         if args.assistant_only_loss and args.chat_template_path is None:
             require_markers(tokenizer)
@@ -124,7 +127,6 @@ class KDTrainer(SFTTrainer):
         self.vocab_size = vocabulary_size(self.processing_class)
         add_on_hidden(self.model)
         require_plain_head(self.model, self.vocab_size)
-        self.objective = args.objective()
         self.token_metrics = TokenMetrics()
         self.teacher: Any = None
         self.features: FeatureLosses | None = None

@@ -26,9 +26,9 @@ class Projections(nn.Module):
     """One float32 matrix ``[teacher's width, student's width]`` per width and layer of the student.
 
     Args:
-        width: of the student's hidden states.
-        wanted: (teacher's width, student's layer) of each matrix.
-        seed: of the initial values (uniform, as ``nn.Linear`` has them).
+        width: Width of the student's hidden states.
+        wanted: One (teacher's width, student's layer) per matrix.
+        seed: Seed of the initial values (uniform, as ``nn.Linear`` has them).
     """
 
     def __init__(self, width: int, wanted: Iterable[tuple[int, int]], seed: int) -> None:

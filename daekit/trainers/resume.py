@@ -94,8 +94,8 @@ class Checkpoints(TrainerCallback):
         """Save, commit, and only then remove older checkpoints.
 
         Args:
-            folder: of the checkpoint.
-            write: the Trainer's own way of writing it.
+            folder: Directory of the checkpoint.
+            write: The Trainer's own way of writing it.
 
         Raises:
             UserError: the disk is full.

@@ -26,9 +26,9 @@ class TokenMetrics:
 
         Args:
             mode: ``train`` or ``eval``.
-            batch: whose loss positions they are.
-            values: metric -> ``[N]``.
-            counted_R: which rows count.
+            batch: The batch that the student saw.
+            values: Metric -> its value ``[N]`` at each loss position.
+            counted_R: Whether each row counts.
         """
         row_N = batch.row_N
         counted_N = torch.tensor(counted_R, device=row_N.device)[row_N]

@@ -14,6 +14,7 @@ from trl import SFTConfig
 from daekit.data.preparation import first_row
 from daekit.errors import UserError
 from daekit.models.experts import QuantisedExperts
+from daekit.recipe.objective import Objective
 
 # what PEFT takes for the experts of transformers 5: their names, and those of the modules that they were in transformers 4
 _EXPERT_NAMES = {"gate_up_proj": ("w1", "w3", "gate_proj", "up_proj"), "down_proj": ("w2",), "up_proj": ()}
@@ -35,6 +36,16 @@ def refuse_arguments(model: Any, args: SFTConfig, train_dataset: Any, arguments:
         return  # SFTTrainer says what it wants
     if {"image", "images"} & first_row(train_dataset, "train").keys():
         raise UserError("the train data set has images: vision data is not supported; use a text-only data set")
+
+
+def refuse_without_teacher(objective: Objective) -> None:
+    """Raise UserError for a weight that needs a teacher where there is none: its part of the loss would be 0 in silence."""
+    for name in ("prediction_weight", "attention_weight", "hidden_weight"):
+        if value := getattr(objective, name):
+            raise UserError(
+                f"{name}={value}: compares the student with a teacher, but there is none. Give a teacher, or train on the "
+                f"labels alone: a DomainSFTConfig, or ce_weight=1 and {name}=0."
+            )
 
 
 def refuse_expert_adapter(model: nn.Module, config: PeftConfig | None) -> None:

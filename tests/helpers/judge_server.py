@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-STATUSES = {"400", "401", "404", "429", "500", "503"}
+STATUSES = {"301", "302", "303", "307", "400", "401", "404", "429", "500", "503"}
 TEXTS = {
     "no_rating": "I would rather not say.",
     "out_of_range": "An outstanding answer. Rating: [[11]]",
@@ -61,6 +61,8 @@ class JudgeServer:
         answered: key -> whole answers sent.
         slowness: seconds that a hanging call takes.
         pause: seconds before each answer.
+        bodies: fault -> a body to answer with, whatever was asked.
+        got: paths that were asked for with GET.
     """
 
     misbehave: Fault = lambda call: None
@@ -68,6 +70,8 @@ class JudgeServer:
     slowness: float = 5.0
     pause: float = 0.0
     usage: bool = True
+    bodies: dict[str, bytes] = field(default_factory=dict)
+    got: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     answered: Counter[str] = field(default_factory=Counter)
     most_at_once: int = 0
@@ -183,14 +187,21 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             self.judge.left()
 
+    def do_GET(self) -> None:
+        self.judge.got.append(self.path)
+        self._send(200, self.judge.bodies.get("GET", b"{}"))
+
     def _answer(self, call: Call, fault: str | None) -> None:
         if self.judge.pause:
             self.judge.sleep(self.judge.pause)
         status, _, wait = (fault or "").partition(" ")
         if status in STATUSES:
-            headers = {"Retry-After": wait} if wait else {}
+            headers = {"Location" if status.startswith("3") else "Retry-After": wait} if wait else {}
             message = f"refused; the key was {self.headers.get('Authorization')}"
             self._send(int(status), json.dumps({"error": {"message": message}}).encode(), headers)
+        elif fault in self.judge.bodies:
+            self.judge.answered[call.key] += 1
+            self._send(200, self.judge.bodies[fault])
         elif fault == "hang":
             self.judge.sleep(self.judge.slowness)
         elif fault == "reset":

@@ -10,9 +10,10 @@ from jinja2 import TemplateError
 from daekit.errors import UserError
 from daekit.evaluation.answers.conversations import Answer, Conversation, HowToAnswer
 from daekit.evaluation.answers.store import AnswerStore
-from daekit.evaluation.judging import Budget, Engine, JudgeRequest
-from daekit.evaluation.subjects import Subject
-from daekit.models.generation import Draw, generate
+from daekit.evaluation.evaluated import EvaluatedModel
+from daekit.generation import Budget, ChatClient, ChatRequest, Permissions
+from daekit.generation.budget import ProgressFunction
+from daekit.generation.local import Sampling, generate
 from daekit.recipe.judge import JudgeSpec
 
 
@@ -21,7 +22,7 @@ def open_conversations(conversations: Sequence[Conversation], store: AnswerStore
     return [each for each in conversations if each.id not in store.records]
 
 
-def require_answerable(subject: Subject, conversations: Sequence[Conversation], how: HowToAnswer, where: str) -> None:
+def require_answerable(subject: EvaluatedModel, conversations: Sequence[Conversation], how: HowToAnswer, where: str) -> None:
     """What can be known before weights are loaded or a call is sent.
 
     Raises:
@@ -40,7 +41,7 @@ def require_answerable(subject: Subject, conversations: Sequence[Conversation], 
 
 
 def answer_all(
-    subject: Subject,
+    subject: EvaluatedModel,
     conversations: Sequence[Conversation],
     how: HowToAnswer,
     store: AnswerStore,
@@ -50,6 +51,8 @@ def answer_all(
     calls: Path,
     max_calls: int | None = None,
     budgets: list[Budget] | None = None,
+    allowed: Permissions = Permissions(),  # noqa: B008 (frozen)
+    progress: ProgressFunction | None = None,
 ) -> None:
     """Answer the conversations that ``store`` does not hold; each batch is on the disk before the next begins.
 
@@ -57,6 +60,8 @@ def answer_all(
         calls: folder for the calls to an endpoint.
         max_calls: to an endpoint, at most, those of ``budgets`` included.
         budgets: of what the endpoint was asked before; the one of these calls is added.
+        allowed: which keys may be sent to the endpoint.
+        progress: called with (conversations answered, all of them) instead of printing lines; of an endpoint: turns.
 
     Raises:
         UserError: a question without room for an answer; an endpoint that did not answer all (what it did answer is kept).
@@ -65,17 +70,20 @@ def answer_all(
     if not missing:
         return
     if subject.is_endpoint:
-        _over_http(subject, missing, how, store, calls, where, max_calls, [] if budgets is None else budgets)
+        _over_http(subject, missing, how, store, calls, where, max_calls, [] if budgets is None else budgets, allowed, progress)
         return
     done = len(conversations) - len(missing)
     for answers in _in_process(subject, missing, how, batch_size, where):
         store.add(answers)
         done += len(answers)
-        print(f"[{subject.name}] {where.removeprefix('benchmarks.')}: {done}/{len(conversations)} answered", flush=True)
+        if progress is not None:
+            progress(done, len(conversations))
+        else:
+            print(f"[{subject.name}] {where.removeprefix('benchmarks.')}: {done}/{len(conversations)} answered", flush=True)
 
 
 def _in_process(
-    subject: Subject, conversations: Sequence[Conversation], how: HowToAnswer, batch_size: int, where: str
+    subject: EvaluatedModel, conversations: Sequence[Conversation], how: HowToAnswer, batch_size: int, where: str
 ) -> Iterator[list[Answer]]:
     """Batches of conversations whose first prompts are of like length, the longest first."""
     lengths = {each.id: len(_prompt(subject, each, [], how, where)) for each in conversations}
@@ -91,7 +99,7 @@ def _in_process(
 
 
 def _one_turn(
-    subject: Subject,
+    subject: EvaluatedModel,
     asked: Sequence[Conversation],
     said: Mapping[int, Sequence[tuple[str, bool]]],
     how: HowToAnswer,
@@ -100,16 +108,21 @@ def _one_turn(
     """(text, cut) of the next turn of each conversation."""
     tokenizer, context = subject.tokenizer, subject.context_length
     prompts = [_prompt(subject, each, [text for text, _ in said[each.id]], how, where) for each in asked]
-    rooms = [how.max_new_tokens if context is None else min(how.max_new_tokens, context - len(prompt)) for prompt in prompts]
-    draws = [
-        Draw(room, each.temperature, (how.seed, each.id, len(said[each.id]))) for each, room in zip(asked, rooms, strict=True)
+    limits = [how.max_new_tokens if context is None else min(how.max_new_tokens, context - len(prompt)) for prompt in prompts]
+    sampling = [
+        Sampling(limit, each.temperature, (how.seed, each.id, len(said[each.id])))
+        for each, limit in zip(asked, limits, strict=True)
     ]
-    answers = generate(subject.model(), tokenizer, prompts, max_new_tokens=max(rooms), batch_size=len(prompts), draws=draws)
+    answers = generate(
+        subject.model(), tokenizer, prompts, max_new_tokens=max(limits), batch_size=len(prompts), sampling=sampling
+    )
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [(text.strip(), len(ids) >= room) for text, ids, room in zip(texts, answers, rooms, strict=True)]
+    return [(text.strip(), len(ids) >= limit) for text, ids, limit in zip(texts, answers, limits, strict=True)]
 
 
-def _prompt(subject: Subject, conversation: Conversation, said: Sequence[str], how: HowToAnswer, where: str) -> list[int]:
+def _prompt(
+    subject: EvaluatedModel, conversation: Conversation, said: Sequence[str], how: HowToAnswer, where: str
+) -> list[int]:
     try:
         ids: list[int] = subject.tokenizer.apply_chat_template(
             how.messages(conversation, said),
@@ -132,7 +145,7 @@ def _prompt(subject: Subject, conversation: Conversation, said: Sequence[str], h
 
 
 def _over_http(
-    subject: Subject,
+    subject: EvaluatedModel,
     conversations: Sequence[Conversation],
     how: HowToAnswer,
     store: AnswerStore,
@@ -140,6 +153,8 @@ def _over_http(
     where: str,
     max_calls: int | None,
     budgets: list[Budget],
+    allowed: Permissions,
+    progress: ProgressFunction | None,
 ) -> None:
     """Turn by turn, all conversations at once; replies that are on the disk are not asked for again."""
     spec = subject.spec
@@ -151,14 +166,15 @@ def _over_http(
         max_calls=max_calls,
     )
     said: dict[int, list[tuple[str, bool]]] = {each.id: [] for each in conversations}
-    with Engine(endpoint, calls, before=budgets) as engine:
-        budgets.append(engine.budget)
+    role = f"models.{subject.name}"
+    with ChatClient(endpoint, calls, role=role, before=budgets, allowed=allowed, progress=progress) as client:
+        budgets.append(client.budget)
         for turn in range(max(len(each.turns) for each in conversations)):
             asked = [each for each in conversations if len(each.turns) > turn == len(said[each.id])]
             requests = [_request(each, [text for text, _ in said[each.id]], how) for each in asked]
-            for each, reply in zip(asked, engine.ask(requests), strict=True):
+            for each, reply in zip(asked, client.ask(requests), strict=True):
                 if reply is not None:
-                    said[each.id].append((reply.text.strip(), reply.response["choices"][0].get("finish_reason") == "length"))
+                    said[each.id].append((reply.text.strip(), reply.is_cut))
     whole = [each for each in conversations if len(said[each.id]) == len(each.turns)]
     store.add([Answer(each.id, *map(tuple, zip(*said[each.id], strict=True))) for each in whole])
     if len(whole) < len(conversations):
@@ -169,6 +185,6 @@ def _over_http(
         )
 
 
-def _request(conversation: Conversation, said: Sequence[str], how: HowToAnswer) -> JudgeRequest:
+def _request(conversation: Conversation, said: Sequence[str], how: HowToAnswer) -> ChatRequest:
     parameters = {"max_tokens": how.max_new_tokens, "temperature": conversation.temperature, "seed": how.seed}
-    return JudgeRequest(how.messages(conversation, said), parameters, label=f"question {conversation.id}, turn {len(said) + 1}")
+    return ChatRequest(how.messages(conversation, said), parameters, label=f"question {conversation.id}, turn {len(said) + 1}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from daekit.errors import UserError
 from daekit.evaluation.answers.conversations import Answer
-from daekit.evaluation.judging.manifest import write_whole
+from daekit.files import append_json_lines, damaged_line, read_json_lines, write_json
 
 Record = dict[str, Any]
 
@@ -37,13 +36,9 @@ class AnswerStore:
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Append answers; they are on the disk when this returns."""
-        with self.path.open("ab") as file:
-            for answer in answers:
-                record = self._record(answer)
-                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-                self.records[answer.id] = record
-            file.flush()
-            os.fsync(file.fileno())
+        records = [self._record(answer) for answer in answers]
+        append_json_lines(self.path, records)
+        self.records |= {record["question_id"]: record for record in records}
 
     def cut(self) -> int:
         """How many turns ended only because no more tokens were allowed."""
@@ -71,8 +66,7 @@ class AnswerStore:
                 f"output_dir, or delete {self.path}."
             )
         if self._write:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+            write_json(path, facts)
 
     def _facts(self, path: Path) -> dict[str, Any]:
         try:
@@ -84,21 +78,10 @@ class AnswerStore:
             ) from None
 
     def _read(self) -> list[Record]:
-        if not self.path.is_file():
-            return []
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content) and self._write:
-            os.truncate(self.path, whole)
-        records: list[Record] = []
-        for number, line in enumerate(content[:whole].splitlines(), 1):
+        records, _ = read_json_lines(self.path, repair=self._write)
+        for number, record in enumerate(records, 1):
             try:
-                record = json.loads(line)
                 record["question_id"], record["choices"][0]["finish_reasons"]
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                message = (
-                    f"{self.path}, line {number} is damaged ({error}); delete the line, and its question is answered again"
-                )
-                raise UserError(message) from None
-            records.append(record)
+            except (KeyError, TypeError, IndexError) as error:
+                raise damaged_line(self.path, number, f"it is no answer: {error}") from None
         return records

@@ -1,4 +1,4 @@
-"""Answers rated by a judge: MT-Bench through fschat, AlpacaEval through alpaca_eval, both through one engine.
+"""Answers rated by a judge: MT-Bench through fschat, AlpacaEval through alpaca_eval, both through one client.
 
 ===========================  ===============================  =============================================================
 domain                       metric                           value
@@ -19,18 +19,10 @@ either                       ``missing_judgments``            judgments that are
 """
 
 from daekit.evaluation.judging.alpaca import estimate_alpaca_eval, judge_alpaca_eval
-from daekit.evaluation.judging.budget import Budget
-from daekit.evaluation.judging.calls import Estimate, JudgeReply, JudgeRequest
-from daekit.evaluation.judging.engine import Engine
 from daekit.evaluation.judging.mt_bench import estimate_mt_bench, judge_mt_bench
 from daekit.evaluation.judging.result import Judged
 
 __all__ = [
-    "Budget",
-    "Engine",
-    "Estimate",
-    "JudgeReply",
-    "JudgeRequest",
     "Judged",
     "estimate_alpaca_eval",
     "estimate_mt_bench",

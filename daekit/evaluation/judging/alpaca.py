@@ -12,14 +12,17 @@ import numpy as np
 from daekit.errors import UserError
 from daekit.evaluation.evaluate import SEED
 from daekit.evaluation.intervals import RowValues, interval
-from daekit.evaluation.judging import annotators, budget
+from daekit.evaluation.judging import annotators
 from daekit.evaluation.judging.annotators import Annotator, Messages, Unreadable
-from daekit.evaluation.judging.calls import CHARACTERS_PER_TOKEN, Estimate, JudgeRequest
-from daekit.evaluation.judging.engine import Engine, identity, is_official_host, opened, require_sound
 from daekit.evaluation.judging.length_control import OFFICIAL_ANNOTATOR, OFFICIAL_COUNT, length_controlled
-from daekit.evaluation.judging.manifest import describe, hash_of, hash_of_file, write_whole
+from daekit.evaluation.judging.manifest import describe, hash_of
 from daekit.evaluation.judging.result import Judged, Missing, withhold
-from daekit.evaluation.judging.store import read_replies
+from daekit.files import file_hash, write_whole
+from daekit.generation.budget import estimate
+from daekit.generation.calls import CHARACTERS_PER_TOKEN, ChatRequest, Estimate
+from daekit.generation.client import ChatClient, identity, opened, require_sound
+from daekit.generation.keys import is_openai
+from daekit.generation.store import read_replies
 from daekit.recipe.judge import JudgeSpec
 from daekit.report.rows import Row
 
@@ -28,7 +31,7 @@ Outputs = Sequence[Mapping[str, Any]]
 
 
 def judge_alpaca_eval(
-    judge: JudgeSpec | Engine,
+    judge: JudgeSpec | ChatClient,
     annotator: str,
     reference_outputs: Path,
     outputs: Mapping[str, Outputs],
@@ -41,7 +44,7 @@ def judge_alpaca_eval(
     """Compare the outputs of all models with the reference outputs.
 
     Args:
-        judge: a spec, or an open engine (limits of calls and cost then hold for everything that it is asked).
+        judge: a spec, or an open client (limits of calls and cost then hold for everything that it is asked).
         annotator: one of alpaca_eval's evaluator configs, or a directory that holds one (``configs.yaml`` and a template).
         reference_outputs: a JSON list of ``{"instruction", "output", "generator"}``; its order is the order of everything.
         outputs: model -> ``{"instruction", "output"}`` of every instruction.
@@ -56,33 +59,33 @@ def judge_alpaca_eval(
     """
     chosen, reference = annotators.read_annotator(annotator), _read_reference(reference_outputs, limit)
     aligned = {model: _aligned(model, its, reference, reference_outputs) for model, its in outputs.items()}
-    with opened(judge, folder) as engine:
-        requests = {model: _requests(engine.spec, chosen, reference, its) for model, its in aligned.items()}
+    with opened(judge, folder) as client:
+        requests = {model: _requests(client.spec, chosen, reference, its) for model, its in aligned.items()}
         everything = [request for its in requests.values() for request in its]
-        engine.ask(everything)
+        client.ask(everything)
         scores: dict[str, list[Row]] = {}
         missing: dict[str, Missing] = {}
         verdicts: list[dict[str, Any]] = []
-        notes = _notes(engine.spec, chosen, reference)
+        notes = _notes(client.spec, chosen, reference)
         for model, its in aligned.items():
-            annotations, leaderboard = _annotate(engine, chosen, model, reference, its)
+            annotations, leaderboard = _annotate(client, chosen, model, reference, its)
             scores[model], its_notes = _rows(model, chosen, annotations, reference, bootstrap, leaderboard)
-            unanswered = sum(engine.reply(request) is None for request in requests[model])
+            unanswered = sum(client.reply(request) is None for request in requests[model])
             lacking = sum(_preference(row) is None for row in annotations)
             missing[model] = Missing(unanswered, lacking - unanswered, len(reference))
             verdicts += annotations
             notes += its_notes
             place = folder / model.replace("/", "_")
             _write(place, chosen, its, annotations, leaderboard if missing[model].count <= allow_missing else None)
-        rows, lacks, refusals = withhold(_NAME, scores, missing, allow_missing, engine.budget.stopped)
-        manifest = describe(engine, _NAME, bootstrap, everything) | {
+        rows, lacks, refusals = withhold(_NAME, scores, missing, allow_missing, client.budget.stopped)
+        manifest = describe(client, _NAME, bootstrap, everything) | {
             "annotator": {"name": chosen.name, "made_for": chosen.model, "parameters": chosen.parameters},
             "prompts": {chosen.name: hash_of(chosen.template_text)},
             "instructions": len(reference),
-            "data": {"reference_outputs": hash_of_file(reference_outputs)},
+            "data": {"reference_outputs": file_hash(reference_outputs)},
             "answers": {model: hash_of(list(its)) for model, its in aligned.items()},
         }
-        return Judged(rows, [*notes, *lacks, *engine.notes(everything)], refusals, manifest, verdicts)
+        return Judged(rows, [*notes, *lacks, *client.notes(everything)], refusals, manifest, verdicts)
 
 
 def estimate_alpaca_eval(
@@ -105,7 +108,7 @@ def estimate_alpaca_eval(
     requests = []
     for model, its in outputs.items():
         requests += _requests(judge, chosen, reference, _aligned(model, its, reference, reference_outputs))
-    return budget.estimate(judge, requests, read_replies(folder), identity(judge))
+    return estimate(judge, requests, read_replies(folder), identity(judge))
 
 
 def _read_reference(path: Path, limit: int | None) -> list[dict[str, Any]]:
@@ -159,22 +162,22 @@ def _parameters(spec: JudgeSpec, annotator: Annotator) -> dict[str, Any]:
     return annotator.parameters | {key: value for key, value in own.items() if value is not None}
 
 
-def _requests(spec: JudgeSpec, annotator: Annotator, reference: Outputs, outputs: Outputs) -> list[JudgeRequest]:
+def _requests(spec: JudgeSpec, annotator: Annotator, reference: Outputs, outputs: Outputs) -> list[ChatRequest]:
     parameters = _parameters(spec, annotator)
     return [
-        JudgeRequest(messages, parameters, label=f"AlpacaEval {outputs[0]['generator']}")
+        ChatRequest(messages, parameters, label=f"AlpacaEval {outputs[0]['generator']}")
         for messages in annotators.prompts_for(annotator, reference, outputs)
     ]
 
 
 def _annotate(
-    engine: Engine, annotator: Annotator, model: str, reference: Outputs, outputs: Outputs
+    client: ChatClient, annotator: Annotator, model: str, reference: Outputs, outputs: Outputs
 ) -> tuple[list[dict[str, Any]], Any]:
     """Annotations of every row, and alpaca_eval's leaderboard (None where it has no preference at all)."""
-    parameters = _parameters(engine.spec, annotator)
+    parameters = _parameters(client.spec, annotator)
 
     def reply(messages: Messages) -> Any:
-        return engine.reply(JudgeRequest(messages, parameters))
+        return client.reply(ChatRequest(messages, parameters))
 
     try:
         leaderboard, annotations = annotators.evaluate(annotator, model, reference, outputs, reply)
@@ -234,7 +237,7 @@ def _notes(spec: JudgeSpec, annotator: Annotator, reference: Outputs) -> list[st
         reasons.append(f"the annotator is {annotator.name}, not {OFFICIAL_ANNOTATOR}")
     if spec.name != annotator.model:
         reasons.append(f"the judge is {spec.name}, not {annotator.model}")
-    elif not is_official_host(spec):
+    elif not is_openai(spec.base_url):
         reasons.append(f"{spec.name} is not asked at OpenAI")
     if len(reference) != OFFICIAL_COUNT:
         reasons.append(f"{len(reference)} instructions, not {OFFICIAL_COUNT}")

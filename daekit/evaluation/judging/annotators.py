@@ -2,7 +2,7 @@
 
 Two things are done otherwise. A prompt becomes messages *before* answers are put in, and all answers at once: alpaca_eval cuts
 the finished text at ``<|im_end|>``, and fills one placeholder after another, so that an answer could end the prompt or place
-the other's answer. And replies come from our engine.
+the other's answer. And replies come from our client.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from daekit.errors import UserError, nearest
-from daekit.evaluation.judging.calls import JudgeReply
+from daekit.generation.calls import ChatReply
 
 Messages = list[dict[str, str]]
 _PLACEHOLDER = re.compile(r"{([^ \s]+?)}")  # alpaca_eval's
@@ -141,7 +141,7 @@ def evaluate(
     model: str,
     reference: Sequence[Mapping[str, Any]],
     outputs: Sequence[Mapping[str, Any]],
-    reply: Callable[[Messages], JudgeReply | None],
+    reply: Callable[[Messages], ChatReply | None],
 ) -> tuple[Any, list[dict[str, Any]]]:
     """(leaderboard, annotations) of alpaca_eval, in the order of ``reference``; what is missing is None.
 
@@ -152,10 +152,7 @@ def evaluate(
     def complete(prompts: list[Messages]) -> dict[str, list[Any]]:
         replies = [reply(prompt) for prompt in prompts]
         texts = ["" if answer is None else answer.text for answer in replies]
-        choices = [
-            {} if answer is None else {**answer.response["choices"][0], "text": answer.text, "total_tokens": _tokens(answer)}
-            for answer in replies
-        ]
+        choices = [{} if answer is None else _choice(answer) for answer in replies]
         nothing = [0.0] * len(prompts)
         return {
             "completions": texts,
@@ -182,8 +179,13 @@ def evaluate(
     return leaderboard, [{key: None if value != value else value for key, value in row.items()} for row in annotations]
 
 
-def _tokens(reply: JudgeReply) -> int:
-    return (reply.response.get("usage") or {}).get("total_tokens", 0)
+def _choice(reply: ChatReply) -> dict[str, Any]:
+    """What alpaca_eval's parsers read."""
+    tokens = (reply.prompt_tokens or 0) + (reply.completion_tokens or 0)
+    choice: dict[str, Any] = {"text": reply.text, "total_tokens": tokens}
+    if reply.top_logprobs is not None:
+        choice["logprobs"] = {"content": [{"top_logprobs": reply.top_logprobs}]}
+    return choice
 
 
 def _annotator_class(annotator: Annotator, complete: Callable[[list[Messages]], dict[str, list[Any]]]) -> Any:

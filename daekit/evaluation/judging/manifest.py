@@ -5,28 +5,26 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from daekit.evaluation.evaluate import SEED
-from daekit.evaluation.judging.calls import JudgeRequest
-from daekit.evaluation.judging.engine import Engine
+from daekit.generation.calls import ChatRequest
+from daekit.generation.client import ChatClient
 
-_PACKAGES = ("daekit", "fschat", "alpaca_eval", "openai", "transformers", "torch")
+_PACKAGES = ("daekit", "fschat", "alpaca_eval", "transformers", "torch")
 # what decides when and whether a call is sent, but not what the judge says
 _NOT_IN_MANIFEST = ("base_url", "path", "concurrency", "max_retries", "timeout", "batch_size")
 
 
-def describe(engine: Engine, benchmark: str, bootstrap: int, requests: Sequence[JudgeRequest]) -> dict[str, Any]:
+def describe(client: ChatClient, benchmark: str, bootstrap: int, requests: Sequence[ChatRequest]) -> dict[str, Any]:
     """The part of a manifest that both benchmarks share."""
-    spec, budget = engine.spec, engine.budget
-    replies = [reply for reply in map(engine.reply, requests) if reply is not None]
+    spec, budget = client.spec, client.budget
+    replies = [reply for reply in map(client.reply, requests) if reply is not None]
     judge = {key: value for key, value in spec.model_dump(mode="json").items() if key not in _NOT_IN_MANIFEST}
     return {
         "benchmark": benchmark,
-        "judge": {"name": spec.name, **judge, "endpoint": engine.identity},
+        "judge": {"name": spec.name, **judge, "endpoint": client.identity},
         "judge_models": sorted({reply.model for reply in replies if reply.model}),
         "replies": len(replies),
         "calls": {"sent": budget.calls, "repeated": budget.retries, "failed": budget.failed, "stopped": budget.stopped},
@@ -52,21 +50,3 @@ def hash_of(value: Any) -> str:
     """Of a plain value, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def hash_of_file(path: Path) -> str:
-    """Of its bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def write_lines(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """JSON lines, all of them or none."""
-    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in entries))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from daekit.errors import UserError
-from daekit.evaluation.judging import budget, fastchat
-from daekit.evaluation.judging.calls import CHARACTERS_PER_TOKEN, Estimate, JudgeRequest
-from daekit.evaluation.judging.engine import Engine, identity, is_official_host, opened, require_sound
+from daekit.evaluation.judging import fastchat
 from daekit.evaluation.judging.fastchat import BenchData, Record
-from daekit.evaluation.judging.manifest import describe, hash_of, hash_of_file, write_lines
+from daekit.evaluation.judging.manifest import describe, hash_of
 from daekit.evaluation.judging.mt_bench_scores import pair_rows, single_rows
 from daekit.evaluation.judging.result import Judged, Missing, withhold
-from daekit.evaluation.judging.store import read_replies
 from daekit.evaluation.judging.verdicts import HIGHEST, LOWEST, is_rated, strictly
+from daekit.files import file_hash, write_whole
+from daekit.generation.budget import estimate
+from daekit.generation.calls import CHARACTERS_PER_TOKEN, ChatRequest, Estimate
+from daekit.generation.client import ChatClient, identity, opened, require_sound
+from daekit.generation.keys import is_openai
+from daekit.generation.store import read_replies
 from daekit.recipe.judge import JudgeSpec
 from daekit.report.rows import Row
 
@@ -30,7 +34,7 @@ class _Game:
     """A match of FastChat's, and what it asks: one request, or one for each order of a pair."""
 
     match: Any
-    requests: tuple[JudgeRequest, ...]
+    requests: tuple[ChatRequest, ...]
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -38,7 +42,7 @@ class _Game:
 
 
 def judge_mt_bench(
-    judge: JudgeSpec | Engine,
+    judge: JudgeSpec | ChatClient,
     data_dir: Path,
     answers: Mapping[str, Sequence[Mapping[str, Any]]],
     folder: Path,
@@ -52,7 +56,7 @@ def judge_mt_bench(
     """Judge the answers of all models.
 
     Args:
-        judge: a spec, or an open engine (limits of calls and cost then hold for everything that it is asked).
+        judge: a spec, or an open client (limits of calls and cost then hold for everything that it is asked).
         data_dir: holds ``question.jsonl``, ``judge_prompts.jsonl`` and ``reference_answer/gpt-4.jsonl``, as FastChat has them.
         answers: model -> records of FastChat's ``model_answer/<model>.jsonl``, one per question.
         folder: written: ``<judge>_single.jsonl`` or ``<judge>_pair.jsonl``, and the calls (``replies.jsonl``...).
@@ -67,25 +71,26 @@ def judge_mt_bench(
     data = fastchat.load_data(data_dir, limit)
     by_question = _by_question(answers, data)
     _check_mode(mode, baseline, answers)
-    with opened(judge, folder) as engine:
-        games = _games(engine.spec, data, by_question, mode, baseline)
+    with opened(judge, folder) as client:
+        games = _games(client.spec, data, by_question, mode, baseline)
         requests = [request for game in games for request in game.requests]
-        engine.ask(requests)
-        played = [_play(game, engine) for game in games]
+        client.ask(requests)
+        played = [_play(game, client) for game in games]
         records = [record for record, _ in played if record is not None]
         kind = "single" if mode == "single" else "pair"
-        write_lines(folder / f"{engine.spec.name.replace(os.sep, '_')}_{kind}.jsonl", records)
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_whole(folder / f"{client.spec.name.replace(os.sep, '_')}_{kind}.jsonl", lines)
         scored = [model for model in answers if mode != "pairwise-baseline" or model != baseline]
         scores = {model: _rows(model, records, data, bootstrap) for model in scored}
         missing = _missing(games, [record for record, _ in played])
-        rows, notes, refusals = withhold("mt_bench", scores, missing, allow_missing, engine.budget.stopped)
+        rows, notes, refusals = withhold("mt_bench", scores, missing, allow_missing, client.budget.stopped)
         differ = sum(differs for _, differs in played)
-        notes = [*_notes(engine.spec, mode, data, records, differ), *notes, *engine.notes(requests)]
-        manifest = describe(engine, "mt_bench", bootstrap, requests) | {
+        notes = [*_notes(client.spec, mode, data, records, differ), *notes, *client.notes(requests)]
+        manifest = describe(client, "mt_bench", bootstrap, requests) | {
             "mode": mode,
             "baseline": baseline,
             "questions": len(data.questions),
-            "data": {file.name: hash_of_file(file) for file in data.files},
+            "data": {file.name: file_hash(file) for file in data.files},
             "prompts": {name: hash_of(prompt) for name, prompt in data.prompts.items()},
             "answers": {
                 model: hash_of([(number, its[number]["choices"][0]["turns"]) for number in its])
@@ -126,7 +131,7 @@ def estimate_mt_bench(
     _check_mode(mode, baseline, answers)
     games = _games(judge, data, _by_question(answers, data), mode, baseline)
     requests = [request for game in games for request in game.requests]
-    return budget.estimate(judge, requests, read_replies(folder), identity(judge))
+    return estimate(judge, requests, read_replies(folder), identity(judge))
 
 
 def _record(question_id: int, turns: list[str]) -> Record:
@@ -179,21 +184,21 @@ def _games(spec: JudgeSpec, data: BenchData, answers: fastchat.Answers, mode: st
             if spec.seed is not None:
                 parameters["seed"] = spec.seed
             label = f"MT-Bench question {match.question['question_id']}, turn {1 + match.multi_turn}"
-            requests.append(JudgeRequest(asked.messages, parameters, label=label))
+            requests.append(ChatRequest(asked.messages, parameters, label=label))
         games.append(_Game(match, tuple(requests)))
     return games
 
 
-def _play(game: _Game, engine: Engine) -> tuple[Record | None, bool]:
+def _play(game: _Game, client: ChatClient) -> tuple[Record | None, bool]:
     """FastChat's record of a game as the spec's parser reads it (None while a reply is missing), and whether the other parser
     would read it otherwise."""
-    replies = [reply for reply in map(engine.reply, game.requests) if reply is not None]
+    replies = [reply for reply in map(client.reply, game.requests) if reply is not None]
     if len(replies) < len(game.requests):
         return None, False
     record = fastchat.play(game.match, [reply.text for reply in replies])
     record["tstamp"] = max(reply.time for reply in replies)  # so that a rerun writes the same file
     strict = record | strictly(record)
-    return strict if engine.spec.score_parser == "strict" else record, strict != record
+    return strict if client.spec.score_parser == "strict" else record, strict != record
 
 
 def _missing(games: Sequence[_Game], records: Sequence[Record | None]) -> dict[str, Missing]:
@@ -229,7 +234,7 @@ def _not_comparable(spec: JudgeSpec, data: BenchData, differ: int) -> list[str]:
     reasons = []
     if spec.name != _OFFICIAL_JUDGE:
         reasons.append(f"the judge is {spec.name}, not {_OFFICIAL_JUDGE}")
-    elif not is_official_host(spec):
+    elif not is_openai(spec.base_url):
         reasons.append(f"{_OFFICIAL_JUDGE} is not asked at OpenAI")
     if len(data.questions) != _OFFICIAL_QUESTIONS:
         reasons.append(f"{len(data.questions)} questions, not {_OFFICIAL_QUESTIONS}")

@@ -10,9 +10,9 @@ from daekit.data.fingerprint import fingerprint
 from daekit.data.sources import load_rows
 from daekit.errors import UserError
 from daekit.evaluation.evaluate import evaluate_model
+from daekit.evaluation.evaluated import file_fingerprint
 from daekit.evaluation.likelihood.common import Measured
 from daekit.evaluation.sets import EvaluationSet, tokenize_rows
-from daekit.evaluation.subjects import file_fingerprint
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.vocabulary import require_same
 from daekit.recipe.schema import EvaluationSpec, SourceSpec

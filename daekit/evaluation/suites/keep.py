@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from daekit.errors import UserError
 from daekit.evaluation.intervals import RowValues
 from daekit.evaluation.likelihood import Measured
+from daekit.files import write_whole
 
 
 def load_measured(path: Path, key: Mapping[str, Any]) -> Measured | None:
@@ -42,13 +42,5 @@ def save_measured(path: Path, key: Mapping[str, Any], measured: Measured) -> Non
     values = [[*name, value.total_R.tolist(), value.weight_R.tolist()] for name, value in measured.values.items()]
     kept = {"key": key, "values": values, "notes": measured.notes, "generated": measured.generated, "rows": measured.rows}
     items = path.parent.parent / "items" / f"{path.stem}.jsonl"
-    write_whole(items, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in measured.items))
-    write_whole(path, json.dumps(kept, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text so that a reader finds all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f"{path.name}.half")
-    half.write_text(text, encoding="utf-8")
-    os.replace(half, path)
+    write_whole(items, "".join(json.dumps(item) + "\n" for item in measured.items))
+    write_whole(path, json.dumps(kept) + "\n")

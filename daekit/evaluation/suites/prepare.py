@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from daekit.errors import UserError
 from daekit.evaluation.answers import (
@@ -15,9 +15,11 @@ from daekit.evaluation.answers import (
     mt_bench_conversations,
     require_answerable,
 )
+from daekit.evaluation.evaluated import EvaluatedModel
 from daekit.evaluation.likelihood import Benchmark, likelihood_benchmark
 from daekit.evaluation.likelihood.rows import Rows
-from daekit.evaluation.subjects import Subject
+from daekit.generation import Permissions
+from daekit.generation.keys import endpoint_key
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.suite import AlpacaEvalSpec, MTBenchSpec, SuiteSpec
 
@@ -32,6 +34,7 @@ class Options:
         max_cost: dollars for one judge, at most; default: as the suite says.
         allow_missing: judgments of a model that may be missing for its score to be given nonetheless.
         score_parser: default: as the suite says.
+        allowed: which keys may be sent where, beside what a suite may say.
     """
 
     dry_run: bool = False
@@ -39,6 +42,12 @@ class Options:
     max_cost: float | None = None
     allow_missing: int = 0
     score_parser: Literal["strict", "fastchat"] | None = None
+    allowed: Permissions = Permissions()  # noqa: RUF009 (frozen)
+
+    def facts(self) -> dict[str, Any]:
+        """For a file."""
+        told = {key: value for key, value in vars(self).items() if key != "allowed"}
+        return told | {"allow_key_env": sorted(self.allowed.key_variables), "allow_http": self.allowed.http}
 
     def judge(self, spec: JudgeSpec) -> JudgeSpec:
         """A judge under these options."""
@@ -53,7 +62,6 @@ class Questions:
     Attributes:
         judge: None: the answers are only written.
         data: hash of the file that they come from.
-        write: whether files may be made (not in a dry run).
     """
 
     name: str
@@ -63,7 +71,6 @@ class Questions:
     how: HowToAnswer
     data: str
     folder: Path
-    write: bool
 
     @property
     def where(self) -> str:
@@ -75,15 +82,15 @@ class Questions:
         """Folder of the judge's files."""
         return self.folder / "model_judgment"
 
-    def store(self, subject: Subject) -> AnswerStore:
-        """The answers of a model."""
+    def store(self, subject: EvaluatedModel, write: bool = True) -> AnswerStore:
+        """The answers of a model; without ``write`` no file is made or mended."""
         facts = {
             "model": subject.identity(),
             "how": self.how.facts(),
             "questions": self.data,
             "temperature": self.spec.temperature,
         }
-        return AnswerStore(self.folder / "model_answer", subject.name, facts, self.write)
+        return AnswerStore(self.folder / "model_answer", subject.name, facts, write)
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class Prepared:
 
     suite: SuiteSpec
     options: Options
-    subjects: dict[str, Subject]
+    subjects: dict[str, EvaluatedModel]
     benchmarks: dict[str, Benchmark]
     questions: dict[str, Questions]
 
@@ -108,7 +115,7 @@ def prepare(suite: SuiteSpec, options: Options) -> Prepared:
     Raises:
         UserError: a broken input, a model that is not there, one that does not fit a benchmark.
     """
-    subjects = {name: Subject(name, spec) for name, spec in suite.models.items()}
+    subjects = {name: EvaluatedModel(name, spec) for name, spec in suite.models.items()}
     benchmarks: dict[str, Benchmark] = {}
     questions: dict[str, Questions] = {}
     for name, spec in suite.benchmarks.items():
@@ -117,8 +124,10 @@ def prepare(suite: SuiteSpec, options: Options) -> Prepared:
         else:
             benchmarks[name] = likelihood_benchmark(name, spec)
     for subject in subjects.values():
-        if not subject.is_endpoint:
+        if subject.spec.url is None:
             subject.require_there()
+        else:
+            endpoint_key(f"models.{subject.name}", subject.spec.url, subject.spec.api_key_env, options.allowed)
         for benchmark in benchmarks.values():
             benchmark.check(subject.name, subject.tokenizer, subject.context_length)
         for each in questions.values():
@@ -126,10 +135,13 @@ def prepare(suite: SuiteSpec, options: Options) -> Prepared:
     for name, benchmark in benchmarks.items():
         if isinstance(benchmark, Rows) and benchmark.spec.overlong == "drop":
             _require_same_rows(name, benchmark, list(subjects.values()))
+    for each in questions.values():
+        if each.judge is not None and each.judge.base_url is not None:
+            endpoint_key("judge", each.judge.base_url, each.judge.api_key_env, options.allowed)
     return Prepared(suite, options, subjects, benchmarks, questions)
 
 
-def _require_same_rows(name: str, benchmark: Rows, subjects: list[Subject]) -> None:
+def _require_same_rows(name: str, benchmark: Rows, subjects: list[EvaluatedModel]) -> None:
     """Models are compared row by row, and a row may be overlong for one tokenizer only."""
     first, *others = subjects
     left_out = benchmark.rows(first.tokenizer).left_out
@@ -151,4 +163,4 @@ def _questions(name: str, spec: MTBenchSpec | AlpacaEvalSpec, suite: SuiteSpec, 
     judge = spec.judge or suite.judge
     how = HowToAnswer(spec.max_new_tokens, spec.system, spec.chat_template_kwargs, suite.seed)
     folder = Path(suite.output_dir) / name
-    return Questions(name, spec, judge and options.judge(judge), conversations, how, data, folder, not options.dry_run)
+    return Questions(name, spec, judge and options.judge(judge), conversations, how, data, folder)

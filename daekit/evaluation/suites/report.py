@@ -5,60 +5,58 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from daekit.evaluation.compare import compare, select_samples
 from daekit.evaluation.likelihood.common import hash_of
 from daekit.evaluation.likelihood.rows import Rows
-from daekit.evaluation.subjects import device
 from daekit.evaluation.suites.prepare import Prepared, Questions
+from daekit.evaluation.suites.results import Results
+from daekit.generation.local import device
 from daekit.recipe.dump import suite_to_yaml
 from daekit.report import Report, Row, Sample
 from daekit.report.provenance import commit, versions
-
-if TYPE_CHECKING:
-    from daekit.evaluation.suites.run import Found
 
 _SHOWN_QUESTIONS = 8
 _PER_TOKEN = ("nll", "perplexity", "token_accuracy")
 
 
-def suite_report(prepared: Prepared, found: Found) -> Report:
+def suite_report(prepared: Prepared, results: Results) -> Report:
     """Everything that was found, for a reader."""
     suite = prepared.suite
-    rows = [row for evaluation in found.evaluations.values() for row in evaluation.rows(suite.bootstrap)]
-    rows += [Row(model, *row) for (model, _), measured in found.measured.items() for row in measured.rows]
-    for name, judged in found.judged.items():  # the judges know their benchmark by its type
+    rows = [row for evaluation in results.evaluations.values() for row in evaluation.rows(suite.bootstrap)]
+    rows += [Row(model, *row) for (model, _), measured in results.measured.items() for row in measured.rows]
+    for name, judged in results.judged.items():  # the judges know their benchmark by its type
         rows += [replace(row, domain="/".join([name, *row.domain.split("/")[1:]])) for row in judged.rows]
-    compared, notes = _compared(prepared, found)
-    samples = _row_samples(prepared, found)
+    compared, notes = _compared(prepared, results)
+    samples = _row_samples(prepared, results)
     for questions in prepared.questions.values():
-        samples += _answer_samples(prepared, questions, found)
+        samples += _answer_samples(prepared, questions, results)
     return Report(
         title=suite.name,
         rows=tuple(rows + compared),
         baseline=suite.baseline,
         samples=tuple(samples),
-        notes=tuple(dict.fromkeys([*_notes(prepared, found), *notes])),
+        notes=tuple(dict.fromkeys([*_notes(prepared, results), *notes])),
         versions=versions(),
         provenance={
             "commit": commit(),
             "seed": str(suite.seed),
-            **{f"model {name}": json.dumps(facts, ensure_ascii=False) for name, facts in found.identities.items()},
+            **{f"model {name}": json.dumps(facts, ensure_ascii=False) for name, facts in results.identities.items()},
         },
         recipe=suite_to_yaml(suite),
     )
 
 
-def manifest(prepared: Prepared, found: Found) -> str:
+def manifest(prepared: Prepared, results: Results) -> str:
     """Versions, machine, models, data, settings, seeds and judges, as JSON. No credentials are in it."""
     text = suite_to_yaml(prepared.suite)
     facts = {
         "suite": {"name": prepared.suite.name, "hash": hash_of(text.encode()), "yaml": text},
-        "options": asdict(prepared.options),
+        "options": prepared.options.facts(),
         "versions": versions(),
         "commit": commit(),
         "machine": {
@@ -67,49 +65,49 @@ def manifest(prepared: Prepared, found: Found) -> str:
             "device": str(device()),
             "threads": torch.get_num_threads(),
         },
-        "models": found.identities,
+        "models": results.identities,
         "data": {name: benchmark.data for name, benchmark in prepared.benchmarks.items()}
         | {name: {"questions": questions.data} for name, questions in prepared.questions.items()},
         "answers": {name: questions.how.facts() for name, questions in prepared.questions.items()},
-        "judges": {name: judged.manifest for name, judged in found.judged.items()},
+        "judges": {name: judged.manifest for name, judged in results.judged.items()},
         "seeds": {"answers": prepared.suite.seed, "bootstrap": 0},
     }
-    return json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(facts, indent=1) + "\n"
 
 
-def _notes(prepared: Prepared, found: Found) -> list[str]:
+def _notes(prepared: Prepared, results: Results) -> list[str]:
     """What a reader must know; a sentence that holds for all models is said once."""
-    notes = list(found.notes)
+    notes = list(results.notes)
     for name in prepared.benchmarks:
         said: dict[str, list[str]] = {}
-        for (model, benchmark), measured in found.measured.items():
+        for (model, benchmark), measured in results.measured.items():
             for note in measured.notes if benchmark == name else []:
                 said.setdefault(note, []).append(model)
-        everyone = len(found.evaluations)
+        everyone = len(results.evaluations)
         notes += [note if len(models) == everyone else f"{', '.join(models)}: {note}" for note, models in said.items()]
     for questions in prepared.questions.values():
         for subject in prepared.subjects.values():
-            if cut := questions.store(subject).cut():
+            if cut := questions.store(subject, write=False).cut():
                 turns = sum(len(each.turns) for each in questions.conversations)
                 notes.append(
                     f"{questions.name}: {cut} of {turns} answers of {subject.name} were cut at max_new_tokens = "
                     f"{questions.how.max_new_tokens}, or where the model's context ends."
                 )
-    return notes + [note for judged in found.judged.values() for note in judged.notes]
+    return notes + [note for judged in results.judged.values() for note in judged.notes]
 
 
-def _compared(prepared: Prepared, found: Found) -> tuple[list[Row], list[str]]:
+def _compared(prepared: Prepared, results: Results) -> tuple[list[Row], list[str]]:
     """Gain and forgetting; values per token only between models of one tokenizer."""
     suite = prepared.suite
-    tokenizers = {name: facts.get("tokenizer") for name, facts in found.identities.items() if facts["kind"] == "model"}
+    tokenizers = {name: facts.get("tokenizer") for name, facts in results.identities.items() if facts["kind"] == "model"}
     notes = []
-    if len(set(tokenizers.values())) > 1 and any(row in _PER_TOKEN for row in _metrics(found)):
+    if len(set(tokenizers.values())) > 1 and any(row in _PER_TOKEN for row in _metrics(results)):
         notes.append(
             "The models do not share a tokenizer (or its chat template): their NLL, perplexity and token accuracy are of "
             "other tokens "
             "and cannot be compared; bits per byte can."
         )
-    measured = [evaluation for evaluation in found.evaluations.values() if evaluation.values]
+    measured = [evaluation for evaluation in results.evaluations.values() if evaluation.values]
     if suite.baseline not in [evaluation.model for evaluation in measured]:
         return [], notes
     rows = compare(measured, suite.baseline, reference_domains=suite.reference_domains, rounds=suite.bootstrap)
@@ -122,25 +120,25 @@ def _compared(prepared: Prepared, found: Found) -> tuple[list[Row], list[str]]:
     return kept, notes
 
 
-def _metrics(found: Found) -> set[str]:
-    return {metric for evaluation in found.evaluations.values() for _, _, metric in evaluation.values}
+def _metrics(results: Results) -> set[str]:
+    return {metric for evaluation in results.evaluations.values() for _, _, metric in evaluation.values}
 
 
-def _row_samples(prepared: Prepared, found: Found) -> list[Sample]:
+def _row_samples(prepared: Prepared, results: Results) -> list[Sample]:
     """Answers to rows, side by side."""
     local = [subject for subject in prepared.subjects.values() if not subject.is_endpoint]
     rows = {name: benchmark for name, benchmark in prepared.benchmarks.items() if isinstance(benchmark, Rows)}
     sets = {name: benchmark.rows(local[0].tokenizer) for name, benchmark in rows.items()}
-    return select_samples(list(found.evaluations.values()), sets)
+    return select_samples(list(results.evaluations.values()), sets)
 
 
-def _answer_samples(prepared: Prepared, questions: Questions, found: Found) -> list[Sample]:
+def _answer_samples(prepared: Prepared, questions: Questions, results: Results) -> list[Sample]:
     """The first question of each category, then further ones, up to eight, with what the judge said of each turn."""
     firsts = {each.category: each for each in reversed(questions.conversations)}.values()
     ordered = [*sorted(firsts, key=lambda each: each.id), *questions.conversations]
     chosen = {each.id: each for each in ordered}
-    judged = found.judged.get(questions.name)
-    stores = {name: questions.store(subject) for name, subject in prepared.subjects.items()}
+    judged = results.judged.get(questions.name)
+    stores = {name: questions.store(subject, write=False) for name, subject in prepared.subjects.items()}
     samples = []
     for conversation in list(chosen.values())[:_SHOWN_QUESTIONS]:
         for name, store in stores.items():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +12,40 @@ import yaml
 from daekit.errors import UserError
 from daekit.evaluation.answers import answer_all, open_conversations
 from daekit.evaluation.evaluate import ModelEvaluation
+from daekit.evaluation.evaluated import EvaluatedModel
 from daekit.evaluation.judging import (
-    Budget,
-    Engine,
-    Estimate,
-    Judged,
     estimate_alpaca_eval,
     estimate_mt_bench,
     judge_alpaca_eval,
     judge_mt_bench,
 )
-from daekit.evaluation.likelihood import Measured
-from daekit.evaluation.subjects import Subject
-from daekit.evaluation.suites.keep import load_measured, save_measured, write_whole
+from daekit.evaluation.suites.keep import load_measured, save_measured
 from daekit.evaluation.suites.prepare import Options, Prepared, Questions, prepare
 from daekit.evaluation.suites.report import manifest, suite_report
+from daekit.evaluation.suites.results import Results
+from daekit.files import write_whole
+from daekit.generation import ChatClient, Estimate
+from daekit.generation.budget import ProgressFunction
 from daekit.recipe.dump import suite_to_yaml
 from daekit.recipe.suite import MTBenchSpec, SuiteSpec
 from daekit.report import Report, write_report
 from daekit.report.provenance import versions
 
-
-@dataclass
-class Found:
-    """What a run has found so far."""
-
-    evaluations: dict[str, ModelEvaluation] = field(default_factory=dict)
-    measured: dict[tuple[str, str], Measured] = field(default_factory=dict)
-    judged: dict[str, Judged] = field(default_factory=dict)
-    identities: dict[str, dict[str, Any]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    budgets: dict[tuple[str, str], list[Budget]] = field(default_factory=dict)
-    """(place, name) of a judge or an endpoint -> what it was sent so far."""
+ProgressFactory = Callable[[str, str], ProgressFunction]
 
 
-def run_suite(suite: SuiteSpec, options: Options = Options()) -> Report | None:  # noqa: B008 (frozen)
+def run_suite(
+    suite: SuiteSpec,
+    options: Options = Options(),  # noqa: B008 (frozen)
+    progress: ProgressFactory | None = None,
+) -> Report | None:
     """Measure every model of a suite and write the report into its ``output_dir``.
 
-    What was measured, answered or judged before is kept; a run that was stopped goes on.
+    What was measured, answered or judged before is kept; a run that was stopped goes on. A refused suite writes nothing.
+
+    Args:
+        progress: ``progress(label, unit)`` is called for each long piece of work, and what it returns with (done, total);
+            default: lines are printed.
 
     Returns:
         The report; None for a dry run.
@@ -63,38 +58,39 @@ def run_suite(suite: SuiteSpec, options: Options = Options()) -> Report | None: 
     if options.dry_run:
         _say_what_would_be_done(prepared)
         return None
+    _require_own_folder(prepared)
     for questions in prepared.questions.values():
         _estimate(prepared, questions)  # a judge that cannot be asked is found out before hours of answers
     _claim(prepared)
-    found = Found()
+    results = Results()
     for subject in prepared.subjects.values():
-        found.identities[subject.name] = subject.identity()
-        found.evaluations[subject.name] = ModelEvaluation(subject.name)
-        _measure(prepared, subject, found)
-        _answer(prepared, subject, found)
+        results.identities[subject.name] = subject.identity()
+        results.evaluations[subject.name] = ModelEvaluation(subject.name)
+        _measure(prepared, subject, results)
+        _answer(prepared, subject, results, progress)
         if (weights := subject.weights_fingerprint()) is not None:
-            found.identities[subject.name]["weights"] = weights
+            results.identities[subject.name]["weights"] = weights
         subject.free()
     for questions in prepared.questions.values():
-        _judge(prepared, questions, found)
-    report = suite_report(prepared, found)
+        _judge(prepared, questions, results, progress)
+    report = suite_report(prepared, results)
     write_report(prepared.folder, report)
-    write_whole(prepared.folder / "manifest.json", manifest(prepared, found))
-    refusals = [sentence for judged in found.judged.values() for sentence in judged.refusals]
+    write_whole(prepared.folder / "manifest.json", manifest(prepared, results))
+    refusals = [sentence for judged in results.judged.values() for sentence in judged.refusals]
     if refusals:
         raise UserError("\n".join([f"scores are withheld (all else is in {prepared.folder / 'report.html'}):", *refusals]))
     return report
 
 
-def _measure(prepared: Prepared, subject: Subject, found: Found) -> None:
+def _measure(prepared: Prepared, subject: EvaluatedModel, results: Results) -> None:
     """All likelihood benchmarks of one model."""
-    evaluation = found.evaluations[subject.name]
+    evaluation = results.evaluations[subject.name]
     for name, benchmark in prepared.benchmarks.items():
         path = prepared.folder / name / "results" / f"{subject.name}.json"
         key = {
             "benchmark": prepared.suite.benchmarks[name].model_dump(mode="json"),
             "data": benchmark.data,
-            "model": found.identities[subject.name],
+            "model": results.identities[subject.name],
             "batch_size": prepared.suite.batch_size,
             "versions": versions(("daekit", "torch", "transformers")),
         }
@@ -108,10 +104,10 @@ def _measure(prepared: Prepared, subject: Subject, found: Found) -> None:
             print(f"[{subject.name}] {name}: measured in {time.perf_counter() - start:.1f} s", flush=True)
         evaluation.values.update(measured.values)
         evaluation.generated.update(measured.generated)
-        found.measured[subject.name, name] = measured
+        results.measured[subject.name, name] = measured
 
 
-def _answer(prepared: Prepared, subject: Subject, found: Found) -> None:
+def _answer(prepared: Prepared, subject: EvaluatedModel, results: Results, progress: ProgressFactory | None) -> None:
     """All questions, to one model."""
     for questions in prepared.questions.values():
         answer_all(
@@ -123,41 +119,49 @@ def _answer(prepared: Prepared, subject: Subject, found: Found) -> None:
             where=questions.where,
             calls=questions.folder / "calls" / subject.name,
             max_calls=prepared.options.max_calls,
-            budgets=found.budgets.setdefault((str(subject.spec.url), str(subject.spec.served_model)), []),
+            budgets=results.budgets.setdefault((str(subject.spec.url), str(subject.spec.served_model)), []),
+            allowed=prepared.options.allowed,
+            progress=progress and progress(f"{subject.name}: {questions.name}", "answers"),
         )
 
 
-def _judge(prepared: Prepared, questions: Questions, found: Found) -> None:
+def _judge(prepared: Prepared, questions: Questions, results: Results, progress: ProgressFactory | None) -> None:
     """The answers of all models to one benchmark's questions."""
     if questions.judge is None:
-        found.notes.append(f"{questions.name}: answered, but not judged: the suite names no judge.")
+        results.notes.append(f"{questions.name}: answered, but not judged: the suite names no judge.")
         return
-    spec, answers = questions.spec, _answers(prepared, questions)
+    spec, answers = questions.spec, _answers(prepared, questions, write=True)
     common: dict[str, Any] = {
         "allow_missing": prepared.options.allow_missing,
         "limit": spec.limit,
         "bootstrap": prepared.suite.bootstrap,
     }
     path = Path(spec.path).expanduser()
-    before = found.budgets.setdefault((questions.judge.endpoint, questions.judge.name), [])
-    with Engine(questions.judge, questions.judgments, before=before) as engine:
-        before.append(engine.budget)
+    before = results.budgets.setdefault((questions.judge.endpoint, questions.judge.name), [])
+    with ChatClient(
+        questions.judge,
+        questions.judgments,
+        before=before,
+        allowed=prepared.options.allowed,
+        progress=progress and progress(f"judge of {questions.name}", "judgments"),
+    ) as client:
+        before.append(client.budget)
         if isinstance(spec, MTBenchSpec):
-            found.judged[questions.name] = judge_mt_bench(
-                engine, path, answers, questions.judgments, mode=spec.mode, baseline=spec.baseline, **common
+            results.judged[questions.name] = judge_mt_bench(
+                client, path, answers, questions.judgments, mode=spec.mode, baseline=spec.baseline, **common
             )
         else:
             outputs = _outputs(questions, answers)
-            found.judged[questions.name] = judge_alpaca_eval(
-                engine, spec.annotator, path, outputs, questions.judgments, **common
+            results.judged[questions.name] = judge_alpaca_eval(
+                client, spec.annotator, path, outputs, questions.judgments, **common
             )
 
 
-def _answers(prepared: Prepared, questions: Questions) -> dict[str, list[dict[str, Any]]]:
+def _answers(prepared: Prepared, questions: Questions, write: bool) -> dict[str, list[dict[str, Any]]]:
     """Model -> its records, in the order of the questions; those of models whose answers are all there."""
     found = {}
     for name, subject in prepared.subjects.items():
-        store = questions.store(subject)
+        store = questions.store(subject, write)
         if not open_conversations(questions.conversations, store):
             found[name] = [store.records[each.id] for each in questions.conversations]
     return found
@@ -181,7 +185,7 @@ def _say_what_would_be_done(prepared: Prepared) -> None:
         for benchmark in prepared.benchmarks:
             print(f"  {benchmark}: {type(prepared.suite.benchmarks[benchmark]).__name__.removesuffix('Spec')}")
         for questions in prepared.questions.values():
-            missing = open_conversations(questions.conversations, questions.store(subject))
+            missing = open_conversations(questions.conversations, questions.store(subject, write=False))
             print(f"  {questions.name}: {len(missing)} of {len(questions.conversations)} questions to answer")
     for questions in prepared.questions.values():
         estimate = _estimate(prepared, questions)
@@ -192,7 +196,7 @@ def _estimate(prepared: Prepared, questions: Questions) -> Estimate | None:
     if questions.judge is None:
         return None
     spec, path, models = questions.spec, Path(questions.spec.path).expanduser(), list(prepared.subjects)
-    there = _answers(prepared, questions)
+    there = _answers(prepared, questions, write=False)
     whole = len(there) == len(models)
     if isinstance(spec, MTBenchSpec):
         return estimate_mt_bench(
@@ -211,19 +215,27 @@ def _estimate(prepared: Prepared, questions: Questions) -> Estimate | None:
     )
 
 
-def _claim(prepared: Prepared) -> None:
-    """Write the suite into the output directory, unless another one lies there."""
+def _require_own_folder(prepared: Prepared) -> None:
+    """Raise a UserError if another suite lies in the output directory."""
     path = prepared.folder / "suite.yaml"
-    if path.is_file():
-        theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
-        name = theirs.get("name") if isinstance(theirs, dict) else None
-        if name != prepared.suite.name:
-            raise UserError(
-                f"output_dir={prepared.suite.output_dir}: holds the suite {name!r}, not {prepared.suite.name!r}. Choose "
-                f"another, or delete it."
-            )
+    if not path.is_file():
+        return
     try:
-        write_whole(path, suite_to_yaml(prepared.suite))
+        theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}); delete it, or choose another output_dir") from None
+    name = theirs.get("name") if isinstance(theirs, dict) else None
+    if name != prepared.suite.name:
+        raise UserError(
+            f"output_dir={prepared.suite.output_dir}: holds the suite {name!r}, not {prepared.suite.name!r}. Choose another, "
+            "or delete it."
+        )
+
+
+def _claim(prepared: Prepared) -> None:
+    """Write the suite into the output directory."""
+    try:
+        write_whole(prepared.folder / "suite.yaml", suite_to_yaml(prepared.suite))
     except OSError as error:
         raise UserError(
             f"output_dir={prepared.suite.output_dir}: cannot be written ({error.strerror}); choose another"

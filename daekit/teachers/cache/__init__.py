@@ -2,11 +2,10 @@
 
 from daekit.teachers.cache.cached import CachedTeacher
 from daekit.teachers.cache.rows import CacheRow, rows_of_batch, rows_of_examples
-from daekit.teachers.cache.store import KEEPS, CacheStore, require_facts
+from daekit.teachers.cache.store import CacheStore, require_facts
 from daekit.teachers.cache.write import write_cache
 
 __all__ = [
-    "KEEPS",
     "CacheRow",
     "CacheStore",
     "CachedTeacher",

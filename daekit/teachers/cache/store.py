@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,8 +34,6 @@ from daekit.errors import UserError
 from daekit.files import file_hash, write_whole
 from daekit.teachers.cache.rows import KEY_BYTES
 
-Keep = Literal["hidden", "top_k", "sampled"]
-KEEPS: tuple[str, ...] = get_args(Keep)
 FORMAT = 1
 MANIFEST, FACTS, HEADS = "manifest.json", "facts.json", "heads.safetensors"
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from daekit.errors import UserError
 from daekit.models.heads import teacher_log_probs
 from daekit.protocol import TeacherOutput, TopK
+from daekit.recipe.model import KEEPS
 from daekit.teachers.cache.rows import CacheRow
-from daekit.teachers.cache.store import KEEPS, RowValues, bytes_to_ids, ids_to_bytes
+from daekit.teachers.cache.store import RowValues, bytes_to_ids, ids_to_bytes
 
 _CHUNK_VALUES = 2**24  # log-probabilities that are there at a time
 _MOST_DRAWS = 255  # a count is one byte

@@ -1,4 +1,4 @@
-"""The judge engine: every question is answered once, whatever happens in between."""
+"""The one client: every question is answered once, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from urllib.parse import urlsplit
 
 from daekit.errors import UserError
-from daekit.evaluation.judging.budget import Budget, Progress, estimate
-from daekit.evaluation.judging.calls import Estimate, JudgeReply, JudgeRequest
-from daekit.evaluation.judging.endpoint import Endpoint, PassingFailure, RefusedRequest
-from daekit.evaluation.judging.local import LocalJudge, directory_fingerprint
-from daekit.evaluation.judging.store import ReplyStore
+from daekit.generation.budget import Budget, Counter, ProgressFunction, estimate
+from daekit.generation.calls import ChatReply, ChatRequest, Estimate, lacks_logprobs, read_reply
+from daekit.generation.endpoint import Endpoint, PassingFailure, RefusedRequest
+from daekit.generation.keys import Permissions, endpoint_key
+from daekit.generation.local_chat import LocalChat, model_fingerprint
+from daekit.generation.store import UNREADABLE, ReplyStore
 from daekit.recipe.judge import JudgeSpec, judge_problems
 
 _LONGEST_WAIT = 60.0  # seconds of our own back-off
@@ -25,27 +25,31 @@ _LONGEST_ASKED = 600.0  # seconds of an endpoint's Retry-After; a request is giv
 _PILOTS = 3  # requests sent one by one before the first success
 _IN_A_ROW = 10  # requests given up one after another before the run ends: the endpoint is down
 _POLL = 0.02  # seconds
+_SHOWN = 300  # characters of a reply that an error quotes
 
-Open = tuple[str, JudgeRequest]
+Open = tuple[str, ChatRequest]
 
 
-class Engine:
-    """Asks one judge, keeps every reply in ``folder``, and asks nothing twice.
+class ChatClient:
+    """Asks one model, keeps every reply in ``folder``, and asks nothing twice.
 
     A context manager: while it is open, no other process can use the folder. Limits (``max_calls``, ``max_cost``) hold for all
-    that one engine is asked.
+    that one client is asked.
 
     Attributes:
-        spec: who judges.
+        spec: who is asked.
         budget: what was sent and spent so far.
 
     Args:
         role: what the one that is asked is called in messages.
         first_wait: seconds before a failed call is first repeated; doubled each time.
-        before: what other engines have sent to the same judge; limits hold for all of it.
+        before: what other clients have sent to the same model; limits hold for all of it.
+        allowed: which keys may be sent where.
+        progress: called with (done, total) instead of printing lines.
 
     Raises:
-        UserError: the spec contradicts itself; another process uses the folder; a file in it is damaged.
+        UserError: the spec contradicts itself; its key may not be sent there; another process uses the folder; a file in it
+            is damaged.
     """
 
     def __init__(
@@ -56,26 +60,30 @@ class Engine:
         role: str = "judge",
         first_wait: float = 1.0,
         before: Sequence[Budget] = (),
+        allowed: Permissions = Permissions(),  # noqa: B008 (frozen)
+        progress: ProgressFunction | None = None,
     ) -> None:
         require_sound(spec)
+        self._key = "" if spec.base_url is None else endpoint_key(role, spec.base_url, spec.api_key_env, allowed)
+        self._progress = progress
         self.spec, self.budget = spec, Budget(spec, before)
         self.identity = identity(spec)
         self._who = f"{role} {spec.name}"
         self._first_wait = first_wait
         self._store = ReplyStore(folder)
-        if self._store.cut:
+        if self._store.was_torn:
             print(f"[{self._who}] {folder}: the last line was torn (the run was killed); its call is sent again", flush=True)
-        self._local: LocalJudge | None = None
+        self._local: LocalChat | None = None
         self._resume_at = 0.0  # on the clock of the event loop: a Retry-After holds for all calls
         self._in_a_row = 0
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> ChatClient:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._store.close()
 
-    def ask(self, requests: Sequence[JudgeRequest]) -> list[JudgeReply | None]:
+    def ask(self, requests: Sequence[ChatRequest]) -> list[ChatReply | None]:
         """The reply to each request, None where there is none (see ``errors.jsonl``, or a limit was reached).
 
         Raises:
@@ -84,58 +92,57 @@ class Engine:
         keys = [self.key(request) for request in requests]
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._store.replies}
         if missing:
-            progress = Progress(self._who, self.spec, self.budget, len(missing))
+            progress = Counter(self._who, self.spec, self.budget, len(missing), self._progress)
             try:
                 self._send(list(missing.items()), progress)
             finally:
                 progress.show()
         return [self._store.replies.get(key) for key in keys]
 
-    def key(self, request: JudgeRequest) -> str:
+    def key(self, request: ChatRequest) -> str:
         """Under which the reply to ``request`` is kept."""
         return request.key(self.spec.name, self.identity)
 
-    def reply(self, request: JudgeRequest) -> JudgeReply | None:
+    def reply(self, request: ChatRequest) -> ChatReply | None:
         """The reply that is there already."""
         return self._store.replies.get(self.key(request))
 
-    def notes(self, requests: Sequence[JudgeRequest]) -> list[str]:
+    def notes(self, requests: Sequence[ChatRequest]) -> list[str]:
         """What a reader must know about the replies to ``requests``."""
         notes = []
         replies = [reply for reply in map(self.reply, requests) if reply is not None]
         models = sorted({reply.model for reply in replies if reply.model})
         if len(models) > 1:
             notes.append(f"{self._who}: the endpoint answered as several models: {', '.join(models)}.")
-        cut = sum(_is_cut(reply) for reply in replies)
+        cut = sum(reply.is_cut for reply in replies)
         if cut:
             notes.append(
                 f"{self._who}: {cut} of {len(replies)} replies were cut at max_tokens, or where the judge's context ends."
             )
         return notes
 
-    def estimate(self, requests: Sequence[JudgeRequest]) -> Estimate:
+    def estimate(self, requests: Sequence[ChatRequest]) -> Estimate:
         """What asking them would still cost."""
         return estimate(self.spec, requests, self._store.replies, self.identity)
 
-    def _send(self, missing: list[Open], progress: Progress) -> None:
+    def _send(self, missing: list[Open], progress: Counter) -> None:
         if self.spec.path is not None:
             self._generate(missing, progress)
         else:
             _run(self._send_all(missing, progress))
 
-    def _generate(self, missing: list[Open], progress: Progress) -> None:
+    def _generate(self, missing: list[Open], progress: Counter) -> None:
         """By the local judge, batch by batch; each batch is kept before the next one begins."""
         if self._local is None:
-            self._local = LocalJudge(self.spec)
+            self._local = LocalChat(self.spec)
         allowed = [open_request for open_request in missing if self.budget.begin(open_request[1])]
-        for at, reply in self._local.answer([request for _, request in allowed]):
+        for at, body in self._local.answer([request for _, request in allowed]):
             key, request = allowed[at]
-            self.budget.end(request, reply.response["usage"])
-            self._store.add(key, request.label, reply)
+            self.budget.end(request, self._store.add(key, request.label, body))
             progress.step()
 
-    async def _send_all(self, missing: list[Open], progress: Progress) -> None:
-        endpoint = Endpoint(self._who, self.spec)
+    async def _send_all(self, missing: list[Open], progress: Counter) -> None:
+        endpoint = Endpoint(self._who, self.spec, self._key)
         self._resume_at = 0.0
         try:
             queue = iter(missing)
@@ -153,7 +160,7 @@ class Engine:
         finally:
             await endpoint.close()
 
-    async def _pilots(self, endpoint: Endpoint, queue: Iterator[Open], progress: Progress) -> None:
+    async def _pilots(self, endpoint: Endpoint, queue: Iterator[Open], progress: Counter) -> None:
         """Send the first requests one by one until one is answered: what is wrong with the endpoint is said after few calls,
         and no call is made for the purpose."""
         for key, request in itertools.islice(queue, _PILOTS):
@@ -168,9 +175,9 @@ class Engine:
     def _say_who_answers(self, key: str) -> None:
         reply = self._store.replies.get(key)
         if reply is not None:  # None: a limit kept it from being sent
-            print(f"[{self._who}] {self.spec.endpoint} answers as {reply.model}", flush=True)
+            print(f"[{self._who}] {self.spec.endpoint} answers as {reply.model or 'a model that it does not name'}", flush=True)
 
-    async def _work(self, endpoint: Endpoint, queue: Iterator[Open], progress: Progress) -> None:
+    async def _work(self, endpoint: Endpoint, queue: Iterator[Open], progress: Counter) -> None:
         for key, request in queue:
             if self.budget.stopped:
                 return
@@ -180,7 +187,7 @@ class Engine:
             if self._in_a_row >= _IN_A_ROW:
                 self.budget.stopped = f"{_IN_A_ROW} requests in a row failed, the last with: {failure}"
 
-    async def _answer(self, endpoint: Endpoint, key: str, request: JudgeRequest) -> Exception | None:
+    async def _answer(self, endpoint: Endpoint, key: str, request: ChatRequest) -> Exception | None:
         """Send one request until it is answered or given up; returns why it was given up.
 
         A request that a limit keeps from being sent is no failure.
@@ -192,18 +199,18 @@ class Engine:
                 return None
             self.budget.retries += attempts > 0
             attempts += 1
-            reply = None
+            reply = body = None
             try:
                 async with asyncio.timeout(self.spec.timeout):  # of the whole call: a body may trickle in for ever
-                    reply = await endpoint.send(request)
+                    body = await endpoint.send(request)
+                reply = self._keep(key, request, body)
             except TimeoutError:
                 failure = PassingFailure(f"no whole reply within timeout={self.spec.timeout:g} seconds")
             except (PassingFailure, RefusedRequest) as error:
                 failure = error
             finally:
-                self.budget.end(request, None if reply is None else reply.response.get("usage") or {})
+                self.budget.end(request, reply, body)
             if reply is not None:
-                self._store.add(key, request.label, reply)
                 return None
             if not isinstance(failure, PassingFailure) or failure.wait > _LONGEST_ASKED:
                 break
@@ -213,7 +220,19 @@ class Engine:
         self._store.add_error(key, request.label, str(failure), attempts)
         return failure
 
-    async def _may_send(self, request: JudgeRequest) -> bool:
+    def _keep(self, key: str, request: ChatRequest, body: str) -> ChatReply:
+        """Keep what has arrived, and read it."""
+        if request.parameters.get("logprobs") and read_reply(body, 0.0) is not None and lacks_logprobs(body):
+            raise UserError(
+                f"{self._who} at {self.spec.endpoint}: it sends no logprobs, which the annotator needs. Choose an annotator "
+                "that reads the judge's text (annotator: alpaca_eval_gpt4), or an endpoint that has logprobs."
+            )
+        reply = self._store.add(key, request.label, body)
+        if reply is None:
+            raise PassingFailure(f"no answer can be read in the reply (see {UNREADABLE}): {body[:_SHOWN]!r}")
+        return reply
+
+    async def _may_send(self, request: ChatRequest) -> bool:
         """Wait for what an endpoint asked to wait, and for calls under way that may leave something to spend."""
         while (wait := self._resume_at - asyncio.get_running_loop().time()) > 0 or self.budget.tight(request):
             await asyncio.sleep(max(wait, _POLL))
@@ -224,11 +243,6 @@ class Engine:
             return 0.0
         most = min(self._first_wait * 2 ** (attempts - 1), _LONGEST_WAIT)
         return most * random.uniform(0.5, 1.0)  # so that calls that failed together do not come back together
-
-
-def _is_cut(reply: JudgeReply) -> bool:
-    asked_for_one_token = bool((reply.response["choices"][0].get("logprobs") or {}).get("content"))
-    return reply.response["choices"][0].get("finish_reason") == "length" and not asked_for_one_token
 
 
 def require_sound(spec: JudgeSpec) -> None:
@@ -242,23 +256,17 @@ def identity(spec: JudgeSpec) -> str:
     """What tells this judge from others besides its name: the endpoint, or the path and what lies there."""
     if spec.path is None:
         return spec.endpoint
-    return f"{spec.path}#{directory_fingerprint(spec.path)},{spec.dtype},{spec.quantization or 'plain'}"
-
-
-def is_official_host(spec: JudgeSpec) -> bool:
-    """Whether OpenAI answers: any server can call its model gpt-4."""
-    host = urlsplit(spec.base_url or "").hostname or ""
-    return host == "api.openai.com" or host.endswith(".openai.azure.com")
+    return f"{spec.path}#{model_fingerprint(spec.path)},{spec.dtype},{spec.quantization or 'plain'}"
 
 
 @contextmanager
-def opened(judge: JudgeSpec | Engine, folder: Path) -> Iterator[Engine]:
-    """An engine in ``folder``, or the one that is open already."""
-    if isinstance(judge, Engine):
+def opened(judge: JudgeSpec | ChatClient, folder: Path) -> Iterator[ChatClient]:
+    """A client in ``folder``, or the one that is open already."""
+    if isinstance(judge, ChatClient):
         yield judge
     else:
-        with Engine(judge, folder) as engine:
-            yield engine
+        with ChatClient(judge, folder) as client:
+            yield client
 
 
 def _run(work: Coroutine[None, None, None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from daekit.models.vocabulary import vocabulary_size
 
 
 @dataclass(frozen=True)
-class Draw:
+class Sampling:
     """How the answer to one prompt is found.
 
     Attributes:
@@ -45,9 +45,10 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 32,
-    draws: Sequence[Draw] | None = None,
+    sampling: Sequence[Sampling] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """The model's most likely next token, or one drawn as ``draws`` say, again and again, after each prompt.
+    """The model's most likely next token, or one drawn as ``sampling`` says, again and again, after each prompt.
 
     Prompts of like length share a batch (left padding). Nothing of the model's own ``generation_config`` takes part but
     its stop tokens: a repetition penalty in it would change greedy answers too. Ids that the tokenizer does not have
@@ -57,7 +58,8 @@ def generate(
         model: a causal language model, or a PEFT model around one (with the adapter that is active).
         prompts: token ids, at least one per prompt.
         max_new_tokens: tokens to generate at most.
-        draws: one per prompt; default: all greedy.
+        sampling: one per prompt; default: all greedy.
+        progress: called with (prompts done, all of them) after each batch.
 
     Returns:
         The generated ids without the prompt, the stop token and padding, in the order of ``prompts``. An answer as long as
@@ -82,10 +84,12 @@ def generate(
         with frozen_forward(model):
             for start in range(0, len(order), batch_size):
                 indices = order[start : start + batch_size]
-                some = None if draws is None else [draws[i] for i in indices]
+                some = None if sampling is None else [sampling[i] for i in indices]
                 batch = _generate_batch(base, [prompts[i] for i in indices], config, some)
                 for index, answer in zip(indices, batch, strict=True):
                     answers[index] = _until(answer, stop)
+                if progress is not None:
+                    progress(min(start + batch_size, len(order)), len(order))
     finally:
         base.generation_config = own_config
     return answers
@@ -119,7 +123,7 @@ def _greedy_config(
 
 
 def _generate_batch(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, draws: Sequence[Draw] | None
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, sampling: Sequence[Sampling] | None
 ) -> list[list[int]]:
     width = max(len(prompt) for prompt in prompts)
     input_ids_BT = torch.full((len(prompts), width), config.pad_token_id)
@@ -129,26 +133,26 @@ def _generate_batch(
         mask_BT[index, width - len(prompt) :] = 1
     device = model.device
     how = {}
-    if draws is not None:
-        how["logits_processor"] = LogitsProcessorList([_Drawn(draws, width)])
-        how["stopping_criteria"] = StoppingCriteriaList([_Room(draws, width)])
+    if sampling is not None:
+        how["logits_processor"] = LogitsProcessorList([_Sampler(sampling, width)])
+        how["stopping_criteria"] = StoppingCriteriaList([_LengthLimit(sampling, width)])
     output_BT: Tensor = model.generate(  # type: ignore[operator]
         input_ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=config, **how
     )
     return output_BT[:, width:].tolist()
 
 
-class _Drawn(LogitsProcessor):
+class _Sampler(LogitsProcessor):
     """Leaves only the drawn token of each row with a temperature: the first whose cumulative probability is above a number
     between 0 and 1 that the row's seed and the step decide. A global random state takes no part, so a batch does not change
     its rows."""
 
-    def __init__(self, draws: Sequence[Draw], width: int) -> None:
+    def __init__(self, sampling: Sequence[Sampling], width: int) -> None:
         self.width = width
-        self.drawn = [row for row, draw in enumerate(draws) if draw.temperature > 0]
-        self.temperature_D1 = torch.tensor([[draws[row].temperature] for row in self.drawn], dtype=torch.float64)
-        longest = max(draw.max_new_tokens for draw in draws)
-        numbers = [np.random.default_rng(draws[row].seed).random(longest) for row in self.drawn]
+        self.drawn = [row for row, each in enumerate(sampling) if each.temperature > 0]
+        self.temperature_D1 = torch.tensor([[sampling[row].temperature] for row in self.drawn], dtype=torch.float64)
+        longest = max(each.max_new_tokens for each in sampling)
+        numbers = [np.random.default_rng(sampling[row].seed).random(longest) for row in self.drawn]
         self.number_DS = torch.tensor(np.array(numbers), dtype=torch.float64)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -165,11 +169,11 @@ class _Drawn(LogitsProcessor):
         return scores.index_copy(0, rows, only_DV)
 
 
-class _Room(StoppingCriteria):
+class _LengthLimit(StoppingCriteria):
     """Ends a row that has as many tokens as it may have."""
 
-    def __init__(self, draws: Sequence[Draw], width: int) -> None:
-        self.end_B = torch.tensor([width + draw.max_new_tokens for draw in draws])
+    def __init__(self, sampling: Sequence[Sampling], width: int) -> None:
+        self.end_B = torch.tensor([width + each.max_new_tokens for each in sampling])
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         return input_ids.shape[1] >= self.end_B.to(input_ids.device)
@@ -178,3 +182,8 @@ class _Room(StoppingCriteria):
 def _until(answer: list[int], stop: Sequence[int]) -> list[int]:
     end = next((at for at, token in enumerate(answer) if token in stop), len(answer))
     return answer[:end]
+
+
+def device() -> torch.device:
+    """The accelerator, or the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")

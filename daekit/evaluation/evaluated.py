@@ -1,4 +1,4 @@
-"""The models of a suite: what is known of one before its weights are loaded, and the loading."""
+"""The models under evaluation: what is known of one before its weights are loaded, and the loading."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
+from daekit.files import directory_hashes
+from daekit.generation.local import device
 from daekit.models.identity import fingerprint
 from daekit.models.loading import adapter_config, load_model, load_tokenizer_of, merge_adapter
+from daekit.recipe.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from daekit.recipe.schema import ModelSpec
 from daekit.recipe.suite import SubjectSpec
 
-_ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
-class Subject:
+class EvaluatedModel:
     """One model to measure. Tokenizer, config and weights are loaded when they are first asked for.
 
     Args:
@@ -45,8 +47,8 @@ class Subject:
         *adapters, base = [path for path in (self.spec.adapter, *self._chain()) if path]
         for path in adapters:
             if any((Path(path).expanduser() / name).is_file() for name in _TOKENIZER_FILES):
-                return load_tokenizer_of(self._model_spec.model_copy(update={"path": path, "revision": None}))
-        return load_tokenizer_of(self._model_spec.model_copy(update={"path": base}))
+                return load_tokenizer_of(self._spec_of(path, None))
+        return load_tokenizer_of(self._spec_of(base, self.spec.revision))
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -54,7 +56,7 @@ class Subject:
         path = self._chain()[-1]
         try:
             return AutoConfig.from_pretrained(
-                path, revision=self.spec.revision, trust_remote_code=self.spec.trust_remote_code
+                path, revision=self.spec.revision, trust_remote_code=self._is_trusted(path)
             ).get_text_config()
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
@@ -79,7 +81,7 @@ class Subject:
     def model(self) -> PreTrainedModel:
         """The model, with its adapter merged, on the accelerator if there is one."""
         if self._model is None:
-            loaded = load_model(self._model_spec)
+            loaded = load_model(self._spec_of(str(self.spec.path), self.spec.revision))
             if self.spec.adapter is not None:
                 loaded = merge_adapter(loaded, Path(self.spec.adapter).expanduser())
             self._model = loaded if self.spec.quantization else loaded.to(device())
@@ -115,44 +117,39 @@ class Subject:
         """The fingerprint of the loaded weights; None while they are not loaded."""
         return None if self._model is None else fingerprint(self._model)
 
-    @property
-    def _model_spec(self) -> ModelSpec:
-        spec = self.spec
-        assert spec.path is not None
+    def _spec_of(self, path: str, revision: str | None) -> ModelSpec:
         return ModelSpec(
-            path=spec.path,
-            revision=spec.revision,
-            dtype=spec.dtype,
-            attn_implementation=spec.attn_implementation,
-            trust_remote_code=spec.trust_remote_code,
-            quantization=spec.quantization,
+            path=path,
+            revision=revision,
+            dtype=self.spec.dtype,
+            attn_implementation=self.spec.attn_implementation,
+            trust_remote_code=self._is_trusted(path),
+            quantization=self.spec.quantization,
         )
+
+    def _is_trusted(self, path: str) -> bool:
+        """Whether code of a path may run: trust is given to the path in the suite, and not to a base that an adapter names."""
+        return self.spec.trust_remote_code and path == self.spec.path
 
     def _chain(self) -> list[str]:
         """The path, and while that is an adapter the base that it names; the last carries the weights."""
         chain = [str(self.spec.path)]
-        while (adapter := Path(chain[-1]).expanduser() / _ADAPTER_CONFIG).is_file():
-            base = json.loads(adapter.read_text()).get("base_model_name_or_path")
-            if not base or base in chain:
-                raise UserError(f"models.{self.name}: {adapter} names no base model (base_model_name_or_path)")
+        while (Path(chain[-1]).expanduser() / ADAPTER_CONFIG).is_file():
+            base = read_adapter_config(chain[-1])["base_model_name_or_path"]
+            if base in chain:
+                raise UserError(
+                    f"models.{self.name}: the adapter {chain[-1]} names {base} as its base, and that is an adapter on it"
+                )
             chain.append(base)
         return chain
-
-
-def device() -> torch.device:
-    """The accelerator, or the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def file_fingerprint(directory: Path) -> dict[str, str] | None:
     """File -> hash of all of it: weights and configs of a directory; None for a hub id.
 
-    Every byte is read (a gigabyte takes about a second): a training may have changed no more than one layer.
+    Every byte is read: a training may have changed no more than one layer.
     """
-    if not directory.is_dir():
-        return None
-    names = [*directory.glob("*.safetensors"), *directory.glob("*config.json")]
-    return {path.name: hash_of_file(path) for path in sorted(names)}
+    return directory_hashes(directory, (".safetensors", "config.json"))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -167,9 +164,3 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         # padding and truncation are those of the last call
         facts.append({key: value for key, value in how.items() if key not in ("padding", "truncation")})
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
-
-
-def hash_of_file(path: Path) -> str:
-    """The first 16 hexadecimal digits of its SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,10 +1,10 @@
-"""A local judge: a model directory, asked in process with its own chat template."""
+"""A chat model in a directory, asked in process with its own chat template."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
-from daekit.evaluation.judging.calls import JudgeReply, JudgeRequest, Message
-from daekit.evaluation.subjects import device, hash_of_file
+from daekit.files import directory_hashes
+from daekit.generation.calls import ChatRequest, Message
+from daekit.generation.local import Sampling, device, generate
 from daekit.models.backbone import frozen_forward
-from daekit.models.generation import Draw, generate
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.judge import JudgeSpec
@@ -36,7 +36,7 @@ _CANDIDATES = 100  # tokens at least among which the likeliest texts are sought
 _NO_TEXT = "\N{REPLACEMENT CHARACTER}"
 
 
-class LocalJudge:
+class LocalChat:
     """Loads the model when it is made; answers greedily."""
 
     def __init__(self, spec: JudgeSpec) -> None:
@@ -51,8 +51,8 @@ class LocalJudge:
         # bitsandbytes has placed its weights already
         self._model: PreTrainedModel = model if spec.quantization else model.to(device())  # type: ignore[arg-type]
 
-    def answer(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, JudgeReply]]:
-        """(index, reply), a batch at a time, shortest prompts first.
+    def answer(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, str]]:
+        """(index, body of a reply), a batch at a time, shortest prompts first.
 
         Raises:
             UserError: a request asks for what a local judge does not have (logprobs, functions), or is longer than the model
@@ -63,7 +63,7 @@ class LocalJudge:
         prompts = [encode_chat(self._tokenizer, request.messages) for request in requests]
         order = sorted(range(len(requests)), key=lambda at: (requests[at].parameters["max_tokens"], len(prompts[at])))
         for at in order:
-            self._require_room(requests[at], prompts[at])
+            self._require_space(requests[at], prompts[at])
         while order:
             first = requests[order[0]].parameters
             batch = [at for at in order[: self._spec.batch_size] if requests[at].parameters == first]
@@ -72,13 +72,17 @@ class LocalJudge:
             tops: list[list[tuple[str, float]] | None] = [None] * len(batch)
             if first.get("logprobs"):
                 tops = [*self._next_tokens(batch_prompts, first.get("top_logprobs", 0))]
-            rooms = [self._room(prompt, first["max_tokens"]) for prompt in batch_prompts]
-            draws, most = [Draw(room) for room in rooms], max(rooms)
+            limits = [self._limit(prompt, first["max_tokens"]) for prompt in batch_prompts]
             answers = generate(
-                self._model, self._tokenizer, batch_prompts, max_new_tokens=most, batch_size=len(batch), draws=draws
+                self._model,
+                self._tokenizer,
+                batch_prompts,
+                max_new_tokens=max(limits),
+                batch_size=len(batch),
+                sampling=[Sampling(limit) for limit in limits],
             )
-            for at, ids, room, top in zip(batch, answers, rooms, tops, strict=True):
-                yield at, self._reply(len(prompts[at]), ids, room, top)
+            for at, ids, limit, top in zip(batch, answers, limits, tops, strict=True):
+                yield at, self._body(len(prompts[at]), ids, limit, top)
 
     def _next_tokens(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[tuple[str, float]]]:
         """After each prompt the ``count`` likeliest texts of one token and their log-probabilities; tokens of one text (with
@@ -107,7 +111,7 @@ class LocalJudge:
             found.append(sorted(texts.items(), key=lambda item: -item[1])[:count])
         return found
 
-    def _reply(self, prompt_tokens: int, ids: list[int], most: int, top: list[tuple[str, float]] | None) -> JudgeReply:
+    def _body(self, prompt_tokens: int, ids: list[int], most: int, top: list[tuple[str, float]] | None) -> str:
         """In the form of the OpenAI protocol."""
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}}
@@ -116,9 +120,9 @@ class LocalJudge:
             entries = [{"token": token, "logprob": value, "bytes": None} for token, value in top]
             choice["logprobs"] = {"content": [{"token": text, "bytes": None, "top_logprobs": entries}]}
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(ids)}
-        return JudgeReply(text, {"model": self._spec.name, "choices": [choice], "usage": usage}, time.time())
+        return json.dumps({"model": self._spec.name, "choices": [choice], "usage": usage})
 
-    def _require_possible(self, request: JudgeRequest) -> None:
+    def _require_possible(self, request: ChatRequest) -> None:
         unknown = [name for name in request.parameters if name not in _KNOWN]
         if request.parameters.get("logprobs") and request.parameters["max_tokens"] != 1:
             unknown.append("logprobs of more than one token")
@@ -128,12 +132,12 @@ class LocalJudge:
                 "annotator that reads the judge's text (annotator: alpaca_eval_gpt4), or serve the model and give its base_url."
             )
 
-    def _room(self, prompt: Sequence[int], max_tokens: int) -> int:
+    def _limit(self, prompt: Sequence[int], max_tokens: int) -> int:
         """How long the reply may be: where the context ends, it is cut as at ``max_tokens``."""
         return max_tokens if self._context is None else min(max_tokens, self._context - len(prompt))
 
-    def _require_room(self, request: JudgeRequest, prompt: Sequence[int]) -> None:
-        if self._room(prompt, 1) < 1:
+    def _require_space(self, request: ChatRequest, prompt: Sequence[int]) -> None:
+        if self._limit(prompt, 1) < 1:
             raise UserError(
                 f"judge.path: {request.label or 'a prompt'} has {len(prompt)} tokens, and {self._spec.path} reads "
                 f"{self._context}. "
@@ -217,17 +221,10 @@ def _as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(ids)
 
 
-def directory_fingerprint(path: str) -> str:
-    """Hash of the weights and settings in a directory, so that a judge that was trained again is another judge.
+def model_fingerprint(path: str) -> str:
+    """Hash of the weights and settings in a directory, so that a model that was trained again is another model.
 
     Every byte is read. A hub id has no files here: its name is all that is known.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return "hub"
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix not in (".safetensors", ".json", ".jinja", ".model"):
-            continue
-        digest.update(f"{file.name}:{hash_of_file(file)}:".encode())
-    return digest.hexdigest()[:16]
+    hashes = directory_hashes(Path(path).expanduser(), (".safetensors", ".json", ".jinja", ".model"))
+    return "hub" if hashes is None else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]

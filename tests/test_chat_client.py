@@ -1,4 +1,4 @@
-"""The judge engine under a judge that misbehaves: nothing lost, nothing counted twice, nothing invented."""
+"""The chat client under a judge that misbehaves: nothing lost, nothing counted twice, nothing invented."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from typing import Any
 import pytest
 
 from daekit.errors import UserError
-from daekit.evaluation.judging.calls import JudgeRequest
-from daekit.evaluation.judging.endpoint import _wait
-from daekit.evaluation.judging.engine import Engine
-from daekit.evaluation.judging.store import ERRORS, REPLIES, ReplyStore
+from daekit.generation.calls import ChatRequest
+from daekit.generation.client import ChatClient
+from daekit.generation.endpoint import retry_after
+from daekit.generation.store import ERRORS, REPLIES, ReplyStore
 from daekit.recipe.judge import JudgeSpec, judge_problems
 from tests.helpers.judge_server import Call, JudgeServer, scripted_rating
 
 COUNT = 20
 
 
-def requests(count: int = COUNT, **parameters: Any) -> list[JudgeRequest]:
+def requests(count: int = COUNT, **parameters: Any) -> list[ChatRequest]:
     common = {"temperature": 0, "max_tokens": 64} | parameters
     return [
-        JudgeRequest([{"role": "user", "content": f"Rate {i} as [[rating]]"}], common, label=f"question {i}")
+        ChatRequest([{"role": "user", "content": f"Rate {i} as [[rating]]"}], common, label=f"question {i}")
         for i in range(count)
     ]
 
@@ -40,9 +40,9 @@ def spec(server: JudgeServer, **fields: Any) -> JudgeSpec:
     return JudgeSpec(**{"model": "judge", "base_url": server.url, "timeout": 30.0, "concurrency": 8} | fields)
 
 
-def ask(server: JudgeServer, folder: Path, wanted: list[JudgeRequest] | None = None, **fields: Any) -> list[Any]:
-    with Engine(spec(server, **fields), folder, first_wait=0.005) as engine:
-        return engine.ask(requests() if wanted is None else wanted)
+def ask(server: JudgeServer, folder: Path, wanted: list[ChatRequest] | None = None, **fields: Any) -> list[Any]:
+    with ChatClient(spec(server, **fields), folder, first_wait=0.005) as client:
+        return client.ask(requests() if wanted is None else wanted)
 
 
 def right(replies: list[Any], server: JudgeServer) -> bool:
@@ -72,7 +72,7 @@ def test_a_fault_that_passes_loses_nothing_and_counts_nothing_twice(kind: str, t
         assert set(server.answered.values()) == {1} and len(server.answered) == COUNT
         lines = [json.loads(line) for line in (tmp_path / REPLIES).read_text().splitlines()]
         assert len({line["key"] for line in lines}) == len(lines) == COUNT
-        assert all(line["response"]["model"] == server.model and "usage" in line["response"] for line in lines)
+        assert all(json.loads(line["body"])["model"] == server.model and "usage" in line["body"] for line in lines)
         sent = len(server.calls)
         assert ask(server, tmp_path) == replies  # from the disk
         assert len(server.calls) == sent
@@ -132,19 +132,22 @@ def test_concurrency_is_bounded_and_used(tmp_path: Path) -> None:
 
 
 def test_an_endpoint_that_never_answers_is_left_after_three_requests(tmp_path: Path) -> None:
-    with JudgeServer(lambda call: "500") as server, Engine(spec(server, max_retries=1), tmp_path, first_wait=0.005) as engine:
-        assert engine.ask(requests()) == [None] * COUNT
+    with (
+        JudgeServer(lambda call: "500") as server,
+        ChatClient(spec(server, max_retries=1), tmp_path, first_wait=0.005) as client,
+    ):
+        assert client.ask(requests()) == [None] * COUNT
         assert len(server.calls) == 6
-        assert "HTTP 500" in str(engine.budget.stopped)
+        assert "HTTP 500" in str(client.budget.stopped)
 
 
 def test_an_endpoint_that_goes_down_is_left(tmp_path: Path) -> None:
     with JudgeServer(lambda call: "500" if call.number >= 30 else None) as server:
-        with Engine(spec(server, max_retries=0, concurrency=2), tmp_path, first_wait=0.005) as engine:
-            replies = engine.ask(requests(100))
+        with ChatClient(spec(server, max_retries=0, concurrency=2), tmp_path, first_wait=0.005) as client:
+            replies = client.ask(requests(100))
         assert sum(reply is not None for reply in replies) == 30
         assert 40 <= len(server.calls) <= 42
-        assert "10 requests in a row failed" in str(engine.budget.stopped)
+        assert "10 requests in a row failed" in str(client.budget.stopped)
 
 
 def test_requests_that_are_refused_for_good_do_not_keep_the_others_back(tmp_path: Path) -> None:
@@ -208,12 +211,12 @@ def test_max_cost_is_never_exceeded_and_calls_under_way_do_not_end_a_run(tmp_pat
     prices = {"price_prompt": 1000.0, "price_completion": 1000.0}  # 10 tokens of a reply: 1 cent
     with JudgeServer(pause=0.01) as server:
         # 64 tokens at most and some of the prompt are set aside per call: only one fits at a time near the end
-        with Engine(spec(server, max_cost=0.2, **prices), tmp_path) as engine:
-            replies = engine.ask(requests())
+        with ChatClient(spec(server, max_cost=0.2, **prices), tmp_path) as client:
+            replies = client.ask(requests())
         done = sum(reply is not None for reply in replies)
         assert 5 <= done < COUNT
-        assert 0.08 < engine.budget.cost <= 0.2
-        assert "max_cost=0.2 would be exceeded" in str(engine.budget.stopped)
+        assert 0.08 < client.budget.cost <= 0.2
+        assert "max_cost=0.2 would be exceeded" in str(client.budget.stopped)
         ask(server, tmp_path)
         assert len(server.calls) == COUNT
 
@@ -245,8 +248,8 @@ def test_the_newer_name_of_the_token_limit(tmp_path: Path) -> None:
 def test_an_estimate_says_what_is_still_to_be_sent(tmp_path: Path) -> None:
     with JudgeServer() as server:
         ask(server, tmp_path, requests(10))
-        with Engine(spec(server, price_prompt=1.0, price_completion=2.0), tmp_path) as engine:
-            estimate = engine.estimate(requests())
+        with ChatClient(spec(server, price_prompt=1.0, price_completion=2.0), tmp_path) as client:
+            estimate = client.estimate(requests())
         assert (estimate.calls, estimate.cached) == (COUNT - 10, 10)
         assert estimate.completion_tokens == 64 * (COUNT - 10)
         assert estimate.cost == pytest.approx((estimate.prompt_tokens + 2 * estimate.completion_tokens) / 1e6)
@@ -263,8 +266,8 @@ def test_works_inside_a_running_event_loop(tmp_path: Path) -> None:
 
 def _ask_in_child(base_url: str, folder: Path) -> None:
     judge = JudgeSpec(model="judge", base_url=base_url, concurrency=4)
-    with Engine(judge, folder, first_wait=0.005) as engine:
-        engine.ask(requests(120))
+    with ChatClient(judge, folder, first_wait=0.005) as client:
+        client.ask(requests(120))
 
 
 @pytest.mark.parametrize("after", [5, 50])
@@ -320,19 +323,19 @@ def test_a_full_disk_ends_the_run_and_a_rerun_goes_on(tmp_path: Path, monkeypatc
         return real(file, part)
 
     with JudgeServer() as server:
-        monkeypatch.setattr("daekit.evaluation.judging.store.os.write", write)
+        monkeypatch.setattr("daekit.files.os.write", write)
         with pytest.raises(OSError, match="No space left"):
             ask(server, tmp_path)
         monkeypatch.undo()
         content = (tmp_path / REPLIES).read_bytes()
-        assert len(content) == 3000 and not content.endswith(b"\n"), "the last line is torn"
+        assert 0 < len(content) < 3000 and content.endswith(b"\n"), "the part of a line is taken back"
         sent = len(server.calls)
         assert right(ask(server, tmp_path), server)
         assert len(server.calls) - sent == COUNT - content.count(b"\n")
 
 
 def test_a_prompt_that_is_no_text_is_an_error_of_its_own(tmp_path: Path) -> None:
-    broken = JudgeRequest([{"role": "user", "content": "half a letter \ud83d"}], {"max_tokens": 5})
+    broken = ChatRequest([{"role": "user", "content": "half a letter \ud83d"}], {"max_tokens": 5})
     with JudgeServer() as server:
         replies = ask(server, tmp_path, [*requests(3), broken])
         assert [reply is None for reply in replies] == [False, False, False, True]
@@ -342,12 +345,12 @@ def test_a_prompt_that_is_no_text_is_an_error_of_its_own(tmp_path: Path) -> None
 @pytest.mark.parametrize(("value", "seconds"), [("3", 3), ("0.5", 0.5), ("", 0), ("soon", 0), ("-4", 0), ("date", 100)])
 def test_retry_after_is_a_number_or_a_date(value: str, seconds: float) -> None:
     value = email.utils.formatdate(time.time() + 100) if value == "date" else value
-    assert _wait({"retry-after": value}) == pytest.approx(seconds, abs=1.5)
+    assert retry_after({"retry-after": value}) == pytest.approx(seconds, abs=1.5)
 
 
 def test_two_processes_on_one_folder(tmp_path: Path) -> None:
     store = ReplyStore(tmp_path)
-    with pytest.raises(UserError, match="another process is sending judge calls"):
+    with pytest.raises(UserError, match="another process is sending calls"):
         ReplyStore(tmp_path)
     store.close()
     ReplyStore(tmp_path).close()
@@ -372,7 +375,7 @@ def test_a_spec_that_contradicts_itself(fields: dict[str, Any], key: str, tmp_pa
     assert [name for name, _ in found] == [key]
     assert "secret" not in found[0][1]
     with pytest.raises(UserError, match=rf"judge\.{key}"):
-        Engine(JudgeSpec(**fields), tmp_path / "new")
+        ChatClient(JudgeSpec(**fields), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

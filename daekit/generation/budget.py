@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
-from daekit.evaluation.judging.calls import CHARACTERS_PER_TOKEN, Estimate, JudgeRequest
+from daekit.generation.calls import ChatReply, ChatRequest, Estimate, tokens_of
 from daekit.recipe.judge import JudgeSpec
 
+ProgressFunction = Callable[[int, int], None]  # (done, total)
 _EVERY = 10.0  # seconds between two lines of progress
+_IMPLAUSIBLE = 2  # a usage so many times below what we count ourselves is not believed
 
 
 def price(spec: JudgeSpec, prompt_tokens: float, completion_tokens: float) -> float | None:
@@ -19,19 +20,19 @@ def price(spec: JudgeSpec, prompt_tokens: float, completion_tokens: float) -> fl
     return (prompt_tokens * spec.price_prompt + completion_tokens * spec.price_completion) / 1e6
 
 
-def estimate(spec: JudgeSpec, requests: Sequence[JudgeRequest], done: Iterable[str], identity: str) -> Estimate:
+def estimate(spec: JudgeSpec, requests: Sequence[ChatRequest], done: Iterable[str], identity: str) -> Estimate:
     """What asking ``requests`` would cost when the keys ``done`` are answered."""
     by_key = {request.key(spec.name, identity): request for request in requests}
     answered = set(done)
     open_requests = [request for key, request in by_key.items() if key not in answered]
-    prompt = sum(_prompt_tokens(request) for request in open_requests)
-    completion = sum(_completion_tokens(request) for request in open_requests)
+    prompt = sum(request.prompt_tokens for request in open_requests)
+    completion = sum(request.completion_tokens for request in open_requests)
     cost = price(spec, prompt, completion)
     return Estimate(len(open_requests), len(by_key) - len(open_requests), prompt, completion, cost)
 
 
 class Budget:
-    """Counts calls, tokens and dollars of one engine. Limits hold for it and those ``before`` it together.
+    """Counts calls, tokens and dollars of one client. Limits hold for it and those ``before`` it together.
 
     Attributes:
         calls: sent, repeated ones included.
@@ -50,7 +51,7 @@ class Budget:
         self._reserved = 0.0
         self.stopped: str | None = None
 
-    def tight(self, request: JudgeRequest) -> bool:
+    def tight(self, request: ChatRequest) -> bool:
         """Whether only the calls under way stand between ``request`` and ``max_cost``: what they leave is not known yet."""
         if self._spec.max_cost is None or self.stopped:
             return False
@@ -58,7 +59,7 @@ class Budget:
         spent = self._cost_before + self.cost
         return spent + most <= self._spec.max_cost < spent + self._reserved + most
 
-    def begin(self, request: JudgeRequest) -> bool:
+    def begin(self, request: ChatRequest) -> bool:
         """Whether one more call may be sent. Its price at most is set aside until ``end``, so that calls under way together
         never spend more than ``max_cost``."""
         spec, most, spent = self._spec, self._most(request), self._cost_before + self.cost
@@ -72,34 +73,40 @@ class Budget:
         self._reserved += most
         return True
 
-    def end(self, request: JudgeRequest, usage: Mapping[str, Any] | None) -> None:
-        """A call came back, with what it used (None: it failed)."""
+    def end(self, request: ChatRequest, reply: ChatReply | None, body: str | None = None) -> None:
+        """A call came back: with a reply, with a body that holds none (which is paid all the same), or with nothing.
+
+        What an endpoint counts is believed down to half of our own count; one that does not say is charged at most.
+        """
         self._reserved -= self._most(request)
-        if usage is None:
+        if reply is None and body is None:
             return
-        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        # an endpoint that does not say is charged what was guessed, at most
-        self.prompt_tokens += prompt if prompt is not None else _prompt_tokens(request)
-        self.completion_tokens += completion if completion is not None else _completion_tokens(request)
+        visible = tokens_of(len(reply.text if reply is not None else body or ""))
+        prompt, completion = (None, None) if reply is None else (reply.prompt_tokens, reply.completion_tokens)
+        self.prompt_tokens += _plausible(prompt, request.prompt_tokens, otherwise=request.prompt_tokens)
+        self.completion_tokens += _plausible(completion, visible, otherwise=max(request.completion_tokens, visible))
         self.cost = price(self._spec, self.prompt_tokens, self.completion_tokens) or 0.0
 
-    def _most(self, request: JudgeRequest) -> float:
+    def _most(self, request: ChatRequest) -> float:
         # guessed with twice the tokens that English has
-        return price(self._spec, 2 * _prompt_tokens(request), _completion_tokens(request)) or 0.0
+        return price(self._spec, 2 * request.prompt_tokens, request.completion_tokens) or 0.0
 
 
-class Progress:
-    """Prints ``[judge gpt-4] 120/160  3.1 calls/s  0:13 left  $0.42  4 repeated`` every ten seconds and at the end."""
+class Counter:
+    """Tells ``progress`` how far the requests are, or prints it every ten seconds and at the end:
+    ``[judge gpt-4] 120/160  3.1 calls/s  0:13 left  $0.42  4 repeated``."""
 
-    def __init__(self, who: str, spec: JudgeSpec, budget: Budget, total: int) -> None:
-        self._who, self._spec, self._budget, self._total = who, spec, budget, total
+    def __init__(self, who: str, spec: JudgeSpec, budget: Budget, total: int, progress: ProgressFunction | None) -> None:
+        self._who, self._spec, self._budget, self._total, self._progress = who, spec, budget, total, progress
         self._done = 0
         self._start = self._last = time.monotonic()
 
     def step(self) -> None:
         """One more request is answered or given up."""
         self._done += 1
-        if time.monotonic() - self._last >= _EVERY:
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+        elif time.monotonic() - self._last >= _EVERY:
             self.show()
 
     def show(self) -> None:
@@ -118,9 +125,5 @@ class Progress:
         print("  ".join(parts), flush=True)
 
 
-def _prompt_tokens(request: JudgeRequest) -> int:
-    return -(-request.characters // CHARACTERS_PER_TOKEN) + 4 * len(request.messages)
-
-
-def _completion_tokens(request: JudgeRequest) -> int:
-    return int(request.parameters.get("max_tokens") or 0)
+def _plausible(said: int | None, counted: int, *, otherwise: int) -> int:
+    return otherwise if said is None or said * _IMPLAUSIBLE < counted else said

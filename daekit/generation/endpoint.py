@@ -1,0 +1,159 @@
+"""One call to an OpenAI-compatible endpoint, and what its failure means."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import time
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+import httpx
+
+from daekit.errors import UserError
+from daekit.generation.calls import ChatRequest
+from daekit.generation.keys import is_maskable, masked
+from daekit.recipe.judge import JudgeSpec
+
+_PASSING = (408, 409, 425, 429)  # besides 5xx: the same call may succeed later
+_SHOWN = 300  # characters of an endpoint's message that an error quotes
+_LARGEST = 64 * 2**20  # bytes of a body; a longer one is none
+
+
+class PassingFailure(Exception):
+    """The call may succeed if it is sent again.
+
+    Attributes:
+        wait: Seconds that the endpoint asks to wait.
+    """
+
+    def __init__(self, message: str, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+class RefusedRequest(Exception):
+    """The endpoint does not answer this request; others it may."""
+
+
+class Endpoint:
+    """Sends single calls; used inside one event loop.
+
+    Args:
+        who: What the one that is asked is called in messages.
+        key: What to authenticate with; empty: no key is sent.
+    """
+
+    def __init__(self, who: str, spec: JudgeSpec, key: str) -> None:
+        assert spec.base_url is not None
+        self._spec, self._key, self._who = spec, key, f"{who} at {spec.endpoint}"
+        self._url = f"{spec.base_url.rstrip('/')}/chat/completions"
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=spec.concurrency)
+        # a redirect would send the question, or a GET instead of it, to another place
+        self._client = httpx.AsyncClient(headers=headers, timeout=spec.timeout, limits=limits, follow_redirects=False)
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._client.aclose()
+
+    async def send(self, request: ChatRequest) -> str:
+        """One attempt; returns the body of a response with status 200, without the key should the endpoint repeat it.
+
+        Raises:
+            PassingFailure, RefusedRequest: See there.
+            UserError: No call can succeed (a wrong key or URL, a redirect, no such model, nothing left to spend).
+        """
+        parameters = dict(request.parameters)
+        if self._spec.token_limit != "max_tokens" and "max_tokens" in parameters:
+            parameters[self._spec.token_limit] = parameters.pop("max_tokens")
+        question = {"model": self._spec.model, "messages": [dict(message) for message in request.messages], **parameters}
+        try:
+            content = json.dumps(question, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise RefusedRequest(f"the prompt is no text that can be sent ({error})") from None
+        try:
+            async with self._client.stream(
+                "POST", self._url, content=content, headers={"Content-Type": "application/json"}
+            ) as response:
+                body = await _body(response)
+        except httpx.LocalProtocolError as error:  # its message may quote a header
+            raise RefusedRequest(f"the request cannot be sent ({type(error).__name__})") from None
+        except (httpx.TransportError, httpx.DecodingError) as error:  # time-outs too
+            raise PassingFailure(self._clean(f"{type(error).__name__}: {error}")) from None
+        if response.is_success:
+            return self._without_key(body)
+        raise self._failure(response.status_code, body, response.headers)
+
+    def _failure(self, status: int, body: str, headers: Mapping[str, str]) -> Exception:
+        said = f"HTTP {status}: {self._clean(body)}"
+        if 300 <= status < 400:
+            target = self._clean(_without_query(headers.get("location", "nowhere")))
+            return UserError(
+                f"{self._who}: HTTP {status} redirects to {target}, and redirects are not followed. Set the URL to the place "
+                "that answers."
+            )
+        if "insufficient_quota" in body:
+            return UserError(f"{self._who}: nothing is left to spend ({said}). Replies so far are kept; run again later.")
+        if status in _PASSING or status >= 500:
+            return PassingFailure(said, retry_after(headers))
+        if status in (401, 403):
+            variable = self._spec.api_key_env or "OPENAI_API_KEY"
+            none = f"no key was sent ({variable} is not set, or api_key_env names no variable)"
+            have = f"the key in {variable} is refused" if self._key else none
+            return UserError(f"{self._who}: {have} ({said}). Name the variable with api_key_env, and set it to a valid key.")
+        if status == 404:
+            return UserError(
+                f"{self._who}: no such model or URL ({said}). The URL ends in /v1 as a rule; correct it or the model's name."
+            )
+        return RefusedRequest(said)
+
+    def _clean(self, text: str) -> str:
+        """The beginning of what an endpoint says, without the key and on one line."""
+        text = masked(text, self._key)[:_SHOWN]
+        return "".join(letter if letter.isprintable() else " " for letter in text)
+
+    def _without_key(self, body: str) -> str:
+        """A body to keep; where the key is spelled with escapes, it is written anew."""
+        if not is_maskable(self._key):
+            return body
+        body = masked(body, self._key)
+        if "\\" in body:
+            try:
+                spelled = json.dumps(json.loads(body), ensure_ascii=False)
+            except (ValueError, RecursionError):
+                return body
+            if self._key in spelled:
+                return masked(spelled, self._key)
+        return body
+
+
+async def _body(response: httpx.Response) -> str:
+    parts, size = [], 0
+    async for part in response.aiter_bytes():
+        parts.append(part)
+        size += len(part)
+        if size > _LARGEST:
+            raise RefusedRequest(f"the reply is longer than {_LARGEST:,} bytes")
+    return b"".join(parts).decode(errors="replace")
+
+
+def _without_query(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    except ValueError:
+        return "a place that is no URL"
+
+
+def retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds of a Retry-After header, which is a number or a date."""
+    value = headers.get("retry-after", "")
+    try:
+        return max(float(value), 0.0)
+    except ValueError:
+        pass
+    try:
+        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except (ValueError, OverflowError):
+        return 0.0
