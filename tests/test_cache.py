@@ -275,6 +275,19 @@ def test_a_stopped_writing_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, mo
     assert bytes_of(tmp_path / "stopped") == bytes_of(tmp_path / "straight")
 
 
+def test_a_stopped_writing_that_goes_on_with_other_rows_keeps_no_shard_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, teacher = long_rows(20), model_teacher()
+    with monkeypatch.context() as patched:
+        patched.setattr(writing._Writer, "_finish", lambda *given: None)  # stopped before the manifest
+        write_cache(teacher, rows[:11], tmp_path, shard_bytes=10_000)
+    write_cache(teacher, rows[5:], tmp_path, shard_bytes=10_000)
+    batch, cached = batch_to(rows[5:]), CachedTeacher(tmp_path)
+    assert len(cached.store.index) == 15
+    assert torch.equal(hidden_of(cached, batch)[0], hidden_of(teacher, batch)[0])
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_ranks_write_the_same_bytes_as_one(order: tuple[int, ...], tmp_path: Path) -> None:
     rows, teacher = long_rows(20), model_teacher()

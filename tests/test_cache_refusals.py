@@ -189,7 +189,7 @@ def test_a_full_disk_names_the_file_and_leaves_what_is_complete(tmp_path: Path, 
 
 def test_two_writers(tmp_path: Path) -> None:
     holder = (
-        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); f.write('process 7 on host'); f.flush();"
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_SH); f.write('process 7 on host'); f.flush();"
         "print('held', flush=True); sys.stdin.read()"
     )
     tmp_path.mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.models.vocabulary import vocabulary_size
-from daekit.trainers.config import DomainSFTConfig
+from daekit.trainers.config import DomainSFTConfig, KDConfig
 from daekit.trainers.kd import KDTrainer
 
 
@@ -44,6 +44,8 @@ def rows_trainer(
     )
     args = copy.copy(args)
     args.report_to, args.gradient_checkpointing, args.model_init_kwargs = [], False, None
+    if isinstance(args, KDConfig):  # there is no teacher to compare with
+        args.ce_weight, args.prediction_weight, args.attention_weight, args.hidden_weight = 1.0, 0.0, 0.0, 0.0
     return _RowsTrainer(
         LlamaForCausalLM(config), None, args, train_dataset, copy.deepcopy(tokenizer), eval_dataset=eval_dataset
     )
