@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install quickstart test slow check clean
+.PHONY: install quickstart test slow nightly check clean
 
 install: $(INSTALLED)
 
@@ -21,7 +21,10 @@ test: install
 	$(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 slow: $(VENV)/.deepspeed
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not nightly"
+
+nightly: $(VENV)/.deepspeed
+	$(BIN)/pytest -m nightly
 
 $(VENV)/.deepspeed: $(INSTALLED)
 	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints.txt -e '.[dev,deepspeed]'

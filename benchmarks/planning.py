@@ -134,8 +134,8 @@ def train(recipe: Any) -> dict[str, int]:
     from daekit.runtime import DataBuilder, ModelBuilder, RunFolder, build_trainer
 
     folder = RunFolder(Path(recipe.output_dir))
-    data = DataBuilder(recipe)
-    models = ModelBuilder(folder, data.tokenizer(folder))
+    data = DataBuilder(recipe, folder)
+    models = ModelBuilder(folder, data.tokenizer)
     trainer, _ = build_trainer(recipe, "main", folder.stage("main"), data, models)
     with counting_bytes() as measured:
         trainer.train()

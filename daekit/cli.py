@@ -1,4 +1,4 @@
-"""The command line: ``daekit check | plan | init | cache | train | eval | recipes...``. Heavy imports happen inside."""
+"""The command line: ``daekit check | preview | plan | init | cache | train | eval...``. Heavy imports happen inside."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import get_args
 
 from daekit import __version__
-from daekit.errors import UserError, says_disk_is_full
-from daekit.recipe import load_recipe, load_recipe_text, load_suite, parse_models, sharing_notes, to_yaml
+from daekit.errors import Stopped, UserError, says_disk_is_full
+from daekit.recipe import Recipe, load_recipe, load_recipe_text, load_suite, parse_models, sharing_notes, to_yaml
 from daekit.recipe.model import Dtype
 from daekit.recipe.trainer_options import default_options
 
@@ -39,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _complain(f"daekit: error: the disk is full ({error}). Free some space; the same command goes on.")
         return _STATUS_OF_USER_ERROR
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"daekit: {stop}", file=sys.stderr, flush=True)
+        return stop.status
     except KeyboardInterrupt:
         _complain("stopped; the same command resumes")
         return _STATUS_OF_INTERRUPT
@@ -83,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="say what is wrong with a recipe, or show it with every default filled in")
     check.set_defaults(run=_check)
+    check.add_argument(
+        "--deep", action="store_true", help="open everything that a run will need (rows, tokenizers, models, suites), too"
+    )
+    preview = commands.add_parser("preview", help="show the first N rows of each source as the model will see them (N: 2)")
+    preview.set_defaults(run=_preview)
     train = commands.add_parser("train", help="run the stages of a recipe; what is finished is kept, what was stopped resumes")
     train.set_defaults(run=_train)
     plan = commands.add_parser("plan", help="say what a recipe needs, before anything is loaded: memory by part, what fits")
@@ -99,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     init.set_defaults(run=_init)
     cache = commands.add_parser("cache", help="write what teachers with a cache say about the rows of a recipe; no training")
     cache.set_defaults(run=_cache)
-    for command in (check, plan, init, cache, train):
+    for command in (check, preview, plan, init, cache, train):
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
     _add_eval(commands)
@@ -113,8 +122,17 @@ def _parser() -> argparse.ArgumentParser:
     quickstart = commands.add_parser("quickstart", help="KD, then DAE, in the small: on embedded data, on a CPU, in minutes")
     quickstart.set_defaults(run=_quickstart)
     quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
-    for command in (check, plan, init, cache, train, quickstart):
-        command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
+    for command in (init, cache, train, quickstart):
+        command.add_argument(
+            "--grace",
+            metavar="SECONDS",
+            type=_positive_float,
+            default=25.0,
+            help="what SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C leave the run to save a checkpoint at its next step (default: 25)",
+        )
+    for command in (check, preview, plan, init, cache, train, quickstart):
+        metavar = "key=value" if command is not preview else "[N] key=value"
+        command.add_argument("overrides", metavar=metavar, nargs="*", default=[], help=_OVERRIDES_HELP)
     return parser
 
 
@@ -202,11 +220,30 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
+    if options.deep:
+        _show_prepared(recipe, 1)
+        print(f"\n{recipe.name}: everything that the run needs is there")
+        return
     print(to_yaml(recipe), end="")
     print("# trainer: what a stage does not set there is, by TRL and daekit:")
     print("".join(f"#   {key}: {json.dumps(value)}\n" for key, value in default_options().items()), end="")
     for note in sharing_notes(recipe):
         print(f"# note: {note}")
+
+
+def _preview(options: argparse.Namespace) -> None:
+    overrides = list(options.overrides)
+    rows = int(overrides.pop(0)) if overrides and overrides[0].isdecimal() else 2
+    _show_prepared(load_recipe(options.recipe, overrides), rows)
+
+
+def _show_prepared(recipe: Recipe, rows: int) -> None:
+    from daekit.runtime.prepare import prepare
+    from daekit.runtime.preview import preview
+    from daekit.runtime.quiet import quieten
+
+    quieten()
+    print(preview(prepare(recipe), rows))
 
 
 def _schema(options: argparse.Namespace) -> None:
@@ -228,7 +265,7 @@ def _recipes(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
-    if options.tflops is not None and options.tflops <= 0:
+    if options.tflops is not None and not 0 < options.tflops < float("inf"):
         raise UserError(f"--tflops {options.tflops}: a rate is positive")
 
     from daekit.planning import format_plan, machine_of, plan_json, plan_recipe
@@ -243,7 +280,7 @@ def _init(options: argparse.Namespace) -> None:
 
     from daekit.runtime.run import init_students
 
-    init_students(recipe)
+    init_students(recipe, options.grace)
 
 
 def _cache(options: argparse.Namespace) -> None:
@@ -251,7 +288,7 @@ def _cache(options: argparse.Namespace) -> None:
 
     from daekit.runtime.run import cache_teachers
 
-    cache_teachers(recipe)
+    cache_teachers(recipe, options.grace)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -261,7 +298,7 @@ def _train(options: argparse.Namespace) -> None:
     from daekit.runtime.run import run_recipe
 
     announce(recipe, reload=lambda more: load_recipe(options.recipe, [*options.overrides, *more]))
-    run_recipe(recipe)
+    run_recipe(recipe, options.grace)
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -280,4 +317,4 @@ def _quickstart(options: argparse.Namespace) -> None:
     from daekit.runtime.run import calibration, run_recipe
 
     print(calibration())
-    run_recipe(recipe)
+    run_recipe(recipe, options.grace)

@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -27,10 +26,12 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from daekit.errors import UserError
 from daekit.trainers import DomainSFTConfig, DomainSFTTrainer, checkpoint
 from tests.helpers import tiny
+from tests.helpers.processes import forked
 from tests.helpers.trainer_world import dae, options, weights
 
 RUNTIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 STUDENTS = ("dense", "lora", "mixtral")
+SEED, SAMPLED = 20, 20  # of the file events of a run before which it is killed; the seed is any number
 # what changes or makes files: ``open`` for writing, and the rest of the ways in which files come and go
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
@@ -71,23 +72,6 @@ def run(student: str, folder: Path, callbacks: tuple[TrainerCallback, ...] = (),
     trainer.train(resume_from_checkpoint=checkpoint.newest(folder) is not None)
     history = [{k: v for k, v in entry.items() if k not in RUNTIMES} for entry in trainer.state.log_history]
     torch.save({"weights": weights(trainer.model), "history": history}, folder / "result.pt")
-
-
-def forked(action: Callable[[], None]) -> int:
-    """Run in a forked process with one thread; the exit status (minus the signal's number if it was killed)."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            with open(os.devnull, "w") as silence:
-                os.dup2(silence.fileno(), 1)
-            action()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @cache
@@ -186,25 +170,42 @@ def test_killed_between_the_files_of_a_checkpoint(student: str, tmp_path: Path, 
         shutil.rmtree(folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("student", STUDENTS)
-def test_killed_before_every_single_file_event(student: str, tmp_path: Path, straight_folder: Path) -> None:
-    events = file_events(student, tmp_path / "counted")
-    whole_before = 0
-    for point in range(1, len(events) + 1):
-        folder = tmp_path / "run"
+def kill_before(points: list[int], student: str, folder: Path, straight_folder: Path, events: list[tuple[str, str]]) -> None:
+    """Kill a run before each of these events, in their order, and resume it; once there is a whole checkpoint there is one."""
+    whole_before = False
+    for point in sorted(points):
 
-        def kill(folder: Path = folder, point: int = point) -> None:
+        def kill(point: int = point) -> None:
             FileEvents(folder, point)
             run(student, folder)
 
         assert forked(kill) == -signal.SIGKILL, events[point - 1]
         whole = checkpoint.newest(folder) is not None
         assert whole or not whole_before, f"no whole checkpoint is left before {events[point - 1]}"
-        whole_before = whole_before or whole
-        assert forked(lambda folder=folder: run(student, folder)) == 0, events[point - 1]
+        whole_before = whole
+        assert forked(lambda: run(student, folder)) == 0, events[point - 1]
         assert_the_same(student, folder, straight_folder)
         shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", STUDENTS)
+def test_killed_before_file_events_of_the_whole_run(student: str, tmp_path: Path, straight_folder: Path) -> None:
+    """One event of each stretch of the run, drawn by a seed: what ``make nightly`` does with every event."""
+    events = file_events(student, tmp_path / "counted")
+    draw = random.Random(f"{SEED} {student}")
+    stretch = len(events) / SAMPLED
+    points = [1 + int((index + draw.random()) * stretch) for index in range(SAMPLED)]
+    kill_before(points, student, tmp_path / "run", straight_folder, events)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("student", STUDENTS)
+def test_killed_before_every_single_file_event(student: str, tmp_path: Path, straight_folder: Path) -> None:
+    events = file_events(student, tmp_path / "counted")
+    kill_before(list(range(1, len(events) + 1)), student, tmp_path / "run", straight_folder, events)
 
 
 def test_killed_again_and_again(tmp_path: Path, straight_folder: Path) -> None:

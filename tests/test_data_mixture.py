@@ -101,17 +101,6 @@ def test_selected_rows_are_mixed_as_they_were_selected() -> None:
     assert sorted(mix({"a": part}, MixtureSpec(sources=("a",)), 0).dataset["text"]) == ["a5", "a50", "a7"]
 
 
-def test_two_forms_in_one_mixture_are_refused() -> None:
-    pairs = Dataset.from_dict({"prompt": ["q"], "completion": ["a"], "domain": ["b"]})
-    with pytest.raises(UserError, match=r"a has text, b has prompt.completion"):
-        mix({"a": source("a", 3), "b": pairs}, MixtureSpec(sources=("a", "b")), 0)
-    chats = Dataset.from_dict(
-        {column: [[{"role": "user", "content": "x"}]] for column in ("prompt", "completion")} | {"domain": ["c"]}
-    )
-    with pytest.raises(UserError, match=r"b has prompt.completion, c has conversation pair"):
-        mix({"b": pairs, "c": chats}, MixtureSpec(sources=("b", "c")), 0)
-
-
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
 def test_weights_are_positive(weight: float) -> None:
     with pytest.raises(UserError, match=r"data.b: weight .* must be positive"):

@@ -7,16 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
 from daekit.data.builtin import builtin_rows
 from daekit.data.fingerprint import fingerprint
-from daekit.data.mixture import mix
 from daekit.data.rows import form_of
 from daekit.data.sources import load_source
 from daekit.errors import UserError
-from daekit.recipe.schema import MixtureSpec, SourceSpec
+from daekit.recipe.schema import SourceSpec
 
 USER, ASSISTANT = {"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
@@ -76,15 +77,6 @@ def test_tool_calls_keep_exactly_their_keys(tmp_path: Path) -> None:
         assert second["messages"] == [USER, ASSISTANT]
         assert first["tools"] == tools and second["tools"] is None
         assert first["chat_template_kwargs"] == {} and second["chat_template_kwargs"] == {"enable_thinking": False}
-
-
-def test_a_source_with_tool_calls_mixes_with_one_without(tmp_path: Path) -> None:
-    calls, _ = load(write(tmp_path / "a.jsonl", [{"messages": [USER, CALL], "chat_template_kwargs": {"x": 1}}]))
-    plain, _ = load(write(tmp_path / "b.jsonl", [{"messages": [USER, ASSISTANT], "answer": "4"}]))
-    rows = mix({"calls": calls, "plain": plain}, MixtureSpec(sources=("calls", "plain")), 0).dataset.to_list()
-    rows.sort(key=lambda row: row["answer"] is not None)
-    assert rows[0]["messages"] == [USER, CALL | {"content": ""}] and rows[0]["chat_template_kwargs"] == {"x": 1}
-    assert rows[1]["messages"] == [USER, ASSISTANT] and rows[1]["chat_template_kwargs"] == {}
 
 
 # ---- splits and limits -----------------------------------------------------------------------------------------------
@@ -180,6 +172,11 @@ GOOD = FORMS["prompt+completion"]
         (GOOD | {"chat_template_kwargs": [1]}, "line 2 has list .* as chat_template_kwargs"),
         ('{"prompt": "q", "completion": ', "line 2 is not JSON"),
         ("[1, 2]", "line 2 is a list"),
+        ('{"prompt": "a \\ud83d b", "completion": "c"}', r"line 2 has '\\ud83d' in prompt, half of a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "\\udfff"}]}', r"line 2 has '\\udfff' in messages\[0\]"),
+        ('{"prompt": "q", "completion": "c", "tools": [{"name": "\\udfff"}]}', r"line 2 has '\\udfff' in tools"),
+        ('{"prompt": "q", "completion": "c", "n": ' + "1" * 5000 + "}", r"line 2 is not JSON \(Exceeds the limit"),
+        ('{"prompt": ' + "[" * 100_000, r"line 2 is not JSON \(.*recursion"),
     ],
 )
 def test_a_bad_row_is_named_with_its_line(tmp_path: Path, row: Any, message: str) -> None:
@@ -218,6 +215,28 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> N
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load(tmp_path / name)
+
+
+def test_a_text_of_a_parquet_file_that_is_not_utf8_is_named_by_its_row(tmp_path: Path) -> None:
+    texts = pa.array([b"fine"] * 1200 + [b"caf\xe9"] + [b"fine"] * 3, pa.binary())
+    broken = pa.Array.from_buffers(pa.string(), len(texts), texts.buffers())  # as other writers leave it
+    pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"row 1201 of .*a.parquet holds a text that is not UTF-8"):
+        load(tmp_path / "a.parquet")
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    """In a directory it would otherwise be rows that are left out, alone it would be asked for on the hub."""
+    write(tmp_path / "rows" / "a.jsonl", pairs(2))
+    (tmp_path / "rows" / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    for path in (tmp_path / "rows", tmp_path / "rows" / "b.jsonl"):
+        with pytest.raises(UserError, match=r"b.jsonl is a link to .*gone.jsonl, which does not exist"):
+            load(path)
+
+
+def test_a_name_that_no_file_system_takes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^sources.shop: .*xxx\.\.\. cannot be opened \(File name too long\)"):
+        load(tmp_path / f"{'x' * 300}.jsonl")
 
 
 @pytest.mark.parametrize(

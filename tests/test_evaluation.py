@@ -1,14 +1,17 @@
 """Evaluation: rows tokenised as TRL does, matching, intervals, comparison, and the whole of it on tiny models."""
 
 import copy
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from datasets import Dataset
 
+from daekit.data import responses
+from daekit.data.responses import ResponseLabels, label_responses
 from daekit.errors import UserError
-from daekit.evaluation import ModelEvaluation, TokenizedRow, compare, evaluate_model, select_samples, tokenize_rows
+from daekit.evaluation import ModelEvaluation, TokenizedRow, compare, evaluate_model, select_samples, sets, tokenize_rows
 from daekit.evaluation.intervals import RowValues, interval, paired_interval
 from daekit.evaluation.matching import answer_match, exact_match
 from daekit.evaluation.sets import EvaluationSet
@@ -65,7 +68,34 @@ def test_prompts_and_references():
     assert conversation.reference == messages.reference == "w7 w8 w9"
     assert messages.prompt == "user: w5 w6\nassistant: w7 w8 w9\nuser: w5 w6"
     assert messages.prompt_ids == ids("w0 w5 w6 w1 w7 w8 w9 </s> w0 w5 w6 w1")
-    assert messages.labels == messages.input_ids
+    assert [label for label in messages.labels if label != -100] == ids("w7 w8 w9 </s>") * 2
+
+
+def test_messages_are_scored_on_the_tokens_that_training_takes_by_default():
+    messages, tokenizer = FORMS["messages"]["messages"], tiny.tokenizer()
+    for template in (tiny.CHAT_TEMPLATE, re.sub("{% (end)?generation %}", "", tiny.CHAT_TEMPLATE)):
+        tokenizer.chat_template = template
+        (row,) = tokenize([{"messages": messages}], tokenizer).rows
+        expected = label_responses(
+            Dataset.from_list([{"messages": messages}]), tokenizer, ResponseLabels.of(tokenizer), "train"
+        )
+        assert row.labels == expected[0]["labels"] and row.input_ids == expected[0]["input_ids"]
+
+
+REFUSALS = {
+    "{{ raise_exception('only user and assistant') }}": "row 0: .*only user and assistant.*roles are user[.,]",
+    "{{ messages[0]['content'] + tools }}": "row 0: .*refuses",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "does not come to an end",
+}
+
+
+@pytest.mark.parametrize("template", REFUSALS)
+def test_what_a_chat_template_refuses_names_source_and_row(template, monkeypatch):
+    monkeypatch.setattr(responses, "SECONDS_PER_ROW", 0.1)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=REFUSALS[template]):
+        tokenize([FORMS["conversational completion"]], tokenizer)
 
 
 def test_a_prompt_that_is_not_a_prefix_is_counted():

@@ -110,6 +110,8 @@ def run_zero3(folder: Path) -> None:
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     rank = torch.distributed.get_rank()
     torch.set_default_dtype(torch.float64)
+    # where a CPU has float16 (AVX512-FP16) DeepSpeed refuses float64, which it casts to its own dtype everywhere else
+    deepspeed.get_accelerator().is_fp16_supported = lambda: False
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},

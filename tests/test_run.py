@@ -141,6 +141,8 @@ def test_a_report_of_other_rows_is_made_anew(finished: Path, capsys: pytest.Capt
 def test_a_tokenizer_of_other_settings_is_not_used(tmp_path: Path) -> None:
     small = recipe(tmp_path).model_copy(update={"stages": {}, "evaluation": None})
     run_recipe(small)
+    (tmp_path / "students" / "made").mkdir(parents=True)
+    (tmp_path / "students" / "made" / "student.json").write_text("{}")  # it was used
     assert small.tokenizer is not None and small.tokenizer.train is not None
     train = small.tokenizer.train.model_copy(update={"vocab_size": 399})
     other = small.model_copy(update={"tokenizer": small.tokenizer.model_copy(update={"train": train})})
@@ -151,8 +153,8 @@ def test_a_tokenizer_of_other_settings_is_not_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "wanted"),
     [
-        ("logging_steps=0", "stages.teacher: .*logging_steps"),  # by the config
-        ("report_to=wandbb", "stages.teacher: wandbb is not supported"),  # by the Trainer
+        ("logging_steps=0", "stages.teacher.trainer: .*logging_steps"),  # by the config
+        ("report_to=wandbb", "stages.teacher.trainer: wandbb is not supported"),  # by the Trainer
         ("padding_free=true", "stages.teacher: .*padding_free"),  # by TRL
     ],
 )

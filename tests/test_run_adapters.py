@@ -86,8 +86,7 @@ def test_all_stages_run_on_one_base(
     run_recipe(recipe(tmp_path))
     assert "[aligned] complete, kept" in capsys.readouterr().out
     models_of_run = ModelBuilder(RunFolder(tmp_path / "run"), tiny.tokenizer())
-    spec = recipe(tmp_path).stages["aligned"]
-    teachers = _teachers(spec, models_of_run, ["general", "shop"], torch.device("cpu"))
+    teachers = _teachers(recipe(tmp_path), "aligned", models_of_run, ["general", "shop"], torch.device("cpu"))
     said = {domain: teacher.identity() for domain, teacher in teachers.items()}
     assert said == done["run"]["teacher"]  # the report's teachers are those of the training
     rows = json.loads((tmp_path / "run" / "report" / "report.json").read_text())

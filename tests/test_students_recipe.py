@@ -152,8 +152,8 @@ def test_a_stage_depends_on_what_its_student_is_made_from() -> None:
 
 def test_rows_that_are_too_long_are_split_and_nothing_is_lost(tmp_path: Path) -> None:
     spec = recipe(tmp_path, SEARCH)
-    data = DataBuilder(spec)
-    tokenizer = data.tokenizer(folders.RunFolder(tmp_path))
+    data = DataBuilder(spec, folders.RunFolder(tmp_path))
+    tokenizer = data.tokenizer
     whole, split = (
         calibration_rows(spec, CalibrationSpec(sources=("chat",), tokens=600, max_length=length), data, tokenizer)
         for length in (10**6, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 import transformers
 import trl
 from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 from trl.trainer import sft_trainer
 
 from daekit.models.restore import restore_weights
 from daekit.trainers import DomainSFTTrainer
 from tests.helpers import tiny
-from tests.helpers.trainer_world import Twin, dae, in_float64, kd, logged, weights
+from tests.helpers.trainer_world import Twin, dae, in_float64, kd, logged, options, weights
 
 
 def test_trl_private_names() -> None:
@@ -201,3 +203,18 @@ def test_the_name_of_a_run_without_a_config(tmp_path: Path, monkeypatch: pytest.
 def test_an_unknown_argument_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="peft_confg"):
         DomainSFTTrainer(tiny.model(), train_dataset=tiny.rows(4), processing_class=tiny.tokenizer(), peft_confg=None)
+
+
+def test_our_attributes_are_nobody_elses(tmp_path: Path) -> None:
+    """The Trainer keeps things of its own in itself (``objective`` during a search of hyperparameters, for one)."""
+    plain = trl.SFTTrainer(
+        tiny.model(),
+        trl.SFTConfig(**options(tmp_path, bf16=False)),
+        train_dataset=tiny.rows(4),
+        processing_class=tiny.tokenizer(),
+    )
+    ours = vars(kd(tmp_path, tiny.rows(4), attention_weight=1.0, teacher=tiny.model(seed=2))).keys() - vars(plain).keys()
+    assert {"teacher", "loss_objective", "features"} <= ours
+    sources = [inspect.getsource(module) for module in (transformers.trainer, sft_trainer, integration_utils)]
+    taken = {name for name in ours if any(re.search(rf"(self|trainer)\.{name}\b", source) for source in sources)}
+    assert taken <= {"_loss_shifts_labels"}  # set so that the Trainer reads it

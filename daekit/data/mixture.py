@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
-from datasets import Dataset, Json, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
-from daekit.data.rows import JSON_MESSAGES, PLAIN_MESSAGES, form_of, take
+from daekit.data.rows import take
 from daekit.errors import UserError
 from daekit.recipe.schema import MixtureSpec
 
@@ -44,22 +44,21 @@ class Mixture:
 
 
 def mix(sources: Mapping[str, Dataset], spec: MixtureSpec, seed: int) -> Mixture:
-    """Bring rows of ``spec.sources`` together in the shares that ``spec.weights`` says, shuffled by ``seed``.
+    """Bring (tokenised) rows of ``spec.sources`` together in the shares that ``spec.weights`` says, shuffled by ``seed``.
 
     Weights are shares of *rows*, relative to their sum. Which rows of a source are left out or used once more than the others
     depends on the seed and the source's name only, not on the other sources.
 
     Raises:
-        UserError: a weight that is not positive, a source that gets no row, sources with rows of different forms.
+        UserError: a weight that is not positive, a source that gets no row.
     """
     parts = {name: sources[name] for name in spec.sources}
-    _check_forms(parts)
     available = [len(part) for part in parts.values()]
     used = list(available) if not spec.weights else _rows_of_each(spec, available)
     chosen = [
         take(part, _choose(len(part), count, seed, name)) for (name, part), count in zip(parts.items(), used, strict=True)
     ]
-    together = concatenate_datasets(in_common_features(chosen))
+    together = concatenate_datasets(chosen)
     table = [
         SourceUse(name, part[0]["domain"], len(part), count, count / sum(used), count / len(part))
         for (name, part), count in zip(parts.items(), used, strict=True)
@@ -98,27 +97,3 @@ def _choose(available: int, count: int, seed: int, name: str) -> np.ndarray:
 
 def _generator(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng([seed, *hashlib.sha256(name.encode()).digest()])
-
-
-def _check_forms(parts: Mapping[str, Dataset]) -> None:
-    forms = {name: form_of(part) for name, part in parts.items()}
-    if len(set(forms.values())) > 1:
-        listed = ", ".join(f"{name} has {form}" for name, form in forms.items())
-        raise UserError(f"data: sources of one stage must have rows of one form, but {listed}; bring them into one form")
-
-
-def in_common_features(parts: list[Dataset]) -> list[Dataset]:
-    """Missing ``answer`` and ``tools`` become null in concatenation; what null would break is filled in here."""
-    for column in ("messages", "prompt", "completion"):
-        types = [part.features.get(column) for part in parts]
-        if PLAIN_MESSAGES in types and JSON_MESSAGES in types:
-            parts = [part.cast_column(column, JSON_MESSAGES) for part in parts]
-    if any("chat_template_kwargs" in part.column_names for part in parts):
-        parts = [_with_chat_template_kwargs(part) for part in parts]
-    return parts
-
-
-def _with_chat_template_kwargs(part: Dataset) -> Dataset:
-    if "chat_template_kwargs" in part.column_names:
-        return part
-    return part.add_column("chat_template_kwargs", ["{}"] * len(part), feature=Json())  # as Arrow stores it

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from daekit.data.time_limit import cpu_limit
 from daekit.errors import UserError
 from daekit.protocol import IGNORE_INDEX
+
+SECONDS_PER_ROW = 5.0  # of CPU time to render a conversation, which takes less than a millisecond
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,11 @@ class ResponseLabels:
         if has_generation_markers(tokenizer.chat_template):
             return cls(markers=True)
         try:
-            template = get_training_chat_template(tokenizer)
-        except ValueError:  # TRL knows no template with markers for this one
+            with cpu_limit(SECONDS_PER_ROW):  # TRL tries the template out
+                template = get_training_chat_template(tokenizer)
+        except TimeoutError as error:
+            raise _endless("tokenizer", error) from error
+        except Exception:  # TRL knows no template with markers for this one, or it fails on what TRL tries
             return cls(markers=False)
         return cls(markers=template is not None, template=template)
 
@@ -73,7 +78,7 @@ class ResponseLabels:
         Raises:
             UserError: a row that the template refuses, without an assistant turn, or whose response cannot be told exactly.
         """
-        messages, options = row["messages"], _options(row)
+        messages, options = row["messages"], template_options(row)
         whole = self._render(messages, options, tokenizer, where, markers=self.markers)
         ids = whole["input_ids"]
         if self.markers:
@@ -107,27 +112,60 @@ class ResponseLabels:
         return len(prompt), len(until)
 
     def _render(
-        self,
-        messages: list[Any],
-        options: dict[str, Any],
-        tokenizer: PreTrainedTokenizerBase,
-        where: str,
-        markers: bool = False,
-        add_generation_prompt: bool = False,
+        self, messages: list[Any], options: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, **how: bool
     ) -> dict[str, list[int]]:
-        try:
+        return render(tokenizer, messages, where, template=self.template, options=options, **how)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Any],
+    where: str,
+    *,
+    template: str | None = None,
+    options: Mapping[str, Any],
+    markers: bool = False,
+    add_generation_prompt: bool = False,
+) -> dict[str, list[int]]:
+    """The tokens of a conversation: ``input_ids``, and with ``markers`` the ``assistant_masks`` of the template's markers.
+
+    Args:
+        where: what errors call the row.
+        template: chat template to render with; None: the tokenizer's own.
+        options: ``tools`` and the template's own variables.
+
+    Raises:
+        UserError: the template refuses the conversation, or does not come to an end.
+    """
+    try:
+        with cpu_limit(SECONDS_PER_ROW):
             rendered: Any = tokenizer.apply_chat_template(
                 messages,
                 tokenize=True,
                 return_dict=True,
-                chat_template=self.template,
+                chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=markers,
                 **options,
             )
-        except TemplateError as error:
-            raise UserError(f"{where}: tokenizer.chat_template refuses the conversation ({error})") from error
-        return rendered
+    except TimeoutError as error:
+        raise _endless(where, error) from error
+    except Exception as error:  # a template is a program: it raises what its author wrote, or did not think of
+        roles = ", ".join(dict.fromkeys(str(each.get("role")) for each in messages))
+        with_tools = ", with tools" if options.get("tools") else ""
+        raise UserError(
+            f"{where}: tokenizer.chat_template refuses the conversation ({_first_line(error)}); its roles are {roles}"
+            f"{with_tools}. Mend the row, or set another template."
+        ) from error
+    return rendered
+
+
+def _endless(where: str, error: TimeoutError) -> UserError:
+    return UserError(f"{where}: tokenizer.chat_template does not come to an end ({error}). Set another template.")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
 
 
 def require_markers(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -165,6 +203,7 @@ def label_responses(
     return dataset.map(tokenise, with_indices=True, num_proc=processes, desc=f"Tokenizing {name} dataset")
 
 
-def _options(row: Mapping[str, Any]) -> dict[str, Any]:
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row gives its chat template beside the messages: ``tools`` and ``chat_template_kwargs``, as in TRL."""
     tools = row.get("tools")
     return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}

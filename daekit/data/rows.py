@@ -183,6 +183,8 @@ def _check_message(column: str, index: int, message: Any) -> Mapping[str, Any]:
     if isinstance(message, dict) and message.keys() == {"role", "content"}:  # nearly all: be quick about them
         role, content = message["role"], message["content"]
         if isinstance(role, str) and role and isinstance(content, str) and content.strip():
+            if not (role.isascii() and content.isascii()):
+                _check_characters(f"{column}[{index}]", role + content)
             return message
     name = f"{column}[{index}]"
     if not isinstance(message, Mapping) or "role" not in message:
@@ -199,6 +201,7 @@ def _check_message(column: str, index: int, message: Any) -> Mapping[str, Any]:
     # Data sets give system messages and calls of tools an empty content on purpose; a turn without words is a defect.
     if role in ("user", "assistant") and not content.strip() and not kept.get("tool_calls"):
         raise RowError(f"has an empty content in {name} (role {role}); remove the row")
+    _check_characters(name, kept)
     return kept | {"content": content}
 
 
@@ -214,6 +217,20 @@ def _check_string(column: str, value: Any) -> None:
         raise RowError(f"has {_shown(value)} as {column}, which must be a string")
     if not value.strip():
         raise RowError(f"has an empty {column}; remove the row")
+    _check_characters(column, value)
+
+
+def _check_characters(name: str, value: Any) -> None:
+    """Half a surrogate pair is no character: neither Arrow nor a tokenizer can take it."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"has {text[error.start]!a} in {name}, half of a surrogate pair, which is no character; mend the text"
+        ) from None
 
 
 def _check_extras(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,12 +240,15 @@ def _check_extras(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(extras.get("tools"), str):
         try:
             extras["tools"] = json.loads(extras["tools"])
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(f"has tools that are not JSON ({error})") from None
     if "tools" in extras and not isinstance(extras["tools"], list):
         raise RowError(f"has {_shown(extras['tools'])} as tools, which must be a list")
     if "chat_template_kwargs" in extras and not isinstance(extras["chat_template_kwargs"], Mapping):
         raise RowError(f"has {_shown(extras['chat_template_kwargs'])} as chat_template_kwargs, which must be a mapping")
+    for column in ("tools", "chat_template_kwargs"):
+        if column in extras:
+            _check_characters(column, extras[column])
     return extras
 
 

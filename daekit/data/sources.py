@@ -26,6 +26,7 @@ _JSON_LINES = (".jsonl", ".json", ".ndjson")
 _FORMATS = (*_JSON_LINES, ".parquet")
 _MEDIA_FEATURES = ("Image", "Audio", "Video", "Pdf", "Nifti")
 _ROWS_PER_READ = 1000
+_LONGEST_PATH_SHOWN = 200
 
 _SPLIT_IN_NAME = re.compile(
     r"(?:^|[-._/ ])(train|training|validation|valid|val|dev|eval|evaluation|test|testing)(?=$|[-._/ ]|\d)", re.IGNORECASE
@@ -112,11 +113,26 @@ def _placed_rows(where: str, spec: SourceSpec, path: str, split: str, whole: str
         rows = builtin_rows(path.removeprefix(BUILTIN), split)
         return ((f"row {number} of {path}", row) for number, row in enumerate(rows, 1))
     local = Path(path).expanduser()
-    if local.exists():
+    if _is_there(where, local):
         return (row for file in _files(where, local, split, whole) for row in _rows_of_file(where, file))
     if looks_local(path):
         raise UserError(f"{where}: {path} does not exist; give a {', '.join(_FORMATS)} file, a directory of them, or a hub id")
     return _rows_of_table(where, path, _from_hub(where, spec, path, split))
+
+
+def _is_there(where: str, path: Path) -> bool:
+    """Whether a path exists; one that cannot be looked at, and a link to nothing, is an error and no name on the hub."""
+    try:
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{where}: {path} is a link to {path.readlink()}, which does not exist; mend the link")
+        return path.exists()
+    except OSError as error:  # a name of more than 255 bytes, a directory without permission
+        raise UserError(f"{where}: {_short(path)} cannot be opened ({error.strerror}); correct the path") from error
+
+
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= _LONGEST_PATH_SHOWN else f"{text[:_LONGEST_PATH_SHOWN]}..."
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -131,7 +147,11 @@ def _files(where: str, path: Path, split: str, whole: str) -> list[Path]:
                 f"{where}: {path} is one file and has no split {split!r}; name a file with validation, or use holdout"
             )
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in _FORMATS and not file.name.startswith("."))
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix in _FORMATS and not file.name.startswith(".") and _is_there(where, file) and not file.is_dir()
+    )
     if not files:
         raise UserError(f"{where}: directory {path} holds no file that ends in {', '.join(_FORMATS)}")
     splits = {file: _split_of(file.relative_to(path)) for file in files}
@@ -166,13 +186,17 @@ def _rows_of_file(where: str, file: Path) -> Iterator[PlacedRow]:
 
 
 def _json_lines(where: str, file: Path) -> Iterator[PlacedRow]:
-    with file.open("rb") as lines:
+    try:
+        lines = file.open("rb")
+    except OSError as error:
+        raise UserError(f"{where}: {file} cannot be read ({error.strerror})") from error
+    with lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits is no JSONDecodeError
                 raise UserError(
                     f"{where}: {file}, line {number} is not JSON ({error}); a row is one JSON object on one line"
                 ) from None
@@ -200,11 +224,22 @@ def _rows_of_table(where: str, path: str, table: Dataset) -> Iterator[PlacedRow]
     for column, feature in table.features.items():
         if column in VISION_COLUMNS or type(feature).__name__ in _MEDIA_FEATURES:
             raise UserError(f"{where}: {path} has a column {column!r} of images or other media; only text can be distilled")
-    number = 0
-    for batch in table.iter(batch_size=_ROWS_PER_READ):
-        for values in zip(*batch.values(), strict=True):
-            number += 1
+    for start in range(0, len(table), _ROWS_PER_READ):
+        try:
+            batch = table[start : start + _ROWS_PER_READ]
+        except UnicodeDecodeError:
+            bad = next(row for row in range(start, len(table)) if not _is_text(table, row))
+            raise UserError(f"{where}: row {bad + 1} of {path} holds a text that is not UTF-8; mend or remove it") from None
+        for number, values in enumerate(zip(*batch.values(), strict=True), start + 1):
             yield f"row {number} of {path}", dict(zip(batch, values, strict=True))
+
+
+def _is_text(table: Dataset, row: int) -> bool:
+    try:
+        table[row]
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -74,6 +74,7 @@ def evaluate_model(
     *,
     spec: EvaluationSpec,
     teachers: Mapping[str, PreTrainedModel | Teacher] | None = None,
+    reference: Teacher | None = None,
 ) -> ModelEvaluation:
     """Measure ``model`` on every set.
 
@@ -83,12 +84,17 @@ def evaluate_model(
         sets: source name -> its tokenised validation rows.
         spec: ``generate``, ``max_new_tokens`` and ``batch_size`` are read.
         teachers: domain -> the teacher that KL is measured to; domains without one have no ``kl_to_teacher``.
+        reference: what ``kl_to_reference`` is measured to on every domain: how far the model went from there.
     """
     evaluation = ModelEvaluation(name)
     for source, evaluation_set in sets.items():
         domain, rows = evaluation_set.domain, evaluation_set.rows
         teacher = (teachers or {}).get(domain)
         likelihood = _likelihood(model, tokenizer, rows, spec.batch_size, teacher, domain)
+        if reference is not None:
+            same = reference is teacher
+            to_reference = likelihood if same else _likelihood(model, tokenizer, rows, spec.batch_size, reference, domain)
+            likelihood["kl_to_reference"] = to_reference["kl_to_teacher"]
         evaluation.values.update({(domain, source, metric): values for metric, values in likelihood.items()})
         if not spec.generate:
             continue

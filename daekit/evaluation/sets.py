@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from daekit.data.responses import ResponseLabels, render, require_markers, template_options
 from daekit.errors import UserError
 from daekit.protocol import IGNORE_INDEX
 
@@ -78,13 +79,13 @@ def tokenize_rows(
     max_length: int | None = None,
     overlong: Literal["error", "drop"] = "error",
     limit: int | None = None,
-    assistant_only_loss: bool = False,
+    assistant_only_loss: bool | None = None,
 ) -> EvaluationSet:
     """Tokenise rows of ``prompt`` + ``completion``, ``messages`` or ``text`` (plain or conversational) and mask their
     prompts.
 
-    The ids and labels are those of ``SFTTrainer`` with ``completion_only_loss`` at its default: completions of
-    prompt-completion rows count, all tokens of other rows, or their assistant tokens with ``assistant_only_loss``.
+    The ids and labels are those that daekit's trainers train on: completions of prompt-completion rows, the response of
+    messages (``daekit.data.responses``), all of a text. ``assistant_only_loss`` True or False means what it means in TRL.
 
     Args:
         source: name of the source, for messages.
@@ -97,14 +98,9 @@ def tokenize_rows(
             too long, a set without rows, a tokenizer without ``eos_token`` or, for conversations, without chat
             template.
     """
-    if tokenizer.eos_token is None:
-        raise UserError("the tokenizer has no eos_token: training appends it to every answer. Set tokenizer.eos_token.")
-    tokenise = _Tokenise(tokenizer, assistant_only_loss)
     rows, longest, left_out = [], 0, []
-    for index, example in enumerate(dataset):
-        if limit is not None and index >= limit:
-            break
-        row = tokenise(example, f"source {source!r}, validation row {index}")
+    where = f"source {source!r}, validation row"
+    for index, row in enumerate(tokenize_each(islice(dataset, limit), tokenizer, where, assistant_only_loss)):
         if max_length is not None and len(row.input_ids) > max_length:
             left_out.append(index)
             longest = max(longest, len(row.input_ids))
@@ -122,18 +118,43 @@ def tokenize_rows(
     return EvaluationSet(domain, tuple(rows), dropped, max_length, tuple(left_out))
 
 
+def tokenize_each(
+    dataset: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    assistant_only_loss: bool | None = None,
+) -> Iterator[TokenizedRow]:
+    """Tokenise rows one by one, as ``tokenize_rows`` does.
+
+    Args:
+        where: begins an error about a row; its number, counted from 0, follows.
+
+    Raises:
+        UserError: a row that cannot be tokenised, that the chat template refuses, or that has no token that counts.
+    """
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has no eos_token: training appends it to every answer. Set tokenizer.eos_token.")
+    tokenise = _Tokenise(tokenizer, assistant_only_loss)
+    for index, example in enumerate(dataset):
+        yield tokenise(example, f"{where} {index}")
+
+
 class _Tokenise:
     """One row at a time, by the steps of ``SFTTrainer._prepare_dataset`` (a test holds the two together)."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_only_loss: bool) -> None:
-        from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_only_loss: bool | None) -> None:
         self.tokenizer = tokenizer
-        self.assistant_only_loss = assistant_only_loss
+        self.assistant_only_loss = bool(assistant_only_loss)
         self.chat_template: str | None = None
-        template = tokenizer.chat_template
-        if assistant_only_loss and template is not None and not has_generation_markers(template):
-            self.chat_template = get_training_chat_template(tokenizer)
+        self.responses: ResponseLabels | None = None
+        if tokenizer.chat_template is None:
+            return
+        if assistant_only_loss:
+            require_markers(tokenizer)
+        if assistant_only_loss is not False:
+            responses = ResponseLabels.of(tokenizer)
+            self.chat_template = responses.template if assistant_only_loss else None
+            self.responses = None if assistant_only_loss else responses
 
     def __call__(self, example: Mapping[str, Any], where: str) -> TokenizedRow:
         from trl import is_conversational
@@ -144,9 +165,9 @@ class _Tokenise:
         if conversational and self.tokenizer.chat_template is None:
             raise UserError(f"{where} is a conversation, but the tokenizer has no chat template: set tokenizer.chat_template.")
         if "prompt" in row and "completion" in row:
-            tokenized = self._conversation(row) if conversational else self._completion(row)
+            tokenized = self._conversation(row, where) if conversational else self._completion(row)
         elif "messages" in row:
-            tokenized = self._messages(row["messages"], _template_options(row))
+            tokenized = self._messages(row, where)
         elif "text" in row:
             text = row["text"] + ("" if row["text"].endswith(self.tokenizer.eos_token) else self.tokenizer.eos_token)
             ids = self.tokenizer(text=text)["input_ids"]
@@ -168,10 +189,9 @@ class _Tokenise:
         ids = self.tokenizer(text=prompt + ended)["input_ids"]
         return self._masked(prompt_ids, ids, prompt, completion.removesuffix(eos))
 
-    def _conversation(self, row: Mapping[str, Any]) -> TokenizedRow:
-        options = _template_options(row)
-        prompt_ids = self._render(row["prompt"], options, add_generation_prompt=True)["input_ids"]
-        whole = self._render(row["prompt"] + row["completion"], options, masks=self.assistant_only_loss)
+    def _conversation(self, row: Mapping[str, Any], where: str) -> TokenizedRow:
+        prompt_ids = self._render(row["prompt"], row, where, add_generation_prompt=True)["input_ids"]
+        whole = self._render(row["prompt"] + row["completion"], row, where, markers=self.assistant_only_loss)
         reference = "\n".join(message["content"] for message in row["completion"])
         masked = self._masked(prompt_ids, whole["input_ids"], _shown(row["prompt"]), reference)
         if not self.assistant_only_loss:
@@ -182,36 +202,25 @@ class _Tokenise:
         ]
         return replace(masked, labels=labels)
 
-    def _messages(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> TokenizedRow:
-        whole = self._render(messages, options, masks=self.assistant_only_loss)
-        ids = whole["input_ids"]
-        labels = list(ids)
-        if self.assistant_only_loss:
-            masks = whole["assistant_masks"]
-            labels = [token if assistant else IGNORE_INDEX for token, assistant in zip(ids, masks, strict=True)]
+    def _messages(self, row: Mapping[str, Any], where: str) -> TokenizedRow:
+        messages = row["messages"]
+        if self.responses is not None:
+            whole = self.responses(row, self.tokenizer, where)
+            ids, labels = whole["input_ids"], whole["labels"]
+        else:
+            whole = self._render(messages, row, where, markers=self.assistant_only_loss)
+            ids, labels = whole["input_ids"], list(whole["input_ids"])
+            if self.assistant_only_loss:
+                masks = whole["assistant_masks"]
+                labels = [token if assistant else IGNORE_INDEX for token, assistant in zip(ids, masks, strict=True)]
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             return TokenizedRow(ids, labels)
-        prompt_ids = self._render(messages[:-1], options, add_generation_prompt=True)["input_ids"]
+        prompt_ids = self._render(messages[:-1], row, where, add_generation_prompt=True)["input_ids"]
         masked = self._masked(prompt_ids, ids, _shown(messages[:-1]), messages[-1]["content"])
         return replace(masked, labels=labels)
 
-    def _render(
-        self,
-        messages: list[dict[str, Any]],
-        options: dict[str, Any],
-        add_generation_prompt: bool = False,
-        masks: bool = False,
-    ) -> dict[str, list[int]]:
-        rendered: Any = self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            chat_template=self.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=masks,
-            **options,
-        )
-        return rendered
+    def _render(self, messages: list[dict[str, Any]], row: Mapping[str, Any], where: str, **how: bool) -> dict[str, list[int]]:
+        return render(self.tokenizer, messages, where, template=self.chat_template, options=template_options(row), **how)
 
     def _masked(self, prompt_ids: list[int], ids: list[int], prompt: str, reference: str) -> TokenizedRow:
         from trl.data_utils import common_prefix_length
@@ -223,11 +232,6 @@ class _Tokenise:
             prompt_ids, boundary_differs = prompt_ids[:-1], False
         labels = [IGNORE_INDEX] * start + ids[start:]
         return TokenizedRow(ids, labels, prompt_ids, prompt, reference.strip(), boundary_differs=boundary_differs)
-
-
-def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:
-    tools = row.get("tools")
-    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **row.get("chat_template_kwargs", {})}
 
 
 def _shown(messages: list[dict[str, Any]]) -> str:

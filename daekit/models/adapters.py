@@ -105,7 +105,7 @@ def require_adapters_fit(folders: Iterable[str | Path], base: ModelSpec) -> None
         UserError: another base (by name and revision), missing or left-over tensors, other shapes.
     """
     assert base.path is not None, "a base has a name"
-    config = _config_of(base)
+    config = config_of(base)
     for folder in folders:
         lora = lora_config_of(folder)
         require_same_base(folder, str(lora.base_model_name_or_path), base.path, (lora.revision, base.revision))
@@ -161,12 +161,12 @@ def _on_experts(wrapper: ParamWrapper) -> bool:
     return wrapper.parameter_name in PROJECTIONS and is_experts_layer(wrapper.get_base_layer())
 
 
-def _config_of(base: ModelSpec) -> PreTrainedConfig:
+def config_of(base: ModelSpec) -> PreTrainedConfig:
     """The config of a base; of one that is an adapter merged when it is loaded, that of the model below."""
     assert base.path is not None
     if (Path(base.path).expanduser() / ADAPTER_CONFIG).is_file():
         below = lora_config_of(base.path)
-        return _config_of(ModelSpec(path=below.base_model_name_or_path, revision=below.revision))
+        return config_of(ModelSpec(path=below.base_model_name_or_path, revision=below.revision))
     try:
         return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code)
     except (OSError, ValueError) as error:

@@ -82,7 +82,7 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
         UserError: no model there, a pickle, unreadable weights, a missing shard, missing weights or weights of another shape; a
             quantisation that this device cannot do, that left most weights as they were, or of weights that are quantised.
     """
-    _require_shards(Path(path).expanduser())
+    require_shards(Path(path).expanduser())
     config = arguments.get("quantization_config")
     if isinstance(config, BitsAndBytesConfig):
         method = quantised_by(path, arguments.get("revision"))
@@ -131,7 +131,7 @@ def _load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any
     return model
 
 
-def _require_shards(directory: Path) -> None:
+def require_shards(directory: Path) -> None:
     """Every shard that the index of a local checkpoint names must be there, otherwise UserError."""
     index = directory / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,24 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: not a directory with an adapter, not LoRA, or no base named.
     """
-    file = Path(folder).expanduser() / ADAPTER_CONFIG
     try:
-        config = json.loads(file.read_text())
+        with open(os.path.join(os.path.expanduser(folder), ADAPTER_CONFIG), encoding="utf-8") as file:
+            config = json.load(file)
     except OSError as error:
         raise UserError(
             f"{folder}: is no directory with a LoRA adapter ({ADAPTER_CONFIG} cannot be read: {error.strerror}); give the "
             "directory that PEFT or an earlier run has saved it in"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder}: its {ADAPTER_CONFIG} cannot be read ({error})") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise UserError(f"{folder}: holds an adapter of the kind {kind}; only LoRA adapters are supported")
-    if not config.get("base_model_name_or_path"):
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base:
         raise UserError(f"{folder}: its {ADAPTER_CONFIG} names no base model (base_model_name_or_path) to compare with")
+    if not isinstance(revision, str | None) or not isinstance(config.get("target_modules"), str | list | None):
+        raise UserError(f"{folder}: its {ADAPTER_CONFIG} has a revision or target_modules of another kind than PEFT writes")
     return config
 
 
@@ -75,8 +79,8 @@ def same_base(one: str, other: str) -> bool:
     """Whether two names are of one model: the same hub id, or the same directory by whatever path."""
     if one == other:
         return True
-    first, second = Path(one).expanduser(), Path(other).expanduser()
-    return first.is_dir() and second.is_dir() and first.resolve() == second.resolve()
+    first, second = os.path.expanduser(one), os.path.expanduser(other)
+    return os.path.isdir(first) and os.path.isdir(second) and os.path.realpath(first) == os.path.realpath(second)
 
 
 def require_same_base(folder: str | Path, adapter_base: str, base: str, revisions: tuple[str | None, str | None]) -> None:

@@ -128,7 +128,7 @@ def _check_mixture(recipe: Recipe, mixture: MixtureSpec, path: Path, errors: Err
 
 def _check_stage(recipe: Recipe, stage: StageSpec, path: Path, errors: Errors) -> None:
     """Note everything in one stage that cannot be trained as it is written."""
-    if stage.data is not None:
+    if stage.data is not None and stage.data.sources is not None:
         _check_mixture(recipe, stage.data, (*path, "data"), errors)
     if isinstance(stage, DAEStage):
         _check_domains(recipe, stage, path, errors)
@@ -153,7 +153,7 @@ def _check_domains(recipe: Recipe, stage: DAEStage, path: Path, errors: Errors) 
     """Each domain of the rows has exactly one teacher; each teacher has rows. A typo must never follow the reference."""
     if not stage.teachers:
         errors.add_check((*path, "teachers"), "a dae stage needs a teacher per domain: `teachers: {DOMAIN: MODEL}`")
-    if stage.data is None:
+    if stage.data is None or stage.data.sources is None:
         return
     rows = [recipe.sources.get(source) for source in stage.data.sources] if recipe.sources else []
     domains = {source.domain for source in rows if source is not None and source.domain is not None}
@@ -239,6 +239,14 @@ def _check_tokenizer(recipe: Recipe, errors: Errors) -> None:
         check_known(spec.train.sources, recipe.sources, "source", (*path, "train", "sources"), errors)
 
 
+def evaluated_by_default(recipe: Recipe) -> list[str]:
+    """The models of a report that names none: the first student as it was, if it is loaded from a path, and every stage."""
+    stages = recipe.stages or {}
+    first = next(iter(stages.values()), None)
+    loaded = first is not None and first.student is not None and first.student.path is not None
+    return [*([STUDENT_AS_IT_WAS] if loaded else []), *stages]
+
+
 def _check_evaluation(recipe: Recipe, spec: EvaluationSpec, path: Path, errors: Errors) -> None:
     stages = list(recipe.stages or {})
     for index, model in enumerate(spec.models):
@@ -261,7 +269,9 @@ def _check_evaluation(recipe: Recipe, spec: EvaluationSpec, path: Path, errors: 
                 errors.add_check(where, "random weights are not worth measuring; give a path or a stage")
             elif not errors.is_unread(("stages",)):
                 check_origin(recipe, model, where, errors, stages, stages, None)
-    names = [model.name for model in spec.models if model is not None and model.name is not None] or stages
+    names = [model.name for model in spec.models if model is not None and model.name is not None] or evaluated_by_default(
+        recipe
+    )
     for name in {name for name in names if names.count(name) > 1}:
         errors.add_check((*path, "models"), f"two models are named {name!r}; give one another name: {{name: NAME, path: PATH}}")
     check_known(spec.sources, recipe.sources, "source", (*path, "sources"), errors)

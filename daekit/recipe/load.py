@@ -12,12 +12,12 @@ from daekit.errors import UserError
 from daekit.recipe.adapter_config import adapter_stage
 from daekit.recipe.check_models import with_base_of
 from daekit.recipe.check_suite import check_suite
-from daekit.recipe.checks import check_recipe
+from daekit.recipe.checks import check_recipe, evaluated_by_default
 from daekit.recipe.model import ModelSpec, TeacherSpec
 from daekit.recipe.overrides import apply_overrides
 from daekit.recipe.paths import is_name
 from daekit.recipe.reading import Spec
-from daekit.recipe.schema import DAEStage, EvaluatedModel, KDStage, Recipe, StageSpec
+from daekit.recipe.schema import STUDENT_AS_IT_WAS, DAEStage, EvaluatedModel, KDStage, Recipe, StageSpec
 from daekit.recipe.suite import SuiteSpec
 from daekit.recipe.tree import Node, Path, Place, read_file, read_tree
 from daekit.recipe.validation import Errors
@@ -47,8 +47,9 @@ def load_recipe_text(text: str, name: str, overrides: Sequence[str] = ()) -> Rec
     """Like ``load_recipe``, from the text of a recipe; ``name`` is what errors call it."""
     errors = _errors(text, name, "recipe")
     _read_suites(errors)
-    apply_overrides(errors, overrides)
-    _read_suites(errors)  # of overrides
+    for override in overrides:  # one may name a suite, the next reach into it
+        apply_overrides(errors, [override])
+        _read_suites(errors)
     recipe = Recipe.read(errors.root, errors)
     if recipe is not None:
         check_recipe(recipe, errors)
@@ -158,7 +159,8 @@ def resolve(recipe: Recipe) -> Recipe:
     """The recipe with implied defaults written out; a resolved recipe resolves to itself.
 
     The student of a stage that names no model is the stage before; one that continues the adapter of a stage has its base, as
-    it was loaded there; ``evaluation.models`` are all stages, ``evaluation.sources`` all sources with validation rows,
+    it was loaded there; ``evaluation.models`` are all stages after the first one's student as it was, where that is loaded
+    from a path; ``evaluation.sources`` all sources with validation rows,
     ``tokenizer.train.sources`` all sources; ``~`` at the start of a path is the home folder.
     """
     sources = {name: _at_home(source, "path", "validation") for name, source in recipe.sources.items()}
@@ -181,7 +183,7 @@ def resolve(recipe: Recipe) -> Recipe:
             train = tokenizer.train.model_copy(update={"sources": tuple(sources)})
             tokenizer = tokenizer.model_copy(update={"train": train})
     if evaluation is not None:
-        models = evaluation.models or tuple(EvaluatedModel(name=name, stage=name) for name in stages)
+        models = evaluation.models or tuple(_evaluated(name) for name in evaluated_by_default(recipe))
         update = {
             "models": tuple(_at_home(model, "path") for model in models),
             "sources": evaluation.sources or tuple(name for name, source in sources.items() if source.has_validation),
@@ -191,6 +193,10 @@ def resolve(recipe: Recipe) -> Recipe:
     output_dir = os.path.expanduser(recipe.output_dir)
     resolved = {"sources": sources, "stages": stages, "tokenizer": tokenizer, "evaluation": evaluation}
     return recipe.model_copy(update={"output_dir": output_dir, **resolved})
+
+
+def _evaluated(name: str) -> EvaluatedModel:
+    return EvaluatedModel(name=name) if name == STUDENT_AS_IT_WAS else EvaluatedModel(name=name, stage=name)
 
 
 def _at_home(spec: S, *keys: str) -> S:

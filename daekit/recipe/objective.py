@@ -77,7 +77,8 @@ class Objective(Spec):
 
     @model_validator(mode="after")
     def _anything_to_learn(self) -> Objective:
-        if not any(getattr(self, name) for name in WEIGHTS):
+        # None: what a file has in its place is no mapping, which is noted
+        if self is not None and not any(getattr(self, name) for name in WEIGHTS):
             raise ValueError(f"{listed(WEIGHTS)} are all 0: there is nothing to learn from")
         return self
 

@@ -197,7 +197,9 @@ class Spec(BaseModel):
         each = cls.model_fields[name]
         if value is not _UNREAD:
             try:
-                return handler(value)
+                read = handler(value)
+                if read is not None or value is None:
+                    return read
             except ValidationError as error:
                 path = (*errors.paths[-1], each.alias or name)
                 errors.add_validation(path, error, cls.TYPES if name == "type" else ())
@@ -217,8 +219,8 @@ def by_type(classes: Mapping[str, type[Spec]]) -> Callable[[Any], str]:
         if not isinstance(value, Mapping):
             return str(getattr(value, "type", next(iter(classes))))
         kind = as_text(value.get("type"))
-        if kind in classes:
-            return str(kind)
+        if isinstance(kind, str) and kind in classes:
+            return kind
         alike = {name: difflib.SequenceMatcher(None, name, str(kind)[:200]).ratio() for name in classes}
         return max(classes, key=lambda name: (len(classes[name]._keys().keys() & value.keys()), alike[name]))
 

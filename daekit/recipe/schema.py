@@ -243,7 +243,9 @@ class EvaluationSpec(Spec):
     """The report that ends a run: every model x every domain with validation rows."""
 
     models: tuple[EvaluatedModel, ...] = Field(
-        (), description="Names of stages (default: every stage, in order), `student-as-it-was`, or {name: NAME, path: PATH}."
+        (),
+        description="Names of stages, `student-as-it-was` (the first student before training), or {name: NAME, path: PATH}. "
+        "Default: every stage, after `student-as-it-was` where the first student is loaded from a path.",
     )
     baseline: Text | None = Field(None, description="The evaluated model that gain and forgetting are measured against.")
     sources: tuple[Text, ...] = Field((), description="Sources whose validation rows are used (default: all that have some).")

@@ -31,6 +31,7 @@ _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 # A file with more values, or deeper ones, is a mistake or an attack (aliases of aliases): a recipe has a few hundred, six deep.
 _MOST_NODES = 20_000
 _DEEPEST = 40
+_LARGEST_FILE = 4 * 2**20  # bytes
 _SHOWN = 80  # characters of a value in a message
 
 
@@ -106,6 +107,12 @@ class Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {}
 
+    def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:
+        """Stop at once where brackets are nested too deeply: PyYAML looks ahead, which takes seconds there."""
+        if self.flow_level > _DEEPEST:
+            raise RecursionError
+        super().fetch_flow_collection_start(TokenClass)
+
 
 class Dumper(yaml.SafeDumper):
     """Quotes every text that ``Loader`` (or any YAML 1.1 reader) would take for something else; writes no aliases."""
@@ -152,10 +159,14 @@ class Unread:
 def read_file(path: str | FilePath, kind: str) -> str:
     """The text of a YAML file; ``kind`` is what the UserError for one that cannot be read calls it."""
     try:
-        return FilePath(path).read_text(encoding="utf-8")
+        with FilePath(path).open("rb") as file:  # no further: it may be a device
+            text = file.read(_LARGEST_FILE + 1)
+        if len(text) > _LARGEST_FILE:
+            raise ValueError(f"it has more than {_LARGEST_FILE:,} bytes")
+        return text.decode("utf-8")
     except (OSError, ValueError) as error:
-        text = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
-        reason = error.strerror if isinstance(error, OSError) else text
+        why = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+        reason = error.strerror if isinstance(error, OSError) else why
         raise UserError(f"{kind} {str(path)!r} cannot be read: {reason}; give the path of a YAML file") from None
 
 
@@ -265,7 +276,7 @@ class _Reader:
         elif kind in ("int", "float"):
             value = float(digits.lower().replace(".inf", "inf").replace(".nan", "nan"))
             if not math.isfinite(value) or kind == "int":
-                self.note(node, path, f"{text} is not a finite number of sensible size")
+                self.note(node, path, f"{text[:_SHOWN]} is not a finite number of sensible size")
         elif kind != "null":
             value = _whole_characters(text)
             if value is None:

@@ -19,16 +19,20 @@ _NOUNS = {
     "dict_type": "a mapping",
 }
 _BOUNDS = {
-    "greater_than": "must be greater than {gt:g}",
-    "greater_than_equal": "must be at least {ge:g}",
-    "less_than": "must be below {lt:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
 }
 
 
 def dotted(path: Path) -> str:
     """A key path as users write it in an override: ``stages.kd.teacher.ensemble.0.weight``."""
     return ".".join(str(part) for part in path)
+
+
+def _plain(bound: float) -> float:
+    return int(bound) if float(bound).is_integer() else bound
 
 
 @dataclass
@@ -105,7 +109,8 @@ class Errors:
             elif kind == "string_too_short":
                 self.add_unread(where, "must not be empty")
             elif kind in _BOUNDS:
-                bound = "must not be negative" if context.get("ge") == 0 else _BOUNDS[kind].format(**context)
+                bounds = {name: _plain(bound) for name, bound in context.items()}
+                bound = "must not be negative" if bounds.get("ge") == 0 else _BOUNDS[kind].format(**bounds)
                 self.add_unread(where, f"{node.show()} {bound}")
             else:
                 self.add_unread(where, str(context.get("error") or each["msg"]))

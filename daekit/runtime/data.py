@@ -1,47 +1,113 @@
-"""The rows of a recipe: each source is read once, mixed for each stage, tokenised for the report."""
+"""The rows of a recipe: each source is read and tokenised once, then mixed for each stage."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets.table import InMemoryTable
 from transformers import PreTrainedTokenizerBase
 
-from daekit.data.mixture import Mixture, in_common_features, mix
+from daekit.data.mixture import Mixture, mix
+from daekit.data.responses import ResponseLabels
+from daekit.data.rows import form_of
 from daekit.data.sources import load_source
 from daekit.data.tokenizer import load_tokenizer, source_texts, train_tokenizer
 from daekit.errors import UserError
-from daekit.evaluation import EvaluationSet, tokenize_rows
+from daekit.evaluation import EvaluationSet, TokenizedRow, tokenize_each, tokenize_rows
 from daekit.models.adapters import base_spec
 from daekit.models.loading import load_tokenizer_of
-from daekit.recipe.schema import MixtureSpec, Recipe, SourceSpec
+from daekit.recipe.schema import Recipe, SourceSpec, StageSpec
 from daekit.runtime.folders import RunFolder, read_file
+
+_TRAINED_ON = "trained_on.json"
+_TOKENS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "domain": Value("large_string")})
+
+
+@dataclass(frozen=True)
+class LossRule:
+    """Which tokens of a row carry loss, by the options of TRL that a stage sets.
+
+    Attributes:
+        assistant_only: of conversations: what the assistant writes, instead of everything; None: of messages the response
+            (``daekit.data.responses``).
+        completion_only: of prompt and completion: the completion (default), or with False everything.
+    """
+
+    assistant_only: bool | None = None
+    completion_only: bool = True
+
+    @classmethod
+    def of(cls, stage: StageSpec) -> LossRule:
+        """The rule of a stage."""
+        return cls(stage.trainer.get("assistant_only_loss"), stage.trainer.get("completion_only_loss") is not False)
+
+    def describe(self, form: str, tokenizer: PreTrainedTokenizerBase) -> str:
+        """What carries loss in rows of a form, in words."""
+        conversation = form == "messages" or (form == "conversation pair" and not self.completion_only)
+        if conversation and self.assistant_only is None:
+            return ResponseLabels.of(tokenizer).description
+        if conversation:
+            return "what the assistant writes" if self.assistant_only else "every token, the user's and the system's too"
+        if form == "text" or not self.completion_only:
+            return "every token"
+        return "the completion" + (", of it what the assistant writes" if self.assistant_only else "")
 
 
 class DataBuilder:
-    """Sources of one run, read when they are first needed."""
+    """The sources of one run, read and tokenised when they are first needed. It writes nothing but ``save_tokenizer``.
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    A row is tokenised in the form that its source has, so that sources of different forms can be mixed.
+    """
+
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+        self.recipe, self.folder = recipe, folder
         self._read: dict[str, tuple[Dataset, Dataset | None]] = {}
+        self._tokenized: dict[tuple[str, LossRule], tuple[Dataset, Dataset | None]] = {}
 
     def source(self, name: str) -> tuple[Dataset, Dataset | None]:
-        """(training rows, validation rows or None) of a source."""
+        """(training rows, validation rows or None) of a source, as text."""
         if name not in self._read:
             self._read[name] = load_source(name, self.recipe.sources[name], self.recipe.seed)
         return self._read[name]
 
-    def mixture(self, spec: MixtureSpec) -> Mixture:
-        """The training rows of a stage."""
-        return mix({name: self.source(name)[0] for name in spec.sources}, spec, self.recipe.seed)
+    def tokenized(self, name: str, rule: LossRule) -> tuple[Dataset, Dataset | None]:
+        """The same as ``input_ids`` and ``labels`` (-100 where a token carries no loss) with their ``domain``.
 
-    def validation(self, spec: MixtureSpec) -> Dataset | None:
-        """The validation rows of the sources of a stage, one after another."""
-        parts = [rows for name in spec.sources if (rows := self.source(name)[1]) is not None]
-        return concatenate_datasets(in_common_features(parts)) if parts else None
+        Raises:
+            UserError: a row that cannot be tokenised, or that the chat template refuses.
+        """
+        key = name, rule
+        if key not in self._tokenized:
+            training, validation = self.source(name)
+            self._tokenized[key] = (
+                self._tokens(training, f"sources.{name}: training row", rule),
+                None if validation is None else self._tokens(validation, f"sources.{name}: validation row", rule),
+            )
+        return self._tokenized[key]
 
-    def evaluation_sets(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, EvaluationSet]:
-        """The tokenised validation rows of the report's sources."""
+    def mixture(self, stage: StageSpec) -> Mixture:
+        """The training rows of a stage, tokenised."""
+        rule = LossRule.of(stage)
+        return mix({name: self.tokenized(name, rule)[0] for name in stage.data.sources}, stage.data, self.recipe.seed)
+
+    def validation(self, stage: StageSpec) -> Dataset | None:
+        """The validation rows of the sources of a stage, one after another, tokenised."""
+        rule = LossRule.of(stage)
+        parts = [rows for name in stage.data.sources if (rows := self.tokenized(name, rule)[1]) is not None]
+        return concatenate_datasets(parts) if parts else None
+
+    @cached_property
+    def evaluation_sets(self) -> dict[str, EvaluationSet]:
+        """The tokenised validation rows of the report's sources: scored are the tokens that the stages train on."""
         spec = self.recipe.evaluation
         assert spec is not None
         sets = {}
@@ -49,10 +115,24 @@ class DataBuilder:
             rows = self.source(name)[1]
             if rows is not None:
                 domain = self.recipe.sources[name].domain
-                sets[name] = tokenize_rows(rows, tokenizer, source=name, domain=domain, limit=spec.limit)
+                sets[name] = tokenize_rows(
+                    rows,
+                    self.tokenizer,
+                    source=name,
+                    domain=domain,
+                    limit=spec.limit,
+                    assistant_only_loss=self.report_rule.assistant_only,
+                )
         return sets
 
-    def tokenizer(self, folder: RunFolder) -> PreTrainedTokenizerBase:
+    @property
+    def report_rule(self) -> LossRule:
+        """The rule by which the report scores: that of the stages; where they differ, the default."""
+        rules = [LossRule.of(stage) for stage in self.recipe.stages.values()]
+        return rules[0] if len(set(rules)) == 1 else LossRule()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the run: the recipe's own (trained once, then read from the run's folder), or the first student's.
 
         Raises:
@@ -66,22 +146,83 @@ class DataBuilder:
             return load_tokenizer_of(base_spec(first))
         if spec.train is None:
             return load_tokenizer(spec)
-        facts: dict[str, object] = {name: _training(self.recipe.sources[name]) for name in spec.train.sources}
-        facts["train"] = spec.train.model_dump(mode="json")
-        facts_file = folder.tokenizer / "trained_on.json"
-        if facts_file.is_file() and read_file(facts_file, delete=folder.tokenizer) != facts:
+        home = self.folder.tokenizer
+        if home.is_dir() and self._tokenizer_is_ours():
+            return load_tokenizer(spec.model_copy(update={"train": None, "path": str(home)}))
+        texts = (text for name in spec.train.sources for text in source_texts(self.source(name)[0]))
+        with tempfile.TemporaryDirectory() as made:  # read back, so that it is the one that later commands find
+            train_tokenizer(texts, spec.train).save_pretrained(made)
+            tokenizer = load_tokenizer(spec.model_copy(update={"train": None, "path": made}))
+        tokenizer.name_or_path = str(home)
+        return tokenizer
+
+    def save_tokenizer(self) -> None:
+        """Keep a tokenizer that was trained on the rows in the run's folder, for one process."""
+        spec, home = self.recipe.tokenizer, self.folder.tokenizer
+        if spec is None or spec.train is None or (home.is_dir() and self._tokenizer_is_ours()):
+            return
+        shutil.rmtree(home, ignore_errors=True)
+        half = home.with_suffix(".half")
+        self.tokenizer.save_pretrained(half)
+        (half / _TRAINED_ON).write_text(json.dumps(self._tokenizer_facts()))
+        half.rename(home)
+
+    def _tokenizer_is_ours(self) -> bool:
+        """Whether the tokenizer in the run's folder was trained with these settings; else it is of a run that never began."""
+        home = self.folder.tokenizer
+        same = not (home / _TRAINED_ON).is_file() or read_file(home / _TRAINED_ON, delete=home) == self._tokenizer_facts()
+        if not same and self.folder.is_begun:
             raise UserError(
-                f"{folder.tokenizer}: was trained with other settings or sources. Delete it and the stages that use it, "
+                f"{home}: was trained with other settings or sources. Delete it and the stages that use it, "
                 "or choose another output_dir."
             )
-        if not folder.tokenizer.is_dir():
-            texts = (text for name in spec.train.sources for text in source_texts(self.source(name)[0]))
-            trained = train_tokenizer(texts, spec.train)
-            half = folder.tokenizer.with_suffix(".half")
-            trained.save_pretrained(half)
-            (half / facts_file.name).write_text(json.dumps(facts))
-            half.rename(folder.tokenizer)
-        return load_tokenizer(spec.model_copy(update={"train": None, "path": str(folder.tokenizer)}))
+        return same
+
+    def _tokenizer_facts(self) -> dict[str, Any]:
+        spec = self.recipe.tokenizer
+        assert spec is not None and spec.train is not None
+        facts: dict[str, Any] = {name: _training(self.recipe.sources[name]) for name in spec.train.sources}
+        return facts | {"train": spec.train.model_dump(mode="json")}
+
+    def _tokens(self, rows: Dataset, where: str, rule: LossRule) -> Dataset:
+        form = form_of(rows)
+        texts: Iterable[Mapping[str, Any]] = rows
+        if rule.assistant_only and form in ("text", "prompt+completion"):
+            raise UserError(
+                f"{where.rsplit(': ')[0]}: its rows are {form}, in which nobody is marked as the assistant, but a stage sets "
+                "assistant_only_loss. Leave it out, or give conversations (`chat: true` makes them of prompt and completion)."
+            )
+        if not rule.completion_only and form != "messages":
+            texts = map(_joined, rows)
+        columns = [column for column in rows.column_names if column not in ("answer", "domain")]
+        if texts is rows:
+            texts = rows.select_columns(columns)
+        return as_dataset(tokenize_each(texts, self.tokenizer, where, rule.assistant_only), rows[0]["domain"])
+
+
+def as_dataset(rows: Iterable[TokenizedRow], domain: str) -> Dataset:
+    """Tokenised rows as a table in memory, without Python's lists of all of them at a time."""
+    ids, labels, offsets = array("i"), array("i"), array("i", [0])
+    for row in rows:
+        ids.extend(row.input_ids)
+        labels.extend(row.labels)
+        offsets.append(len(ids))
+    columns = [pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), _flat(values)) for values in (ids, labels)]
+    columns.append(pa.array([domain] * (len(offsets) - 1), pa.large_string()))
+    return Dataset(InMemoryTable(pa.Table.from_arrays(columns, schema=_TOKENS.arrow_schema)))
+
+
+def _flat(values: array[int]) -> pa.Array:
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
+
+
+def _joined(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of which everything carries loss: a text, or a conversation, as TRL joins prompt and completion."""
+    if "text" in row:
+        return dict(row)
+    rest = {key: value for key, value in row.items() if key not in ("prompt", "completion", "answer")}
+    together = row["prompt"] + row["completion"]
+    return rest | ({"text": together} if isinstance(together, str) else {"messages": together})
 
 
 def _training(source: SourceSpec) -> dict[str, object]:

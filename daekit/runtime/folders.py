@@ -3,16 +3,18 @@
 ::
 
     OUTPUT_DIR/
+      run.lock              which process writes here, while one does
       recipe.yaml           the resolved recipe
       tokenizer/            where the recipe has one of its own
       students/KEY/         students made from their teachers; equal ones once
-        student.json        what was made and how
         search.jsonl        every score of the search, search.svg its plot
         model/              the student before its training
+        student.json        what was made and how; written last: the student is complete
       stages/NAME/
-        stage_key.json      what the stage's result depends on, written before it begins
-        checkpoint-N/       sealed checkpoints
+        stage_key.json      what the stage's result depends on; it binds once there is a checkpoint or a result
+        checkpoint-N/       checkpoints with a manifest
         model/              the result: weights or adapter, tokenizer, recipe.yaml, provenance.json
+        adapter/            the trained adapter, where the result is merged
         stage.json          written last: the stage is complete
       caches/KEY/           what teachers said about the rows, see daekit.teachers.cache
       report/               report.html, report.md, report.json, ...
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ from typing import Any
 import yaml
 
 from daekit.errors import UserError
+from daekit.files import file_hash
+from daekit.trainers import checkpoint
 
 
 def read_file(path: Path, delete: Path) -> Any:
@@ -47,6 +51,41 @@ def read_file(path: Path, delete: Path) -> Any:
     if not isinstance(content, dict):
         raise UserError(f"{path}: this file of the run is damaged. Delete {delete} and run again.")
     return content
+
+
+def listed(root: Path, folders: Sequence[Path]) -> dict[str, list[Any]]:
+    """The files of a result, for ``lost`` to compare: path -> size in bytes and, of weights, the hash of the content."""
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): [path.stat().st_size, _digest(path)] for path in files}
+
+
+def lost(root: Path, facts: Path) -> str | None:
+    """The first file of a complete result that is not there any more; None if all are.
+
+    Args:
+        facts: the JSON file that declares the result complete and lists its files.
+
+    Raises:
+        UserError: weights have another content than they were written with, or ``facts`` is damaged.
+    """
+    files = read_file(facts, delete=facts).get("files")
+    if not isinstance(files, dict):
+        raise UserError(f"{facts}: lists no files, so the result beside it cannot be checked. Delete {facts} and run again.")
+    for name, (size, digest) in files.items():
+        path = root / name
+        if not path.is_file():
+            return name
+        if digest is not None and (path.stat().st_size != size or _digest(path) != digest):
+            raise UserError(
+                f"{path}: its content has changed since the run has written it. Put it back, or delete {path.parent}: the run "
+                "makes it again from its last checkpoint."
+            )
+    return None
+
+
+def _digest(path: Path) -> str | None:
+    """Of weights only: other files of a result may be edited."""
+    return file_hash(path) if path.suffix == ".safetensors" else None
 
 
 @dataclass(frozen=True)
@@ -69,6 +108,12 @@ class RunFolder:
     def report(self) -> Path:
         """The report."""
         return self.root / "report"
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything is kept here that a run of another recipe would mix with its own."""
+        stages, students = self.root / "stages", self.root / "students"
+        return any(StageFolder(each).is_begun for each in stages.glob("*")) or any(students.glob("*/student.json"))
 
     def suite(self, name: str) -> Path:
         """The output directory of a suite."""
@@ -96,12 +141,12 @@ class StudentFolder:
 
     @property
     def model(self) -> Path:
-        """The student; exists when it is complete."""
+        """The student."""
         return self.root / "model"
 
     @property
     def facts(self) -> Path:
-        """What was made and how."""
+        """What was made and how; exists when the student is complete."""
         return self.root / "student.json"
 
     @property
@@ -113,6 +158,11 @@ class StudentFolder:
     def plot(self) -> Path:
         """Score against size of every candidate."""
         return self.root / "search.svg"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the student lies here whole; its weights are hashed."""
+        return self.facts.is_file() and lost(self.root, self.facts) is None
 
 
 @dataclass(frozen=True)
@@ -141,6 +191,33 @@ class StageFolder:
         """Exists when the stage is complete."""
         return self.root / "stage.json"
 
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints whose save has ended, the lowest step first."""
+        return [folder for folder in checkpoint.checkpoints(self.root) if checkpoint.is_committed(folder)]
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is something to go on from: only then the stage's key binds."""
+        return self.done.is_file() or bool(self.checkpoints)
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint of a step.
+
+        Raises:
+            UserError: it is not there, or damaged.
+        """
+        folder = self.root / f"checkpoint-{step}"
+        if folder not in self.checkpoints:
+            there = ", ".join(each.name for each in self.checkpoints) or "none"
+            raise UserError(
+                f"stage:{self.root.name}@{folder.name}: there is no such checkpoint (there are: {there}). Name another, or set "
+                "save_steps and save_total_limit so that it is saved and kept."
+            )
+        if damage := checkpoint.corruption(folder):
+            raise UserError(f"stage:{self.root.name}@{folder.name}: is damaged ({damage}). Name another checkpoint.")
+        return folder
+
     def read_done(self) -> dict[str, Any] | None:
         """What is known of the complete stage; None if it is not complete."""
-        return json.loads(self.done.read_text()) if self.done.is_file() else None
+        return read_file(self.done, delete=self.done) if self.done.is_file() else None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
-from daekit.models.adapters import base_spec, load_continued, require_adapters_fit
+from daekit.models.adapters import base_spec, config_of, load_continued, require_adapters_fit
 from daekit.models.backbone import base_of
-from daekit.models.loading import load_model, load_tokenizer_of
+from daekit.models.loading import load_model, load_tokenizer_of, require_shards
 from daekit.models.vocabulary import require_same, vocabulary_size
 from daekit.protocol import Teacher
 from daekit.recipe import student_key
@@ -28,14 +30,70 @@ class ModelBuilder:
 
     def __init__(self, folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> None:
         self.folder, self.tokenizer = folder, tokenizer
+        self._looked_at: set[str] = set()
 
-    def student(self, recipe: Recipe, name: str, seed: int) -> PreTrainedModel:
-        """The model that a stage begins with; one that is made from its teacher lies in the run's folder by now."""
+    def start_of(self, recipe: Recipe, name: str) -> ModelSpec:
+        """What a stage begins with; a student that is made from its teacher lies in the run's folder when it is used."""
         spec = recipe.stages[name].student
         assert spec is not None, "a resolved recipe names every student"
+        if spec.init is None:
+            return spec
+        return ModelSpec(path=str(self.folder.student(student_key(recipe, name)).model.resolve()))
+
+    def student(self, recipe: Recipe, name: str, seed: int) -> PreTrainedModel:
+        """The model that a stage begins with."""
+        return self.model(self.start_of(recipe, name), seed)
+
+    def look_at(self, spec: ModelSpec) -> None:
+        """Whether a model can be loaded, as far as its config, tokenizer and the headers of its files say; once for each.
+
+        The result of a stage that is not complete is not there yet: it follows from the models of that stage.
+
+        Raises:
+            UserError: no model there, broken files, another tokenizer, a config that makes no model.
+        """
+        if repr(spec) in self._looked_at or not self.is_there(spec):
+            return
+        self._looked_at.add(repr(spec))
+        if spec.config is not None:
+            with torch.device("meta"):
+                load_model(spec, self.tokenizer)
+        base = base_spec(self.placed(spec))
+        if base.path is not None:
+            config_of(base)
+            require_files(base.path)
+            require_same(self.tokenizer, load_tokenizer_of(base), base.path)
+
+    def config(self, recipe: Recipe, spec: ModelSpec) -> PreTrainedConfig | None:
+        """The config of a model, also of a result that is not there yet; None of a student that is made from its teacher."""
+        if spec.stage is not None and not self.is_there(spec):
+            student = recipe.stages[spec.stage].student
+            return None if student is None else self.config(recipe, student)
         if spec.init is not None:
-            spec = ModelSpec(path=str(self.folder.student(student_key(recipe, name)).model.resolve()))
-        return self.model(spec, seed)
+            return None
+        if spec.config is not None:
+            return AutoConfig.for_model(**spec.config)
+        return config_of(base_spec(self.placed(spec)))
+
+    def is_there(self, spec: ModelSpec) -> bool:
+        """Whether what a spec names exists before the run: not the result of a stage that is not complete."""
+        origins = [origin for origin in (spec.stage, adapter_stage(spec.adapter)) if origin is not None]
+        return spec.adapter != BARE_BASE and all(self.folder.stage(origin).done.is_file() for origin in origins)
+
+    def without_weights(self, recipe: Recipe, name: str) -> PreTrainedModel | None:
+        """The student of a stage on the meta device, in float32; None where it follows from a result that is not there yet."""
+        stage = recipe.stages[name]
+        assert stage.student is not None, "a resolved recipe names every student"
+        spec = stage.student
+        if not self.is_there(spec):
+            return self.without_weights(recipe, spec.stage) if spec.stage is not None else None
+        if spec.init is not None:
+            return None
+        with torch.device("meta"):
+            if spec.config is not None:
+                return load_model(spec, self.tokenizer)
+            base = base_spec(self.placed(spec))
+            return AutoModelForCausalLM.from_config(config_of(base), trust_remote_code=base.trust_remote_code)
 
     def placed(self, spec: ModelSpec) -> ModelSpec:
         """The spec with earlier stages replaced by the directories of their results and adapters."""
@@ -92,14 +150,16 @@ class ModelBuilder:
             UserError: an adapter of another base, incomplete, with another tokenizer, or of a kind that is not supported.
         """
         assert stage.student is not None, "a resolved recipe names every student"
-        teachers = stage.teachers_by_key().values()
-        specs = [teacher.model for teacher in teachers] + [each.model for teacher in teachers for each in teacher.ensemble]
-        named = {spec.adapter: self.placed(spec).adapter for spec in specs if spec and spec.adapter not in (None, BARE_BASE)}
+        named = {
+            spec.adapter: self.placed(spec).adapter
+            for key, spec in specs_of(stage)
+            if key != "student" and spec.adapter not in (None, BARE_BASE) and self.is_there(spec)
+        }
         folders = [folder for folder in named.values() if folder is not None]
         for folder in folders:
             if (Path(folder) / "tokenizer_config.json").is_file():
                 require_same(self.tokenizer, load_tokenizer_of(ModelSpec(path=folder)), folder)
-        if folders:
+        if folders and self.is_there(stage.student):
             require_adapters_fit(folders, base_spec(self.placed(stage.student)))
 
     def on_base(self, teachers: Mapping[str, Teacher | AdapterPath], student: ModelSpec, device: Any) -> dict[str, Any]:
@@ -125,3 +185,39 @@ class ModelBuilder:
             return BASE if spec.adapter == BARE_BASE else AdapterPath(self.placed(spec).adapter)
         name = spec.stage or spec.path or "teacher"
         return ModelTeacher(self.model(spec), vocabulary_size(self.tokenizer), name, offload=spec.offload)
+
+
+def specs_of(stage: StageSpec) -> Iterator[tuple[str, ModelSpec]]:
+    """Every model that a stage names, with its key below the stage."""
+    if stage.student is not None:
+        yield "student", stage.student
+        if stage.student.init is not None:
+            yield "student.from", stage.student.init.from_
+            yield from ((f"student.with.{place}", each) for place, each in enumerate(stage.student.init.with_))
+    for path, teacher in stage.teachers_by_key().items():
+        key = ".".join(map(str, path))
+        if teacher.model is not None:
+            yield key, teacher.model
+        for place, member in enumerate(teacher.ensemble):
+            yield f"{key}.ensemble.{place}.model", member.model
+
+
+def require_files(path: str) -> None:
+    """Whether a local directory holds whole safetensors files, by their headers.
+
+    Raises:
+        UserError: no weights, a shard that is missing, a file that is cut off.
+    """
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        return  # of the hub
+    require_shards(directory)
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path}: holds no weights (*.safetensors; pickled ones are not read)")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: is not a whole safetensors file ({error}); copy it again") from error

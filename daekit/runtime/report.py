@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from daekit.evaluation import ModelEvaluation, compare, evaluate_model, select_samples
+from daekit.evaluation import EvaluationSet, ModelEvaluation, compare, evaluate_model, select_samples
 from daekit.protocol import Teacher
 from daekit.recipe import is_lora
 from daekit.recipe.adapter_config import BARE_BASE
-from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluatedModel, ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.schema import STUDENT_AS_IT_WAS, DAEStage, EvaluatedModel, KDStage, ModelSpec, Recipe, TeacherSpec
 from daekit.report import Report
-from daekit.runtime.data import DataBuilder
+from daekit.runtime.data import DataBuilder, LossRule
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.models import ModelBuilder
+
+_REFERENCE = "//reference"  # beside the domains, whose names hold no slash
 
 
 def build_report(
@@ -30,15 +32,17 @@ def build_report(
     """
     spec = recipe.evaluation
     assert spec is not None
-    sets = data.evaluation_sets(models.tokenizer)
+    sets = data.evaluation_sets
     evaluations: list[ModelEvaluation] = []
     for each in spec.models:
         print(f"[report] evaluating {each.name}", flush=True)
         model = _model(recipe, each, models).to(device)
         domains = {rows.domain for rows in sets.values()}
-        teachers = _teachers(recipe.stages[each.name], models, domains, device) if each.is_stage else {}
-        evaluations.append(evaluate_model(each.name, model, models.tokenizer, sets, spec=spec, teachers=teachers))
-        del model, teachers  # before the next ones are loaded
+        stage = each.name if each.is_stage else None
+        teachers = _teachers(recipe, stage, models, domains, device)
+        how = {"spec": spec, "teachers": teachers, "reference": teachers.pop(_REFERENCE, None)}
+        evaluations.append(evaluate_model(each.name, model, models.tokenizer, sets, **how))
+        del model, teachers, how  # before the next ones are loaded
     rows = [row for evaluation in evaluations for row in evaluation.rows(spec.bootstrap)]
     if spec.baseline is not None:
         rows += compare(evaluations, spec.baseline, reference_domains=_reference_domains(recipe), rounds=spec.bootstrap)
@@ -49,7 +53,7 @@ def build_report(
         baseline=spec.baseline,
         samples=tuple(select_samples(evaluations, sets)),
         curves={name: facts["log_history"] for name, facts in done.items()},
-        notes=tuple(note for source, each in sets.items() for note in each.notes(source)),
+        notes=tuple(_notes(recipe, sets, data)),
         versions=provenance["versions"],
         seconds={name: facts["seconds"] for name, facts in done.items()},
         provenance={key: _text(value) for key, value in provenance.items() if key != "versions"},
@@ -64,20 +68,63 @@ def _model(recipe: Recipe, spec: EvaluatedModel, models: ModelBuilder) -> PreTra
     return models.student(recipe, first, recipe.seed if stage.seed is None else stage.seed)
 
 
-def _teachers(stage: StageSpec, models: ModelBuilder, domains: Iterable[str], device: Any) -> dict[str, Teacher]:
-    """Domain -> what the stage's student was told to follow there; nothing for a stage without teachers."""
-    if stage.type == "sft":
-        return {}
-    assert stage.student is not None, "a resolved recipe names every student"
-    if stage.type == "kd":
+def _teachers(
+    recipe: Recipe, name: str | None, models: ModelBuilder, domains: Iterable[str], device: Any
+) -> dict[str, Teacher]:
+    """Domain -> what the student of stage ``name`` was told to follow there; ``_REFERENCE`` -> what it was not to go away from.
+
+    The reference is that of a dae stage. Other models are measured against it, too, if all dae stages have the same.
+    """
+    stage = recipe.stages[name] if name is not None else None
+    specs: dict[str, TeacherSpec] = {}
+    if isinstance(stage, KDStage):
         specs = dict.fromkeys(domains, stage.teacher)
+    elif isinstance(stage, DAEStage):
+        assert name is not None
+        specs = stage.teachers | dict.fromkeys((*stage.reference_domains, _REFERENCE), _reference_of(recipe, name, models))
+    specs = {domain: spec for domain, spec in specs.items() if not spec.labels}  # KL to labels is their NLL
+    if specs:
+        assert stage is not None and stage.student is not None, "a resolved recipe names every student"
+        named = {domain: specs[domain] for domain in (*domains, _REFERENCE) if domain in specs}
+        found = {
+            domain: each.to(device) for domain, each in models.on_base(models.teachers(named), stage.student, device).items()
+        }
     else:
-        start = ModelSpec(adapter=stage.student.adapter or BARE_BASE) if is_lora(stage) else stage.student
-        given = stage.reference
-        reference = TeacherSpec(model=start) if given is None or given.is_student else given
-        specs = stage.teachers | dict.fromkeys(stage.reference_domains, reference)
-    teachers = models.teachers({domain: specs[domain] for domain in domains if domain in specs and not specs[domain].labels})
-    return {domain: teacher.to(device) for domain, teacher in models.on_base(teachers, stage.student, device).items()}
+        found = {}
+    if _REFERENCE not in found and (shared := _shared_reference(recipe, models)) is not None:
+        spec, student = shared
+        found[_REFERENCE] = models.on_base({_REFERENCE: models.teacher(spec)}, student, device)[_REFERENCE].to(device)
+    return found
+
+
+def _reference_of(recipe: Recipe, name: str, models: ModelBuilder) -> TeacherSpec:
+    """The reference of a dae stage: the one that it names, or its student before the stage."""
+    stage = recipe.stages[name]
+    assert isinstance(stage, DAEStage) and stage.student is not None
+    if stage.reference is not None and not stage.reference.is_student:
+        return stage.reference
+    on_base = ModelSpec(adapter=stage.student.adapter or BARE_BASE)
+    return TeacherSpec(model=on_base if is_lora(stage) else models.start_of(recipe, name))
+
+
+def _shared_reference(recipe: Recipe, models: ModelBuilder) -> tuple[TeacherSpec, ModelSpec] | None:
+    """(reference, the student whose base it may be an adapter of) of all dae stages; None if there is none, or several."""
+    names = [name for name, stage in recipe.stages.items() if isinstance(stage, DAEStage)]
+    found = [(_reference_of(recipe, name, models), models.start_of(recipe, name)) for name in names]
+    return found[0] if found and all(each == found[0] for each in found) and not found[0][0].labels else None
+
+
+def _notes(recipe: Recipe, sets: Mapping[str, EvaluationSet], data: DataBuilder) -> Iterator[str]:
+    for source, each in sets.items():
+        yield from each.notes(source)
+    if any(isinstance(stage, DAEStage) for stage in recipe.stages.values()):
+        yield (
+            "KL to reference: how far a model went from the reference of the dae stage, in nats per token. NLL of "
+            "answers that another model has written cannot show forgetting: it falls when a model takes on their manner."
+        )
+    rules = {name: LossRule.of(stage) for name, stage in recipe.stages.items()}
+    for name in [name for name, rule in rules.items() if rule != data.report_rule]:
+        yield f"Stage {name} was trained on other tokens than those that are scored here (assistant_only_loss)."
 
 
 def _reference_domains(recipe: Recipe) -> list[str]:

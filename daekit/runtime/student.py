@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.evaluation import tokenize_rows
+from daekit.files import write_json
 from daekit.models.identity import fingerprint
 from daekit.models.scoring import TokenRow
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe import student_key
 from daekit.recipe.schema import CalibrationSpec, Recipe, StudentSearchSpec, StudentSpec
 from daekit.runtime.data import DataBuilder
-from daekit.runtime.folders import RunFolder, StudentFolder
+from daekit.runtime.folders import RunFolder, StudentFolder, listed
 from daekit.runtime.models import ModelBuilder
 from daekit.students import (
     CandidateScorer,
@@ -51,6 +52,8 @@ from daekit.students import (
     sort_teacher,
     space_of,
 )
+from daekit.students.calibration import require_enough
+from daekit.students.shapes import require_possible
 
 Rows = Sequence[TokenRow]
 
@@ -66,8 +69,9 @@ def build_student(
     spec = recipe.stages[name].student
     assert spec is not None and spec.init is not None
     home = folder.student(student_key(recipe, name))
-    if home.model.is_dir():
+    if home.is_complete:
         return home
+    home.facts.unlink(missing_ok=True)  # of a student whose files have been lost
     home.root.mkdir(parents=True, exist_ok=True)
     start, seed = time.perf_counter(), recipe.stages[name].seed
     rows = partial(calibration_rows, recipe, spec.init.calibration, data, models.tokenizer)
@@ -76,11 +80,13 @@ def build_student(
     student = maker.make(teacher, others)
     sizes = {"parameters": student.num_parameters(), "teacher_parameters": maker.teacher_parameters}
     facts = {"stage": name, **sizes, **maker.facts, "seconds": round(time.perf_counter() - start, 1)}
-    home.facts.write_text(json.dumps(facts, indent=2) + "\n")
     half = home.model.with_suffix(".half")
+    for left in (half, home.model):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     student.save_pretrained(half)
     models.tokenizer.save_pretrained(half)
-    half.rename(home.model)  # last: the student is complete
+    half.rename(home.model)
+    write_json(home.facts, facts | {"files": listed(home.root, [home.model])})  # last: the student is complete
     print(
         f"[{name}] student made from its teacher: {sizes['parameters']:,} of {sizes['teacher_parameters']:,} parameters, in "
         f"{facts['seconds']:.0f} s -> {home.root}",
@@ -202,3 +208,31 @@ def calibration_rows(
                 f"calibration.tokens={spec.tokens:,} is {wanted:,}; give fewer tokens, or more sources"
             )
     return rows
+
+
+def require_cuttable(recipe: Recipe, name: str, data: DataBuilder, models: ModelBuilder) -> None:
+    """Whether the student of stage ``name`` can be made from its teacher, by the teacher's config and the calibration text.
+
+    Raises:
+        UserError: a shape that cannot be cut out of the teacher, too little calibration text for what is measured on it.
+    """
+    student = recipe.stages[name].student
+    assert student is not None and student.init is not None
+    spec = student.init
+    config = models.config(recipe, spec.from_)
+    if config is not None and spec.dense is None and spec.shape:
+        require_possible(config, replace(Shape.of(config), **spec.shape))
+    if spec.with_ or spec.dense == "average":
+        return
+    ranked = spec.importance == "activations" and (bool(spec.shape) or spec.search is not None)
+    if not (ranked or spec.dense or spec.keep_experts or spec.search or spec.fit_norms):
+        return
+    rows = calibration_rows(recipe, spec.calibration, data, models.tokenizer)
+    if ranked and config is not None:
+        require_enough(rows, max(config.hidden_size, config.intermediate_size), "channels or neurons")
+    scored = sum(label >= 0 for row in rows for label in row["labels"][1:])
+    if spec.search is not None and scored < spec.search.tokens[-1]:
+        raise UserError(
+            f"calibration text too short: {scored:,} of its tokens can be scored, search.tokens asks for "
+            f"{spec.search.tokens[-1]:,}; give more text or fewer tokens"
+        )

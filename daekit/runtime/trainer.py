@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig
@@ -9,7 +11,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from daekit.data.mixture import Mixture
 from daekit.errors import UserError
-from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe, StageSpec
+from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe
 from daekit.runtime.caches import make_caches
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import StageFolder
@@ -33,18 +35,24 @@ def build_trainer(
     Raises:
         UserError: from the rooms that read the data and load the models; what transformers and TRL say of options.
     """
-    stage = recipe.stages[name]
-    mixture = data.mixture(stage.data)
-    try:
+    mixture = data.mixture(recipe.stages[name])
+    with naming(f"stages.{name}"):
         trainer = _trainer_of(recipe, name, folder, data, models, mixture)
-    except UserError:
-        raise
-    except (ValueError, ImportError) as error:  # options that do not go together, a tracker that is not installed
-        raise UserError(f"stages.{name}: {' '.join(str(error).split())}") from error
     trainer.remove_callback(PrinterCallback)
     callback: TrainerCallback = ProgressCallback(name)
     trainer.add_callback(callback)
     return trainer, mixture
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Make of what the libraries say of options, or of a package that is not installed, an error of the user at ``key``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{key}: {' '.join(str(error).split())}") from error
 
 
 def cache_stage(recipe: Recipe, name: str, folder: StageFolder, data: DataBuilder, models: ModelBuilder) -> None:
@@ -53,7 +61,7 @@ def cache_stage(recipe: Recipe, name: str, folder: StageFolder, data: DataBuilde
     Raises:
         UserError: see ``make_caches``.
     """
-    given = _given(recipe, name, folder, data, models, data.mixture(recipe.stages[name].data))
+    given = _given(recipe, name, folder, data, models, data.mixture(recipe.stages[name]))
     make_caches(recipe, name, models, given["args"], given["train_dataset"], given["eval_dataset"])
 
 
@@ -63,11 +71,11 @@ def _given(
     """What every trainer is given."""
     stage = recipe.stages[name]
     return {
-        "args": _arguments(recipe, stage, folder),
+        "args": training_arguments(recipe, name, folder),
         "train_dataset": mixture.dataset,
-        "eval_dataset": data.validation(stage.data) if stage.trainer.get("eval_strategy", "no") != "no" else None,
+        "eval_dataset": data.validation(stage) if stage.trainer.get("eval_strategy", "no") != "no" else None,
         "processing_class": models.tokenizer,
-        "peft_config": _peft_config(stage.lora, stage.student) if stage.lora else None,
+        "peft_config": peft_config(stage.lora, stage.student) if stage.lora else None,
     }
 
 
@@ -88,7 +96,9 @@ def _trainer_of(
     return DAETrainer(student, teachers, reference, **common)
 
 
-def _arguments(recipe: Recipe, stage: StageSpec, folder: StageFolder) -> DomainSFTConfig:
+def training_arguments(recipe: Recipe, name: str, folder: StageFolder) -> DomainSFTConfig:
+    """The config of a stage's trainer; TRL and transformers raise what they have against it."""
+    stage = recipe.stages[name]
     arguments: dict[str, Any] = {
         "output_dir": str(folder.root),
         "seed": recipe.seed if stage.seed is None else stage.seed,
@@ -96,6 +106,7 @@ def _arguments(recipe: Recipe, stage: StageSpec, folder: StageFolder) -> DomainS
         "disable_tqdm": True,  # ProgressCallback says more
         "overlong": stage.overlong,
     } | stage.trainer
+    arguments |= {"assistant_only_loss": False, "completion_only_loss": None}  # the rows say it: they are tokenised
     if stage.type == "sft":
         return DomainSFTConfig(**arguments)
     if stage.type == "kd":
@@ -103,7 +114,8 @@ def _arguments(recipe: Recipe, stage: StageSpec, folder: StageFolder) -> DomainS
     return DAEConfig(**arguments, **vars(stage.loss), reference_domains=list(stage.reference_domains))
 
 
-def _peft_config(spec: LoraSpec, student: ModelSpec | None) -> LoraConfig:
+def peft_config(spec: LoraSpec, student: ModelSpec | None) -> LoraConfig:
+    """The LoRA adapter of a stage, in PEFT's terms."""
     targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
     return LoraConfig(
         task_type="CAUSAL_LM",

@@ -91,9 +91,9 @@ class KDTrainer(SFTTrainer):
         if not isinstance(args, self.config_class):
             raise UserError(f"args: {type(self).__name__} needs a {self.config_class.__name__}, not a {type(args).__name__}")
         refuse_arguments(model, args, train_dataset, sft_arguments)
-        self.objective = args.objective()
+        self.loss_objective = args.objective()
         if teacher is None:
-            refuse_without_teacher(self.objective)
+            refuse_without_teacher(self.loss_objective)
         tokenizer = processing_class or tokenizer_of(model, args)
         if args.assistant_only_loss and args.chat_template_path is None:
             require_markers(tokenizer)
@@ -144,15 +144,15 @@ class KDTrainer(SFTTrainer):
             )
         self.teacher = self._complete(teacher)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval": self.eval_dataset}
-        require_served(self.teacher, self.objective, self.processing_class, [self.train_dataset, *evaluated.values()])
+        require_served(self.teacher, self.loss_objective, self.processing_class, [self.train_dataset, *evaluated.values()])
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             shard_teacher(self.teacher, Sharding(self.accelerator))
         else:
             self.teacher.to(self.accelerator.device)
-        if not (self.objective.attention_weight or self.objective.hidden_weight):
+        if not (self.loss_objective.attention_weight or self.loss_objective.hidden_weight):
             return
         refuse_reentrant(self)
-        self.features = FeatureLosses(self.model, self.objective, self.teacher, self.args.seed)
+        self.features = FeatureLosses(self.model, self.loss_objective, self.teacher, self.args.seed)
         if self.features.projections is not None and self.optimizer is not None:
             raise UserError(
                 "optimizers: an optimizer of your own does not hold the projections that hidden_weight needs for a teacher of "
@@ -235,7 +235,7 @@ class KDTrainer(SFTTrainer):
 
     def weights(self) -> dict[str, float]:
         """Metric -> its weight in the loss; the loss is their weighted sum."""
-        objective = self.objective
+        objective = self.loss_objective
         weights = {"ce": objective.ce_weight, divergence_metric(objective): objective.prediction_weight}
         return weights | (self.features.weights if self.features is not None else {})
 

@@ -30,10 +30,10 @@ def summed_losses(
         ``loss``, the weighted sum over loss positions; the metrics ``[N]`` of each position; ``aux_loss`` if it is wanted.
     """
     head, hidden_NH = output_head(trainer.model, trainer.vocab_size), batch.at_loss_positions(outputs.last_hidden_state)
-    sums = prediction_loss(hidden_NH, head, batch.labels_N, teacher_outputs, trainer.objective)
+    sums = prediction_loss(hidden_NH, head, batch.labels_N, teacher_outputs, trainer.loss_objective)
     out = {"loss": sums.loss, "ce": sums.ce_N, "mean_token_accuracy": sums.correct_N}
     if sums.divergence_N is not None:
-        out[divergence_metric(trainer.objective)] = sums.divergence_N
+        out[divergence_metric(trainer.loss_objective)] = sums.divergence_N
     if comparison is not None:
         compared = comparison.losses()
         out |= compared | {"loss": out["loss"] + compared["loss"]}

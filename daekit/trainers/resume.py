@@ -143,7 +143,7 @@ class Checkpoints(TrainerCallback):
             "router_aux_loss_coef": trainer.router_aux_loss_coef,
         }
         facts |= {name: getattr(args, name) for name in _OPTIMIZATION}
-        facts |= {f"objective.{name}": value for name, value in trainer.objective.model_dump().items()}
+        facts |= {f"objective.{name}": value for name, value in trainer.loss_objective.model_dump().items()}
         facts |= {f"adapter.{name}": value for name, value in _adapter_facts(trainer.model).items()}
         return facts | ({} if trainer.teacher is None else {"teacher": trainer.teacher.identity()})
 

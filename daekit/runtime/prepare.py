@@ -1,0 +1,271 @@
+"""Everything that a run will need, opened before its first step: a run that begins is not ended later by what was wrong before.
+
+``daekit check --deep`` is this function alone; ``daekit preview`` shows what it has prepared; a run goes on with it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import PreTrainedModel, Trainer
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.optimization import get_scheduler
+
+from daekit.data.mixture import Mixture
+from daekit.data.preparation import DomainCount, fit_to_length
+from daekit.data.rows import form_of
+from daekit.errors import ErrorDetail, UserError
+from daekit.evaluation.suites import Options
+from daekit.evaluation.suites.prepare import prepare as prepare_suite
+from daekit.recipe.schema import Recipe, StageSpec
+from daekit.runtime.data import DataBuilder
+from daekit.runtime.folders import RunFolder
+from daekit.runtime.kept import ahead
+from daekit.runtime.models import ModelBuilder, specs_of
+from daekit.runtime.student import require_cuttable
+from daekit.runtime.trainer import naming, peft_config, training_arguments
+from daekit.trainers import DomainSFTConfig
+
+_KEY = re.compile(r"((?:sources|stages|tokenizer|evaluation)\b[\w.-]*|output_dir): (.*)", re.DOTALL)  # of a message
+_ADAM_STATES = 2  # values per trained value that the usual optimizers keep
+
+
+@dataclass(frozen=True)
+class PreparedStage:
+    """What a stage trains on.
+
+    Attributes:
+        arguments: config of its trainer.
+        mixture: its training rows, tokenised.
+        validation: rows that it is evaluated on while it trains.
+        counts: what the length policy does to the training rows, per domain; ``validation_counts`` the same.
+        longest: tokens of its longest training row.
+    """
+
+    arguments: DomainSFTConfig
+    mixture: Mixture
+    validation: Dataset | None
+    counts: dict[str, DomainCount]
+    validation_counts: dict[str, DomainCount]
+    longest: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe of which everything has been opened.
+
+    Attributes:
+        stages: the stages that are not complete yet.
+        notes: what a user should know before the first step.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    data: DataBuilder
+    models: ModelBuilder
+    stages: dict[str, PreparedStage] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Found:
+    """Collects errors, so that they are told at once."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._details: dict[ErrorDetail, None] = {}
+
+    @contextmanager
+    def at(self, key: str) -> Iterator[None]:
+        """Note what the block raises, at ``key``; the block ends there."""
+        try:
+            with naming(key):
+                yield
+        except UserError as error:
+            named = _KEY.match(str(error))  # it names its key itself, or not
+            detail = ErrorDetail(named[1], named[2], "") if named else ErrorDetail(key, str(error), "")
+            self._details.setdefault(detail)
+
+    def __bool__(self) -> bool:
+        return bool(self._details)
+
+    def raise_if_any(self) -> None:
+        """Raises: UserError: one message with everything that was found."""
+        lines = [f"{detail.key}: {detail.reason}" for detail in self._details]
+        if lines:
+            many = [f"{self._name}: {len(lines)} errors", *lines]
+            raise UserError(lines[0] if len(lines) == 1 else "\n  ".join(many), self._details)
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Open what the stages that are not complete yet, the report and the suites will need. Writes nothing.
+
+    Weights are not loaded: models are known by their configs, their tokenizers and the headers of their files.
+
+    Raises:
+        UserError: everything that was found, at once.
+    """
+    found, folder = Found(recipe.name), RunFolder(Path(recipe.output_dir))
+    with found.at("output_dir"):
+        _require_writable(folder.root)
+    found.raise_if_any()
+    data = DataBuilder(recipe, folder)
+    stages = list(ahead(recipe, folder))
+    for name in _sources(recipe, stages):
+        with found.at(f"sources.{name}"):
+            data.source(name)
+    if found:  # a tokenizer may be trained on them, and none of what follows would be told about them
+        found.raise_if_any()
+    with found.at("tokenizer"):
+        _ = data.tokenizer
+    found.raise_if_any()
+    prepared = Prepared(recipe, folder, data, ModelBuilder(folder, data.tokenizer))
+    for name in stages:
+        _prepare_stage(prepared, name, found)
+    if recipe.evaluation is not None:
+        if recipe.evaluation.sources and not found:
+            with found.at("evaluation"):
+                _ = data.evaluation_sets
+        for index, suite in enumerate(recipe.evaluation.suites):
+            with found.at(f"evaluation.suites.{index}"):
+                prepare_suite(suite, Options())
+    found.raise_if_any()
+    return prepared
+
+
+def _sources(recipe: Recipe, stages: list[str]) -> list[str]:
+    """The sources that stages, tokenizer and report read, in the order of the file."""
+    used = {name for stage in stages for name in recipe.stages[stage].data.sources}
+    if recipe.evaluation is not None:
+        used |= {*recipe.evaluation.sources}
+    if recipe.tokenizer is not None and recipe.tokenizer.train is not None:
+        used |= {*recipe.tokenizer.train.sources}
+    for stage in (recipe.stages[name] for name in stages):
+        if stage.student is not None and stage.student.init is not None:
+            used |= {*stage.student.init.calibration.sources}
+    return [name for name in recipe.sources if name in used]
+
+
+def _require_writable(root: Path) -> None:
+    """Whether a directory can be made, and files in it, without making it."""
+    try:
+        if root.exists() and not root.is_dir():
+            raise UserError(f"{root} is a file; name a directory")
+        nearest = next(path for path in (root, *root.absolute().parents) if path.exists())
+    except OSError as error:
+        raise UserError(f"{str(root)[:200]} cannot be used ({error.strerror}); choose another") from error
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{root} cannot be made: {nearest} is no directory that may be written to; choose another")
+
+
+def _prepare_stage(prepared: Prepared, name: str, found: Found) -> None:
+    """Everything of one stage; what fails is noted, and what does not need it is still looked at."""
+    recipe, data, models = prepared.recipe, prepared.data, prepared.models
+    stage, where = recipe.stages[name], f"stages.{name}"
+    arguments: DomainSFTConfig | None = None
+    with found.at(f"{where}.trainer"):
+        arguments = training_arguments(recipe, name, prepared.folder.stage(name))
+        _require_usable(arguments)
+    for key, spec in specs_of(stage):
+        with found.at(f"{where}.{key}"):
+            models.look_at(spec)
+    with found.at(where):
+        models.require_adapters_fit(stage)
+    if stage.student is not None and stage.student.init is not None:
+        with found.at(f"{where}.student"):
+            require_cuttable(recipe, name, data, models)
+    student: PreTrainedModel | None = None
+    with found.at(f"{where}.student"):
+        student = models.without_weights(recipe, name)
+    if student is not None and stage.lora is not None:
+        with found.at(f"{where}.lora"), torch.device("meta"):
+            student = get_peft_model(student, peft_config(stage.lora, stage.student))
+    if arguments is None:
+        return
+    ready: PreparedStage | None = None
+    with found.at(f"{where}.data"):
+        ready = _rows_of(stage, arguments, data)
+    if ready is not None:
+        prepared.stages[name] = ready
+        prepared.notes.extend(f"{where}: {note}" for note in _notes(stage, ready, data, student))
+        if student is not None:
+            with found.at("output_dir"):
+                _require_space(prepared.folder.root, name, ready, student)
+
+
+def _require_usable(arguments: DomainSFTConfig) -> None:
+    """What transformers would say of options when the training begins: trackers, optimizer, scheduler."""
+    get_reporting_integration_callbacks(arguments.report_to)
+    Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=0,
+        num_training_steps=1,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+
+
+def _rows_of(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder) -> PreparedStage:
+    mixture = data.mixture(stage)
+    splits = arguments.packing and arguments.packing_strategy not in ("bfd", None)
+    limit = None if splits else arguments.max_length
+    counts = fit_to_length(mixture.dataset, limit, arguments.overlong, "train")[1]
+    watched = arguments.eval_strategy != "no"
+    validation = data.validation(stage) if watched else None
+    if watched and validation is None:
+        raise UserError("eval_strategy needs validation rows; give `validation`, `validation_split` or `holdout` of a source")
+    validation_counts = {} if validation is None else fit_to_length(validation, limit, arguments.overlong, "eval")[1]
+    longest = max(len(row) for row in mixture.dataset["input_ids"])
+    return PreparedStage(arguments, mixture, validation, counts, validation_counts, min(longest, limit or longest))
+
+
+def _notes(stage: StageSpec, ready: PreparedStage, data: DataBuilder, student: PreTrainedModel | None) -> Iterator[str]:
+    forms = {name: form_of(data.source(name)[0]) for name in stage.data.sources}
+    plain = [name for name, form in forms.items() if form == "prompt+completion"]
+    if plain and any(form in ("messages", "conversation pair") for form in forms.values()):
+        yield (
+            f"the prompts of {', '.join(plain)} are joined as they are, other sources hold conversations; for a chat model set "
+            f"sources.{plain[0]}.chat: true"
+        )
+    knows = student and getattr(student.config.get_text_config(), "max_position_embeddings", None)
+    if knows and ready.longest > knows:
+        yield f"its longest row has {ready.longest} tokens, more than the {knows} positions that the student was made for"
+
+
+def _require_space(root: Path, name: str, ready: PreparedStage, student: PreTrainedModel) -> None:
+    """Room for the result and one checkpoint, without which the stage is sure to fail, and a word where all do not fit."""
+    nearest = next(path for path in (root, *root.absolute().parents) if path.exists())
+    free = shutil.disk_usage(nearest).free
+    adapter = hasattr(student, "peft_config")
+    trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
+    whole = trained if adapter else sum(p.numel() * p.element_size() for p in student.parameters())
+    checkpoint = whole + _ADAM_STATES * trained if _saves(ready) else 0
+    if whole + checkpoint > free:
+        raise UserError(
+            f"{root} has {free / 1e9:.1f} GB free, but stage {name!r} writes a model of {whole / 1e9:.1f} GB and "
+            f"checkpoints of {checkpoint / 1e9:.1f} GB; free some space, or choose another directory"
+        )
+
+
+def _saves(ready: PreparedStage) -> int:
+    """How many checkpoints lie on the disk at a time."""
+    arguments = ready.arguments
+    if arguments.save_strategy == "no":
+        return 0
+    steps = arguments.max_steps
+    if steps <= 0:
+        batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        steps = math.ceil(len(ready.mixture.dataset) / batch * arguments.num_train_epochs)
+    every = arguments.save_steps if arguments.save_steps >= 1 else max(1, math.ceil(arguments.save_steps * steps))
+    return min(math.ceil(steps / every), arguments.save_total_limit or steps)

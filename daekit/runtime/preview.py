@@ -1,0 +1,125 @@
+"""What a run will train on, shown before it begins: first rows as the model will see them, lengths, shares of tokens."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from daekit.data.preparation import DomainCount
+from daekit.data.rows import form_of
+from daekit.runtime.data import LossRule
+from daekit.runtime.prepare import Prepared, PreparedStage
+
+_GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
+_MARKS = ("{+", "+}")  # as `git diff --word-diff` marks what is new
+_LONGEST_TEXT = 600  # characters of a stretch that are shown
+
+
+def preview(prepared: Prepared, rows: int = 2, colour: bool | None = None) -> str:
+    """Sources and stages of a prepared recipe for a reader.
+
+    Args:
+        rows: first training rows to show of each source.
+        colour: show what carries loss in green instead of between ``{+`` and ``+}``; default: on a terminal, unless
+            ``NO_COLOR`` is set.
+    """
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if colour is None else colour
+    if not prepared.stages:
+        return "every stage is complete: nothing will be trained"
+    uses = {
+        (source, LossRule.of(prepared.recipe.stages[name])): None
+        for name in prepared.stages
+        for source in prepared.recipe.stages[name].data.sources
+    }
+    marked = "green" if colour else f"{_MARKS[0]}so{_MARKS[1]}"
+    lines = [f"What carries loss is {marked}."]
+    for source, rule in uses:
+        lines += ["", *_source(prepared, source, rule, rows, colour)]
+    for name in prepared.stages:
+        lines += ["", f"[{name}] {prepared.recipe.stages[name].type}", *stage_lines(prepared, name)]
+    return "\n".join([*lines, *(f"note: {note}" for note in prepared.notes)])
+
+
+def stage_lines(prepared: Prepared, name: str) -> list[str]:
+    """What a stage trains on, line by line: its sources with what carries loss, then rows and loss tokens of each domain."""
+    stage, ready = prepared.recipe.stages[name], prepared.stages[name]
+    lines = []
+    for use in ready.mixture.table:
+        form = form_of(prepared.data.source(use.source)[0])
+        carries = LossRule.of(stage).describe(form, prepared.data.tokenizer)
+        lines.append(
+            f"    {use.source} ({use.domain}): {use.used:,} of {use.available:,} rows, {use.share:.0%} of the mixture, each "
+            f"{use.repeats:.3g} times; loss on {carries}"
+        )
+    lines.extend(_counted(ready, "", ready.counts))
+    return [*lines, *_counted(ready, "validation, ", ready.validation_counts)]
+
+
+def _counted(ready: PreparedStage, what: str, counts: Mapping[str, DomainCount]) -> Iterator[str]:
+    total = sum(count.kept_tokens for count in counts.values())
+    limit = ready.arguments.max_length
+    fates = {
+        "truncated": f"cut at max_length={limit}",
+        "dropped": f"left out, longer than max_length={limit}",
+        "emptied": f"left out, no loss token within max_length={limit}",
+        "blank": "left out, nothing to predict",
+    }
+    for domain, count in counts.items():
+        lost = [f"{getattr(count, fate):,} {words}" for fate, words in fates.items() if getattr(count, fate)]
+        share = f"{count.kept_tokens / total:.0%} of them" if total else "none"
+        yield "; ".join([f"    {what}{domain}: {count.rows:,} rows, {count.kept_tokens:,} loss tokens ({share})", *lost])
+
+
+def _source(prepared: Prepared, source: str, rule: LossRule, rows: int, colour: bool) -> Iterator[str]:
+    tokens, form = prepared.data.tokenized(source, rule)[0], form_of(prepared.data.source(source)[0])
+    lengths = np.array([len(ids) for ids in tokens["input_ids"]])
+    yield (
+        f"{source} ({prepared.recipe.sources[source].domain}): {len(tokens):,} training rows of {form}; tokens "
+        f"{lengths.min():,} / {int(np.median(lengths)):,} / {lengths.max():,} (least / median / most); loss on "
+        f"{rule.describe(form, prepared.data.tokenizer)}"
+    )
+    for name, ready in prepared.stages.items():
+        limit = ready.arguments.max_length
+        if source in prepared.recipe.stages[name].data.sources and limit is not None and lengths.max() > limit:
+            yield f"    {int((lengths > limit).sum()):,} rows are longer than stages.{name}.trainer.max_length={limit}"
+    for number in range(min(rows, len(tokens))):
+        yield f"--- row {number + 1} of {source} ({lengths[number]} tokens)"
+        yield _shown(tokens[number], prepared.data.tokenizer, colour)
+
+
+def _shown(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
+    before, after = (_GREEN, _PLAIN) if colour else _MARKS
+    return "".join(f"{before}{text}{after}" if loss else text for text, loss in _pieces(row, tokenizer))
+
+
+def _pieces(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool]]:
+    """(text, whether it carries loss) of the stretches of a tokenised row; its first token is predicted by nothing."""
+    labelled = zip(row["input_ids"], row["labels"], range(len(row["labels"])), strict=True)
+    ids: list[int] = []
+    done = ""
+    for loss, group in groupby(labelled, key=lambda each: each[2] > 0 and each[1] >= 0):
+        stretch = [token for token, _, _ in group]
+        ids += stretch
+        text: str = tokenizer.decode(ids)
+        # decoded as a part of the whole, for a stretch alone would lose the space before it
+        part = text.removeprefix(done) if text.startswith(done) else tokenizer.decode(stretch)
+        done = text
+        yield _short(_printable(part)), loss
+
+
+def _printable(text: str) -> str:
+    """Rows must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def _short(text: str) -> str:
+    if len(text) <= _LONGEST_TEXT:
+        return text
+    half = _LONGEST_TEXT // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"

@@ -1,0 +1,27 @@
+"""Leaves the terminal to what daekit itself says."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import datasets
+import transformers
+
+# What libraries say of their own affairs at every start; what they say of a user's settings is left alone.
+_MESSAGES = (
+    ".*pin_memory.*",
+    ".*_pattern keys did not match any targeted module.*",  # PEFT, of names that it has converted itself
+    "Could not find a config file in .* will assume that the vocabulary was not modified.*",
+)
+
+
+def quieten() -> None:
+    """One line per log: progress bars of a second each and warnings of libraries about themselves go."""
+    logging.getLogger("daekit").setLevel(logging.ERROR)  # the heading of a stage says what became of its rows
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    for module in ("transformers", "peft", "trl", "torch", "bitsandbytes"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    for message in _MESSAGES:
+        warnings.filterwarnings("ignore", message=message)

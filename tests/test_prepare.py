@@ -1,0 +1,348 @@
+"""Before the first step everything is opened: what a run would stumble over later is told at once, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from daekit.cli import main
+from daekit.errors import UserError
+from daekit.recipe import load_recipe_text
+from daekit.recipe.schema import Recipe
+from daekit.runtime.prepare import prepare
+from daekit.runtime.preview import preview
+from daekit.runtime.run import run_recipe
+from tests.helpers import tiny
+from tests.helpers.adapter_world import save_base
+
+RECIPE = """
+name: deep
+output_dir: OUT/run
+sources:
+  chat: {domain: general, path: OUT/general.jsonl, holdout: 4}
+  shop: {domain: shop, path: OUT/shop.jsonl, holdout: 4}
+stages:
+  expert:
+    type: sft
+    student: OUT/base
+    lora: {r: 2, target_modules: [q_proj]}
+    data: [shop]
+    trainer: &trainer {max_steps: 2, max_length: 64, per_device_train_batch_size: 4, logging_steps: 1,
+                       gradient_checkpointing: false}
+  aligned:
+    type: dae
+    student: OUT/base
+    lora: {r: 2, target_modules: [q_proj]}
+    teachers: {shop: {adapter: "stage:expert"}}
+    data: {shop: 0.5, chat: 0.5}
+    trainer: *trainer
+  cut:
+    type: kd
+    student: {from: OUT/base, shape: {num_hidden_layers: 1}, calibration: {tokens: 140, sources: [chat]}}
+    teacher: OUT/teacher
+    data: [chat]
+    trainer: *trainer
+evaluation: {max_new_tokens: 2, limit: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    world = tmp_path_factory.mktemp("world")
+    save_base(world / "base")
+    shutil.copytree(world / "base", world / "teacher")
+    for seed, domain in enumerate(("general", "shop")):
+        tiny.rows(24, seed=seed, domains=(domain,)).remove_columns("domain").to_json(world / f"{domain}.jsonl")
+    return world
+
+
+@pytest.fixture
+def world(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def recipe(world: Path, *overrides: str) -> Recipe:
+    text = RECIPE.replace("OUT", str(world))
+    return load_recipe_text(text, "deep.yaml", [each.replace("OUT", str(world)) for each in overrides])
+
+
+def put(name: str, *rows: object) -> Callable[[Path], object]:
+    """Write other rows into a file of the world."""
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    return lambda world: (world / name).write_text(text)
+
+
+def change(name: str, **fields: object) -> Callable[[Path], object]:
+    """Change fields of a JSON file of the world."""
+    return lambda world: (world / name).write_text(json.dumps(json.loads((world / name).read_text()) | fields))
+
+
+def cut_off(name: str) -> Callable[[Path], object]:
+    """Leave the first half of a file."""
+    return lambda world: (world / name).write_bytes((world / name).read_bytes()[: (world / name).stat().st_size // 2])
+
+
+def other_tokens(world: Path) -> None:
+    tokenizer = json.loads((world / "teacher" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["w3"], vocabulary["w4"] = vocabulary["w4"], vocabulary["w3"]
+    (world / "teacher" / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def gone(name: str) -> Callable[[Path], object]:
+    return lambda world: (world / name).unlink() if (world / name).is_file() else shutil.rmtree(world / name)
+
+
+def nothing(world: Path) -> None:
+    pass
+
+
+CHAT = {"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w7"}]}
+ROBOT = {"messages": [{"role": "robot", "content": "w5"}, {"role": "assistant", "content": "w7"}]}
+PICKY = "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('who is robot?') }}{% endif %} {% endfor %}"
+STRINGS = "stages.expert.trainer.assistant_only_loss=true"
+
+# what is wrong -> (what to do to the world, overrides, how the sentence begins, what else it says)
+BAD: dict[str, tuple[Callable[[Path], object], list[str], str, str]] = {
+    "file that is not there": (gone("shop.jsonl"), [], "sources.shop.path", "does not exist"),
+    "empty file": (put("shop.jsonl"), [], "sources.shop", "has no rows"),
+    "broken JSON": (put("shop.jsonl", '{"prompt": '), [], "sources.shop", "line 1 is not JSON"),
+    "wrong columns": (put("shop.jsonl", {"q": "w1", "a": "w2"}), [], "sources.shop", "line 1 needs"),
+    "half a surrogate pair": (put("shop.jsonl", '{"text": "\\ud800"}'), [], "sources.shop", "no character"),
+    "two forms in one source": (put("shop.jsonl", {"text": "w1"}, CHAT), [], "sources.shop", "holds rows of one form"),
+    "holdout above the rows": (nothing, ["sources.shop.holdout=24"], "sources.shop.holdout", "leave none to train on"),
+    "split of a file": (nothing, ["sources.shop.split=trian"], "sources.shop", "no split 'trian'"),
+    "hub name that does not exist": (nothing, ["sources.shop.path=no/where"], "sources.shop", "could not be had from the hub"),
+    "validation file that is broken": (
+        put("v.jsonl", "[1]"),
+        ["sources.shop.holdout=null", "sources.shop.validation=OUT/v.jsonl"],
+        "sources.shop",
+        "line 1 is a list",
+    ),
+    "role that the template refuses": (
+        put("shop.jsonl", *[ROBOT] * 9),
+        [f"tokenizer={{path: OUT/base, chat_template: {json.dumps(PICKY)}}}"],
+        "sources.shop",
+        "who is robot",
+    ),
+    "nobody to be the assistant": (nothing, [STRINGS], "sources.shop", "nobody is marked as the assistant"),
+    "rows that are too long": (nothing, ["stages.expert.trainer.max_length=4"], "stages.expert.data", "more than max_length=4"),
+    "mixture without a row": (nothing, ["stages.aligned.data={shop: 0.001, chat: 0.999}"], "stages.aligned", "not one row"),
+    "evaluation without rows": (
+        nothing,
+        ["sources.shop.holdout=null", "stages.expert.trainer.eval_strategy=epoch"],
+        "stages.expert.data",
+        "eval_strategy needs validation rows",
+    ),
+    "student that is not there": (
+        nothing,
+        ["stages.expert.student=no/where", "stages.aligned.student=no/where"],
+        "tokenizer",
+        "no/where",
+    ),
+    "teacher that is not there": (nothing, ["stages.cut.teacher=no/where"], "stages.cut.teacher", "no/where"),
+    "teacher with another tokenizer": (other_tokens, [], "stages.cut.teacher", "its tokenizer is not the student's"),
+    "teacher without weights": (gone("teacher/model.safetensors"), [], "stages.cut.teacher", "holds no weights"),
+    "teacher cut off": (cut_off("teacher/model.safetensors"), [], "stages.cut.teacher", "not a whole safetensors file"),
+    "teacher without config": (gone("teacher/config.json"), [], "stages.cut.teacher", "config"),
+    "unknown model type": (
+        nothing,
+        ["stages.cut.student={config: {model_type: mistrall}}", "tokenizer=OUT/base"],
+        "stages.cut.student",
+        "mistrall",
+    ),
+    "field that the model has not": (
+        nothing,
+        ["stages.cut.student={config: {model_type: mistral, hidden_sice: 8}}", "tokenizer=OUT/base"],
+        "stages.cut.student",
+        "hidden_sice",
+    ),
+    "student larger than its teacher": (
+        nothing,
+        ["stages.cut.student.shape.num_hidden_layers=9"],
+        "stages.cut.student",
+        "num_hidden_layers=9",
+    ),
+    "calibration text that is too short": (
+        nothing,
+        ["stages.cut.student.calibration.tokens=100000"],
+        "stages.cut.student",
+        "too short",
+    ),
+    "calibration text that is too short for what is ranked": (
+        nothing,
+        ["stages.cut.student.calibration.tokens=50"],
+        "stages.cut.student",
+        "128 channels or neurons are ranked",
+    ),
+    "target modules that are not there": (
+        nothing,
+        ["stages.expert.lora.target_modules=[query]"],
+        "stages.expert.lora",
+        "query",
+    ),
+    "options that do not go together": (
+        nothing,
+        ["stages.expert.trainer.logging_steps=0"],
+        "stages.expert.trainer",
+        "logging_steps",
+    ),
+    "tracker that nobody knows": (nothing, ["stages.expert.trainer.report_to=wandbb"], "stages.expert.trainer", "wandbb"),
+    "scheduler without its settings": (
+        nothing,
+        ["stages.expert.trainer.lr_scheduler_type=cosine_with_min_lr"],
+        "stages.expert.trainer",
+        "min_lr",
+    ),
+    "output directory that is a file": (nothing, ["output_dir=OUT/shop.jsonl"], "output_dir", "is a file"),
+    "output directory below a file": (nothing, ["output_dir=OUT/shop.jsonl/run"], "output_dir", "is a file"),
+    "suite without its data": (
+        lambda world: (
+            (world / "pairs.jsonl").write_text("{}"),
+            (world / "s.yaml").write_text(
+                f"name: s\noutput_dir: x\nbenchmarks: {{p: {{type: minimal_pairs, path: {world}/pairs.jsonl}}}}"
+            ),
+        ),
+        ["evaluation.suites=[OUT/s.yaml]"],
+        "evaluation.suites",
+        "sentence_good",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_wrong_is_said_in_one_sentence_before_any_training(what: str, world: Path) -> None:
+    spoil, overrides, key, says = BAD[what]
+    spoil(world)
+    before = sorted(world.rglob("*"))
+    with pytest.raises(UserError) as error:
+        prepare(recipe(world, *overrides))
+    message = str(error.value)
+    assert any(re.search(rf"(^|\s){re.escape(key)}", line) and says in line for line in message.splitlines()), message
+    assert sorted(world.rglob("*")) == before
+
+
+def test_all_that_is_wrong_is_said_at_once(world: Path) -> None:
+    other_tokens(world)
+    with pytest.raises(UserError) as error:
+        prepare(recipe(world, "stages.expert.trainer.max_length=4", "stages.aligned.lora.target_modules=[query]"))
+    lines = str(error.value).splitlines()
+    assert lines[0] == "deep: 3 errors" and len(error.value.details) == 3
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [
+        "stages.expert.data",
+        "stages.aligned.lora",
+        "stages.cut.teacher",
+    ]
+
+
+def test_a_disk_that_is_too_small(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(world)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"output_dir: .*free some space"):
+        prepare(recipe(world))
+
+
+def test_what_is_prepared_is_what_is_trained(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = recipe(world, "evaluation=null")
+    ready = prepare(small)
+    assert not (world / "run").exists()
+    run_recipe(small)
+    done = json.loads((world / "run" / "stages" / "aligned" / "stage.json").read_text())
+    counts = {domain: vars(count) for domain, count in ready.stages["aligned"].counts.items()}
+    assert done["rows"]["train"] == counts
+    said = capsys.readouterr().out
+    lines = [line for line in preview(ready, 0).splitlines() if line.startswith("    shop")]
+    assert len(lines) == 4 and all(line in said for line in lines)
+    assert not prepare(small).stages and "nothing will be trained" in preview(prepare(small))
+
+
+def test_sources_of_other_forms_are_mixed_each_as_it_is(world: Path) -> None:
+    put("shop.jsonl", *[CHAT] * 9)(world)
+    ready = prepare(recipe(world, "stages.cut.data=[chat, shop]"))
+    rows = ready.stages["cut"].mixture.dataset
+    tokenizer = tiny.tokenizer()
+    shop = {tokenizer.decode([label for label in row["labels"] if label >= 0]) for row in rows if row["domain"] == "shop"}
+    assert shop == {"w7 </s>"} and "general" in rows["domain"]
+    assert any("sources.chat.chat: true" in note for note in ready.notes)
+
+
+def test_preview_marks_exactly_what_carries_loss(world: Path) -> None:
+    put("shop.jsonl", *[CHAT] * 9)(world)
+    text = preview(prepare(recipe(world)), 1, colour=False)
+    assert "w0 w5 w1{+ w7 </s>+}" in text
+    assert "\x1b[32m" in preview(prepare(recipe(world)), 1, colour=True)
+    whole = preview(prepare(recipe(world, "stages.expert.trainer.assistant_only_loss=false")), 1, colour=False)
+    assert "w0{+ w5 w1 w7 </s>+}" in whole and "every token, the user's" in whole
+
+
+def test_preview_does_not_let_rows_steer_the_terminal(world: Path) -> None:
+    put("shop.jsonl", *[{"messages": [{"role": "user", "content": "\x1b[2J"}, {"role": "assistant", "content": "w7"}]}] * 9)(
+        world
+    )
+    tokenizer = json.loads((world / "base" / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["\x1b[2J"] = len(tokenizer["model"]["vocab"])
+    (world / "base" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(world / "base" / "tokenizer.json", world / "teacher" / "tokenizer.json")
+    assert "\x1b" not in preview(prepare(recipe(world)), 1, colour=False)
+
+
+def test_check_deep_and_preview_on_the_command_line(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "deep.yaml").write_text(RECIPE.replace("OUT", str(world)))
+    assert main(["check", "--deep", str(world / "deep.yaml")]) == 0
+    assert "everything that the run needs is there" in capsys.readouterr().out
+    assert main(["preview", str(world / "deep.yaml"), "3", "sources.shop.limit=5"]) == 0
+    out = capsys.readouterr().out
+    assert "--- row 3 of shop" in out and "--- row 4 of shop" not in out and "5 training rows" in out
+    assert main(["check", "--deep", str(world / "deep.yaml"), "stages.expert.trainer.max_length=4"]) == 2
+
+
+def test_no_weights_are_loaded(world: Path) -> None:
+    weights = {
+        name: torch.full_like(tensor, float("nan")) for name, tensor in load_file(world / "teacher/model.safetensors").items()
+    }
+    save_file(weights, world / "teacher/model.safetensors", {"format": "pt"})
+    assert prepare(recipe(world)).stages.keys() == {"expert", "aligned", "cut"}
+
+
+def test_the_report_of_a_stage_whose_student_was_made_from_its_teacher(world: Path) -> None:
+    """A dae stage without a reference follows the student as it stood: the one that was made, not the recipe for it."""
+    student = "{from: OUT/base, shape: {num_hidden_layers: 1}, calibration: {tokens: 140, sources: [chat]}}"
+    overrides = [f"stages.aligned.student={student}", "stages.aligned.lora=null", "stages.aligned.teachers={shop: OUT/teacher}"]
+    run_recipe(recipe(world, *overrides, "stages.expert.trainer.max_steps=1", "stages.cut.trainer.max_steps=1"))
+    rows = json.loads((world / "run" / "report" / "report.json").read_text())
+    assert {row["domain"] for row in rows if (row["model"], row["metric"]) == ("aligned", "kl_to_teacher")} == {
+        "general",
+        "shop",
+    }
+
+
+def test_the_report_says_how_far_each_model_went_from_the_student_as_it_was(world: Path) -> None:
+    run_recipe(recipe(world, "stages.aligned.trainer.learning_rate=0.01", "stages.expert.trainer.learning_rate=0.01"))
+    rows = json.loads((world / "run" / "report" / "report.json").read_text())
+    distance = {(row["model"], row["domain"]): row["value"] for row in rows if row["metric"] == "kl_to_reference"}
+    models, domains = ("student-as-it-was", "expert", "aligned", "cut"), ("general", "shop")
+    assert distance.keys() == {(model, domain) for model in models for domain in domains}
+    for domain in domains:
+        assert distance["student-as-it-was", domain] == pytest.approx(0, abs=1e-6)
+        assert distance["aligned", domain] > 1e-4
+    followed = {row["domain"]: row["value"] for row in rows if (row["model"], row["metric"]) == ("aligned", "kl_to_teacher")}
+    assert followed["general"] == pytest.approx(distance["aligned", "general"])
+    assert followed["shop"] != distance["aligned", "shop"]
+    text = (world / "run" / "report" / "report.md").read_text()
+    assert "KL to reference" in text.split("## Notes")[0] and "cannot show forgetting" in text
+
+
+def test_the_report_scores_the_tokens_that_the_stages_train_on(world: Path) -> None:
+    put("shop.jsonl", *[CHAT] * 9)(world)
+    whole = [f"stages.{name}.trainer.assistant_only_loss=false" for name in ("expert", "aligned", "cut")]
+    for overrides, scored in (([], "w7 </s>"), (whole, "w0 w5 w1 w7 </s>")):
+        row = prepare(recipe(world, *overrides)).data.evaluation_sets["shop"].rows[0]
+        assert tiny.tokenizer().decode([label for label in row.labels if label >= 0]) == scored
