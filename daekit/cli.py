@@ -1,4 +1,4 @@
-"""The command line: ``daekit check | preview | plan | init | train | eval | recipes...``. Heavy imports happen inside."""
+"""The command line: ``daekit check | preview | plan | init | cache | train | eval...``. Heavy imports happen inside."""
 
 from __future__ import annotations
 
@@ -109,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
         "init", help="make the students that a recipe makes from their teachers (search, slicing); no training"
     )
     init.set_defaults(run=_init)
-    for command in (check, preview, plan, init, train):
+    cache = commands.add_parser("cache", help="write what teachers with a cache say about the rows of a recipe; no training")
+    cache.set_defaults(run=_cache)
+    for command in (check, preview, plan, init, cache, train):
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
     _add_eval(commands)
@@ -123,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     quickstart = commands.add_parser("quickstart", help="KD, then DAE, in the small: on embedded data, on a CPU, in minutes")
     quickstart.set_defaults(run=_quickstart)
     quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
-    for command in (init, train, quickstart):
+    for command in (init, cache, train, quickstart):
         command.add_argument(
             "--grace",
             metavar="SECONDS",
@@ -133,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     for command in (check, preview, train):
         _add_permissions(command)
-    for command in (check, preview, plan, init, train, quickstart):
+    for command in (check, preview, plan, init, cache, train, quickstart):
         metavar = "key=value" if command is not preview else "[N] key=value"
         command.add_argument("overrides", metavar=metavar, nargs="*", default=[], help=_OVERRIDES_HELP)
     return parser
@@ -293,6 +295,14 @@ def _init(options: argparse.Namespace) -> None:
     from daekit.runtime.run import init_students
 
     init_students(recipe, options.grace)
+
+
+def _cache(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from daekit.runtime.run import cache_teachers
+
+    cache_teachers(recipe, options.grace)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from daekit.recipe import student_key
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
 from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.runtime.folders import RunFolder
-from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, ModelTeacher, RoutedTeacher
+from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, LabelTeacher, ModelTeacher, RoutedTeacher
 from daekit.teachers.on_student import adapter_paths, on_student
 
 
@@ -126,7 +126,9 @@ class ModelBuilder:
         return load_model(placed, self.tokenizer, seed) if placed.adapter is None else load_continued(placed)
 
     def teacher(self, spec: TeacherSpec) -> Teacher | AdapterPath:
-        """A teacher or an ensemble of teachers, frozen."""
+        """A teacher or an ensemble of teachers, frozen; labels. Whether it is cached does not matter here."""
+        if spec.labels:
+            return LabelTeacher()
         if spec.model is not None:
             return self._single(spec.model)
         members = [self._single(member.model) for member in spec.ensemble]

@@ -15,12 +15,12 @@ from daekit.errors import UserError, says_read_only
 from daekit.evaluation.suites import Options, run_suite
 from daekit.files import write_json
 from daekit.generation import Permissions
-from daekit.recipe import student_key
+from daekit.recipe import stage_key, student_key
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluatedModel, ModelSpec, Recipe
 from daekit.recipe.suite import SubjectSpec
 from daekit.report import format_table, write_report
 from daekit.report.provenance import commit, versions
-from daekit.runtime import DataBuilder, ModelBuilder, RunFolder, build_report, build_student
+from daekit.runtime import DataBuilder, ModelBuilder, RunFolder, build_report, build_student, cache_stage
 from daekit.runtime.kept import claim
 from daekit.runtime.lock import RunLock
 from daekit.runtime.prepare import Prepared, prepare
@@ -127,6 +127,34 @@ def _held(folder: RunFolder, state: PartialState, grace: float) -> Iterator[Stop
         ) from error
     finally:
         lock.release()
+
+
+def cache_teachers(recipe: Recipe, grace: float = GRACE) -> None:
+    """Make what is missing of the caches of a recipe's teachers, and train nothing. Under a launcher every rank calls it.
+
+    A stage whose models come from a stage of the recipe that is not complete yet is left to ``run_recipe``.
+    """
+    refuse_launch()
+    state = _ranks()
+    quieten()
+    folder = RunFolder(Path(recipe.output_dir))
+    cached = [name for name, stage in recipe.stages.items() if any(each.cache for each in stage.teachers_by_key().values())]
+    if not cached:
+        raise UserError(f"{recipe.name}: no teacher has a cache (`teacher: {{path: ..., cache: hidden}}`)")
+    with _held(folder, state, grace):
+        data = DataBuilder(recipe, folder)
+        models = ModelBuilder(folder, data.tokenizer)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            claim(recipe, folder)
+            data.save_tokenizer()
+        state.wait_for_everyone()
+        for name in cached:
+            missing = [used for used in stage_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
+            if not missing:
+                cache_stage(recipe, name, folder.stage(name), data, models)
+            elif state.is_main_process:
+                print(f"[{name}] needs the stage {missing[0]!r}, which is not complete: run the recipe", flush=True)
 
 
 def calibration() -> str:
