@@ -179,7 +179,7 @@ class _Chunks:
             return lambda student, labels, rows: dense(student, None, labels, *how)
         if output.top_k is not None:
             ids, divergence = output.top_k.ids_MK.long(), divergence_of(self.objective)
-            buckets = bucket_log_probs(output, self.head.vocab_size, self.objective.temperature, self.exact)
+            buckets = bucket_log_probs(output, self.head.vocab_size, self.objective, self.exact)
 
             def sparse(student: Tensor, labels: Tensor, rows: slice) -> Values:
                 return chunk_losses(student, lambda s: bucketed(divergence, s, ids[rows], buckets[rows]), labels, *how)

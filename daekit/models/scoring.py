@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,7 @@ def score_rows(
     teacher: PreTrainedModel | Teacher | None = None,
     domain: str = "",
     chunk_size: int = 256,
+    progress: Callable[[int, int], None] | None = None,
 ) -> RowScores:
     """Score tokenised rows under ``model``, and compare it with ``teacher`` on the same positions.
 
@@ -60,6 +61,7 @@ def score_rows(
         vocab_size: V, the number of ids of the tokenizer.
         teacher: a causal language model or a ``daekit.protocol.Teacher``.
         domain: the domain of the rows, for a teacher that chooses by it.
+        progress: called with (rows scored, all of them), now and then.
 
     Raises:
         UserError: for a prompt-learning adapter, whose virtual tokens a call of the backbone would miss, for a teacher that
@@ -70,6 +72,8 @@ def score_rows(
     for row_N, scores_N3 in _scores(model, rows, vocab_size, batch_size, teacher, domain, chunk_size):
         tokens_R.index_add_(0, row_N, torch.ones_like(row_N))
         sums_R3.index_add_(0, row_N, scores_N3)
+        if progress is not None:
+            progress(int((tokens_R > 0).sum()), len(rows))
     nll_R, correct_R, kl_R = sums_R3.numpy().T.copy()
     return RowScores(tokens_R.numpy(), nll_R, correct_R.astype(np.int64), None if teacher is None else kl_R)
 

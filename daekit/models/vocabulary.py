@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -85,3 +86,16 @@ def require_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerB
 
 def _probe_ids(tokenizer: PreTrainedTokenizerBase) -> Any:
     return tokenizer(_PROBE)["input_ids"]
+
+
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """A tokenizer by content, JSON-able: two that ``differences`` calls equal have the same facts."""
+
+    def digest(value: object) -> str:
+        return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+    return {
+        "vocabulary": digest(sorted(tokenizer.get_vocab().items())),
+        "special_ids": {name: getattr(tokenizer, name) for name in _SPECIAL},
+        "cuts": digest(list(_probe_ids(tokenizer))),
+    }

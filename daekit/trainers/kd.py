@@ -31,6 +31,7 @@ from daekit.models.vocabulary import known_ids, vocabulary_size
 from daekit.protocol import Batch, Teacher, TeacherOutput
 from daekit.teachers import AdapterPath
 from daekit.teachers.on_student import frozen_models, on_student, require_on_student
+from daekit.teachers.requirements import require_served
 from daekit.teachers.sharding import Sharding, shard_teacher
 from daekit.trainers.as_teacher import as_teacher
 from daekit.trainers.config import DomainSFTConfig, KDConfig
@@ -147,6 +148,8 @@ class KDTrainer(SFTTrainer):
                 "without new tokens."
             )
         self.teacher = self._complete(teacher)
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval": self.eval_dataset}
+        require_served(self.teacher, self.loss_objective, self.processing_class, [self.train_dataset, *evaluated.values()])
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             shard_teacher(self.teacher, Sharding(self.accelerator))
         else:
