@@ -62,7 +62,7 @@ def run(subject: EvaluatedModel, options: argparse.Namespace, batch_size: int) -
     with tempfile.TemporaryDirectory() as folder:
         store = AnswerStore(Path(folder), "model", {})
         start, cpu = time.perf_counter(), time.process_time()
-        answer_all(subject, conversations, how, store, batch_size=batch_size, where="mt_bench", calls=Path(folder))
+        answer_all(subject, conversations, how, store, batch_size=batch_size, where="mt_bench")
         times = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     return {"answers": {key: record["choices"][0]["turns"] for key, record in store.records.items()}, **times}
 

@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from daekit.recipe import load_recipe
     from daekit.recipe.load import load_suite
     from daekit.runtime.run import run_recipe
-    from daekit.teachers import BASE, AdapterPath, AdapterTeacher, EnsembleTeacher, ModelTeacher, RoutedTeacher
+    from daekit.teachers import (
+        BASE,
+        AdapterPath,
+        AdapterTeacher,
+        CachedTeacher,
+        EnsembleTeacher,
+        LabelTeacher,
+        ModelTeacher,
+        RoutedTeacher,
+        write_cache,
+    )
     from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, DomainSFTTrainer, KDConfig, KDTrainer
 
 _ROOM_OF = {
@@ -30,8 +40,11 @@ _ROOM_OF = {
     "AdapterPath": "daekit.teachers",
     "AdapterTeacher": "daekit.teachers",
     "BASE": "daekit.teachers",
+    "CachedTeacher": "daekit.teachers",
     "EnsembleTeacher": "daekit.teachers",
+    "LabelTeacher": "daekit.teachers",
     "RoutedTeacher": "daekit.teachers",
+    "write_cache": "daekit.teachers",
     "Batch": "daekit.protocol",
     "TeacherOutput": "daekit.protocol",
     "Teacher": "daekit.protocol",
@@ -47,6 +60,7 @@ __all__ = [
     "AdapterPath",
     "AdapterTeacher",
     "Batch",
+    "CachedTeacher",
     "DAEConfig",
     "DAETrainer",
     "DomainSFTConfig",
@@ -55,6 +69,7 @@ __all__ = [
     "EvaluationCallback",
     "KDConfig",
     "KDTrainer",
+    "LabelTeacher",
     "Member",
     "ModelTeacher",
     "RoutedTeacher",
@@ -64,6 +79,7 @@ __all__ = [
     "load_recipe",
     "load_suite",
     "run_recipe",
+    "write_cache",
 ]
 
 

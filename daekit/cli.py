@@ -1,4 +1,4 @@
-"""The command line: ``daekit check | preview | plan | init | train | eval | recipes...``. Heavy imports happen inside."""
+"""The command line: ``daekit check | preview | plan | init | cache | train | eval...``. Heavy imports happen inside."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from daekit import __version__
 from daekit.errors import Stopped, UserError, says_disk_is_full
 from daekit.recipe import Recipe, load_recipe, load_recipe_text, load_suite, parse_models, sharing_notes, to_yaml
 from daekit.recipe.model import Dtype
 from daekit.recipe.trainer_options import default_options
+
+if TYPE_CHECKING:
+    from daekit.generation import Permissions
 
 _OVERRIDES_HELP = "settings laid over the recipe: key.sub=value, the value as YAML (stages.kd.trainer.max_steps=10)"
 _STATUS_OF_USER_ERROR = 2
@@ -106,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
         "init", help="make the students that a recipe makes from their teachers (search, slicing); no training"
     )
     init.set_defaults(run=_init)
-    for command in (check, preview, plan, init, train):
+    cache = commands.add_parser("cache", help="write what teachers with a cache say about the rows of a recipe; no training")
+    cache.set_defaults(run=_cache)
+    for command in (check, preview, plan, init, cache, train):
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
     _add_eval(commands)
@@ -120,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     quickstart = commands.add_parser("quickstart", help="KD, then DAE, in the small: on embedded data, on a CPU, in minutes")
     quickstart.set_defaults(run=_quickstart)
     quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
-    for command in (init, train, quickstart):
+    for command in (init, cache, train, quickstart):
         command.add_argument(
             "--grace",
             metavar="SECONDS",
@@ -128,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
             default=25.0,
             help="what SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C leave the run to save a checkpoint at its next step (default: 25)",
         )
-    for command in (check, preview, plan, init, train, quickstart):
+    for command in (check, preview, train):
+        _add_permissions(command)
+    for command in (check, preview, plan, init, cache, train, quickstart):
         metavar = "key=value" if command is not preview else "[N] key=value"
         command.add_argument("overrides", metavar=metavar, nargs="*", default=[], help=_OVERRIDES_HELP)
     return parser
@@ -142,6 +149,17 @@ def _add_looks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     recipes.set_defaults(run=_recipes)
     recipes.add_argument("action", nargs="?", choices=["copy"], help="write a recipe here; nothing is overwritten")
     recipes.add_argument("name", nargs="?", metavar="NAME")
+
+
+def _add_permissions(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--allow-key-env",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="environment variable that may be sent as a key to whatever endpoint the suite names",
+    )
+    command.add_argument("--allow-http", action="store_true", help="http to other machines: questions and keys go unencrypted")
 
 
 def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -166,14 +184,7 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         default=0,
         help="give a score although up to N judgments of the model are missing",
     )
-    command.add_argument(
-        "--allow-key-env",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="environment variable that may be sent as a key to whatever endpoint the suite names",
-    )
-    command.add_argument("--allow-http", action="store_true", help="http to other machines: questions and keys go unencrypted")
+    _add_permissions(command)
     command.add_argument("--score-parser", choices=["strict", "fastchat"], help="how a rating is read (default: the suite's)")
     command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
 
@@ -206,20 +217,25 @@ def _eval(options: argparse.Namespace) -> None:
     suite = load_suite(options.suite, parse_models(options.model), overrides)
 
     from daekit.evaluation.suites import Options, run_suite
-    from daekit.generation import Permissions
     from daekit.report import format_table
 
-    allowed = Permissions(frozenset(options.allow_key_env), options.allow_http)
-    how = Options(options.dry_run, options.max_calls, options.max_cost, options.allow_missing, options.score_parser, allowed)
+    limits = (options.max_calls, options.max_cost, options.allow_missing, options.score_parser)
+    how = Options(options.dry_run, *limits, _permissions(options))
     report = run_suite(suite, how)
     if report is not None:
         print(f"\n{format_table(report.rows)}\n\nReport: {suite.output_dir}/report.html", flush=True)
 
 
+def _permissions(options: argparse.Namespace) -> Permissions:
+    from daekit.generation.keys import Permissions
+
+    return Permissions(frozenset(options.allow_key_env), options.allow_http)
+
+
 def _check(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     if options.deep:
-        _show_prepared(recipe, 1)
+        _show_prepared(recipe, 1, _permissions(options))
         print(f"\n{recipe.name}: everything that the run needs is there")
         return
     print(to_yaml(recipe), end="")
@@ -232,16 +248,16 @@ def _check(options: argparse.Namespace) -> None:
 def _preview(options: argparse.Namespace) -> None:
     overrides = list(options.overrides)
     rows = int(overrides.pop(0)) if overrides and overrides[0].isdecimal() else 2
-    _show_prepared(load_recipe(options.recipe, overrides), rows)
+    _show_prepared(load_recipe(options.recipe, overrides), rows, _permissions(options))
 
 
-def _show_prepared(recipe: Recipe, rows: int) -> None:
+def _show_prepared(recipe: Recipe, rows: int, allowed: Permissions) -> None:
     from daekit.runtime.prepare import prepare
     from daekit.runtime.preview import preview
     from daekit.runtime.quiet import quieten
 
     quieten()
-    print(preview(prepare(recipe), rows))
+    print(preview(prepare(recipe, allowed), rows))
 
 
 def _schema(options: argparse.Namespace) -> None:
@@ -281,6 +297,14 @@ def _init(options: argparse.Namespace) -> None:
     init_students(recipe, options.grace)
 
 
+def _cache(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from daekit.runtime.run import cache_teachers
+
+    cache_teachers(recipe, options.grace)
+
+
 def _train(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
 
@@ -288,13 +312,13 @@ def _train(options: argparse.Namespace) -> None:
     from daekit.runtime.run import run_recipe
 
     announce(recipe, reload=lambda more: load_recipe(options.recipe, [*options.overrides, *more]))
-    run_recipe(recipe, options.grace)
+    run_recipe(recipe, options.grace, _permissions(options))
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from daekit.models.merge import merge_adapter
+    from daekit.models.merge import save_merged
 
-    print(f"{merge_adapter(options.adapter, options.out, options.dtype)}\n-> {options.out}")
+    print(f"{save_merged(options.adapter, options.out, options.dtype)}\n-> {options.out}")
 
 
 def _quickstart(options: argparse.Namespace) -> None:

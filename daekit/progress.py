@@ -25,25 +25,36 @@ class Progress:
         self._bar: tqdm | None = None
         self._start: tuple[float, int] | None = None
         self._said = time.monotonic()
+        self._part = ""
 
     def __call__(self, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` units are done."""
         if sys.stderr.isatty():
             if self._bar is None:
-                self._bar = tqdm(total=total, initial=done, desc=self.label, unit=f" {self.unit}", leave=False)
+                self._bar = tqdm(total=total, initial=done, desc=self._label(), unit=f" {self.unit}", leave=False)
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
         start, first = self._start = self._start or (now, done)
         if now - self._said >= _EVERY:
             left = f", {clock((total - done) * (now - start) / (done - first))} left" if done > first else ""
-            self.say(f"{self.label}: {done:,} of {total:,} {self.unit}{left}")
+            self.say(f"{self._label()}: {done:,} of {total:,} {self.unit}{left}")
+
+    def part(self, what: str, done: int, total: int) -> None:
+        """The same of a piece of work with several parts, one after another."""
+        if what != self._part:
+            self.close()
+            self._part, self._start = what, None
+        self(done, total)
 
     def say(self, line: str) -> None:
         """Print a line above the bar; it counts as a sign of life."""
         tqdm.write(line)
         sys.stdout.flush()
         self._said = time.monotonic()
+
+    def _label(self) -> str:
+        return f"{self.label} {self._part}".rstrip()
 
     def close(self) -> None:
         """Take the bar away."""

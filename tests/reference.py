@@ -68,6 +68,15 @@ def buckets(p: Tensor, ids: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def drawn_kl(student: Tensor, drawn: list[list[int]]) -> Tensor:
+    """``[N]`` KL(drawn || student): of each position the tokens drawn from its teacher, each worth 1 / their number."""
+    values = []
+    for p, tokens in zip(student, drawn, strict=True):
+        shares = {token: tokens.count(token) / len(tokens) for token in tokens}
+        values.append(sum(share * (torch.log(torch.tensor(share).double()) - torch.log(p[t])) for t, share in shares.items()))
+    return torch.stack(values)
+
+
 def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
     p = probabilities(student_logits, 1.0)
     return -torch.log(torch.stack([p[n, int(label)] for n, label in enumerate(labels)]))

@@ -140,7 +140,7 @@ def test_a_student_goes_on_with_its_adapter(world: Path) -> None:
     }
     expected = plain(merged(world / "base", world / "shop"), batch)
     torch.testing.assert_close(says(ModelTeacher(load_continued(spec), V), batch), expected)
-    quantised = load_continued(replace(spec, path=str(world / "base"), quantization="4bit"))
+    quantised = load_continued(spec.model_copy(update={"path": str(world / "base"), "quantization": "4bit"}))
     assert base_of(quantised).is_loaded_in_4bit
     assert AdapterTeacher.from_pretrained(quantised, world / "shop", V).identity()["weights"] is not None
 
@@ -350,7 +350,7 @@ def test_adapters_that_are_refused(kind: str, world: Path, tmp_path: Path, monke
         assert list(student.peft_config) == ["default"]
     monkeypatch.setattr("daekit.models.adapters.load_model", lambda *_: pytest.fail("the base was loaded"))
     with pytest.raises(UserError, match=message):
-        load_continued(replace(base, adapter=str(adapter)))
+        load_continued(base.model_copy(update={"adapter": str(adapter)}))
 
 
 def test_a_tied_head_that_an_adapter_would_untie(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def conversations(count: int, temperature: float = 0.0) -> list[Conversation]:
 def answered(subject, folder, asked, batch_size=4, how=None) -> dict[int, list[str]]:
     how = how or HowToAnswer(max_new_tokens=6)
     store = AnswerStore(folder, subject.name, {"how": how.facts()})
-    answer_all(subject, asked, how, store, batch_size=batch_size, where="benchmarks.mt", calls=folder / "calls")
+    answer_all(subject, asked, how, store, batch_size=batch_size, where="benchmarks.mt")
     return {key: record["choices"][0]["turns"] for key, record in store.records.items()}
 
 

@@ -137,20 +137,23 @@ def test_sinks_and_capped_scores_are_refused(tmp_path: Any) -> None:
         model(input_ids=IDS)
 
 
-def test_linear_attention_is_refused(tmp_path: Any) -> None:
+def test_linear_attention_is_refused_where_it_is_named(tmp_path: Any) -> None:
+    """And left out by ``uniform``, which is the same as naming the softmax layers."""
     config = Qwen3NextConfig(
         **COMMON, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=2,
         linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
     )  # fmt: skip
     teacher = family(config)
+    options: dict[str, Any] = {"attention_weight": 1.0, "max_steps": 1}
     with pytest.raises(UserError, match=r"attention of layers \[0\] cannot be captured"):
-        kd(tmp_path, tiny.rows(4), tiny.model(seed=1), teacher, attention_weight=1.0, max_steps=1).train()
-    trainer = kd(
-        tmp_path, tiny.rows(4), tiny.model(seed=1), teacher, attention_weight=1.0, attention_layers=[[1, 1]], max_steps=1
-    )
-    trainer.train()
-    assert logged(trainer, "attention_kl")[0] > 0
+        kd(tmp_path, tiny.rows(4), tiny.model(seed=1), teacher, attention_layers=[[1, 0]], **options)
+    values = []
+    for layers in ("uniform", [[0, 1], [1, 1]]):
+        trainer = kd(tmp_path, tiny.rows(4), tiny.model(seed=1), teacher, attention_layers=layers, **options)
+        trainer.train()
+        values.append(logged(trainer, "attention_kl")[0])
+    assert values[0] == values[1] > 0
 
 
 # ---- quantised weights -------------------------------------------------------------------------------------------------

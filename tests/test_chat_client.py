@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 from daekit.errors import UserError
+from daekit.generation import budget
 from daekit.generation.calls import ChatRequest
-from daekit.generation.client import ChatClient
+from daekit.generation.client import ChatClient, identity
 from daekit.generation.endpoint import retry_after
-from daekit.generation.store import ERRORS, REPLIES, ReplyStore
+from daekit.generation.store import ERRORS, REPLIES, ReplyStore, read_replies
 from daekit.recipe.judge import JudgeSpec, judge_problems
 from tests.helpers.judge_server import Call, JudgeServer, scripted_rating
 
@@ -248,8 +249,8 @@ def test_the_newer_name_of_the_token_limit(tmp_path: Path) -> None:
 def test_an_estimate_says_what_is_still_to_be_sent(tmp_path: Path) -> None:
     with JudgeServer() as server:
         ask(server, tmp_path, requests(10))
-        with ChatClient(spec(server, price_prompt=1.0, price_completion=2.0), tmp_path) as client:
-            estimate = client.estimate(requests())
+        priced = spec(server, price_prompt=1.0, price_completion=2.0)
+        estimate = budget.estimate(priced, requests(), read_replies(tmp_path), identity(priced))
         assert (estimate.calls, estimate.cached) == (COUNT - 10, 10)
         assert estimate.completion_tokens == 64 * (COUNT - 10)
         assert estimate.cost == pytest.approx((estimate.prompt_tokens + 2 * estimate.completion_tokens) / 1e6)

@@ -33,7 +33,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """Stands in for `daekit.runtime.run`: keeps the recipes that would be run."""
     kept: list[Recipe] = []
     module = types.ModuleType("daekit.runtime.run")
-    module.run_recipe = lambda recipe, grace: kept.append(recipe)  # type: ignore[attr-defined]
+    module.run_recipe = lambda recipe, *_: kept.append(recipe)  # type: ignore[attr-defined]
     module.calibration = lambda: "calibration: 1 GFLOP/s"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "daekit.runtime.run", module)
     return kept
@@ -110,7 +110,7 @@ def test_what_a_run_raises(
     status: int,
     message: str,
 ) -> None:
-    def fail(recipe: Recipe, grace: float) -> None:
+    def fail(recipe: Recipe, *_: object) -> None:
         raise raised
 
     monkeypatch.setattr(sys.modules["daekit.runtime.run"], "run_recipe", fail)
@@ -139,7 +139,7 @@ def test_a_kernel_that_bitsandbytes_misses_is_no_news(
 
 
 def test_a_defect_keeps_its_traceback(recipe_file: Path, runs: list[Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(recipe: Recipe, grace: float) -> None:
+    def fail(recipe: Recipe, *_: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(sys.modules["daekit.runtime.run"], "run_recipe", fail)
@@ -175,3 +175,12 @@ def test_overrides_are_not_asked_for(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["check"])
     assert capsys.readouterr().err.endswith("required: RECIPE\n")
+
+
+def test_what_is_allowed_reaches_the_suites_of_a_run(
+    recipe_file: Path, runs: list[Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+    monkeypatch.setattr(sys.modules["daekit.runtime.run"], "run_recipe", lambda *arguments: given.extend(arguments))
+    assert main(["train", str(recipe_file), "--allow-key-env", "MINE", "--allow-http"]) == 0
+    assert given[-1].key_variables == {"MINE"} and given[-1].http  # type: ignore[attr-defined]

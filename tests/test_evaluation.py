@@ -11,7 +11,7 @@ from datasets import Dataset
 from daekit.data import responses
 from daekit.data.responses import ResponseLabels, label_responses
 from daekit.errors import UserError
-from daekit.evaluation import ModelEvaluation, TokenizedRow, compare, evaluate_model, select_samples, sets, tokenize_rows
+from daekit.evaluation import ModelEvaluation, TokenizedRow, compare, evaluate_model, select_samples, tokenize_rows
 from daekit.evaluation.intervals import RowValues, interval, paired_interval
 from daekit.evaluation.matching import answer_match, exact_match
 from daekit.evaluation.sets import EvaluationSet

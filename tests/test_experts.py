@@ -23,7 +23,7 @@ from daekit.models.identity import fingerprint
 from daekit.models.loading import load_model, load_whole
 from daekit.models.quantization import stored_weights
 from daekit.recipe.schema import ModelSpec
-from daekit.trainers.validation import refuse_expert_adapter
+from daekit.trainers.validation import refuse_adapter
 from tests.helpers import tiny
 from tests.helpers.expert_models import KINDS, dequantised, layers_of_experts, moe, relative
 from tests.helpers.teacher_cases import batch_of
@@ -178,18 +178,18 @@ def test_adapters(saved: Any) -> None:
     """all-linear: attention gets adapters, experts do not; naming experts is an error."""
     base = load(saved("mixtral"))
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    refuse_expert_adapter(base, config)
+    refuse_adapter(base, config)
     trained = [name for name, p in get_peft_model(base, config).named_parameters() if p.requires_grad]
     assert sum("self_attn" in name for name in trained) == 2 * 4 * 2 and not any("experts" in name for name in trained)
     plain = load(saved("mixtral"))
     for bad in (["q_proj", "w1", "w3"], ["q_proj", "down_proj"], r".*\.(q_proj|w2)", [r"experts.gate_up_proj"]):
         with pytest.raises(UserError, match="names experts, which are quantised"):
-            refuse_expert_adapter(plain, LoraConfig(task_type="CAUSAL_LM", target_modules=bad))
+            refuse_adapter(plain, LoraConfig(task_type="CAUSAL_LM", target_modules=bad))
     with pytest.raises(UserError, match=r"'mlp.experts.down_proj' names experts"):
-        refuse_expert_adapter(plain, LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]))
+        refuse_adapter(plain, LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]))
     for good in (["q_proj"], r".*\.q_proj"):
-        refuse_expert_adapter(plain, LoraConfig(task_type="CAUSAL_LM", target_modules=good))
-    refuse_expert_adapter(moe("mixtral"), LoraConfig(task_type="CAUSAL_LM", target_modules=["w1", "w3"]))
+        refuse_adapter(plain, LoraConfig(task_type="CAUSAL_LM", target_modules=good))
+    refuse_adapter(moe("mixtral"), LoraConfig(task_type="CAUSAL_LM", target_modules=["w1", "w3"]))
 
 
 def test_an_adapter_that_sits_on_experts_is_named_before_its_quantised_base_is_read(

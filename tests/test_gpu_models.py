@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from daekit.models.backbone import decoder_layers
 from daekit.models.experts import quantise_experts
-from daekit.models.features import decoder_layers
 from daekit.models.loading import load_model
 from daekit.models.placement import batch_on
 from daekit.recipe.schema import ModelSpec

@@ -48,7 +48,7 @@ def world(folder: Path, count: int = COUNT) -> tuple[Path, dict[str, list[dict[s
 def judged(server: JudgeServer, folder: Path, annotator: str = RANKING, count: int = COUNT, **options: Any) -> Judged:
     reference, outputs = world(folder, count)
     outputs = options.pop("outputs", outputs)
-    fields = {name: options.pop(name) for name in list(options) if name in JudgeSpec.__dataclass_fields__}
+    fields = {name: options.pop(name) for name in list(options) if name in JudgeSpec.model_fields}
     spec = JudgeSpec(**({"model": "scripted", "base_url": server.url, "timeout": 60.0, "max_retries": 1} | fields))
     with ChatClient(spec, folder, first_wait=0.005) as client:
         return judge_alpaca_eval(client, annotator, reference, outputs, folder, bootstrap=200, **options)
@@ -376,8 +376,9 @@ def test_outputs_are_checked_before_a_call(spoil: Any, said: str, tmp_path: Path
     with JudgeServer() as server:
         with pytest.raises(UserError, match=said):
             judged(server, tmp_path, outputs=outputs)
-        with pytest.raises(UserError, match=r"nothing\.json is missing.*CC BY-NC"):
-            judge_alpaca_eval(JudgeSpec(model="m", base_url=server.url), RANKING, tmp_path / "nothing.json", {}, tmp_path)
+        missing = pytest.raises(UserError, match=r"nothing\.json is missing.*CC BY-NC")
+        with ChatClient(JudgeSpec(model="m", base_url=server.url), tmp_path) as client, missing:
+            judge_alpaca_eval(client, RANKING, tmp_path / "nothing.json", {}, tmp_path)
         assert not server.calls
 
 

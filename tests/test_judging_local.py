@@ -190,7 +190,8 @@ def test_alpaca_eval_with_a_local_judge(tmp_path: Path) -> None:
     (own / "configs.yaml").write_text(config.replace("alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt", "letters/prompt.txt"))
     outputs = {"small": [{"instruction": row["instruction"], "output": HOSTILE + str(at)} for at, row in enumerate(reference)]}
     spec = JudgeSpec(path=str(path), model="tiny")
-    result = judge_alpaca_eval(spec, str(own), tmp_path / "reference.json", outputs, tmp_path / "out", bootstrap=50)
+    with ChatClient(spec, tmp_path / "out") as client:
+        result = judge_alpaca_eval(client, str(own), tmp_path / "reference.json", outputs, tmp_path / "out", bootstrap=50)
     assert not result.refusals
     (row,) = [row for row in result.rows if row.metric == "win_rate"]
     assert 0 < row.value < 100 and math.isfinite(row.low)

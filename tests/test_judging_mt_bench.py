@@ -46,7 +46,7 @@ def answers(*models: str, text: str = "{model} on {question}, turn {turn}") -> d
 
 
 def judged(server: JudgeServer, folder: Path, models: tuple[str, ...] = ("small", "large"), **options: Any) -> Judged:
-    fields = {name: options.pop(name) for name in list(options) if name in JudgeSpec.__dataclass_fields__}
+    fields = {name: options.pop(name) for name in list(options) if name in JudgeSpec.model_fields}
     spec = JudgeSpec(**({"model": "scripted", "base_url": server.url, "timeout": 60.0, "max_retries": 1} | fields))
     own = options.pop("answers", None) or answers(*models)
     with ChatClient(spec, folder, first_wait=0.005) as client:
@@ -303,8 +303,9 @@ def test_modes_and_files_are_checked_before_a_call(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="at least two models"):
             judged(server, tmp_path, ("small",), mode="pairwise-all")
         spec = JudgeSpec(model="scripted", base_url=server.url)
-        with pytest.raises(UserError, match=r"question\.jsonl is missing.*Apache-2\.0"):
-            judge_mt_bench(spec, tmp_path, answers("small"), tmp_path)
+        missing = pytest.raises(UserError, match=r"question\.jsonl is missing.*Apache-2\.0")
+        with ChatClient(spec, tmp_path) as client, missing:
+            judge_mt_bench(client, tmp_path, answers("small"), tmp_path)
         assert not server.calls
 
 

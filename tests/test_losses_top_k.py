@@ -186,7 +186,7 @@ def test_a_stored_tail_changes_nothing_where_there_is_no_rounding() -> None:
 def test_rounded_probabilities_and_their_tail_are_a_distribution_again() -> None:
     p = (6 * torch.randn(20, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).softmax(1)
     buckets = bucket_log_probs(
-        TeacherOutput(torch.arange(20), (), top_k=rounded_top_k(p, 4, torch.float16)), V, 1.0, torch.float32
+        TeacherOutput(torch.arange(20), (), top_k=rounded_top_k(p, 4, torch.float16)), V, Objective(), torch.float32
     )
     torch.testing.assert_close(buckets.exp().sum(1), torch.ones(20), rtol=0, atol=1e-6)
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.models.loading import load_model
-from daekit.models.merge import merge_adapter
+from daekit.models.merge import save_merged
 from daekit.recipe.schema import ModelSpec
 from tests.helpers import tiny
 from tests.helpers.adapter_world import merged, save_adapter, save_base
@@ -54,15 +54,15 @@ def test_merging(kind: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_merging_onto_another_dtype_and_onto_a_merged_adapter(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", base)
-    check = merge_adapter(adapter, tmp_path / "half", "bfloat16")
+    check = save_merged(adapter, tmp_path / "half", "bfloat16")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
     assert 0 < check.kl < 0.05 and check.difference < check.allowed < check.adapter
-    merge_adapter(adapter, tmp_path / "first")
+    save_merged(adapter, tmp_path / "first")
     second = save_adapter(tmp_path / "second", tmp_path / "first", seed=8, target_modules=["o_proj"])
-    check = merge_adapter(second, tmp_path / "both")
+    check = save_merged(second, tmp_path / "both")
     assert check.difference < 1e-4 < check.adapter
     with pytest.raises(UserError, match="both: exists already"):
-        merge_adapter(second, tmp_path / "both")
+        save_merged(second, tmp_path / "both")
 
 
 def test_a_merge_that_is_another_model_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,7 @@ def test_a_merge_that_is_another_model_is_refused(base: Path, tmp_path: Path, mo
 
     monkeypatch.setattr("daekit.models.merge.load_model", damaged)
     with pytest.raises(UserError, match=r"the merged model is not the base with its adapter: .*logits differ by at most"):
-        merge_adapter(adapter, tmp_path / "out")
+        save_merged(adapter, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -91,24 +91,24 @@ def test_a_folder_beside_the_result_is_left_alone(base: Path, tmp_path: Path) ->
     (tmp_path / "out.half").mkdir()
     (tmp_path / "out.half" / "mine").write_text("x")
     with pytest.raises(UserError, match=r"out.half: exists already.* a merge that was stopped"):
-        merge_adapter(adapter, tmp_path / "out")
+        save_merged(adapter, tmp_path / "out")
     assert (tmp_path / "out.half" / "mine").read_text() == "x" and not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_merged(base: Path, tmp_path: Path) -> None:
     for folder, message in ((base, "no directory with a LoRA adapter"), (tmp_path / "nowhere", "no directory with a LoRA")):
         with pytest.raises(UserError, match=message):
-            merge_adapter(folder, tmp_path / "out")
+            save_merged(folder, tmp_path / "out")
     load_model(ModelSpec(path=str(base), quantization="4bit")).save_pretrained(tmp_path / "four")
     adapter = save_adapter(tmp_path / "adapter", base)
     config = (adapter / "adapter_config.json").read_text()
     (adapter / "adapter_config.json").write_text(config.replace(str(base), str(tmp_path / "four")))
     with pytest.raises(UserError, match=r"four: is quantised .* an adapter is merged into the 16-bit base"):
-        merge_adapter(adapter, tmp_path / "out")
+        save_merged(adapter, tmp_path / "out")
     (adapter / "adapter_config.json").write_text(config)
     weights = load_file(adapter / "adapter_model.safetensors")
     weights.popitem()
     save_file(weights, adapter / "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"do not fit the model's adapter: 1 differ"):
-        merge_adapter(adapter, tmp_path / "out")
+        save_merged(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -14,10 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForCausalLM
 
 from daekit.errors import UserError
-from daekit.models.backbone import add_on_hidden, frozen_forward, require_plain_head
+from daekit.models.backbone import add_on_hidden, frozen_forward
 from daekit.models.heads import head_logits, output_head
 from daekit.models.identity import fingerprint
 from daekit.models.loading import load_tokenizer_of
+from daekit.models.start_checks import require_plain_head
 from daekit.models.vocabulary import differences, require_same, vocabulary_size
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
@@ -110,6 +111,15 @@ def test_frozen_forward_restores_every_mode_after_an_error() -> None:
         raise KeyError
     assert [module.training for module in model.modules()] == before
     assert torch.is_grad_enabled()
+
+
+def test_a_deep_copy_runs_its_own_weights() -> None:
+    model = tiny.model()
+    add_on_hidden(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.get_output_embeddings().weight.mul_(2)
+        assert torch.equal(twin(input_ids=IDS).logits, 2 * model(input_ids=IDS).logits)
 
 
 # ---- fingerprints ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from accelerate import cpu_offload, disk_offload
 from torch import Tensor
 
 from daekit.errors import UserError
-from daekit.models.features import decoder_layers
+from daekit.models.backbone import decoder_layers
 from daekit.models.heads import output_head
 from daekit.models.identity import fingerprint
 from daekit.models.loading import load_model
@@ -20,7 +20,7 @@ from daekit.models.offload import LayerOffload
 from daekit.protocol import FeatureSpec, TeacherOutput
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
-from tests.helpers import tiny
+from tests.helpers import families, tiny
 from tests.helpers.teacher_cases import V, batch_of
 
 CPU = torch.device("cpu")
@@ -175,3 +175,19 @@ def test_a_model_that_is_left_on_the_disk_is_refused(tmp_path: Path, monkeypatch
     spec = ModelSpec(path=str(tmp_path / "model"), device_map="auto")
     with pytest.raises(UserError, match=r"leaves some of it on the disk"):
         load_model(spec)
+
+
+@pytest.mark.parametrize(
+    "family", ["mistral3", "gemma4", "falcon", "bloom", "mamba", "jamba", "gpt_neo", "mpt", "codegen", "olmo_hybrid", "zamba2"]
+)
+def test_families_are_offloaded(family: str) -> None:
+    """Their layers are in the host's memory, and the logits are those of before."""
+    # one block of attention in two layers
+    fields = dict(num_hidden_layers=4, layers_block_type=["mamba", "hybrid"] * 2, hybrid_layer_ids=[1, 3])
+    model = families.model(family, **(fields if family == "zamba2" else {})).float().requires_grad_(False)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits
+        offload = LayerOffload(model, CPU)
+        assert len(offload.layers) == model.config.get_text_config().num_hidden_layers
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from daekit.errors import UserError
-from daekit.planning import Machine, Planner, announcement, plan_recipe, this_machine
+from daekit.planning import Machine, Planner, announcement, meta_model, plan_recipe, this_machine
 from daekit.planning.advice import Change, changes, cheapest
 from daekit.planning.memory import GRADIENTS, WEIGHTS
 from daekit.planning.plan import Plan
@@ -37,11 +37,15 @@ def test_families_without_groups_of_heads_are_planned(kind: str) -> None:
     assert parts(*losses, phase="the loss") != parts(config, phase="the loss")
 
 
-def test_layers_that_are_not_found_are_said_to_be_the_reason() -> None:
-    with pytest.raises(UserError, match="BloomForCausalLM: its layers could not be found, so its memory cannot be planned"):
-        plan("stages.kd.student.config={model_type: bloom}")
+def test_layers_that_are_not_found_are_said_to_be_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(model: Any) -> Any:
+        raise UserError("no layers")
+
     with pytest.raises(UserError, match="a phi3 model cannot be built from its config"):
         plan("stages.kd.student.config={model_type: phi3, vocab_size: 100, pad_token_id: 500}")
+    monkeypatch.setattr(meta_model, "decoder_layers", lost)
+    with pytest.raises(UserError, match="LlamaForCausalLM: its layers could not be found, so its memory cannot be planned"):
+        Planner(CPU).stage(load_recipe_text(RECIPE, "planned.yaml"), "kd")
 
 
 def test_a_mistake_of_the_planner_stops_no_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -258,6 +258,8 @@ def test_what_is_prepared_is_what_is_trained(world: Path, capsys: pytest.Capture
     done = json.loads((world / "run" / "stages" / "aligned" / "stage.json").read_text())
     counts = {domain: vars(count) for domain, count in ready.stages["aligned"].counts.items()}
     assert done["rows"]["train"] == counts
+    cards = [card.read_text() for card in (world / "run").glob("stages/*/README.md")]
+    assert cards and not any("[None]" in card for card in cards)
     said = capsys.readouterr().out
     lines = [line for line in preview(ready, 0).splitlines() if line.startswith("    shop")]
     assert len(lines) == 4 and all(line in said for line in lines)

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from daekit.errors import UserError
 from daekit.runtime import run as runner
@@ -153,6 +155,22 @@ def test_a_checkpoint_of_a_stage_is_found_by_its_step(run: Path) -> None:
     (stage.root / "checkpoint-7" / "optimizer.pt").unlink()
     with pytest.raises(UserError, match=r"stage:base@checkpoint-7: .*optimizer\.pt is missing"):
         stage.checkpoint(7)
+
+
+SECOND = """stages.second={type: sft, student: "stage:base@checkpoint-STEP", data: [skills],
+    trainer: {max_steps: 1, optim: sgd, learning_rate: 1.0e-30, gradient_checkpointing: false}}"""
+
+
+def test_a_stage_begins_with_a_checkpoint_of_an_earlier_one(tmp_path: Path) -> None:
+    """The second stage takes one step that changes nothing."""
+    every = ["stages.base.trainer.save_steps=4", "stages.base.trainer.save_total_limit=3"]
+    assert "stage:base@checkpoint-5" in said(tmp_path, *every, SECOND.replace("STEP", "5"), status=2)
+    said(tmp_path, *every, SECOND.replace("STEP", "4"))
+    second = load_file(stage_of(tmp_path).parent / "second" / "model" / "model.safetensors")
+    fourth = load_file(stage_of(tmp_path) / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(second[name], fourth[name]) for name in fourth)
+    last = weights(tmp_path)
+    assert not all(torch.equal(second[name], last[name]) for name in fourth)
 
 
 # ---- a directory that cannot be written to ----------------------------------------------------------------------------

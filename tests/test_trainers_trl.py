@@ -42,7 +42,7 @@ def test_trl_private_names() -> None:
             "get_tp_size",
         ],
         sft_trainer: ["DataCollatorForLanguageModeling", "add_fused_lm_head", "create_model_from_path"],
-        transformers.modeling_utils: ["safe_open"],  # daekit/models/quantiser.py
+        transformers.modeling_utils: ["safe_open"],  # daekit/models/quantized_loading.py
         transformers.quantizers.quantizers_utils: ["get_module_from_name", "should_convert_module"],
         transformers.models.mixtral.modeling_mixtral: ["load_balancing_loss_func"],
         trl.chat_template_utils: ["get_training_chat_template", "has_generation_markers"],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,6 +76,7 @@ def evaluate_model(
     spec: EvaluationSpec,
     teachers: Mapping[str, PreTrainedModel | Teacher] | None = None,
     reference: Teacher | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> ModelEvaluation:
     """Measure ``model`` on every set.
 
@@ -85,15 +87,21 @@ def evaluate_model(
         spec: ``generate``, ``max_new_tokens`` and ``batch_size`` are read.
         teachers: domain -> the teacher that KL is measured to; domains without one have no ``kl_to_teacher``.
         reference: what ``kl_to_reference`` is measured to on every domain: how far the model went from there.
+        progress: called with what is being measured and (rows done, all of them), now and then.
     """
+
+    def shown(what: str) -> Callable[[int, int], None] | None:
+        return partial(progress, what) if progress is not None else None
+
     evaluation = ModelEvaluation(name)
     for source, evaluation_set in sets.items():
         domain, rows = evaluation_set.domain, evaluation_set.rows
         teacher = (teachers or {}).get(domain)
-        likelihood = _likelihood(model, tokenizer, rows, spec.batch_size, teacher, domain)
+        measure = partial(_likelihood, model, tokenizer, rows, spec.batch_size, domain=domain)
+        likelihood = measure(teacher, progress=shown(f"{source}, likelihood"))
         if reference is not None:
             same = reference is teacher
-            to_reference = likelihood if same else _likelihood(model, tokenizer, rows, spec.batch_size, reference, domain)
+            to_reference = likelihood if same else measure(reference, progress=shown(f"{source}, reference"))
             likelihood["kl_to_reference"] = to_reference["kl_to_teacher"]
         evaluation.values.update({(domain, source, metric): values for metric, values in likelihood.items()})
         if not spec.generate:
@@ -101,7 +109,7 @@ def evaluate_model(
         answered = [row for row in rows if row.prompt_ids is not None]
         if not answered:
             continue
-        texts = _answers(model, tokenizer, answered, spec)
+        texts = _answers(model, tokenizer, answered, spec, shown(f"{source}, answers"))
         evaluation.generated[source] = texts
         evaluation.values.update({(domain, source, metric): v for metric, v in _matches(answered, texts).items()})
     return evaluation
@@ -120,6 +128,7 @@ def _likelihood(
     batch_size: int,
     teacher: PreTrainedModel | Teacher | None,
     domain: str,
+    progress: Callable[[int, int], None] | None,
 ) -> dict[str, RowValues]:
     scores = score_rows(
         model,
@@ -128,6 +137,7 @@ def _likelihood(
         batch_size=batch_size,
         teacher=teacher,
         domain=domain,
+        progress=progress,
     )
     tokens_R = scores.tokens_R.astype(np.float64)
     values = {
@@ -144,9 +154,12 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TokenizedRow],
     spec: EvaluationSpec,
+    progress: Callable[[int, int], None] | None,
 ) -> list[str]:
     prompts = [row.prompt_ids or [] for row in rows]
-    answers = generate(model, tokenizer, prompts, max_new_tokens=spec.max_new_tokens, batch_size=spec.batch_size)
+    answers = generate(
+        model, tokenizer, prompts, max_new_tokens=spec.max_new_tokens, batch_size=spec.batch_size, progress=progress
+    )
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 

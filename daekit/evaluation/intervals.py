@@ -8,7 +8,6 @@ common to both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,11 +45,9 @@ def resampled_means(values: RowValues, rounds: int, seed: int) -> np.ndarray:
     return means
 
 
-def interval(
-    values: RowValues, rounds: int, seed: int, transform: Callable[[np.ndarray], np.ndarray] = np.asarray
-) -> tuple[float, float]:
-    """The 95 % interval of ``transform(mean)``. With one row, or rows that all agree, it has zero width."""
-    return _percentiles(transform(resampled_means(values, rounds, seed)))
+def interval(values: RowValues, rounds: int, seed: int) -> tuple[float, float]:
+    """The 95 % interval of the mean. With one row, or rows that all agree, it has zero width."""
+    return _percentiles(resampled_means(values, rounds, seed))
 
 
 def paired_interval(ours: RowValues, theirs: RowValues, rounds: int, seed: int) -> tuple[float, float]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from daekit.generation.calls import ChatReply, ChatRequest, Estimate, tokens_of
+from daekit.progress import ProgressFunction
 from daekit.recipe.judge import JudgeSpec
 
-ProgressFunction = Callable[[int, int], None]  # (done, total)
 _EVERY = 10.0  # seconds between two lines of progress
 _IMPLAUSIBLE = 2  # a usage so many times below what we count ourselves is not believed
 

@@ -7,17 +7,17 @@ import itertools
 import random
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from daekit.errors import UserError
-from daekit.generation.budget import Budget, Counter, ProgressFunction, estimate
-from daekit.generation.calls import ChatReply, ChatRequest, Estimate, lacks_logprobs, read_reply
+from daekit.generation.budget import Budget, Counter
+from daekit.generation.calls import ChatReply, ChatRequest, lacks_logprobs, read_reply
 from daekit.generation.endpoint import Endpoint, PassingFailure, RefusedRequest
 from daekit.generation.keys import Permissions, endpoint_key
 from daekit.generation.local_chat import LocalChat, model_fingerprint
 from daekit.generation.store import UNREADABLE, ReplyStore
+from daekit.progress import ProgressFunction
 from daekit.recipe.judge import JudgeSpec, judge_problems
 
 _LONGEST_WAIT = 60.0  # seconds of our own back-off
@@ -38,6 +38,7 @@ class ChatClient:
 
     Attributes:
         spec: who is asked.
+        folder: where replies are kept.
         budget: what was sent and spent so far.
 
     Args:
@@ -66,7 +67,7 @@ class ChatClient:
         require_sound(spec)
         self._key = "" if spec.base_url is None else endpoint_key(role, spec.base_url, spec.api_key_env, allowed)
         self._progress = progress
-        self.spec, self.budget = spec, Budget(spec, before)
+        self.spec, self.folder, self.budget = spec, folder, Budget(spec, before)
         self.identity = identity(spec)
         self._who = f"{role} {spec.name}"
         self._first_wait = first_wait
@@ -120,10 +121,6 @@ class ChatClient:
                 f"{self._who}: {cut} of {len(replies)} replies were cut at max_tokens, or where the judge's context ends."
             )
         return notes
-
-    def estimate(self, requests: Sequence[ChatRequest]) -> Estimate:
-        """What asking them would still cost."""
-        return estimate(self.spec, requests, self._store.replies, self.identity)
 
     def _send(self, missing: list[Open], progress: Counter) -> None:
         if self.spec.path is not None:
@@ -257,16 +254,6 @@ def identity(spec: JudgeSpec) -> str:
     if spec.path is None:
         return spec.endpoint
     return f"{spec.path}#{model_fingerprint(spec.path)},{spec.dtype},{spec.quantization or 'plain'}"
-
-
-@contextmanager
-def opened(judge: JudgeSpec | ChatClient, folder: Path) -> Iterator[ChatClient]:
-    """A client in ``folder``, or the one that is open already."""
-    if isinstance(judge, ChatClient):
-        yield judge
-    else:
-        with ChatClient(judge, folder) as client:
-            yield client
 
 
 def _run(work: Coroutine[None, None, None]) -> None:

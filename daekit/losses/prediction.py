@@ -21,7 +21,7 @@ from daekit.errors import UserError
 from daekit.losses.chunk import Values, chunk_losses, chunk_losses_on
 from daekit.losses.divergences import divergence_of
 from daekit.losses.top_k import bucket_log_probs, bucketed
-from daekit.models.heads import compute_dtype, in_dtype, project, teacher_logits
+from daekit.models.heads import common_columns, compute_dtype, in_dtype, project, teacher_logits
 from daekit.models.sharded import whole_heads
 from daekit.protocol import OutputHead, TeacherOutput
 from daekit.recipe.objective import Objective
@@ -81,6 +81,7 @@ def prediction_loss(
     """
     if teacher_outputs:
         _require_each_once([output.positions_M for output in teacher_outputs], labels_N.numel())
+    head, teacher_outputs = common_columns(head, teacher_outputs)
     members = [member for output in teacher_outputs for member in output.members]
     with whole_heads([head, *(member.head for member in members)]) as (head, *theirs):
         whole = iter(theirs)
@@ -178,7 +179,7 @@ class _Chunks:
             return lambda student, labels, rows: dense(student, None, labels, *how)
         if output.top_k is not None:
             ids, divergence = output.top_k.ids_MK.long(), divergence_of(self.objective)
-            buckets = bucket_log_probs(output, self.head.vocab_size, self.objective.temperature, self.exact)
+            buckets = bucket_log_probs(output, self.head.vocab_size, self.objective, self.exact)
 
             def sparse(student: Tensor, labels: Tensor, rows: slice) -> Values:
                 return chunk_losses(student, lambda s: bucketed(divergence, s, ids[rows], buckets[rows]), labels, *how)

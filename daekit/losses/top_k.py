@@ -14,6 +14,7 @@ from torch import Tensor
 from daekit.errors import UserError
 from daekit.losses.divergences import Divergence
 from daekit.protocol import TeacherOutput, TopK
+from daekit.recipe.objective import Objective
 
 
 def bucketed(divergence: Divergence, student_MV: Tensor, ids_MK: Tensor, teacher_MB: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,22 +37,24 @@ def bucketed(divergence: Divergence, student_MV: Tensor, ids_MK: Tensor, teacher
     return value_M, within_MV.mul_(grad_MB[:, K:]).scatter_(-1, ids_MK, grad_MB[:, :K])
 
 
-def bucket_log_probs(output: TeacherOutput, vocab_size: int, temperature: float, dtype: torch.dtype) -> Tensor:
+def bucket_log_probs(output: TeacherOutput, vocab_size: int, objective: Objective, dtype: torch.dtype) -> Tensor:
     """``[M, B]`` log-probabilities of the buckets of a sparse output, checked; B = K + 1, or K where K = V leaves no tail.
 
-    A tail whose mass rounds to nothing keeps the smallest normal number, so that every divergence stays finite.
+    A tail whose mass rounds to nothing keeps the smallest normal number, so that every divergence stays finite. So does a
+    named token of probability 0 (one that was not among drawn tokens), whose share of forward KL and of its gradient is then
+    below the rounding of any other.
 
     Raises:
-        UserError: a sparse distribution that is none over this vocabulary, has another temperature than the loss, or is stored
-            in so few bits that its tail is not known.
+        UserError: a sparse distribution that is none over this vocabulary, has another temperature than the loss, is stored in
+            so few bits that its tail is not known, or gives a named token the probability 0 where that is infinitely far away.
     """
     top_k = output.top_k
     assert top_k is not None
     if output.members:
         raise UserError("a teacher's output has both members and top_k; give one of them")
-    if top_k.temperature != temperature:
+    if top_k.temperature != objective.temperature:
         raise UserError(
-            f"temperature: the loss has {temperature} but the teacher's top-k distributions are of temperature "
+            f"temperature: the loss has {objective.temperature} but the teacher's top-k distributions are of temperature "
             f"{top_k.temperature}, and a tail cannot be tempered; use the same"
         )
     _check_ids(top_k, output.positions_M.numel(), vocab_size)
@@ -64,7 +67,8 @@ def bucket_log_probs(output: TeacherOutput, vocab_size: int, temperature: float,
     # the error of a sum of probabilities is their entropy (below 16 nats) in units of the rounding of their logarithms
     slack = 1e-5 + 16 * torch.finfo(top_k.log_probs_MK.dtype).eps
     complete = whole or tail_M is not None
-    wrong_M = ~(mass_M <= 1 + slack) | ~log_probs_MK.isfinite().all(-1)
+    zero_MK = log_probs_MK.isneginf() & complete
+    wrong_M = ~(mass_M <= 1 + slack) | ~(log_probs_MK.isfinite() | zero_MK).all(-1)
     if complete:
         wrong_M |= mass_M < 1 - slack
     if wrong_M.any():
@@ -74,8 +78,13 @@ def bucket_log_probs(output: TeacherOutput, vocab_size: int, temperature: float,
             f"top_k.log_probs_MK: the probabilities of row {row} sum to {float(mass_M[row]):.6g}; they must be finite "
             f"logarithms of probabilities that sum to {wanted}"
         )
+    if objective.divergence != "forward_kl" and complete and buckets_MB.isneginf().any():
+        raise UserError(
+            f"divergence: {objective.divergence} with a teacher that gives tokens the probability 0 (drawn tokens, labels); "
+            "they give forward_kl only. Use it, or the teacher's most likely tokens"
+        )
     if whole:
-        return log_probs_MK
+        return log_probs_MK.masked_fill(zero_MK, math.log(torch.finfo(dtype).tiny))
     if tail_M is not None:  # the named probabilities are rounded: together with the tail they become a distribution again
         buckets_MB = buckets_MB.clamp(min=math.log(torch.finfo(dtype).tiny))
         return buckets_MB - buckets_MB.logsumexp(-1, keepdim=True)

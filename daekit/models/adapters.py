@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.models.experts import PROJECTIONS, is_experts_layer
-from daekit.models.loading import load_model
+from daekit.models.loading import UNREADABLE, adapter_config, first_line, load_model
 from daekit.models.restore import ADAPTER_WEIGHTS, restore_adapter
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, on_an_end, read_adapter_config, require_same_base, require_shareable
 from daekit.recipe.schema import ModelSpec
@@ -28,11 +28,7 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 def lora_config_of(folder: str | Path) -> LoraConfig:
     """The config of an adapter, shareable or not; UserError for what ``read_adapter_config`` refuses."""
-    read_adapter_config(folder)
-    try:
-        config = PeftConfig.from_pretrained(str(Path(folder).expanduser()))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}: its adapter_config.json cannot be read ({str(error).splitlines()[0]})") from error
+    config = adapter_config(Path(folder).expanduser())
     assert isinstance(config, LoraConfig), "read_adapter_config has looked"
     return config
 
@@ -109,9 +105,37 @@ def require_adapters_fit(folders: Iterable[str | Path], base: ModelSpec) -> None
     for folder in folders:
         lora = lora_config_of(folder)
         require_same_base(folder, str(lora.base_model_name_or_path), base.path, (lora.revision, base.revision))
+        # trust in an adapter is none in the base that it names, whose config this is
+        trusted = base.trust_remote_code and not _is_adapter(base)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
         require_fits(folder, lora, skeleton, quantised=base.quantization is not None)
+
+
+def require_targets(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Try a new adapter on a twin of a model without weights: PEFT's refusals as one sentence.
+
+    Raises:
+        UserError: no such module, modules that PEFT refuses (of state-space layers), routers that return several tensors, to
+            which an adapter's output cannot be added.
+    """
+    with torch.device("meta"):
+        try:
+            adapted = get_peft_model(type(model)(copy.deepcopy(model.config)), _without_first_values(config))
+        except ValueError as error:
+            reason = first_line(error).split(". ")[0]
+            raise UserError(
+                f"peft_config: target_modules={config.target_modules!r} does not fit {model.config.model_type} ({reason}). "
+                "Name modules, such as q_proj and v_proj."
+            ) from error
+    for name, layer in adapted.named_modules():
+        linear = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) and not isinstance(layer, ParamWrapper) else None
+        # a Linear that a family has made something else of
+        if isinstance(linear, nn.Linear) and type(linear).__module__.startswith("transformers.models."):
+            raise UserError(
+                f"peft_config: target_modules={config.target_modules!r} takes in {name.removeprefix('base_model.model.')}, a "
+                f"{type(linear).__name__}, which returns several tensors. Name modules, such as q_proj and v_proj."
+            )
 
 
 def require_fits(folder: str | Path, lora: LoraConfig, skeleton: PreTrainedModel, quantised: bool) -> None:
@@ -164,14 +188,17 @@ def _on_experts(wrapper: ParamWrapper) -> bool:
 def config_of(base: ModelSpec) -> PreTrainedConfig:
     """The config of a base; of one that is an adapter merged when it is loaded, that of the model below."""
     assert base.path is not None
-    if (Path(base.path).expanduser() / ADAPTER_CONFIG).is_file():
+    if _is_adapter(base):
         below = lora_config_of(base.path)
         return config_of(ModelSpec(path=below.base_model_name_or_path, revision=below.revision))
     try:
         return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{base.path}: the config of the model could not be read ({reason})") from error
+    except UNREADABLE as error:
+        raise UserError(f"{base.path}: the config of the model could not be read ({first_line(error)})") from error
+
+
+def _is_adapter(base: ModelSpec) -> bool:
+    return (Path(str(base.path)).expanduser() / ADAPTER_CONFIG).is_file()
 
 
 def name_of_base(model: nn.Module) -> str:

@@ -21,7 +21,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from daekit.errors import UserError
-from daekit.models.heads import head_logits, output_head
 from daekit.models.quantization import keep_four_bit_weights
 from daekit.models.sharded import is_sharded, whole
 from daekit.protocol import Batch
@@ -32,10 +31,64 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
 
 
+def backbone_of(base: PreTrainedModel) -> PreTrainedModel:
+    """The part of a causal language model whose last hidden states its output head is applied to.
+
+    As a rule it is ``base_model``. Where that attribute leads nowhere (Llama 4) it is the part that holds the embeddings.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: Any = base.base_model
+    while found is base or found.get_output_embeddings() is not None:
+        embeddings = found.get_input_embeddings()
+        parts = [part for part in found.children() if isinstance(part, PreTrainedModel)]
+        found = next((part for part in parts if any(module is embeddings for module in part.modules())), None)
+        if found is None:
+            raise UserError(
+                f"{type(base).__name__}: no part of it gives the hidden states that its output head is applied to, so there is "
+                "nothing to take the loss of. This architecture is not supported."
+            )
+    return found
+
+
+def can_run(model: nn.Module) -> bool:
+    """Whether a model can be run before the training begins.
+
+    Not so where ZeRO-3 has sharded its parameters outside of its engine, and with FlashAttention before it is on its GPU.
+    """
+    base = base_of(model)
+    flash = "flash" in (base.config.get_text_config()._attn_implementation or "")
+    return not is_deepspeed_zero3_enabled() and not (flash and base.device.type == "cpu")
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model's text decoder, in order: the list of as many layers as the config says, by transformers' marks.
+
+    Raises:
+        UserError: an architecture that does not say which of its modules they are.
+    """
+    base = base_of(model)
+    depth, kinds = base.config.get_text_config().num_hidden_layers, base._no_split_modules or ()
+
+    def is_layer(module: nn.Module) -> bool:
+        named = any(kind.__name__ in kinds for kind in type(module).__mro__)  # FSDP2 makes a subclass
+        return named or isinstance(module, GradientCheckpointingLayer)
+
+    lists = [part for part in backbone_of(base).get_decoder().modules() if isinstance(part, nn.ModuleList)]
+    found = [list(part) for part in lists if len(part) == depth and all(map(is_layer, part))]
+    if len(found) != 1:
+        raise UserError(
+            f"{type(base).__name__}: its layers could not be found, so hidden_weight must be 0 for this model, and it "
+            "cannot be offloaded or split over ranks"
+        )
+    return found[0]
+
+
 def checkpointed_layers(model: nn.Module) -> set[int]:
     """The layers that run twice in training, because gradient checkpointing is on for them."""
-    checkpointed = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
-    return {int(part.layer_idx) for layer in checkpointed for part in layer.modules() if hasattr(part, "layer_idx")}  # type: ignore[arg-type]
+    twice = {id(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing}
+    return {index for index, layer in enumerate(decoder_layers(model)) if id(layer) in twice} if twice else set()
 
 
 def add_on_hidden(model: nn.Module) -> None:
@@ -48,14 +101,16 @@ def add_on_hidden(model: nn.Module) -> None:
     original = base.forward
     if getattr(original, "takes_on_hidden", False):
         return
+    own = isinstance(original, types.MethodType) and original.__self__ is base  # a deep copy must run its own weights
+    run: Callable[..., Any] = original.__func__ if own else lambda _, *args, **inputs: original(*args, **inputs)  # type: ignore[attr-defined]
 
     @functools.wraps(type(base).forward)  # generate() validates its arguments against this signature
     def forward(self: PreTrainedModel, *args: Any, on_hidden: Callable[[Any], Any] | None = None, **inputs: Any) -> Any:
         if on_hidden is None:
-            return original(*args, **inputs)
+            return run(self, *args, **inputs)
         inputs.pop("labels", None)  # PEFT passes labels=None along
         # looked up on each call, because FSDP and PEFT replace modules after this point
-        return on_hidden(self.base_model(*args, **(inputs | {"use_cache": False})))
+        return on_hidden(backbone_of(self)(*args, **(inputs | {"use_cache": False})))
 
     keep_four_bit_weights(base)
     forward.takes_on_hidden = True  # type: ignore[attr-defined]
@@ -90,27 +145,3 @@ def frozen_forward(model: nn.Module) -> Iterator[None]:
 def hidden_at_loss_positions(model: nn.Module, batch: Batch) -> Tensor:
     """``[N, H]`` last hidden states at the loss positions of ``batch``; only these are stored."""
     return model(**batch.inputs, on_hidden=lambda outputs: batch.at_loss_positions(outputs.last_hidden_state))
-
-
-def require_plain_head(model: PreTrainedModel, vocab_size: int) -> None:
-    """Compare our logits with the model's own on two tokens.
-
-    Some architectures change hidden states or logits between backbone and output (a transform, a cap of another name): their
-    loss would be of other distributions than the model's, without an error. Parameters that ZeRO-3 has sharded cannot be run
-    outside its engine; there the check is left out.
-
-    Raises:
-        UserError: they differ by more than rounding.
-    """
-    if is_deepspeed_zero3_enabled():
-        return
-    ids = torch.arange(2, device=base_of(model).device)[None] % vocab_size
-    with frozen_forward(model):
-        theirs = model(input_ids=ids).logits[0, :, :vocab_size]
-        hidden = model(input_ids=ids, on_hidden=lambda outputs: outputs.last_hidden_state)[0]
-        ours = head_logits(hidden, output_head(model, vocab_size)).to(theirs.device)
-    if (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
-        raise UserError(
-            f"{type(base_of(model)).__name__}: its logits are not its output head applied to its last hidden states, "
-            "so a loss on hidden states would not be a loss on its distribution. This architecture is not supported."
-        )

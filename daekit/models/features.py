@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from daekit.errors import UserError
 from daekit.models.attention_capture import AttentionCall, capture_attention, capturing_function, require_row_mask
-from daekit.models.backbone import base_of, hidden_at_loss_positions
+from daekit.models.backbone import base_of, can_run, decoder_layers, frozen_forward, hidden_at_loss_positions
 from daekit.models.heads import compute_dtype
 from daekit.protocol import (
     AttentionLayer,
@@ -30,6 +31,10 @@ from daekit.protocol import (
 )
 
 _LAST = re.compile(r"^last_([1-9]\d*)$")
+# what configs call layers with softmax attention; "hybrid": Zamba's, a state-space layer with attention in it
+_SOFTMAX_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
+# families whose attention weights are something else, and whose configs do not say so
+_NO_PLAIN_SOFTMAX = {"gpt_oss": "attention sinks", "bloom": "position biases (ALiBi)", "mpt": "position biases (ALiBi)"}
 
 
 def layers_of(spec: FeatureSpec, teacher: PreTrainedConfig) -> FeatureLayers:
@@ -40,18 +45,48 @@ def layers_of(spec: FeatureSpec, teacher: PreTrainedConfig) -> FeatureLayers:
             that cannot be captured.
     """
     ours, theirs = spec.student, teacher.get_text_config()
+    depths = ours.num_hidden_layers, theirs.num_hidden_layers
+    attention: Mapping[int, int] = {}
     if spec.attention is not None:
-        capturing_function(theirs._attn_implementation, f"teacher ({theirs.model_type})")
-        capturing_function(ours._attn_implementation, f"student ({ours.model_type})")
+        for who, config in (("teacher", theirs), ("student", ours)):
+            _require_softmax(who, config)
         if spec.relation_heads is None:
             require_equal_heads(ours.num_attention_heads, theirs.num_attention_heads)
         else:
             for who, config in (("student", ours), ("teacher", theirs)):
                 require_divisible(who, config, spec.relation_heads)
-    depths = ours.num_hidden_layers, theirs.num_hidden_layers
-    attention = match_layers(spec.attention, *depths) if spec.attention is not None else {}
+        if isinstance(spec.attention, str):
+            mine, yours = softmax_layers(ours), softmax_layers(theirs)
+            pairs = match_layers(spec.attention, len(mine), len(yours))
+            attention = {mine[student]: yours[teacher] for student, teacher in pairs.items()}
+        else:
+            attention = match_layers(spec.attention, *depths)
     hidden = match_layers(spec.hidden, *depths) if spec.hidden is not None else {}
     return FeatureLayers(attention, hidden, theirs.hidden_size)
+
+
+def softmax_layers(config: PreTrainedConfig) -> list[int]:
+    """The layers of a text model that have softmax attention; of a hybrid not its linear, convolution or state-space layers."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    every = range(config.num_hidden_layers)
+    return list(every) if kinds is None else [layer for layer in every if kinds[layer] in _SOFTMAX_KINDS]
+
+
+def _require_softmax(who: str, config: PreTrainedConfig) -> None:
+    """Attention weights must be the causal softmax of scaled scores, otherwise UserError; what the config says of it."""
+    found = _NO_PLAIN_SOFTMAX.get(config.model_type)
+    if getattr(config, "attn_logit_softcapping", None):
+        found = "soft-capped scores (attn_logit_softcapping)"
+    elif getattr(config, "alibi", False):
+        found = "position biases (ALiBi)"
+    elif not softmax_layers(config) or not hasattr(config, "num_attention_heads"):
+        found = "no softmax layer"
+    if found:
+        raise UserError(
+            f"{who} ({config.model_type}): its attention has {found}, so its weights are not the causal softmax of scaled "
+            "scores that the attention loss compares, whatever attn_implementation. Set attention_weight to 0 for this model."
+        )
+    capturing_function(config._attn_implementation, f"{who} ({config.model_type})")
 
 
 def match_layers(choice: LayerChoice, student: int, teacher: int) -> dict[int, int]:
@@ -150,7 +185,24 @@ def states_and_features(model: nn.Module, batch: Batch, capture: FeatureSpec | N
     """
     if capture is None:
         return hidden_at_loss_positions(model, batch), None
-    layers = layers_of(capture, base_of(model).config)
+    return _captured(model, batch, layers_of(capture, base_of(model).config))
+
+
+def require_capturable(model: nn.Module, layers: FeatureLayers) -> None:
+    """Run a model on a few tokens and capture the features of ``layers``, so that what cannot be is said before the first step.
+
+    Raises:
+        UserError: attention that is not the plain softmax, layers that do not run, or hand on several streams.
+    """
+    if not can_run(model):
+        return
+    ids_1T = torch.arange(8, device=base_of(model).device)[None]
+    batch = Batch({"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}, ids_1T, torch.zeros_like(ids_1T), ("",))
+    with frozen_forward(model):
+        _captured(model, batch, layers)
+
+
+def _captured(model: nn.Module, batch: Batch, layers: FeatureLayers) -> tuple[Tensor, Features]:
     found = _Capture(batch, layers)
     with ExitStack() as stack:
         if layers.attention:
@@ -201,13 +253,24 @@ def require_hidden(wanted: Iterable[int], captured: Mapping[int, Any]) -> None:
         raise UserError(f"layers {missing} did not run, so their hidden states cannot be compared; set hidden_weight to 0")
 
 
+def _one_stream(layer: nn.Module, output: Any) -> Tensor:
+    """``[B, T, H]`` hidden states in the output of a layer."""
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    if hidden.ndim != 3:
+        raise UserError(
+            f"{type(layer).__name__}: hands on several streams of hidden states {tuple(hidden.shape)} (AltUp), of which "
+            "none is the model's: set hidden_weight to 0 for this model"
+        )
+    return hidden
+
+
 @contextmanager
 def capture_hidden(model: nn.Module, layers: Iterable[int], observer: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Call ``observer(layer, hidden_BTH)`` with the output of each of ``layers`` while the model runs."""
     modules = decoder_layers(model) if (wanted := sorted(set(layers))) else []
     hooks = [
         modules[layer].register_forward_hook(
-            lambda _, __, output, layer=layer: observer(layer, output if isinstance(output, Tensor) else output[0])
+            lambda module, _, output, layer=layer: observer(layer, _one_stream(module, output))
         )
         for layer in wanted
     ]
@@ -216,19 +279,3 @@ def capture_hidden(model: nn.Module, layers: Iterable[int], observer: Callable[[
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a transformers model, in order.
-
-    Raises:
-        UserError: an architecture that does not say which of its modules they are.
-    """
-    base = base_of(model)
-    recorded = base.base_model._can_record_outputs or {}
-    kind = recorded.get("hidden_states")
-    modules: list[nn.Module] = list(base.modules())
-    layers = [module for module in modules if isinstance(kind, type) and isinstance(module, kind)]
-    if len(layers) != base.config.get_text_config().num_hidden_layers:
-        raise UserError(f"{type(base).__name__}: its layers could not be found, so hidden_weight must be 0 for this model")
-    return layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,10 @@ from transformers import PreTrainedConfig
 
 from daekit.errors import UserError
 from daekit.models.sharded import shape_of
-from daekit.protocol import OutputHead, TeacherOutput
+from daekit.protocol import Member, OutputHead, TeacherOutput
+
+# one thing under three names: Gemma's, RecurrentGemma's, xLSTM's
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
@@ -38,7 +42,8 @@ def output_head(model: nn.Module, vocab_size: int) -> OutputHead:
         vocab_size: V, the number of ids of the tokenizer; further columns are padding and are never scored.
 
     Raises:
-        UserError: if the head has fewer than V columns, carries an adapter (its weight alone would be wrong), or is offloaded.
+        UserError: if the head has fewer columns than V (than ``V.least`` of a ``VocabularySize``), carries an adapter (its
+            weight alone would be wrong), or is offloaded.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     # base_layer: LoRA and its kin; token_adapter: trainable tokens of embeddings that the head is tied to
@@ -55,14 +60,24 @@ def output_head(model: nn.Module, vocab_size: int) -> OutputHead:
             "which would give garbage. Keep lm_head on a device in device_map, or give the model to a ModelTeacher, which does."
         )
     columns = shape_of(weight)[0]
-    if columns < vocab_size:
+    if columns < getattr(vocab_size, "least", vocab_size):
         raise UserError(
             f"the model's output head has {columns} columns but the tokenizer has {vocab_size} ids: "
             "resize the model's embeddings (model.resize_token_embeddings) or use the tokenizer it was trained with."
         )
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return OutputHead(weight, head.bias, vocab_size, logit_scale(config), softcap)
+    caps = [cap for name in _CAPS if (cap := getattr(config, name, None))]
+    return OutputHead(weight, head.bias, min(int(vocab_size), columns), logit_scale(config), caps[0] if caps else None)
+
+
+def common_columns(head: OutputHead, outputs: Sequence[TeacherOutput]) -> tuple[OutputHead, list[TeacherOutput]]:
+    """A student's head and its teachers' outputs on the columns that all heads have; ids beyond: see ``VocabularySize``."""
+    columns = min([head.vocab_size, *(member.head.vocab_size for output in outputs for member in output.members)])
+
+    def restricted(member: Member) -> Member:
+        return replace(member, head=replace(member.head, vocab_size=columns))
+
+    return replace(head, vocab_size=columns), [replace(each, members=tuple(map(restricted, each.members))) for each in outputs]
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:

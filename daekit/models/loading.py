@@ -23,11 +23,10 @@ from transformers import (
     set_seed,
 )
 from transformers.modeling_utils import set_zero3_state
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, find_adapter_config_file
 
 from daekit.errors import UserError
 from daekit.models.placement import device_map_of, require_devices
-from daekit.models.quantiser import reading_unmapped
 from daekit.models.quantization import (
     bits_of,
     keep_four_bit_weights,
@@ -38,16 +37,19 @@ from daekit.models.quantization import (
     require_whole_blocks,
     with_experts,
 )
+from daekit.models.quantized_loading import reading_unmapped
 from daekit.models.restore import restore_weights
 from daekit.models.vocabulary import vocabulary_size
+from daekit.recipe.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from daekit.recipe.schema import ModelSpec
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-_ADAPTER_CONFIG = "adapter_config.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # no pickles; what is missing or of another shape is named, where transformers would fill in random weights
+# what transformers raises for files that hold something else than it takes for granted, null for instance
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
 ALWAYS = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
 
 
@@ -67,7 +69,7 @@ def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None
         return _from_config(spec, tokenizer, seed)
     assert spec.path is not None, "a recipe's stages are resolved before their models are loaded"
     directory = Path(spec.path).expanduser()
-    if (directory / _ADAPTER_CONFIG).is_file():
+    if (directory / ADAPTER_CONFIG).is_file():
         return _merged_adapter(directory, spec)
     return _from_pretrained(spec)
 
@@ -83,6 +85,7 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
             quantisation that this device cannot do, that left most weights as they were, or of weights that are quantised.
     """
     require_shards(Path(path).expanduser())
+    _refuse_trusted_adapter(path, arguments)
     config = arguments.get("quantization_config")
     if isinstance(config, BitsAndBytesConfig):
         method = quantised_by(path, arguments.get("revision"))
@@ -105,6 +108,15 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
     return model
 
 
+def _refuse_trusted_adapter(path: str, arguments: Mapping[str, Any]) -> None:
+    """transformers would load the base that an adapter names, and run its code on the trust that was given to the adapter."""
+    if arguments.get("trust_remote_code") and find_adapter_config_file(path, revision=arguments.get("revision")) is not None:
+        raise UserError(
+            f"{path}: holds an adapter, and trust_remote_code for it would run the code of the base that it names. Name the "
+            "base and give trust_remote_code there, or leave it out."
+        )
+
+
 def quantised_by(path: str, revision: str | None) -> str | None:
     """The method that the weights of a model were quantised with before they were saved; None for others, and for no model."""
     try:
@@ -118,9 +130,11 @@ def quantised_by(path: str, revision: str | None) -> str | None:
 def _load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     try:
         model, info = load(path, **arguments, **ALWAYS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except UserError:
+        raise
+    except UNREADABLE as error:
         raise UserError(
-            f"{path}: the model could not be loaded ({_first_line(error)}). "
+            f"{path}: the model could not be loaded ({first_line(error)}). "
             "It must be a hub id or a directory with config.json and whole *.safetensors files."
         ) from error
     broken = {what: sorted(map(str, info[what])) for what in ("missing_keys", "mismatched_keys") if info[what]}
@@ -132,14 +146,20 @@ def _load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any
 
 
 def require_shards(directory: Path) -> None:
-    """Every shard that the index of a local checkpoint names must be there, otherwise UserError."""
+    """Every shard that the index of a local checkpoint names must be a safetensors file in there, otherwise UserError."""
     index = directory / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index}: the index of the shards cannot be read ({error})") from error
+        elsewhere = [shard for shard in shards if Path(shard).name != shard or not shard.endswith(".safetensors")]
+    except UNREADABLE as error:
+        raise UserError(f"{index}: the index of the shards cannot be read ({first_line(error)})") from error
+    if elsewhere:
+        raise UserError(
+            f"{index}: names {elsewhere[0]!r}, which is no safetensors file in its own directory. Weights are read from there "
+            "only: download the checkpoint again, or convert it."
+        )
     missing = [shard for shard in shards if not (directory / shard).is_file()]
     if missing:
         raise UserError(
@@ -153,8 +173,8 @@ def load_tokenizer_of(spec: ModelSpec) -> PreTrainedTokenizerBase:
     assert spec.path is not None
     try:
         return AutoTokenizer.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{spec.path}: no tokenizer could be loaded from it ({_first_line(error)})") from error
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise UserError(f"{spec.path}: no tokenizer could be loaded from it ({first_line(error)})") from error
 
 
 def _from_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> PreTrainedModel:
@@ -164,7 +184,7 @@ def _from_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, see
         raise UserError("config: model_type is missing; name the architecture, such as model_type: mistral")
     if tokenizer is not None:
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-        fields = {"vocab_size": vocabulary_size(tokenizer)} | special | fields
+        fields = {"vocab_size": int(vocabulary_size(tokenizer))} | special | fields
     try:
         config = AutoConfig.for_model(model_type, **fields)
         _refuse_unknown(fields, config)
@@ -178,7 +198,7 @@ def _from_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, see
     except UserError:
         raise
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"config of a {model_type} model: {_first_line(error)}") from error
+        raise UserError(f"config of a {model_type} model: {first_line(error)}") from error
 
 
 def _refuse_unknown(fields: dict[str, Any], config: PreTrainedConfig) -> None:
@@ -222,8 +242,6 @@ def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
         )
     config = adapter_config(directory)
     base = config.base_model_name_or_path
-    if not base:
-        raise UserError(f"{directory}: its adapter_config.json names no base model (base_model_name_or_path)")
     # the base may be an adapter on its base in turn; code of a base that the recipe does not name is not trusted
     update = {"path": base, "revision": config.revision, "trust_remote_code": False}
     return merge_adapter(load_model(spec.model_copy(update=update)), directory)
@@ -241,7 +259,7 @@ def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     try:
         adapted = get_peft_model(model, adapter_config(directory))
     except ValueError as error:
-        raise UserError(f"{directory}: the adapter does not fit the model ({_first_line(error)})") from error
+        raise UserError(f"{directory}: the adapter does not fit the model ({first_line(error)})") from error
     restore_weights(adapted, directory)
     merged = adapted.merge_and_unload()
     # the next adapter trained on it must name this as its base, not the base without this adapter
@@ -253,15 +271,17 @@ def adapter_config(directory: Path) -> PeftConfig:
     """The config of the adapter in a directory; UserError if there is none."""
     from peft import PeftConfig
 
+    read_adapter_config(directory)
     try:
         return PeftConfig.from_pretrained(str(directory))
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{directory}: its {_ADAPTER_CONFIG} cannot be read ({_first_line(error)})") from error
+        raise UserError(f"{directory}: its {ADAPTER_CONFIG} cannot be read ({first_line(error)})") from error
 
 
 def _some(problems: dict[str, list[str]]) -> str:
     return "; ".join(f"{len(keys)} {what.replace('_', ' ')} such as {keys[0]}" for what, keys in problems.items())
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def first_line(error: BaseException) -> str:
+    line = str(error).strip().split("\n")[0]
+    return line if isinstance(error, OSError | ValueError | SafetensorError) and line else f"{type(error).__name__}: {line}"

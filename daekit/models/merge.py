@@ -63,7 +63,7 @@ class MergeCheck:
         )
 
 
-def merge_adapter(folder: str | Path, out: str | Path, dtype: Dtype = "auto") -> MergeCheck:
+def save_merged(folder: str | Path, out: str | Path, dtype: Dtype = "auto") -> MergeCheck:
     """Fold the LoRA adapter in ``folder`` into its unquantised base and save the result with its tokenizer.
 
     ``out`` comes into being only when the saved model has been read back and compared.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from daekit.errors import UserError
-from daekit.models.features import decoder_layers
+from daekit.models.backbone import decoder_layers
 
 _ALIGNMENT = 256  # bytes; of each tensor in its piece, as the CUDA allocator aligns
 

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from daekit.errors import UserError
 from daekit.models.experts import QuantisedExperts
-from daekit.models.quantiser import EIGHT_BITS, FOUR_BITS
+from daekit.models.quantized_loading import EIGHT_BITS, FOUR_BITS
 from daekit.recipe.schema import ModelSpec
 
 _MOSTLY = 0.5

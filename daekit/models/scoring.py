@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from daekit.errors import UserError
-from daekit.models.backbone import base_of, frozen_forward
-from daekit.models.heads import head_logits, output_head, teacher_log_probs
+from daekit.models.backbone import backbone_of, base_of, frozen_forward
+from daekit.models.heads import common_columns, head_logits, output_head, teacher_log_probs
 from daekit.protocol import IGNORE_INDEX, Batch, Member, OutputHead, Teacher, TeacherOutput
 
 TokenRow = Mapping[str, Sequence[int]]
@@ -45,6 +45,7 @@ def score_rows(
     teacher: PreTrainedModel | Teacher | None = None,
     domain: str = "",
     chunk_size: int = 256,
+    progress: Callable[[int, int], None] | None = None,
 ) -> RowScores:
     """Score tokenised rows under ``model``, and compare it with ``teacher`` on the same positions.
 
@@ -60,6 +61,7 @@ def score_rows(
         vocab_size: V, the number of ids of the tokenizer.
         teacher: a causal language model or a ``daekit.protocol.Teacher``.
         domain: the domain of the rows, for a teacher that chooses by it.
+        progress: called with (rows scored, all of them), now and then.
 
     Raises:
         UserError: for a prompt-learning adapter, whose virtual tokens a call of the backbone would miss, for a teacher that
@@ -70,6 +72,8 @@ def score_rows(
     for row_N, scores_N3 in _scores(model, rows, vocab_size, batch_size, teacher, domain, chunk_size):
         tokens_R.index_add_(0, row_N, torch.ones_like(row_N))
         sums_R3.index_add_(0, row_N, scores_N3)
+        if progress is not None:
+            progress(int((tokens_R > 0).sum()), len(rows))
     nll_R, correct_R, kl_R = sums_R3.numpy().T.copy()
     return RowScores(tokens_R.numpy(), nll_R, correct_R.astype(np.int64), None if teacher is None else kl_R)
 
@@ -110,6 +114,7 @@ def _scores(
             row_N = torch.tensor(indices)[batch.row_N.cpu()]
             hidden_NH = _hidden(model, batch)
             outputs = [] if teacher is None else _outputs(teacher, batch, vocab_size)
+            head, outputs = common_columns(head, outputs)
             scores = [
                 _score_chunk(
                     hidden_NH[start : start + chunk_size], head, batch.labels_N[start : start + chunk_size], outputs, start
@@ -158,7 +163,7 @@ def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """``[N, H]`` last hidden states at the loss positions."""
     base = base_of(model)
     inputs = {key: value.to(base.device) if isinstance(value, Tensor) else value for key, value in batch.inputs.items()}
-    return batch.at_loss_positions(base.base_model(**inputs, use_cache=False).last_hidden_state)
+    return batch.at_loss_positions(backbone_of(base)(**inputs, use_cache=False).last_hidden_state)
 
 
 def _batches(rows: Sequence[TokenRow], batch_size: int, domain: str, device: torch.device) -> Iterator[tuple[list[int], Batch]]:

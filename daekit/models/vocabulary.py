@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from daekit.errors import UserError
+from daekit.models.sharded import shape_of
 
 # what tokenizers of equal vocabularies still do differently: spaces, digits, case, accents, line ends, code, emoji
 _PROBE = "Hello  World 12345 3.14,\n\tdéjà vu — naïve; x += 1 # 東京 🙂 'quotes' \"and\" end."
 _SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
 
 
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+class VocabularySize(int):
+    """V, the number of ids, and how few columns a head may have for it.
+
+    Attributes:
+        least: one more than the highest id of a token that was not added, or has a role (end, padding...). Gemma 3 at 270M
+            and 1B has one token for images, of which neither its embeddings nor its head know; it trains on text all the same.
+    """
+
+    least: int
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> VocabularySize:
     """V: one more than the highest id that the tokenizer knows, added tokens included."""
-    return max(tokenizer.get_vocab().values()) + 1
+    ids, added = tokenizer.get_vocab().values(), tokenizer.added_tokens_decoder
+    roles = [getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "unk", "pad")]
+    size = VocabularySize(max(ids) + 1)
+    size.least = max([*(i for i in ids if i not in added), *(i for i in roles if i is not None)], default=-1) + 1
+    return size
+
+
+def known_ids(models: Iterable[nn.Module]) -> int:
+    """How many ids all models know, by the rows of their embeddings and output heads."""
+    ends = [end for model in models for end in (model.get_input_embeddings(), model.get_output_embeddings())]  # type: ignore[operator]
+    return min(shape_of(end.weight)[0] for end in ends)
 
 
 def differences(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[str]:
@@ -61,3 +86,16 @@ def require_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerB
 
 def _probe_ids(tokenizer: PreTrainedTokenizerBase) -> Any:
     return tokenizer(_PROBE)["input_ids"]
+
+
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """A tokenizer by content, JSON-able: two that ``differences`` calls equal have the same facts."""
+
+    def digest(value: object) -> str:
+        return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+    return {
+        "vocabulary": digest(sorted(tokenizer.get_vocab().items())),
+        "special_ids": {name: getattr(tokenizer, name) for name in _SPECIAL},
+        "cuts": digest(list(_probe_ids(tokenizer))),
+    }

@@ -125,9 +125,11 @@ def _smaller_batch(prefix: str, training: Training, rows: int) -> Change:
 
 
 def _teacher_models(stage: StageSpec) -> list[tuple[str, ModelSpec]]:
-    """(its key below the stage, the model) of every teacher, and of every member of an ensemble."""
+    """(its key below the stage, the model) of every teacher that is loaded, and of every member of an ensemble."""
     found = []
     for path, teacher in teachers_of(stage):
+        if teacher.cache is not None:  # it is not in memory
+            continue
         if teacher.model is not None:
             found.append((path, teacher.model))
         found += [(f"{path}.ensemble.{index}.model", member.model) for index, member in enumerate(teacher.ensemble)]

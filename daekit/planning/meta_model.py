@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from daekit.errors import UserError
-from daekit.models.backbone import base_of
-from daekit.models.features import decoder_layers
+from daekit.models.backbone import base_of, decoder_layers
 from daekit.planning.quantized_layers import quantize_layers
 from daekit.planning.resolve import ResolvedModel
 from daekit.recipe.schema import LoraSpec

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from daekit.models.adapters import base_spec, lora_config_of
+from daekit.planning.caches import CachePlan, cache_plan
 from daekit.planning.meta_model import MetaModel
 from daekit.planning.resolve import ModelResolver
 from daekit.planning.trace import Tracer
@@ -47,6 +48,7 @@ class StageModels:
 
     student: Tracer
     frozen: tuple[FrozenModel, ...]
+    caches: tuple[CachePlan, ...] = ()  # of teachers that are not in memory while the student trains
 
     @property
     def teachers(self) -> list[list[FrozenModel]]:
@@ -75,12 +77,17 @@ class ModelPlanner:
         stage, resolver = recipe.stages[name], ModelResolver(recipe)
         spec, lora = student_of(recipe, name)
         student = self._tracer(resolver, spec, lora, trained=True)
-        frozen = []
+        frozen, caches = [], []
         seen: set[str] = set()
         for key, teacher in teachers_of(stage):
             if repr(teacher) in seen:  # the run loads equal teachers once
                 continue
             seen.add(repr(teacher))
+            if teacher.cache is not None:
+                models = [each for _, each in _members(key, teacher)] or [spec]  # a reference without a model: the student
+                metas = [student if each.adapter else self._tracer(resolver, each, None, trained=False) for each in models]
+                caches.append(cache_plan(key, teacher.cache, [tracer.meta for tracer in metas]))
+                continue
             for who, each in _members(key, teacher):
                 if each.adapter is not None:
                     size = self._adapter_bytes(recipe, resolver, spec, each.adapter)
@@ -91,7 +98,7 @@ class ModelPlanner:
             own = sum(p.bytes for p in student.meta.parameters() if p.adapter)
             copy = FrozenModel("reference", student, own, "reference", adapter=True)
             frozen.append(copy if lora is not None else self._loaded(resolver, spec, "reference", "reference", gpu))
-        return StageModels(student, tuple(frozen))
+        return StageModels(student, tuple(frozen), tuple(caches))
 
     def _loaded(self, resolver: ModelResolver, spec: ModelSpec, who: str, key: str, gpu: bool) -> FrozenModel:
         tracer = self._tracer(resolver, spec, None, trained=False)

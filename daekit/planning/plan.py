@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from daekit.errors import UserError
 from daekit.planning.advice import Change, changes, cheapest, largest_rows
+from daekit.planning.caches import CachePlan
 from daekit.planning.machine import Machine
 from daekit.planning.memory import Memory, StageMemory
 from daekit.planning.models import ModelPlanner
@@ -29,6 +30,7 @@ class StagePlan:
             put elsewhere.
         fits: Whether the peak is within the device's memory.
         operations: Floating-point operations of one optimizer step on one device.
+        caches: What the caches of its teachers take.
         largest_rows: The largest ``per_device_train_batch_size`` that fits; None if it was not asked for.
         changes: The cheapest changes that make it fit, where it does not.
         shards: The number of devices over which FSDP2 would make it fit, where it does not.
@@ -40,6 +42,7 @@ class StagePlan:
     static: int
     fits: bool
     operations: float
+    caches: tuple[CachePlan, ...] = ()
     largest_rows: int | None = None
     changes: tuple[Change, ...] = ()
     shards: int | None = None
@@ -77,7 +80,8 @@ class Planner:
         if memory.training.accumulation == 1:
             static += memory.gradients
         static -= sum(model.bytes for model in memory.models.frozen if model.movable)
-        return StagePlan(name, memory.training, peak, static, peak.total <= self.machine.memory, step_operations(memory))
+        fits, caches = peak.total <= self.machine.memory, memory.models.caches
+        return StagePlan(name, memory.training, peak, static, fits, step_operations(memory), caches)
 
     def advised(self, recipe: Recipe, name: str, reload: Reload) -> StagePlan:
         """The plan of a stage, with the largest batch that fits and the changes that would make it fit.

@@ -35,6 +35,10 @@ def _stage_json(stage: StagePlan, tflops: float | None) -> dict[str, Any]:
         "fits": stage.fits,
         "largest_per_device_train_batch_size": stage.largest_rows,
         "operations_per_step": stage.operations,
+        "caches": {
+            cache.teacher: {"bytes_per_loss_token": cache.token_bytes, "heads": cache.head_bytes, "weights": cache.making}
+            for cache in stage.caches
+        },
         "seconds_per_step": stage.operations / (tflops * 1e12) if tflops else None,
         "changes": [override for change in stage.changes for override in change.overrides],
         "gpus_with_fsdp2": stage.shards,
@@ -60,6 +64,12 @@ def _format_stage(stage: StagePlan, machine: Machine, tflops: float | None) -> s
         largest = stage.largest_rows or "none: not even 1"
         lines.append(f"    largest per_device_train_batch_size that fits: {largest}")
     lines.append(f"    {stage.operations / 1e12:,.1f} TFLOP per step and {device}" + _time(stage, tflops))
+    for cache in stage.caches:
+        heads = f" + {gigabytes(cache.head_bytes)}" if cache.head_bytes else ""
+        lines.append(
+            f"    {cache.teacher}: read from a cache, {cache.token_bytes:,} bytes per loss token on the disk{heads}; "
+            f"{gigabytes(cache.making)} of weights in memory while it is made, before the student is loaded"
+        )
     if not stage.fits and stage.largest_rows is not None:
         lines += _advice(stage)
     return "\n".join(lines)

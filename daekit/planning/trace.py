@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from daekit.errors import UserError
-from daekit.models.backbone import base_of
-from daekit.models.features import decoder_layers
+from daekit.models.backbone import base_of, decoder_layers
 from daekit.planning.live_bytes import GroupedProducts, LiveBytes, size_of
 from daekit.planning.meta_model import MetaModel, fake_parameters
 from daekit.planning.quantized_layers import FusedDropout

@@ -10,6 +10,7 @@ from typing import Any
 from daekit.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+_HIGHEST_RANK = 2**16
 BARE_BASE = "base"  # as an ``adapter``: the student's base with its adapter off
 _STAGE = "stage:"
 _KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")  # first values that leave the weights of the base as they are
@@ -24,8 +25,14 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     """The content of ``adapter_config.json``.
 
     Raises:
-        UserError: not a directory with an adapter, not LoRA, or no base named.
+        UserError: not a directory with an adapter, not LoRA, no rank that a LoRA adapter could have, no base named, or a base
+            that leads back to the adapter.
     """
+    return _read(folder, set())
+
+
+def _read(folder: str | Path, above: set[str]) -> dict[str, Any]:
+    """``above``: the directories of the adapters that this one is a base of."""
     try:
         with open(os.path.join(os.path.expanduser(folder), ADAPTER_CONFIG), encoding="utf-8") as file:
             config = json.load(file)
@@ -39,11 +46,26 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise UserError(f"{folder}: holds an adapter of the kind {kind}; only LoRA adapters are supported")
+    pattern = config.get("rank_pattern") or {}
+    for rank in (config.get("r", 8), *(pattern.values() if isinstance(pattern, dict) else [pattern])):
+        if not isinstance(rank, int) or not 1 <= rank <= _HIGHEST_RANK:
+            raise UserError(
+                f"{folder}: its {ADAPTER_CONFIG} has r={rank!r}; a rank is a whole number from 1 to {_HIGHEST_RANK}"
+            )
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base:
         raise UserError(f"{folder}: its {ADAPTER_CONFIG} names no base model (base_model_name_or_path) to compare with")
     if not isinstance(revision, str | None) or not isinstance(config.get("target_modules"), str | list | None):
         raise UserError(f"{folder}: its {ADAPTER_CONFIG} has a revision or target_modules of another kind than PEFT writes")
+    above = {*above, os.path.realpath(os.path.expanduser(folder))}
+    below = os.path.realpath(os.path.expanduser(base))
+    if os.path.isfile(os.path.join(below, ADAPTER_CONFIG)):
+        if below in above:
+            raise UserError(
+                f"{folder}: its {ADAPTER_CONFIG} names the base {base!r}, which leads back to the adapter itself: write there "
+                "the model that it was trained on (base_model_name_or_path)"
+            )
+        _read(below, above)
     return config
 
 

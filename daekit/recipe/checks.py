@@ -7,6 +7,7 @@ here; whatever would only follow from that is dropped by ``Errors.add_check``.
 from __future__ import annotations
 
 from daekit.errors import listed, nearest
+from daekit.recipe.check_caches import check_cache, check_served
 from daekit.recipe.check_models import check_models, check_origin, models_of_stage
 from daekit.recipe.check_suite import check_suite
 from daekit.recipe.model import TeacherSpec
@@ -133,6 +134,7 @@ def _check_stage(recipe: Recipe, stage: StageSpec, path: Path, errors: Errors) -
         _check_domains(recipe, stage, path, errors)
     if not isinstance(stage, SFTStage):
         _check_loss(stage.loss, stage, (*path, "loss"), errors)
+        check_served(stage, path, errors)
     for key, teacher in stage.teachers_by_key().items():
         _check_teacher(teacher, (*path, *key), errors)
     student = stage.student
@@ -202,8 +204,10 @@ def _check_loss(loss: Objective, stage: StageSpec, path: Path, errors: Errors) -
 
 
 def _check_teacher(teacher: TeacherSpec, path: Path, errors: Errors) -> None:
-    if (teacher.model is None) == (not teacher.ensemble):
-        errors.add_check(path, "a teacher is exactly one of a model and an ensemble")
+    check_cache(teacher, path, errors)
+    kinds = [teacher.model is not None, bool(teacher.ensemble), teacher.labels]
+    if sum(kinds) != 1 and not (teacher.is_student and teacher.cache is not None and path[-1] == "reference"):
+        errors.add_check(path, "a teacher is exactly one of a model, an ensemble and labels")
     elif not teacher.ensemble:
         if teacher.changed("average"):
             errors.add_check((*path, "average"), "only an ensemble is averaged")

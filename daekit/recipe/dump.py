@@ -124,5 +124,8 @@ def _stages_used(stage: StageSpec) -> set[str]:
 
 def _unplaced(facts: Any) -> Any:
     if isinstance(facts, dict):
-        return {key: _unplaced(below) for key, below in facts.items() if key not in _PLACEMENT}
+        facts = {key: _unplaced(below) for key, below in facts.items() if key not in _PLACEMENT}
+        if isinstance(cache := facts.get("cache"), dict):
+            facts["cache"] = {key: below for key, below in cache.items() if key != "path"}
+        return facts
     return [_unplaced(item) for item in facts] if isinstance(facts, list) else facts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from daekit.recipe.model import KEEPS
 from daekit.recipe.schema import Recipe
 from daekit.recipe.suite import SuiteSpec
 from daekit.recipe.trainer_options import options_schema
@@ -21,7 +22,8 @@ _BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", 
 # Class -> other forms that it is written in.
 _SHORT: dict[str, list[dict[str, Any]]] = {
     "ModelSpec": [_TEXT, {"$ref": "#/$defs/StudentSpec"}],
-    "TeacherSpec": [{"$ref": "#/$defs/ModelSpec"}],
+    "TeacherSpec": [{"$ref": "#/$defs/ModelSpec"}, {"const": "labels"}],
+    "CacheSpec": [{"enum": list(KEEPS)}],
     "TokenizerSpec": [_TEXT],
     "SubjectSpec": [_TEXT],
     "EvaluatedModel": [_TEXT, {"type": "object", "minProperties": 1, "maxProperties": 1}],
@@ -53,6 +55,10 @@ def json_schema(kind: Literal["recipe", "suite"]) -> dict[str, Any]:
     for name in ("ModelSpec", "EvaluatedModel"):
         if name in schema["$defs"]:
             del schema["$defs"][name]["anyOf"][-1]["properties"]["init"]
+    if kind == "recipe":  # `cache` is written beside the keys of a model
+        model, teacher = (schema["$defs"][name]["anyOf"] for name in ("ModelSpec", "TeacherSpec"))
+        cached = {"cache": teacher[-1]["properties"]["cache"]}
+        teacher.append(model[-1] | {"properties": model[-1]["properties"] | cached})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_translated(schema)}
 
 

@@ -211,7 +211,8 @@ def _resolve_model(model: ModelSpec) -> ModelSpec:
 
 def _resolve_teacher(teacher: TeacherSpec) -> TeacherSpec:
     members = tuple(each.model_copy(update={"model": _resolve_model(each.model)}) for each in teacher.ensemble)
-    return teacher.model_copy(update={"model": teacher.model and _resolve_model(teacher.model), "ensemble": members})
+    update = {"model": teacher.model and _resolve_model(teacher.model), "ensemble": members}
+    return teacher.model_copy(update=update | {"cache": teacher.cache and _at_home(teacher.cache, "path")})
 
 
 def _resolve_stage(stage: StageSpec, student: ModelSpec) -> StageSpec:

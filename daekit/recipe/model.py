@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
 from daekit.recipe.reading import Choice, Flag, Free, Leaf, Number, Spec, Text, Whole, Written, as_text
 
 Quantization = Literal["4bit", "8bit"]
+Keep = Literal["hidden", "top_k", "sampled"]
+KEEPS: tuple[str, ...] = get_args(Keep)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 STAGE = "stage:"
 _CHECKPOINT = "@checkpoint-"
@@ -165,6 +167,30 @@ class StudentSpec(Spec):
     calibration: CalibrationSpec = Field(CalibrationSpec(), description="The text that parts are ranked on.")
 
 
+class CacheSpec(Spec):
+    """Keep on disk what a teacher says about the rows: it is asked once, before the training, and not loaded in it.
+
+    A plain text is short for ``{keep: ...}``.
+    """
+
+    NOUN: ClassVar = "hidden, top_k or sampled, or a mapping"
+
+    keep: Annotated[Keep, Choice] = Field(
+        description="hidden: hidden states and output head, exact for every divergence and temperature (width x bytes of the "
+        "dtype per token); top_k: the most likely tokens and the mass of all others (5 k + 4 bytes); sampled: drawn tokens, "
+        "unbiased for forward_kl at temperature 1 (about 50 bytes)."
+    )
+    k: Whole = Field(64, ge=3, description="Of top_k: tokens per position, the label and the end of turn among them.")
+    draws: Whole = Field(50, ge=1, le=255, description="Of sampled: tokens drawn per position.")
+    path: Text | None = Field(None, description="Directory, to share it with other recipes; default: below output_dir.")
+
+    @classmethod
+    def expand(cls, value: Any) -> Any:
+        """See the class."""
+        text = as_text(value)
+        return placed({"keep": value}, value) if isinstance(text, str) else value
+
+
 class WeightedModelSpec(Spec):
     """A member of an ensemble: a model and its weight; the weights of an ensemble sum to 1."""
 
@@ -173,9 +199,11 @@ class WeightedModelSpec(Spec):
 
 
 class TeacherSpec(Spec):
-    """One teacher: a model, or an ensemble of several.
+    """One teacher: a model, an ensemble of several, or the labels.
 
-    Whatever is a model is a teacher too; an ensemble is ``{ensemble: [{model: M, weight: W}, ...], average: logits}``.
+    Whatever is a model is a teacher too; an ensemble is ``{ensemble: [{model: M, weight: W}, ...], average: logits}``;
+    ``labels`` are the rows' own tokens. With ``cache`` a model or an ensemble is read from disk; ``reference: {cache: ...}`` is
+    the student as the stage finds it.
     """
 
     NOUN: ClassVar = "a path or a mapping"
@@ -185,18 +213,44 @@ class TeacherSpec(Spec):
     average: Annotated[Literal["logits", "probabilities"], Choice] = Field(
         "logits", description="What of an ensemble's members is averaged."
     )
+    labels: Flag = Field(False, description="The labels: forward_kl at temperature 1 is then the cross-entropy with them.")
+    cache: CacheSpec | None = Field(None, description="Keep what it says on disk, and do not load it in training.")
 
     @classmethod
     def expand(cls, value: Any) -> Any:
         """Whatever is a model is a teacher too."""
-        if isinstance(value, Mapping) and any(key in cls.model_fields for key in value):
+        if as_text(value) == "labels":
+            return placed({"labels": True}, value)
+        if not isinstance(value, Mapping):
+            return Written({"model": value}, value.path) if isinstance(value, Leaf) else cls._of_model(value)
+        if any(key in cls.model_fields for key in value if key != "cache"):
             return value
         if isinstance(value, Written):
-            value.also_known = ("ensemble", "average")
-        if isinstance(value, (Written, Leaf)):
-            return Written({"model": value}, value.path)
-        return {"model": value} if isinstance(value, (str, Mapping)) else value
+            value.also_known = ("ensemble", "average", "cache")
+        if "cache" not in value:
+            return Written({"model": value}, value.path) if isinstance(value, Written) else {"model": value}
+        model = {key: below for key, below in value.items() if key != "cache"}
+        values = {"cache": value["cache"]}
+        if not isinstance(value, Written):
+            return values | ({"model": model} if model else {})
+        rest = Written(model, value.path)
+        rest.also_known = value.also_known
+        return Written(values | ({"model": rest} if model else {}), value.path)
 
-    def compact(self, dumped: dict[str, Any]) -> dict[str, Any]:
-        """A model alone is written without its key."""
-        return dumped["model"] if self.model else dumped
+    @classmethod
+    def _of_model(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it is the student as the stage finds it, which only a reference with a cache can be."""
+        return self.model is None and not self.ensemble and not self.labels
+
+    def compact(self, dumped: dict[str, Any]) -> Any:
+        """A model alone is written without its key, labels as that word."""
+        if self.labels:
+            return "labels"
+        kept = {"cache": dumped["cache"]} if self.cache else {}
+        if self.model:
+            return dumped["model"] | kept
+        return {key: dumped[key] for key in ("ensemble", "average") if self.ensemble} | kept

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo
 
 from daekit.recipe.model import (
+    CacheSpec,
     CalibrationSpec,
     Dtype,
     ModelSpec,
@@ -43,6 +44,7 @@ from daekit.recipe.validation import Errors
 __all__ = [
     "BUILTIN_CORPORA",
     "STUDENT_AS_IT_WAS",
+    "CacheSpec",
     "CalibrationSpec",
     "Column",
     "DAEStage",

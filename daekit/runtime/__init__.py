@@ -5,7 +5,7 @@ from daekit.runtime.folders import RunFolder, StageFolder, read_file
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.report import build_report
 from daekit.runtime.student import build_student
-from daekit.runtime.trainer import build_trainer
+from daekit.runtime.trainer import build_trainer, cache_stage
 
 __all__ = [
     "DataBuilder",
@@ -15,5 +15,6 @@ __all__ = [
     "build_report",
     "build_student",
     "build_trainer",
+    "cache_stage",
     "read_file",
 ]

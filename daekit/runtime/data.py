@@ -186,17 +186,14 @@ class DataBuilder:
 
     def _tokens(self, rows: Dataset, where: str, rule: LossRule) -> Dataset:
         form = form_of(rows)
-        texts: Iterable[Mapping[str, Any]] = rows
         if rule.assistant_only and form in ("text", "prompt+completion"):
             raise UserError(
                 f"{where.rsplit(': ')[0]}: its rows are {form}, in which nobody is marked as the assistant, but a stage sets "
                 "assistant_only_loss. Leave it out, or give conversations (`chat: true` makes them of prompt and completion)."
             )
-        if not rule.completion_only and form != "messages":
-            texts = map(_joined, rows)
-        columns = [column for column in rows.column_names if column not in ("answer", "domain")]
-        if texts is rows:
-            texts = rows.select_columns(columns)
+        needed = rows.select_columns([column for column in rows.column_names if column not in ("answer", "domain")])
+        whole = not rule.completion_only and form != "messages"
+        texts: Iterable[Mapping[str, Any]] = map(_joined, needed) if whole else needed
         return as_dataset(tokenize_each(texts, self.tokenizer, where, rule.assistant_only), rows[0]["domain"])
 
 
@@ -220,7 +217,7 @@ def _joined(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of which everything carries loss: a text, or a conversation, as TRL joins prompt and completion."""
     if "text" in row:
         return dict(row)
-    rest = {key: value for key, value in row.items() if key not in ("prompt", "completion", "answer")}
+    rest = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
     together = row["prompt"] + row["completion"]
     return rest | ({"text": together} if isinstance(together, str) else {"messages": together})
 

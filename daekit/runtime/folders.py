@@ -16,6 +16,7 @@
         model/              the result: weights or adapter, tokenizer, recipe.yaml, provenance.json
         adapter/            the trained adapter, where the result is merged
         stage.json          written last: the stage is complete
+      caches/KEY/           what teachers said about the rows, see daekit.teachers.cache
       report/               report.html, report.md, report.json, ...
       suites/NAME/          what a suite of the recipe found
 """
@@ -122,6 +123,10 @@ class RunFolder:
         """The folder of a student that is made from a teacher, by the facts that it depends on."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
         return StudentFolder(self.root / "students" / digest)
+
+    def cache(self, key: str) -> Path:
+        """The cache of a teacher, by the facts that it depends on."""
+        return self.root / "caches" / key
 
     def stage(self, name: str) -> StageFolder:
         """The folder of a stage."""

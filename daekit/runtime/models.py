@@ -21,7 +21,7 @@ from daekit.recipe import student_key
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
 from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.runtime.folders import RunFolder
-from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, ModelTeacher, RoutedTeacher
+from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, LabelTeacher, ModelTeacher, RoutedTeacher
 from daekit.teachers.on_student import adapter_paths, on_student
 
 
@@ -98,12 +98,8 @@ class ModelBuilder:
     def placed(self, spec: ModelSpec) -> ModelSpec:
         """The spec with earlier stages replaced by the directories of their results and adapters."""
         if spec.stage is not None:
-            path = self.folder.stage(spec.stage).model
-            if spec.checkpoint is not None:
-                path = self.folder.stage(spec.stage).root / f"checkpoint-{spec.checkpoint}"
-                if not path.is_dir():
-                    reference = f"stage:{spec.stage}@checkpoint-{spec.checkpoint}"
-                    raise UserError(f"{reference}: there is no {path}; name a checkpoint that was kept")
+            stage = self.folder.stage(spec.stage)
+            path = stage.model if spec.checkpoint is None else stage.checkpoint(spec.checkpoint)
             spec = spec.model_copy(update={"stage": None, "checkpoint": None, "path": str(path.resolve())})
         origin = adapter_stage(spec.adapter)
         if origin is None:
@@ -130,7 +126,9 @@ class ModelBuilder:
         return load_model(placed, self.tokenizer, seed) if placed.adapter is None else load_continued(placed)
 
     def teacher(self, spec: TeacherSpec) -> Teacher | AdapterPath:
-        """A teacher or an ensemble of teachers, frozen."""
+        """A teacher or an ensemble of teachers, frozen; labels. Whether it is cached does not matter here."""
+        if spec.labels:
+            return LabelTeacher()
         if spec.model is not None:
             return self._single(spec.model)
         members = [self._single(member.model) for member in spec.ensemble]

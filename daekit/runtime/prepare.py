@@ -27,6 +27,7 @@ from daekit.data.rows import form_of
 from daekit.errors import ErrorDetail, UserError
 from daekit.evaluation.suites import Options
 from daekit.evaluation.suites.prepare import prepare as prepare_suite
+from daekit.generation import Permissions
 from daekit.recipe.schema import Recipe, StageSpec
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder
@@ -106,7 +107,7 @@ class Found:
             raise UserError(lines[0] if len(lines) == 1 else "\n  ".join(many), self._details)
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, allowed: Permissions = Permissions()) -> Prepared:  # noqa: B008 (frozen)
     """Open what the stages that are not complete yet, the report and the suites will need. Writes nothing.
 
     Weights are not loaded: models are known by their configs, their tokenizers and the headers of their files.
@@ -137,7 +138,7 @@ def prepare(recipe: Recipe) -> Prepared:
                 _ = data.evaluation_sets
         for index, suite in enumerate(recipe.evaluation.suites):
             with found.at(f"evaluation.suites.{index}"):
-                prepare_suite(suite, Options())
+                prepare_suite(suite, Options(allowed=allowed))
     found.raise_if_any()
     return prepared
 

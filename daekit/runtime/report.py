@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from daekit.evaluation import EvaluationSet, ModelEvaluation, compare, evaluate_model, select_samples
+from daekit.progress import Progress
 from daekit.protocol import Teacher
 from daekit.recipe import is_lora
 from daekit.recipe.adapter_config import BARE_BASE
@@ -40,9 +41,19 @@ def build_report(
         domains = {rows.domain for rows in sets.values()}
         stage = each.name if each.is_stage else None
         teachers = _teachers(recipe, stage, models, domains, device)
-        how = {"spec": spec, "teachers": teachers, "reference": teachers.pop(_REFERENCE, None)}
-        evaluations.append(evaluate_model(each.name, model, models.tokenizer, sets, **how))
-        del model, teachers, how  # before the next ones are loaded
+        reference = teachers.pop(_REFERENCE, None)
+        progress = Progress(f"[report] {each.name}", "rows")
+        evaluations.append(
+            evaluate_model(
+                *(each.name, model, models.tokenizer, sets),
+                spec=spec,
+                teachers=teachers,
+                reference=reference,
+                progress=progress.part,
+            )
+        )
+        progress.close()
+        del model, teachers, reference  # before the next ones are loaded
     rows = [row for evaluation in evaluations for row in evaluation.rows(spec.bootstrap)]
     if spec.baseline is not None:
         rows += compare(evaluations, spec.baseline, reference_domains=_reference_domains(recipe), rounds=spec.bootstrap)
@@ -82,6 +93,7 @@ def _teachers(
     elif isinstance(stage, DAEStage):
         assert name is not None
         specs = stage.teachers | dict.fromkeys((*stage.reference_domains, _REFERENCE), _reference_of(recipe, name, models))
+    specs = {domain: spec for domain, spec in specs.items() if not spec.labels}  # KL to labels is their NLL
     if specs:
         assert stage is not None and stage.student is not None, "a resolved recipe names every student"
         named = {domain: specs[domain] for domain in (*domains, _REFERENCE) if domain in specs}
@@ -100,7 +112,7 @@ def _reference_of(recipe: Recipe, name: str, models: ModelBuilder) -> TeacherSpe
     """The reference of a dae stage: the one that it names, or its student before the stage."""
     stage = recipe.stages[name]
     assert isinstance(stage, DAEStage) and stage.student is not None
-    if stage.reference is not None:
+    if stage.reference is not None and not stage.reference.is_student:
         return stage.reference
     on_base = ModelSpec(adapter=stage.student.adapter or BARE_BASE)
     return TeacherSpec(model=on_base if is_lora(stage) else models.start_of(recipe, name))
@@ -110,7 +122,7 @@ def _shared_reference(recipe: Recipe, models: ModelBuilder) -> tuple[TeacherSpec
     """(reference, the student whose base it may be an adapter of) of all dae stages; None if there is none, or several."""
     names = [name for name, stage in recipe.stages.items() if isinstance(stage, DAEStage)]
     found = [(_reference_of(recipe, name, models), models.start_of(recipe, name)) for name in names]
-    return found[0] if found and all(each == found[0] for each in found) else None
+    return found[0] if found and all(each == found[0] for each in found) and not found[0][0].labels else None
 
 
 def _notes(recipe: Recipe, sets: Mapping[str, EvaluationSet], data: DataBuilder) -> Iterator[str]:

@@ -12,14 +12,15 @@ import torch
 from accelerate import PartialState
 
 from daekit.errors import UserError, says_read_only
-from daekit.evaluation.suites import run_suite
+from daekit.evaluation.suites import Options, run_suite
 from daekit.files import write_json
-from daekit.recipe import student_key
+from daekit.generation import Permissions
+from daekit.recipe import stage_key, student_key
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluatedModel, ModelSpec, Recipe
 from daekit.recipe.suite import SubjectSpec
 from daekit.report import format_table, write_report
 from daekit.report.provenance import commit, versions
-from daekit.runtime import DataBuilder, ModelBuilder, RunFolder, build_report, build_student
+from daekit.runtime import DataBuilder, ModelBuilder, RunFolder, build_report, build_student, cache_stage
 from daekit.runtime.kept import claim
 from daekit.runtime.lock import RunLock
 from daekit.runtime.prepare import Prepared, prepare
@@ -29,7 +30,7 @@ from daekit.runtime.stage import free_memory, run_stage
 from daekit.trainers.distributed import refuse_launch
 
 
-def run_recipe(recipe: Recipe, grace: float = GRACE) -> None:
+def run_recipe(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Permissions()) -> None:  # noqa: B008 (frozen)
     """Run all stages of a recipe that are not complete yet, then write the report.
 
     Started again with the same recipe it keeps what is complete and resumes what was stopped. Under ``accelerate launch``
@@ -38,6 +39,7 @@ def run_recipe(recipe: Recipe, grace: float = GRACE) -> None:
     Args:
         recipe: what to run.
         grace: seconds that a signal leaves it before the process ends.
+        allowed: which keys its suites may send where.
 
     Raises:
         UserError: the output directory holds another run, or is being written to by one; anything that is wrong with data,
@@ -49,7 +51,7 @@ def run_recipe(recipe: Recipe, grace: float = GRACE) -> None:
     quieten()
     folder = RunFolder(Path(recipe.output_dir))
     with _held(folder, state, grace) as stop:
-        prepared = prepare(recipe)
+        prepared = prepare(recipe, allowed)
         state.wait_for_everyone()
         if state.is_main_process:
             claim(recipe, folder)
@@ -69,7 +71,7 @@ def run_recipe(recipe: Recipe, grace: float = GRACE) -> None:
         if recipe.evaluation is not None and state.is_main_process:
             if recipe.evaluation.sources:
                 _report(prepared, state)
-            _suites(recipe, folder)
+            _suites(recipe, folder, Options(allowed=allowed))
 
 
 def init_students(recipe: Recipe, grace: float = GRACE) -> None:
@@ -120,11 +122,39 @@ def _held(folder: RunFolder, state: PartialState, grace: float) -> Iterator[Stop
         if not says_read_only(error) or folder.root.absolute() not in (place, *place.parents):
             raise
         raise UserError(
-            f"output_dir={folder.root}: {place} cannot be written ({getattr(error, 'strerror', None) or error}). What was saved "
-            "before is whole; make the directory writable and run again: it goes on from there."
+            f"output_dir={folder.root}: {place} cannot be written ({getattr(error, 'strerror', None) or error}). What was "
+            "saved before is whole; make the directory writable and run again: it goes on from there."
         ) from error
     finally:
         lock.release()
+
+
+def cache_teachers(recipe: Recipe, grace: float = GRACE) -> None:
+    """Make what is missing of the caches of a recipe's teachers, and train nothing. Under a launcher every rank calls it.
+
+    A stage whose models come from a stage of the recipe that is not complete yet is left to ``run_recipe``.
+    """
+    refuse_launch()
+    state = _ranks()
+    quieten()
+    folder = RunFolder(Path(recipe.output_dir))
+    cached = [name for name, stage in recipe.stages.items() if any(each.cache for each in stage.teachers_by_key().values())]
+    if not cached:
+        raise UserError(f"{recipe.name}: no teacher has a cache (`teacher: {{path: ..., cache: hidden}}`)")
+    with _held(folder, state, grace):
+        data = DataBuilder(recipe, folder)
+        models = ModelBuilder(folder, data.tokenizer)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            claim(recipe, folder)
+            data.save_tokenizer()
+        state.wait_for_everyone()
+        for name in cached:
+            missing = [used for used in stage_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
+            if not missing:
+                cache_stage(recipe, name, folder.stage(name), data, models)
+            elif state.is_main_process:
+                print(f"[{name}] needs the stage {missing[0]!r}, which is not complete: run the recipe", flush=True)
 
 
 def calibration() -> str:
@@ -165,7 +195,7 @@ def _report(prepared: Prepared, state: PartialState) -> None:
     print(f"\n{format_table(report.rows)}\n\nReport: {folder.report / 'report.html'}", flush=True)
 
 
-def _suites(recipe: Recipe, folder: RunFolder) -> None:
+def _suites(recipe: Recipe, folder: RunFolder, options: Options) -> None:
     """The suites of the recipe, each on the results of its stages and whatever models it names itself."""
     assert recipe.evaluation is not None
     evaluated = {each.name: _subject(recipe, each, folder) for each in recipe.evaluation.models}
@@ -175,7 +205,7 @@ def _suites(recipe: Recipe, folder: RunFolder) -> None:
             "output_dir": str(folder.suite(suite.name)),
             "baseline": suite.baseline or recipe.evaluation.baseline,
         }
-        report = run_suite(suite.model_copy(update=update))
+        report = run_suite(suite.model_copy(update=update), options)
         assert report is not None  # no dry run
         print(f"\n{format_table(report.rows)}\n\nSuite: {folder.suite(suite.name) / 'report.html'}", flush=True)
 

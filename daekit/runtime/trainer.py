@@ -12,6 +12,7 @@ from transformers import PrinterCallback, TrainerCallback
 from daekit.data.mixture import Mixture
 from daekit.errors import UserError
 from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe
+from daekit.runtime.caches import make_caches
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import StageFolder
 from daekit.runtime.models import ModelBuilder
@@ -54,25 +55,45 @@ def naming(key: str) -> Iterator[None]:
         raise UserError(f"{key}: {' '.join(str(error).split())}") from error
 
 
-def _trainer_of(
+def cache_stage(recipe: Recipe, name: str, folder: StageFolder, data: DataBuilder, models: ModelBuilder) -> None:
+    """Make what is missing of the caches of a stage's teachers, and train nothing.
+
+    Raises:
+        UserError: see ``make_caches``.
+    """
+    given = _given(recipe, name, folder, data, models, data.mixture(recipe.stages[name]))
+    make_caches(recipe, name, models, given["args"], given["train_dataset"], given["eval_dataset"])
+
+
+def _given(
     recipe: Recipe, name: str, folder: StageFolder, data: DataBuilder, models: ModelBuilder, mixture: Mixture
-) -> KDTrainer:
+) -> dict[str, Any]:
+    """What every trainer is given."""
     stage = recipe.stages[name]
-    common: dict[str, Any] = {
+    return {
         "args": training_arguments(recipe, name, folder),
         "train_dataset": mixture.dataset,
         "eval_dataset": data.validation(stage) if stage.trainer.get("eval_strategy", "no") != "no" else None,
         "processing_class": models.tokenizer,
         "peft_config": peft_config(stage.lora, stage.student) if stage.lora else None,
     }
+
+
+def _trainer_of(
+    recipe: Recipe, name: str, folder: StageFolder, data: DataBuilder, models: ModelBuilder, mixture: Mixture
+) -> KDTrainer:
+    stage, common = recipe.stages[name], _given(recipe, name, folder, data, models, mixture)
     models.require_adapters_fit(stage)
+    caches = make_caches(recipe, name, models, common["args"], common["train_dataset"], common["eval_dataset"])
     student = models.student(recipe, name, common["args"].seed)
     if stage.type == "sft":
         return DomainSFTTrainer(student, **common)
     if stage.type == "kd":
-        return KDTrainer(student, models.teacher(stage.teacher), **common)
-    reference = models.teacher(stage.reference) if stage.reference else None
-    return DAETrainer(student, models.teachers(stage.teachers), reference, **common)
+        return KDTrainer(student, caches.get(("teacher",)) or models.teacher(stage.teacher), **common)
+    live = {domain: spec for domain, spec in stage.teachers.items() if ("teachers", domain) not in caches}
+    teachers: dict[str, Any] = models.teachers(live) | {str(key[1]): c for key, c in caches.items() if key[0] == "teachers"}
+    reference = caches.get(("reference",)) or (models.teacher(stage.reference) if stage.reference else None)
+    return DAETrainer(student, teachers, reference, **common)
 
 
 def training_arguments(recipe: Recipe, name: str, folder: StageFolder) -> DomainSFTConfig:

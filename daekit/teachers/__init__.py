@@ -1,8 +1,22 @@
-"""Teachers: a frozen model, an adapter of the student's base, several averaged, or one per domain; freely composed."""
+"""Teachers: a frozen model, an adapter of the student's base, several averaged, one per domain, a cache; freely composed."""
 
 from daekit.teachers.adapter import BASE, AdapterPath, AdapterTeacher
+from daekit.teachers.cache import CachedTeacher, write_cache
 from daekit.teachers.ensemble import EnsembleTeacher
+from daekit.teachers.labels import LABELS, LabelTeacher
 from daekit.teachers.model import ModelTeacher
 from daekit.teachers.routed import RoutedTeacher, unknown_domain
 
-__all__ = ["BASE", "AdapterPath", "AdapterTeacher", "EnsembleTeacher", "ModelTeacher", "RoutedTeacher", "unknown_domain"]
+__all__ = [
+    "BASE",
+    "LABELS",
+    "AdapterPath",
+    "AdapterTeacher",
+    "CachedTeacher",
+    "EnsembleTeacher",
+    "LabelTeacher",
+    "ModelTeacher",
+    "RoutedTeacher",
+    "unknown_domain",
+    "write_cache",
+]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from daekit.models.backbone import add_on_hidden, frozen_forward, require_plain_head
-from daekit.models.features import layers_of, states_and_features
+from daekit.models.backbone import add_on_hidden, frozen_forward
+from daekit.models.features import layers_of, require_capturable, states_and_features
 from daekit.models.heads import output_head
 from daekit.models.identity import fingerprint
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.offload import LayerOffload
 from daekit.models.placement import batch_on, features_on, head_on, hold_ends, input_device
+from daekit.models.start_checks import require_plain_head
 from daekit.models.vocabulary import require_same
 from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, OutputHead, TeacherOutput
 from daekit.recipe.schema import ModelSpec
@@ -68,7 +69,9 @@ class ModelTeacher:
 
     def feature_layers(self, spec: FeatureSpec) -> list[FeatureLayers]:
         """See ``FeatureTeacher``."""
-        return [layers_of(spec, self.model.config)]
+        layers = layers_of(spec, self.model.config)
+        require_capturable(self.model, layers)
+        return [layers]
 
     def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
         """One output for all loss positions: hidden states ``[N, H]`` and the output head."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from daekit.errors import UserError
 from daekit.models.adapters import require_adapters_fit
@@ -11,18 +12,29 @@ from daekit.protocol import Teacher
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers.adapter import AdapterPath, AdapterTeacher
 from daekit.teachers.ensemble import EnsembleTeacher
+from daekit.teachers.model import ModelTeacher
 from daekit.teachers.routed import RoutedTeacher
 
 
 def adapter_paths(teacher: Teacher | AdapterPath) -> list[AdapterPath]:
     """Every AdapterPath in a teacher."""
-    if isinstance(teacher, AdapterPath):
-        return [teacher]
+    return [each for each in _single(teacher) if isinstance(each, AdapterPath)]
+
+
+def frozen_models(teacher: Teacher | AdapterPath) -> list[tuple[str, PreTrainedModel]]:
+    """The models of a teacher, by name; not those of its student's own base."""
+    return [(each.name, each.model) for each in _single(teacher) if isinstance(each, ModelTeacher)]
+
+
+def _single(teacher: Teacher | AdapterPath) -> list[Teacher | AdapterPath]:
+    """The teachers that an ensemble or a route is made of, each once."""
     if isinstance(teacher, EnsembleTeacher):
         parts = teacher.members
+    elif isinstance(teacher, RoutedTeacher):
+        parts = list(teacher.routes.values())
     else:
-        parts = list(teacher.routes.values()) if isinstance(teacher, RoutedTeacher) else []
-    return [path for part in dict.fromkeys(parts) for path in adapter_paths(part)]
+        return [teacher]
+    return list(dict.fromkeys(each for part in parts for each in _single(part)))
 
 
 def require_on_student(teacher: Teacher | AdapterPath, has_adapter: bool, base: ModelSpec | None) -> None:

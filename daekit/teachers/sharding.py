@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel
 
-from daekit.models.features import decoder_layers
+from daekit.models.backbone import decoder_layers
 from daekit.protocol import IGNORE_INDEX, Batch, Teacher, packed_lengths
 
 

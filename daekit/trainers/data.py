@@ -20,6 +20,7 @@ from daekit.data.preparation import (
 )
 from daekit.data.responses import ResponseLabels, label_responses
 from daekit.errors import UserError
+from daekit.models.vocabulary import vocabulary_size
 from daekit.trainers.validation import refuse_shared_stream
 
 logger = logging.getLogger(__name__)
@@ -33,13 +34,14 @@ class RowPreparation:
     Args:
         default_domain: domain of the rows of a data set that has no column ``domain``; None: it must have one.
         domains: the domains that a packed stream may hold, for they cannot be listed without reading it.
+        columns: ids that every model of the run knows.
 
     Attributes:
         counts: data set -> domain -> what preparation did to its rows; not of streams.
     """
 
-    def __init__(self, default_domain: str | None, domains: Sequence[str]) -> None:
-        self.default_domain, self.domains = default_domain, list(domains)
+    def __init__(self, default_domain: str | None, domains: Sequence[str], columns: int) -> None:
+        self.default_domain, self.domains, self.columns = default_domain, list(domains), columns
         self.counts: dict[str, dict[str, DomainCount]] = {}
 
     def prepare(
@@ -69,9 +71,7 @@ class RowPreparation:
             dataset = require_values(dataset, name, args.dataset_text_field)
             if args.assistant_only_loss is None:
                 dataset = self._label_responses(dataset, tokenizer, args.dataset_num_proc, name)
-        whole = copy.copy(args)
-        whole.max_length, whole.shuffle_dataset = None, False
-        dataset = trl(dataset, tokenizer, whole, False, formatting_func, name)
+        dataset = self._tokenised(trl, dataset, tokenizer, args, formatting_func, name)
         limit = args.max_length if (args.packing_strategy if packing else None) in _WHOLE_ROWS else None
         if isinstance(dataset, IterableDataset):
             dataset = fit_stream_to_length(dataset, limit, args.overlong, name)
@@ -81,6 +81,29 @@ class RowPreparation:
         if packing:
             return self._pack_by_domain(trl, dataset, tokenizer, args, name)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+    def _tokenised(self, trl: Callable[..., Any], dataset: Any, tokenizer: Any, args: Any, formatting: Any, name: str) -> Any:
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+        dataset = trl(dataset, tokenizer, whole, False, formatting, name)
+        if self.columns >= vocabulary_size(tokenizer):
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            return dataset.map(lambda row, at: self._require_known_ids(row, at, tokenizer, name), with_indices=True)
+        for at, row in enumerate(dataset.select_columns("input_ids")):
+            self._require_known_ids(row, at, tokenizer, name)
+        return dataset
+
+    def _require_known_ids(self, row: dict[str, Any], at: int, tokenizer: Any, name: str) -> dict[str, Any]:
+        """Pass a row on whose tokens all models know."""
+        unknown = next((token for token in row["input_ids"] if token >= self.columns), None)
+        if unknown is None:
+            return row
+        raise UserError(
+            f"the {name} data set, row {at}: token {tokenizer.convert_ids_to_tokens(unknown)!r} (id {unknown}) was added to "
+            f"the tokenizer, but a model of this run has only {self.columns} rows in its embeddings or output head. Leave the "
+            "token out of the row, or resize the model's embeddings."
+        )
 
     def _label_responses(
         self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, processes: int | None, name: str

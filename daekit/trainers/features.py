@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -16,16 +17,17 @@ from daekit.models.backbone import base_of, checkpointed_layers
 from daekit.models.features import (
     attention_at_loss_positions,
     capture_hidden,
-    decoder_layers,
     require_attention,
+    require_capturable,
     require_features,
     require_hidden,
 )
-from daekit.protocol import AttentionLayer, Batch, Features, FeatureSpec, Teacher, TeacherOutput
+from daekit.protocol import AttentionLayer, Batch, FeatureLayers, Features, FeatureSpec, Teacher, TeacherOutput
 from daekit.recipe.objective import Objective
 from daekit.trainers.projections import Projections
 
 ATTENTION_METRIC = "attention_kl"
+logger = logging.getLogger(__name__)
 
 
 class FeatureLosses:
@@ -54,10 +56,12 @@ class FeatureLosses:
             relation_heads=objective.attention_relation_heads,
         )
         layers = require_features(teacher).feature_layers(self.spec)
-        if objective.hidden_weight:
-            decoder_layers(model)  # raises now and not in the first step
         self.attention_layers = {layer for each in layers for layer in each.attention}
         self.hidden_layers = {layer for each in layers for layer in each.hidden}
+        own = FeatureLayers({n: n for n in self.attention_layers}, {n: n for n in self.hidden_layers}, config.hidden_size)
+        require_capturable(model, own)  # says what is wrong now and not in the first step
+        if objective.attention_layers == "uniform" and 0 < len(self.attention_layers) < config.num_hidden_layers:
+            logger.warning("attention_layers=uniform: the layers with softmax attention, %s", sorted(self.attention_layers))
         unequal = {(each.width, layer) for each in layers for layer in each.hidden if each.width != config.hidden_size}
         self.projections = Projections(config.hidden_size, unequal, seed) if unequal else None
         if self.projections is not None:

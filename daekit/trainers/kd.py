@@ -24,12 +24,14 @@ from trl import SFTTrainer
 from daekit.data.collator import EXAMPLES, DomainCollator, as_batch
 from daekit.data.responses import require_markers
 from daekit.errors import UserError
-from daekit.models.backbone import add_on_hidden, require_plain_head
+from daekit.models.backbone import add_on_hidden
 from daekit.models.restore import restore_weights
-from daekit.models.vocabulary import vocabulary_size
+from daekit.models.start_checks import require_plain_head, require_rows_apart
+from daekit.models.vocabulary import known_ids, vocabulary_size
 from daekit.protocol import Batch, Teacher, TeacherOutput
 from daekit.teachers import AdapterPath
-from daekit.teachers.on_student import on_student, require_on_student
+from daekit.teachers.on_student import frozen_models, on_student, require_on_student
+from daekit.teachers.requirements import require_served
 from daekit.teachers.sharding import Sharding, shard_teacher
 from daekit.trainers.as_teacher import as_teacher
 from daekit.trainers.config import DomainSFTConfig, KDConfig
@@ -40,10 +42,10 @@ from daekit.trainers.features import FeatureLosses
 from daekit.trainers.loss import divergence_metric, divided, summed_losses
 from daekit.trainers.projections import forget_projections, without_projections
 from daekit.trainers.resume import Checkpoints, student_folder
-from daekit.trainers.router import RouterSettings, router_inputs
+from daekit.trainers.router import RouterSettings, require_balancing_loss, router_inputs
 from daekit.trainers.student_loading import load_student, name_of, spec_of, tokenizer_of
 from daekit.trainers.token_metrics import TokenMetrics, counted_rows
-from daekit.trainers.validation import refuse_arguments, refuse_expert_adapter, refuse_without_teacher
+from daekit.trainers.validation import refuse_adapter, refuse_arguments, refuse_without_teacher
 
 DEFAULT_DOMAIN = "general"
 
@@ -107,8 +109,9 @@ class KDTrainer(SFTTrainer):
             model = load_student(model, args, sft_arguments.pop("quantization_config", None))
             args = copy.copy(args)
             args.model_init_kwargs = None  # used; SFTTrainer would say that they are not
-        refuse_expert_adapter(model, sft_arguments.get("peft_config"))
-        self.rows = RowPreparation(self.default_domain, self._stream_domains())
+        refuse_adapter(model, sft_arguments.get("peft_config"))
+        frozen = [] if teacher is None else [each for _, each in frozen_models(teacher)]
+        self.rows = RowPreparation(self.default_domain, self._stream_domains(), known_ids([model, *frozen]))
         self.data_counts = self.rows.counts  # data set -> domain -> what preparation did to its rows
         self.checkpoints = Checkpoints(self)
         router = RouterSettings.of(model)
@@ -126,6 +129,9 @@ class KDTrainer(SFTTrainer):
         self.vocab_size = vocabulary_size(self.processing_class)
         add_on_hidden(self.model)
         require_plain_head(self.model, self.vocab_size)
+        require_balancing_loss(self)
+        if self.padding_free:
+            require_rows_apart(self.model, "student")
         self.token_metrics = TokenMetrics()
         self.teacher: Any = None
         self.features: FeatureLosses | None = None
@@ -142,10 +148,15 @@ class KDTrainer(SFTTrainer):
                 "without new tokens."
             )
         self.teacher = self._complete(teacher)
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval": self.eval_dataset}
+        require_served(self.teacher, self.loss_objective, self.processing_class, [self.train_dataset, *evaluated.values()])
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             shard_teacher(self.teacher, Sharding(self.accelerator))
         else:
             self.teacher.to(self.accelerator.device)
+        if self.padding_free:
+            for name, model in frozen_models(self.teacher):
+                require_rows_apart(model, f"teacher {name}")
         if not (self.loss_objective.attention_weight or self.loss_objective.hidden_weight):
             return
         refuse_reentrant(self)
@@ -165,6 +176,14 @@ class KDTrainer(SFTTrainer):
     def _stream_domains(self) -> list[str]:
         """The domains that a packed stream may hold, for they cannot be listed without reading it."""
         return [DEFAULT_DOMAIN]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card; of a student without a name on the hub it would say that it is a fine-tuned version of None."""
+        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and card.is_file():
+            nameless = "is a fine-tuned version of [None](https://huggingface.co/None)"
+            card.write_text(card.read_text().replace(nameless, f"is a student trained by daekit ({self._name})"))
 
     def _prepare_dataset(self, dataset: Any, *arguments: Any, **named: Any) -> Any:
         return self.rows.prepare(super()._prepare_dataset, dataset, *arguments, **named)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from daekit.errors import UserError
+from daekit.models.backbone import base_of, can_run, frozen_forward
 from daekit.protocol import Batch
 
 
@@ -47,6 +50,27 @@ def balancing_loss(trainer: Any, outputs: Any, batch: Batch) -> dict[str, Tensor
     config, mask = trainer.model.config.get_text_config(), batch.inputs.get("attention_mask")
     loss = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok, mask)
     return {"aux_loss": loss}
+
+
+def require_balancing_loss(trainer: Any) -> None:
+    """Compute the loss on a few tokens, so that a family without it says so before the first step.
+
+    Raises:
+        UserError: a student that hands out no logits of its routers, or routes in another way (DeepSeek-V3: by a bias).
+    """
+    if not trainer.aux_loss_enabled or not can_run(trainer.model):
+        return
+    base = base_of(trainer.model)
+    ids_1T = torch.arange(8, device=base.device)[None]
+    batch = Batch({"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}, ids_1T, torch.zeros_like(ids_1T), ("",))
+    try:
+        with frozen_forward(trainer.model):
+            trainer.model(**batch.inputs, **router_inputs(trainer), on_hidden=lambda out: balancing_loss(trainer, out, batch))
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise UserError(
+            f"router_aux_loss_coef={trainer.router_aux_loss_coef}: {base.config.model_type} has no load-balancing loss over "
+            f"the logits of its routers ({error}). Set it to 0."
+        ) from error
 
 
 def weighted(trainer: Any, aux_loss: Tensor, in_training: bool) -> Tensor:

@@ -9,10 +9,12 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig
 from torch import nn
+from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from daekit.data.preparation import first_row
 from daekit.errors import UserError
+from daekit.models.adapters import require_targets
 from daekit.models.experts import QuantisedExperts
 from daekit.recipe.objective import Objective
 
@@ -48,10 +50,18 @@ def refuse_without_teacher(objective: Objective) -> None:
             )
 
 
-def refuse_expert_adapter(model: nn.Module, config: PeftConfig | None) -> None:
-    """Raise UserError for an adapter on quantised experts, which PEFT would leave out without a word ("all-linear" may)."""
+def refuse_adapter(model: nn.Module, config: PeftConfig | None) -> None:
+    """Raise UserError for a new adapter that does not fit the student."""
+    if isinstance(config, LoraConfig):
+        _refuse_on_quantised_experts(model, config)
+        if isinstance(model, PreTrainedModel):
+            require_targets(model, config)
+
+
+def _refuse_on_quantised_experts(model: nn.Module, config: LoraConfig) -> None:
+    """PEFT would leave them out without a word ("all-linear" may)."""
     paths = [path for path, module in model.named_modules() if isinstance(module, QuantisedExperts)]
-    if not paths or not isinstance(config, LoraConfig):
+    if not paths:
         return
     chosen, parameters = config.target_modules or (), config.target_parameters or ()
     names = set(paths)

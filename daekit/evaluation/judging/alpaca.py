@@ -20,7 +20,7 @@ from daekit.evaluation.judging.result import Judged, Missing, withhold
 from daekit.files import file_hash, write_whole
 from daekit.generation.budget import estimate
 from daekit.generation.calls import CHARACTERS_PER_TOKEN, ChatRequest, Estimate
-from daekit.generation.client import ChatClient, identity, opened, require_sound
+from daekit.generation.client import ChatClient, identity, require_sound
 from daekit.generation.keys import is_openai
 from daekit.generation.store import read_replies
 from daekit.recipe.judge import JudgeSpec
@@ -31,7 +31,7 @@ Outputs = Sequence[Mapping[str, Any]]
 
 
 def judge_alpaca_eval(
-    judge: JudgeSpec | ChatClient,
+    client: ChatClient,
     annotator: str,
     reference_outputs: Path,
     outputs: Mapping[str, Outputs],
@@ -44,7 +44,7 @@ def judge_alpaca_eval(
     """Compare the outputs of all models with the reference outputs.
 
     Args:
-        judge: a spec, or an open client (limits of calls and cost then hold for everything that it is asked).
+        client: The judge (limits of calls and cost hold for everything that it is asked).
         annotator: one of alpaca_eval's evaluator configs, or a directory that holds one (``configs.yaml`` and a template).
         reference_outputs: a JSON list of ``{"instruction", "output", "generator"}``; its order is the order of everything.
         outputs: model -> ``{"instruction", "output"}`` of every instruction.
@@ -59,33 +59,32 @@ def judge_alpaca_eval(
     """
     chosen, reference = annotators.read_annotator(annotator), _read_reference(reference_outputs, limit)
     aligned = {model: _aligned(model, its, reference, reference_outputs) for model, its in outputs.items()}
-    with opened(judge, folder) as client:
-        requests = {model: _requests(client.spec, chosen, reference, its) for model, its in aligned.items()}
-        everything = [request for its in requests.values() for request in its]
-        client.ask(everything)
-        scores: dict[str, list[Row]] = {}
-        missing: dict[str, Missing] = {}
-        verdicts: list[dict[str, Any]] = []
-        notes = _notes(client.spec, chosen, reference)
-        for model, its in aligned.items():
-            annotations, leaderboard = _annotate(client, chosen, model, reference, its)
-            scores[model], its_notes = _rows(model, chosen, annotations, reference, bootstrap, leaderboard)
-            unanswered = sum(client.reply(request) is None for request in requests[model])
-            lacking = sum(_preference(row) is None for row in annotations)
-            missing[model] = Missing(unanswered, lacking - unanswered, len(reference))
-            verdicts += annotations
-            notes += its_notes
-            place = folder / model.replace("/", "_")
-            _write(place, chosen, its, annotations, leaderboard if missing[model].count <= allow_missing else None)
-        rows, lacks, refusals = withhold(_NAME, scores, missing, allow_missing, client.budget.stopped)
-        manifest = describe(client, _NAME, bootstrap, everything) | {
-            "annotator": {"name": chosen.name, "made_for": chosen.model, "parameters": chosen.parameters},
-            "prompts": {chosen.name: hash_of(chosen.template_text)},
-            "instructions": len(reference),
-            "data": {"reference_outputs": file_hash(reference_outputs)},
-            "answers": {model: hash_of(list(its)) for model, its in aligned.items()},
-        }
-        return Judged(rows, [*notes, *lacks, *client.notes(everything)], refusals, manifest, verdicts)
+    requests = {model: _requests(client.spec, chosen, reference, its) for model, its in aligned.items()}
+    everything = [request for its in requests.values() for request in its]
+    client.ask(everything)
+    scores: dict[str, list[Row]] = {}
+    missing: dict[str, Missing] = {}
+    verdicts: list[dict[str, Any]] = []
+    notes = _notes(client.spec, chosen, reference)
+    for model, its in aligned.items():
+        annotations, leaderboard = _annotate(client, chosen, model, reference, its)
+        scores[model], its_notes = _rows(model, chosen, annotations, reference, bootstrap, leaderboard)
+        unanswered = sum(client.reply(request) is None for request in requests[model])
+        lacking = sum(_preference(row) is None for row in annotations)
+        missing[model] = Missing(unanswered, lacking - unanswered, len(reference))
+        verdicts += annotations
+        notes += its_notes
+        place = folder / model.replace("/", "_")
+        _write(place, chosen, its, annotations, leaderboard if missing[model].count <= allow_missing else None)
+    rows, lacks, refusals = withhold(_NAME, scores, missing, allow_missing, client.budget.stopped)
+    manifest = describe(client, _NAME, bootstrap, everything) | {
+        "annotator": {"name": chosen.name, "made_for": chosen.model, "parameters": chosen.parameters},
+        "prompts": {chosen.name: hash_of(chosen.template_text)},
+        "instructions": len(reference),
+        "data": {"reference_outputs": file_hash(reference_outputs)},
+        "answers": {model: hash_of(list(its)) for model, its in aligned.items()},
+    }
+    return Judged(rows, [*notes, *lacks, *client.notes(everything)], refusals, manifest, verdicts)
 
 
 def estimate_alpaca_eval(

@@ -19,7 +19,7 @@ from daekit.evaluation.judging.verdicts import HIGHEST, LOWEST, is_rated, strict
 from daekit.files import file_hash, write_whole
 from daekit.generation.budget import estimate
 from daekit.generation.calls import CHARACTERS_PER_TOKEN, ChatRequest, Estimate
-from daekit.generation.client import ChatClient, identity, opened, require_sound
+from daekit.generation.client import ChatClient, identity, require_sound
 from daekit.generation.keys import is_openai
 from daekit.generation.store import read_replies
 from daekit.recipe.judge import JudgeSpec
@@ -42,7 +42,7 @@ class _Game:
 
 
 def judge_mt_bench(
-    judge: JudgeSpec | ChatClient,
+    client: ChatClient,
     data_dir: Path,
     answers: Mapping[str, Sequence[Mapping[str, Any]]],
     folder: Path,
@@ -56,7 +56,7 @@ def judge_mt_bench(
     """Judge the answers of all models.
 
     Args:
-        judge: a spec, or an open client (limits of calls and cost then hold for everything that it is asked).
+        client: The judge (limits of calls and cost hold for everything that it is asked).
         data_dir: holds ``question.jsonl``, ``judge_prompts.jsonl`` and ``reference_answer/gpt-4.jsonl``, as FastChat has them.
         answers: model -> records of FastChat's ``model_answer/<model>.jsonl``, one per question.
         folder: written: ``<judge>_single.jsonl`` or ``<judge>_pair.jsonl``, and the calls (``replies.jsonl``...).
@@ -71,33 +71,32 @@ def judge_mt_bench(
     data = fastchat.load_data(data_dir, limit)
     by_question = _by_question(answers, data)
     _check_mode(mode, baseline, answers)
-    with opened(judge, folder) as client:
-        games = _games(client.spec, data, by_question, mode, baseline)
-        requests = [request for game in games for request in game.requests]
-        client.ask(requests)
-        played = [_play(game, client) for game in games]
-        records = [record for record, _ in played if record is not None]
-        kind = "single" if mode == "single" else "pair"
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        write_whole(folder / f"{client.spec.name.replace(os.sep, '_')}_{kind}.jsonl", lines)
-        scored = [model for model in answers if mode != "pairwise-baseline" or model != baseline]
-        scores = {model: _rows(model, records, data, bootstrap) for model in scored}
-        missing = _missing(games, [record for record, _ in played])
-        rows, notes, refusals = withhold("mt_bench", scores, missing, allow_missing, client.budget.stopped)
-        differ = sum(differs for _, differs in played)
-        notes = [*_notes(client.spec, mode, data, records, differ), *notes, *client.notes(requests)]
-        manifest = describe(client, "mt_bench", bootstrap, requests) | {
-            "mode": mode,
-            "baseline": baseline,
-            "questions": len(data.questions),
-            "data": {file.name: file_hash(file) for file in data.files},
-            "prompts": {name: hash_of(prompt) for name, prompt in data.prompts.items()},
-            "answers": {
-                model: hash_of([(number, its[number]["choices"][0]["turns"]) for number in its])
-                for model, its in by_question.items()
-            },
-        }
-        return Judged(rows, notes, refusals, manifest, records)
+    games = _games(client.spec, data, by_question, mode, baseline)
+    requests = [request for game in games for request in game.requests]
+    client.ask(requests)
+    played = [_play(game, client) for game in games]
+    records = [record for record, _ in played if record is not None]
+    kind = "single" if mode == "single" else "pair"
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    write_whole(folder / f"{client.spec.name.replace(os.sep, '_')}_{kind}.jsonl", lines)
+    scored = [model for model in answers if mode != "pairwise-baseline" or model != baseline]
+    scores = {model: _rows(model, records, data, bootstrap) for model in scored}
+    missing = _missing(games, [record for record, _ in played])
+    rows, notes, refusals = withhold("mt_bench", scores, missing, allow_missing, client.budget.stopped)
+    differ = sum(differs for _, differs in played)
+    notes = [*_notes(client.spec, mode, data, records, differ), *notes, *client.notes(requests)]
+    manifest = describe(client, "mt_bench", bootstrap, requests) | {
+        "mode": mode,
+        "baseline": baseline,
+        "questions": len(data.questions),
+        "data": {file.name: file_hash(file) for file in data.files},
+        "prompts": {name: hash_of(prompt) for name, prompt in data.prompts.items()},
+        "answers": {
+            model: hash_of([(number, its[number]["choices"][0]["turns"]) for number in its])
+            for model, its in by_question.items()
+        },
+    }
+    return Judged(rows, notes, refusals, manifest, records)
 
 
 def _rows(model: str, records: Sequence[Record], data: BenchData, rounds: int) -> list[Row]:

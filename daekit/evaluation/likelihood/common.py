@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from daekit.errors import UserError
 from daekit.evaluation.evaluate import Key
 from daekit.evaluation.intervals import RowValues
+from daekit.progress import ProgressFunction
 from daekit.protocol import IGNORE_INDEX
 from daekit.recipe.suite import Prefix
 
@@ -48,8 +49,14 @@ class Benchmark(Protocol):
     def check(self, name: str, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> None:
         """Raise a UserError for what can be known before the weights of model ``name`` are loaded."""
 
-    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Measured:
-        """Measure a model on the device that it is on."""
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        progress: ProgressFunction | None = None,
+    ) -> Measured:
+        """Measure a model on the device that it is on; ``progress`` is called with (rows done, all of them)."""
 
 
 def read_bytes(path: Path, where: str) -> bytes:

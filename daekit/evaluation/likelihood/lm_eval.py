@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError, nearest
 from daekit.evaluation.likelihood.common import Measured, hash_of, read_bytes
+from daekit.progress import ProgressFunction
 from daekit.recipe.suite import LMEvalSpec
 
 _Z = 1.959963984540054  # of a 95 % interval
@@ -51,7 +52,13 @@ class LMEval:
                 f"{self.where}: the tokenizer of models.{name} has no chat template; leave apply_chat_template out, or set one"
             )
 
-    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Measured:
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        progress: ProgressFunction | None = None,
+    ) -> Measured:
         """Every metric of every task, with intervals from lm-eval's own standard errors."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM

@@ -23,6 +23,7 @@ from daekit.evaluation.likelihood.common import (
 )
 from daekit.models.scoring import score_rows
 from daekit.models.vocabulary import vocabulary_size
+from daekit.progress import ProgressFunction
 from daekit.recipe.suite import MinimalPairsSpec
 
 
@@ -58,10 +59,16 @@ class MinimalPairs:
         longest = before + max(len(ids) for pairs in self.pairs.values() for pair in pairs for ids in encode(tokenizer, pair))
         require_context(name, self.where, longest, context_length, "leave the longer pairs out of the files")
 
-    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Measured:
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        progress: ProgressFunction | None = None,
+    ) -> Measured:
         """``accuracy`` per paradigm; the domain's own value is their macro average, whatever their sizes."""
         flat = [pair for pairs in self.pairs.values() for pair in pairs]
-        goods, bads = self._log_probabilities(model, tokenizer, flat, batch_size)
+        goods, bads = self._log_probabilities(model, tokenizer, flat, batch_size, progress)
         found, start = Measured(), 0
         for paradigm, pairs in self.pairs.items():
             part = slice(start, start + len(pairs))
@@ -82,13 +89,18 @@ class MinimalPairs:
         return found
 
     def _log_probabilities(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]], batch_size: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pairs: list[tuple[str, str]],
+        batch_size: int,
+        progress: ProgressFunction | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Of the good and the bad sentences. Each sentence is scored once, so that equal token sequences are exact ties."""
         before = prefix_ids(tokenizer, self.spec.prefix, self.where)
         sentences = [before + ids for ids in encode(tokenizer, [sentence for pair in pairs for sentence in pair])]
         index = {ids: at for at, ids in enumerate(dict.fromkeys(map(tuple, sentences)))}
         rows = [token_row(ids, len(before)) for ids in index]
-        nll_R = score_rows(model, rows, vocab_size=vocabulary_size(tokenizer), batch_size=batch_size).nll_R
+        nll_R = score_rows(model, rows, vocab_size=vocabulary_size(tokenizer), batch_size=batch_size, progress=progress).nll_R
         log_p = -nll_R[[index[tuple(ids)] for ids in sentences]]
         return log_p[0::2], log_p[1::2]

@@ -27,6 +27,7 @@ from daekit.evaluation.likelihood.common import (
 )
 from daekit.models.scoring import score_rows
 from daekit.models.vocabulary import vocabulary_size
+from daekit.progress import ProgressFunction
 from daekit.recipe.suite import MultipleChoiceSpec
 
 
@@ -62,10 +63,16 @@ class MultipleChoice:
         longest = max(len(row["input_ids"]) for row in self._rows(tokenizer)[0])
         require_context(name, self.where, longest, context_length, "leave the longer questions out of the file")
 
-    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Measured:
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        progress: ProgressFunction | None = None,
+    ) -> Measured:
         """``accuracy``, ``accuracy_per_token`` and ``accuracy_per_byte``."""
         rows, merged = self._rows(tokenizer)
-        scores = score_rows(model, rows, vocab_size=vocabulary_size(tokenizer), batch_size=batch_size)
+        scores = score_rows(model, rows, vocab_size=vocabulary_size(tokenizer), batch_size=batch_size, progress=progress)
         found, start = Measured(), 0
         right: dict[str, list[bool]] = {"accuracy": [], "accuracy_per_token": [], "accuracy_per_byte": []}
         ties = 0

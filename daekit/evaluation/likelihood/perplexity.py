@@ -26,6 +26,7 @@ from daekit.evaluation.likelihood.common import (
 )
 from daekit.models.scoring import score_tokens
 from daekit.models.vocabulary import vocabulary_size
+from daekit.progress import ProgressFunction
 from daekit.protocol import IGNORE_INDEX
 from daekit.recipe.suite import PerplexitySpec
 
@@ -53,7 +54,13 @@ class Perplexity:
                 "text, which the bytes of a block need; use a model with a tokenizer.json"
             )
 
-    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Measured:
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        progress: ProgressFunction | None = None,
+    ) -> Measured:
         """``nll`` (and so ``perplexity``) per token and ``bits_per_byte``, by domain."""
         found = Measured()
         for domain, documents in self.documents.items():

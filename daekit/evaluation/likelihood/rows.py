@@ -15,6 +15,7 @@ from daekit.evaluation.likelihood.common import Measured
 from daekit.evaluation.sets import EvaluationSet, tokenize_rows
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.vocabulary import require_same
+from daekit.progress import ProgressFunction
 from daekit.recipe.schema import EvaluationSpec, SourceSpec
 from daekit.recipe.suite import RowsSpec
 
@@ -59,7 +60,13 @@ class Rows:
         if self.spec.reference is not None:
             require_same(tokenizer, load_tokenizer_of(self.spec.reference), f"{self.where}.reference")
 
-    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Measured:
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        progress: ProgressFunction | None = None,
+    ) -> Measured:
         """What ``evaluate_model`` measures; KL is named after the reference."""
         rows = self.rows(tokenizer)
         teachers = {}
@@ -67,7 +74,8 @@ class Rows:
             reference = load_model(self.spec.reference)
             teachers[self.domain] = reference if self.spec.reference.quantization else reference.to(model.device)
         how = EvaluationSpec(generate=self.spec.generate, max_new_tokens=self.spec.max_new_tokens, batch_size=batch_size)
-        result = evaluate_model("", model, tokenizer, {self.name: rows}, spec=how, teachers=teachers)
+        shown = None if progress is None else lambda _, done, total: progress(done, total)
+        result = evaluate_model("", model, tokenizer, {self.name: rows}, spec=how, teachers=teachers, progress=shown)
         found = Measured(generated=result.generated, notes=rows.notes(self.name))
         for (domain, source, metric), values in result.values.items():
             found.values[domain, source, metric.replace("kl_to_teacher", "kl_to_reference")] = values

@@ -82,15 +82,15 @@ class Questions:
         """Folder of the judge's files."""
         return self.folder / "model_judgment"
 
-    def store(self, subject: EvaluatedModel, write: bool = True) -> AnswerStore:
+    def store(self, evaluated: EvaluatedModel, write: bool = True) -> AnswerStore:
         """The answers of a model; without ``write`` no file is made or mended."""
         facts = {
-            "model": subject.identity(),
+            "model": evaluated.identity(),
             "how": self.how.facts(),
             "questions": self.data,
             "temperature": self.spec.temperature,
         }
-        return AnswerStore(self.folder / "model_answer", subject.name, facts, write)
+        return AnswerStore(self.folder / "model_answer", evaluated.name, facts, write)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Prepared:
 
     suite: SuiteSpec
     options: Options
-    subjects: dict[str, EvaluatedModel]
+    models: dict[str, EvaluatedModel]
     benchmarks: dict[str, Benchmark]
     questions: dict[str, Questions]
 
@@ -115,7 +115,7 @@ def prepare(suite: SuiteSpec, options: Options) -> Prepared:
     Raises:
         UserError: a broken input, a model that is not there, one that does not fit a benchmark.
     """
-    subjects = {name: EvaluatedModel(name, spec) for name, spec in suite.models.items()}
+    models = {name: EvaluatedModel(name, spec) for name, spec in suite.models.items()}
     benchmarks: dict[str, Benchmark] = {}
     questions: dict[str, Questions] = {}
     for name, spec in suite.benchmarks.items():
@@ -123,27 +123,27 @@ def prepare(suite: SuiteSpec, options: Options) -> Prepared:
             questions[name] = _questions(name, spec, suite, options)
         else:
             benchmarks[name] = likelihood_benchmark(name, spec)
-    for subject in subjects.values():
-        if subject.spec.url is None:
-            subject.require_there()
+    for evaluated in models.values():
+        if evaluated.spec.url is None:
+            evaluated.require_there()
         else:
-            endpoint_key(f"models.{subject.name}", subject.spec.url, subject.spec.api_key_env, options.allowed)
+            endpoint_key(f"models.{evaluated.name}", evaluated.spec.url, evaluated.spec.api_key_env, options.allowed)
         for benchmark in benchmarks.values():
-            benchmark.check(subject.name, subject.tokenizer, subject.context_length)
+            benchmark.check(evaluated.name, evaluated.tokenizer, evaluated.context_length)
         for each in questions.values():
-            require_answerable(subject, each.conversations, each.how, each.where)
+            require_answerable(evaluated, each.conversations, each.how, each.where)
     for name, benchmark in benchmarks.items():
         if isinstance(benchmark, Rows) and benchmark.spec.overlong == "drop":
-            _require_same_rows(name, benchmark, list(subjects.values()))
+            _require_same_rows(name, benchmark, list(models.values()))
     for each in questions.values():
         if each.judge is not None and each.judge.base_url is not None:
             endpoint_key("judge", each.judge.base_url, each.judge.api_key_env, options.allowed)
-    return Prepared(suite, options, subjects, benchmarks, questions)
+    return Prepared(suite, options, models, benchmarks, questions)
 
 
-def _require_same_rows(name: str, benchmark: Rows, subjects: list[EvaluatedModel]) -> None:
+def _require_same_rows(name: str, benchmark: Rows, models: list[EvaluatedModel]) -> None:
     """Models are compared row by row, and a row may be overlong for one tokenizer only."""
-    first, *others = subjects
+    first, *others = models
     left_out = benchmark.rows(first.tokenizer).left_out
     for other in others:
         if benchmark.rows(other.tokenizer).left_out != left_out:

@@ -86,11 +86,11 @@ def _notes(prepared: Prepared, results: Results) -> list[str]:
         everyone = len(results.evaluations)
         notes += [note if len(models) == everyone else f"{', '.join(models)}: {note}" for note, models in said.items()]
     for questions in prepared.questions.values():
-        for subject in prepared.subjects.values():
-            if cut := questions.store(subject, write=False).cut():
+        for evaluated in prepared.models.values():
+            if cut := questions.store(evaluated, write=False).cut():
                 turns = sum(len(each.turns) for each in questions.conversations)
                 notes.append(
-                    f"{questions.name}: {cut} of {turns} answers of {subject.name} were cut at max_new_tokens = "
+                    f"{questions.name}: {cut} of {turns} answers of {evaluated.name} were cut at max_new_tokens = "
                     f"{questions.how.max_new_tokens}, or where the model's context ends."
                 )
     return notes + [note for judged in results.judged.values() for note in judged.notes]
@@ -126,7 +126,7 @@ def _metrics(results: Results) -> set[str]:
 
 def _row_samples(prepared: Prepared, results: Results) -> list[Sample]:
     """Answers to rows, side by side."""
-    local = [subject for subject in prepared.subjects.values() if not subject.is_endpoint]
+    local = [evaluated for evaluated in prepared.models.values() if not evaluated.is_endpoint]
     rows = {name: benchmark for name, benchmark in prepared.benchmarks.items() if isinstance(benchmark, Rows)}
     sets = {name: benchmark.rows(local[0].tokenizer) for name, benchmark in rows.items()}
     return select_samples(list(results.evaluations.values()), sets)
@@ -138,7 +138,7 @@ def _answer_samples(prepared: Prepared, questions: Questions, results: Results) 
     ordered = [*sorted(firsts, key=lambda each: each.id), *questions.conversations]
     chosen = {each.id: each for each in ordered}
     judged = results.judged.get(questions.name)
-    stores = {name: questions.store(subject, write=False) for name, subject in prepared.subjects.items()}
+    stores = {name: questions.store(evaluated, write=False) for name, evaluated in prepared.models.items()}
     samples = []
     for conversation in list(chosen.values())[:_SHOWN_QUESTIONS]:
         for name, store in stores.items():

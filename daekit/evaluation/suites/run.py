@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from daekit.errors import UserError
-from daekit.evaluation.answers import answer_all, open_conversations
+from daekit.evaluation.answers import answer_all, answer_by_client, endpoint_of, open_conversations
 from daekit.evaluation.evaluate import ModelEvaluation
 from daekit.evaluation.evaluated import EvaluatedModel
 from daekit.evaluation.judging import (
@@ -25,27 +25,18 @@ from daekit.evaluation.suites.report import manifest, suite_report
 from daekit.evaluation.suites.results import Results
 from daekit.files import write_whole
 from daekit.generation import ChatClient, Estimate
-from daekit.generation.budget import ProgressFunction
+from daekit.progress import Progress, ProgressFunction
 from daekit.recipe.dump import suite_to_yaml
+from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.suite import MTBenchSpec, SuiteSpec
 from daekit.report import Report, write_report
 from daekit.report.provenance import versions
 
-ProgressFactory = Callable[[str, str], ProgressFunction]
 
-
-def run_suite(
-    suite: SuiteSpec,
-    options: Options = Options(),  # noqa: B008 (frozen)
-    progress: ProgressFactory | None = None,
-) -> Report | None:
+def run_suite(suite: SuiteSpec, options: Options = Options()) -> Report | None:  # noqa: B008 (frozen)
     """Measure every model of a suite and write the report into its ``output_dir``.
 
     What was measured, answered or judged before is kept; a run that was stopped goes on. A refused suite writes nothing.
-
-    Args:
-        progress: ``progress(label, unit)`` is called for each long piece of work, and what it returns with (done, total);
-            default: lines are printed.
 
     Returns:
         The report; None for a dry run.
@@ -63,16 +54,16 @@ def run_suite(
         _estimate(prepared, questions)  # a judge that cannot be asked is found out before hours of answers
     _claim(prepared)
     results = Results()
-    for subject in prepared.subjects.values():
-        results.identities[subject.name] = subject.identity()
-        results.evaluations[subject.name] = ModelEvaluation(subject.name)
-        _measure(prepared, subject, results)
-        _answer(prepared, subject, results, progress)
-        if (weights := subject.weights_fingerprint()) is not None:
-            results.identities[subject.name]["weights"] = weights
-        subject.free()
+    for evaluated in prepared.models.values():
+        results.identities[evaluated.name] = evaluated.identity()
+        results.evaluations[evaluated.name] = ModelEvaluation(evaluated.name)
+        _measure(prepared, evaluated, results)
+        _answer(prepared, evaluated, results)
+        if (weights := evaluated.weights_fingerprint()) is not None:
+            results.identities[evaluated.name]["weights"] = weights
+        evaluated.free()
     for questions in prepared.questions.values():
-        _judge(prepared, questions, results, progress)
+        _judge(prepared, questions, results)
     report = suite_report(prepared, results)
     write_report(prepared.folder, report)
     write_whole(prepared.folder / "manifest.json", manifest(prepared, results))
@@ -82,50 +73,68 @@ def run_suite(
     return report
 
 
-def _measure(prepared: Prepared, subject: EvaluatedModel, results: Results) -> None:
+def _measure(prepared: Prepared, evaluated: EvaluatedModel, results: Results) -> None:
     """All likelihood benchmarks of one model."""
-    evaluation = results.evaluations[subject.name]
+    evaluation = results.evaluations[evaluated.name]
     for name, benchmark in prepared.benchmarks.items():
-        path = prepared.folder / name / "results" / f"{subject.name}.json"
+        path = prepared.folder / name / "results" / f"{evaluated.name}.json"
         key = {
             "benchmark": prepared.suite.benchmarks[name].model_dump(mode="json"),
             "data": benchmark.data,
-            "model": results.identities[subject.name],
+            "model": results.identities[evaluated.name],
             "batch_size": prepared.suite.batch_size,
             "versions": versions(("daekit", "torch", "transformers")),
         }
         measured = load_measured(path, key)
         if measured is not None:
-            print(f"[{subject.name}] {name}: measured before, kept", flush=True)
+            print(f"[{evaluated.name}] {name}: measured before, kept", flush=True)
         else:
             start = time.perf_counter()
-            measured = benchmark.measure(subject.model(), subject.tokenizer, prepared.suite.batch_size)
+            progress = Progress(f"[{evaluated.name}] {name}", "rows")
+            measured = benchmark.measure(evaluated.model(), evaluated.tokenizer, prepared.suite.batch_size, progress)
+            progress.close()
             save_measured(path, key, measured)
-            print(f"[{subject.name}] {name}: measured in {time.perf_counter() - start:.1f} s", flush=True)
+            print(f"[{evaluated.name}] {name}: measured in {time.perf_counter() - start:.1f} s", flush=True)
         evaluation.values.update(measured.values)
         evaluation.generated.update(measured.generated)
-        results.measured[subject.name, name] = measured
+        results.measured[evaluated.name, name] = measured
 
 
-def _answer(prepared: Prepared, subject: EvaluatedModel, results: Results, progress: ProgressFactory | None) -> None:
+def _answer(prepared: Prepared, evaluated: EvaluatedModel, results: Results) -> None:
     """All questions, to one model."""
     for questions in prepared.questions.values():
-        answer_all(
-            subject,
-            questions.conversations,
-            questions.how,
-            questions.store(subject),
-            batch_size=prepared.suite.batch_size,
-            where=questions.where,
-            calls=questions.folder / "calls" / subject.name,
-            max_calls=prepared.options.max_calls,
-            budgets=results.budgets.setdefault((str(subject.spec.url), str(subject.spec.served_model)), []),
-            allowed=prepared.options.allowed,
-            progress=progress and progress(f"{subject.name}: {questions.name}", "answers"),
-        )
+        store, how = questions.store(evaluated), questions.how
+        missing = open_conversations(questions.conversations, store)
+        progress = Progress(f"[{evaluated.name}] {questions.name}", "answers")
+        if evaluated.is_endpoint and missing:
+            spec = endpoint_of(evaluated, how, prepared.options.max_calls)
+            folder = questions.folder / "calls" / evaluated.name
+            with _client(prepared, results, spec, folder, f"models.{evaluated.name}", progress) as client:
+                answer_by_client(client, missing, how, store, questions.where)
+        elif missing:
+            answer_all(
+                evaluated,
+                questions.conversations,
+                how,
+                store,
+                batch_size=prepared.suite.batch_size,
+                where=questions.where,
+                progress=progress,
+            )
+        progress.close()
 
 
-def _judge(prepared: Prepared, questions: Questions, results: Results, progress: ProgressFactory | None) -> None:
+def _client(
+    prepared: Prepared, results: Results, spec: JudgeSpec, folder: Path, role: str, progress: ProgressFunction | None
+) -> ChatClient:
+    """A client whose limits hold for all that its endpoint was sent in this run."""
+    before = results.budgets.setdefault((spec.endpoint, spec.name), [])
+    client = ChatClient(spec, folder, role=role, before=before, allowed=prepared.options.allowed, progress=progress)
+    before.append(client.budget)
+    return client
+
+
+def _judge(prepared: Prepared, questions: Questions, results: Results) -> None:
     """The answers of all models to one benchmark's questions."""
     if questions.judge is None:
         results.notes.append(f"{questions.name}: answered, but not judged: the suite names no judge.")
@@ -137,15 +146,8 @@ def _judge(prepared: Prepared, questions: Questions, results: Results, progress:
         "bootstrap": prepared.suite.bootstrap,
     }
     path = Path(spec.path).expanduser()
-    before = results.budgets.setdefault((questions.judge.endpoint, questions.judge.name), [])
-    with ChatClient(
-        questions.judge,
-        questions.judgments,
-        before=before,
-        allowed=prepared.options.allowed,
-        progress=progress and progress(f"judge of {questions.name}", "judgments"),
-    ) as client:
-        before.append(client.budget)
+    progress = Progress(f"[judge] {questions.name}", "judgments")
+    with _client(prepared, results, questions.judge, questions.judgments, "judge", progress) as client:
         if isinstance(spec, MTBenchSpec):
             results.judged[questions.name] = judge_mt_bench(
                 client, path, answers, questions.judgments, mode=spec.mode, baseline=spec.baseline, **common
@@ -155,13 +157,14 @@ def _judge(prepared: Prepared, questions: Questions, results: Results, progress:
             results.judged[questions.name] = judge_alpaca_eval(
                 client, spec.annotator, path, outputs, questions.judgments, **common
             )
+    progress.close()
 
 
 def _answers(prepared: Prepared, questions: Questions, write: bool) -> dict[str, list[dict[str, Any]]]:
     """Model -> its records, in the order of the questions; those of models whose answers are all there."""
     found = {}
-    for name, subject in prepared.subjects.items():
-        store = questions.store(subject, write)
+    for name, evaluated in prepared.models.items():
+        store = questions.store(evaluated, write)
         if not open_conversations(questions.conversations, store):
             found[name] = [store.records[each.id] for each in questions.conversations]
     return found
@@ -180,12 +183,12 @@ def _outputs(questions: Questions, answers: Mapping[str, list[dict[str, Any]]]) 
 
 
 def _say_what_would_be_done(prepared: Prepared) -> None:
-    for name, subject in prepared.subjects.items():
-        print(f"{name}: {subject.spec.url or subject.spec.path}")
+    for name, evaluated in prepared.models.items():
+        print(f"{name}: {evaluated.spec.url or evaluated.spec.path}")
         for benchmark in prepared.benchmarks:
             print(f"  {benchmark}: {type(prepared.suite.benchmarks[benchmark]).__name__.removesuffix('Spec')}")
         for questions in prepared.questions.values():
-            missing = open_conversations(questions.conversations, questions.store(subject, write=False))
+            missing = open_conversations(questions.conversations, questions.store(evaluated, write=False))
             print(f"  {questions.name}: {len(missing)} of {len(questions.conversations)} questions to answer")
     for questions in prepared.questions.values():
         estimate = _estimate(prepared, questions)
@@ -195,7 +198,7 @@ def _say_what_would_be_done(prepared: Prepared) -> None:
 def _estimate(prepared: Prepared, questions: Questions) -> Estimate | None:
     if questions.judge is None:
         return None
-    spec, path, models = questions.spec, Path(questions.spec.path).expanduser(), list(prepared.subjects)
+    spec, path, models = questions.spec, Path(questions.spec.path).expanduser(), list(prepared.models)
     there = _answers(prepared, questions, write=False)
     whole = len(there) == len(models)
     if isinstance(spec, MTBenchSpec):

@@ -1,0 +1,211 @@
+"""The caches of a recipe's teachers: which there are, what is missing of them, made before any model of the stage is loaded."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import cached_file
+
+from daekit.errors import UserError
+from daekit.models.adapters import base_spec
+from daekit.models.identity import fingerprint_of_files
+from daekit.models.vocabulary import vocabulary_size
+from daekit.protocol import Teacher
+from daekit.recipe import student_key
+from daekit.recipe.adapter_config import BARE_BASE
+from daekit.recipe.schema import DAEStage, ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.runtime.models import ModelBuilder
+from daekit.teachers import CachedTeacher, ModelTeacher, write_cache
+from daekit.teachers.cache import CacheRow, CacheStore, require_facts, rows_of_examples
+from daekit.trainers import DomainSFTConfig
+from daekit.trainers.distributed import rounding
+from daekit.trainers.prepared import rows_of_trainer, rows_trainer
+
+Key = tuple[str | int, ...]  # below a stage
+_SECONDS = 10  # between two lines of progress
+
+
+def make_caches(
+    recipe: Recipe, name: str, models: ModelBuilder, args: DomainSFTConfig, train_dataset: Dataset, eval_dataset: Any
+) -> dict[Key, CachedTeacher]:
+    """Key of a teacher below the stage -> its cache, whole; what is missing is made, one teacher in memory at a time.
+
+    Every rank calls it and writes its part.
+
+    Args:
+        recipe: the recipe.
+        name: of the stage.
+        models: of the run.
+        args: config of the stage's trainer.
+        train_dataset: its rows.
+        eval_dataset: the rows that it is evaluated on while it trains.
+
+    Raises:
+        UserError: what ``write_cache`` refuses.
+    """
+    stage = recipe.stages[name]
+    kept = {key: spec for key, spec in stage.teachers_by_key().items() if spec.cache is not None}
+    if not kept:
+        return {}
+    trainer = rows_trainer(models.tokenizer, args, train_dataset, eval_dataset)
+    unset_hf_deepspeed_config()  # the trainer has set it, and a teacher that is loaded now would be split
+    rows_of: dict[str, list[CacheRow]] = {}
+    for example in rows_of_trainer(trainer):
+        rows_of.setdefault(str(example["domain"]), []).extend(rows_of_examples([example]))
+    sources = _Sources(recipe, name, models)
+    directories = {key: sources.directory(spec) for key, spec in kept.items()}
+    state = PartialState()
+    for directory in dict.fromkeys(directories.values()):
+        keys = [key for key, other in directories.items() if other == directory]  # equal teachers share it
+        domains = {domain for key in keys for domain in _domains(recipe, name, key, list(rows_of))}
+        rows = [row for domain in rows_of if domain in domains for row in rows_of[domain]]
+        with rounding(trainer.accelerator):
+            _write_missing(sources, kept[keys[0]], directory, rows, state)
+        state.wait_for_everyone()
+    frozen = [*stage.teachers_by_key(), *([("reference",)] if stage.type == "dae" else [])]
+    if state.is_main_process and all(key in kept or _is_labels(stage, key) for key in frozen):
+        print(f"[{name}] every frozen model is read from its cache: none is loaded", flush=True)
+    caches = {directory: CachedTeacher(directory, models.tokenizer) for directory in dict.fromkeys(directories.values())}
+    return {key: caches[directory] for key, directory in directories.items()}
+
+
+def _domains(recipe: Recipe, name: str, key: Key, present: list[str]) -> list[str]:
+    """The domains whose rows follow a teacher."""
+    stage = recipe.stages[name]
+    if not isinstance(stage, DAEStage):
+        return present
+    return [str(key[1])] if key[0] == "teachers" else list(stage.reference_domains)
+
+
+def _is_labels(stage: StageSpec, key: Key) -> bool:
+    spec = stage.teachers_by_key().get(key)
+    return spec is not None and spec.labels
+
+
+def _write_missing(sources: _Sources, spec: TeacherSpec, directory: Path, rows: list[CacheRow], state: PartialState) -> None:
+    """Write what is missing of one cache; the teacher is loaded only if something is, and freed."""
+    name, facts = sources.name, sources.settings(spec) | {"source": sources.of(spec)}
+    if _is_whole(directory, rows, facts):
+        if state.is_main_process:
+            print(f"[{name}] cache complete, kept: {directory}", flush=True)
+        return
+    start, last = time.perf_counter(), 0.0
+
+    def progress(written: int, total: int) -> None:
+        nonlocal last
+        now = time.perf_counter() - start
+        if state.is_main_process and (now - last > _SECONDS or written == total):
+            last = now
+            print(f"[{name}] cache: {written:,} of {total:,} loss tokens, {now:.0f} s -> {directory}", flush=True)
+
+    write_cache(
+        sources.live(spec, state.device),
+        rows,
+        directory,
+        tokenizer=sources.models.tokenizer,
+        device=state.device,
+        ranks=(state.process_index, state.num_processes),
+        progress=progress,
+        **facts,
+    )
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_whole(directory: Path, rows: list[CacheRow], facts: Mapping[str, Any]) -> bool:
+    try:
+        store = CacheStore(directory)
+    except UserError:
+        return False  # write_cache says what is wrong, or mends it
+    require_facts(directory, store.facts, facts)
+    return all(row.key in store.index for row in rows if len(row.offsets))
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Whose distributions a stage's caches hold."""
+
+    recipe: Recipe
+    name: str
+    models: ModelBuilder
+
+    def directory(self, spec: TeacherSpec) -> Path:
+        """Where the cache of a teacher lies: the recipe's path, or a folder of the run named by what the values depend on."""
+        assert spec.cache is not None
+        if spec.cache.path is not None:
+            return Path(spec.cache.path)
+        facts = json.dumps([self.of(spec), self.settings(spec)], sort_keys=True)
+        return self.models.folder.cache(hashlib.sha256(facts.encode()).hexdigest()[:12])
+
+    def settings(self, spec: TeacherSpec) -> dict[str, Any]:
+        """The arguments of ``write_cache`` that decide the values."""
+        assert spec.cache is not None
+        stage, end = self.recipe.stages[self.name], self.models.tokenizer.eos_token_id
+        if spec.cache.keep == "top_k":
+            forced = [] if end is None else [end]
+            return {"keep": "top_k", "k": spec.cache.k, "temperature": stage.loss.temperature, "forced_ids": forced}
+        if spec.cache.keep == "sampled":
+            return {"keep": "sampled", "draws": spec.cache.draws, "seed": self._seed}
+        return {"keep": "hidden"}
+
+    @property
+    def _seed(self) -> int:
+        seed = self.recipe.stages[self.name].seed
+        return self.recipe.seed if seed is None else seed
+
+    def live(self, spec: TeacherSpec, device: Any) -> Teacher:
+        """The teacher itself, loaded; the reference without a model is the student as the stage finds it."""
+        if spec.model is None and not spec.ensemble:
+            student = self.models.student(self.recipe, self.name, self._seed)
+            return ModelTeacher(student, vocabulary_size(self.models.tokenizer), "reference")
+        student_spec = self.recipe.stages[self.name].student
+        assert student_spec is not None, "a resolved recipe names every student"
+        return self.models.on_base({"": self.models.teacher(spec)}, student_spec, device)[""]
+
+    def of(self, spec: TeacherSpec) -> dict[str, Any]:
+        """What tells a teacher from others without loading it: contents of its files, precision, quantisation, weights."""
+        student = self.recipe.stages[self.name].student
+        assert student is not None, "a resolved recipe names every student"
+        if spec.model is not None:
+            return {"models": [self._contents(spec.model, student)]}
+        if spec.ensemble:
+            members = [self._contents(member.model, student) for member in spec.ensemble]
+            return {"models": members, "weights": [member.weight for member in spec.ensemble], "average": spec.average}
+        if student.init is not None:
+            made = self.models.folder.student(student_key(self.recipe, self.name)).model
+            return {"models": [self._contents(ModelSpec(path=str(made.resolve())), None)]}
+        seed = {"seed": self._seed} if student.config else {}
+        return {"models": [self._contents(student, None) | seed]}
+
+    def _contents(self, spec: ModelSpec, student: ModelSpec | None) -> dict[str, Any]:
+        """Facts of one model; an adapter of the student's base has those of the base, too."""
+        placed = self.models.placed(spec)
+        if placed.adapter is not None:
+            adapter = None if placed.adapter == BARE_BASE else fingerprint_of_files(Path(placed.adapter))
+            base = base_spec(placed if student is None else self.models.placed(student))
+            return {"adapter": adapter, "base": self._contents(base, None)}
+        facts: dict[str, Any] = {"dtype": placed.dtype, "quantization": placed.quantization}
+        if placed.config is not None:
+            return facts | {"config": json.loads(json.dumps(placed.config, default=str))}
+        assert placed.path is not None
+        folder = Path(placed.path)
+        return facts | {"files": fingerprint_of_files(folder) if folder.is_dir() else _hub_commit(placed)}
+
+
+def _hub_commit(spec: ModelSpec) -> str:
+    """``ID@COMMIT`` of a model of the hub."""
+    assert spec.path is not None
+    config = cached_file(spec.path, "config.json", revision=spec.revision)
+    return f"{spec.path}@{Path(config).parent.name}"

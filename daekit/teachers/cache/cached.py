@@ -1,0 +1,164 @@
+"""A teacher that is read from disk: nothing is loaded but its output head, and only where hidden states are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from daekit.errors import UserError
+from daekit.models.vocabulary import tokenizer_facts
+from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, OutputHead, TeacherOutput
+from daekit.recipe.objective import Objective
+from daekit.teachers.cache.asking import autocast_dtype
+from daekit.teachers.cache.rows import CacheRow, rows_of_batch
+from daekit.teachers.cache.store import CacheStore, RowValues, require_facts
+from daekit.teachers.cache.values import read_sampled, read_top_k
+
+
+class CachedTeacher:
+    """What a teacher said about rows when ``write_cache`` asked it.
+
+    A row is found by its token ids and loss positions, wherever it lies in a batch, padded or packed. Where hidden states are
+    kept, its outputs are those of the live teacher to the bit, as far as those do not depend on the shape of the batch (see
+    docs/caches.md).
+
+    Args:
+        directory: a cache that is whole.
+        tokenizer: the student's, compared with that of the cache.
+
+    Raises:
+        UserError: no whole cache; another tokenizer.
+    """
+
+    def __init__(self, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.store = CacheStore(directory)
+        self.facts = self.store.facts
+        self._heads: list[OutputHead] | None = None
+        self._device = torch.device("cpu")
+        if tokenizer is not None:
+            self.require_tokenizer(tokenizer)
+
+    def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
+        """One output for all loss positions, on the device of the batch.
+
+        Raises:
+            UserError: rows that are not in the cache; a corrupt shard; hidden states under another autocast.
+        """
+        if capture is not None:
+            raise _no_features()
+        device = batch.labels_BT.device
+        rows = [row for row in rows_of_batch(batch) if len(row.offsets)]
+        self.require_rows(rows)
+        values = [self.store.row(row.key) for row in rows]
+        positions_M = torch.arange(batch.labels_N.numel(), device=device)
+        if self.facts["keep"] == "hidden":
+            if self.facts["autocast"] != (now := autocast_dtype(device)):
+                raise UserError(
+                    f"{self.store.directory}: its hidden states were made with autocast {self.facts['autocast']} and the "
+                    f"student runs with {now} (bf16, fp16 of the trainer); use the same, or write another cache"
+                )
+            return [TeacherOutput(positions_M, self._members(values, device), self.facts["average"])]
+        if not rows:  # a rank that asks only because another must
+            return [TeacherOutput(positions_M, self._no_member(device))]
+        vocab_size = self.facts["vocab_size"]
+        if self.facts["keep"] == "top_k":
+            top_k = read_top_k(values, self.facts["temperature"], vocab_size, device)
+        else:
+            top_k = read_sampled(values, self.facts["draws"], vocab_size, device)
+        return [TeacherOutput(positions_M, (), top_k=top_k)]
+
+    def _members(self, values: Sequence[RowValues], device: torch.device) -> tuple[Member, ...]:
+        members = []
+        for index, (about, head) in enumerate(zip(self.facts["members"], self._heads_on(device), strict=True)):
+            parts = [row.of(f"hidden.{index}") for row in values]
+            empty = torch.empty(0, about["width"], dtype=getattr(torch, self.facts["dtype"][index]))
+            members.append(Member(torch.cat(parts or [empty]).to(device), head, about["weight"]))
+        return tuple(members)
+
+    def _no_member(self, device: torch.device) -> tuple[Member, ...]:
+        head = OutputHead(torch.zeros(self.facts["vocab_size"], 1, device=device), None, self.facts["vocab_size"])
+        return (Member(torch.zeros(0, 1, device=device), head),)
+
+    def _heads_on(self, device: torch.device) -> list[OutputHead]:
+        if self._heads is None or self._heads[0].weight.device != device:
+            tensors: dict[str, Tensor] = {name: each.to(device) for name, each in self.store.heads().items()}
+            self._heads = [
+                OutputHead(
+                    tensors[f"weight.{index}"],
+                    tensors.get(f"bias.{index}"),
+                    self.facts["vocab_size"],
+                    about["scale"],
+                    about["softcap"],
+                )
+                for index, about in enumerate(self.facts["members"])
+            ]
+        return self._heads
+
+    def feature_layers(self, spec: FeatureSpec) -> list[FeatureLayers]:
+        """Refused: queries, keys and the hidden states of layers are not kept."""
+        raise _no_features()
+
+    def to(self, device: torch.device) -> CachedTeacher:
+        """Nothing to move: outputs are on the device of the batch."""
+        return self
+
+    def identity(self) -> dict[str, object]:
+        """The facts that decide the values: teacher, what is kept of it, temperature, precision, tokenizer."""
+        return {"kind": "cache"} | {key: value for key, value in self.facts.items() if key != "source"}
+
+    def require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Compare a tokenizer with that of the cache, by content."""
+        require_facts(self.store.directory, self.facts, {"tokenizer": tokenizer_facts(tokenizer)})
+
+    def require_objective(self, objective: Objective) -> None:
+        """Refuse losses that this cache cannot serve.
+
+        Raises:
+            UserError: another temperature, a divergence that drawn tokens do not give, features of layers.
+        """
+        if objective.attention_weight or objective.hidden_weight:
+            raise _no_features()
+        kept, directory = self.facts["keep"], self.store.directory
+        if kept == "hidden" or not objective.prediction_weight:
+            return
+        if objective.temperature != self.facts["temperature"]:
+            raise UserError(
+                f"temperature: the loss has {objective.temperature} and {directory} was made at {self.facts['temperature']} "
+                f"(keep: {kept}); use the same, write another cache, or keep hidden states, which serve every temperature"
+            )
+        if kept == "sampled" and objective.divergence != "forward_kl":
+            raise UserError(
+                f"divergence: {objective.divergence} with {directory} (keep: sampled); drawn tokens give forward_kl only. Use "
+                "it, or keep hidden or top_k"
+            )
+
+    def require_rows(self, rows: Iterable[CacheRow]) -> None:
+        """Refuse rows that are not there; those without loss need not be.
+
+        Raises:
+            UserError: it counts them and names the first.
+        """
+        missing, asked = [], 0
+        for row in rows:
+            if len(row.offsets):
+                asked += 1
+                if row.key not in self.store.index:
+                    missing.append(row)
+        if missing:
+            self.store.check_all()  # a key that changed on the disk is no missing row
+            raise UserError(
+                f"{self.store.directory}: {len(missing):,} of {asked:,} rows are not in this cache (first: {missing[0]}). It "
+                "knows rows by token ids and loss positions: other data, another chat template or max_length, or packing that "
+                "splits rows, make other rows. Write it again with these rows: only they are computed."
+            )
+
+
+def _no_features() -> UserError:
+    return UserError(
+        "attention_weight, hidden_weight: a cache keeps a teacher's distributions, not what its layers did (queries, keys and "
+        "hidden states of all layers would be 10 to 100 times as large). Set both to 0, or leave `cache` out."
+    )

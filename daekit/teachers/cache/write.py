@@ -1,0 +1,215 @@
+"""Writes a cache: each different row through the teacher once, shard by shard, so that a stopped run goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from daekit.errors import UserError
+from daekit.files import file_hash
+from daekit.models.vocabulary import tokenizer_facts
+from daekit.protocol import Teacher
+from daekit.teachers.cache.asking import AskedTeacher, autocast_dtype, head_tensors, require_one_teacher
+from daekit.teachers.cache.rows import KEY_BYTES, CacheRow, rows_of_examples
+from daekit.teachers.cache.store import (
+    FACTS,
+    FORMAT,
+    HEADS,
+    MANIFEST,
+    CacheStore,
+    Shard,
+    alone,
+    committed_shard,
+    read_json,
+    require_facts,
+    write_facts,
+    write_file,
+    write_shard,
+    writer_lock,
+)
+from daekit.teachers.cache.values import CacheFormat, stacked, values_of
+
+Progress = Callable[[int, int], None]
+
+
+def write_cache(
+    teacher: Teacher,
+    rows: Iterable[Any],
+    directory: str | Path,
+    *,
+    keep: str = "hidden",
+    k: int = 64,
+    draws: int = 50,
+    temperature: float = 1.0,
+    seed: int = 0,
+    forced_ids: Sequence[int] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    source: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+    batch_tokens: int = 8192,
+    shard_bytes: int = 2**28,
+    ranks: tuple[int, int] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Keep what a teacher says about rows; what is there already is not computed again.
+
+    Rows run padded to a multiple of 64 tokens, as they do in a training with ``pad_to_multiple_of=64``. Memory: the teacher,
+    the values of one shard, and 4 bytes per token of all rows.
+
+    Args:
+        teacher: a model, adapter or ensemble; of a routed teacher each part has its own cache.
+        rows: tokenised rows (``trainer.train_dataset``), or Batches; see ``rows_of_examples``. Equal rows are kept once.
+        directory: of the cache; made if it is not there.
+        keep: ``hidden``: hidden states and output head, exact for every divergence and temperature; ``top_k``: the ``k`` most
+            likely tokens, with the label and ``forced_ids`` among them, and the log-mass of all others, at ``temperature``;
+            ``sampled``: ``draws`` drawn tokens, with ``seed``, for forward KL at temperature 1.
+        k: see keep.
+        draws: see keep, at most 255.
+        temperature: see keep.
+        seed: see keep.
+        forced_ids: see keep.
+        tokenizer: whose ids the rows are; kept by content, so that another one is refused when the cache is used.
+        source: further facts, JSON-able, that must be the same wherever this cache is written or used.
+        device: where the teacher runs; default: it stays where it is.
+        batch_tokens: tokens per forward, padding included; a longer row runs alone.
+        shard_bytes: size of a file, about.
+        ranks: (rank, world) of this process, which writes the shards ``rank, rank + world, ...``; default: those of
+            torch.distributed. Every rank must be given the same rows. Whoever is last writes the manifest.
+        progress: called with the loss tokens that this rank has written, and will have.
+
+    Raises:
+        UserError: the directory holds the cache of another teacher, tokenizer, temperature or format; another process writes
+            it; the disk is full; a teacher that cannot be kept.
+    """
+    form = CacheFormat(keep, k, draws, temperature, seed, tuple(forced_ids))
+    require_one_teacher(teacher)
+    kept = {row.key: row for row in rows_of_examples(rows) if len(row.offsets)}
+    if not kept:
+        raise UserError("rows: none of them has a token that carries loss, so there is nothing to keep")
+    rank, world = ranks or ((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))
+    with writer_lock(Path(directory), rank):
+        writer = _Writer(AskedTeacher(teacher, device), form, Path(directory), batch_tokens)
+        facts = writer.begin(next(iter(kept.values())), tokenizer, source)
+        writer.write(list(kept.values()), facts, shard_bytes, rank, world, progress)
+
+
+@dataclass
+class _Writer:
+    asked: AskedTeacher
+    form: CacheFormat
+    directory: Path
+    batch_tokens: int
+
+    def begin(
+        self, row: CacheRow, tokenizer: PreTrainedTokenizerBase | None, source: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """Ask the teacher about one row, compare or write the facts and the heads."""
+        output, _ = self.asked.ask([row])
+        members = output.members
+        facts = self.form.facts() | {
+            "format": FORMAT,
+            "teacher": self.asked.identity,
+            "tokenizer": None if tokenizer is None else tokenizer_facts(tokenizer),
+            "source": None if source is None else dict(source),
+            "autocast": autocast_dtype(self.asked.device),
+            "dtype": [str(member.hidden_MH.dtype).removeprefix("torch.") for member in members],
+            "vocab_size": members[0].head.vocab_size,
+        }
+        self.token_bytes = self.form.token_bytes([m.hidden_MH.shape[1] * m.hidden_MH.element_size() for m in members])
+        heads = b""
+        if self.form.keep == "hidden":
+            facts["average"] = output.average
+            facts["members"] = [
+                {"weight": m.weight, "scale": m.head.scale, "softcap": m.head.softcap, "width": m.hidden_MH.shape[1]}
+                for m in members
+            ]
+            heads = save(head_tensors(output))
+        with alone(self.directory):
+            if (self.directory / FACTS).is_file():
+                require_facts(self.directory, read_json(self.directory / FACTS), facts)
+            else:
+                write_facts(self.directory / FACTS, facts)
+            if heads and not ((self.directory / HEADS).is_file() and (self.directory / HEADS).read_bytes() == heads):
+                write_file(self.directory / HEADS, heads)
+            self.heads_hash = file_hash(self.directory / HEADS) if heads else None
+        return read_json(self.directory / FACTS)
+
+    def write(
+        self, rows: list[CacheRow], facts: dict[str, Any], shard_bytes: int, rank: int, world: int, progress: Progress | None
+    ) -> None:
+        """Compute this rank's shards of the rows that are missing; the last rank that is ready writes the manifest."""
+        there = (self.directory / MANIFEST).is_file()
+        store = CacheStore(self.directory, mending=True) if there else None
+        kept = {} if store is None else {int(shard.file[6:11]): shard for shard in store.shards}
+        missing = rows if store is None else [row for row in rows if row.key not in store.index]
+        groups = _shards_of(missing, self.token_bytes, shard_bytes)
+        free = (number for number in range(len(kept) + len(groups)) if number not in kept)
+        plan = [(number, group, _plan_hash(group)) for number, group in zip(free, groups, strict=True)]
+        own = plan[rank::world]
+        total, written = sum(len(row.offsets) for _, group, _ in own for row in group), 0
+        for number, group, keys in own:
+            if committed_shard(self.directory, number, keys) is None:
+                write_shard(self.directory, number, self._values(group), keys)
+            written += sum(len(row.offsets) for row in group)
+            if progress is not None:
+                progress(written, total)
+        made = {number: committed_shard(self.directory, number, keys) for number, _, keys in plan}
+        if all(made.values()):
+            with alone(self.directory):
+                self._finish(facts, kept | made)  # type: ignore[arg-type]
+
+    def _values(self, rows: list[CacheRow]) -> dict[str, Tensor]:
+        """The tensors of a shard; rows of about the same length run together."""
+        values: list[dict[str, Tensor]] = [{} for _ in rows]
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
+        start = 0
+        while start < len(order):
+            end = start + 1
+            while end < len(order) and (end + 1 - start) * self.asked.padded(rows[order[end]]) <= self.batch_tokens:
+                end += 1
+            chosen = order[start:end]
+            output, labels_N = self.asked.ask([rows[index] for index in chosen])
+            found = values_of(self.form, output, labels_N, [rows[index] for index in chosen])
+            for index, value in zip(chosen, found, strict=True):
+                values[index] = value
+            start = end
+        return stacked(values, rows)
+
+    def _finish(self, facts: dict[str, Any], shards: Mapping[int, Shard]) -> None:
+        """Write the manifest, then remove what belongs to no shard of it."""
+        named = [shards[number] for number in sorted(shards)]
+        made_by = {name: version(name) for name in ("daekit", "torch", "transformers")}
+        content = {"facts": facts, "heads": self.heads_hash, "shards": [vars(shard) for shard in named], "versions": made_by}
+        write_facts(self.directory / MANIFEST, content)
+        known = {name for shard in named for name in (shard.file, shard.file.replace(".safetensors", ".json"))}
+        for path in self.directory.iterdir():
+            if path.name.startswith("shard-") and path.name not in known:
+                path.unlink()
+
+
+def _shards_of(rows: list[CacheRow], token_bytes: int, shard_bytes: int) -> list[list[CacheRow]]:
+    """The rows in their order, in groups that make a file of about ``shard_bytes`` each."""
+    groups: list[list[CacheRow]] = []
+    room = 0
+    for row in rows:
+        size = len(row.offsets) * token_bytes + KEY_BYTES + 8
+        if room < size or not groups:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(row)
+        room -= size
+    return groups
+
+
+def _plan_hash(rows: Iterable[CacheRow]) -> str:
+    return hashlib.sha256(b"".join(row.key for row in rows)).hexdigest()[:32]
