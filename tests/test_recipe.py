@@ -98,7 +98,7 @@ def test_a_student_without_a_model_is_the_stage_before() -> None:
 def test_defaults_are_resolved() -> None:
     recipe = load(BASE + "evaluation: {}\ntokenizer: {train: {vocab_size: 100}}\n")
     assert recipe.evaluation is not None and recipe.tokenizer is not None and recipe.tokenizer.train is not None
-    assert recipe.evaluation.names == ("kd", "dae")
+    assert recipe.evaluation.names == ("student-as-it-was", "kd", "dae")
     assert recipe.evaluation.sources == ("shop",)
     assert recipe.tokenizer.train.sources == ("shop", "general")
 
