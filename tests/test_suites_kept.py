@@ -89,6 +89,22 @@ def test_tokenizers_that_only_cut_otherwise_are_told_apart(tmp_path):
     assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path)) != before
 
 
+def test_chat_templates_are_compared_by_the_tokens_that_they_make():
+    tokenizer = tiny.tokenizer()
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}w3{% endif %}"
+    seen = []
+    for each in (template, template.replace("for m in", "for  m  in")):
+        tokenizer.chat_template = each
+        seen.append(tokenizer_fingerprint(tokenizer))
+    assert seen[0] == seen[1]
+    tokenizer.chat_template = template.replace("{{ m.role }} ", "w1 {{ m.role }} ")
+    assert tokenizer_fingerprint(tokenizer) != seen[0]
+    tokenizer.chat_template = "{{ strftime_now('%H:%M:%S.%f') }} w2"
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(tokenizer)
+    tokenizer.chat_template = None
+    assert tokenizer_fingerprint(tokenizer) != seen[0]
+
+
 def test_models_that_drop_other_rows_are_not_compared(world, tmp_path):
     other = save(tmp_path / "other", 3)
     tokenizer = tiny.tokenizer()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from daekit.data.responses import render
 from daekit.errors import UserError
 from daekit.files import directory_hashes
 from daekit.generation.local import device
@@ -144,6 +145,14 @@ class EvaluatedModel:
         return chain
 
 
+_PROBES = (
+    (("user", " A question? "),),
+    (("system", "Be brief."), ("user", "One")),
+    (("user", "One"), ("assistant", " Two\n"), ("user", "Three")),
+    (("user", "One"), ("assistant", "<think>a</think>Two")),
+)
+
+
 def file_fingerprint(directory: Path) -> dict[str, str] | None:
     """File -> hash of all of it: weights and configs of a directory; None for a hub id.
 
@@ -153,14 +162,30 @@ def file_fingerprint(directory: Path) -> dict[str, str] | None:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the vocabulary, of how a text is cut, of the special tokens and the chat template."""
+    """Hash of the vocabulary, of how a text is cut, of the special tokens and of the tokens that the chat template makes."""
     facts = [
         sorted(tokenizer.get_vocab().items()),
         sorted(map(str, tokenizer.special_tokens_map.items())),
-        tokenizer.chat_template,
+        _template_tokens(tokenizer),
     ]
     if tokenizer.is_fast:
         how = json.loads(tokenizer.backend_tokenizer.to_str())
         # padding and truncation are those of the last call
         facts.append({key: value for key, value in how.items() if key not in ("padding", "truncation")})
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
+def _template_tokens(tokenizer: PreTrainedTokenizerBase) -> list[list[int] | str] | None:
+    """The tokens of some conversations: templates whose texts differ but which make the same tokens are the same."""
+    if tokenizer.chat_template is None:
+        return None
+    made: list[list[int] | str] = []
+    for probe in _PROBES:
+        messages = [{"role": role, "content": text} for role, text in probe]
+        for opened in (False, True):
+            try:
+                options = {"strftime_now": lambda _: "01 Jan 2024"}  # a template that names today would be another one tomorrow
+                made.append(render(tokenizer, messages, "a probe", options=options, add_generation_prompt=opened)["input_ids"])
+            except UserError:  # it refuses the roles
+                made.append("refused")
+    return made
