@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from daekit.errors import UserError
-from daekit.models import quantiser, quantization
+from daekit.models import quantization
+from daekit.models import quantized_loading as quantiser
 from daekit.models.adapters import load_continued, load_frozen, require_adapters_fit
 from daekit.models.backbone import add_on_hidden, frozen_copy, frozen_forward, hidden_at_loss_positions
 from daekit.models.experts import IMPLEMENTATION, PROJECTIONS, QuantisedExperts, quantise_experts

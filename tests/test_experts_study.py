@@ -38,6 +38,8 @@ def _recipes(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     Path("data").mkdir()
     for family in study.FAMILIES:
         Path(f"data/{family}-train.jsonl").touch()
+    for name in ("student", "numbers-expert", "shop-expert"):  # as the study's first recipe leaves them
+        Path(f"teachers/stages/{name}/model").mkdir(parents=True)
     return {name: load_recipe(study.RECIPES / f"{name}.yaml") for name in ("teachers", "contestants")}
 
 

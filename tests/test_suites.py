@@ -176,7 +176,7 @@ def test_trust_is_given_to_the_path_and_not_to_the_base_that_an_adapter_names(tm
     assert not (tmp_path / "ran").exists()
     facts["base_model_name_or_path"] = str(adapter)
     (adapter / "adapter_config.json").write_text(json.dumps(facts))
-    with pytest.raises(UserError, match=r"models\.m: the adapter .* names .* as its base"):
+    with pytest.raises(UserError, match="leads back to the adapter itself"):
         _ = EvaluatedModel("m", SubjectSpec(path=str(adapter))).config
 
 

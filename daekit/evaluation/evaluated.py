@@ -137,10 +137,6 @@ class EvaluatedModel:
         chain = [str(self.spec.path)]
         while (Path(chain[-1]).expanduser() / ADAPTER_CONFIG).is_file():
             base = read_adapter_config(chain[-1])["base_model_name_or_path"]
-            if base in chain:
-                raise UserError(
-                    f"models.{self.name}: the adapter {chain[-1]} names {base} as its base, and that is an adapter on it"
-                )
             chain.append(base)
         return chain
 
