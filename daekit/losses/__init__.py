@@ -17,7 +17,7 @@ The loss of one step, in the order in which it is computed:
     nothing of size N x V exists, and the backward pass only scales what is there.
 7.  All values are summed over the positions, in float64. With attention_weight and hidden_weight times the means over layers
     (and heads) of their sums this is the sum of the micro-batch.
-8.  The trainer divides once, by the loss tokens of the global batch: all ranks, all micro-batches (``trainers/kd.py``).
+8.  The trainer divides once, by the loss tokens of the global batch: all ranks, all micro-batches (``trainers/loss.py``).
 """
 
 from daekit.losses.prediction import PredictionSums, prediction_loss

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from daekit.models.sharded import gathered
 
 _SAMPLES = 64
-_BLOCK = 4096  # bytes
 
 
 def fingerprint(model: nn.Module, only: str = "") -> str:
@@ -37,24 +35,4 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
             index = torch.linspace(0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
             values = flat[index.to(flat.device)].double().tolist()
             digest.update(repr((name, tuple(whole.shape), str(whole.dtype), values)).encode())
-    return digest.hexdigest()[:16]
-
-
-def fingerprint_of_files(folder: Path) -> str:
-    """Hash of the configs of a model's or adapter's directory, and of size, head and 64 evenly spaced blocks of its weights.
-
-    As ``fingerprint``, it reads little of a model of any size and loads nothing; it is another hash.
-    """
-    digest = hashlib.sha256()
-    configs = [path for name in ("config.json", "adapter_config.json") if (path := folder / name).is_file()]
-    for path in sorted([*configs, *folder.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(repr((path.name, size)).encode())
-        starts = range(0, size, _BLOCK) if size <= _SAMPLES * _BLOCK else (size * part // _SAMPLES for part in range(_SAMPLES))
-        with path.open("rb") as file:
-            for start in starts:
-                file.seek(start)
-                digest.update(file.read(_BLOCK))
-            file.seek(max(size - _BLOCK, 0))
-            digest.update(file.read(_BLOCK))
     return digest.hexdigest()[:16]

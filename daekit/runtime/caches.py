@@ -18,12 +18,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import cached_file
 
 from daekit.errors import UserError
+from daekit.files import directory_hashes
 from daekit.models.adapters import base_spec
-from daekit.models.identity import fingerprint_of_files
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Teacher
 from daekit.recipe import student_key
-from daekit.recipe.adapter_config import BARE_BASE
+from daekit.recipe.adapter_config import ADAPTER_CONFIG, BARE_BASE, read_adapter_config
 from daekit.recipe.schema import DAEStage, ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.runtime.models import ModelBuilder
 from daekit.teachers import CachedTeacher, ModelTeacher, write_cache
@@ -193,15 +193,26 @@ class _Sources:
         """Facts of one model; an adapter of the student's base has those of the base, too."""
         placed = self.models.placed(spec)
         if placed.adapter is not None:
-            adapter = None if placed.adapter == BARE_BASE else fingerprint_of_files(Path(placed.adapter))
+            adapter = None if placed.adapter == BARE_BASE else _file_hashes(Path(placed.adapter))
             base = base_spec(placed if student is None else self.models.placed(student))
             return {"adapter": adapter, "base": self._contents(base, None)}
         facts: dict[str, Any] = {"dtype": placed.dtype, "quantization": placed.quantization}
         if placed.config is not None:
             return facts | {"config": json.loads(json.dumps(placed.config, default=str))}
         assert placed.path is not None
-        folder = Path(placed.path)
-        return facts | {"files": fingerprint_of_files(folder) if folder.is_dir() else _hub_commit(placed)}
+        folder = Path(placed.path).expanduser()
+        if not folder.is_dir():
+            return facts | {"files": _hub_commit(placed)}
+        facts["files"] = _file_hashes(folder)
+        if (folder / ADAPTER_CONFIG).is_file():  # it is merged into the base that it names
+            base = read_adapter_config(folder)["base_model_name_or_path"]
+            facts["base"] = self._contents(placed.model_copy(update={"path": base, "revision": None}), None)
+        return facts
+
+
+def _file_hashes(folder: Path) -> dict[str, str] | None:
+    """File -> hash of all of it: a training may have changed no more than one layer."""
+    return directory_hashes(folder, (".safetensors", "config.json"))
 
 
 def _hub_commit(spec: ModelSpec) -> str:

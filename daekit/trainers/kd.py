@@ -1,4 +1,4 @@
-"""Knowledge distillation: SFTTrainer plus a teacher. All that leans on private names of TRL and transformers is in this file.
+"""Knowledge distillation: SFTTrainer plus a teacher. The overrides of TRL's private methods are in this file.
 
 ``KDTrainer`` is one class on top of ``trl.SFTTrainer``; what it does beside the loss lies in objects that it holds: rows
 (``data.py``), per-domain metrics (``token_metrics.py``), checkpoints and resume (``resume.py``), features (``features.py``).

@@ -75,7 +75,7 @@ def rows_of_examples(examples: Iterable[Any]) -> Iterator[CacheRow]:
             has = f"the columns {', '.join(map(str, example))}" if isinstance(example, Mapping) else type(example).__name__
             raise UserError(
                 f"example {number}: a cache is made of tokenised rows (input_ids, labels), and this has {has}. Give the "
-                "data set of a trainer (trainer.train_dataset), or prepare it with daekit.trainers.prepared_rows."
+                "data set of a trainer (trainer.train_dataset), or prepare it with daekit.trainers.prepared.prepared_rows."
             )
 
 
