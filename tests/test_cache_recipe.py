@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from daekit.errors import UserError
 from daekit.recipe import load_recipe_text, stage_key, to_yaml
@@ -96,6 +99,21 @@ def test_a_path_that_holds_another_teachers_cache_is_refused_before_anything_is_
     with pytest.raises(UserError, match=r"is the cache of something else .*source: "):
         cache_teachers(recipe(world, tmp_path / "two", f"stages.kd.teacher={{{theirs}, {kept}}}"))
     assert made == []
+
+
+def test_an_adapters_cache_is_not_taken_for_one_on_another_base(world: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(world / "base", base)
+    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapter.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "adapter")
+    teacher = f"stages.kd.teacher={{path: {tmp_path}/adapter, cache: {{keep: hidden, path: {tmp_path}/shared}}}}"
+    cache_teachers(recipe(world, tmp_path / "one", teacher))
+    weights = load_file(base / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"is the cache of something else .*source: "):
+        cache_teachers(recipe(world, tmp_path / "two", teacher))
 
 
 def test_top_k_sampled_and_labels_in_a_recipe(world: Path, tmp_path: Path) -> None:
