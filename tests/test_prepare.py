@@ -16,9 +16,11 @@ from daekit.cli import main
 from daekit.errors import UserError
 from daekit.recipe import load_recipe_text
 from daekit.recipe.schema import Recipe
+from daekit.runtime.folders import RunFolder
 from daekit.runtime.prepare import prepare
 from daekit.runtime.preview import preview
 from daekit.runtime.run import run_recipe
+from daekit.runtime.student import require_one_process
 from tests.helpers import tiny
 from tests.helpers.adapter_world import save_base
 
@@ -348,3 +350,53 @@ def test_the_report_scores_the_tokens_that_the_stages_train_on(world: Path) -> N
     for overrides, scored in (([], "w7 </s>"), (whole, "w0 w5 w1 w7 </s>")):
         row = prepare(recipe(world, *overrides)).data.evaluation_sets["shop"].rows[0]
         assert tiny.tokenizer().decode([label for label in row.labels if label >= 0]) == scored
+
+
+# ---- what several stages and the report need of each other -------------------------------------------------------------
+
+
+def test_a_lost_result_is_made_again_although_a_later_stage_is_open(world: Path) -> None:
+    run_recipe(recipe(world))
+    stages = world / "run" / "stages"
+    shutil.rmtree(stages / "expert" / "model")
+    (stages / "aligned" / "stage.json").unlink()
+    assert {"expert", "aligned"} <= set(prepare(recipe(world)).stages)
+    run_recipe(recipe(world))
+    assert (stages / "expert" / "model" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("step", [1, 777])
+def test_a_checkpoint_that_a_stage_will_not_have_is_told_before_it_trains(step: int, world: Path) -> None:
+    student = f"stages.cut.student=stage:aligned@checkpoint-{step}"
+    with pytest.raises(UserError, match=rf"stages.cut.student.*no checkpoint-{step}.* checkpoint-2"):
+        prepare(recipe(world, student))
+    with pytest.raises(UserError, match=rf"evaluation.models.other.*no checkpoint-{step}"):
+        prepare(recipe(world, f"evaluation.models=[{{name: other, stage: aligned, checkpoint: {step}}}]"))
+    prepare(recipe(world, "stages.cut.student=stage:aligned@checkpoint-2"))
+
+
+def test_a_model_of_the_report_is_looked_at_before_the_training(world: Path) -> None:
+    other_tokens(world)
+    overrides = ["stages.cut.teacher=OUT/base", "evaluation.models=[expert, {other: OUT/teacher}]"]
+    with pytest.raises(UserError, match=r"evaluation\.models\.other: .*tokenizer is not the student's"):
+        prepare(recipe(world, *overrides))
+
+
+def test_a_report_is_not_kept_when_its_rows_have_changed(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["sources.chat.holdout=null", "sources.chat.validation=OUT/v.jsonl"]
+    shutil.copy(world / "general.jsonl", world / "v.jsonl")
+    for rows, kept in (("general", False), ("general", True), ("shop", False)):
+        shutil.copy(world / f"{rows}.jsonl", world / "v.jsonl")
+        run_recipe(recipe(world, *overrides))
+        assert ("[report] complete, kept" in capsys.readouterr().out) == kept
+
+
+def test_several_processes_do_not_begin_before_a_student_is_made(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"stages.cut.student: .*run `daekit init RECIPE` first"):
+        require_one_process(recipe(world), "cut", RunFolder(world / "run"))
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adafactor"])
+def test_optimizers_that_need_a_model_are_left_to_the_trainer(optim: str, world: Path) -> None:
+    prepare(recipe(world, f"stages.expert.trainer.optim={optim}"))

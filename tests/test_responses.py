@@ -56,6 +56,18 @@ def test_all_assistant_turns_where_it_has_markers() -> None:
     assert loss_words({"messages": CONVERSATION}, tokenizer(tiny.CHAT_TEMPLATE)) == "w20 w21 </s> w30 w31 w32 </s>"
 
 
+def test_a_marked_turn_whose_last_character_has_no_token_is_refused() -> None:
+    dropped = tiny.CHAT_TEMPLATE.replace("{% endgeneration %}", "{{ '\\n' }}{% endgeneration %}")
+    with pytest.raises(UserError, match="2 assistant turns are 1 marked pieces"):
+        loss_words({"messages": CONVERSATION}, tokenizer(dropped))
+
+
+def test_a_prompt_beside_messages_does_not_change_what_carries_loss(tmp_path: Path) -> None:
+    rows = [{"messages": CONVERSATION, "prompt": "w6 w7"}] * 4
+    trainer = sft(tmp_path, Dataset.from_list(rows))
+    assert trainer.data_counts["train"]["general"].kept_tokens == 4 * 7
+
+
 @pytest.mark.parametrize("family", ["qwen3", "llama3", "gemma", "phi3"])
 def test_common_families_have_templates_with_markers(family: str) -> None:
     found = ResponseLabels.of(tokenizer(getattr(chat_template_utils, f"{family}_chat_template")))

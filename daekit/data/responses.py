@@ -82,7 +82,9 @@ class ResponseLabels:
         whole = self._render(messages, options, tokenizer, where, markers=self.markers)
         ids = whole["input_ids"]
         if self.markers:
-            labels = [token if mask else IGNORE_INDEX for token, mask in zip(ids, whole["assistant_masks"], strict=True)]
+            mask = whole["assistant_masks"]
+            _require_apart(messages, mask, where)
+            labels = [token if marked else IGNORE_INDEX for token, marked in zip(ids, mask, strict=True)]
         else:
             start, end = self._last_turn(messages, ids, options, tokenizer, where)
             labels = [token if start <= place < end else IGNORE_INDEX for place, token in enumerate(ids)]
@@ -115,6 +117,26 @@ class ResponseLabels:
         self, messages: list[Any], options: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, **how: bool
     ) -> dict[str, list[int]]:
         return render(tokenizer, messages, where, template=self.template, options=options, **how)
+
+
+def _require_apart(messages: list[Any], mask: list[int], where: str) -> None:
+    """Every assistant turn that stands between other turns must be one marked piece of the tokens.
+
+    transformers looks up the tokens of a marked text by its first and last character. Where the tokenizer drops that character
+    (white space at the end), its mask runs on to the end of the row: over the user's words.
+
+    Raises:
+        UserError: fewer pieces than assistant turns.
+    """
+    assistant = [message["role"] == "assistant" and bool(message.get("content")) for message in messages]
+    turns = sum(now and not before for now, before in zip(assistant, [False, *assistant], strict=False))
+    pieces = sum(bool(now) and not before for now, before in zip(mask, [0, *mask], strict=False))
+    if pieces < turns:
+        raise UserError(
+            f"{where}: its {turns} assistant turns are {pieces} marked pieces of its tokens, so what carries loss cannot be "
+            "told: the tokenizer drops white space at the edge of a {% generation %} block, or the template marks some turns "
+            "only. Mend tokenizer.chat_template, give rows of prompt and completion, or set assistant_only_loss to false."
+        )
 
 
 def render(

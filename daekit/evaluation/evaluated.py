@@ -159,7 +159,7 @@ def file_fingerprint(directory: Path) -> dict[str, str] | None:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the vocabulary, of how a text is cut, of the special tokens and of the tokens that the chat template makes."""
-    facts = [
+    facts: list[Any] = [
         sorted(tokenizer.get_vocab().items()),
         sorted(map(str, tokenizer.special_tokens_map.items())),
         _template_tokens(tokenizer),
@@ -171,17 +171,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 
-def _template_tokens(tokenizer: PreTrainedTokenizerBase) -> list[list[int] | str] | None:
+def _template_tokens(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
     """The tokens of some conversations: templates whose texts differ but which make the same tokens are the same."""
     if tokenizer.chat_template is None:
         return None
-    made: list[list[int] | str] = []
+    made: list[Any] = []
     for probe in _PROBES:
         messages = [{"role": role, "content": text} for role, text in probe]
         for opened in (False, True):
             try:
                 options = {"strftime_now": lambda _: "01 Jan 2024"}  # a template that names today would be another one tomorrow
-                made.append(render(tokenizer, messages, "a probe", options=options, add_generation_prompt=opened)["input_ids"])
+                rendered = render(tokenizer, messages, "a probe", options=options, add_generation_prompt=opened)
+                made.append([*rendered["input_ids"]])
             except UserError:  # it refuses the roles
                 made.append("refused")
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -53,6 +54,13 @@ class EvaluationSet:
     overlong: int = 0
     max_length: int | None = None
     left_out: tuple[int, ...] = ()
+
+    def fingerprint(self) -> str:
+        """A hash of the tokens of all rows and of which of them are scored."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(repr((list(row.input_ids), list(row.labels))).encode())
+        return digest.hexdigest()[:16]
 
     def notes(self, source: str) -> list[str]:
         """What a reader of the report must know about these rows."""

@@ -22,6 +22,14 @@ _HOSTS = {
     "GH_TOKEN": (),
     "AWS_SECRET_ACCESS_KEY": (),
     "AWS_SESSION_TOKEN": (),
+    "AZURE_OPENAI_API_KEY": (".openai.azure.com",),
+    "MISTRAL_API_KEY": (".mistral.ai",),
+    "GOOGLE_API_KEY": (".googleapis.com",),
+    "GEMINI_API_KEY": (".googleapis.com",),
+    "WANDB_API_KEY": (),
+    "NPM_TOKEN": (),
+    "CI_JOB_TOKEN": (),
+    "SSH_KEY": (),
 }
 _SHORTEST_MASKED = 8  # characters; to mask a shorter word in a reply would change what the reply says
 

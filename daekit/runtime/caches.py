@@ -146,7 +146,8 @@ class _Sources:
         assert spec.cache is not None
         if spec.cache.path is not None:
             return Path(spec.cache.path)
-        facts = json.dumps([self.of(spec), self.settings(spec)], sort_keys=True)
+        precision = self.recipe.stages[self.name].trainer.get("bf16")  # a frozen model runs under the student's autocast
+        facts = json.dumps([self.of(spec), self.settings(spec), precision], sort_keys=True)
         return self.models.folder.cache(hashlib.sha256(facts.encode()).hexdigest()[:12])
 
     def settings(self, spec: TeacherSpec) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class RunLock:
     def _is_stale(self, holder: dict[str, Any], locked: bool) -> bool:
         """Whether the process that wrote the file has ended."""
         if holder["machine"] != _machine():
-            return holder["host"] == socket.gethostname()  # this machine has been started anew since
+            # this machine has been started anew since; of a namesake on the same files the kernel's lock would still be held
+            return locked and holder["host"] == socket.gethostname()
         return locked or not _is_alive(holder["process"])
 
     def _refusal(self, holder: dict[str, Any]) -> str:

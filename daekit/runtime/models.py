@@ -30,6 +30,7 @@ class ModelBuilder:
 
     def __init__(self, folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> None:
         self.folder, self.tokenizer = folder, tokenizer
+        self.ahead: frozenset[str] = frozenset()  # while a run is prepared: the stages that it will train
         self._looked_at: set[str] = set()
 
     def start_of(self, recipe: Recipe, name: str) -> ModelSpec:
@@ -78,7 +79,9 @@ class ModelBuilder:
     def is_there(self, spec: ModelSpec) -> bool:
         """Whether what a spec names exists before the run: not the result of a stage that is not complete."""
         origins = [origin for origin in (spec.stage, adapter_stage(spec.adapter)) if origin is not None]
-        return spec.adapter != BARE_BASE and all(self.folder.stage(origin).done.is_file() for origin in origins)
+        return spec.adapter != BARE_BASE and all(
+            self.folder.stage(origin).done.is_file() and origin not in self.ahead for origin in origins
+        )
 
     def without_weights(self, recipe: Recipe, name: str) -> PreTrainedModel | None:
         """The student of a stage on the meta device, in float32; None where it follows from a result that is not there yet."""

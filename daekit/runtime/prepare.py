@@ -24,21 +24,24 @@ from transformers.optimization import get_scheduler
 from daekit.data.mixture import Mixture
 from daekit.data.preparation import DomainCount, fit_to_length
 from daekit.data.rows import form_of
-from daekit.errors import ErrorDetail, UserError
+from daekit.errors import ErrorDetail, UserError, listed
 from daekit.evaluation.suites import Options
 from daekit.evaluation.suites.prepare import prepare as prepare_suite
 from daekit.generation import Permissions
-from daekit.recipe.schema import Recipe, StageSpec
+from daekit.recipe.model import ModelSpec
+from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe, StageSpec
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.kept import ahead
 from daekit.runtime.models import ModelBuilder, specs_of
-from daekit.runtime.student import require_cuttable
+from daekit.runtime.student import require_cuttable, require_one_process
 from daekit.runtime.trainer import naming, peft_config, training_arguments
 from daekit.trainers import DomainSFTConfig
 
 _KEY = re.compile(r"((?:sources|stages|tokenizer|evaluation)\b[\w.-]*|output_dir): (.*)", re.DOTALL)  # of a message
 _ADAM_STATES = 2  # values per trained value that the usual optimizers keep
+_NEED_A_MODEL = ("lomo", "adalomo", "galore", "apollo")  # optimizers that transformers makes for a model only
+_ASKING = ("mt_bench", "alpaca_eval")  # benchmarks whose questions go through a chat template
 
 
 @dataclass(frozen=True)
@@ -130,17 +133,35 @@ def prepare(recipe: Recipe, allowed: Permissions = Permissions()) -> Prepared:  
         _ = data.tokenizer
     found.raise_if_any()
     prepared = Prepared(recipe, folder, data, ModelBuilder(folder, data.tokenizer))
+    prepared.models.ahead = frozenset(stages)
     for name in stages:
         _prepare_stage(prepared, name, found)
     if recipe.evaluation is not None:
-        if recipe.evaluation.sources and not found:
-            with found.at("evaluation"):
-                _ = data.evaluation_sets
-        for index, suite in enumerate(recipe.evaluation.suites):
-            with found.at(f"evaluation.suites.{index}"):
-                prepare_suite(suite, Options(allowed=allowed))
+        _prepare_evaluation(prepared, recipe.evaluation, allowed, found)
     found.raise_if_any()
+    prepared.models.ahead = frozenset()
     return prepared
+
+
+def _prepare_evaluation(prepared: Prepared, evaluation: EvaluationSpec, allowed: Permissions, found: Found) -> None:
+    """The report's models and rows, and the suites."""
+    for each in evaluation.models:
+        with found.at(f"evaluation.models.{each.name}"):
+            _require_checkpoint(prepared, each)
+            if each.name != STUDENT_AS_IT_WAS:  # it has been looked at with its stage
+                prepared.models.look_at(each)
+    if evaluation.sources and not found:
+        with found.at("evaluation"):
+            _ = prepared.data.evaluation_sets
+    for index, suite in enumerate(evaluation.suites):
+        with found.at(f"evaluation.suites.{index}"):
+            prepare_suite(suite, Options(allowed=allowed))
+            asking = [name for name, benchmark in suite.benchmarks.items() if benchmark.type in _ASKING]
+            if asking and prepared.data.tokenizer.chat_template is None:
+                raise UserError(
+                    f"benchmarks.{asking[0]} asks the models of this run, and their tokenizer has no chat template; set "
+                    "tokenizer.chat_template, or measure them with suites that need none"
+                )
 
 
 def _sources(recipe: Recipe, stages: list[str]) -> list[str]:
@@ -178,11 +199,13 @@ def _prepare_stage(prepared: Prepared, name: str, found: Found) -> None:
         _require_usable(arguments)
     for key, spec in specs_of(stage):
         with found.at(f"{where}.{key}"):
+            _require_checkpoint(prepared, spec)
             models.look_at(spec)
     with found.at(where):
         models.require_adapters_fit(stage)
     if stage.student is not None and stage.student.init is not None:
         with found.at(f"{where}.student"):
+            require_one_process(recipe, name, prepared.folder)
             require_cuttable(recipe, name, data, models)
     student: PreTrainedModel | None = None
     with found.at(f"{where}.student"):
@@ -206,7 +229,8 @@ def _prepare_stage(prepared: Prepared, name: str, found: Found) -> None:
 def _require_usable(arguments: DomainSFTConfig) -> None:
     """What transformers would say of options when the training begins: trackers, optimizer, scheduler."""
     get_reporting_integration_callbacks(arguments.report_to)
-    Trainer.get_optimizer_cls_and_kwargs(arguments)
+    if not arguments.optim.startswith(_NEED_A_MODEL):
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     get_scheduler(
         arguments.lr_scheduler_type,
@@ -251,7 +275,8 @@ def _require_space(root: Path, name: str, ready: PreparedStage, student: PreTrai
     adapter = hasattr(student, "peft_config")
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
     whole = trained if adapter else sum(p.numel() * p.element_size() for p in student.parameters())
-    checkpoint = whole + _ADAM_STATES * trained if _saves(ready) else 0
+    states = _ADAM_STATES if ready.arguments.optim.startswith("adamw_torch") else 0  # others keep less: not sure to fail
+    checkpoint = whole + states * trained if _checkpoints(ready.arguments, len(ready.mixture.dataset)) else 0
     if whole + checkpoint > free:
         raise UserError(
             f"{root} has {free / 1e9:.1f} GB free, but stage {name!r} writes a model of {whole / 1e9:.1f} GB and "
@@ -259,14 +284,29 @@ def _require_space(root: Path, name: str, ready: PreparedStage, student: PreTrai
         )
 
 
-def _saves(ready: PreparedStage) -> int:
-    """How many checkpoints lie on the disk at a time."""
-    arguments = ready.arguments
+def _require_checkpoint(prepared: Prepared, spec: ModelSpec) -> None:
+    """UserError for a checkpoint that a stage of this run will not have kept when it is over."""
+    ready = prepared.stages.get(spec.stage or "")
+    if spec.checkpoint is None or ready is None or spec.stage is None:
+        return
+    if prepared.folder.stage(spec.stage).is_begun or ready.arguments.save_strategy not in ("steps", "no"):
+        return  # what lies there, and what depends on the course of the run, is looked at when it is used
+    kept = _checkpoints(ready.arguments, len(ready.mixture.dataset))
+    if spec.checkpoint not in kept:
+        raise UserError(
+            f"stage {spec.stage!r} will have no checkpoint-{spec.checkpoint}: with its save_strategy, save_steps and "
+            f"save_total_limit it ends with {listed(f'checkpoint-{step}' for step in kept[-5:])}"
+        )
+
+
+def _checkpoints(arguments: DomainSFTConfig, rows: int) -> list[int]:
+    """The steps whose checkpoints lie on the disk at the end of a stage that saves by steps."""
     if arguments.save_strategy == "no":
-        return 0
+        return []
     steps = arguments.max_steps
     if steps <= 0:
         batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        steps = math.ceil(len(ready.mixture.dataset) / batch * arguments.num_train_epochs)
-    every = arguments.save_steps if arguments.save_steps >= 1 else max(1, math.ceil(arguments.save_steps * steps))
-    return min(math.ceil(steps / every), arguments.save_total_limit or steps)
+        steps = math.ceil(rows / batch * arguments.num_train_epochs)
+    every = int(arguments.save_steps if arguments.save_steps >= 1 else max(1, math.ceil(arguments.save_steps * steps)))
+    saved = sorted({*range(every, steps + 1, every), steps})
+    return saved[-(arguments.save_total_limit or len(saved)) :]

@@ -183,7 +183,8 @@ def _report(prepared: Prepared, state: PartialState) -> None:
     assert recipe.evaluation is not None
     sources = {name: recipe.sources[name].model_dump(mode="json") for name in recipe.evaluation.sources}
     stages = {name: folder.stage(name).done.read_text() for name in recipe.stages}
-    key = {"evaluation": recipe.evaluation.model_dump(mode="json"), "sources": sources, "stages": stages}
+    rows = {name: each.fingerprint() for name, each in prepared.data.evaluation_sets.items()}
+    key = {"evaluation": recipe.evaluation.model_dump(mode="json"), "sources": sources, "stages": stages, "rows": rows}
     key_file = folder.report / "report_key.json"
     if key_file.is_file() and json.loads(key_file.read_text()) == key:
         print(f"[report] complete, kept: {folder.report / 'report.html'}", flush=True)

@@ -13,11 +13,10 @@ from accelerate import PartialState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from daekit.data.mixture import Mixture
-from daekit.errors import UserError
 from daekit.files import write_json
 from daekit.models.loading import load_model
 from daekit.models.sharded import shape_of
-from daekit.recipe import sharing_notes, stage_key, student_key, to_yaml
+from daekit.recipe import sharing_notes, stage_key, to_yaml
 from daekit.recipe.schema import ModelSpec, Recipe
 from daekit.report.provenance import commit, versions
 from daekit.runtime.data import DataBuilder
@@ -82,11 +81,6 @@ def _make_student(
     spec = recipe.stages[name].student
     if spec is None or spec.init is None:
         return
-    if state.num_processes > 1 and not folder.student(student_key(recipe, name)).is_complete:
-        raise UserError(
-            f"stages.{name}.student: is made from its teacher in one process; run `daekit init RECIPE` first (if the "
-            "teacher is a stage of this recipe: `daekit train RECIPE` without accelerate launch up to there)"
-        )
     build_student(recipe, name, folder, data, models, state.device)
     free_memory()
 

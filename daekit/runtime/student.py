@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,15 @@ from daekit.students.calibration import require_enough
 from daekit.students.shapes import require_possible
 
 Rows = Sequence[TokenRow]
+
+
+def require_one_process(recipe: Recipe, name: str, folder: RunFolder) -> None:
+    """UserError for a student that is yet to be made by a run of several processes: none could wait for a search of hours."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not folder.student(student_key(recipe, name)).is_complete:
+        raise UserError(
+            f"stages.{name}.student: is made from its teacher in one process; run `daekit init RECIPE` first (if the "
+            "teacher is a stage of this recipe: `daekit train RECIPE` without accelerate launch up to there)"
+        )
 
 
 def build_student(

@@ -110,7 +110,7 @@ class RowPreparation:
     ) -> Dataset | IterableDataset:
         """``messages`` rows with their ids and labels; rows of other forms as they are."""
         row = first_row(dataset, name)
-        if {"input_ids", "prompt"} & row.keys() or not {"messages", "conversations"} & row.keys():
+        if "input_ids" in row or {"prompt", "completion"} <= row.keys() or not {"messages", "conversations"} & row.keys():
             return dataset
         labels = ResponseLabels.of(tokenizer)
         logger.warning("%s: loss on the response only: %s", name, labels.description)
