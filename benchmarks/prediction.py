@@ -21,7 +21,7 @@ from measure import Outcome, Work
 from torch import Tensor
 
 from daekit.losses import Objective, prediction_loss
-from daekit.losses.prediction import chunk_tokens
+from daekit.losses.prediction import tokens_per_chunk
 from daekit.protocol import Member, OutputHead, TeacherOutput
 
 BETA = 0.5  # of jsd
@@ -156,7 +156,7 @@ def liger(shape: Shape) -> Work:
 @torch.no_grad()
 def floor_products(shape: Shape, inputs: Inputs) -> Outcome:
     """Both projections, the gradient of the hidden states and, if it is trained, that of the head; nothing between them."""
-    step = chunk_tokens(shape.V, shape.device.type == "cuda")
+    step = tokens_per_chunk(shape.V, shape.device.type == "cuda")
     grad_hidden = torch.empty_like(inputs.hidden_NH)
     grad_weight = torch.zeros_like(inputs.weight_VH) if shape.trained_head else None
     for start in range(0, shape.N, step):

@@ -151,7 +151,7 @@ def model_types() -> frozenset[str]:
     auto = FilePath(places[0]) / "models" / "auto" if places else None
     files = [] if auto is None else [auto / "auto_mappings.py", auto / "configuration_auto.py"]
     texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
-    found = {name for text in texts for name in re.findall(r"\"([\w-]+)\"[,:] \"\w+Config\"", text)}
+    found = {name for text in texts for name in re.findall(r"\"([\w.-]+)\"[,:] \"\w+Config\"", text)}
     return frozenset(found if "mistral" in found else ())
 
 

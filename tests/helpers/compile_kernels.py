@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from daekit.losses import DIVERGENCES
 from daekit.losses.kernels import attention, prediction
 
 Case = tuple[str, Any, str, dict[str, Any]]  # name, kernel, dtype of its matrices, constants and launch options
@@ -25,7 +26,7 @@ Case = tuple[str, Any, str, dict[str, Any]]  # name, kernel, dtype of its matric
 
 def prediction_cases() -> Iterator[Case]:
     for dtype in ("bf16", "fp32"):
-        for divergence in prediction.DIVERGENCES:
+        for divergence in DIVERGENCES:
             for full in (True, False):
                 constants = dict(TEACHER=True, DIVERGENCE=divergence, TEMPERED=full, SOFTCAP=full, GRADIENT=True, CE=full)
                 name = f"{divergence} {dtype}{' tempered capped ce' if full else ''}"
