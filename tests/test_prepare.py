@@ -399,4 +399,5 @@ def test_several_processes_do_not_begin_before_a_student_is_made(world: Path, mo
 
 @pytest.mark.parametrize("optim", ["lomo", "adafactor"])
 def test_optimizers_that_need_a_model_are_left_to_the_trainer(optim: str, world: Path) -> None:
-    prepare(recipe(world, f"stages.expert.trainer.optim={optim}"))
+    stages = prepare(recipe(world, f"stages.expert.trainer.optim={optim}")).stages
+    assert stages["expert"].arguments.optim == optim
