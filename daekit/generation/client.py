@@ -18,7 +18,7 @@ from daekit.generation.keys import Permissions, endpoint_key
 from daekit.generation.local_chat import LocalChat, model_fingerprint
 from daekit.generation.store import UNREADABLE, ReplyStore
 from daekit.progress import ProgressFunction
-from daekit.recipe.judge import JudgeSpec, judge_problems
+from daekit.recipe.judge import JudgeSpec
 
 _LONGEST_WAIT = 60.0  # seconds of our own back-off
 _LONGEST_ASKED = 600.0  # seconds of an endpoint's Retry-After; a request is given up rather than sent before that
@@ -244,7 +244,7 @@ class ChatClient:
 
 def require_sound(spec: JudgeSpec) -> None:
     """Raises: UserError: the spec contradicts itself."""
-    problems = [f"judge.{key}: {sentence}" for key, sentence in judge_problems(spec)]
+    problems = [f"judge.{key}: {sentence}" for key, sentence in spec.problems()]
     if problems:
         raise UserError("\n".join(problems))
 
