@@ -10,8 +10,8 @@ from types import TracebackType
 
 from daekit.errors import UserError
 from daekit.generation.budget import Budget, Counter
-from daekit.generation.calls import ChatReply, ChatRequest, lacks_logprobs, read_reply
 from daekit.generation.caller import Caller, GivenUp, run
+from daekit.generation.calls import ChatReply, ChatRequest, lacks_logprobs, read_reply
 from daekit.generation.endpoint import Endpoint, PassingFailure
 from daekit.generation.keys import Permissions, endpoint_key
 from daekit.generation.local_chat import LocalChat, model_fingerprint

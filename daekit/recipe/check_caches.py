@@ -41,8 +41,8 @@ def check_served(stage: KDStage | DAEStage, path: Path, errors: Errors) -> None:
         for weight in ("attention_weight", "hidden_weight"):
             if getattr(loss, weight) > 0:
                 reason = "no layers" if teacher.labels else "distributions alone, not what layers did"
-                message = f"{what} ({where}) has {reason}; set it to 0" + (", or leave `cache` out" if what == "a cache" else "")
-                errors.add_check((*path, "loss", weight), message)
+                or_else = ", or leave `cache` out" if what == "a cache" else ""
+                errors.add_check((*path, "loss", weight), f"{what} ({where}) has {reason}; set it to 0{or_else}")
         if served and loss.temperature != 1.0:
             message = f"a server ({where}) sends log-probabilities at temperature 1, and a tail cannot be tempered; set it to 1"
             errors.add_check((*path, "loss", "temperature"), message)

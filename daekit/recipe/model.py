@@ -195,7 +195,7 @@ class ServerSpec(Spec):
     """A teacher behind a completions API that scores prompts (vLLM's ``prompt_logprobs``), with the student's tokenizer."""
 
     base_url: Text = Field(description="Such as http://localhost:8000/v1.")
-    model: Text = Field(description="The name that the server knows it by; a cache and a resumed run know it by this name, too.")
+    model: Text = Field(description="The name that the server knows it by; so do caches and resumed runs.")
     k: Whole = Field(
         20,
         ge=2,
@@ -221,8 +221,8 @@ class TeacherSpec(Spec):
     """One teacher: a model, an ensemble of several, a model that is served elsewhere, or the labels.
 
     Whatever is a model is a teacher too; an ensemble is ``{ensemble: [{model: M, weight: W}, ...], average: logits}``;
-    ``{base_url: URL, model: NAME}`` is a ``ServerSpec``; ``labels`` are the rows' own tokens. With ``cache`` a model or an ensemble is read from disk; ``reference: {cache: ...}`` is
-    the student as the stage finds it.
+    ``{base_url: URL, model: NAME}`` is a ``ServerSpec``; ``labels`` are the rows' own tokens. With ``cache`` any of them but
+    labels is read from disk; ``reference: {cache: ...}`` is the student as the stage finds it.
     """
 
     NOUN: ClassVar = "a path or a mapping"
