@@ -93,9 +93,8 @@ def _teachers(
     elif isinstance(stage, DAEStage):
         assert name is not None
         specs = stage.teachers | dict.fromkeys((*stage.reference_domains, _REFERENCE), _reference_of(recipe, name, models))
-    specs = {
-        domain: spec for domain, spec in specs.items() if not (spec.labels or spec.server)
-    }  # KL to labels is their NLL; a server says too little
+    # KL to labels is their NLL; a server says too little
+    specs = {domain: spec for domain, spec in specs.items() if not (spec.labels or spec.server)}
     if specs:
         assert stage is not None and stage.student is not None, "a resolved recipe names every student"
         named = {domain: specs[domain] for domain in (*domains, _REFERENCE) if domain in specs}

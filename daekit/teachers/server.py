@@ -141,7 +141,7 @@ class ServerTeacher:
             raise _no_features()
         if objective.prediction_weight and objective.temperature != 1.0:
             raise UserError(
-                f"temperature: the loss has {objective.temperature}, and {self._where} sends log-probabilities at 1, of which a "
+                f"temperature: the loss has {objective.temperature}, and {self._where} sends log-probabilities at 1, whose "
                 "tail cannot be tempered. Use 1."
             )
         if not self._is_looked_at:

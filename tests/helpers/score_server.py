@@ -1,7 +1,8 @@
 """A scripted server on loopback that scores prompts as vLLM's completions API does, by a real model.
 
 ``vllm/entrypoints/openai/completion``: ``prompt`` is a list of ids or a text; the first entry of ``prompt_logprobs`` is null,
-each further one holds the prompt's own token and the K most likely ones (K or K + 1 entries); K beyond ``max_logprobs`` is HTTP 400.
+each further one holds the prompt's own token and the K most likely ones (K or K + 1 entries); K beyond ``max_logprobs`` is
+HTTP 400.
 ``misbehave(call)`` names a fault for the call of that number, counted from 0.
 """
 
