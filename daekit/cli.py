@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
             default=25.0,
             help="what SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C leave the run to save a checkpoint at its next step (default: 25)",
         )
-    for command in (check, preview, train, sweep):
+    for command in (check, preview, cache, train, sweep):
         _add_permissions(command)
     for command in (check, preview, plan, init, cache, train, sweep, quickstart):
         metavar = "key=value" if command is not preview else "[N] key=value"
@@ -306,7 +306,7 @@ def _cache(options: argparse.Namespace) -> None:
 
     from daekit.runtime.run import cache_teachers
 
-    cache_teachers(recipe, options.grace)
+    cache_teachers(recipe, options.grace, _permissions(options))
 
 
 def _train(options: argparse.Namespace) -> None:
