@@ -35,12 +35,12 @@ class LoraSpec(Spec):
     )
 
 
-_FOREIGN_TO_KD = {
+_NOT_IN_KD = {
     "teachers": "a kd stage follows one `teacher` on all rows; for a teacher per domain use type: dae",
     "reference": "a kd stage has no reference; for one use type: dae",
     "reference_domains": "a kd stage has no reference; for one use type: dae",
 }
-_FOREIGN_TO_SFT = {
+_NOT_IN_SFT = {
     "teacher": "an sft stage learns from the data alone; for a teacher use type: kd",
     "teachers": "an sft stage learns from the data alone; for teachers use type: dae",
     "reference": "an sft stage learns from the data alone; for a reference use type: dae",
@@ -168,34 +168,49 @@ class _Distillation(_Stage):
     def problems(self) -> Problems:
         """What its teachers cannot be asked for."""
         yield from super().problems()
-        teachers, loss = self.teachers_by_key(), self.loss
-        for key, teacher in teachers.items():
-            drawn = teacher.labels or (teacher.cache is not None and teacher.cache.keep == "sampled")
-            if drawn and (loss.divergence != "forward_kl" or loss.temperature != 1.0):
+        loss = self.loss
+        for key, teacher in self.teachers_by_key().items():
+            what = "labels" if teacher.labels else "a server" if teacher.server else "a cache" if teacher.cache else None
+            named = f"{what} ({dotted(key)})"
+            if what is not None and loss.on_policy:
+                has = "no teacher that could score" if teacher.labels else "what its teacher said of rows that were there, not"
+                message = f"{named} has {has} what the student is yet to write; set it to 0, or give the teacher itself"
+                yield ("loss", "on_policy"), message
+            if teacher.server is not None and loss.temperature != 1.0:
+                message = f"{named} sends log-probabilities at temperature 1, and a tail cannot be tempered; set it to 1"
+                yield ("loss", "temperature"), message
+            drawn = teacher.cache is not None and teacher.cache.keep == "sampled" and teacher.server is None
+            if (drawn or teacher.labels) and (loss.divergence != "forward_kl" or loss.temperature != 1.0):
                 wrong = "divergence" if loss.divergence != "forward_kl" else "temperature"
-                what = "labels" if teacher.labels else "drawn tokens"
-                yield ("loss", wrong), f"{what} ({dotted(key)}) give forward_kl at temperature 1 only; use it"
+                yield (
+                    ("loss", wrong),
+                    f"{'drawn tokens of ' if drawn else ''}{named} give forward_kl at temperature 1 only; use it",
+                )
             if teacher.is_student and teacher.cache is not None and key != ("reference",):
                 yield key, "only a reference is the student itself; a teacher is a model, an ensemble or labels"
-        for weight in [name for name in ("attention_weight", "hidden_weight") if getattr(loss, name)]:
-            for key, teacher in teachers.items():
-                if teacher.labels:
-                    yield ("loss", weight), f"labels ({dotted(key)}) have no layers; set it to 0"
-                elif teacher.cache is not None:
-                    reason = "distributions alone, not what layers did; set it to 0, or leave `cache` out"
-                    yield ("loss", weight), f"a cache ({dotted(key)}) has {reason}"
+            for weight in [name for name in ("attention_weight", "hidden_weight") if getattr(loss, name)]:
+                if what is not None:
+                    has = "no layers" if teacher.labels else "distributions alone, not what layers did"
+                    or_else = ", or leave `cache` out" if what == "a cache" else ""
+                    yield ("loss", weight), f"{named} has {has}; set it to 0{or_else}"
                 elif teacher.ensemble:
-                    reason = f"set {weight} to 0, or name one model"
-                    yield (
-                        ("loss", weight),
-                        f"an ensemble ({dotted(key)}) has no attention or hidden states of its own; {reason}",
-                    )
+                    message = f"an ensemble ({dotted(key)}) has no attention or hidden states of its own; set {weight} to 0"
+                    yield ("loss", weight), f"{message}, or name one model"
+        if loss.on_policy and self.trainer.get("packing"):
+            yield (
+                ("trainer", "packing"),
+                "lays rows into blocks before the student has written responses; set padding_free, or loss.on_policy to 0",
+            )
+        length = self.trainer.get("max_length")
+        if loss.on_policy and isinstance(length, int) and loss.max_new_tokens >= length:
+            message = f"leaves no room for a prompt within trainer.max_length: {length}; lower it"
+            yield ("loss", "max_new_tokens"), message
 
 
 class SFTStage(_Stage):
     """Cross-entropy on the data's own tokens."""
 
-    ELSEWHERE: ClassVar = _FOREIGN_TO_SFT
+    ELSEWHERE: ClassVar = _NOT_IN_SFT
     type: Annotated[Literal["sft"], Choice]
 
     @property
@@ -207,7 +222,7 @@ class SFTStage(_Stage):
 class KDStage(_Distillation):
     """Follow one teacher on all rows."""
 
-    ELSEWHERE: ClassVar = _FOREIGN_TO_KD
+    ELSEWHERE: ClassVar = _NOT_IN_KD
     type: Annotated[Literal["kd"], Choice]
     teacher: TeacherSpec = Field(description="The teacher to follow.")
 

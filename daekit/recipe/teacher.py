@@ -1,4 +1,4 @@
-"""Whom a student follows: a model, an ensemble of several, or the labels; asked in training, or read from a cache."""
+"""Whom a student follows: a model, an ensemble, one that is served, or the labels; asked in training, or read from a cache."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Field
 
 from daekit.errors import listed
+from daekit.recipe.judge import url_problems
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.reading import Choice, Flag, Number, Problems, Spec, Text, Whole
 
@@ -44,6 +45,30 @@ class CacheSpec(Spec):
         return {"keep": value} if isinstance(value, str) else value
 
 
+class ServerSpec(Spec):
+    """A teacher behind a completions API that scores prompts (vLLM's ``prompt_logprobs``), with the student's tokenizer."""
+
+    base_url: Text = Field(description="Such as http://localhost:8000/v1.")
+    model: Text = Field(description="The name that the server knows it by; so do caches and resumed runs.")
+    k: Whole = Field(
+        20,
+        ge=2,
+        description="Its most likely tokens per position, the label among them; at most the server's --max-logprobs. With a "
+        "cache: `cache.k`.",
+    )
+    api_key_env: Text | None = Field(
+        None, description="Environment variable that holds the key (default: OPENAI_API_KEY at OpenAI's own hosts, else none)."
+    )
+    concurrency: Whole = Field(8, gt=0, description="Calls under way at a time; one call holds one row.")
+    max_retries: Whole = Field(6, ge=0, description="How often a call that failed in passing is sent again.")
+    timeout: Number = Field(120.0, gt=0, description="Seconds for a whole call, its body included.")
+
+    def problems(self) -> Problems:
+        """An URL that is none."""
+        for message in url_problems(self.base_url) if self.base_url is not None else ():
+            yield "base_url", message
+
+
 class WeightedModelSpec(Spec):
     """A member of an ensemble: a model and its weight; the weights of an ensemble sum to 1."""
 
@@ -52,21 +77,22 @@ class WeightedModelSpec(Spec):
 
 
 class TeacherSpec(Spec):
-    """One teacher: a model, an ensemble of several, or the labels.
+    """One teacher: a model, an ensemble of several, a model that is served elsewhere, or the labels.
 
     Whatever is a model is a teacher too; an ensemble is ``{ensemble: [{model: M, weight: W}, ...], average: logits}``;
-    ``labels`` are the rows' own tokens. With ``cache`` a model or an ensemble is read from disk; ``reference: {cache: ...}`` is
-    the student as the stage finds it.
+    ``{base_url: URL, model: NAME}`` is a ``ServerSpec``; ``labels`` are the rows' own tokens. With ``cache`` any of them but
+    labels is read from disk; ``reference: {cache: ...}`` is the student as the stage finds it.
     """
 
     NOUN: ClassVar = "a path or a mapping"
-    ALSO: ClassVar = tuple(name for name in ModelSpec.model_fields if name != "init")
+    ALSO: ClassVar = ("base_url", *(name for name in ModelSpec.model_fields if name != "init"))
 
     model: ModelSpec | None = Field(None, description="The model, if it is one.")
     ensemble: tuple[WeightedModelSpec, ...] = Field((), description="The members, if it is several.")
     average: Annotated[Literal["logits", "probabilities"], Choice] = Field(
         "logits", description="What of an ensemble's members is averaged."
     )
+    server: ServerSpec | None = Field(None, description="Where it is served; its keys are written in its place.")
     labels: Flag = Field(False, description="The labels: forward_kl at temperature 1 is then the cross-entropy with them.")
     cache: CacheSpec | None = Field(None, description="Keep what it says on disk, and do not load it in training.")
 
@@ -77,21 +103,28 @@ class TeacherSpec(Spec):
             return {"labels": True}
         if not isinstance(value, dict):
             return {"model": value} if isinstance(value, str | ModelSpec) else value
-        if value.keys() & cls.model_fields.keys() - {"cache"}:
+        kind = "server" if "base_url" in value else "model"
+        if kind == "model" and value.keys() & cls.model_fields.keys() - {"cache"}:
             return value
-        own = value.keys() if "from" in value else ModelSpec.model_fields.keys()
-        model = {key: below for key, below in value.items() if key in own and key != "cache"}
-        return {key: below for key, below in value.items() if key not in model} | ({"model": model} if model else {})
+        own = value.keys() if value.keys() & {"base_url", "from"} else ModelSpec.model_fields.keys()
+        below = {key: each for key, each in value.items() if key in own and key != "cache"}
+        return {key: each for key, each in value.items() if key not in below} | ({kind: below} if below else {})
 
     def problems(self) -> Problems:
         """Neither one model, nor several, nor the labels; weights that are no mean."""
-        kinds = sum([self.model is not None, bool(self.ensemble), self.labels])
-        if kinds > 1 or (kinds == 0 and self.cache is None):
-            yield (), "a teacher is exactly one of a model, an ensemble and labels"
+        cache, server = self.cache, self.server
+        kinds = sum([self.model is not None, bool(self.ensemble), server is not None, self.labels])
+        if kinds > 1 or (kinds == 0 and cache is None):
+            yield (), "a teacher is exactly one of a model, an ensemble, a served model and labels"
         elif self.changed("average") and not self.ensemble:
             yield "average", "only an ensemble is averaged"
-        if self.labels and self.cache is not None:
+        if self.labels and cache is not None:
             yield "cache", "labels are in the rows already; remove it"
+        if server is not None and cache is not None and cache.keep not in (None, "top_k"):
+            only = "a server sends the log-probabilities of its most likely tokens only; use keep: top_k"
+            yield ("cache", "keep"), f"{cache.keep}: {only}"
+        if server is not None and cache is not None and server.changed("k"):
+            yield "k", "with a cache it is `cache.k`; remove it here"
         weights = [member.weight for member in self.ensemble if member is not None and member.weight is not None]
         if weights and abs(sum(weights) - 1) > _SUM_TOLERANCE:
             yield "ensemble", f"the weights {listed(map(str, weights))} sum to {sum(weights):.6g}, must sum to 1"
@@ -105,13 +138,14 @@ class TeacherSpec(Spec):
     @property
     def is_student(self) -> bool:
         """Whether it is the student as the stage finds it, which only a reference with a cache can be."""
-        return self.model is None and not self.ensemble and not self.labels
+        return self.model is None and self.server is None and not self.ensemble and not self.labels
 
     def compact(self, dumped: dict[str, Any]) -> Any:
         """A model alone is written without its key, labels as that word."""
         if self.labels:
             return "labels"
         kept = {"cache": dumped["cache"]} if self.cache else {}
-        if self.model:
-            return dumped["model"] | kept
+        for kind in ("model", "server"):
+            if getattr(self, kind):
+                return dumped[kind] | kept
         return {key: dumped[key] for key in ("ensemble", "average") if self.ensemble} | kept
