@@ -14,15 +14,12 @@ from daekit.recipe.adapter_config import (
     require_same_base,
     require_shareable,
 )
-from daekit.recipe.bases import base_of, earlier_stages, may_be_one, name_of
 from daekit.recipe.model import ModelSpec
-from daekit.recipe.paths import bad_directory, bad_name, unknown
-from daekit.recipe.reading import Problems
 from daekit.recipe.rows import NO_VALIDATION
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, DAEStage, EvaluatedModel, EvaluationSpec, Recipe, StageSpec
 from daekit.recipe.suite import SuiteSpec
 from daekit.recipe.tree import Path
-from daekit.recipe.validation import Errors
+from daekit.recipe.validation import Errors, Problems, bad_directory, bad_name, dotted, unknown
 
 
 def check_recipe(recipe: Recipe, errors: Errors) -> None:
@@ -59,7 +56,7 @@ def check_recipe(recipe: Recipe, errors: Errors) -> None:
 
 
 def _of_stage(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
-    earlier = earlier_stages(recipe, name)
+    earlier = recipe.earlier_stages(name)
     if stage.student is None and not earlier:
         yield "student", "the first stage has no stage before it to take the student from; give a path, a config or `from`"
     for path, model in stage.models().items():
@@ -128,17 +125,17 @@ def _why_not_earlier(wanted: str, name: str | None, names: list[str], earlier: l
 
 def _of_adapter(recipe: Recipe, name: str, model: ModelSpec) -> Problems:
     """What is wrong with the ``adapter`` of a model of stage ``name``: it is none, or one on another base."""
-    origin, earlier, ours = adapter_stage(model.adapter), earlier_stages(recipe, name), base_of(recipe, name)
+    origin, earlier, ours = adapter_stage(model.adapter), recipe.earlier_stages(name), recipe.base_of(name)
     if origin is not None and origin not in earlier:
         yield "adapter", _why_not_earlier(origin, name, list(recipe.stages), earlier)
     elif origin is not None and recipe.stages[origin] is not None:
-        theirs = base_of(recipe, origin)
+        theirs = recipe.base_of(origin)
         if not recipe.stages[origin].is_lora:
             yield "adapter", f"the stage {origin!r} trains no LoRA adapter; name its result itself: `stage:{origin}`"
-        elif ours is not None and theirs is not None and not may_be_one(ours, theirs):
+        elif ours is not None and theirs is not None and not ours.may_be(theirs):
             yield (
                 "adapter",
-                f"the stage {origin!r} trains an adapter of {name_of(theirs)}, not of this student's base {name_of(ours)}: on "
+                f"the stage {origin!r} trains an adapter of {_name(theirs)}, not of this student's base {_name(ours)}: on "
                 "another base it is another model",
             )
     elif origin is None and model.adapter is not None and model.adapter != BARE_BASE:
@@ -224,3 +221,41 @@ def _of_evaluated(recipe: Recipe, model: EvaluatedModel, path: Path, in_suites: 
             yield path, "random weights are not worth measuring; give a path or a stage"
         elif recipe.stages is not None:
             yield from of_origin(recipe, model, path, stages, None)
+
+
+# ---- notes -----------------------------------------------------------------------------------------------------------
+
+
+def sharing_notes(recipe: Recipe) -> list[str]:
+    """What a resolved recipe does that its author may not want: a base loaded twice, an adapter on another precision."""
+    notes = []
+    for name, stage in recipe.stages.items():
+        base = recipe.base_of(name) if stage.is_lora else None
+        for key, teacher in stage.teachers_by_key().items():
+            model = teacher.model
+            origin = None if model is None else adapter_stage(model.adapter) or model.stage
+            theirs = recipe.base_of(origin) if origin is not None and recipe.stages[origin].is_lora else None
+            if model is None or base is None or theirs is None or not base.may_be(theirs):
+                continue
+            where = dotted(("stages", name, *key))
+            if model.adapter is not None and theirs.quantization != base.quantization:
+                notes.append(
+                    f"{where}: the adapter of stage {origin!r} was trained on a base {_precision(theirs)} and runs on one "
+                    f"{_precision(base)}: it is not quite the same model there"
+                )
+            elif model.adapter is None:
+                notes.append(
+                    f"{where}: stage {origin!r} is a LoRA adapter of this student's base; as {{stage: {origin}}} it is merged "
+                    f"into a second copy of it. {{adapter: stage:{origin}}} runs it on the student's base, loaded once"
+                    + (f" ({_precision(base)}, which is not quite the merged model)" if base.quantization else "")
+                )
+    return notes
+
+
+def _precision(base: ModelSpec) -> str:
+    return f"in {base.quantization}" if base.quantization else "without quantization"
+
+
+def _name(base: ModelSpec) -> str:
+    revision = f" (revision {base.revision})" if base.revision else ""
+    return repr(base.path or (f"stage:{base.stage}" if base.stage else "a config")) + revision

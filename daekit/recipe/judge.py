@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from daekit.recipe.model import Dtype, Quantization
-from daekit.recipe.reading import Choice, Number, Problems, Spec, Text, Whole
+from daekit.recipe.reading import Choice, Number, Spec, Text, Whole
+from daekit.recipe.validation import Problems
 
 
 class JudgeSpec(Spec):

@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from daekit.errors import listed
-from daekit.recipe.paths import missing
-from daekit.recipe.reading import Choice, Flag, Free, Number, Problems, Spec, Text, Whole
+from daekit.recipe.adapter_config import same_base
+from daekit.recipe.reading import Choice, FilePath, Flag, Free, Number, Spec, Text, Whole
+from daekit.recipe.validation import Problems, missing
 
 Quantization = Literal["4bit", "8bit"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -90,12 +91,12 @@ class ModelSpec(Spec):
 
     NOUN: ClassVar = "a path or a mapping"
 
-    path: Text | None = Field(
+    path: FilePath | None = Field(
         None, description="Hub id or directory (a directory that holds a LoRA adapter is loaded on its base and merged)."
     )
     stage: Text | None = Field(None, description="The result of an earlier stage of this recipe.")
     checkpoint: Whole | None = Field(None, ge=1, description="Of `stage`: its checkpoint after so many steps, not its result.")
-    adapter: Text | None = Field(
+    adapter: FilePath | None = Field(
         None,
         description="`stage:NAME` (of an earlier LoRA stage), a directory, or, for a teacher, `base` (the base, adapter off).",
     )
@@ -164,6 +165,18 @@ class ModelSpec(Spec):
                 )
             elif wrong:
                 yield "device_map", f"{wrong[0]!r} is no device (cpu, cuda:0, 0...), nor, for a whole model, {listed(_SPREADS)}"
+
+    def with_base_of(self, origin: ModelSpec) -> ModelSpec:
+        """This student, which continues the adapter of a stage; what it does not say of its base is that of the stage's."""
+        return origin.model_copy(update={key: getattr(self, key) for key in ModelSpec.model_fields if self.changed(key)})
+
+    def may_be(self, other: ModelSpec) -> bool:
+        """Whether two bases can be one model; of a stage and a path nobody knows before the run."""
+        if self.path is not None and other.path is not None:
+            return same_base(self.path, other.path) and self.revision == other.revision
+        if self.stage is not None and other.stage is not None:
+            return (self.stage, self.checkpoint) == (other.stage, other.checkpoint)
+        return self.config is None and other.config is None
 
     def compact(self, dumped: dict[str, Any]) -> dict[str, Any]:
         """A student made from its teacher is written as it is read."""

@@ -10,12 +10,12 @@ from daekit.errors import listed
 from daekit.recipe.adapter_config import BARE_BASE
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.objective import Objective
-from daekit.recipe.reading import Choice, Flag, Number, Problems, Spec, Text, Whole
+from daekit.recipe.reading import Choice, Flag, Number, Spec, Text, Whole
 from daekit.recipe.rows import MixtureSpec
 from daekit.recipe.teacher import TeacherSpec
 from daekit.recipe.trainer_options import read_trainer_options
 from daekit.recipe.tree import Path
-from daekit.recipe.validation import Errors, dotted
+from daekit.recipe.validation import Errors, Problems, dotted
 
 LARGEST_SEED = 2**32 - 1  # of numpy
 

@@ -16,8 +16,8 @@ from pydantic import Field
 from daekit.errors import listed, nearest
 from daekit.recipe.judge import JudgeSpec, url_problems
 from daekit.recipe.model import Dtype, ModelSpec, Quantization
-from daekit.recipe.paths import bad_name, missing, unknown
-from daekit.recipe.reading import ByType, Choice, Flag, Free, Number, Problems, Spec, Text, Whole
+from daekit.recipe.reading import ByType, Choice, FilePath, Flag, Free, Number, Spec, Text, Whole
+from daekit.recipe.validation import Problems, bad_name, missing, unknown
 
 Column = Literal["messages", "prompt", "completion", "text", "answer"]
 # What stands before a text of which every token is scored: a model says nothing about the first token of nothing.
@@ -25,7 +25,7 @@ Column = Literal["messages", "prompt", "completion", "text", "answer"]
 Prefix = Literal["auto", "bos", "eos", "none"]
 
 
-class SubjectSpec(Spec):
+class SuiteModelSpec(Spec):
     """A model to measure: a directory, a directory + adapter, a hub id, or an OpenAI-compatible endpoint.
 
     In YAML and for ``--model`` a plain text is short: ``PATH_OR_HUB_ID`` (a directory that holds a LoRA adapter is loaded
@@ -55,7 +55,15 @@ class SubjectSpec(Spec):
     @classmethod
     def expand(cls, value: Any) -> Any:
         """See the class."""
-        return subject_keys(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        if value.startswith(("http://", "https://")):
+            url, _, served = value.partition("#")
+            return {"url": url.rstrip("/")} | ({"served_model": served} if served else {})
+        base, plus, adapter = value.rpartition("+")
+        if not plus or os.path.exists(os.path.expanduser(value)):  # a directory may have a `+` in its name
+            return {"path": value}
+        return {"path": base, "adapter": adapter}
 
     def problems(self) -> Problems:
         """Neither a directory nor an endpoint, or one that nobody can reach."""
@@ -67,22 +75,6 @@ class SubjectSpec(Spec):
             yield (), f"its url {'; it '.join(wrong)}"
         elif self.url is not None and self.served_model is None:
             yield (), f"{self.url}: say which model of the endpoint: {self.url}#MODEL-NAME"
-
-
-def subject_keys(text: str) -> dict[str, str]:
-    """The keys of the model that a plain text means (see ``SubjectSpec``)."""
-    if text.startswith(("http://", "https://")):
-        url, _, served = text.partition("#")
-        return {"url": url.rstrip("/")} | ({"served_model": served} if served else {})
-    base, plus, adapter = text.rpartition("+")
-    if not plus or os.path.exists(os.path.expanduser(text)):  # a directory may have a `+` in its name
-        return {"path": text}
-    return {"path": base, "adapter": adapter}
-
-
-def subject_of(text: str) -> SubjectSpec:
-    """The model that a plain text means (see ``SubjectSpec``)."""
-    return SubjectSpec.model_validate(text)
 
 
 _PREFIX: Any = Field("auto", description="What stands before each text: BOS, or EOS if there is none (auto), bos, eos, none.")
@@ -289,11 +281,11 @@ class SuiteSpec(Spec):
     """What to measure of which models."""
 
     name: Text = Field(min_length=1, description="Becomes the report's title, and, in a recipe, a folder.")
-    output_dir: Text = Field(min_length=1, description="Everything is written below it.")
+    output_dir: FilePath = Field(min_length=1, description="Everything is written below it.")
     benchmarks: dict[str, Annotated[BenchmarkSpec, ByType(BENCHMARKS)]] = Field(
         min_length=1, description="Name -> benchmark, in the order in which they run."
     )
-    models: dict[str, SubjectSpec] = Field({}, description="Name -> model; --model NAME=... adds to them.")
+    models: dict[str, SuiteModelSpec] = Field({}, description="Name -> model; --model NAME=... adds to them.")
     judge: JudgeSpec | None = Field(None, description="Of the benchmarks that name none.")
     baseline: Text | None = Field(None, description="The model that gain and forgetting are measured against.")
     reference_domains: tuple[Text, ...] = Field(

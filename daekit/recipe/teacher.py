@@ -9,7 +9,8 @@ from pydantic import Field
 from daekit.errors import listed
 from daekit.recipe.judge import url_problems
 from daekit.recipe.model import ModelSpec
-from daekit.recipe.reading import Choice, Flag, Number, Problems, Spec, Text, Whole
+from daekit.recipe.reading import Choice, FilePath, Flag, Number, Spec, Text, Whole
+from daekit.recipe.validation import Problems
 
 Keep = Literal["hidden", "top_k", "sampled"]
 KEEPS: tuple[str, ...] = get_args(Keep)
@@ -31,7 +32,7 @@ class CacheSpec(Spec):
     )
     k: Whole = Field(64, ge=3, description="Of top_k: tokens per position, the label and the end of turn among them.")
     draws: Whole = Field(50, ge=1, le=255, description="Of sampled: tokens drawn per position.")
-    path: Text | None = Field(None, description="Directory, to share it with other recipes; default: below output_dir.")
+    path: FilePath | None = Field(None, description="Directory, to share it with other recipes; default: below output_dir.")
 
     def problems(self) -> Problems:
         """Settings that would do nothing."""

@@ -16,8 +16,8 @@ from pydantic import BeforeValidator, Field, create_model
 
 from daekit.errors import UserError
 from daekit.recipe.objective import Objective
-from daekit.recipe.reading import Choice, Flag, Free, Number, Problems, Spec, Text, Whole, as_plain
-from daekit.recipe.validation import Errors
+from daekit.recipe.reading import Choice, Flag, Free, Number, Spec, Text, Whole, as_plain
+from daekit.recipe.validation import Errors, Problems
 
 # The dataclass and its bases, the most general first.
 _CLASSES = (
