@@ -1,6 +1,6 @@
 """Teachers: a frozen model, an adapter of the student's base, several averaged, one per domain, a cache; freely composed."""
 
-from daekit.teachers.adapter import BASE, AdapterPath, AdapterTeacher
+from daekit.teachers.adapter import BASE, AdapterPath, AdapterTeacher, OnStudent
 from daekit.teachers.cache import CachedTeacher, write_cache
 from daekit.teachers.ensemble import EnsembleTeacher
 from daekit.teachers.labels import LABELS, LabelTeacher
@@ -16,6 +16,7 @@ __all__ = [
     "EnsembleTeacher",
     "LabelTeacher",
     "ModelTeacher",
+    "OnStudent",
     "RoutedTeacher",
     "unknown_domain",
     "write_cache",

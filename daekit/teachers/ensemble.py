@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from daekit.errors import UserError
 from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, Teacher, TeacherOutput
-from daekit.teachers.adapter import AdapterPath
 from daekit.teachers.sharding import Sharding, shard_teacher
 
 
@@ -31,10 +29,8 @@ class EnsembleTeacher:
         UserError: weights that do not fit.
     """
 
-    def __init__(
-        self, members: Sequence[Teacher | AdapterPath], weights: Sequence[float] | None = None, average: str = "logits"
-    ) -> None:
-        self.members: list[Any] = list(members)  # an AdapterPath until the trainer has loaded it onto the student
+    def __init__(self, members: Sequence[Teacher], weights: Sequence[float] | None = None, average: str = "logits") -> None:
+        self.members = list(members)
         self.weights = [1.0 / len(self.members) for _ in self.members] if weights is None else list(weights)
         self.average = average
         self._sharded = False
@@ -83,6 +79,14 @@ class EnsembleTeacher:
             "an ensemble has no attention or hidden states of its own: attention_weight and hidden_weight need one teacher per "
             "row. Set them to 0, or choose one teacher."
         )
+
+    def parts(self) -> list[tuple[Teacher, frozenset[str] | None]]:
+        """See ``ComposedTeacher``."""
+        return [(member, None) for member in self.members]
+
+    def with_parts(self, made_of: Callable[[Teacher], Teacher]) -> EnsembleTeacher:
+        """See ``ComposedTeacher``."""
+        return EnsembleTeacher([made_of(member) for member in self.members], self.weights, self.average)
 
     def to(self, device: torch.device) -> EnsembleTeacher:
         """Move every member."""

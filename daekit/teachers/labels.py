@@ -29,7 +29,7 @@ class LabelTeacher:
         positions = torch.arange(labels_N.numel(), device=labels_N.device)
         return [TeacherOutput(positions, (), top_k=TopK(labels_N[:, None], certain_N1, 1.0, nothing_N))]
 
-    def require_objective(self, objective: Objective) -> None:
+    def require_served(self, objective: Objective, *_: object) -> None:
         """Refuse losses that labels do not serve.
 
         Raises:

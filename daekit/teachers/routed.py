@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from daekit.errors import UserError
 from daekit.models.features import require_features
 from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Teacher, TeacherOutput
-from daekit.teachers.adapter import AdapterPath
 from daekit.teachers.sharding import Sharding, one_token, shard_teacher
 from daekit.teachers.together import adapters_together
 
@@ -27,8 +25,8 @@ class RoutedTeacher:
         routes: domain -> teacher. One object under several domains runs once, on the rows of all of them.
     """
 
-    def __init__(self, routes: Mapping[str, Teacher | AdapterPath]) -> None:
-        self.routes: dict[str, Any] = dict(routes)  # an AdapterPath until the trainer has loaded it onto the student
+    def __init__(self, routes: Mapping[str, Teacher]) -> None:
+        self.routes = dict(routes)
         self._sharding: Sharding | None = None
 
     def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
@@ -63,6 +61,14 @@ class RoutedTeacher:
     def feature_layers(self, spec: FeatureSpec) -> list[FeatureLayers]:
         """See ``FeatureTeacher``; the layers of every teacher."""
         return [layers for teacher in self._domains() for layers in require_features(teacher).feature_layers(spec)]
+
+    def parts(self) -> list[tuple[Teacher, frozenset[str] | None]]:
+        """See ``ComposedTeacher``."""
+        return [(teacher, frozenset([domain])) for domain, teacher in self.routes.items()]
+
+    def with_parts(self, made_of: Callable[[Teacher], Teacher]) -> RoutedTeacher:
+        """See ``ComposedTeacher``."""
+        return RoutedTeacher({domain: made_of(teacher) for domain, teacher in self.routes.items()})
 
     def to(self, device: torch.device) -> RoutedTeacher:
         """Move every teacher."""

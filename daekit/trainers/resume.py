@@ -34,6 +34,7 @@ _ADAPTER = (
     *("target_parameters", "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "bias"),
 )
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")  # schedules that do not see the end
+_SUMS = ("total_loss_scalar", "globalstep_last_logged", "total_train_tokens")  # of the Trainer, as private attributes
 _STREAM_ROWS = 64  # of a stream, to tell it from another one
 
 
@@ -53,11 +54,7 @@ class Checkpoints(TrainerCallback):
 
     @contextmanager
     def training(self, resume: str | bool | None) -> Iterator[str | None]:
-        """Run a training; yields the checkpoint to resume from.
-
-        Raises:
-            UserError: nothing to resume, a corrupt checkpoint, another run's, or one without an optimizer.
-        """
+        """Run a training; yields the checkpoint to resume from. See ``KDTrainer.train`` for what is refused."""
         trainer, args = self.trainer, self.trainer.args
         output_dir = Path(args.output_dir)
         self.resumed = self._resumable(output_dir, resume) if resume else None
@@ -91,15 +88,7 @@ class Checkpoints(TrainerCallback):
         return folder
 
     def save(self, folder: Path, write: Callable[[], None]) -> None:
-        """Save, commit, and only then remove older checkpoints.
-
-        Args:
-            folder: Directory of the checkpoint.
-            write: The Trainer's own way of writing it.
-
-        Raises:
-            UserError: the disk is full.
-        """
+        """Save by ``write``, the Trainer's own way, commit, then remove older ones; UserError where the disk is full."""
         trainer = self.trainer
         try:
             if trainer.args.should_save:
@@ -144,7 +133,10 @@ class Checkpoints(TrainerCallback):
         }
         facts |= {name: getattr(args, name) for name in _OPTIMIZATION}
         facts |= {f"objective.{name}": value for name, value in trainer.loss_objective.model_dump().items()}
-        facts |= {f"adapter.{name}": value for name, value in _adapter_facts(trainer.model).items()}
+        if isinstance(trainer.model, PeftModel):  # what changes what the adapter computes or how it learns
+            config = trainer.model.peft_config[trainer.model.active_adapter]
+            values = {name: getattr(config, name, None) for name in _ADAPTER}
+            facts |= {f"adapter.{name}": sorted(v) if isinstance(v, set | frozenset) else v for name, v in values.items()}
         return facts | ({} if trainer.teacher is None else {"teacher": trainer.teacher.identity()})
 
     def _student_facts(self) -> dict[str, Any]:
@@ -175,24 +167,17 @@ class Checkpoints(TrainerCallback):
     def save_accumulators(self, folder: Path) -> None:
         """Write what has been summed since the last log and is not in the Trainer's own state; each rank its own."""
         trainer = self.trainer
-        state = trainer.token_metrics.state() | {
-            "tr_loss": trainer._tr_loss.item(),
-            "total_loss_scalar": trainer._total_loss_scalar,
-            "globalstep_last_logged": trainer._globalstep_last_logged,
-            "total_train_tokens": trainer._total_train_tokens,
-            "aux_loss": trainer._metrics["train"].get("aux_loss"),
-        }
-        write_json(self._accumulators_file(folder), state)
+        sums = {name: getattr(trainer, f"_{name}") for name in _SUMS} | {"tr_loss": trainer._tr_loss.item()}
+        sums |= {"aux_loss": trainer._metrics["train"].get("aux_loss")}
+        write_json(self._accumulators_file(folder), trainer.token_metrics.state() | sums)
 
     def _load_accumulators(self, folder: Path) -> None:
         """Go on from there: the Trainer would begin a new window, and log other values than a straight run."""
-        trainer = self.trainer
-        state = json.loads(self._accumulators_file(folder).read_text())
+        trainer, state = self.trainer, json.loads(self._accumulators_file(folder).read_text())
         trainer.token_metrics.load(state)
         trainer._tr_loss = torch.tensor(state["tr_loss"], device=trainer.args.device)
-        trainer._total_loss_scalar = state["total_loss_scalar"]
-        trainer._globalstep_last_logged = state["globalstep_last_logged"]
-        trainer._total_train_tokens = state["total_train_tokens"]
+        for name in _SUMS:
+            setattr(trainer, f"_{name}", state[name])
         if state["aux_loss"]:
             trainer._metrics["train"]["aux_loss"] = state["aux_loss"]
 
@@ -209,15 +194,6 @@ def student_folder(model: Any, folder: Path) -> Path:
     """Where PEFT saves the student: an adapter called ``default`` at the top, any other in a folder of its name."""
     name = model.active_adapter if isinstance(model, PeftModel) else "default"
     return folder if name == "default" else folder / name
-
-
-def _adapter_facts(model: Any) -> dict[str, Any]:
-    """The settings of the student's adapter that change what it computes or how it learns; none for a model without one."""
-    if not isinstance(model, PeftModel):
-        return {}
-    config = model.peft_config[model.active_adapter]
-    values = {name: getattr(config, name, None) for name in _ADAPTER}
-    return {name: sorted(value) if isinstance(value, set | frozenset) else value for name, value in values.items()}
 
 
 def _end(args: SFTConfig) -> dict[str, float] | None:

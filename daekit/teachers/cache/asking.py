@@ -13,6 +13,7 @@ from torch import Tensor
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.protocol import IGNORE_INDEX, Batch, Teacher, TeacherOutput
+from daekit.teachers.adapter import OnStudent
 from daekit.teachers.cache.rows import CacheRow
 from daekit.teachers.ensemble import EnsembleTeacher
 from daekit.teachers.routed import RoutedTeacher
@@ -75,7 +76,7 @@ def require_one_teacher(teacher: Teacher) -> None:
                 "a routed teacher says other things about a row for another domain, and a cache knows rows by their tokens "
                 "alone. Write a cache of each of its teachers, and route those: RoutedTeacher({domain: CachedTeacher(...)})."
             )
-        elif not isinstance(part, Teacher):
+        elif isinstance(part, OnStudent):
             raise UserError(f"{part}: is not a loaded teacher; give an AdapterTeacher or a ModelTeacher")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from daekit.models.vocabulary import tokenizer_facts
 from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, OutputHead, TeacherOutput
 from daekit.recipe.objective import Objective
 from daekit.teachers.cache.asking import autocast_dtype
-from daekit.teachers.cache.rows import CacheRow, rows_of_batch
+from daekit.teachers.cache.rows import CacheRow, rows_of_batch, rows_of_examples
 from daekit.teachers.cache.store import CacheStore, RowValues, require_facts
 from daekit.teachers.cache.values import read_sampled, read_top_k
 
@@ -109,6 +110,12 @@ class CachedTeacher:
     def identity(self) -> dict[str, object]:
         """The facts that decide the values: teacher, what is kept of it, temperature, precision, tokenizer."""
         return {"kind": "cache"} | {key: value for key, value in self.facts.items() if key != "source"}
+
+    def require_served(self, objective: Objective, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Any]) -> None:
+        """Refuse another tokenizer than the cache's, an objective that it does not serve, and rows that are not in it."""
+        self.require_objective(objective)
+        self.require_tokenizer(tokenizer)
+        self.require_rows(rows_of_examples(examples))
 
     def require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Compare a tokenizer with that of the cache, by content."""
