@@ -61,6 +61,7 @@ __all__ = [
     "ModelTeacher",
     "OutputHead",
     "RoutedTeacher",
+    "ServerTeacher",
     "Teacher",
     "TeacherOutput",
     "TopK",
@@ -81,7 +82,7 @@ _MODULES = {
     "daekit.runtime.run": ["run_recipe"],
     "daekit.teachers": [
         *("BASE", "AdapterPath", "AdapterTeacher", "CachedTeacher", "EnsembleTeacher", "LabelTeacher", "ModelTeacher"),
-        *("RoutedTeacher", "write_cache"),
+        *("RoutedTeacher", "ServerTeacher", "write_cache"),
     ],
     "daekit.trainers": ["DAEConfig", "DAETrainer", "DomainSFTConfig", "DomainSFTTrainer", "KDConfig", "KDTrainer"],
 }

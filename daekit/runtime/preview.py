@@ -62,7 +62,7 @@ def stage_lines(prepared: Prepared, name: str) -> list[str]:
 
 
 def _counted(ready: PreparedStage, what: str, counts: Mapping[str, DomainCount]) -> Iterator[str]:
-    total = sum(count.kept_tokens for count in counts.values())
+    total = sum(count.loss_tokens for count in counts.values())
     limit = ready.arguments.max_length
     fates = {
         "truncated": f"cut at max_length={limit}",
@@ -72,8 +72,8 @@ def _counted(ready: PreparedStage, what: str, counts: Mapping[str, DomainCount])
     }
     for domain, count in counts.items():
         lost = [f"{getattr(count, fate):,} {words}" for fate, words in fates.items() if getattr(count, fate)]
-        share = f"{count.kept_tokens / total:.0%} of them" if total else "none"
-        yield "; ".join([f"    {what}{domain}: {count.rows:,} rows, {count.kept_tokens:,} loss tokens ({share})", *lost])
+        share = f"{count.loss_tokens / total:.0%} of them" if total else "none"
+        yield "; ".join([f"    {what}{domain}: {count.rows:,} rows, {count.loss_tokens:,} loss tokens ({share})", *lost])
 
 
 def _source(prepared: Prepared, source: str, rule: LossRule, rows: int, colour: bool) -> Iterator[str]:

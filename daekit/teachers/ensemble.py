@@ -29,7 +29,9 @@ class EnsembleTeacher:
         UserError: weights that do not fit.
     """
 
-    def __init__(self, members: Sequence[Teacher], weights: Sequence[float] | None = None, average: str = "logits") -> None:
+    def __init__(
+        self, members: Sequence[Teacher], weights: Sequence[float] | None = None, average: str = "logits"
+    ) -> None:
         self.members = list(members)
         self.weights = [1.0 / len(self.members) for _ in self.members] if weights is None else list(weights)
         self.average = average
@@ -40,6 +42,14 @@ class EnsembleTeacher:
             )
         if average not in ("logits", "probabilities"):
             raise UserError(f"average: {average!r} is unknown; choose logits or probabilities")
+
+    def parts(self) -> list[tuple[Teacher, str | None]]:
+        """See ``CompositeTeacher``."""
+        return [(member, None) for member in self.members]
+
+    def with_parts(self, change: Callable[[Teacher], Teacher]) -> EnsembleTeacher:
+        """See ``CompositeTeacher``."""
+        return EnsembleTeacher([change(member) for member in self.members], self.weights, self.average)
 
     def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
         """The members' outputs, averaged where they overlap."""
@@ -79,14 +89,6 @@ class EnsembleTeacher:
             "an ensemble has no attention or hidden states of its own: attention_weight and hidden_weight need one teacher per "
             "row. Set them to 0, or choose one teacher."
         )
-
-    def parts(self) -> list[tuple[Teacher, frozenset[str] | None]]:
-        """See ``ComposedTeacher``."""
-        return [(member, None) for member in self.members]
-
-    def with_parts(self, made_of: Callable[[Teacher], Teacher]) -> EnsembleTeacher:
-        """See ``ComposedTeacher``."""
-        return EnsembleTeacher([made_of(member) for member in self.members], self.weights, self.average)
 
     def to(self, device: torch.device) -> EnsembleTeacher:
         """Move every member."""

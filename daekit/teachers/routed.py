@@ -29,6 +29,15 @@ class RoutedTeacher:
         self.routes = dict(routes)
         self._sharding: Sharding | None = None
 
+    def parts(self) -> list[tuple[Teacher, str | None]]:
+        """See ``CompositeTeacher``."""
+        return [(teacher, domain) for domain, teacher in self.routes.items()]
+
+    def with_parts(self, change: Callable[[Teacher], Teacher]) -> RoutedTeacher:
+        """See ``CompositeTeacher``."""
+        changed = {teacher: change(teacher) for teacher in dict.fromkeys(self.routes.values())}
+        return RoutedTeacher({domain: changed[teacher] for domain, teacher in self.routes.items()})
+
     def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
         """The outputs of all teachers that have rows, with positions counted in the whole batch.
 
@@ -61,14 +70,6 @@ class RoutedTeacher:
     def feature_layers(self, spec: FeatureSpec) -> list[FeatureLayers]:
         """See ``FeatureTeacher``; the layers of every teacher."""
         return [layers for teacher in self._domains() for layers in require_features(teacher).feature_layers(spec)]
-
-    def parts(self) -> list[tuple[Teacher, frozenset[str] | None]]:
-        """See ``ComposedTeacher``."""
-        return [(teacher, frozenset([domain])) for domain, teacher in self.routes.items()]
-
-    def with_parts(self, made_of: Callable[[Teacher], Teacher]) -> RoutedTeacher:
-        """See ``ComposedTeacher``."""
-        return RoutedTeacher({domain: made_of(teacher) for domain, teacher in self.routes.items()})
 
     def to(self, device: torch.device) -> RoutedTeacher:
         """Move every teacher."""

@@ -29,7 +29,7 @@ from daekit.models.restore import restore_weights
 from daekit.models.start_checks import require_plain_head, require_rows_apart
 from daekit.models.vocabulary import known_ids, vocabulary_size
 from daekit.protocol import Teacher
-from daekit.teachers.composition import frozen_models, on_student, require_on_student, require_served
+from daekit.teachers.parts import frozen_models, on_student, require_on_student, require_served
 from daekit.teachers.sharding import Sharding, shard_teacher
 from daekit.trainers.config import DomainSFTConfig, KDConfig
 from daekit.trainers.data import RowPreparation

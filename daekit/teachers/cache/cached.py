@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from daekit.models.vocabulary import tokenizer_facts
 from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, OutputHead, TeacherOutput
 from daekit.recipe.objective import Objective
 from daekit.teachers.cache.asking import autocast_dtype
-from daekit.teachers.cache.rows import CacheRow, rows_of_batch, rows_of_examples
+from daekit.teachers.cache.rows import CacheRow, rows_of_batch
 from daekit.teachers.cache.store import CacheStore, RowValues, require_facts
 from daekit.teachers.cache.values import read_sampled, read_top_k
 
@@ -111,11 +110,11 @@ class CachedTeacher:
         """The facts that decide the values: teacher, what is kept of it, temperature, precision, tokenizer."""
         return {"kind": "cache"} | {key: value for key, value in self.facts.items() if key != "source"}
 
-    def require_served(self, objective: Objective, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Any]) -> None:
-        """Refuse another tokenizer than the cache's, an objective that it does not serve, and rows that are not in it."""
+    def require_served(self, objective: Objective, tokenizer: PreTrainedTokenizerBase, rows: Iterable[CacheRow]) -> None:
+        """See ``DemandingTeacher``."""
         self.require_objective(objective)
         self.require_tokenizer(tokenizer)
-        self.require_rows(rows_of_examples(examples))
+        self.require_rows(rows)
 
     def require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Compare a tokenizer with that of the cache, by content."""
@@ -127,6 +126,11 @@ class CachedTeacher:
         Raises:
             UserError: another temperature, a divergence that drawn tokens do not give, features of layers.
         """
+        if objective.on_policy:
+            raise UserError(
+                f"on_policy={objective.on_policy:g}: a cache holds what its teacher said of the rows it was made of, and the "
+                "student is yet to write these. Give the teacher itself, or set on_policy to 0"
+            )
         if objective.attention_weight or objective.hidden_weight:
             raise _no_features()
         kept, directory = self.facts["keep"], self.store.directory

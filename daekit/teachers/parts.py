@@ -1,12 +1,12 @@
 """What a training asks of any teacher before its first step, also through ensembles and routes.
 
-Besides what ``Teacher`` demands, a teacher may have the methods of the protocols below; where it has none of them, nothing is
-asked of it. So a new kind of teacher says of itself what it needs, and no list of kinds exists.
+Beside what ``Teacher`` demands, a teacher may have the methods of the protocols below; where it has none, nothing is asked of it.
+So a new kind of teacher says itself what it needs, and no list of kinds exists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from datasets import Dataset
@@ -16,20 +16,39 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from daekit.protocol import Teacher
 from daekit.recipe.objective import Objective
 from daekit.recipe.schema import ModelSpec
+from daekit.teachers.cache.rows import CacheRow, rows_of_examples
 
 Domains = frozenset[str] | None  # None: all
 
 
 @runtime_checkable
-class ComposedTeacher(Teacher, Protocol):
-    """A teacher made of others."""
+class CompositeTeacher(Teacher, Protocol):
+    """A teacher that is made of others."""
 
-    def parts(self) -> list[tuple[Teacher, Domains]]:
-        """The teachers that it is made of, each with the domains whose rows follow it."""
+    def parts(self) -> list[tuple[Teacher, str | None]]:
+        """(teacher, the domain whose rows follow it; None: all rows) of each part."""
         ...
 
-    def with_parts(self, made_of: Callable[[Teacher], Teacher]) -> Teacher:
-        """The same composition of ``made_of(part)`` in the place of each part."""
+    def with_parts(self, change: Callable[[Teacher], Teacher]) -> Teacher:
+        """The same with ``change`` of each part in its place; equal parts stay one."""
+        ...
+
+
+@runtime_checkable
+class DemandingTeacher(Teacher, Protocol):
+    """A teacher that does not serve every objective, tokenizer or row."""
+
+    def require_served(self, objective: Objective, tokenizer: PreTrainedTokenizerBase, rows: Iterable[CacheRow]) -> None:
+        """Look at a training before its first step.
+
+        Args:
+            objective: the student's.
+            tokenizer: the student's.
+            rows: those that follow this teacher; rows of streams are left to the steps that meet them.
+
+        Raises:
+            UserError: something that it does not serve.
+        """
         ...
 
 
@@ -52,15 +71,6 @@ class TeacherOnStudent(Teacher, Protocol):
 
 
 @runtime_checkable
-class DemandingTeacher(Teacher, Protocol):
-    """A teacher that does not serve every training: a cache, labels."""
-
-    def require_served(self, objective: Objective, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Any]) -> None:
-        """Raise UserError unless it serves this objective, tokenizer and tokenised rows."""
-        ...
-
-
-@runtime_checkable
 class TeacherOfModels(Teacher, Protocol):
     """A teacher that holds whole models, whose ends must know the rows' tokens and whose layers must keep packed rows apart."""
 
@@ -69,26 +79,27 @@ class TeacherOfModels(Teacher, Protocol):
         ...
 
 
-def single_teachers(teacher: Teacher, domains: Domains = None) -> dict[Teacher, Domains]:
-    """The teachers that a teacher is made of at last, itself if it is not composed -> the domains whose rows follow each."""
-    if not isinstance(teacher, ComposedTeacher):
-        return {teacher: domains}
+def leaves(teacher: Teacher) -> dict[Teacher, Domains]:
+    """The teachers that a teacher is made of, each once -> the domains whose rows follow it."""
+    if not isinstance(teacher, CompositeTeacher):
+        return {teacher: None}
     found: dict[Teacher, Domains] = {}
-    for part, theirs in teacher.parts():
-        for each, own in single_teachers(part, domains if theirs is None else theirs).items():
-            before = found.get(each, frozenset())
-            found[each] = None if before is None or own is None else before | own
+    for part, domain in teacher.parts():
+        for leaf, domains in leaves(part).items():
+            theirs = domains if domain is None else frozenset([domain])
+            before = found.get(leaf, frozenset())
+            found[leaf] = None if before is None or theirs is None else before | theirs
     return found
 
 
 def frozen_models(teacher: Teacher) -> list[tuple[str, PreTrainedModel]]:
     """The models of a teacher, each with its name; not those of its student's own base."""
-    return [named for each in single_teachers(teacher) if isinstance(each, TeacherOfModels) for named in each.frozen_models()]
+    return [named for each in leaves(teacher) if isinstance(each, TeacherOfModels) for named in each.frozen_models()]
 
 
 def require_on_student(teacher: Teacher, has_adapter: bool, base: ModelSpec | None) -> None:
     """Ask every part that is to be made on the student, before the student's weights are loaded; see ``TeacherOnStudent``."""
-    for each in single_teachers(teacher):
+    for each in leaves(teacher):
         if isinstance(each, TeacherOnStudent):
             each.require_student(has_adapter, base)
 
@@ -105,7 +116,7 @@ def on_student(teacher: Teacher, student: nn.Module, vocab_size: int) -> Teacher
         if part not in made:
             if isinstance(part, TeacherOnStudent):
                 made[part] = part.on_student(student, vocab_size)
-            elif isinstance(part, ComposedTeacher) and any(isinstance(t, TeacherOnStudent) for t in single_teachers(part)):
+            elif isinstance(part, CompositeTeacher) and any(isinstance(leaf, TeacherOnStudent) for leaf in leaves(part)):
                 made[part] = part.with_parts(complete)
             else:
                 made[part] = part
@@ -117,24 +128,15 @@ def on_student(teacher: Teacher, student: nn.Module, vocab_size: int) -> Teacher
 def require_served(
     teacher: Teacher, objective: Objective, tokenizer: PreTrainedTokenizerBase, datasets: Sequence[Any] = ()
 ) -> None:
-    """Every part of a teacher serves the objective, the tokenizer and the rows that follow it.
-
-    Args:
-        teacher: any.
-        objective: the student's.
-        tokenizer: the student's.
-        datasets: tokenised rows with a column ``domain``; rows of streams are left to the steps that meet them.
-
-    Raises:
-        UserError: what the parts refuse, see ``DemandingTeacher``.
-    """
-    known = [dataset for dataset in datasets if isinstance(dataset, Dataset)]
-    for part, domains in single_teachers(teacher).items():
+    """Let every part of a teacher look at the objective, the tokenizer and its rows; see ``DemandingTeacher``."""
+    for part, domains in leaves(teacher).items():
         if isinstance(part, DemandingTeacher):
-            part.require_served(objective, tokenizer, (row for dataset in known for row in _of_domains(dataset, domains)))
+            part.require_served(objective, tokenizer, _rows(datasets, domains))
 
 
-def _of_domains(dataset: Dataset, domains: Domains) -> Iterable[Mapping[str, Any]]:
-    columns = [name for name in ("input_ids", "labels", "seq_lengths", "domain") if name in dataset.column_names]
-    rows = dataset.select_columns(columns).with_format("numpy")
-    return (row for row in rows if domains is None or str(row["domain"]) in domains)
+def _rows(datasets: Sequence[Any], domains: Domains) -> Iterable[CacheRow]:
+    for dataset in datasets:
+        if isinstance(dataset, Dataset):
+            columns = [name for name in ("input_ids", "labels", "seq_lengths", "domain") if name in dataset.column_names]
+            rows = dataset.select_columns(columns).with_format("numpy")
+            yield from rows_of_examples(row for row in rows if domains is None or str(row["domain"]) in domains)

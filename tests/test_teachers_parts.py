@@ -14,7 +14,7 @@ from daekit.errors import UserError
 from daekit.losses import Objective
 from daekit.protocol import Batch, Teacher, TeacherOutput
 from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, ModelTeacher, RoutedTeacher
-from daekit.teachers.composition import frozen_models, on_student, require_on_student, require_served, single_teachers
+from daekit.teachers.parts import frozen_models, leaves, on_student, require_on_student, require_served
 from tests.helpers import tiny
 from tests.helpers.trainer_world import V, kd
 
@@ -61,8 +61,8 @@ class Named(Strange):
 def test_parts_keep_the_domains_whose_rows_follow_them() -> None:
     a, b = Strange(None, []), Strange(None, [])
     routed = RoutedTeacher({"shop": Composed(a, []), "general": b, "law": b})
-    assert single_teachers(routed) == {a: {"shop"}, b: {"general", "law"}}
-    assert single_teachers(EnsembleTeacher([routed, b])) == {a: {"shop"}, b: None}
+    assert leaves(routed) == {a: {"shop"}, b: {"general", "law"}}
+    assert leaves(EnsembleTeacher([routed, b])) == {a: {"shop"}, b: None}
 
 
 def test_a_part_is_asked_about_its_own_rows_only(tmp_path: Path) -> None:
