@@ -29,9 +29,7 @@ class EnsembleTeacher:
         UserError: weights that do not fit.
     """
 
-    def __init__(
-        self, members: Sequence[Teacher], weights: Sequence[float] | None = None, average: str = "logits"
-    ) -> None:
+    def __init__(self, members: Sequence[Teacher], weights: Sequence[float] | None = None, average: str = "logits") -> None:
         self.members = list(members)
         self.weights = [1.0 / len(self.members) for _ in self.members] if weights is None else list(weights)
         self.average = average

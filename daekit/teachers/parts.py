@@ -1,6 +1,6 @@
 """What a training asks of any teacher before its first step, also through ensembles and routes.
 
-Beside what ``Teacher`` demands, a teacher may have the methods of the protocols below; where it has none, nothing is asked of it.
+Beside what ``Teacher`` demands, a teacher may have the methods of the protocols below; where it has none, nothing is asked.
 So a new kind of teacher says itself what it needs, and no list of kinds exists.
 """
 

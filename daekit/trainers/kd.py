@@ -37,9 +37,10 @@ from daekit.trainers.distributed import refuse_reentrant, require_distribution, 
 from daekit.trainers.distributed_state import load_stateless, reading_safely, save_fsdp_state
 from daekit.trainers.features import FeatureLosses
 from daekit.trainers.given import as_teacher, load_student, name_of, spec_of, tokenizer_of
-from daekit.trainers.loss import divergence_metric, divided, summed_losses, teacher_outputs
+from daekit.trainers.loss import counted, divergence_metric, divided, summed_losses, teacher_outputs
 from daekit.trainers.projections import Projections, forget_projections, without_projections
 from daekit.trainers.resume import Checkpoints, student_folder
+from daekit.trainers.rollouts import Rollouts
 from daekit.trainers.router import keeping_router_settings, require_balancing_loss, router_inputs
 from daekit.trainers.token_metrics import TokenMetrics, counted_rows
 from daekit.trainers.validation import refuse_adapter, refuse_arguments
@@ -115,7 +116,7 @@ class KDTrainer(SFTTrainer):
             super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **sft_arguments)
         self.args.model_init_kwargs = init_kwargs
         # Last what only the student as it will be trained can show, and the teacher beside it.
-        self.token_metrics = TokenMetrics()
+        self.token_metrics = TokenMetrics(rows=self.loss_objective.normalize == "rows")
         self.features: FeatureLosses | None = None
         self._captures: ExitStack | None = None  # of the step that runs now
         self._complete_student()
@@ -124,6 +125,7 @@ class KDTrainer(SFTTrainer):
             self.teacher = self._completed(teacher, size)
             if self.loss_objective.attention_weight or self.loss_objective.hidden_weight:
                 self._compare_features()
+        self.rollouts = Rollouts(self) if self.loss_objective.on_policy else None
 
     def _complete_student(self) -> None:
         """Add what the loss needs, undo what TRL has set, and try the student on a few tokens."""
@@ -193,6 +195,19 @@ class KDTrainer(SFTTrainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, "domain"]))  # type: ignore[has-type]
 
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of the next step, and what their loss is divided by; see ``rollouts.py``."""
+        if self.rollouts is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self.rollouts.batches(epoch_iterator, num_batches)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        if self.loss_objective.normalize == "tokens":
+            return super()._get_num_items_in_batch(batch_samples, device)
+        rows = torch.tensor(sum(counted(self.loss_objective, as_batch(inputs)) for inputs in batch_samples), device=device)
+        return self.accelerator.gather(rows).sum()
+
     # ---- loss -----------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -247,6 +262,8 @@ class KDTrainer(SFTTrainer):
         """Add the means of the window since the last log. A collective call, as in TRL."""
         if self.model.training or "train_loss" in logs:  # the last log of a run may come after an evaluation
             logs.update(self.token_metrics.pop("train"))
+            if self.rollouts is not None:
+                logs.update(self.rollouts.pop_metrics())
             self._total_train_tokens += self.token_metrics.pop_tokens(self.accelerator)
             logs["num_tokens"] = self._total_train_tokens
         if "train_loss" in logs:  # over all steps; after a resume the Trainer divides by the new ones
@@ -259,7 +276,8 @@ class KDTrainer(SFTTrainer):
         self.token_metrics.pop("eval")
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self.token_metrics.pop("eval")
-        means["loss"] = sum(weight * means.get(name, 0.0) for name, weight in self.weights().items())
+        unit = "_rows" if self.loss_objective.normalize == "rows" else ""
+        means["loss"] = sum(weight * means.get(f"{name}{unit}", 0.0) for name, weight in self.weights().items())
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in means.items()})
         return output
 

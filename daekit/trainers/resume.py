@@ -127,7 +127,7 @@ class Checkpoints(TrainerCallback):
             "data": self._data_facts(),
             "seed": [args.seed, args.data_seed],
             "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size],
-            "end": _end(args),
+            "end": _end(args, sees_end=bool(trainer.loss_objective.on_policy)),  # the last buffer ends there
             "bf16": bool(args.bf16),
             "router_aux_loss_coef": trainer.router_aux_loss_coef,
         }
@@ -169,6 +169,7 @@ class Checkpoints(TrainerCallback):
         trainer = self.trainer
         sums = {name: getattr(trainer, f"_{name}") for name in _SUMS} | {"tr_loss": trainer._tr_loss.item()}
         sums |= {"aux_loss": trainer._metrics["train"].get("aux_loss")}
+        sums |= {"rollouts": trainer.rollouts and trainer.rollouts.state()}
         write_json(self._accumulators_file(folder), trainer.token_metrics.state() | sums)
 
     def _load_accumulators(self, folder: Path) -> None:
@@ -178,6 +179,8 @@ class Checkpoints(TrainerCallback):
         trainer._tr_loss = torch.tensor(state["tr_loss"], device=trainer.args.device)
         for name in _SUMS:
             setattr(trainer, f"_{name}", state[name])
+        if trainer.rollouts is not None:
+            trainer.rollouts.load(state["rollouts"])
         if state["aux_loss"]:
             trainer._metrics["train"]["aux_loss"] = state["aux_loss"]
 
@@ -196,9 +199,10 @@ def student_folder(model: Any, folder: Path) -> Path:
     return folder if name == "default" else folder / name
 
 
-def _end(args: SFTConfig) -> dict[str, float] | None:
-    """Where the run ends, if its learning rate depends on that; a ``warmup_steps`` below 1 is a share of the whole run."""
-    if args.lr_scheduler_type in _ENDLESS and (args.lr_scheduler_type == "constant" or not 0 < args.warmup_steps < 1):
+def _end(args: SFTConfig, sees_end: bool) -> dict[str, float] | None:
+    """Where the run ends, if it depends on that; a ``warmup_steps`` below 1 is a share of the whole run."""
+    endless = args.lr_scheduler_type in _ENDLESS and (args.lr_scheduler_type == "constant" or not 0 < args.warmup_steps < 1)
+    if endless and not sees_end:
         return None
     name = "max_steps" if args.max_steps > 0 else "num_train_epochs"
     return {name: getattr(args, name)}
