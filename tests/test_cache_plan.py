@@ -122,3 +122,11 @@ def test_making_takes_the_teacher_alone_and_its_operations() -> None:
     resting = layers * 2 * 3 * 96 * 128  # a token is sent to two of four experts
     attention = layers * 64 * 96
     assert hidden.operations == pytest.approx(2 * tokens * (weights / 4 - 2 * 500 * 96 - resting + attention), rel=0.005)
+
+
+def test_a_served_teacher_takes_nothing_here() -> None:
+    served = "stages.kd.teacher={base_url: 'http://127.0.0.1:1/v1', model: large, k: 8%s}"
+    live, cached = (plan(served % cache) for cache in ("", ", cache: {keep: top_k, k: 8}"))
+    assert not any("teacher" in part and "weights" in part for part in {**live.memory.parts, **cached.memory.parts})
+    (cache,) = cached.caches
+    assert cache.token_bytes == 5 * 8 + 4 and cache.making.parts["teacher weights"] == 0 and live.caches == ()

@@ -49,7 +49,7 @@ class CachePlan:
         teacher: The key of the recipe, ``teachers.shop``.
         token_bytes: Bytes on the disk per loss token of the rows; of drawn tokens an estimate.
         head_bytes: Bytes of the output heads, once.
-        making: The memory of one device while it is made.
+        making: The memory of one device while it is made; of a served teacher without the server's.
         counts: Its rows; None where not even their number is known, for the reason in ``unread``.
         size: Bytes on the disk; None without counts.
         operations: Operations of making it, on all devices together; None without counts.
@@ -168,9 +168,9 @@ def _making(memory: StageMemory, cached: CachedTeacherModels, batch: MicroBatch,
     tokens = batch.rows * batch.length
     metas = {id(tracer.meta): tracer.meta for tracer in cached.members}
     costs = [tracer.cost(batch) for tracer in cached.members]
-    runs = max(max(layer.frozen for layer in cost.layers) + cost.layers[0].output + cost.shared for cost in costs)
+    runs = max((max(layer.frozen for layer in cost.layers) + cost.layers[0].output + cost.shared for cost in costs), default=0)
     kept = 2 * tokens * width  # all hidden states, and those of the loss tokens
-    if cached.cache.keep != "hidden":
+    if cached.cache.keep != "hidden" and costs:
         columns = max(tracer.meta.head.shape[0] for tracer in cached.members)
         chunk = batch.length if cached.cache.keep == "sampled" else min(tokens, max(1, CHUNK_VALUES // columns))
         kept += _LOG_PROB_COPIES * 4 * chunk * columns

@@ -92,7 +92,7 @@ class ModelPlanner:
                 continue
             seen.add(repr(teacher))
             if teacher.cache is not None:
-                models = [each for _, each in _members(key, teacher)] or [spec]  # a reference without a model: the student
+                models = [spec] if teacher.is_student else [each for _, each in _members(key, teacher)]  # none of a server
                 members = [student if each.adapter else self._tracer(resolver, each, None, trained=False) for each in models]
                 cached.append(CachedTeacherModels(key, teacher.cache, tuple(members)))
                 continue

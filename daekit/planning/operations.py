@@ -22,6 +22,7 @@ def step_operations(memory: StageMemory) -> float:
     step = 2 * forward + attention + trained  # the backward pass of attention is twice its forward pass
     if training.checkpointing:
         step += forward - 2 * tokens * student.head.numel()
+    step += memory.stage.loss.on_policy * forward  # of the rows that the student writes
     layers, _ = memory.buffers.feature_layers
     # the scores of both models, and the gradients of queries and keys
     step += 4 * layers * attention / len(student.layers) / 2

@@ -75,16 +75,16 @@ def _time(operations: float, tflops: float | None) -> str:
 
 
 def _format_cache(cache: CachePlan, machine: Machine, tflops: float | None) -> list[str]:
-    counts, per_token = cache.counts, f"{cache.token_bytes:,} bytes per loss token"
+    counts, per_token, work = cache.counts, f"{cache.token_bytes:,} bytes per loss token", ""
     if counts is None or cache.size is None or cache.operations is None:
         lines = [f"    {cache.teacher}: read from a cache of {per_token}; its size is not known: {cache.unread}"]
-        work = ""
     else:
         how = f"{counts.rows:,} rows, {counts.loss_tokens:,} loss tokens, {per_token}"
         if counts.estimated:
             how = f"at most: as if each of {counts.rows:,} rows had max_length tokens, for {counts.estimated}"
         lines = [f"    {cache.teacher}: read from a cache of {gigabytes(cache.size)} on the disk ({how})"]
-        work = f", {cache.operations / 1e12:,.1f} TFLOP" + _time(cache.operations / machine.count, tflops)
+        if cache.operations:  # a server does its own
+            work = f", {cache.operations / 1e12:,.1f} TFLOP" + _time(cache.operations / machine.count, tflops)
     fits = "" if cache.making.total <= machine.memory else ", which does not fit"
     lines.append(f"        made before the student is loaded, with {gigabytes(cache.making.total)} of memory{fits}{work}")
     return lines
