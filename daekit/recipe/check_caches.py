@@ -38,6 +38,10 @@ def check_served(stage: KDStage | DAEStage, path: Path, errors: Errors) -> None:
         if what is None:
             continue
         where = dotted((*path, *key))
+        if loss.on_policy:
+            reason = "no teacher that could score" if teacher.labels else "what its teacher said of rows that were there, not"
+            message = f"{what} ({where}) has {reason} what the student is yet to write; set it to 0, or give the teacher itself"
+            errors.add_check((*path, "loss", "on_policy"), message)
         for weight in ("attention_weight", "hidden_weight"):
             if getattr(loss, weight) > 0:
                 reason = "no layers" if teacher.labels else "distributions alone, not what layers did"

@@ -39,7 +39,8 @@ from daekit.runtime.models import ModelBuilder, specs_of
 from daekit.runtime.student import require_cuttable, require_one_process
 from daekit.runtime.trainer import naming, peft_config, training_arguments
 from daekit.teachers.cache import rows_of_examples
-from daekit.trainers import DomainSFTConfig
+from daekit.trainers import DomainSFTConfig, KDConfig
+from daekit.trainers.rollouts import require_prompts
 
 _KEY = re.compile(r"((?:sources|stages|tokenizer|evaluation)\b[\w.-]*|output_dir): (.*)", re.DOTALL)  # of a message
 _ADAM_STATES = 2  # values per trained value that the usual optimizers keep
@@ -263,7 +264,9 @@ def _rows_of(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder) ->
     mixture = data.mixture(stage)
     splits = arguments.packing and arguments.packing_strategy not in ("bfd", None)
     limit = None if splits else arguments.max_length
-    counts = fit_to_length(mixture.dataset, limit, arguments.overlong, "train")[1]
+    rows, counts = fit_to_length(mixture.dataset, limit, arguments.overlong, "train")
+    if isinstance(arguments, KDConfig) and arguments.on_policy_fraction:
+        require_prompts(rows, arguments, data.tokenizer, None)
     watched = arguments.eval_strategy != "no"
     validation = data.validation(stage) if watched else None
     if watched and validation is None:

@@ -37,6 +37,11 @@ class LabelTeacher:
         Raises:
             UserError: another divergence or temperature; features of layers.
         """
+        if objective.on_policy:
+            raise UserError(
+                f"on_policy={objective.on_policy:g}: what the student writes has no labels that it could follow. Give a "
+                "teacher, or set on_policy to 0"
+            )
         if objective.attention_weight or objective.hidden_weight:
             raise _no_features()
         if objective.divergence != "forward_kl" or objective.temperature != 1.0:

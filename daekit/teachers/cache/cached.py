@@ -126,6 +126,11 @@ class CachedTeacher:
         Raises:
             UserError: another temperature, a divergence that drawn tokens do not give, features of layers.
         """
+        if objective.on_policy:
+            raise UserError(
+                f"on_policy={objective.on_policy:g}: a cache holds what its teacher said of the rows it was made of, and the "
+                "student is yet to write these. Give the teacher itself, or set on_policy to 0"
+            )
         if objective.attention_weight or objective.hidden_weight:
             raise _no_features()
         kept, directory = self.facts["keep"], self.store.directory
