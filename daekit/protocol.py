@@ -63,12 +63,14 @@ class Batch:
         labels_BT: token ids, -100 where no loss is wanted.
         row_BT: index of the row that each position belongs to, -1 on padding.
         domains: name of the domain of each row, R names.
+        for_teacher: the same rows and loss positions behind other prompts, which teachers see instead; None: they see this.
     """
 
     inputs: dict[str, Any]
     labels_BT: Tensor
     row_BT: Tensor
     domains: tuple[str, ...]
+    for_teacher: Batch | None = None
 
     @cached_property
     def loss_mask_BT(self) -> Tensor:

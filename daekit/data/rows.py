@@ -7,7 +7,8 @@ conversation pair     ``prompt`` and ``completion``: both lists of messages
 messages              ``messages``: a list of ``{role, content}``
 ====================  ===============================================================================================
 
-A row may also carry ``answer`` (a string), ``tools`` (a list) and ``chat_template_kwargs`` (a mapping).
+A row may also carry ``answer`` (a string), ``tools`` (a list), ``chat_template_kwargs`` (a mapping) and ``teacher_prompt``
+(a string, or messages: what a teacher sees in place of the prompt).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ FORM_COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt and completion": ("prompt", "completion"),
     "text": ("text",),
 }
-EXTRA_COLUMNS = ("answer", "tools", "chat_template_kwargs")
+EXTRA_COLUMNS = ("answer", "tools", "chat_template_kwargs", "teacher_prompt")
 COLUMNS = (*(column for columns in FORM_COLUMNS.values() for column in columns), *EXTRA_COLUMNS)
 VISION_COLUMNS = ("image", "images", "pixel_values")
 
@@ -120,6 +121,7 @@ class RowCollector:
         conversational = form in ("messages", "conversation pair")
         types = dict.fromkeys(COLUMNS[:4], messages if conversational else STRING)
         types |= {"answer": STRING, "tools": Json(), "chat_template_kwargs": Json(), "domain": STRING}
+        types["teacher_prompt"] = messages if conversational else STRING
         return Features({name: type_ for name, type_ in types.items() if name in self._columns or name == "domain"})
 
     def _check(self, row: Mapping[str, Any]) -> tuple[RowForm, dict[str, Any]]:
@@ -147,7 +149,21 @@ class RowCollector:
                 roles = {"prompt": "user", "completion": "assistant"}
                 kept = {column: [{"role": roles[column], "content": kept[column]}] for column in needed}
                 form = "conversation pair"
-        return form, kept | _check_extras(values)
+        kept |= _check_extras(values)
+        if "teacher_prompt" in values:
+            kept["teacher_prompt"] = self._teacher_prompt(values["teacher_prompt"], form)
+        return form, kept
+
+    def _teacher_prompt(self, value: Any, form: RowForm) -> Any:
+        """As the prompt of that form is: a text, or messages."""
+        if form == "text":
+            raise RowError("is text with a teacher_prompt, which stands in place of a prompt; give prompt and completion")
+        if isinstance(value, list) and form != "prompt+completion":
+            return self._messages("teacher_prompt", value)
+        if isinstance(value, list):
+            raise RowError("has messages as teacher_prompt and a text as prompt; both must be of one kind (or set chat: true)")
+        _check_string("teacher_prompt", value)
+        return value if form == "prompt+completion" else [{"role": "user", "content": value}]
 
     def _needed(self, values: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, ...]:
         complete = [FORM_COLUMNS[form] for form in self._forms if values.keys() >= set(FORM_COLUMNS[form])]
@@ -234,7 +250,7 @@ def _check_characters(name: str, value: Any) -> None:
 
 
 def _check_extras(values: Mapping[str, Any]) -> dict[str, Any]:
-    extras = {column: values[column] for column in EXTRA_COLUMNS if column in values}
+    extras = {column: values[column] for column in ("answer", "tools", "chat_template_kwargs") if column in values}
     if "answer" in extras:
         _check_string("answer", extras["answer"])
     if isinstance(extras.get("tools"), str):

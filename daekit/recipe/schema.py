@@ -98,7 +98,14 @@ _FOREIGN_TO_SFT = {
     "reference": "an sft stage learns from the data alone; for a reference use type: dae",
     "reference_domains": "an sft stage has no reference; for one use type: dae",
     "loss": "an sft stage has the cross-entropy as its only loss; for others use type: kd or dae",
+    "teacher_max_length": "an sft stage has no teacher; remove it",
 }
+_TEACHER_MAX_LENGTH: Any = Field(
+    None,
+    gt=0,
+    description="trainer.max_length of what a teacher sees of a row with `teacher_prompt`; default: the same. `overlong` holds "
+    "for longer rows.",
+)
 _FIRST = ("type", "student", "lora", "teacher", "teachers", "reference", "reference_domains", "data")
 
 
@@ -156,6 +163,7 @@ class KDStage(_Stage):
     FOREIGN: ClassVar = _FOREIGN_TO_KD
     type: Annotated[Literal["kd"], Choice]
     teacher: TeacherSpec = Field(description="The teacher to follow.")
+    teacher_max_length: Whole | None = _TEACHER_MAX_LENGTH
     loss: Objective = Field(Objective(), description="The objective.")
 
     def teachers_by_key(self) -> dict[Path, TeacherSpec]:
@@ -173,6 +181,7 @@ class DAEStage(_Stage):
         None, description="The model to follow on reference_domains; default: the student as it stands, frozen."
     )
     reference_domains: tuple[Text, ...] = Field(("general",), description="Domains that follow the reference.")
+    teacher_max_length: Whole | None = _TEACHER_MAX_LENGTH
     loss: Objective = Field(Objective(), description="The objective.")
 
     def teachers_by_key(self) -> dict[Path, TeacherSpec]:

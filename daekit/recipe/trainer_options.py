@@ -61,7 +61,7 @@ _ELSEWHERE = {
     "do_predict": _RUN,
     "local_rank": "the launcher (accelerate, torchrun) sets it",
     **dict.fromkeys(Objective.model_fields, _LOSS),
-    **dict.fromkeys(("reference_domains", "overlong"), "set `{stage}.{key}`"),
+    **dict.fromkeys(("reference_domains", "overlong", "teacher_max_length"), "set `{stage}.{key}`"),
 }
 # Refused with one value only.
 _REFUSED_VALUES: dict[str, tuple[Any, str]] = {

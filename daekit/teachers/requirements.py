@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from daekit.models.teacher_view import TOKEN_COLUMNS
 from daekit.recipe.objective import Objective
 from daekit.teachers.cache import CachedTeacher, rows_of_examples
 from daekit.teachers.ensemble import EnsembleTeacher
@@ -58,6 +59,6 @@ def _parts(teacher: Any, domains: Domains) -> dict[CachedTeacher | LabelTeacher,
 
 
 def _of_domains(dataset: Dataset, domains: Domains) -> Iterable[Mapping[str, Any]]:
-    columns = [name for name in ("input_ids", "labels", "seq_lengths", "domain") if name in dataset.column_names]
+    columns = [name for name in TOKEN_COLUMNS if name in dataset.column_names]
     rows = dataset.select_columns(columns).with_format("numpy")
     return (row for row in rows if domains is None or str(row["domain"]) in domains)

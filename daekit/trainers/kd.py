@@ -27,6 +27,7 @@ from daekit.errors import UserError
 from daekit.models.backbone import add_on_hidden
 from daekit.models.restore import restore_weights
 from daekit.models.start_checks import require_plain_head, require_rows_apart
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.models.vocabulary import known_ids, vocabulary_size
 from daekit.protocol import Batch, Teacher, TeacherOutput
 from daekit.teachers import AdapterPath
@@ -54,7 +55,8 @@ class KDTrainer(SFTTrainer):
     """``trl.SFTTrainer`` whose student follows a teacher's next-token distribution.
 
     ``loss = (ce_weight * CE + prediction_weight * T^2 * D(teacher, student)) / loss tokens of the global batch`` (nats).
-    Rows may have a column ``domain``; without one they all are ``general``. Logged per domain as true token means over the
+    Rows may have a column ``domain``; without one they all are ``general``; of rows with a column ``teacher_prompt`` the
+    teacher sees that in place of the prompt. Logged per domain as true token means over the
     logging window, in nats: ``ce/<domain>``, ``tokens/<domain>``, ``mean_token_accuracy/<domain>``, ``kl/<domain>`` with its
     T^2 (or ``reverse_kl``, ``jsd``...); without suffix over all domains.
 
@@ -191,7 +193,7 @@ class KDTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns  # type: ignore[has-type]
-        self._signature_columns = list(dict.fromkeys([*columns, "domain"]))
+        self._signature_columns = list(dict.fromkeys([*columns, "domain", TEACHER_PROMPT_IDS]))
 
     # ---- loss -----------------------------------------------------------------------------------------------------
 
@@ -241,7 +243,7 @@ class KDTrainer(SFTTrainer):
         if self.teacher is None:
             return []
         capture = None if self.features is None else self.features.spec
-        outputs: list[TeacherOutput] = self.teacher.outputs(batch, capture)
+        outputs: list[TeacherOutput] = self.teacher.outputs(batch.for_teacher or batch, capture)
         if not outputs and batch.labels_N.numel():
             raise UserError(
                 f"{type(self.teacher).__name__} has no output for a batch of {batch.labels_N.numel()} loss positions: its "
