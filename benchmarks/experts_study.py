@@ -196,7 +196,7 @@ def facts(folder: Path) -> dict[str, Any]:
     stages, versions = {}, {}
     for file in sorted(folder.glob("*/stages/*/stage.json")):
         done = json.loads(file.read_text())
-        rows = {family: [count["rows"], count["kept_tokens"]] for family, count in done["rows"]["train"].items()}
+        rows = {family: [count["rows"], count["loss_tokens"]] for family, count in done["rows"]["train"].items()}
         stages[done["stage"]] = {
             "seconds": done["seconds"],
             "steps": done["log_history"][-1]["step"],

@@ -131,14 +131,27 @@ def with_teacher_prompts(
     return own.add_column(TEACHER_PROMPT_IDS, found, feature=PROMPT_IDS_TYPE)
 
 
-def refuse_features(objective: Objective) -> None:
-    """UserError for losses inside the models, which cannot be had where teacher and student see other tokens."""
+def require_followed(objective: Objective, splits_rows: bool) -> None:
+    """Refuse what cannot be had where teacher and student see other tokens.
+
+    Args:
+        objective: of the student.
+        splits_rows: whether packing splits rows over two blocks.
+
+    Raises:
+        UserError: losses inside the models; rows that are split.
+    """
     for name in ("attention_weight", "hidden_weight"):
         if value := getattr(objective, name):
             raise UserError(
                 f"{name}={value}: rows have a teacher_prompt, so the teacher attends to tokens that the student does not see, "
                 "and its layers hold what these say: they have no counterpart in the student. Set it to 0"
             )
+    if splits_rows:
+        raise UserError(
+            "packing_strategy: it splits rows, and the second part of a row would follow no teacher_prompt. Use 'bfd', or no "
+            "packing"
+        )
 
 
 def pack_with_prompts(pack: Any, rows: Dataset) -> Dataset:

@@ -51,9 +51,12 @@ class StageMemory:
 
     def __init__(self, stage: StageSpec, models: StageModels, training: Training, machine: Machine) -> None:
         self.stage, self.models, self.training, self.machine = stage, models, training, machine
-        flat, rows, length = training.flat, training.rows, training.length
-        self.batch = MicroBatch(
-            1 if flat else rows, rows * length if flat else length, training.attention_mask, training.autocast, machine.gpu
+        flat, rows = training.flat, training.rows
+        self.batch, self.teacher_batch = (
+            MicroBatch(
+                1 if flat else rows, rows * length if flat else length, training.attention_mask, training.autocast, machine.gpu
+            )
+            for length in (training.length, training.teacher_length)
         )
         self.buffers = Buffers(stage, models, training, machine, self.batch)
         self.student = models.student.meta
@@ -169,7 +172,7 @@ class StageMemory:
         return self.models.student.cost(self.batch)
 
     def _teacher_runs(self, model: FrozenModel) -> Counter[str]:
-        cost = model.tracer.cost(self.batch)
+        cost = model.tracer.cost(self.teacher_batch)
         highest = max(layer.frozen for layer in cost.layers)
         return self._with(
             {ACTIVATIONS: highest + cost.layers[0].output + cost.shared, OUTPUTS: self.buffers.teacher_outputs[0]}

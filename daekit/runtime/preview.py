@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from daekit.data.preparation import DomainCount
 from daekit.data.rows import form_of
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS, as_teacher_sees, is_told_more
 from daekit.runtime.data import LossRule
 from daekit.runtime.prepare import Prepared, PreparedStage
 
@@ -62,7 +63,7 @@ def stage_lines(prepared: Prepared, name: str) -> list[str]:
 
 
 def _counted(ready: PreparedStage, what: str, counts: Mapping[str, DomainCount]) -> Iterator[str]:
-    total = sum(count.kept_tokens for count in counts.values())
+    total = sum(count.loss_tokens for count in counts.values())
     limit = ready.arguments.max_length
     fates = {
         "truncated": f"cut at max_length={limit}",
@@ -72,8 +73,8 @@ def _counted(ready: PreparedStage, what: str, counts: Mapping[str, DomainCount])
     }
     for domain, count in counts.items():
         lost = [f"{getattr(count, fate):,} {words}" for fate, words in fates.items() if getattr(count, fate)]
-        share = f"{count.kept_tokens / total:.0%} of them" if total else "none"
-        yield "; ".join([f"    {what}{domain}: {count.rows:,} rows, {count.kept_tokens:,} loss tokens ({share})", *lost])
+        share = f"{count.loss_tokens / total:.0%} of them" if total else "none"
+        yield "; ".join([f"    {what}{domain}: {count.rows:,} rows, {count.loss_tokens:,} loss tokens ({share})", *lost])
 
 
 def _source(prepared: Prepared, source: str, rule: LossRule, rows: int, colour: bool) -> Iterator[str]:
@@ -84,6 +85,12 @@ def _source(prepared: Prepared, source: str, rule: LossRule, rows: int, colour: 
         f"{lengths.min():,} / {int(np.median(lengths)):,} / {lengths.max():,} (least / median / most); loss on "
         f"{rule.describe(form, prepared.data.tokenizer)}"
     )
+    if TEACHER_PROMPT_IDS in tokens.column_names:
+        told = [len(as_teacher_sees(row)["input_ids"]) for row in tokens if is_told_more(row)]
+        yield (
+            f"    teachers see {len(told):,} rows with a teacher_prompt instead of the prompt; tokens {min(told):,} / "
+            f"{int(np.median(told)):,} / {max(told):,}"
+        )
     for name, ready in prepared.stages.items():
         limit = ready.arguments.max_length
         if source in prepared.recipe.stages[name].data.sources and limit is not None and lengths.max() > limit:
@@ -91,6 +98,10 @@ def _source(prepared: Prepared, source: str, rule: LossRule, rows: int, colour: 
     for number in range(min(rows, len(tokens))):
         yield f"--- row {number + 1} of {source} ({lengths[number]} tokens)"
         yield _shown(tokens[number], prepared.data.tokenizer, colour)
+        if is_told_more(tokens[number]):
+            seen = as_teacher_sees(tokens[number])
+            yield f"--- row {number + 1} of {source} as its teacher sees it ({len(seen['input_ids'])} tokens)"
+            yield _shown(seen, prepared.data.tokenizer, colour)
 
 
 def _shown(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:

@@ -23,7 +23,7 @@ from daekit.data.responses import ResponseLabels, label_responses
 from daekit.data.teacher_prompts import (
     TEACHER_PROMPT,
     pack_with_prompts,
-    refuse_features,
+    require_followed,
     teacher_row,
     with_teacher_prompts,
 )
@@ -173,7 +173,7 @@ class RowPreparation:
         for domain, count in self.counts[name].items():
             lost = {what: n for what in ("truncated", "dropped", "emptied", "blank") if (n := getattr(count, what))}
             level = logging.WARNING if lost else logging.INFO
-            logger.log(level, "%s, %s: %d rows, %d loss tokens %s", name, domain, count.rows, count.kept_tokens, lost or "")
+            logger.log(level, "%s, %s: %d rows, %d loss tokens %s", name, domain, count.rows, count.loss_tokens, lost or "")
 
 
 def _with_teacher_prompts(
@@ -187,16 +187,11 @@ def _with_teacher_prompts(
     columns = dataset.column_names or first_row(dataset, name).keys()
     if not isinstance(args, KDConfig) or not {TEACHER_PROMPT, TEACHER_PROMPT_IDS} & set(columns):
         return tokenise(dataset, name)  # labels alone: nobody is told more
-    refuse_features(args.objective())
+    require_followed(args.objective(), packing and args.packing_strategy not in _WHOLE_ROWS)
     if isinstance(dataset, IterableDataset):
         raise UserError(
             f"the {name} data set is a stream with teacher_prompt, whose rows cannot be compared before the first step. Give a "
             "map-style Dataset (datasets.Dataset.from_list(list(stream)))."
-        )
-    if packing and args.packing_strategy not in _WHOLE_ROWS:
-        raise UserError(
-            f"packing_strategy={args.packing_strategy!r} splits rows, and the second part of a row would follow no "
-            "teacher_prompt. Use 'bfd'."
         )
     if TEACHER_PROMPT_IDS in columns:
         return tokenise(dataset, name)
