@@ -1,4 +1,4 @@
-"""Teachers that are told more: the loss is the plain formula; routes, ensembles, adapters, caches and packing work as before."""
+"""Teachers that are told more: the loss is the plain formula; routes, ensembles, adapters, caches and packing are as before."""
 
 from __future__ import annotations
 
