@@ -80,7 +80,10 @@ def test_a_source_keeps_it_as_its_prompt_is(tmp_path: Path) -> None:
     assert read(pair) is None
     assert read(pair, columns={"teacher_prompt": "page"}) == "c"
     assert read(pair, columns={"teacher_prompt": "page"}, chat=True) == message
+    assert read(pair, columns={"teacher_prompt": "{page}\n{prompt}: {}"}) == "c\na: {}"
     assert read({"messages": [*message, {"role": "assistant", "content": "b"}], "teacher_prompt": "c"}) == message
+    with pytest.raises(UserError, match=r"columns\.teacher_prompt: no row has '\{pgae\} \{prompt\}'"):
+        read(pair, columns={"teacher_prompt": "{pgae} {prompt}"})
     for bad, words in (
         ({"text": "a", "teacher_prompt": "c"}, "is text with a teacher_prompt"),
         ({"prompt": "a", "completion": "b", "teacher_prompt": message}, "both must be of one kind"),

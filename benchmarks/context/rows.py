@@ -2,9 +2,10 @@
 
     python benchmarks/context/rows.py --data DIR --out DIR
 
-DIR holds ecommerce/ and general/ with train.jsonl and validation.jsonl; a prompt of ecommerce is a question, and evidence on the
-next line. Rows with the same evidence are one product. Of products with five questions or more the last two are held out
-(``seen``), and up to four of the others are trained on (``train``); ``unseen`` are products with one question, drawn by a seed.
+DIR holds ecommerce/ and general/ with train.jsonl and validation.jsonl; a prompt of ecommerce is a question, and evidence on
+the next line. Rows with the same evidence are one product. Of products with five questions or more the last two are held
+out (``seen``), and up to four of the others are trained on (``train``); ``unseen`` are products with one question, drawn by
+a seed.
 """
 
 from __future__ import annotations

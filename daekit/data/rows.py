@@ -14,6 +14,7 @@ A row may also carry ``answer`` (a string), ``tools`` (a list), ``chat_template_
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ FORM_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 EXTRA_COLUMNS = ("answer", "tools", "chat_template_kwargs", "teacher_prompt")
 COLUMNS = (*(column for columns in FORM_COLUMNS.values() for column in columns), *EXTRA_COLUMNS)
+_NAMED = re.compile(r"\{([^{}]+)\}")  # in a value of ``columns``
 VISION_COLUMNS = ("image", "images", "pixel_values")
 
 # Arrow's plain string columns hold 2 GiB.
@@ -66,7 +68,7 @@ class RowCollector:
 
     Args:
         source: begins every error message.
-        columns: our column name -> its name in the data.
+        columns: our column name -> its name in the data, or a text with names in braces.
         chat: make messages of prompts and completions that are strings.
     """
 
@@ -105,6 +107,8 @@ class RowCollector:
         """The rows so far, in order, with a ``domain`` column."""
         assert self._first is not None, "there are rows"
         form = self._first[0]
+        if "teacher_prompt" in self._renamed and "teacher_prompt" not in self._columns:
+            raise UserError(f"{self._source}: columns.teacher_prompt: no row has {self._renamed['teacher_prompt']!r}")
         features = self._features(form)
         for values in self._columns.values():
             values.extend([None] * (self._rows - len(values)))
@@ -125,7 +129,7 @@ class RowCollector:
         return Features({name: type_ for name, type_ in types.items() if name in self._columns or name == "domain"})
 
     def _check(self, row: Mapping[str, Any]) -> tuple[RowForm, dict[str, Any]]:
-        values = {ours: row[theirs] for ours, theirs in self._wanted if row.get(theirs) is not None}
+        values = {ours: value for ours, theirs in self._wanted if (value := _value(row, theirs)) is not None}
         for column in VISION_COLUMNS:
             if row.get(column) is not None:
                 raise RowError(f"has {column!r}: vision rows cannot be distilled here; remove them or the column")
@@ -193,6 +197,18 @@ class RowCollector:
         if self._plain and any(len(message) > 2 for message in messages):
             self._plain = False
         return messages
+
+
+def _value(row: Mapping[str, Any], theirs: str) -> Any:
+    """The value of a column, or a text with the values of the columns that it names in braces; None where one is missing."""
+    names = _NAMED.findall(theirs)
+    values = {name: row.get(name) for name in names}
+    if not names or None in values.values():
+        return None if names else row.get(theirs)
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise RowError(f"has {_shown(value)} as {name}, which columns sets into a text; it must be a string")
+    return _NAMED.sub(lambda found: values[found[1]], theirs)
 
 
 def _check_message(column: str, index: int, message: Any) -> Mapping[str, Any]:
