@@ -33,8 +33,8 @@ from daekit.models.loading import load_model
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Batch, Teacher
 from daekit.recipe.schema import EvaluationSpec, ModelSpec, SourceSpec
+from daekit.report.contents import Row
 from daekit.report.figures import COLOURS, new_figure, style_axes
-from daekit.report.rows import Row
 from daekit.runtime.run import calibration
 from daekit.teachers import EnsembleTeacher, ModelTeacher
 

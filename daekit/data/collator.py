@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from daekit.errors import UserError
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS, as_teacher_sees, is_told_more
 from daekit.protocol import IGNORE_INDEX, Batch
 
-_ROW, _DOMAINS, EXAMPLES, _TEACHER = "row_ids", "domains", "row_examples", "for_teacher"
+_ROW, _DOMAINS, EXAMPLES, ON_POLICY, FOR_TEACHER = "row_ids", "domains", "row_examples", "row_on_policy", "for_teacher"
+_NOT_OF_THE_MODEL = (_ROW, _DOMAINS, EXAMPLES, ON_POLICY, FOR_TEACHER, "labels")
 _BESIDE = ("domain", TEACHER_PROMPT_IDS)  # columns that are no tokens of the row
 
 
@@ -34,7 +35,7 @@ class DomainCollator:
         batch = self._collated(examples)
         if any(map(is_told_more, examples)):
             seen = [{**each, **as_teacher_sees(each)} if is_told_more(each) else each for each in examples]
-            batch[_TEACHER] = self._collated(seen)
+            batch[FOR_TEACHER] = self._collated(seen)
         return batch
 
     def _collated(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -59,9 +60,18 @@ class DomainCollator:
 
 def as_batch(inputs: Mapping[str, Any]) -> Batch:
     """The Batch of a collated dictionary: everything else in it goes to the model's forward."""
-    forward = {key: value for key, value in inputs.items() if key not in (_ROW, _DOMAINS, EXAMPLES, _TEACHER, "labels")}
-    for_teacher = as_batch(inputs[_TEACHER]) if _TEACHER in inputs else None
-    return Batch(forward, inputs["labels"], inputs[_ROW], tuple(inputs[_DOMAINS]), for_teacher)
+    forward = {key: value for key, value in inputs.items() if key not in _NOT_OF_THE_MODEL}
+    written = tuple(inputs.get(ON_POLICY, ()))
+    for_teacher = as_batch(inputs[FOR_TEACHER]) if FOR_TEACHER in inputs else None
+    return Batch(forward, inputs["labels"], inputs[_ROW], tuple(inputs[_DOMAINS]), written, for_teacher)
+
+
+def collated_rows(inputs: Mapping[str, Any]) -> Iterator[tuple[list[int], list[int], str]]:
+    """(token ids, labels, domain) of each row of a collated dictionary, without padding."""
+    ids_BT, labels_BT, row_BT = (inputs[key].cpu() for key in ("input_ids", "labels", _ROW))
+    for row, domain in enumerate(inputs[_DOMAINS]):
+        here_BT = row_BT == row
+        yield ids_BT[here_BT].tolist(), labels_BT[here_BT].tolist(), domain
 
 
 def _without_first_tokens(labels_BT: Tensor, row_BT: Tensor) -> Tensor:

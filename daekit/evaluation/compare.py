@@ -10,7 +10,7 @@ from daekit.evaluation.evaluate import SEED, ModelEvaluation
 from daekit.evaluation.intervals import paired_interval
 from daekit.evaluation.matching import answer_match, exact_match
 from daekit.evaluation.sets import EvaluationSet
-from daekit.report.rows import Row, Sample
+from daekit.report.contents import Row, Sample
 
 _HIGHER_IS_BETTER = {
     "exact_match": True,

@@ -19,7 +19,7 @@ from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Teacher
 from daekit.recipe.schema import EvaluationSpec
-from daekit.report.rows import Row
+from daekit.report.contents import Row
 
 SEED = 0  # of the resamples: equal for all models, so that differences are paired
 Key = tuple[str, str, str]  # domain, source, metric

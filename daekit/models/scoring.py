@@ -194,7 +194,7 @@ def _collate(rows: Sequence[TokenRow], domain: str, device: torch.device) -> Bat
     told = any(map(is_told_more, rows))
     seen = [as_teacher_sees(row) if is_told_more(row) else row for row in rows]
     for_teacher = _collate(seen, domain, device) if told else None
-    return Batch(inputs, labels_BT.to(device), row_BT.to(device), (domain,) * len(rows), for_teacher)
+    return Batch(inputs, labels_BT.to(device), row_BT.to(device), (domain,) * len(rows), for_teacher=for_teacher)
 
 
 def _refuse_prompt_learning(model: PreTrainedModel) -> None:

@@ -54,7 +54,11 @@ class StageMemory:
         flat, rows = training.flat, training.rows
         self.batch, self.teacher_batch = (
             MicroBatch(
-                1 if flat else rows, rows * length if flat else length, training.attention_mask, training.autocast, machine.gpu
+                *((1, rows * length) if flat else (rows, length)),
+                training.attention_mask,
+                training.autocast,
+                machine.gpu,
+                training.accumulation > 1,
             )
             for length in (training.length, training.teacher_length)
         )
@@ -221,7 +225,7 @@ class StageMemory:
                 + saved
                 + self.buffers.extra_saved(len(layers) if last else 1)
                 + gradient
-                + self._own(layers[-1 if last else 0])
+                + layers[-1 if last else 0].backward
             )
         gradients = (
             gradient_bytes(self.student.head)
@@ -239,10 +243,7 @@ class StageMemory:
 
     def _again(self, layer: LayerCost) -> int:
         """Peak of a checkpointed layer in the backward pass, where its forward pass is run once more."""
-        return max(layer.forward, layer.saved + self.buffers.extra_saved(1) + self._own(layer))
-
-    def _own(self, layer: LayerCost) -> int:
-        return layer.backward_again if self.training.accumulation > 1 else layer.backward
+        return max(layer.forward, layer.saved + self.buffers.extra_saved(1) + layer.backward)
 
     def _backward_of_embedding(self) -> Counter[str]:
         new = gradient_bytes(self.student.embedding)
