@@ -64,6 +64,7 @@ class Batch:
         row_BT: index of the row that each position belongs to, -1 on padding.
         domains: name of the domain of each row, R names.
         on_policy: Whether the student wrote the response of each row, which is then no label; empty where it wrote none.
+        for_teacher: the same rows and loss positions behind other prompts, which teachers see instead; None: they see this.
     """
 
     inputs: dict[str, Any]
@@ -71,6 +72,7 @@ class Batch:
     row_BT: Tensor
     domains: tuple[str, ...]
     on_policy: tuple[bool, ...] = ()
+    for_teacher: Batch | None = None
 
     @cached_property
     def loss_mask_BT(self) -> Tensor:
