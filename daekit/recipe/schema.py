@@ -263,7 +263,7 @@ class EvaluationSpec(Spec):
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the evaluated models."""
-        return tuple(model.name for model in self.models)
+        return tuple(model.name for model in self.models if model is not None and model.name is not None)
 
 
 class Recipe(Spec):
