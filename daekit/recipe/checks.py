@@ -225,9 +225,9 @@ def _check_on_policy(loss: Objective, stage: StageSpec, path: Path, errors: Erro
 
 def _check_teacher(teacher: TeacherSpec, path: Path, errors: Errors) -> None:
     check_cache(teacher, path, errors)
-    kinds = [teacher.model is not None, bool(teacher.ensemble), teacher.labels]
+    kinds = [teacher.model is not None, bool(teacher.ensemble), teacher.server is not None, teacher.labels]
     if sum(kinds) != 1 and not (teacher.is_student and teacher.cache is not None and path[-1] == "reference"):
-        errors.add_check(path, "a teacher is exactly one of a model, an ensemble and labels")
+        errors.add_check(path, "a teacher is exactly one of a model, an ensemble, a served model and labels")
     elif not teacher.ensemble:
         if teacher.changed("average"):
             errors.add_check((*path, "average"), "only an ensemble is averaged")

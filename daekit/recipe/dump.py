@@ -31,8 +31,8 @@ _WATCHING = frozenset(
         "save_total_limit",
     }
 )
-# Where a teacher lies does not change what it says.
-_PLACEMENT = ("device_map", "offload")
+# Where a teacher lies, and how it is reached, does not change what it says.
+_PLACEMENT = ("device_map", "offload", "base_url", "api_key_env", "concurrency", "max_retries", "timeout")
 _VALIDATION = ("validation", "validation_split", "validation_limit")
 # With these the training itself looks at the validation rows.
 _SCHEDULES_BY_VALIDATION = ("reduce_lr_on_plateau", "greedy")

@@ -30,12 +30,15 @@ from daekit.evaluation.suites.prepare import prepare as prepare_suite
 from daekit.generation import Permissions
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe, StageSpec
+from daekit.recipe.validation import dotted
+from daekit.runtime.caches import domains_of, is_cached
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.kept import ahead
 from daekit.runtime.models import ModelBuilder, specs_of
 from daekit.runtime.student import require_cuttable, require_one_process
 from daekit.runtime.trainer import naming, peft_config, training_arguments
+from daekit.teachers.cache import rows_of_examples
 from daekit.trainers import DomainSFTConfig, KDConfig
 from daekit.trainers.rollouts import require_prompts
 
@@ -134,7 +137,7 @@ def prepare(recipe: Recipe, allowed: Permissions = Permissions()) -> Prepared:  
         _ = data.tokenizer
     found.raise_if_any()
     prepared = Prepared(recipe, folder, data, ModelBuilder(folder, data.tokenizer))
-    prepared.models.ahead = frozenset(stages)
+    prepared.models.ahead, prepared.models.allowed = frozenset(stages), allowed
     for name in stages:
         _prepare_stage(prepared, name, found)
     if recipe.evaluation is not None:
@@ -221,10 +224,25 @@ def _prepare_stage(prepared: Prepared, name: str, found: Found) -> None:
         ready = _rows_of(stage, arguments, data)
     if ready is not None:
         prepared.stages[name] = ready
+        _ask_servers(prepared, name, ready, found)
         prepared.notes.extend(f"{where}: {note}" for note in _notes(stage, ready, data, student))
         if student is not None:
             with found.at("output_dir"):
                 _require_space(prepared.folder.root, name, ready, student)
+
+
+def _ask_servers(prepared: Prepared, name: str, ready: PreparedStage, found: Found) -> None:
+    """Ask each served teacher of a stage about the longest row that follows it, unless its cache is there."""
+    recipe, models = prepared.recipe, prepared.models
+    stage = recipe.stages[name]
+    for key, spec in stage.teachers_by_key().items():
+        if spec.server is None or is_cached(recipe, name, models, spec):
+            continue
+        rows = ready.mixture.dataset.with_format("numpy")
+        domains = domains_of(recipe, name, key, list(dict.fromkeys(ready.mixture.dataset["domain"])))
+        whole = (row for row in rows if row["domain"] in domains and len(row["input_ids"]) <= ready.longest)
+        with found.at(f"stages.{name}.{dotted(key)}"):
+            models.served(spec).require_served(stage.loss, models.tokenizer, rows_of_examples(whole))
 
 
 def _require_usable(arguments: DomainSFTConfig) -> None:

@@ -70,7 +70,7 @@ def stage_lines(prepared: Prepared, name: str) -> list[str]:
 
 def _counted(ready: PreparedStage, what: str, counts: Mapping[str, DomainCount]) -> Iterator[str]:
     by_rows = ready.arguments.objective().normalize == "rows"
-    weights = {domain: count.rows if by_rows else count.kept_tokens for domain, count in counts.items()}
+    weights = {domain: count.rows if by_rows else count.loss_tokens for domain, count in counts.items()}
     unit, total = "the rows, which count alike" if by_rows else "them", sum(weights.values())
     limit = ready.arguments.max_length
     fates = {
@@ -82,7 +82,7 @@ def _counted(ready: PreparedStage, what: str, counts: Mapping[str, DomainCount])
     for domain, count in counts.items():
         lost = [f"{getattr(count, fate):,} {words}" for fate, words in fates.items() if getattr(count, fate)]
         share = f"{weights[domain] / total:.0%} of {unit}" if total else "none"
-        yield "; ".join([f"    {what}{domain}: {count.rows:,} rows, {count.kept_tokens:,} loss tokens ({share})", *lost])
+        yield "; ".join([f"    {what}{domain}: {count.rows:,} rows, {count.loss_tokens:,} loss tokens ({share})", *lost])
 
 
 def _source(prepared: Prepared, source: str, rule: LossRule, rows: int, colour: bool) -> Iterator[str]:

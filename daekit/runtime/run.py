@@ -129,7 +129,7 @@ def _held(folder: RunFolder, state: PartialState, grace: float) -> Iterator[Stop
         lock.release()
 
 
-def cache_teachers(recipe: Recipe, grace: float = GRACE) -> None:
+def cache_teachers(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Permissions()) -> None:  # noqa: B008 (frozen)
     """Make what is missing of the caches of a recipe's teachers, and train nothing. Under a launcher every rank calls it.
 
     A stage whose models come from a stage of the recipe that is not complete yet is left to ``run_recipe``.
@@ -144,6 +144,7 @@ def cache_teachers(recipe: Recipe, grace: float = GRACE) -> None:
     with _held(folder, state, grace):
         data = DataBuilder(recipe, folder)
         models = ModelBuilder(folder, data.tokenizer)
+        models.allowed = allowed
         state.wait_for_everyone()
         if state.is_main_process:
             claim(recipe, folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from daekit.errors import UserError
@@ -29,8 +31,8 @@ class LabelTeacher:
         positions = torch.arange(labels_N.numel(), device=labels_N.device)
         return [TeacherOutput(positions, (), top_k=TopK(labels_N[:, None], certain_N1, 1.0, nothing_N))]
 
-    def require_objective(self, objective: Objective) -> None:
-        """Refuse losses that labels do not serve.
+    def require_served(self, objective: Objective, tokenizer: Any = None, rows: Any = ()) -> None:
+        """See ``DemandingTeacher``.
 
         Raises:
             UserError: another divergence or temperature; features of layers.

@@ -31,7 +31,7 @@ from daekit.models.vocabulary import known_ids, vocabulary_size
 from daekit.protocol import Batch, Teacher, TeacherOutput
 from daekit.teachers import AdapterPath
 from daekit.teachers.on_student import frozen_models, on_student, require_on_student
-from daekit.teachers.requirements import require_served
+from daekit.teachers.parts import require_served
 from daekit.teachers.sharding import Sharding, shard_teacher
 from daekit.trainers.as_teacher import as_teacher
 from daekit.trainers.config import DomainSFTConfig, KDConfig

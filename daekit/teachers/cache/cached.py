@@ -110,6 +110,12 @@ class CachedTeacher:
         """The facts that decide the values: teacher, what is kept of it, temperature, precision, tokenizer."""
         return {"kind": "cache"} | {key: value for key, value in self.facts.items() if key != "source"}
 
+    def require_served(self, objective: Objective, tokenizer: PreTrainedTokenizerBase, rows: Iterable[CacheRow]) -> None:
+        """See ``DemandingTeacher``."""
+        self.require_objective(objective)
+        self.require_tokenizer(tokenizer)
+        self.require_rows(rows)
+
     def require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Compare a tokenizer with that of the cache, by content."""
         require_facts(self.store.directory, self.facts, {"tokenizer": tokenizer_facts(tokenizer)})
