@@ -48,7 +48,7 @@ PROVOKED = [
     # models
     (["stages.kd.student={path: a, stage: b}"], "exactly one of path, stage and config; not path and stage"),
     (["stages.kd.teacher={dtype: auto}"], "stages.kd.teacher: a model needs exactly one"),
-    (["stages.kd.teacher={average: probabilities}"], "a teacher is exactly one of a model, an ensemble and labels"),
+    (["stages.kd.teacher={average: probabilities}"], "a teacher is exactly one of a model, an ensemble, a served model and labels"),
     (["stages.kd.teacher={model: a, average: probabilities}"], "only an ensemble is averaged"),
     (["stages.kd.teacher={model: a, ensemble: [{model: b, weight: 1}]}"], "a teacher is exactly one of"),
     (["stages.kd.student=''"], "stages.kd.student: must not be empty"),
@@ -99,7 +99,7 @@ PROVOKED = [
     (["stages.dae.reference_domains=[general, othr]"], "reference_domains: no source of this stage has the domain 'othr'"),
     # rows
     (["stages.dae.data={shop: 0, general: 1}"], "the weight of 'shop' is 0.0, must be greater than 0"),
-    (["stages.kd.data=[]"], "stages.kd.data.sources: must not be empty"),
+    (["stages.kd.data=[]"], "stages.kd.data: must not be empty"),
     (["stages.kd.data=[general, general]"], "the source 'general' is listed twice"),
     (["stages.dae.data={sources: {shop: 1, general: 1}, rows: 0}"], "rows: 0 must be greater than 0"),
     (["stages.kd.data={sources: [general], rows: 5}"], "rows belongs to a weighted mixture"),

@@ -15,7 +15,6 @@ import pytest
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.recipe import load_recipe, load_recipe_text, load_suite_text, parse_models, resolve, suite_to_yaml, to_yaml
-from daekit.recipe.check_models import model_types
 from tests.helpers.recipes import BASE, errors, load
 
 SUITE = "name: quiz\noutput_dir: out\nbenchmarks: {p: {type: minimal_pairs, path: .}}\n"
