@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from daekit.planning.meta_model import MetaModel
-from daekit.recipe.model import CacheSpec
+from daekit.recipe.teacher import CacheSpec
 
 
 @dataclass(frozen=True)

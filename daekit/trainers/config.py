@@ -12,6 +12,7 @@ from trl import SFTConfig
 from daekit.data.preparation import OVERLONG
 from daekit.errors import UserError
 from daekit.recipe.objective import DIVERGENCES, Objective
+from daekit.recipe.trainer_options import ONLY_VALUE
 from daekit.trainers.distributed import connect, refuse_launch
 
 
@@ -64,19 +65,8 @@ class DomainSFTConfig(SFTConfig):
             raise UserError(f"overlong: {self.overlong!r} is unknown; choose one of {', '.join(OVERLONG)}")
 
     def _refuse_changed_objectives(self) -> None:
-        refused = {
-            "label_smoothing_factor": (self.label_smoothing_factor != 0, "it would smooth labels that the loss does not use"),
-            "loss_type": (self.loss_type != "nll", "the loss is set by ce_weight, prediction_weight and divergence"),
-            "neftune_noise_alpha": (self.neftune_noise_alpha is not None, "the student would be trained on noisy embeddings"),
-            "average_tokens_across_devices": (
-                not self.average_tokens_across_devices,
-                "every token must count the same on every device",
-            ),
-            "fp16": (self.fp16, "the loss has its gradients before the GradScaler scales them: they would underflow; use bf16"),
-            "truncation_mode": (self.truncation_mode != "keep_start", "rows are cut at their end, and counted when they are"),
-        }
-        for name, (given, reason) in refused.items():
-            if given:
+        for name, (only, reason) in ONLY_VALUE.items():
+            if getattr(self, name) != only:
                 raise UserError(f"{name}={getattr(self, name)!r} is not supported: {reason}. Leave it at its default.")
 
     def objective(self) -> Objective:
