@@ -241,6 +241,11 @@ class DAEStage(_Distillation):
         None, description="The model to follow on reference_domains; default: the student as it stands, frozen."
     )
     reference_domains: tuple[Text, ...] = Field(("general",), description="Domains that follow the reference.")
+    preflight: Flag = Field(
+        True,
+        description="Compare each expert with the student on held-out rows of its domain before the first step, for a minute "
+        "at most, and say so if it is not better.",
+    )
 
     def teachers_by_key(self) -> dict[Path, TeacherSpec]:
         """See the base class."""
