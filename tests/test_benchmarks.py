@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-YARDSTICKS = {"floor", "off-policy", "sdpa", "sft", "sft-daekit", "three-models-16bit", "top_k"}  # other work: nothing to agree on
+YARDSTICKS = {"floor", "off-policy", "sdpa", "sft", "sft-daekit", "three-models-16bit", "top_k"}  # other work
 
 
 def run(script: Path, *options: str) -> subprocess.CompletedProcess[str]:
