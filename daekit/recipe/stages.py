@@ -167,8 +167,8 @@ class _Distillation(_Stage):
     teacher_max_length: Whole | None = Field(
         None,
         gt=0,
-        description="trainer.max_length of what a teacher sees of a row with `teacher_prompt`; default: the same. `overlong` holds "
-        "for longer rows.",
+        description="trainer.max_length of what a teacher sees of a row with `teacher_prompt`; default: the same. `overlong` "
+        "holds for longer rows.",
     )
     loss: Objective = Field(Objective(), description="The objective.")
 
