@@ -6,6 +6,8 @@ here; whatever would only follow from that is dropped by ``Errors.add_check``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from daekit.errors import UserError, listed, nearest
 from daekit.recipe.adapter_config import (
     BARE_BASE,
@@ -47,9 +49,8 @@ def check_recipe(recipe: Recipe, errors: Errors) -> None:
         errors.add_all(_of_evaluation(recipe, recipe.evaluation), ("evaluation",))
         for index, suite in enumerate(recipe.evaluation.suites):
             if suite is not None:
-                path: Path = ("evaluation", "suites", index)
                 names = recipe.evaluation.names or evaluated_by_default(recipe)
-                errors.add_all(suite.contradictions(names, recipe.evaluation.baseline), path)
+                errors.add_all(suite.contradictions(names, recipe.evaluation.baseline), ("evaluation", "suites", index))
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
@@ -61,8 +62,8 @@ def _of_stage(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
         yield "student", "the first stage has no stage before it to take the student from; give a path, a config or `from`"
     for path, model in stage.models().items():
         if model.adapter is not None and path != ("student", "from") and path[:2] != ("student", "with"):
-            for key, message in _of_adapter(recipe, name, model):
-                yield (*path, key), message
+            for message in _of_adapter(recipe, name, model):
+                yield (*path, "adapter"), message
         student = model is stage.student
         alone = model.path is None and model.stage is None and model.config is None
         if model.init is not None or (model.adapter is not None and (alone or not student)):
@@ -123,20 +124,19 @@ def _why_not_earlier(wanted: str, name: str | None, names: list[str], earlier: l
     return f"there is no stage {wanted!r} (earlier ones: {listed(earlier)}){nearest(wanted, earlier)}{form}"
 
 
-def _of_adapter(recipe: Recipe, name: str, model: ModelSpec) -> Problems:
+def _of_adapter(recipe: Recipe, name: str, model: ModelSpec) -> Iterator[str]:
     """What is wrong with the ``adapter`` of a model of stage ``name``: it is none, or one on another base."""
     origin, earlier, ours = adapter_stage(model.adapter), recipe.earlier_stages(name), recipe.base_of(name)
     if origin is not None and origin not in earlier:
-        yield "adapter", _why_not_earlier(origin, name, list(recipe.stages), earlier)
+        yield _why_not_earlier(origin, name, list(recipe.stages), earlier)
     elif origin is not None and recipe.stages[origin] is not None:
         theirs = recipe.base_of(origin)
         if not recipe.stages[origin].is_lora:
-            yield "adapter", f"the stage {origin!r} trains no LoRA adapter; name its result itself: `stage:{origin}`"
+            yield f"the stage {origin!r} trains no LoRA adapter; name its result itself: `stage:{origin}`"
         elif ours is not None and theirs is not None and not ours.may_be(theirs):
             yield (
-                "adapter",
                 f"the stage {origin!r} trains an adapter of {_name(theirs)}, not of this student's base {_name(ours)}: on "
-                "another base it is another model",
+                "another base it is another model"
             )
     elif origin is None and model.adapter is not None and model.adapter != BARE_BASE:
         try:
@@ -146,7 +146,7 @@ def _of_adapter(recipe: Recipe, name: str, model: ModelSpec) -> Problems:
                 revisions = (config.get("revision"), ours.revision)
                 require_same_base(model.adapter, config["base_model_name_or_path"], ours.path, revisions)
         except UserError as error:
-            yield "adapter", str(error)
+            yield str(error)
 
 
 def _of_domains(recipe: Recipe, stage: DAEStage) -> Problems:

@@ -77,7 +77,21 @@ class StudentSearchSpec(Spec):
             yield "strategy", "a grid over a fine space would never end; use granularity: coarse, or evolution"
 
 
-class ModelSpec(Spec):
+class LoadingSpec(Spec):
+    """How the weights of a hub id or directory are loaded."""
+
+    revision: Text | None = Field(None, description="Branch, tag or commit of a hub id.")
+    dtype: Annotated[Dtype, Choice] = Field("auto", description="The dtype that the weights are loaded in.")
+    attn_implementation: Text | None = Field(
+        None, description="sdpa, eager, flash_attention_2...; default: transformers' choice."
+    )
+    trust_remote_code: Flag = Field(False, description="Run the model's own code from its directory or hub repository.")
+    quantization: Annotated[Quantization | None, Choice] = Field(
+        None, description="4bit (nf4, double quantisation) or 8bit, by bitsandbytes; experts too."
+    )
+
+
+class ModelSpec(LoadingSpec):
     """Where a model comes from: exactly one of path, stage and config; or an adapter; or, for a student, ``from``.
 
     A plain text is short for ``{path: ...}``, ``stage:NAME`` for ``{stage: NAME}``, ``stage:NAME@checkpoint-40`` for its
@@ -104,15 +118,6 @@ class ModelSpec(Spec):
         None,
         description="A model with random weights: `model_type` and the fields of its transformers config; vocab_size and "
         "special tokens are taken from the tokenizer unless given.",
-    )
-    revision: Text | None = Field(None, description="Branch, tag or commit of a hub id.")
-    dtype: Annotated[Dtype, Choice] = Field("auto", description="The dtype that the weights are loaded in.")
-    attn_implementation: Text | None = Field(
-        None, description="sdpa, eager, flash_attention_2...; default: transformers' choice."
-    )
-    trust_remote_code: Flag = Field(False, description="Run the model's own code from its directory or hub repository.")
-    quantization: Annotated[Quantization | None, Choice] = Field(
-        None, description="4bit (nf4, double quantisation) or 8bit, by bitsandbytes; experts too."
     )
     device_map: Text | dict[str, Text] | None = Field(
         None,

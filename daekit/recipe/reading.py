@@ -204,7 +204,7 @@ class ByType:
 
     def _type_of(self, value: Any) -> str:
         if isinstance(value, Spec):
-            return str(value.type)
+            return next(name for name, each in self.classes.items() if isinstance(value, each))
         keys = content(value) if isinstance(content(value), dict) else {}
         kind = content(keys.get("type"))
         alike = {name: difflib.SequenceMatcher(None, name, str(kind)[:200]).ratio() for name in self.classes}

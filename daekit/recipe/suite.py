@@ -15,7 +15,7 @@ from pydantic import Field
 
 from daekit.errors import listed, nearest
 from daekit.recipe.judge import JudgeSpec, url_problems
-from daekit.recipe.model import Dtype, ModelSpec, Quantization
+from daekit.recipe.model import LoadingSpec, ModelSpec
 from daekit.recipe.reading import ByType, Choice, FilePath, Flag, Free, Number, Spec, Text, Whole
 from daekit.recipe.validation import Problems, bad_name, missing, unknown
 
@@ -25,7 +25,7 @@ Column = Literal["messages", "prompt", "completion", "text", "answer"]
 Prefix = Literal["auto", "bos", "eos", "none"]
 
 
-class SuiteModelSpec(Spec):
+class SuiteModelSpec(LoadingSpec):
     """A model to measure: a directory, a directory + adapter, a hub id, or an OpenAI-compatible endpoint.
 
     In YAML and for ``--model`` a plain text is short: ``PATH_OR_HUB_ID`` (a directory that holds a LoRA adapter is loaded
@@ -46,11 +46,6 @@ class SuiteModelSpec(Spec):
         description="Environment variable that holds the endpoint's key (default: OPENAI_API_KEY at OpenAI's own hosts, "
         "elsewhere none).",
     )
-    revision: Text | None = Field(None, description="Branch, tag or commit of a hub id.")
-    dtype: Annotated[Dtype, Choice] = Field("auto", description="The dtype that the weights are loaded in.")
-    attn_implementation: Text | None = Field(None, description="sdpa, eager, flash_attention_2...")
-    trust_remote_code: Flag = Field(False, description="Run the model's own code.")
-    quantization: Annotated[Quantization | None, Choice] = Field(None, description="4bit or 8bit.")
 
     @classmethod
     def expand(cls, value: Any) -> Any:
