@@ -94,10 +94,8 @@ def of_origin(recipe: Recipe, model: ModelSpec, path: Path, earlier: list[str], 
     """
     own = [key for key in ("path", "stage", "config") if getattr(model, key) is not None]
     if len(own) != 1:
-        yield (
-            path,
-            f"a model needs exactly one of path, stage and config; {f'not {listed(own)}' if own else 'it has none of them'}",
-        )
+        given = f"not {listed(own)}" if own else "it has none of them"
+        yield path, f"a model needs exactly one of path, stage and config; {given}"
     elif model.stage is not None and model.stage not in earlier:
         yield path, _why_not_earlier(model.stage, name, list(recipe.stages), earlier)
     elif model.stage is not None:
@@ -110,8 +108,8 @@ def _of_quantised_result(recipe: Recipe, origin: str, path: Path, model: ModelSp
     if model.quantization is not None and stage is not None and stage.is_lora and not (stage.lora and stage.lora.merge):
         yield (
             (*path, "quantization"),
-            f"the result of stage {origin!r} is an adapter, which is merged into its 16-bit base; name it as "
-            f"{{adapter: stage:{origin}}} to run it on a quantized base, or set `lora.merge: true` in stage {origin!r}",
+            f"the result of stage {origin!r} is an adapter, which is merged into its 16-bit base; set `lora.merge`, or name "
+            f"it as {{adapter: stage:{origin}}} to run it on a quantized base",
         )
 
 
@@ -134,10 +132,7 @@ def _of_adapter(recipe: Recipe, name: str, model: ModelSpec) -> Iterator[str]:
         if not recipe.stages[origin].is_lora:
             yield f"the stage {origin!r} trains no LoRA adapter; name its result itself: `stage:{origin}`"
         elif ours is not None and theirs is not None and not ours.may_be(theirs):
-            yield (
-                f"the stage {origin!r} trains an adapter of {_name(theirs)}, not of this student's base {_name(ours)}: on "
-                "another base it is another model"
-            )
+            yield f"the stage {origin!r} trains an adapter of {_name(theirs)}, not of this student's base {_name(ours)}"
     elif origin is None and model.adapter is not None and model.adapter != BARE_BASE:
         try:
             config = read_adapter_config(model.adapter)
@@ -157,11 +152,8 @@ def _of_domains(recipe: Recipe, stage: DAEStage) -> Problems:
     complete = len(rows) > 0 and all(source is not None and source.domain is not None for source in rows)
     covered = [*stage.teachers, *stage.reference_domains]
     for domain in sorted(domains.difference(covered)):
-        yield (
-            ("teachers", domain),
-            f"the rows of domain {domain!r} have no teacher{nearest(domain, covered)}; name one here, or list the domain "
-            f"under reference_domains (now: {listed(stage.reference_domains)})",
-        )
+        otherwise = f"name one here, or list the domain under reference_domains (now: {listed(stage.reference_domains)})"
+        yield ("teachers", domain), f"the rows of domain {domain!r} have no teacher{nearest(domain, covered)}; {otherwise}"
     named = [domain for domain in stage.reference_domains if stage.changed("reference_domains")]
     for domain in [domain for domain in covered if domain not in domains and complete]:
         have = f"{listed(sorted(domains))}){nearest(domain, domains)}"

@@ -83,10 +83,8 @@ class JudgeSpec(CallsSpec):
             if not self.model:
                 yield "model", "is missing: the endpoint must be told which of its models judges"
         if self.path is None and (self.quantization is not None or self.dtype != "auto"):
-            yield (
-                "quantization" if self.quantization else "dtype",
-                "belongs to a local judge (path); an endpoint decides it itself",
-            )
+            key = "quantization" if self.quantization else "dtype"
+            yield key, "belongs to a local judge (path); an endpoint decides it itself"
         if self.path is not None and self.temperature:
             yield "temperature", f"{self.temperature} is not possible with path: a local judge answers greedily; leave it out"
         if self.max_cost is not None and (self.price_prompt is None or self.price_completion is None):

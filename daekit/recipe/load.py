@@ -182,11 +182,8 @@ def _check_prices(errors: Errors, suite: SuiteSpec | None, path: Path = ()) -> N
         for key in ("price_prompt", "price_completion") if said else ():
             node = nodes[key]
             if node is not None and node.value is not None and node.place.override is None:
-                errors.add_check(
-                    (*where, key),
-                    f"{node.show()} is the price of the judge in the file, and {said[0]} names another; give that one's, or "
-                    "null if it costs nothing",
-                )
+                message = f"{node.show()} is the price of the judge in the file, and {said[0]} names another; give that one's"
+                errors.add_check((*where, key), message)
 
 
 def _add_models(root: Node, models: Mapping[str, str]) -> None:

@@ -152,10 +152,7 @@ class ModelSpec(LoadingSpec):
         if self.offload and self.device_map is not None:
             yield "offload", "excludes device_map: it brings the layers to the student's device"
         if self.offload and self.quantization == "8bit":
-            yield (
-                "offload",
-                "does not work with quantization: 8bit, whose weights bitsandbytes keeps out of reach; use 4bit or none",
-            )
+            yield "offload", "does not work with quantization: 8bit, whose weights stay out of reach; use 4bit or none"
         if self.device_map is not None and self.config is not None:
             yield "device_map", "a model made from a config is made where the student is; remove it"
         elif self.device_map is not None and not self.device_map:
@@ -164,10 +161,7 @@ class ModelSpec(LoadingSpec):
             devices = self.device_map.values() if isinstance(self.device_map, dict) else [self.device_map]
             wrong = [device for device in devices if not _DEVICE.fullmatch(device)]
             if "disk" in wrong:
-                yield (
-                    "device_map",
-                    "disk is not supported: the loss needs weights that are there; use `offload: true` or quantization",
-                )
+                yield "device_map", "disk is not supported: the loss needs the weights; use `offload: true` or quantization"
             elif wrong:
                 yield "device_map", f"{wrong[0]!r} is no device (cpu, cuda:0, 0...), nor, for a whole model, {listed(_SPREADS)}"
 
@@ -252,11 +246,8 @@ class StudentSpec(Spec):
                 merged = "name the merged one (a stage with lora.merge, or `daekit merge`)"
                 yield (*path, "adapter"), f"a student is made of whole models; {merged}"
         if self.search is not None and max(self.search.tokens) > self.calibration.tokens:
-            yield (
-                ("search", "tokens"),
-                f"the last round wants {max(self.search.tokens)} tokens, but calibration.tokens is {self.calibration.tokens}; "
-                "raise that, or lower this",
-            )
+            more = f"{max(self.search.tokens)} tokens, but calibration.tokens is {self.calibration.tokens}"
+            yield ("search", "tokens"), f"the last round wants {more}; raise that, or lower this"
 
     def models(self) -> dict[tuple[str | int, ...], ModelSpec]:
         """Key path -> the models that it is made from."""

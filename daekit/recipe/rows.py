@@ -102,11 +102,8 @@ class MixtureSpec(Spec):
             if weight <= 0:
                 yield (), f"the weight of {source!r} is {weight}, must be greater than 0; or leave the source out"
         if self.rows is not None and not self.weights:
-            yield (
-                "rows",
-                "rows belongs to a weighted mixture ({sources: {a: 0.25, b: 0.75}, rows: N}); "
-                "to use fewer rows of a source set its `limit`",
-            )
+            weighted = "{sources: {a: 0.25, b: 0.75}, rows: N}"
+            yield "rows", f"rows belongs to a weighted mixture ({weighted}); to use fewer rows of a source set its `limit`"
 
     def compact(self, dumped: dict[str, Any]) -> dict[str, Any]:
         """The long form, of a mapping if there are weights."""

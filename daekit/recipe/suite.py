@@ -136,10 +136,7 @@ class PerplexitySpec(BenchmarkSpec):
             yield from bad_name(("texts", domain), domain, "domain", dots=True)
             yield from missing(("texts", domain), text, local=True)
         if self.stride >= self.window:
-            yield (
-                "stride",
-                f"{self.stride} must be less than window = {self.window}, or a token would be scored without context",
-            )
+            yield "stride", f"{self.stride} must be less than window = {self.window}, or a token would be without context"
 
 
 class MultipleChoiceSpec(_OfFilesSpec):
@@ -309,11 +306,8 @@ class SuiteSpec(Spec):
             yield ("models", name), f"the recipe has a model {name!r}, too; rename one of them"
         asking = [key for key, each in benchmarks.items() if isinstance(each, LIKELIHOOD)]
         for name in [name for name, model in own.items() if model is not None and model.url is not None and asking]:
-            yield (
-                ("models", name),
-                f"an endpoint cannot be asked for the likelihood of given text, which {listed(asking)} need"
-                f"{'s' if len(asking) == 1 else ''}; give the model's directory, or a suite without that",
-            )
+            need = f"{listed(asking)} need{'s' if len(asking) == 1 else ''}"
+            yield ("models", name), f"an endpoint cannot be asked for the likelihood of given text, which {need}"
         for name, each in benchmarks.items():
             if isinstance(each, MTBenchSpec) and each.baseline is not None and models and each.baseline not in models:
                 yield ("benchmarks", name, "baseline"), f"there is no model {each.baseline!r}{nearest(each.baseline, models)}"
@@ -328,7 +322,4 @@ class SuiteSpec(Spec):
             for domain in list(each.texts or {}) if isinstance(each, PerplexitySpec) else own_name:
                 before = seen.setdefault(domain, name)
                 if before != name and not (isinstance(each, RowsSpec) and isinstance(benchmarks[before], RowsSpec)):
-                    message = (
-                        f"its domain {domain!r} is also that of {before!r}; the report could not tell them apart; rename one"
-                    )
-                    yield ("benchmarks", name), message
+                    yield ("benchmarks", name), f"its domain {domain!r} is also that of {before!r}; rename one of them"
