@@ -100,7 +100,7 @@ class Objective(Spec):
             )
         if self.on_policy == 1 and self.ce_weight:
             raise ValueError(
-                f"ce_weight={self.ce_weight:g} counts on rows with labels, and on_policy=1 leaves none: set ce_weight to 0"
+                f"ce_weight={self.ce_weight:g} counts on rows with labels, and on_policy=1 leaves none: set it to 0"
             )
         if self.normalize == "rows" and (self.attention_weight or self.hidden_weight):
             raise ValueError(
