@@ -58,6 +58,7 @@ class Batch:
     row_BT: Tensor  # the row that each position belongs to, -1 on padding
     domains: tuple[str, ...]  # of each row
     on_policy: tuple[bool, ...] = ()  # whether the student wrote the row's response, which is no label then; empty: none
+    for_teacher: Batch | None = None  # the same rows and loss positions behind the prompts that teachers see instead
 
     @cached_property
     def loss_mask_BT(self) -> Tensor:

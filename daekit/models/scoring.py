@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from daekit.errors import UserError
 from daekit.models.backbone import backbone_of, base_of, frozen_forward
 from daekit.models.heads import common_columns, head_logits, output_head, teacher_log_probs
+from daekit.models.teacher_view import as_teacher_sees, is_told_more
 from daekit.protocol import IGNORE_INDEX, Batch, Member, OutputHead, Teacher, TeacherOutput
 
 TokenRow = Mapping[str, Sequence[int]]
@@ -51,7 +52,8 @@ def score_rows(
 
     Args:
         model: a causal language model, or a PEFT model around one (with the adapter that is active).
-        rows: ``input_ids`` and ``labels`` (-100 where a token does not count) of equal length per row.
+        rows: ``input_ids`` and ``labels`` (-100 where a token does not count) of equal length per row; ``teacher_prompt_ids``
+            where the teacher sees other tokens before the response (``daekit.models.teacher_view``).
         domain: the domain of the rows, for a teacher that chooses by it.
         progress: called with (rows scored, all of them), now and then.
 
@@ -122,6 +124,7 @@ def _score_chunk(hidden_NH: Tensor, head: OutputHead, labels_N: Tensor, outputs:
 
 
 def _outputs(teacher: PreTrainedModel | Teacher, batch: Batch, vocab_size: int) -> list[TeacherOutput]:
+    batch = batch.for_teacher or batch
     if isinstance(teacher, Teacher):
         outputs = teacher.outputs(batch)
         if any(output.top_k is not None for output in outputs):
@@ -148,15 +151,20 @@ def _batches(rows: Sequence[TokenRow], batch_size: int, domain: str, device: tor
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]), reverse=True)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        ids, labels = (
-            [torch.tensor(rows[index][name], dtype=torch.long) for index in indices] for name in ("input_ids", "labels")
-        )
-        input_ids_BT = pad_sequence(ids, batch_first=True).to(device)
-        labels_BT = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX).to(device)
-        places = [torch.full_like(row, place) for place, row in enumerate(ids)]
-        row_BT = pad_sequence(places, batch_first=True, padding_value=-1).to(device)
-        inputs = {"input_ids": input_ids_BT, "attention_mask": (row_BT >= 0).long()}
-        yield indices, Batch(inputs, labels_BT, row_BT, (domain,) * len(indices))
+        yield indices, _collate([rows[index] for index in indices], domain, device)
+
+
+def _collate(rows: Sequence[TokenRow], domain: str, device: torch.device) -> Batch:
+    ids, labels = ([torch.tensor(row[name], dtype=torch.long) for row in rows] for name in ("input_ids", "labels"))
+    input_ids_BT = pad_sequence(ids, batch_first=True).to(device)
+    labels_BT = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX).to(device)
+    places = [torch.full_like(row, place) for place, row in enumerate(ids)]
+    row_BT = pad_sequence(places, batch_first=True, padding_value=-1).to(device)
+    inputs = {"input_ids": input_ids_BT, "attention_mask": (row_BT >= 0).long()}
+    for_teacher = None
+    if any(map(is_told_more, rows)):
+        for_teacher = _collate([as_teacher_sees(row) if is_told_more(row) else row for row in rows], domain, device)
+    return Batch(inputs, labels_BT, row_BT, (domain,) * len(rows), for_teacher=for_teacher)
 
 
 def _refuse_prompt_learning(model: PreTrainedModel) -> None:
