@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # tokenised rows of a stage: for training, and those that it is evaluated on
 StageRows = Callable[[StageSpec], tuple["Dataset", "Dataset | None"]]
-_SHARD_COPIES = 3  # of a shard in host memory: its tensors, their bytes, the file's content
-_LOG_PROB_COPIES = 3  # of a chunk's log-probabilities: themselves, ranked, without those that are kept
+_FILE_COPIES = 3  # of what is written, in host memory: its tensors, their bytes, the file's content
+_CHUNK_COPIES = {"top_k": 4, "sampled": 3}  # of the log-probabilities of a chunk, in float32; measured on the loop itself
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _plan(
         operations = sum(forward_operations(each.meta, counts.tokens, length) for each in cached.members)
         with_head = 0 if spec.keep == "hidden" else counts.loss_tokens
         operations -= 2 * (counts.tokens - with_head) * sum(head.numel() for head in heads)
-    making = _making(memory, cached, batch, sum(widths), size)
+    making = _making(memory, cached, batch, sum(widths), head_bytes, size)
     return CachePlan(cached.key, token_bytes, head_bytes, making, reason, counts, size, operations)
 
 
@@ -155,11 +155,14 @@ def _batch(memory: StageMemory) -> MicroBatch:
     return replace(memory.batch, rows=max(1, BATCH_TOKENS // length), length=length, padded=True, accumulated=False)
 
 
-def _making(memory: StageMemory, cached: CachedTeacherModels, batch: MicroBatch, width: int, size: int | None) -> Memory:
-    """The memory of making a cache: the teacher's weights, one batch, and what is kept of it.
+def _making(
+    memory: StageMemory, cached: CachedTeacherModels, batch: MicroBatch, width: int, head_bytes: int, size: int | None
+) -> Memory:
+    """The memory of making a cache: the teacher's weights, one batch, and what is kept of it; on a CPU the files, too.
 
     Args:
         width: Bytes of a token's last hidden states, of all members.
+        head_bytes: Bytes of the output heads that are kept.
         size: Bytes of the cache, if they are known.
     """
     from daekit.teachers.cache.values import CHUNK_VALUES
@@ -173,10 +176,14 @@ def _making(memory: StageMemory, cached: CachedTeacherModels, batch: MicroBatch,
     if cached.cache.keep != "hidden" and costs:
         columns = max(tracer.meta.head.shape[0] for tracer in cached.members)
         chunk = batch.length if cached.cache.keep == "sampled" else min(tokens, max(1, CHUNK_VALUES // columns))
-        kept += _LOG_PROB_COPIES * 4 * chunk * columns
+        kept += _CHUNK_COPIES[cached.cache.keep] * 4 * chunk * columns
     parts = Counter({"teacher weights": sum(p.bytes for meta in metas.values() for p in meta.parameters() if not p.adapter)})
-    parts[ACTIVATIONS] = max(runs, kept)
-    if not memory.machine.gpu:
-        parts["one shard"] = _SHARD_COPIES * min(SHARD_BYTES, size or SHARD_BYTES)
     parts[CONTEXT if memory.machine.gpu else LIBRARIES] = memory.machine.overhead
-    return Memory("a cache is made", dict(parts))
+    asked = parts | Counter({ACTIVATIONS: max(runs, kept)})
+    if memory.machine.gpu:
+        return Memory("the teacher is asked", dict(asked))
+    shard = min(SHARD_BYTES, SHARD_BYTES if size is None else size - head_bytes)
+    written = parts | Counter({"one file": _FILE_COPIES * max(shard, head_bytes)})
+    asked["one file"] = shard
+    phases = Memory("the teacher is asked", dict(asked)), Memory("a file is written", dict(written))
+    return max(phases, key=lambda phase: phase.total)
