@@ -16,7 +16,7 @@ from torch import Tensor
 from daekit.errors import UserError
 from daekit.models.heads import teacher_log_probs
 from daekit.protocol import TeacherOutput, TopK
-from daekit.recipe.model import KEEPS
+from daekit.recipe.teacher import KEEPS
 from daekit.teachers.cache.rows import CacheRow
 from daekit.teachers.cache.store import RowValues, bytes_to_ids, ids_to_bytes
 

@@ -153,7 +153,7 @@ class _Writer:
         k = top_k.ids_MK.shape[1]
         if form.keep != "top_k" or vocab_size is None or min(form.k, vocab_size) != k or form.temperature != top_k.temperature:
             raise UserError(
-                f"{type(self.asked.teacher).__name__}: gives sparse distributions: {k} tokens at temperature {top_k.temperature}; "
+                f"{type(self.asked.teacher).__name__}: gives sparse distributions, {k} tokens at T={top_k.temperature}; "
                 f"keep: {form.keep} with k={form.k} at temperature {form.temperature} was asked for. Use keep: top_k with these"
             )
         if form.forced_ids:
