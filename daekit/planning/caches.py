@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from daekit.errors import UserError
 from daekit.planning.memory import ACTIVATIONS, CONTEXT, LIBRARIES, Memory, StageMemory
@@ -80,7 +80,7 @@ def cache_plans(memory: StageMemory, rows: StageRows | None) -> tuple[CachePlan,
         try:
             read = _fitted(memory.stage, *rows(memory.stage))
         except UserError as error:
-            reason = str(error)
+            reason = str(error).split("; ")[0]  # what follows is a remedy
     return tuple(_plan(memory, each, read, reason) for each in memory.models.cached)
 
 
@@ -91,10 +91,11 @@ def _fitted(stage: StageSpec, train: Dataset, validation: Dataset | None) -> tup
     options = DEFAULTS | stage.trainer
     splits = options["packing"] and options["packing_strategy"] != "bfd"
     limit = None if splits else options["max_length"]
-    train = fit_to_length(train, limit, stage.overlong, "train")[0]
+    teacher = None if stage.type == "sft" else stage.teacher_max_length
+    train = fit_to_length(train, limit, stage.overlong, "train", teacher)[0]
     if validation is None or options.get("eval_strategy", "no") == "no":
         return train, None
-    return train, fit_to_length(validation, limit, stage.overlong, "eval")[0]
+    return train, fit_to_length(validation, limit, stage.overlong, "eval", teacher)[0]
 
 
 def _plan(
@@ -109,10 +110,11 @@ def _plan(
     widths = [each.shape[1] * tracer.cost(batch).hidden_width for each, tracer in zip(heads, cached.members, strict=True)]
     token_bytes = form.token_bytes(widths)
     head_bytes = sum(head.numel() * head.element_size() for head in heads) if spec.keep == "hidden" else 0
-    counts = _estimate(memory.stage, memory.training.length, reason)
+    counts = _estimate(memory.stage, memory.training.teacher_length, reason)
     if read is not None:
         domains = _domains(memory.stage, cached.key)
-        counts = _count(row for part in read if part is not None for row in part if not domains or row["domain"] in domains)
+        rows = (row for part in read if part is not None for row in part.with_format("numpy"))
+        counts = _count(row for row in rows if not domains or str(row["domain"]) in domains)
     size = operations = None
     if counts is not None:
         bounds = 16 if spec.keep == "sampled" else 8
@@ -132,7 +134,7 @@ def _domains(stage: StageSpec, key: str) -> tuple[str, ...]:
     return (key.removeprefix("teachers."),) if key.startswith("teachers.") else stage.reference_domains
 
 
-def _count(examples: Iterable[dict[str, object]]) -> RowCounts:
+def _count(examples: Iterable[Mapping[str, Any]]) -> RowCounts:
     """Rows with loss, equal ones once."""
     from daekit.teachers.cache.rows import rows_of_examples
 
@@ -151,7 +153,7 @@ def _batch(memory: StageMemory) -> MicroBatch:
     from daekit.teachers.cache.asking import PAD_TO
     from daekit.teachers.cache.write import BATCH_TOKENS
 
-    length = -(-memory.training.length // PAD_TO) * PAD_TO
+    length = -(-memory.training.teacher_length // PAD_TO) * PAD_TO
     return replace(memory.batch, rows=max(1, BATCH_TOKENS // length), length=length, padded=True, accumulated=False)
 
 
