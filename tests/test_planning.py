@@ -208,8 +208,9 @@ def test_as_many_rows_write_together_as_in_the_trainer() -> None:
 
 
 def test_answers_of_the_report_are_counted() -> None:
-    """Of models whose shapes are known; a llama with 6 layers and 128 channels, a base in bfloat16."""
-    evaluation = "evaluation={models: [student-as-it-was, kd, {name: other, path: no/model}], limit: 5, batch_size: 3, max_new_tokens: 7}"
+    """Of models whose shapes are known: here a llama with 6 layers and 128 channels, trained and as it was."""
+    models = "[student-as-it-was, kd, {name: other, path: no/model}]"
+    evaluation = f"evaluation={{models: {models}, limit: 5, batch_size: 3, max_new_tokens: 7}}"
     recipe = load_recipe_text(RECIPE, "planned.yaml", ["sources.shop.holdout=9", evaluation])
     whole = plan_recipe(recipe, CPU)
     answers = whole.answers
@@ -218,8 +219,10 @@ def test_answers_of_the_report_are_counted() -> None:
     tokens = 5 * (64 + 7)
     once = 2 * tokens * (6 * (4 * 128 * 128 + 3 * 128 * 256) + 500 * 128) + 2 * tokens * (64 + 7) * 128 * 6
     assert answers.operations == 2 * once
-    assert "[report] answers of 2 models" in format_plan(whole) and "at most 5 rows each, 70 tokens" in format_plan(whole)
-    assert plan_recipe(load_recipe_text(RECIPE, "p", [evaluation, "evaluation.generate=false"]), CPU).answers is None
+    text = format_plan(whole)
+    assert "[report] answers of 2 models" in text and "at most 5 rows each, 70 tokens" in text
+    silent = load_recipe_text(RECIPE, "planned.yaml", ["sources.shop.holdout=9", evaluation, "evaluation.generate=false"])
+    assert plan_recipe(silent, CPU).answers is None
 
 
 # ---- the command, and the run ---
