@@ -139,11 +139,7 @@ def _refuse_split(quantization: str | None, machine: Machine) -> None:
 
 
 def plan_recipe(
-    recipe: Recipe,
-    machine: Machine,
-    reload: Reload | None = None,
-    only: Sequence[str] = (),
-    rows: StageRows | None = None,
+    recipe: Recipe, machine: Machine, reload: Reload | None = None, only: Sequence[str] = (), rows: StageRows | None = None
 ) -> Plan:
     """The plan of a recipe, before anything of it is loaded.
 

@@ -100,12 +100,7 @@ def fewer_experts(
 
 
 @torch.no_grad()
-def dense_to_mixtral(
-    models: Sequence[PreTrainedModel],
-    *,
-    num_experts_per_tok: int = 2,
-    seed: int = 0,
-) -> PreTrainedModel:
+def dense_to_mixtral(models: Sequence[PreTrainedModel], *, num_experts_per_tok: int = 2, seed: int = 0) -> PreTrainedModel:
     """A Mixtral whose experts are the MLPs of Mistral models of one shape; two of 7B give a 2x7B of 12.9 billion parameters.
 
     Attention, norms, embeddings and output head are the first model's; the routers are small random values, for a student that
