@@ -287,10 +287,16 @@ def _plan(options: argparse.Namespace) -> None:
     if options.tflops is not None and not 0 < options.tflops < float("inf"):
         raise UserError(f"--tflops {options.tflops}: a rate is positive")
 
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded for a plan
     from daekit.planning import format_plan, machine_of, plan_json, plan_recipe
 
+    rows = None
+    if any(teacher.cache for stage in recipe.stages.values() for teacher in stage.teachers_by_key().values()):
+        from daekit.runtime.data import stage_rows
+
+        rows = stage_rows(recipe)
     machine = machine_of(options.gpu, options.cpu, options.gpus, options.engine)
-    plan = plan_recipe(recipe, machine, reload=lambda more: load_recipe(options.recipe, [*options.overrides, *more]))
+    plan = plan_recipe(recipe, machine, lambda more: load_recipe(options.recipe, [*options.overrides, *more]), rows=rows)
     print(json.dumps(plan_json(plan, options.tflops), indent=2) if options.json else format_plan(plan, options.tflops))
 
 

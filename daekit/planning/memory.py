@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from daekit.planning.buffers import Buffers, gradient_bytes
+from daekit.planning.generation import rollout_rows, writing
 from daekit.planning.machine import Machine
 from daekit.planning.meta_model import MetaModel, Parameter
 from daekit.planning.models import FrozenModel, StageModels
@@ -51,9 +52,17 @@ class StageMemory:
 
     def __init__(self, stage: StageSpec, models: StageModels, training: Training, machine: Machine) -> None:
         self.stage, self.models, self.training, self.machine = stage, models, training, machine
-        flat, rows, length = training.flat, training.rows, training.length
-        size = (1, rows * length) if flat else (rows, length)
-        self.batch = MicroBatch(*size, training.attention_mask, training.autocast, machine.gpu, training.accumulation > 1)
+        flat, rows = training.flat, training.rows
+        self.batch, self.teacher_batch = (
+            MicroBatch(
+                *((1, rows * length) if flat else (rows, length)),
+                training.attention_mask,
+                training.autocast,
+                machine.gpu,
+                training.accumulation > 1,
+            )
+            for length in (training.length, training.teacher_length)
+        )
         self.buffers = Buffers(stage, models, training, machine, self.batch)
         self.student = models.student.meta
 
@@ -144,6 +153,8 @@ class StageMemory:
     def phases(self) -> list[Memory]:
         """All phases of a step."""
         phases = {f"{model.name} runs": self._teacher_runs(model) for model in self.models.frozen}
+        if self.stage.loss.on_policy:
+            phases["the student writes"] = self._with(self._writes())
         phases |= {
             "the student runs": self._student_runs(),
             "the loss": self._loss(),
@@ -154,6 +165,12 @@ class StageMemory:
             "the optimizer's step": self._with({GRADIENTS: self.gradients, OPTIMIZER: self._optimizer[1]}),
         }
         return [Memory(phase, {part: size for part, size in parts.items() if size}) for phase, parts in phases.items()]
+
+    def _writes(self) -> Counter[str]:
+        new, training = self.stage.loss.max_new_tokens, self.training
+        size = (rollout_rows(self.stage.loss, training), max(1, training.length - new))
+        prompts = MicroBatch(*size, True, training.autocast, self.machine.gpu)
+        return writing(self.models.student, prompts, new, self.buffers.compute_width)
 
     def _with(self, parts: dict[str, int]) -> Counter[str]:
         """Static memory and these parts; gradients that are static already do not count twice."""
@@ -168,7 +185,7 @@ class StageMemory:
         return self.models.student.cost(self.batch)
 
     def _teacher_runs(self, model: FrozenModel) -> Counter[str]:
-        cost = model.tracer.cost(self.batch)
+        cost = model.tracer.cost(self.teacher_batch)
         highest = max(layer.frozen for layer in cost.layers)
         return self._with(
             {ACTIVATIONS: highest + cost.layers[0].output + cost.shared, OUTPUTS: self.buffers.teacher_outputs[0]}

@@ -114,6 +114,7 @@ def training_arguments(recipe: Recipe, name: str, folder: StageFolder) -> Domain
     arguments |= {"assistant_only_loss": False, "completion_only_loss": None}  # the rows say it: they are tokenised
     if stage.type == "sft":
         return DomainSFTConfig(**arguments)
+    arguments["teacher_max_length"] = stage.teacher_max_length
     if stage.type == "kd":
         return KDConfig(**arguments, **KDConfig.settings(stage.loss))
     return DAEConfig(**arguments, **KDConfig.settings(stage.loss), reference_domains=list(stage.reference_domains))

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
+from daekit.models.teacher_view import TOKEN_COLUMNS
 from daekit.models.vocabulary import vocabulary_size
 from daekit.trainers.config import DomainSFTConfig, KDConfig
 from daekit.trainers.kd import KDTrainer
@@ -23,25 +24,13 @@ class _RowsTrainer(KDTrainer):
 def rows_trainer(
     tokenizer: PreTrainedTokenizerBase, args: DomainSFTConfig, train_dataset: Dataset, eval_dataset: Any = None
 ) -> KDTrainer:
-    """A trainer with these rows and a student of a few thousand parameters: its data sets are those of the real one.
-
-    Args:
-        tokenizer: the student's.
-        args: config of the real trainer.
-        train_dataset: rows in any of TRL's forms.
-        eval_dataset: as for SFTTrainer.
+    """A trainer with the config and rows of a real one and a student of a few thousand parameters: it has the same data sets.
 
     Raises:
         UserError: rows that the real trainer would refuse.
     """
-    config = LlamaConfig(
-        vocab_size=vocabulary_size(tokenizer),
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-    )
+    size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    config = LlamaConfig(vocab_size=vocabulary_size(tokenizer), **size)
     args = copy.copy(args)
     args.report_to, args.gradient_checkpointing, args.model_init_kwargs = [], False, None
     if isinstance(args, KDConfig):  # there is no teacher to compare with
@@ -58,10 +47,9 @@ def prepared_rows(
     """Tokenised rows, for ``daekit.write_cache``: those that a trainer with ``args`` trains and evaluates on.
 
     Raises:
-        UserError: see ``rows_trainer``; a stream, whose rows are not known beforehand.
+        UserError: rows that the trainer would refuse; a stream, whose rows are not known beforehand.
     """
-    trainer = rows_trainer(tokenizer, args, train_dataset, eval_dataset)
-    return rows_of_trainer(trainer)
+    return rows_of_trainer(rows_trainer(tokenizer, args, train_dataset, eval_dataset))
 
 
 def rows_of_trainer(trainer: KDTrainer) -> Iterator[Any]:
@@ -72,5 +60,5 @@ def rows_of_trainer(trainer: KDTrainer) -> Iterator[Any]:
             continue
         if not isinstance(dataset, Dataset):
             raise UserError("a cache is made of a data set that can be read again; this is a stream. Use a map-style Dataset")
-        columns = [name for name in ("input_ids", "labels", "seq_lengths", "domain") if name in dataset.column_names]
+        columns = [name for name in TOKEN_COLUMNS if name in dataset.column_names]
         yield from dataset.select_columns(columns).with_format("numpy")

@@ -40,6 +40,7 @@ from daekit.teachers.cache.store import (
 from daekit.teachers.cache.values import CacheFormat, stacked, values_of
 
 Progress = Callable[[int, int], None]
+BATCH_TOKENS, SHARD_BYTES = 8192, 2**28
 
 
 def write_cache(
@@ -56,8 +57,8 @@ def write_cache(
     tokenizer: PreTrainedTokenizerBase | None = None,
     source: Mapping[str, Any] | None = None,
     device: torch.device | None = None,
-    batch_tokens: int = 8192,
-    shard_bytes: int = 2**28,
+    batch_tokens: int = BATCH_TOKENS,
+    shard_bytes: int = SHARD_BYTES,
     ranks: tuple[int, int] | None = None,
     progress: Progress | None = None,
 ) -> None:
