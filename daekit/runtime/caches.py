@@ -6,7 +6,7 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def make_caches(
     args: DomainSFTConfig,
     train_dataset: Dataset,
     eval_dataset: Any,
-    held_out: Mapping[str, list[CacheRow]],
+    held_out: Mapping[str, Iterable[Mapping[str, Any]]],
     check: bool = False,
 ) -> dict[Key, CachedTeacher]:
     """Key of a teacher below the stage -> its cache, whole; what is missing is made, one teacher in memory at a time.
@@ -59,7 +59,7 @@ def make_caches(
         args: config of the stage's trainer.
         train_dataset: its rows.
         eval_dataset: the rows that it is evaluated on while it trains.
-        held_out: further rows of domains that their teachers are asked about.
+        held_out: further tokenised rows of domains that their teachers are asked about.
         check: compute some rows again, and print what differs.
 
     Raises:
@@ -75,7 +75,7 @@ def make_caches(
     for example in rows_of_trainer(trainer):
         rows_of.setdefault(str(example["domain"]), []).extend(rows_of_examples([example]))
     for domain, more in held_out.items():
-        rows_of.setdefault(domain, []).extend(more)
+        rows_of.setdefault(domain, []).extend(rows_of_examples(more))
     sources = _Sources(recipe, name, models)
     directories = {key: sources.directory(spec) for key, spec in kept.items()}
     state = PartialState()
