@@ -48,7 +48,10 @@ PROVOKED = [
     # models
     (["stages.kd.student={path: a, stage: b}"], "exactly one of path, stage and config; not path and stage"),
     (["stages.kd.teacher={dtype: auto}"], "stages.kd.teacher: a model needs exactly one"),
-    (["stages.kd.teacher={average: probabilities}"], "a teacher is exactly one of a model, an ensemble, a served model and labels"),
+    (
+        ["stages.kd.teacher={average: probabilities}"],
+        "a teacher is exactly one of a model, an ensemble, a served model and labels",
+    ),
     (["stages.kd.teacher={model: a, average: probabilities}"], "only an ensemble is averaged"),
     (["stages.kd.teacher={model: a, ensemble: [{model: b, weight: 1}]}"], "a teacher is exactly one of"),
     (["stages.kd.student=''"], "stages.kd.student: must not be empty"),
