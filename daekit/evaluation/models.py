@@ -30,7 +30,7 @@ class SuiteModel:
     """One model of a suite. Tokenizer, config and weights are loaded when they are first asked for.
 
     Args:
-        name: in the report.
+        name: Its name in the report.
         spec: as a suite names it; ``stage`` already resolved.
     """
 

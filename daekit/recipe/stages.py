@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo
 from daekit.errors import listed
 from daekit.recipe.adapter_config import BARE_BASE
 from daekit.recipe.model import ModelSpec
-from daekit.recipe.objective import Objective
+from daekit.recipe.objective import Objective, Selection
 from daekit.recipe.reading import Choice, Flag, Number, Spec, Text, Whole
 from daekit.recipe.rows import MixtureSpec
 from daekit.recipe.teacher import TeacherSpec
@@ -44,6 +44,7 @@ _NOT_IN_SFT = {
     "reference_domains": "an sft stage has no reference; for one use type: dae",
     "loss": "an sft stage has the cross-entropy as its only loss; for others use type: kd or dae",
     "teacher_max_length": "an sft stage has no teacher; remove it",
+    "select": "an sft stage has no teacher to measure forgetting by; use type: kd or dae",
 }
 _FIRST = ("type", "student", "lora", "teacher", "teachers", "reference", "reference_domains", "data")
 
@@ -150,11 +151,16 @@ class _Distillation(_Stage):
         "holds for longer rows.",
     )
     loss: Objective = Field(Objective(), description="The objective.")
+    select: Selection | None = Field(
+        None, description="Keep the checkpoint that gained most among those that forgot little; default: the last one."
+    )
 
     def problems(self) -> Problems:
         """What its teachers cannot be asked for."""
         yield from super().problems()
         loss = self.loss
+        if self.select is not None and self.trainer.get("eval_strategy", "no") == "no":
+            yield "select", "needs evaluations while the stage trains; set trainer.eval_strategy, eval_steps and save_steps"
         for key, teacher in self.teachers_by_key().items():
             what = "labels" if teacher.labels else "a server" if teacher.server else "a cache" if teacher.cache else None
             named = f"{what} ({dotted(key)})"

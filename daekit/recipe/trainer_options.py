@@ -73,7 +73,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("eos_token", "pad_token"), "the tokenizer is set in `tokenizer`"),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), _RUN),
     **dict.fromkeys(Objective.model_fields, "the objective is the stage's: set `{stage}.loss.{key}`"),
-    **dict.fromkeys(("reference_domains", "overlong", "teacher_max_length"), "set `{stage}.{key}`"),
+    **dict.fromkeys(("reference_domains", "overlong", "teacher_max_length", "select"), "set `{stage}.{key}`"),
 }
 _POSITIVE = {"max_length", "num_train_epochs", "gradient_accumulation_steps"}
 _POSITIVE |= {"per_device_train_batch_size", "per_device_eval_batch_size"}

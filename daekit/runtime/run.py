@@ -129,8 +129,15 @@ def _held(folder: RunFolder, state: PartialState, grace: float) -> Iterator[Stop
         lock.release()
 
 
-def cache_teachers(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Permissions()) -> None:  # noqa: B008 (frozen)
+def cache_teachers(
+    recipe: Recipe,
+    grace: float = GRACE,
+    allowed: Permissions = Permissions(),  # noqa: B008 (frozen)
+    check: bool = False,
+) -> None:
     """Make what is missing of the caches of a recipe's teachers, and train nothing. Under a launcher every rank calls it.
+
+    With ``check`` some rows of each are compared with its teacher, and the differences printed.
 
     A stage whose models come from a stage of the recipe that is not complete yet is left to ``run_recipe``.
     """
@@ -153,7 +160,7 @@ def cache_teachers(recipe: Recipe, grace: float = GRACE, allowed: Permissions = 
         for name in cached:
             missing = [used for used in stage_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
             if not missing:
-                cache_stage(recipe, name, folder.stage(name), data, models)
+                cache_stage(recipe, name, folder.stage(name), data, models, check)
             elif state.is_main_process:
                 print(f"[{name}] needs the stage {missing[0]!r}, which is not complete: run the recipe", flush=True)
 
