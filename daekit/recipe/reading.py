@@ -84,7 +84,7 @@ class Spec(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
+        frozen=True, extra="forbid", defer_build=True, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
     )
     ELSEWHERE: ClassVar[Mapping[str, str]] = {}
     ALSO: ClassVar[tuple[str, ...]] = ()
