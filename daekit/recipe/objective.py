@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from daekit.errors import UserError, listed, nearest
-from daekit.recipe.reading import Choice, Number, Problems, Spec, Text, Whole, as_plain
+from daekit.recipe.reading import Choice, Number, Spec, Text, Whole, as_plain
+from daekit.recipe.validation import Problems
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv"]
 DIVERGENCES: tuple[str, ...] = get_args(DivergenceName)
