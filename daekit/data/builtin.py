@@ -1,4 +1,4 @@
-"""The embedded corpora of the quickstart: small worlds that show forgetting and a change of style in minutes on a CPU.
+"""The embedded corpora of the quickstart: worlds in which forgetting and a change of style show in minutes on a CPU.
 
 ``skills``  six string and number tasks, answered with the bare result: the style of the teacher and of the student.
 ``chat``    the same tasks on other questions, answered with a sentence: general rows that somebody else's model wrote.
