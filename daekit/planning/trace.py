@@ -81,6 +81,11 @@ class ModelCost:
     shared: int
     hidden_width: int
 
+    @property
+    def frozen(self) -> int:
+        """Peak of a forward pass without gradient."""
+        return max(layer.frozen for layer in self.layers) + self.layers[0].output + self.shared
+
 
 @dataclass
 class _Call:
