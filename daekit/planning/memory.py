@@ -52,9 +52,11 @@ class StageMemory:
 
     def __init__(self, stage: StageSpec, models: StageModels, training: Training, machine: Machine) -> None:
         self.stage, self.models, self.training, self.machine = stage, models, training, machine
-        how = (training.attention_mask, training.autocast, machine.gpu, training.accumulation > 1)
+        rows, merged = (1, training.rows) if training.flat else (training.rows, 1)  # rows in one, end to end
         self.batch, self.teacher_batch = (
-            MicroBatch(*((1, training.rows * length) if training.flat else (training.rows, length)), *how)
+            MicroBatch(
+                rows, merged * length, training.attention_mask, training.autocast, machine.gpu, training.accumulation > 1
+            )
             for length in (training.length, training.teacher_length)
         )
         self.buffers = Buffers(stage, models, training, machine, self.batch)
