@@ -115,6 +115,7 @@ def training_arguments(recipe: Recipe, name: str, folder: StageFolder) -> Domain
     if stage.type == "sft":
         return DomainSFTConfig(**arguments)
     arguments["teacher_max_length"] = stage.teacher_max_length
+    arguments["select"] = stage.select and stage.select.model_dump()
     if stage.type == "kd":
         return KDConfig(**arguments, **KDConfig.settings(stage.loss))
     return DAEConfig(**arguments, **KDConfig.settings(stage.loss), reference_domains=list(stage.reference_domains))
