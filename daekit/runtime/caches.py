@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import cached_file
@@ -70,7 +71,9 @@ def make_caches(
     if not kept:
         return {}
     trainer = rows_trainer(models.tokenizer, args, train_dataset, eval_dataset)
-    unset_hf_deepspeed_config()  # the trainer has set it, and a teacher that is loaded now would be split
+    if trainer.is_deepspeed_enabled:  # a teacher that is loaded now would be split, and a second trainer be refused
+        unset_hf_deepspeed_config()
+        AcceleratorState._reset_state()
     rows_of: dict[str, list[CacheRow]] = {}
     for example in rows_of_trainer(trainer):
         rows_of.setdefault(str(example["domain"]), []).extend(rows_of_examples([example]))

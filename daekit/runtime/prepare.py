@@ -16,6 +16,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.optimization import get_scheduler
 
 from daekit.data.mixture import Mixture
@@ -187,6 +188,7 @@ def _prepare_stage(prepared: Prepared, name: str, found: Found) -> None:
     arguments: DomainSFTConfig | None = None
     with found.at(f"{where}.trainer"):
         arguments = training_arguments(recipe, name, prepared.folder.stage(name))
+        unset_hf_deepspeed_config()  # they have set it, and ZeRO-3 would split models that have no weights here
         _require_usable(arguments)
     for key, spec in specs_of(stage):
         with found.at(f"{where}.{key}"):
