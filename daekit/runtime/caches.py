@@ -71,9 +71,7 @@ def make_caches(
     if not kept:
         return {}
     trainer = rows_trainer(models.tokenizer, args, train_dataset, eval_dataset)
-    if trainer.is_deepspeed_enabled:  # a teacher that is loaded now would be split, and a second trainer be refused
-        unset_hf_deepspeed_config()
-        AcceleratorState._reset_state()
+    unset_hf_deepspeed_config()  # the trainer has set it, and a teacher that is loaded now would be split
     rows_of: dict[str, list[CacheRow]] = {}
     for example in rows_of_trainer(trainer):
         rows_of.setdefault(str(example["domain"]), []).extend(rows_of_examples([example]))
@@ -92,6 +90,8 @@ def make_caches(
                 for line in check_cache(sources.live(kept[keys[0]], state.device), directory, rows, state.device):
                     print(f"[{name}] {directory}: {line}", flush=True)
         state.wait_for_everyone()
+    if trainer.is_deepspeed_enabled:
+        AcceleratorState._reset_state()  # or it would refuse the stage's own trainer
     frozen = [*stage.teachers_by_key(), *([("reference",)] if stage.type == "dae" else [])]
     if state.is_main_process and all(key in kept or _is_labels(stage, key) for key in frozen):
         print(f"[{name}] every frozen model is read from its cache: none is loaded", flush=True)
