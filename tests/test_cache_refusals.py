@@ -17,7 +17,7 @@ import torch
 
 from daekit.errors import UserError
 from daekit.losses import Objective
-from daekit.protocol import FeatureSpec
+from daekit.models.features import require_features
 from daekit.teachers import BASE, CachedTeacher, EnsembleTeacher, LabelTeacher, RoutedTeacher, write_cache
 from daekit.teachers.parts import require_served
 from tests.helpers import tiny
@@ -239,8 +239,8 @@ def test_losses_that_a_cache_does_not_serve(kept: dict[str, Any], objective: dic
     for teacher in (cached, RoutedTeacher({"shop": cached, "law": model_teacher()})):
         with pytest.raises(UserError, match=f"^{key}"):
             require_served(teacher, Objective(**objective), tiny.tokenizer())
-    with pytest.raises(UserError, match="attention_weight, hidden_weight: "):
-        cached.feature_layers(FeatureSpec(tiny.model().config))
+    with pytest.raises(UserError, match="CachedTeacher hands out no features"):
+        require_features(cached)
 
 
 def test_another_tokenizer(cache: Path) -> None:
