@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     init.set_defaults(run=_init)
     cache = commands.add_parser("cache", help="write what teachers with a cache say about the rows of a recipe; no training")
     cache.set_defaults(run=_cache)
+    cache.add_argument("--check", action="store_true", help="ask the teachers again about some rows, and say what differs")
     sweep = commands.add_parser(
         "sweep", help="run a recipe with each combination of settings (key=1e-5,3e-5 seed=0,1), and compare"
     )
@@ -312,7 +313,7 @@ def _cache(options: argparse.Namespace) -> None:
 
     from daekit.runtime.run import cache_teachers
 
-    cache_teachers(recipe, options.grace, _permissions(options))
+    cache_teachers(recipe, options.grace, _permissions(options), options.check)
 
 
 def _train(options: argparse.Namespace) -> None:

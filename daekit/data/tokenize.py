@@ -31,7 +31,7 @@ class TokenizedRow:
         prompt_ids: what to generate after, as at inference; None for a row of ``text`` or a conversation without an answer.
         prompt: the prompt to show to a reader.
         reference: the text that the row answers with.
-        answer: the right result in any manner, from the column ``answer``.
+        answer: the right result in any style, from the column ``answer``.
         boundary_differs: the tokenised prompt is not a prefix of the whole row (tokens merge, or the chat template differs), so
             that the model was trained on another context than it sees here.
         teacher_prompt_ids: what its teacher sees in place of the tokens before the response; None: the same tokens.

@@ -79,19 +79,12 @@ def rank_device() -> torch.device:
 
 @dataclass(frozen=True)
 class Stored:
-    """How one weight (of a matrix or of all experts of a layer) is stored.
+    """How one weight (of a matrix or of all experts of a layer) is stored."""
 
-    Attributes:
-        values: parameters that it stands for.
-        bytes: with its scales.
-        quantised: in 4 or 8 bits.
-        ends: it belongs to the embeddings or to the output head, which stay as they are under every quantisation.
-    """
-
-    values: int
-    bytes: int
-    quantised: bool
-    ends: bool = False
+    values: int  # parameters that it stands for
+    bytes: int  # with its scales
+    quantised: bool  # in 4 or 8 bits
+    ends: bool = False  # it belongs to embeddings or output head, which stay as they are under every quantisation
 
 
 def stored_weights(model: PreTrainedModel) -> Iterator[Stored]:

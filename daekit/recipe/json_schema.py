@@ -25,7 +25,7 @@ _SHORT: dict[str, list[dict[str, Any]]] = {
     "TeacherSpec": [{"$ref": "#/$defs/ModelSpec"}, {"const": "labels"}],
     "CacheSpec": [{"enum": list(KEEPS)}],
     "TokenizerSpec": [_TEXT],
-    "SubjectSpec": [_TEXT],
+    "SuiteModelSpec": [_TEXT],
     "EvaluatedModel": [_TEXT, {"type": "object", "minProperties": 1, "maxProperties": 1}],
 }
 

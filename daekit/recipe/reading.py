@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Self, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -26,11 +27,8 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from daekit.errors import listed, nearest
-from daekit.recipe.tree import Node, Path
-from daekit.recipe.validation import Errors, dotted
-
-Key: TypeAlias = str | Path  # of a mapping, or the keys on the way to something below it
-Problems: TypeAlias = Iterator[tuple[Key, str]]  # (key, sentence) of what is wrong with a mapping
+from daekit.recipe.tree import Node
+from daekit.recipe.validation import Errors, Problems, dotted
 
 _UNREAD: Any = object()  # stands for the value of a field that cannot be read
 
@@ -72,6 +70,7 @@ Number = Annotated[float, Strict(), BeforeValidator(as_plain)]
 Flag = Annotated[bool, Strict(), BeforeValidator(as_plain)]
 Free = Annotated[dict[str, Any], BeforeValidator(as_plain)]
 Choice = BeforeValidator(content)  # goes with a Literal
+FilePath = Annotated[Text, AfterValidator(os.path.expanduser)]  # `~` at its start is the home folder
 
 
 class Spec(BaseModel):
@@ -205,7 +204,7 @@ class ByType:
 
     def _type_of(self, value: Any) -> str:
         if isinstance(value, Spec):
-            return str(value.type)
+            return next(name for name, each in self.classes.items() if isinstance(value, each))
         keys = content(value) if isinstance(content(value), dict) else {}
         kind = content(keys.get("type"))
         alike = {name: difflib.SequenceMatcher(None, name, str(kind)[:200]).ratio() for name in self.classes}

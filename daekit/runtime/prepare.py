@@ -277,6 +277,8 @@ def _rows_of(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder) ->
     validation_counts = {}
     if validation is not None:
         validation_counts = fit_to_length(validation, limit, arguments.overlong, "eval", teacher_limit)[1]
+    if isinstance(arguments, KDConfig) and (selection := arguments.selection()) is not None:
+        selection.require_domains(validation_counts)
     if any(rows is not None and TEACHER_PROMPT_IDS in rows.column_names for rows in (mixture.dataset, validation)):
         require_followed(stage.loss, splits)
     longest = max(len(row) for row in mixture.dataset["input_ids"])

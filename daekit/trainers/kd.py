@@ -43,6 +43,7 @@ from daekit.trainers.projections import Projections, forget_projections, without
 from daekit.trainers.resume import Checkpoints, student_folder
 from daekit.trainers.rollouts import Rollouts
 from daekit.trainers.router import keeping_router_settings, require_balancing_loss, router_inputs
+from daekit.trainers.selection import METRIC, Select, score
 from daekit.trainers.token_metrics import TokenMetrics, counted_rows
 from daekit.trainers.validation import refuse_adapter, refuse_arguments
 
@@ -128,6 +129,10 @@ class KDTrainer(SFTTrainer):
             if self.loss_objective.attention_weight or self.loss_objective.hidden_weight:
                 self._compare_features()
         self.rollouts = Rollouts(self) if self.loss_objective.on_policy else None
+        self.selection = args.selection() if isinstance(args, KDConfig) else None
+        if self.selection is not None:
+            self.selection.require_domains(self.data_counts.get("eval", {}))
+            self.add_callback(Select(self.selection, divergence_metric(self.loss_objective)))
 
     def _complete_student(self) -> None:
         """Add what the loss needs, undo what TRL has set, and try the student on a few tokens."""
@@ -281,6 +286,8 @@ class KDTrainer(SFTTrainer):
         means = self.token_metrics.pop("eval")
         unit = "_rows" if self.loss_objective.normalize == "rows" else ""
         means["loss"] = sum(weight * means.get(f"{name}{unit}", 0.0) for name, weight in self.weights().items())
+        if self.selection is not None and metric_key_prefix == "eval":
+            means[METRIC] = score(self.selection, means, divergence_metric(self.loss_objective))
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in means.items()})
         return output
 
