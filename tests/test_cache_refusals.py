@@ -263,3 +263,8 @@ def test_trainers_look_at_caches_before_the_first_step(tmp_path: Path) -> None:
         kd(tmp_path / "run", data, teacher=cached)
     with pytest.raises(UserError, match=r"^attention_weight"):
         kd(tmp_path / "run", data, teacher=cached, attention_weight=1.0)
+
+
+def test_what_the_student_is_yet_to_write(cache: Path) -> None:
+    with pytest.raises(UserError, match=r"on_policy=0.5: a cache holds what its teacher said"):
+        CachedTeacher(cache).require_objective(Objective(on_policy=0.5))
