@@ -309,7 +309,6 @@ def _init(options: argparse.Namespace) -> None:
 
 def _cache(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
-
     from daekit.runtime.run import cache_teachers
 
     cache_teachers(recipe, options.grace, _permissions(options), options.check)
