@@ -220,7 +220,7 @@ def test_answers_of_the_report_are_counted() -> None:
     once = 2 * tokens * (6 * (4 * 128 * 128 + 3 * 128 * 256) + 500 * 128) + 2 * tokens * (64 + 7) * 128 * 6
     assert answers.operations == 2 * once
     text = format_plan(whole)
-    assert "[report] answers of 2 models" in text and "at most 5 rows each, 70 tokens" in text
+    assert "[answers of the report] 2 models" in text and "at most 5 rows each, 70 tokens" in text
     silent = load_recipe_text(RECIPE, "planned.yaml", ["sources.shop.holdout=9", evaluation, "evaluation.generate=false"])
     assert plan_recipe(silent, CPU).answers is None
 

@@ -280,6 +280,15 @@ def test_probabilities_that_are_no_numbers_are_an_error(tmp_path: Any) -> None:
             trainer.train()
 
 
+def test_responses_that_do_not_fit_into_the_memory_are_named(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr("daekit.trainers.rollouts.generate", full)
+    with pytest.raises(UserError, match=r"rollout_buffer=2: 8 responses at a time.*max_new_tokens=12, do not fit"):
+        kd(tmp_path, tiny.rows(8), **ON).train()
+
+
 def test_a_model_that_never_ends_is_told_of(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     student = tiny.model(seed=1, tie_word_embeddings=False)
     with torch.no_grad():

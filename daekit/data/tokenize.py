@@ -140,10 +140,7 @@ class _Tokenise:
             for whole in wholes:
                 ids = whole["input_ids"]
                 whole["labels"] = _marked(ids, whole) if self.assistant_only_loss else list(ids)
-        answered = [
-            at for at, row in enumerate(rows) if len(row["messages"]) > 1 and row["messages"][-1]["role"] == "assistant"
-        ]
-        chosen = answered if self.prompts else []
+        chosen = [at for at, row in enumerate(rows) if self.prompts and _is_answered(row["messages"])]
         asked = [rows[at]["messages"][:-1] for at in chosen]
         prompts = self._rendered(asked, [rows[at] for at in chosen], [places[at] for at in chosen], add_generation_prompt=True)
         prompt_of = dict(zip(chosen, prompts, strict=True))

@@ -39,10 +39,6 @@ class LayerOffload:
 
     Memory on the device: two of the largest layer, and what lies outside the layers. On the host: all layers.
 
-    Args:
-        model: a frozen transformers model, on one device.
-        device: where it runs.
-
     Raises:
         UserError: 8-bit Linear modules, whose state bitsandbytes keeps out of reach; parameters that want a gradient.
     """

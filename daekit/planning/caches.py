@@ -173,7 +173,7 @@ def _making(
     tokens = batch.rows * batch.length
     metas = {id(tracer.meta): tracer.meta for tracer in cached.members}
     costs = [tracer.cost(batch) for tracer in cached.members]
-    runs = max((max(layer.frozen for layer in cost.layers) + cost.layers[0].output + cost.shared for cost in costs), default=0)
+    runs = max((cost.frozen for cost in costs), default=0)
     kept = 2 * tokens * width  # all hidden states, and those of the loss tokens
     if cached.cache.keep != "hidden" and costs:
         columns = max(tracer.meta.head.shape[0] for tracer in cached.members)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from daekit.errors import UserError
 from daekit.planning.advice import Change, changes, cheapest, largest_rows
 from daekit.planning.caches import CachePlan, StageRows, cache_plans
-from daekit.planning.generation import AnswersPlan, answers_plan
+from daekit.planning.generation import WritingPlan, answers_plan
 from daekit.planning.machine import Machine
 from daekit.planning.memory import Memory, StageMemory
 from daekit.planning.models import ModelPlanner, StageModels
@@ -55,7 +55,7 @@ class Plan:
 
     machine: Machine
     stages: tuple[StagePlan, ...]
-    answers: AnswersPlan | None = None
+    answers: WritingPlan | None = None
 
 
 Reload = Callable[[Sequence[str]], Recipe]

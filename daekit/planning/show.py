@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from daekit.planning.caches import CachePlan
-from daekit.planning.generation import AnswersPlan
+from daekit.planning.generation import WritingPlan
 from daekit.planning.machine import Machine
 from daekit.planning.plan import Plan, StagePlan
 
@@ -93,9 +93,9 @@ def _format_cache(cache: CachePlan, machine: Machine, tflops: float | None) -> l
     return lines
 
 
-def _format_answers(answers: AnswersPlan, tflops: float | None) -> str:
+def _format_answers(answers: WritingPlan, tflops: float | None) -> str:
     lines = [
-        f"[report] answers of {len(answers.models)} models, {answers.new_tokens:,} tokens each at most",
+        f"[{answers.what}] {len(answers.models)} models, {answers.new_tokens:,} tokens each at most",
         f"    {'cached keys and values':<28}{gigabytes(answers.key_value_bytes):>10}  of one batch at most",
     ]
     if answers.rows is not None and answers.operations is not None:

@@ -23,7 +23,7 @@ class CallsSpec(Spec):
     )
     concurrency: Whole = Field(8, gt=0, description="Calls under way at a time.")
     max_retries: Whole = Field(
-        6, ge=0, description="How often a call that failed in passing (429, 5xx, time-out, broken reply) is sent again."
+        6, ge=0, description="How often a call that failed (429, 5xx, time-out, broken reply) is sent again."
     )
     timeout: Number = Field(120.0, gt=0, description="Seconds for a whole call, its body included.")
 
@@ -32,19 +32,16 @@ class JudgeSpec(CallsSpec):
     """Who judges: exactly one of ``base_url`` (an OpenAI-compatible endpoint) and ``path`` (a model directory or hub id)."""
 
     model: Text | None = Field(
-        None,
-        description="The name that the endpoint knows it by; with `path` a name for the report (default: its last part).",
+        None, description="The name that the endpoint knows it by; with `path` a name for the report (default: its last part)."
     )
     base_url: Text | None = Field(None, description="Such as https://api.openai.com/v1 or http://localhost:8000/v1.")
     path: Text | None = Field(None, description="A local judge, run in process with its own chat template.")
-    max_tokens: Whole | None = Field(
-        None, gt=0, description="Of a reply; default: the benchmark's own (MT-Bench 2048; AlpacaEval: the annotator's)."
-    )
+    max_tokens: Whole | None = Field(None, gt=0, description="Of a reply; default: the benchmark's (MT-Bench 2048).")
     token_limit: Annotated[Literal["max_tokens", "max_completion_tokens"], Choice] = Field(
         "max_tokens", description="The name under which the endpoint takes max_tokens; reasoning models want the newer one."
     )
     temperature: Number | None = Field(
-        None, ge=0, description="Default: the benchmark's own (MT-Bench 0; AlpacaEval: the annotator's)."
+        None, ge=0, description="Default: the benchmark's (MT-Bench 0; AlpacaEval: the annotator's)."
     )
     seed: Whole | None = Field(None, description="Sent with every call if given.")
     price_prompt: Number | None = Field(None, ge=0, description="Dollars per million tokens of prompts.")

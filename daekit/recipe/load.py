@@ -259,9 +259,7 @@ def _key(node: Node, name: str) -> str | int:
     if isinstance(node.value, list):
         count = len(node.value)
         if not (name.isdecimal() and len(name) < 10 and int(name) < count):
-            raise UserError(
-                f"{dotted(node.path)} is a list of {count}: address an item by its index from 0, not {name!r}, or set it whole"
-            )
+            raise UserError(f"{dotted(node.path)} is a list of {count}: name an index from 0, not {name!r}, or set it whole")
         return int(name)
     if not isinstance(node.value, dict):
         raise UserError(f"{dotted(node.path)} is {node.show()}, not a mapping: it has no {name!r}")

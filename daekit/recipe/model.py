@@ -29,9 +29,7 @@ _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 class CalibrationSpec(Spec):
     """Training rows on which a teacher's parts are ranked and candidates scored; nothing is trained on them here."""
 
-    sources: tuple[Text, ...] = Field(
-        (), description="Names of sources, which give equally many tokens each (default: those of the stage's data)."
-    )
+    sources: tuple[Text, ...] = Field((), description="Sources, which give equally many tokens each (default: the stage's).")
     tokens: Whole = Field(100_000, ge=1, description="How many tokens together.")
     max_length: Whole = Field(1024, ge=2, description="Longer rows are split into rows of so many tokens.")
 
@@ -39,9 +37,7 @@ class CalibrationSpec(Spec):
 class StudentSearchSpec(Spec):
     """The search for the shape of a student, and for what it keeps of its teacher."""
 
-    parameters: tuple[Positive, ...] = Field(
-        description="The smallest and the largest number of parameters allowed: [smallest, largest]."
-    )
+    parameters: tuple[Positive, ...] = Field(description="Numbers of parameters allowed: [smallest, largest].")
     granularity: Annotated[Literal["coarse", "fine"], Choice] = Field(
         "coarse", description="coarse: sizes only, the most important units; fine: also which layers and which units."
     )
@@ -82,9 +78,7 @@ class LoadingSpec(Spec):
 
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub id.")
     dtype: Annotated[Dtype, Choice] = Field("auto", description="The dtype that the weights are loaded in.")
-    attn_implementation: Text | None = Field(
-        None, description="sdpa, eager, flash_attention_2...; default: transformers' choice."
-    )
+    attn_implementation: Text | None = Field(None, description="sdpa, eager, flash_attention_2... (default: transformers').")
     trust_remote_code: Flag = Field(False, description="Run the model's own code from its directory or hub repository.")
     quantization: Annotated[Quantization | None, Choice] = Field(
         None, description="4bit (nf4, double quantisation) or 8bit, by bitsandbytes; experts too."
@@ -200,9 +194,7 @@ class StudentSpec(Spec):
 
     from_: ModelSpec = Field(alias="from", description="The teacher.")
     with_: tuple[ModelSpec, ...] = Field(
-        (),
-        alias="with",
-        description="Further Mistral models of the same shape. Attention and embeddings are those of `from`.",
+        (), alias="with", description="Further Mistral models of the same shape. Attention and embeddings are those of `from`."
     )
     dense: Annotated[Literal["best_expert", "average", "routed_average", "top_neurons"] | None, Choice] = Field(
         None, description="How the experts of a layer become one MLP."
@@ -217,7 +209,7 @@ class StudentSpec(Spec):
         description="What is kept: what counts most on calibration text (activations), the first or random parts.",
     )
     fit_norms: Flag = Field(
-        False, description="Scale norms over fewer channels to what they gave over all of them, measured on calibration text."
+        False, description="Scale norms over fewer channels to what they gave over all, on calibration text."
     )
     calibration: CalibrationSpec = Field(CalibrationSpec(), description="The text that parts are ranked on.")
 

@@ -6,10 +6,10 @@ A recipe's ``loss:``, the trainers' ``KDConfig`` and the loss functions all have
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from daekit.errors import UserError, listed, nearest
 from daekit.recipe.reading import Choice, Number, Spec, Text, Whole, as_plain
@@ -100,7 +100,7 @@ class Objective(Spec):
             )
         if self.on_policy == 1 and self.ce_weight:
             raise ValueError(
-                f"ce_weight={self.ce_weight:g} counts on rows with labels, and on_policy=1 leaves none: set ce_weight to 0"
+                f"ce_weight={self.ce_weight:g} counts on rows with labels, and on_policy=1 leaves none: set it to 0"
             )
         if self.normalize == "rows" and (self.attention_weight or self.hidden_weight):
             raise ValueError(
@@ -122,15 +122,6 @@ class Objective(Spec):
                 if self.changed(key):
                     yield key, f"belongs to {kind}_weight, which is 0: it would do nothing"
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Objective:
-        """The objective with these settings.
-
-        Raises:
-            UserError: a setting that does not exist or is out of bounds; all of them at once.
-        """
-        return _made(cls, values)
-
     @property
     def parameter(self) -> float:
         """The one number that the divergence depends on, if it does."""
@@ -150,11 +141,6 @@ class Selection(Spec):
     patience: Whole | None = Field(default=None, ge=1)
     """End the training after so many evaluations that bring nothing better; null: train to the end."""
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Selection:
-        """The selection with these settings; UserError as ``Objective.of``."""
-        return _made(cls, values)
-
     def require_domains(self, domains: Collection[str]) -> None:
         """UserError for a domain without validation rows."""
         for domain in (self.gain, *(name.rpartition("/")[2] for name in self.forgetting)):
@@ -163,17 +149,3 @@ class Selection(Spec):
                     f"select: {domain!r} has no validation rows among those of the training (there are: {listed(domains)})"
                     f"{nearest(domain, domains)}; give it some, or name another domain"
                 )
-
-
-S = TypeVar("S", bound=Spec)
-
-
-def _made(cls: type[S], values: Mapping[str, Any]) -> S:
-    try:
-        return cls(**values)
-    except ValidationError as error:
-        wrong = [
-            "".join(f"{key}={each['input']!r}: " for key in each["loc"][:1]) + each["msg"].removeprefix("Value error, ")
-            for each in error.errors()
-        ]
-        raise UserError("; ".join(wrong)) from error

@@ -26,7 +26,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from daekit.errors import listed, nearest
+from daekit.errors import UserError, listed, nearest
 from daekit.recipe.tree import Node
 from daekit.recipe.validation import Errors, Problems, dotted
 
@@ -84,7 +84,7 @@ class Spec(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
+        frozen=True, extra="forbid", defer_build=True, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
     )
     ELSEWHERE: ClassVar[Mapping[str, str]] = {}
     ALSO: ClassVar[tuple[str, ...]] = ()
@@ -107,6 +107,22 @@ class Spec(BaseModel):
     def changed(self, key: str) -> bool:
         """Whether a field has another value than its default."""
         return getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """One with these settings, from Python.
+
+        Raises:
+            UserError: a setting that does not exist or is out of bounds; all of them at once.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            wrong = [
+                "".join(f"{key}={each['input']!r}: " for key in each["loc"][:1]) + each["msg"].removeprefix("Value error, ")
+                for each in error.errors()
+            ]
+            raise UserError("; ".join(wrong)) from error
 
     @classmethod
     def read(cls, errors: Errors) -> Self | None:

@@ -30,13 +30,12 @@ class SourceSpec(Spec):
     validation: FilePath | None = Field(None, description="A file, directory or `builtin:NAME` with the rows to evaluate on.")
     validation_split: Text | None = Field(None, description="Split of `path` to evaluate on.")
     holdout: Whole | None = Field(
-        None, gt=0, description="Rows taken from the end of the (seeded) shuffled training rows, to evaluate on instead."
+        None, gt=0, description="Rows to evaluate on instead, from the end of the shuffled training rows."
     )
     limit: Whole | None = Field(None, gt=0, description="Use at most so many training rows (the first ones).")
     validation_limit: Whole | None = Field(None, gt=0, description="Use at most so many validation rows.")
     columns: dict[Annotated[SourceColumn, Choice], Text] = Field(
-        {},
-        description='Our column name -> its name in the data, or a text with names in braces: `"{page}\\n\\n{question}"`.',
+        {}, description='Our column name -> its name in the data, or a text with names in braces: `"{page}\\n\\n{question}"`.'
     )
     chat: Flag = Field(
         False,
@@ -117,8 +116,7 @@ class TokenizerTraining(Spec):
     vocab_size: Whole = Field(gt=0, description="Its size, special tokens included.")
     sources: tuple[Text, ...] = Field((), description="Names of the sources to read (default: all).")
     kind: Annotated[Literal["bpe", "words"], Choice] = Field(
-        "bpe",
-        description="bpe (byte-level) or words (one token per word, digit and punctuation mark: for small worlds).",
+        "bpe", description="bpe (byte-level) or words (one token per word, digit and punctuation mark: for small worlds)."
     )
 
 

@@ -29,10 +29,7 @@ class LoraSpec(Spec):
     target_modules: Text | tuple[Text, ...] = Field("all-linear", description="Names of modules, or `all-linear`.")
     use_rslora: Flag = Field(False, description="Multiply by lora_alpha / sqrt(r) instead.")
     use_dora: Flag = Field(False, description="Learn magnitudes apart from directions (DoRA).")
-    merge: Flag = Field(
-        False,
-        description="Fold the adapter into the (unquantised) base when the stage ends, so that its result is a plain model.",
-    )
+    merge: Flag = Field(False, description="When the stage ends, fold the adapter into its (unquantised) base: a plain model.")
 
 
 _NOT_IN_KD = {
@@ -60,9 +57,7 @@ class _Stage(Spec):
     """What every training run has."""
 
     data: MixtureSpec = Field(description="The rows.")
-    student: ModelSpec | None = Field(
-        None, description="The model to train; without path, stage and config: the result of the stage before."
-    )
+    student: ModelSpec | None = Field(None, description="The model to train; default: the result of the stage before.")
     lora: LoraSpec | None = Field(None, description="Train an adapter on the student.")
     seed: Whole | None = Field(
         None,
@@ -165,10 +160,7 @@ class _Distillation(_Stage):
         yield from super().problems()
         loss = self.loss
         if self.select is not None and self.trainer.get("eval_strategy", "no") == "no":
-            yield (
-                "select",
-                "needs evaluations while the stage trains; set trainer.eval_strategy: steps, eval_steps and save_steps",
-            )
+            yield "select", "needs evaluations while the stage trains; set trainer.eval_strategy, eval_steps and save_steps"
         for key, teacher in self.teachers_by_key().items():
             what = "labels" if teacher.labels else "a server" if teacher.server else "a cache" if teacher.cache else None
             named = f"{what} ({dotted(key)})"
@@ -234,7 +226,7 @@ class DAEStage(_Distillation):
     type: Annotated[Literal["dae"], Choice]
     teachers: dict[str, TeacherSpec] = Field(min_length=1, description="Domain -> teacher.")
     reference: TeacherSpec | None = Field(
-        None, description="The model to follow on reference_domains; default: the student as it stands, frozen."
+        None, description="Whom to follow on reference_domains; default: the student as it is, frozen."
     )
     reference_domains: tuple[Text, ...] = Field(("general",), description="Domains that follow the reference.")
     preflight: Flag = Field(

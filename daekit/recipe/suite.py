@@ -37,8 +37,7 @@ class SuiteModelSpec(LoadingSpec):
     path: Text | None = Field(None, description="Hub id or directory.")
     adapter: Text | None = Field(None, description="Directory of a LoRA adapter to merge into `path`.")
     url: Text | None = Field(
-        None,
-        description="Base URL of an endpoint; it can answer, but cannot be asked for the likelihood of a given text.",
+        None, description="Base URL of an endpoint, which can answer, but tells no likelihood of a given text."
     )
     served_model: Text | None = Field(None, description="The model's name at the endpoint.")
     api_key_env: Text | None = Field(
@@ -166,9 +165,7 @@ class RowsSpec(BenchmarkSpec):
     """
 
     type: Annotated[Literal["rows"], Choice] = "rows"
-    path: Text = Field(
-        description="A JSONL or Parquet file, a directory, a hub id, or builtin:NAME, as for a source of a recipe."
-    )
+    path: Text = Field(description="A JSONL or Parquet file, a directory, a hub id, or builtin:NAME, as in a recipe.")
     domain: Text | None = Field(None, description="Name in the report (default: the benchmark's key).")
     split: Text = Field("validation", description="Split of a directory, a hub data set or an embedded corpus.")
     name: Text | None = Field(None, description="Configuration of a hub data set.")
@@ -221,9 +218,7 @@ class MTBenchSpec(_OfFilesSpec):
     )
     baseline: Text | None = Field(None, description="A model of the suite.")
     max_new_tokens: Whole = Field(1024, gt=0, description="Of each turn.")
-    temperature: Number | None = Field(
-        None, ge=0, description="For all categories; default: FastChat's temperature per category."
-    )
+    temperature: Number | None = Field(None, ge=0, description="For all categories; default: FastChat's per category.")
     system: Text | None = _SYSTEM
     chat_template_kwargs: Free = _TEMPLATE
     limit: OptionalLimit = _LIMIT
@@ -241,12 +236,9 @@ class AlpacaEvalSpec(_OfFilesSpec):
     """AlpacaEval: how often an annotator prefers a model's answer to a reference answer."""
 
     type: Annotated[Literal["alpaca_eval"], Choice] = "alpaca_eval"
-    path: Text = Field(
-        description="The reference outputs, a JSON list of {instruction, output, generator}; they give the instructions too."
-    )
+    path: Text = Field(description="Reference outputs: a JSON list of {instruction, output, generator}.")
     annotator: Text = Field(
-        "weighted_alpaca_eval_gpt4_turbo",
-        description="One of alpaca_eval's evaluator configs, or a directory that holds one.",
+        "weighted_alpaca_eval_gpt4_turbo", description="One of alpaca_eval's configs, or a directory with one."
     )
     judge: JudgeSpec | None = _JUDGE
     max_new_tokens: Whole = Field(2048, gt=0, description="Of each answer.")

@@ -85,7 +85,7 @@ class TeacherSpec(Spec):
     model: ModelSpec | None = Field(None, description="The model, if it is one.")
     ensemble: tuple[WeightedModelSpec, ...] = Field((), description="The members, if it is several.")
     average: Annotated[Literal["logits", "probabilities"], Choice] = Field(
-        "logits", description="What of an ensemble's members is averaged."
+        "logits", description="What is averaged of its members."
     )
     server: ServerSpec | None = Field(None, description="Where it is served; its keys are written in its place.")
     labels: Flag = Field(False, description="The labels: forward_kl at temperature 1 is then the cross-entropy with them.")

@@ -155,9 +155,7 @@ def is_name(name: str, dots: bool = False) -> bool:
 def bad_name(key: Key, name: str | None, what: str = "name", dots: bool = False) -> Problems:
     """A name becomes a folder, a metric and a key of overrides."""
     if name is not None and not is_name(name, dots):
-        allowed = (
-            "letters, digits, `_`, `-` and `.` only, and begin with no dot" if dots else "letters, digits, `_` and `-` only"
-        )
+        allowed = "letters, digits, `_`, `-` and `.` only, no dot first" if dots else "letters, digits, `_` and `-` only"
         yield key, f"the {what} {name[:200]!r} may hold {allowed} (it becomes a folder, a metric and a key of overrides)"
     elif name is not None and len(os.fsencode(name)) > _LONGEST_NAME:
         yield key, f"the {what} {name[:20]!r}... is {len(name)} characters long; use at most {_LONGEST_NAME} bytes"
@@ -176,9 +174,7 @@ def missing(key: Key, path: str | None, local: bool = False, suffixes: tuple[str
         yield key, "must not be empty"
     elif path is not None and (local or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(suffixes)):
         found = os.path.exists(os.path.expanduser(path))
-        yield from (
-            () if found else [(key, f"{path[:200]!r} does not exist; correct it, or override this key on the command line")]
-        )
+        yield from (() if found else [(key, f"{path[:200]!r} does not exist; correct it, or override this key")])
 
 
 def bad_directory(key: Key, path: str | None) -> Problems:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import cached_file
@@ -89,6 +90,8 @@ def make_caches(
                 for line in check_cache(sources.live(kept[keys[0]], state.device), directory, rows, state.device):
                     print(f"[{name}] {directory}: {line}", flush=True)
         state.wait_for_everyone()
+    if trainer.is_deepspeed_enabled:
+        AcceleratorState._reset_state()  # or it would refuse the stage's own trainer
     frozen = [*stage.teachers_by_key(), *([("reference",)] if stage.type == "dae" else [])]
     if state.is_main_process and all(key in kept or _is_labels(stage, key) for key in frozen):
         print(f"[{name}] every frozen model is read from its cache: none is loaded", flush=True)

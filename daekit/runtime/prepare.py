@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-import math
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +16,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.optimization import get_scheduler
 
 from daekit.data.mixture import Mixture
@@ -35,6 +33,7 @@ from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe, Stag
 from daekit.recipe.validation import dotted
 from daekit.runtime.caches import domains_of, is_cached
 from daekit.runtime.data import DataBuilder
+from daekit.runtime.disk import checkpoints_at_end, require_space, require_writable
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.kept import ahead
 from daekit.runtime.models import ModelBuilder, specs_of
@@ -45,7 +44,6 @@ from daekit.trainers import DomainSFTConfig, KDConfig
 from daekit.trainers.rollouts import require_prompts
 
 _KEY = re.compile(r"((?:sources|stages|tokenizer|evaluation)\b[\w.-]*|output_dir): (.*)", re.DOTALL)  # of a message
-_ADAM_STATES = 2  # values per trained value that the usual optimizers keep
 _NEED_A_MODEL = ("lomo", "adalomo", "galore", "apollo")  # optimizers that transformers makes for a model only
 _ASKING = ("mt_bench", "alpaca_eval")  # benchmarks whose questions go through a chat template
 
@@ -126,7 +124,7 @@ def prepare(recipe: Recipe, allowed: Permissions = Permissions()) -> Prepared:  
     """
     found, folder = Found(recipe.name), RunFolder(Path(recipe.output_dir))
     with found.at("output_dir"):
-        _require_writable(folder.root)
+        require_writable(folder.root)
     found.raise_if_any()
     data = DataBuilder(recipe, folder)
     stages = list(ahead(recipe, folder))
@@ -183,18 +181,6 @@ def _sources(recipe: Recipe, stages: list[str]) -> list[str]:
     return [name for name in recipe.sources if name in used]
 
 
-def _require_writable(root: Path) -> None:
-    """Whether a directory can be made, and files in it, without making it."""
-    try:
-        if root.exists() and not root.is_dir():
-            raise UserError(f"{root} is a file; name a directory")
-        nearest = next(path for path in (root, *root.absolute().parents) if path.exists())
-    except OSError as error:
-        raise UserError(f"{str(root)[:200]} cannot be used ({error.strerror}); choose another") from error
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{root} cannot be made: {nearest} is no directory that may be written to; choose another")
-
-
 def _prepare_stage(prepared: Prepared, name: str, found: Found) -> None:
     """Everything of one stage; what fails is noted, and what does not need it is still looked at."""
     recipe, data, models = prepared.recipe, prepared.data, prepared.models
@@ -202,6 +188,7 @@ def _prepare_stage(prepared: Prepared, name: str, found: Found) -> None:
     arguments: DomainSFTConfig | None = None
     with found.at(f"{where}.trainer"):
         arguments = training_arguments(recipe, name, prepared.folder.stage(name))
+        unset_hf_deepspeed_config()  # they have set it, and ZeRO-3 would split models that have no weights here
         _require_usable(arguments)
     for key, spec in specs_of(stage):
         with found.at(f"{where}.{key}"):
@@ -230,7 +217,7 @@ def _prepare_stage(prepared: Prepared, name: str, found: Found) -> None:
         prepared.notes.extend(f"{where}: {note}" for note in _notes(stage, ready, data, student))
         if student is not None:
             with found.at("output_dir"):
-                _require_space(prepared.folder.root, name, ready, student)
+                require_space(prepared.folder.root, name, arguments, len(ready.mixture.dataset), student)
 
 
 def _ask_servers(prepared: Prepared, name: str, ready: PreparedStage, found: Found) -> None:
@@ -298,22 +285,6 @@ def _notes(stage: StageSpec, ready: PreparedStage, data: DataBuilder, student: P
         yield f"its longest row has {ready.longest} tokens, more than the {knows} positions that the student was made for"
 
 
-def _require_space(root: Path, name: str, ready: PreparedStage, student: PreTrainedModel) -> None:
-    """Room for the result and one checkpoint, without which the stage is sure to fail, and a word where all do not fit."""
-    nearest = next(path for path in (root, *root.absolute().parents) if path.exists())
-    free = shutil.disk_usage(nearest).free
-    adapter = hasattr(student, "peft_config")
-    trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
-    whole = trained if adapter else sum(p.numel() * p.element_size() for p in student.parameters())
-    states = _ADAM_STATES if ready.arguments.optim.startswith("adamw_torch") else 0  # others keep less: not sure to fail
-    checkpoint = whole + states * trained if _checkpoints(ready.arguments, len(ready.mixture.dataset)) else 0
-    if whole + checkpoint > free:
-        raise UserError(
-            f"{root} has {free / 1e9:.1f} GB free, but stage {name!r} writes a model of {whole / 1e9:.1f} GB and "
-            f"checkpoints of {checkpoint / 1e9:.1f} GB; free some space, or choose another directory"
-        )
-
-
 def _require_checkpoint(prepared: Prepared, spec: ModelSpec) -> None:
     """UserError for a checkpoint that a stage of this run will not have kept when it is over."""
     ready = prepared.stages.get(spec.stage or "")
@@ -321,22 +292,9 @@ def _require_checkpoint(prepared: Prepared, spec: ModelSpec) -> None:
         return
     if prepared.folder.stage(spec.stage).is_begun or ready.arguments.save_strategy not in ("steps", "no"):
         return  # what lies there, and what depends on the course of the run, is looked at when it is used
-    kept = _checkpoints(ready.arguments, len(ready.mixture.dataset))
+    kept = checkpoints_at_end(ready.arguments, len(ready.mixture.dataset))
     if spec.checkpoint not in kept:
         raise UserError(
             f"stage {spec.stage!r} will have no checkpoint-{spec.checkpoint}: with its save_strategy, save_steps and "
             f"save_total_limit it ends with {listed(f'checkpoint-{step}' for step in kept[-5:])}"
         )
-
-
-def _checkpoints(arguments: DomainSFTConfig, rows: int) -> list[int]:
-    """The steps whose checkpoints lie on the disk at the end of a stage that saves by steps."""
-    if arguments.save_strategy == "no":
-        return []
-    steps = arguments.max_steps
-    if steps <= 0:
-        batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        steps = math.ceil(rows / batch * arguments.num_train_epochs)
-    every = int(arguments.save_steps if arguments.save_steps >= 1 else max(1, math.ceil(arguments.save_steps * steps)))
-    saved = sorted({*range(every, steps + 1, every), steps})
-    return saved[-(arguments.save_total_limit or len(saved)) :]

@@ -207,7 +207,7 @@ def _report(prepared: Prepared, state: PartialState) -> None:
 def _suites(recipe: Recipe, folder: RunFolder, options: Options) -> None:
     """The suites of the recipe, each on the results of its stages and whatever models it names itself."""
     assert recipe.evaluation is not None
-    evaluated = {each.name: _subject(recipe, each, folder) for each in recipe.evaluation.models}
+    evaluated = {each.name: _suite_model(recipe, each, folder) for each in recipe.evaluation.models}
     for suite in recipe.evaluation.suites:
         update = {
             "models": evaluated | suite.models,
@@ -219,7 +219,7 @@ def _suites(recipe: Recipe, folder: RunFolder, options: Options) -> None:
         print(f"\n{format_table(report.rows)}\n\nSuite: {folder.suite(suite.name) / 'report.html'}", flush=True)
 
 
-def _subject(recipe: Recipe, model: EvaluatedModel, folder: RunFolder) -> SuiteModelSpec:
+def _suite_model(recipe: Recipe, model: EvaluatedModel, folder: RunFolder) -> SuiteModelSpec:
     """A model of the report as suites name it; that it has a directory is checked when the recipe is loaded."""
     spec: ModelSpec = model
     if model.name == STUDENT_AS_IT_WAS:

@@ -143,17 +143,14 @@ def _merged(
     gate_up_EGH: Tensor, down_EHF: Tensor, how: Merge, scores: ExpertScores | None, layer: int, width: int
 ) -> Mapping[str, Tensor]:
     """The three weights of a dense MLP."""
-    if how == "top_neurons":
-        assert scores is not None
-        return _top_neurons(gate_up_EGH, down_EHF, scores, layer, width)
     experts = len(gate_up_EGH)
-    if how == "average":
+    if scores is None or how == "average":
         share_E = torch.full((experts,), 1 / experts, dtype=torch.float64)
+    elif how == "top_neurons":
+        return _top_neurons(gate_up_EGH, down_EHF, scores, layer, width)
     elif how == "routed_average":
-        assert scores is not None
         share_E = scores.routing_LE[layer]
     else:
-        assert scores is not None
         share_E = torch.nn.functional.one_hot(scores.contribution_LE[layer].argmax(), experts).double()
     gate_FH, up_FH = (half.clone() for half in _weighted(share_E, gate_up_EGH).chunk(2))  # one storage each, to be saved
     return {"gate_proj": gate_FH, "up_proj": up_FH, "down_proj": _weighted(share_E, down_EHF)}
