@@ -225,8 +225,7 @@ def _eval(options: argparse.Namespace) -> None:
     from daekit.report import format_table
 
     limits = (options.max_calls, options.max_cost, options.allow_missing, options.score_parser)
-    how = Options(options.dry_run, *limits, _permissions(options))
-    report = run_suite(suite, how)
+    report = run_suite(suite, Options(options.dry_run, *limits, _permissions(options)))
     if report is not None:
         print(f"\n{format_table(report.rows)}\n\nReport: {suite.output_dir}/report.html", flush=True)
 
@@ -310,7 +309,6 @@ def _init(options: argparse.Namespace) -> None:
 
 def _cache(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
-
     from daekit.runtime.run import cache_teachers
 
     cache_teachers(recipe, options.grace, _permissions(options), options.check)
