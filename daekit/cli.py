@@ -1,4 +1,4 @@
-"""The command line: ``daekit check | preview | plan | init | cache | train | eval...``. Heavy imports happen inside."""
+"""The command line: ``daekit check | plan | generate | train | eval | chat...``. Heavy imports happen inside."""
 
 from __future__ import annotations
 
@@ -111,7 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     init.set_defaults(run=_init)
     cache = commands.add_parser("cache", help="write what teachers with a cache say about the rows of a recipe; no training")
     cache.set_defaults(run=_cache)
-    for command in (check, preview, plan, init, cache, train):
+    generate = commands.add_parser(
+        "generate", help="write the rows of a recipe's generated sources (or of SOURCE); no training"
+    )
+    generate.set_defaults(run=_generate)
+    for command in (check, preview, plan, init, cache, generate, train):
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
     _add_eval(commands)
@@ -125,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     quickstart = commands.add_parser("quickstart", help="KD, then DAE, in the small: on embedded data, on a CPU, in minutes")
     quickstart.set_defaults(run=_quickstart)
     quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
-    for command in (init, cache, train, quickstart):
+    for command in (init, cache, generate, train, quickstart):
         command.add_argument(
             "--grace",
             metavar="SECONDS",
@@ -133,10 +137,10 @@ def _parser() -> argparse.ArgumentParser:
             default=25.0,
             help="what SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C leave the run to save a checkpoint at its next step (default: 25)",
         )
-    for command in (check, preview, train):
+    for command in (check, preview, generate, train):
         _add_permissions(command)
-    for command in (check, preview, plan, init, cache, train, quickstart):
-        metavar = "key=value" if command is not preview else "[N] key=value"
+    for command in (check, preview, plan, init, cache, generate, train, quickstart):
+        metavar = {preview: "[N] key=value", generate: "[SOURCE] key=value"}.get(command, "key=value")
         command.add_argument("overrides", metavar=metavar, nargs="*", default=[], help=_OVERRIDES_HELP)
     return parser
 
@@ -303,6 +307,16 @@ def _cache(options: argparse.Namespace) -> None:
     from daekit.runtime.run import cache_teachers
 
     cache_teachers(recipe, options.grace)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    overrides = list(options.overrides)
+    names = [overrides.pop(0)] if overrides and "=" not in overrides[0] else []
+    recipe = load_recipe(options.recipe, overrides)
+
+    from daekit.runtime.run import generate_sources
+
+    generate_sources(recipe, names, options.grace, _permissions(options))
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -77,6 +77,7 @@ class ChatClient:
         self._local: LocalChat | None = None
         self._resume_at = 0.0  # on the clock of the event loop: a Retry-After holds for all calls
         self._in_a_row = 0
+        self._has_answered = False
 
     def __enter__(self) -> ChatClient:
         return self
@@ -143,7 +144,8 @@ class ChatClient:
         self._resume_at = 0.0
         try:
             queue = iter(missing)
-            await self._pilots(endpoint, queue, progress)
+            if not self._has_answered:
+                await self._pilots(endpoint, queue, progress)
             workers = [
                 asyncio.create_task(self._work(endpoint, queue, progress))
                 for _ in range(min(self.spec.concurrency, len(missing)))
@@ -164,6 +166,7 @@ class ChatClient:
             failure = await self._answer(endpoint, key, request)
             progress.step()
             if failure is None:
+                self._has_answered = True
                 self._say_who_answers(key)
                 return
         if not self._store.replies and not self.budget.stopped:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from daekit.errors import listed, nearest
 from daekit.recipe.check_caches import check_cache, check_served
+from daekit.recipe.check_generated import check_generated
 from daekit.recipe.check_models import check_models, check_origin, models_of_stage
 from daekit.recipe.check_suite import check_suite
 from daekit.recipe.model import TeacherSpec
@@ -44,6 +45,7 @@ def check_recipe(recipe: Recipe, errors: Errors) -> None:
             errors.add_check(("sources", name), "this name is taken by the long form of `data`; choose another")
         if source is not None:
             _check_source(source, ("sources", name), errors)
+            _check_origin_of_rows(recipe, name, source, ("sources", name), errors)
     if not recipe.sources:
         errors.add_check(("sources",), "must name at least one source of rows")
     if not recipe.stages:
@@ -77,6 +79,20 @@ def _check_source(source: SourceSpec, path: Path, errors: Errors) -> None:
         errors.add_check((*path, ways[-1]), f"{listed(ways)} exclude each other; set all but one to null (or leave them out)")
     if not ways and source.validation_limit is not None:
         errors.add_check((*path, "validation_limit"), f"there are no validation rows to limit; {_NO_ROWS}")
+
+
+def _check_origin_of_rows(recipe: Recipe, name: str, source: SourceSpec, path: Path, errors: Errors) -> None:
+    """Rows lie at a path, or a model writes them; both have not the same keys."""
+    if source.generated is None:
+        if source.path is None:
+            errors.add_check(path, "has no rows: give `path`, or `generated` for rows that a model writes")
+        return
+    if source.path is not None:
+        errors.add_check((*path, "generated"), "excludes `path`: rows lie there, or a model writes them")
+    for key in ("split", "name", "revision", "validation_split", "columns", "chat"):
+        if source.changed(key):
+            errors.add_check((*path, key), "belongs to `path`; the rows of `generated` are as its prompts are")
+    check_generated(recipe, name, source.generated, (*path, "generated"), errors)
 
 
 def _check_rows_path(value: str | None, path: Path, errors: Errors) -> None:
@@ -237,6 +253,10 @@ def _check_tokenizer(recipe: Recipe, errors: Errors) -> None:
     check_exists(spec.path, (*path, "path"), errors, suffixes=(".json", ".model"))
     if spec.train is not None:
         check_known(spec.train.sources, recipe.sources, "source", (*path, "train", "sources"), errors)
+        written = [name for name in spec.train.sources if recipe.sources.get(name) and recipe.sources[name].generated]
+        if written:
+            message = f"the rows of {written[0]!r} are not written yet when the tokenizer is trained; leave it out"
+            errors.add_check((*path, "train", "sources"), message)
 
 
 def evaluated_by_default(recipe: Recipe) -> list[str]:

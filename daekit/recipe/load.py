@@ -17,6 +17,7 @@ from daekit.recipe.model import ModelSpec, TeacherSpec
 from daekit.recipe.overrides import apply_overrides
 from daekit.recipe.paths import is_name
 from daekit.recipe.reading import Spec
+from daekit.recipe.rows import SourceSpec
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, DAEStage, EvaluatedModel, KDStage, Recipe, StageSpec
 from daekit.recipe.suite import SuiteSpec
 from daekit.recipe.tree import Node, Path, Place, read_file, read_tree
@@ -161,9 +162,9 @@ def resolve(recipe: Recipe) -> Recipe:
     The student of a stage that names no model is the stage before; one that continues the adapter of a stage has its base, as
     it was loaded there; ``evaluation.models`` are all stages after the first one's student as it was, where that is loaded
     from a path; ``evaluation.sources`` all sources with validation rows,
-    ``tokenizer.train.sources`` all sources; ``~`` at the start of a path is the home folder.
+    ``tokenizer.train.sources`` all sources that no model writes; ``~`` at the start of a path is the home folder.
     """
-    sources = {name: _at_home(source, "path", "validation") for name, source in recipe.sources.items()}
+    sources = {name: _resolve_source(source) for name, source in recipe.sources.items()}
     stages: dict[str, StageSpec] = {}
     before = ""
     for name, stage in recipe.stages.items():
@@ -180,7 +181,8 @@ def resolve(recipe: Recipe) -> Recipe:
     if tokenizer is not None:
         tokenizer = _at_home(tokenizer, "path")
         if tokenizer.train is not None and not tokenizer.train.sources:
-            train = tokenizer.train.model_copy(update={"sources": tuple(sources)})
+            lying = tuple(name for name, source in sources.items() if source.generated is None)
+            train = tokenizer.train.model_copy(update={"sources": lying})
             tokenizer = tokenizer.model_copy(update={"train": train})
     if evaluation is not None:
         models = evaluation.models or tuple(_evaluated(name) for name in evaluated_by_default(recipe))
@@ -203,6 +205,13 @@ def _at_home(spec: S, *keys: str) -> S:
     """A spec whose paths begin with the home folder, not with ``~``."""
     paths = {key: getattr(spec, key) for key in keys}
     return spec.model_copy(update={key: os.path.expanduser(path) for key, path in paths.items() if path})
+
+
+def _resolve_source(source: SourceSpec) -> SourceSpec:
+    if (generated := source.generated) is not None:
+        parts = {"model": _at_home(generated.model, "path", "adapter"), "prompts": _at_home(generated.prompts, "path")}
+        source = source.model_copy(update={"generated": generated.model_copy(update=parts)})
+    return _at_home(source, "path", "validation")
 
 
 def _resolve_model(model: ModelSpec) -> ModelSpec:

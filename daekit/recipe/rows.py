@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from daekit.recipe.generated import GeneratedSpec
 from daekit.recipe.model import placed
 from daekit.recipe.reading import Choice, Flag, Leaf, Number, Spec, Text, Whole, Written, WrittenList, as_text
 from daekit.recipe.suite import Column
@@ -18,10 +19,12 @@ class SourceSpec(Spec):
     """Rows of one domain."""
 
     domain: Text = Field(description="The name that decides which teacher these rows follow.")
-    path: Text = Field(
+    path: Text | None = Field(
+        None,
         description="A JSONL or Parquet file, a directory of them, a hub id, or `builtin:NAME` for the embedded corpora "
-        f"({', '.join(BUILTIN_CORPORA)})."
+        f"({', '.join(BUILTIN_CORPORA)}).",
     )
+    generated: GeneratedSpec | None = Field(None, description="Instead of `path`: a model writes the rows.")
     split: Text = Field("train", description="Split of a hub data set or of a builtin corpus to train on.")
     name: Text | None = Field(None, description="Configuration name of a hub data set.")
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub data set.")

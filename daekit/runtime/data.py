@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -70,13 +71,19 @@ class DataBuilder:
 
     def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
         self.recipe, self.folder = recipe, folder
+        self.written: dict[str, Path] = {}  # generated sources that are complete -> their rows
         self._read: dict[str, tuple[Dataset, Dataset | None]] = {}
         self._tokenized: dict[tuple[str, LossRule], tuple[Dataset, Dataset | None]] = {}
 
     def source(self, name: str) -> tuple[Dataset, Dataset | None]:
         """(training rows, validation rows or None) of a source, as text."""
         if name not in self._read:
-            self._read[name] = load_source(name, self.recipe.sources[name], self.recipe.seed)
+            spec = self.recipe.sources[name]
+            if spec.generated is not None:
+                if name not in self.written:
+                    raise UserError(f"sources.{name}: its rows are not written yet; `daekit generate RECIPE` writes them")
+                spec = spec.model_copy(update={"path": str(self.written[name]), "generated": None})
+            self._read[name] = load_source(name, spec, self.recipe.seed)
         return self._read[name]
 
     def tokenized(self, name: str, rule: LossRule) -> tuple[Dataset, Dataset | None]:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +30,9 @@ from daekit.evaluation.suites.prepare import prepare as prepare_suite
 from daekit.generation import Permissions
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe, StageSpec
-from daekit.runtime.data import DataBuilder
+from daekit.runtime.data import DataBuilder, LossRule
 from daekit.runtime.folders import RunFolder
+from daekit.runtime.generated import GeneratedSource, generated_sources, write_sources
 from daekit.runtime.kept import ahead
 from daekit.runtime.models import ModelBuilder, specs_of
 from daekit.runtime.student import require_cuttable, require_one_process
@@ -69,7 +70,9 @@ class Prepared:
     """A recipe of which everything has been opened.
 
     Attributes:
-        stages: the stages that are not complete yet.
+        stages: the stages that are not complete yet and whose rows are there.
+        generated: the sources that a model writes.
+        waiting: of the other stages that are not complete: the sources that are to be written before they begin.
         notes: what a user should know before the first step.
     """
 
@@ -78,6 +81,8 @@ class Prepared:
     data: DataBuilder
     models: ModelBuilder
     stages: dict[str, PreparedStage] = field(default_factory=dict)
+    generated: dict[str, GeneratedSource] = field(default_factory=dict)
+    waiting: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -124,9 +129,11 @@ def prepare(recipe: Recipe, allowed: Permissions = Permissions()) -> Prepared:  
     found.raise_if_any()
     data = DataBuilder(recipe, folder)
     stages = list(ahead(recipe, folder))
-    for name in _sources(recipe, stages):
-        with found.at(f"sources.{name}"):
-            data.source(name)
+    used = _sources(recipe, stages)
+    for name in used:
+        if recipe.sources[name].generated is None:
+            with found.at(f"sources.{name}"):
+                data.source(name)
     if found:  # a tokenizer may be trained on them, and none of what follows would be told about them
         found.raise_if_any()
     with found.at("tokenizer"):
@@ -134,13 +141,45 @@ def prepare(recipe: Recipe, allowed: Permissions = Permissions()) -> Prepared:  
     found.raise_if_any()
     prepared = Prepared(recipe, folder, data, ModelBuilder(folder, data.tokenizer))
     prepared.models.ahead = frozenset(stages)
+    longest = _prepare_generated(prepared, used, allowed, found)
     for name in stages:
-        _prepare_stage(prepared, name, found)
+        _prepare_stage(prepared, name, longest, found)
     if recipe.evaluation is not None:
         _prepare_evaluation(prepared, recipe.evaluation, allowed, found)
     found.raise_if_any()
     prepared.models.ahead = frozenset()
     return prepared
+
+
+def _prepare_generated(prepared: Prepared, used: list[str], allowed: Permissions, found: Found) -> dict[str, int]:
+    """Read the generated sources that are written, check the others. Returns the tokens of the longest row of those at most."""
+    prepared.generated.update(generated_sources(prepared.recipe, prepared.data, prepared.models, allowed))
+    longest = {}
+    for name in (name for name in used if name in prepared.generated):
+        with found.at(f"sources.{name}"):
+            if name in prepared.data.written:
+                prepared.data.source(name)
+            else:
+                longest[name] = 0
+                longest[name] = prepared.generated[name].check()
+                prepared.notes.append(f"sources.{name}: its rows are written before the first stage that needs them")
+    return longest
+
+
+def complete_rows(prepared: Prepared, name: str, device: torch.device) -> None:
+    """Write the sources that a stage waits for, now that the stages before it are complete, and prepare its rows.
+
+    Raises:
+        UserError: what ``GeneratedSource.write`` raises; what is wrong with the rows.
+    """
+    waits = prepared.waiting.pop(name, None)
+    if waits is None:
+        return
+    write_sources([prepared.generated[each] for each in waits], device)
+    stage = prepared.recipe.stages[name]
+    arguments = training_arguments(prepared.recipe, name, prepared.folder.stage(name))
+    with naming(f"stages.{name}.data"):
+        prepared.stages[name] = _rows_of(stage, arguments, prepared.data)
 
 
 def _prepare_evaluation(prepared: Prepared, evaluation: EvaluationSpec, allowed: Permissions, found: Found) -> None:
@@ -150,7 +189,9 @@ def _prepare_evaluation(prepared: Prepared, evaluation: EvaluationSpec, allowed:
             _require_checkpoint(prepared, each)
             if each.name != STUDENT_AS_IT_WAS:  # it has been looked at with its stage
                 prepared.models.look_at(each)
-    if evaluation.sources and not found:
+    if not found and all(
+        prepared.recipe.sources[n].generated is None or n in prepared.data.written for n in evaluation.sources
+    ):
         with found.at("evaluation"):
             _ = prepared.data.evaluation_sets
     for index, suite in enumerate(evaluation.suites):
@@ -189,7 +230,7 @@ def _require_writable(root: Path) -> None:
         raise UserError(f"{root} cannot be made: {nearest} is no directory that may be written to; choose another")
 
 
-def _prepare_stage(prepared: Prepared, name: str, found: Found) -> None:
+def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], found: Found) -> None:
     """Everything of one stage; what fails is noted, and what does not need it is still looked at."""
     recipe, data, models = prepared.recipe, prepared.data, prepared.models
     stage, where = recipe.stages[name], f"stages.{name}"
@@ -206,7 +247,8 @@ def _prepare_stage(prepared: Prepared, name: str, found: Found) -> None:
     if stage.student is not None and stage.student.init is not None:
         with found.at(f"{where}.student"):
             require_one_process(recipe, name, prepared.folder)
-            require_cuttable(recipe, name, data, models)
+            if not longest.keys() & {*stage.student.init.calibration.sources}:
+                require_cuttable(recipe, name, data, models)
     student: PreTrainedModel | None = None
     with found.at(f"{where}.student"):
         student = models.without_weights(recipe, name)
@@ -214,6 +256,11 @@ def _prepare_stage(prepared: Prepared, name: str, found: Found) -> None:
         with found.at(f"{where}.lora"), torch.device("meta"):
             student = get_peft_model(student, peft_config(stage.lora, stage.student))
     if arguments is None:
+        return
+    if waits := [source for source in stage.data.sources if source in longest]:
+        prepared.waiting[name] = waits
+        with found.at(f"{where}.data"):
+            _require_room(stage, arguments, data, {source: longest[source] for source in waits})
         return
     ready: PreparedStage | None = None
     with found.at(f"{where}.data"):
@@ -253,6 +300,20 @@ def _rows_of(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder) ->
     validation_counts = {} if validation is None else fit_to_length(validation, limit, arguments.overlong, "eval")[1]
     longest = max(len(row) for row in mixture.dataset["input_ids"])
     return PreparedStage(arguments, mixture, validation, counts, validation_counts, min(longest, limit or longest))
+
+
+def _require_room(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder, longest: Mapping[str, int]) -> None:
+    """Check the rows of a stage that are there, and whether those that are still to be written may be too long for it."""
+    splits = arguments.packing and arguments.packing_strategy not in ("bfd", None)
+    limit = None if splits else arguments.max_length
+    for name in stage.data.sources:
+        if name not in longest:
+            fit_to_length(data.tokenized(name, LossRule.of(stage))[0], limit, arguments.overlong, "train")
+        elif limit is not None and longest[name] > limit and arguments.overlong == "error":
+            raise UserError(
+                f"a row of the generated source {name!r} may have {longest[name]:,} tokens (its longest prompt and "
+                f"max_new_tokens), more than trainer.max_length={limit}; lower it, raise max_length, or set overlong"
+            )
 
 
 def _notes(stage: StageSpec, ready: PreparedStage, data: DataBuilder, student: PreTrainedModel | None) -> Iterator[str]:
