@@ -33,8 +33,8 @@ from daekit.models.loading import load_model
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Batch, Teacher
 from daekit.recipe.schema import EvaluationSpec, ModelSpec, SourceSpec
+from daekit.report.contents import Row
 from daekit.report.figures import COLOURS, new_figure, style_axes
-from daekit.report.rows import Row
 from daekit.runtime.run import calibration
 from daekit.teachers import EnsembleTeacher, ModelTeacher
 
@@ -196,7 +196,7 @@ def facts(folder: Path) -> dict[str, Any]:
     stages, versions = {}, {}
     for file in sorted(folder.glob("*/stages/*/stage.json")):
         done = json.loads(file.read_text())
-        rows = {family: [count["rows"], count["kept_tokens"]] for family, count in done["rows"]["train"].items()}
+        rows = {family: [count["rows"], count["loss_tokens"]] for family, count in done["rows"]["train"].items()}
         stages[done["stage"]] = {
             "seconds": done["seconds"],
             "steps": done["log_history"][-1]["step"],

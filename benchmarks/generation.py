@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from daekit.evaluation.answers import AnswerStore, HowToAnswer, answer_all, mt_bench_conversations
-from daekit.evaluation.evaluated import EvaluatedModel
+from daekit.evaluation.answers import AnswerStore, HowToAnswer, answer_all
+from daekit.evaluation.models import SuiteModel
+from daekit.evaluation.questions import mt_bench_conversations
 from daekit.recipe.suite import SubjectSpec
 
 
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    subject = EvaluatedModel("model", SubjectSpec(path=str(options.model)))
+    subject = SuiteModel("model", SubjectSpec(path=str(options.model)))
     subject.model()
     runs = {size: run(subject, options, size) for size in (options.batch_size, 1)}
     batched, single = runs[options.batch_size], runs[1]
@@ -55,7 +56,7 @@ def main() -> None:
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def run(subject: EvaluatedModel, options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
+def run(subject: SuiteModel, options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
     """Greedy answers to all questions."""
     conversations, _ = mt_bench_conversations(options.questions, "questions", options.limit, 0.0)
     how = HowToAnswer(options.max_new_tokens)

@@ -115,7 +115,11 @@ def _parser() -> argparse.ArgumentParser:
         "generate", help="write the rows of a recipe's generated sources (or of SOURCE); no training"
     )
     generate.set_defaults(run=_generate)
-    for command in (check, preview, plan, init, cache, generate, train):
+    sweep = commands.add_parser(
+        "sweep", help="run a recipe with each combination of settings (key=1e-5,3e-5 seed=0,1), and compare"
+    )
+    sweep.set_defaults(run=_sweep)
+    for command in (check, preview, plan, init, cache, generate, train, sweep):
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
     _add_eval(commands)
@@ -129,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     quickstart = commands.add_parser("quickstart", help="KD, then DAE, in the small: on embedded data, on a CPU, in minutes")
     quickstart.set_defaults(run=_quickstart)
     quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
-    for command in (init, cache, generate, train, quickstart):
+    for command in (init, cache, generate, train, sweep, quickstart):
         command.add_argument(
             "--grace",
             metavar="SECONDS",
@@ -137,9 +141,9 @@ def _parser() -> argparse.ArgumentParser:
             default=25.0,
             help="what SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C leave the run to save a checkpoint at its next step (default: 25)",
         )
-    for command in (check, preview, generate, train):
+    for command in (check, preview, cache, generate, train, sweep):
         _add_permissions(command)
-    for command in (check, preview, plan, init, cache, generate, train, quickstart):
+    for command in (check, preview, plan, init, cache, generate, train, sweep, quickstart):
         metavar = {preview: "[N] key=value", generate: "[SOURCE] key=value"}.get(command, "key=value")
         command.add_argument("overrides", metavar=metavar, nargs="*", default=[], help=_OVERRIDES_HELP)
     return parser
@@ -306,7 +310,7 @@ def _cache(options: argparse.Namespace) -> None:
 
     from daekit.runtime.run import cache_teachers
 
-    cache_teachers(recipe, options.grace)
+    cache_teachers(recipe, options.grace, _permissions(options))
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -327,6 +331,12 @@ def _train(options: argparse.Namespace) -> None:
 
     announce(recipe, reload=lambda more: load_recipe(options.recipe, [*options.overrides, *more]))
     run_recipe(recipe, options.grace, _permissions(options))
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from daekit.runtime.sweep import run_sweep, swept_runs
+
+    run_sweep(*swept_runs(options.recipe, options.overrides), options.grace, _permissions(options))
 
 
 def _merge(options: argparse.Namespace) -> None:

@@ -63,12 +63,14 @@ class Batch:
         labels_BT: token ids, -100 where no loss is wanted.
         row_BT: index of the row that each position belongs to, -1 on padding.
         domains: name of the domain of each row, R names.
+        on_policy: Whether the student wrote the response of each row, which is then no label; empty where it wrote none.
     """
 
     inputs: dict[str, Any]
     labels_BT: Tensor
     row_BT: Tensor
     domains: tuple[str, ...]
+    on_policy: tuple[bool, ...] = ()
 
     @cached_property
     def loss_mask_BT(self) -> Tensor:
@@ -84,6 +86,18 @@ class Batch:
     def row_N(self) -> Tensor:
         """``[N]`` the row of each loss position."""
         return self.row_BT[:, :-1][self.loss_mask_BT]
+
+    @cached_property
+    def labelled_N(self) -> Tensor | None:
+        """``[N]`` bool: whether each loss position predicts a label of the data; None where all do."""
+        if not any(self.on_policy):
+            return None
+        return ~torch.tensor(self.on_policy, device=self.row_N.device)[self.row_N]
+
+    @cached_property
+    def row_share_N(self) -> Tensor:
+        """``[N]`` one over the number of loss positions of the row of each."""
+        return 1 / torch.bincount(self.row_N, minlength=len(self.domains))[self.row_N]
 
     @cached_property
     def layout(self) -> RowLayout:

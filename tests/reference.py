@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -147,3 +147,12 @@ def kept(labels: list[list[int]], rows: list[list[int]]) -> list[tuple[int, int,
             if sequence[t + 1] != -100:
                 found.append((b, t, sequence[t + 1], rows[b][t]))
     return found
+
+
+def greedy_answer(model: nn.Module, prompt: list[int], most: int, stop: int, vocab_size: int) -> list[int]:
+    """The most likely token again and again, a whole forward for each, with the stop token."""
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + most and ids[len(prompt) :][-1:] != [stop]:
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1, :vocab_size].argmax()))
+    return ids[len(prompt) :]

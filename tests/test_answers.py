@@ -13,18 +13,9 @@ import pytest
 import torch
 
 from daekit.errors import UserError
-from daekit.evaluation.answers import (
-    TEMPERATURES,
-    Answer,
-    AnswerStore,
-    Conversation,
-    HowToAnswer,
-    alpaca_conversations,
-    answer_all,
-    mt_bench_conversations,
-    require_answerable,
-)
-from daekit.evaluation.evaluated import EvaluatedModel
+from daekit.evaluation.answers import AnswerStore, HowToAnswer, answer_all, require_answerable
+from daekit.evaluation.models import SuiteModel
+from daekit.evaluation.questions import TEMPERATURES, Conversation, alpaca_conversations, mt_bench_conversations
 from daekit.generation.local import Sampling, generate
 from daekit.recipe.suite import SubjectSpec
 from tests.helpers import tiny
@@ -35,11 +26,11 @@ MT_BENCH = DATA / "mt_bench"
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory) -> EvaluatedModel:
+def subject(tmp_path_factory) -> SuiteModel:
     folder = tmp_path_factory.mktemp("model")
     tiny.model(seed=3).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
-    return EvaluatedModel("mine", SubjectSpec(path=str(folder)))
+    return SuiteModel("mine", SubjectSpec(path=str(folder)))
 
 
 def conversations(count: int, temperature: float = 0.0) -> list[Conversation]:
@@ -129,7 +120,7 @@ def test_what_is_answered_is_kept_and_a_torn_line_is_answered_again(tmp_path, su
     answered(subject, tmp_path / "part", asked[:4])
     before = path.read_bytes()
     path.write_bytes(before[:-20])  # killed while it wrote
-    import daekit.evaluation.answers.produce as produce
+    import daekit.evaluation.answers as produce
 
     sizes = []
     original = produce.generate
@@ -144,7 +135,7 @@ def test_what_is_answered_is_kept_and_a_torn_line_is_answered_again(tmp_path, su
 
 
 def test_each_batch_is_on_the_disk_before_the_next(tmp_path, subject, monkeypatch):
-    import daekit.evaluation.answers.produce as produce
+    import daekit.evaluation.answers as produce
 
     calls = []
     original = produce.generate
@@ -184,7 +175,7 @@ def test_cut_answers_are_counted(tmp_path, subject):
     store = AnswerStore(tmp_path, "mine", {"how": how.facts()})
     assert store.cut() == sum(length > 4 for length in lengths)
     assert 0 < store.cut() < len(asked)
-    store.add([Answer(999, ("a", "b"), (True, False))])
+    store.add({999: [("a", True), ("b", False)]})
     assert AnswerStore(tmp_path, "mine", {"how": how.facts()}).cut() == store.cut() == 1 + sum(length > 4 for length in lengths)
 
 
@@ -206,7 +197,7 @@ def test_no_chat_template_is_said(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"models\.bare has no chat template"):
         require_answerable(
-            EvaluatedModel("bare", SubjectSpec(path=str(tmp_path))), conversations(1), HowToAnswer(4), "benchmarks.mt"
+            SuiteModel("bare", SubjectSpec(path=str(tmp_path))), conversations(1), HowToAnswer(4), "benchmarks.mt"
         )
 
 

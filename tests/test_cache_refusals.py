@@ -19,7 +19,7 @@ from daekit.errors import UserError
 from daekit.losses import Objective
 from daekit.protocol import FeatureSpec
 from daekit.teachers import BASE, CachedTeacher, EnsembleTeacher, LabelTeacher, RoutedTeacher, write_cache
-from daekit.teachers.requirements import require_served
+from daekit.teachers.parts import require_served
 from tests.helpers import tiny
 from tests.helpers.cache_cases import batch_to, long_rows, model_teacher
 from tests.helpers.trainer_world import dae, kd

@@ -23,7 +23,7 @@ from daekit.teachers import (
     write_cache,
 )
 from daekit.teachers.cache import rows_of_examples
-from daekit.teachers.requirements import require_served
+from daekit.teachers.parts import require_served
 from daekit.trainers import DomainSFTConfig
 from daekit.trainers.prepared import prepared_rows
 from tests.helpers import tiny

@@ -29,7 +29,7 @@ from tests.helpers import tiny
 from tests.helpers.processes import forked
 from tests.helpers.trainer_world import dae, options, weights
 
-RUNTIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+RUNTIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "rollout_rows_per_second")
 STUDENTS = ("dense", "lora", "mixtral")
 SEED, SAMPLED = 20, 20  # of the file events of a run before which it is killed; the seed is any number
 # what changes or makes files: ``open`` for writing, and the rest of the ways in which files come and go
@@ -54,7 +54,9 @@ def build(student: str, folder: Path, **changes: Any) -> Any:
         max_grad_norm=1.0,
         ce_weight=0.2,
     )
-    if student == "lora":
+    if student == "on-policy":  # buffers from steps 0, 3 | 4, 7 | 8: a checkpoint falls between two of them, two inside one
+        arguments |= {"on_policy_fraction": 0.5, "max_new_tokens": 8, "rollout_buffer": 3}
+    if student in ("lora", "on-policy"):
         arguments["peft_config"] = LoraConfig(
             r=4, lora_dropout=0.1, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
         )
@@ -140,7 +142,7 @@ def killed_then_resumed(student: str, folder: Path, kill: Callable[[], None], st
     assert_the_same(student, folder, straight_folder)
 
 
-@pytest.mark.parametrize("student", ["dense", "mixtral"])  # "lora" is killed four times in a row below
+@pytest.mark.parametrize("student", ["dense", "mixtral", "on-policy"])  # "lora" is killed four times in a row below
 def test_killed_at_a_step(student: str, tmp_path: Path, straight_folder: Path) -> None:
     step = random.choice([4, 5, 7, 8])
     print(f"killed at step {step}")

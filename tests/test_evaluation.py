@@ -10,8 +10,9 @@ from datasets import Dataset
 
 from daekit.data import responses
 from daekit.data.responses import ResponseLabels, label_responses
+from daekit.data.tokenize import TokenizedRow, tokenize_each
 from daekit.errors import UserError
-from daekit.evaluation import ModelEvaluation, TokenizedRow, compare, evaluate_model, select_samples, tokenize_rows
+from daekit.evaluation import ModelEvaluation, compare, evaluate_model, select_samples, tokenize_rows
 from daekit.evaluation.intervals import RowValues, interval, paired_interval
 from daekit.evaluation.matching import answer_match, exact_match
 from daekit.evaluation.sets import EvaluationSet
@@ -80,6 +81,51 @@ def test_messages_are_scored_on_the_tokens_that_training_takes_by_default():
             Dataset.from_list([{"messages": messages}]), tokenizer, ResponseLabels.of(tokenizer), "train"
         )
         assert row.labels == expected[0]["labels"] and row.input_ids == expected[0]["input_ids"]
+
+
+UNMARKED = re.sub("{% (end)?generation %}", "", tiny.CHAT_TEMPLATE)
+MANY = {
+    "messages": [{"messages": [USER, ANSWER] * (1 + at % 3)} for at in range(7)],
+    "unanswered": [{"messages": [USER, ANSWER, USER][: 2 + at % 2]} for at in range(7)],
+    "options": [{"messages": [USER, ANSWER], "chat_template_kwargs": {"word": f"w{at % 2}"}} for at in range(7)],
+    "pairs": [{"prompt": [USER] * (at + 1), "completion": [ANSWER]} for at in range(7)],
+    "plain": [{"prompt": "w1 " * (at + 1), "completion": "w2"} for at in range(7)],
+    "text": [{"text": "w1 w2 " * (at + 1), "answer": "w2"} for at in range(7)],
+    "mixed": [*FORMS.values()],
+}
+
+
+@pytest.mark.parametrize("assistant_only_loss", [None, False, True])
+@pytest.mark.parametrize("template", [tiny.CHAT_TEMPLATE, UNMARKED, "{{ word }} " + tiny.CHAT_TEMPLATE])
+@pytest.mark.parametrize("rows", MANY.values(), ids=MANY)
+def test_many_rows_at_once_are_the_same_as_one_by_one(rows, template, assistant_only_loss, monkeypatch):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    if assistant_only_loss and template == UNMARKED:
+        pytest.skip("refused: no markers")
+    calls = []
+    render = responses.render
+    monkeypatch.setattr(responses, "render", lambda *given, **how: calls.append(given) or render(*given, **how))
+    single = [each for row in rows for each in tokenize_each([row], tokenizer, "row", assistant_only_loss)]
+    one_by_one = len(calls)
+    assert [*tokenize_each(rows, tokenizer, "row", assistant_only_loss)] == single
+    trained = [*tokenize_each(rows, tokenizer, "row", assistant_only_loss, prompts=False)]
+    assert [(row.input_ids, row.labels) for row in trained] == [(row.input_ids, row.labels) for row in single]
+    if rows is MANY["messages"]:
+        assert len(calls) - one_by_one < one_by_one  # it was one call for all of them
+
+
+def test_a_bad_row_among_many_is_named():
+    refusing = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + tiny.CHAT_TEMPLATE
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = refusing
+    rows = [{"messages": [USER, ANSWER]}] * 300
+    rows[270] = {"messages": [USER, ANSWER, USER, ANSWER]}
+    with pytest.raises(UserError, match=r"^row 270: .*too long"):
+        list(tokenize_each(rows, tokenizer, "row"))
+    rows[270] = {"messages": [USER, USER]}
+    with pytest.raises(UserError, match=r"^row 270: has no assistant tokens"):
+        list(tokenize_each(rows, tokenizer, "row"))
 
 
 REFUSALS = {

@@ -406,10 +406,7 @@ def test_too_few_rows_are_an_error_and_stay(recipe: Path) -> None:
         (["sources.asked.generated.max_new_tokens=300"], "is more than the 256 that the model reads"),
         (["stages.base.trainer.max_length=16"], "may have"),
         (
-            [
-                "sources.asked.generated.model={url: 'http://127.0.0.1:9/v1', served_model: m, api_key_env: PATH}",
-                "sources.asked.generated.prompts.path=builtin:shop",
-            ],
+            ["sources.asked.generated.model={url: 'http://127.0.0.1:9/v1', served_model: m, api_key_env: PATH}"],
             "does not look like the name of a key",
         ),
         (

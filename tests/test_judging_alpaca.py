@@ -305,8 +305,6 @@ def test_length_control_with_everything_official_at_hand(tmp_path: Path, monkeyp
     [("annotator", "belongs to"), ("count", "all 805"), ("file", "cannot be had"), ("order", "in their order")],
 )
 def test_length_control_is_never_a_substitute(lacking: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from daekit.evaluation.judging.length_control import length_controlled
-
     official(tmp_path, monkeypatch, gamed=lacking != "file")
     reference = json.loads((tmp_path / "reference.json").read_text())
     if lacking == "count":
@@ -314,17 +312,18 @@ def test_length_control_is_never_a_substitute(lacking: str, said: str, tmp_path:
     if lacking == "order":
         reference[0], reference[1] = reference[1], reference[0]
     chosen = annotators.read_annotator(RANKING if lacking == "annotator" else WEIGHTED)
-    percents, reason = length_controlled(chosen, [{"preference": 1.0}] * len(reference), reference)
+    percents, reason = annotators.length_controlled(chosen, [{"preference": 1.0}] * len(reference), reference)
     assert percents == [] and said in reason
 
 
 def test_length_control_wants_every_judgment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from daekit.evaluation.judging.length_control import length_controlled
-
     official(tmp_path, monkeypatch)
     reference = json.loads((tmp_path / "reference.json").read_text())
     annotations = [{"preference": None if at == 3 else 1.0} for at in range(805)]
-    assert length_controlled(annotators.read_annotator(WEIGHTED), annotations, reference) == ([], "judgments are missing")
+    assert annotators.length_controlled(annotators.read_annotator(WEIGHTED), annotations, reference) == (
+        [],
+        "judgments are missing",
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ import pytest
 
 from daekit.errors import UserError
 from daekit.evaluation.judging import Judged, estimate_mt_bench, judge_mt_bench
-from daekit.evaluation.judging.verdicts import strict_rating, strict_winner
+from daekit.evaluation.judging.scores import strict_rating, strict_winner
 from daekit.generation import ChatClient
 from daekit.recipe.judge import JudgeSpec
-from daekit.report.rows import Row
+from daekit.report.contents import Row
 from tests.helpers.judge_server import Call, JudgeServer, scripted_rating
 from tests.helpers.shared_data import DATA
 

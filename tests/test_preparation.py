@@ -64,7 +64,7 @@ def test_counts_equal_a_recount(rows: list[tuple[str, list[bool]]], limit: int |
         for what in ("truncated", "dropped", "emptied", "blank"):
             assert getattr(counts[domain], what) == sum(w == what for w, _ in mine), what
         assert counts[domain].rows == sum(bool(tokens) for _, tokens in mine)
-        assert counts[domain].kept_tokens == sum(sum(tokens[1:]) for _, tokens in mine)
+        assert counts[domain].loss_tokens == sum(sum(tokens[1:]) for _, tokens in mine)
     expected = tokenised(left)
     assert result["input_ids"] == expected["input_ids"] and result["labels"] == expected["labels"]
     assert result["domain"] == expected["domain"]
@@ -79,7 +79,7 @@ def test_counts_of_more_than_one_batch_of_a_selection() -> None:
     chosen = rng.sample(range(2500), 1700)
     _, counts = fit_to_length(tokenised(rows).select(chosen), 4, "truncate", "train")
     fates = [fate(rows[i][1], 4, "truncate") for i in chosen]
-    assert counts["shop"].kept_tokens == sum(sum(tokens[1:]) for _, tokens in fates)
+    assert counts["shop"].loss_tokens == sum(sum(tokens[1:]) for _, tokens in fates)
     assert counts["shop"].truncated == sum(what == "truncated" for what, _ in fates)
 
 

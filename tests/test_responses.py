@@ -33,7 +33,7 @@ def tokenizer(template: str | None = UNMARKED) -> PreTrainedTokenizerFast:
 
 
 def loss_words(row: dict[str, Any], using: PreTrainedTokenizerFast) -> str:
-    tokenised = ResponseLabels.of(using)(row, using, "row 0")
+    (tokenised,) = ResponseLabels.of(using).label([row], using, ["row 0"])
     labelled = [token for token, label in zip(tokenised["input_ids"], tokenised["labels"], strict=True) if label != -100]
     assert [label for label in tokenised["labels"] if label != -100] == labelled
     return " ".join(using.convert_ids_to_tokens(labelled))
@@ -65,7 +65,7 @@ def test_a_marked_turn_whose_last_character_has_no_token_is_refused() -> None:
 def test_a_prompt_beside_messages_does_not_change_what_carries_loss(tmp_path: Path) -> None:
     rows = [{"messages": CONVERSATION, "prompt": "w6 w7"}] * 4
     trainer = sft(tmp_path, Dataset.from_list(rows))
-    assert trainer.data_counts["train"]["general"].kept_tokens == 4 * 7
+    assert trainer.data_counts["train"]["general"].loss_tokens == 4 * 7
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama3", "gemma", "phi3"])
@@ -77,7 +77,7 @@ def test_common_families_have_templates_with_markers(family: str) -> None:
 def test_a_prompt_whose_tokens_change_with_the_answer_is_refused() -> None:
     counting = "w{{ messages | length }} " + UNMARKED
     with pytest.raises(UserError, match=r"row 3: .*Set tokenizer\.chat_template"):
-        ResponseLabels.of(tokenizer(counting))({"messages": [ASKED, FIRST]}, tokenizer(counting), "row 3")
+        ResponseLabels.of(tokenizer(counting)).label([{"messages": [ASKED, FIRST]}], tokenizer(counting), ["row 3"])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_prompt_whose_tokens_change_with_the_answer_is_refused() -> None:
 def test_rows_without_a_response_are_named(template: str | None, messages: list[Any], message: str) -> None:
     using = tokenizer(template)
     with pytest.raises(UserError, match=message):
-        ResponseLabels.of(using)({"messages": messages}, using, "row 3")
+        ResponseLabels.of(using).label([{"messages": messages}], using, ["row 3"])
 
 
 def rows(column: str = "messages") -> Dataset:
@@ -141,7 +141,7 @@ def test_the_template_of_a_real_model() -> None:
     ]
     found = ResponseLabels.of(real)
     assert not found.markers
-    tokenised = found({"messages": turns}, real, "row 0")
+    (tokenised,) = found.label([{"messages": turns}], real, ["row 0"])
     labelled = [label for label in tokenised["labels"] if label != -100]
     assert real.decode(labelled) == "On Thursday, before noon.<|im_end|>\n"
     assert tokenised["input_ids"] == real.apply_chat_template(turns, return_dict=True)["input_ids"]

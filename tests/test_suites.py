@@ -14,7 +14,7 @@ import yaml
 
 from daekit.cli import main
 from daekit.errors import UserError
-from daekit.evaluation.evaluated import EvaluatedModel, file_fingerprint
+from daekit.evaluation.models import SuiteModel, file_fingerprint
 from daekit.evaluation.suites import Options, run_suite
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.load import load_suite_text, parse_models
@@ -113,7 +113,7 @@ def test_bad_input_is_one_sentence_before_any_weight(world, tmp_path, monkeypatc
     (tmp_path / "empty").mkdir()
     places = {"one": world / "one", "two": world / "two", "other": other, "empty": tmp_path / "empty"}
     filled = [argument.format(**places) for argument in arguments]
-    monkeypatch.setattr("daekit.evaluation.evaluated.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("daekit.evaluation.models.load_model", lambda *_: pytest.fail("weights were loaded"))
     assert main(["eval", str(world / "suite.yaml"), "--output", str(tmp_path / "out"), "baseline=one", *filled]) == 2
     error = capsys.readouterr().err
     assert says in error and "Traceback" not in error
@@ -168,7 +168,7 @@ def test_trust_is_given_to_the_path_and_not_to_the_base_that_an_adapter_names(tm
     adapter.mkdir()
     facts = {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": ["q_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(facts))
-    model = EvaluatedModel("m", SubjectSpec(path=str(adapter), trust_remote_code=True))
+    model = SuiteModel("m", SubjectSpec(path=str(adapter), trust_remote_code=True))
     with pytest.raises(UserError):
         _ = model.config
     with contextlib.suppress(UserError):  # without its own code the tokenizer may be an ordinary one
@@ -177,7 +177,7 @@ def test_trust_is_given_to_the_path_and_not_to_the_base_that_an_adapter_names(tm
     facts["base_model_name_or_path"] = str(adapter)
     (adapter / "adapter_config.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match="leads back to the adapter itself"):
-        _ = EvaluatedModel("m", SubjectSpec(path=str(adapter))).config
+        _ = SuiteModel("m", SubjectSpec(path=str(adapter))).config
 
 
 def test_models_of_two_tokenizers_are_compared_by_bytes_only(world, tmp_path):
@@ -196,8 +196,8 @@ def test_models_of_two_tokenizers_are_compared_by_bytes_only(world, tmp_path):
 
 
 def test_identity_knows_other_weights_and_loads_none(world, monkeypatch):
-    monkeypatch.setattr("daekit.evaluation.evaluated.load_model", lambda *_: pytest.fail("weights were loaded"))
-    found = [EvaluatedModel("m", SubjectSpec(path=str(world / name))).identity() for name in ("one", "two", "one")]
+    monkeypatch.setattr("daekit.evaluation.models.load_model", lambda *_: pytest.fail("weights were loaded"))
+    found = [SuiteModel("m", SubjectSpec(path=str(world / name))).identity for name in ("one", "two", "one")]
     assert found[0] == found[2] and found[0]["files"] != found[1]["files"]
     assert file_fingerprint(Path("some/hub-id")) is None
 

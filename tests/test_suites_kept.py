@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.evaluation.answers import AnswerStore
-from daekit.evaluation.evaluated import file_fingerprint, tokenizer_fingerprint
+from daekit.evaluation.models import file_fingerprint, tokenizer_fingerprint
 from daekit.evaluation.suites import run_suite
 from daekit.generation.local_chat import model_fingerprint
 from daekit.recipe.load import load_suite_text, parse_models
@@ -171,7 +171,7 @@ def test_what_answers_depend_on_survives_a_kill(tmp_path):
 @pytest.mark.parametrize("change", ["annotator=alpaca_eval_gpt", "path={}/broken.json"])
 def test_what_the_judge_cannot_be_asked_is_said_before_any_answer(change, world, tmp_path, monkeypatch, capsys):
     pytest.importorskip("alpaca_eval")
-    monkeypatch.setattr("daekit.evaluation.evaluated.load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("daekit.evaluation.models.load_model", lambda *_: pytest.fail("weights were loaded"))
     (tmp_path / "a.json").write_text(json.dumps([{"instruction": "w1", "output": "w2"}]))
     (tmp_path / "broken.json").write_text(json.dumps([{"instruction": "w1"}]))
     suite = {

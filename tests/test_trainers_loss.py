@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
+from daekit.errors import UserError
 from daekit.models.heads import compute_dtype
 from daekit.trainers import DomainSFTConfig, DomainSFTTrainer
 from daekit.trainers import loss as loss_module
@@ -244,3 +245,41 @@ def test_autocast_holds_inside_student_teacher_and_loss(tmp_path: Any, monkeypat
     assert set(heads) == {torch.bfloat16}
     loss = trainer.compute_loss(trainer.model_wrapped, micro_batches(trainer, 4)[0])
     assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", [kd, dae])
+def test_normalised_by_rows_each_row_counts_the_same(method: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the twin, which is asked for the mean of each row alone; accumulation equals the big batch."""
+    WithMaskedRows(monkeypatch)
+    results = []
+    for size, steps in ((8, 1), (2, 4), (1, 8)):
+        student = tiny.model(seed=1)
+        trainer = method(
+            tmp_path, uneven_rows(), student, per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+            ce_weight=0.5, divergence="reverse_kl", normalize="rows", eval_dataset=uneven_rows(),
+        )  # fmt: skip
+        teachers = {
+            domain: in_float64(trainer.teacher.model if method is kd else trainer.teacher.routes[domain].model)
+            for domain in ("general", "shop")
+        }
+        twin = Twin(in_float64(student), teachers, trainer.args)
+        means = [twin([row])[0] for row in uneven_rows() if any(label != -100 for label in row["labels"][1:])]
+        expected = torch.stack(means).mean()
+        expected.backward()
+        loss, gradient = loss_and_gradient(trainer, micro_batches(trainer, size))
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        assert relative(gradient, gradients(twin.student)) < 1e-5
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+        before = weights(trainer.model)
+        trainer.train()
+        results.append((weights(trainer.model) - before, logged(trainer, "loss")[0], logged(trainer, "reverse_kl_rows")[0]))
+    for change, loss, kl in results[1:]:
+        assert relative(change, results[0][0]) < 1e-5
+        assert (loss, kl) == pytest.approx(results[0][1:], rel=1e-5)
+
+
+def test_a_row_cannot_be_counted_in_pieces_or_by_its_attention(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="'wrapped' cuts rows in two"):
+        kd(tmp_path, tiny.rows(8), normalize="rows", packing=True, packing_strategy="wrapped")
+    with pytest.raises(UserError, match="normalize=rows is for ce_weight and prediction_weight"):
+        kd(tmp_path, tiny.rows(8), normalize="rows", hidden_weight=1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from daekit.errors import UserError
 from daekit.protocol import IGNORE_INDEX, Batch
 
-_ROW, _DOMAINS, EXAMPLES = "row_ids", "domains", "row_examples"
+_ROW, _DOMAINS, EXAMPLES, ON_POLICY = "row_ids", "domains", "row_examples", "row_on_policy"
+_NOT_OF_THE_MODEL = (_ROW, _DOMAINS, EXAMPLES, ON_POLICY, "labels")
 
 
 class DomainCollator:
@@ -49,8 +50,17 @@ class DomainCollator:
 
 def as_batch(inputs: Mapping[str, Any]) -> Batch:
     """The Batch of a collated dictionary: everything else in it goes to the model's forward."""
-    forward = {key: value for key, value in inputs.items() if key not in (_ROW, _DOMAINS, EXAMPLES, "labels")}
-    return Batch(forward, inputs["labels"], inputs[_ROW], tuple(inputs[_DOMAINS]))
+    forward = {key: value for key, value in inputs.items() if key not in _NOT_OF_THE_MODEL}
+    written = tuple(inputs.get(ON_POLICY, ()))
+    return Batch(forward, inputs["labels"], inputs[_ROW], tuple(inputs[_DOMAINS]), written)
+
+
+def collated_rows(inputs: Mapping[str, Any]) -> Iterator[tuple[list[int], list[int], str]]:
+    """(token ids, labels, domain) of each row of a collated dictionary, without padding."""
+    ids_BT, labels_BT, row_BT = (inputs[key].cpu() for key in ("input_ids", "labels", _ROW))
+    for row, domain in enumerate(inputs[_DOMAINS]):
+        here_BT = row_BT == row
+        yield ids_BT[here_BT].tolist(), labels_BT[here_BT].tolist(), domain
 
 
 def _without_first_tokens(labels_BT: Tensor, row_BT: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class DomainCount:
 
     Attributes:
         rows: rows that are trained on.
-        kept_tokens: tokens of those rows that have a loss.
+        loss_tokens: tokens of those rows that have a loss.
         truncated: rows that were cut at ``max_length``.
         dropped: rows left out because they were longer (``overlong: drop``).
         emptied: rows left out because the cut took their whole response.
@@ -44,7 +44,7 @@ class DomainCount:
     """
 
     rows: int
-    kept_tokens: int
+    loss_tokens: int
     truncated: int
     dropped: int
     emptied: int
@@ -139,7 +139,7 @@ def fit_to_length(dataset: Dataset, max_length: int | None, overlong: str, name:
     counts = {
         domain: DomainCount(
             rows=int((stay & mine).sum()),
-            kept_tokens=int(sizes["kept_within"][stay & mine].sum()),
+            loss_tokens=int(sizes["kept_within"][stay & mine].sum()),
             truncated=int((long & stay & mine).sum()),
             dropped=int((dropped & mine).sum()),
             emptied=int((emptied & mine).sum()),

@@ -181,7 +181,7 @@ def _split_of(file: Path) -> str | None:
 
 def _rows_of_file(where: str, file: Path) -> Iterator[PlacedRow]:
     if file.suffix in _JSON_LINES:
-        return _json_lines(where, file)
+        return json_lines(where, file)
     try:
         table = Dataset(InMemoryTable(pq.read_table(file)))
     except (OSError, pa.ArrowException) as error:
@@ -189,7 +189,8 @@ def _rows_of_file(where: str, file: Path) -> Iterator[PlacedRow]:
     return _rows_of_table(where, str(file), table)
 
 
-def _json_lines(where: str, file: Path) -> Iterator[PlacedRow]:
+def json_lines(where: str, file: Path) -> Iterator[PlacedRow]:
+    """(place, object) of every line that is not empty; UserError for a file that cannot be read or a line that is no object."""
     try:
         lines = file.open("rb")
     except OSError as error:

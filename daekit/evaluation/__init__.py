@@ -25,15 +25,13 @@ domain's row pools the rows of all its sources; if it has several, each has rows
 
 from daekit.evaluation.compare import compare, select_samples
 from daekit.evaluation.evaluate import ModelEvaluation, evaluate_model
-from daekit.evaluation.sets import EvaluationSet, TokenizedRow, tokenize_each, tokenize_rows
+from daekit.evaluation.sets import EvaluationSet, tokenize_rows
 
 __all__ = [
     "EvaluationSet",
     "ModelEvaluation",
-    "TokenizedRow",
     "compare",
     "evaluate_model",
     "select_samples",
-    "tokenize_each",
     "tokenize_rows",
 ]

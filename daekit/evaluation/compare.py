@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from daekit.data.tokenize import TokenizedRow
 from daekit.errors import UserError
 from daekit.evaluation.evaluate import SEED, ModelEvaluation
 from daekit.evaluation.intervals import paired_interval
 from daekit.evaluation.matching import answer_match, exact_match
-from daekit.evaluation.sets import EvaluationSet, TokenizedRow
-from daekit.report.rows import Row, Sample
+from daekit.evaluation.sets import EvaluationSet
+from daekit.report.contents import Row, Sample
 
 _HIGHER_IS_BETTER = {
     "exact_match": True,

@@ -9,15 +9,16 @@ from functools import partial
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from daekit.data.tokenize import TokenizedRow
 from daekit.evaluation.intervals import RowValues, interval
 from daekit.evaluation.matching import answer_match, exact_match, rouge_l
-from daekit.evaluation.sets import EvaluationSet, TokenizedRow
+from daekit.evaluation.sets import EvaluationSet
 from daekit.generation.local import generate
 from daekit.models.scoring import score_rows
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Teacher
 from daekit.recipe.schema import EvaluationSpec
-from daekit.report.rows import Row
+from daekit.report.contents import Row
 
 SEED = 0  # of the resamples: equal for all models, so that differences are paired
 Key = tuple[str, str, str]  # domain, source, metric

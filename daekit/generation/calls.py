@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 Message = Mapping[str, str]
 CHARACTERS_PER_TOKEN = 4  # of English, roughly; only estimates use it
@@ -31,6 +31,11 @@ class ChatRequest:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     repeat: int = 0
     label: str = ""
+    path: ClassVar = "chat/completions"
+
+    def question(self) -> dict[str, Any]:
+        """What is sent, besides the model's name."""
+        return {"messages": [dict(message) for message in self.messages], **self.parameters}
 
     @property
     def prompt_tokens(self) -> int:

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import random
-from collections.abc import Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from daekit.errors import UserError
 from daekit.generation.budget import Budget, Counter
+from daekit.generation.caller import Caller, GivenUp, run
 from daekit.generation.calls import ChatReply, ChatRequest, lacks_logprobs, read_reply
-from daekit.generation.endpoint import Endpoint, PassingFailure, RefusedRequest
+from daekit.generation.endpoint import Endpoint, PassingFailure
 from daekit.generation.keys import Permissions, endpoint_key
 from daekit.generation.local_chat import LocalChat, model_fingerprint
 from daekit.generation.store import UNREADABLE, ReplyStore
 from daekit.progress import ProgressFunction
 from daekit.recipe.judge import JudgeSpec, judge_problems
 
-_LONGEST_WAIT = 60.0  # seconds of our own back-off
-_LONGEST_ASKED = 600.0  # seconds of an endpoint's Retry-After; a request is given up rather than sent before that
 _PILOTS = 3  # requests sent one by one before the first success
 _IN_A_ROW = 10  # requests given up one after another before the run ends: the endpoint is down
-_POLL = 0.02  # seconds
 _SHOWN = 300  # characters of a reply that an error quotes
 
 Open = tuple[str, ChatRequest]
@@ -70,12 +66,11 @@ class ChatClient:
         self.spec, self.folder, self.budget = spec, folder, Budget(spec, before)
         self.identity = identity(spec)
         self._who = f"{role} {spec.name}"
-        self._first_wait = first_wait
+        self._caller = Caller(spec, self.budget, first_wait)
         self._store = ReplyStore(folder)
         if self._store.was_torn:
             print(f"[{self._who}] {folder}: the last line was torn (the run was killed); its call is sent again", flush=True)
         self._local: LocalChat | None = None
-        self._resume_at = 0.0  # on the clock of the event loop: a Retry-After holds for all calls
         self._in_a_row = 0
         self._has_answered = False
 
@@ -127,7 +122,7 @@ class ChatClient:
         if self.spec.path is not None:
             self._generate(missing, progress)
         else:
-            _run(self._send_all(missing, progress))
+            run(self._send_all(missing, progress))
 
     def _generate(self, missing: list[Open], progress: Counter) -> None:
         """By the local judge, batch by batch; each batch is kept before the next one begins."""
@@ -141,7 +136,7 @@ class ChatClient:
 
     async def _send_all(self, missing: list[Open], progress: Counter) -> None:
         endpoint = Endpoint(self._who, self.spec, self._key)
-        self._resume_at = 0.0
+        self._caller.resume_at = 0.0  # on the clock of an earlier event loop
         try:
             queue = iter(missing)
             if not self._has_answered:
@@ -192,33 +187,13 @@ class ChatClient:
 
         A request that a limit keeps from being sent is no failure.
         """
-        failure: Exception | None = None
-        attempts = 0
-        while attempts <= self.spec.max_retries:
-            if not await self._may_send(request):
-                return None
-            self.budget.retries += attempts > 0
-            attempts += 1
-            reply = body = None
-            try:
-                async with asyncio.timeout(self.spec.timeout):  # of the whole call: a body may trickle in for ever
-                    body = await endpoint.send(request)
-                reply = self._keep(key, request, body)
-            except TimeoutError:
-                failure = PassingFailure(f"no whole reply within timeout={self.spec.timeout:g} seconds")
-            except (PassingFailure, RefusedRequest) as error:
-                failure = error
-            finally:
-                self.budget.end(request, reply, body)
-            if reply is not None:
-                return None
-            if not isinstance(failure, PassingFailure) or failure.wait > _LONGEST_ASKED:
-                break
-            self._resume_at = max(self._resume_at, asyncio.get_running_loop().time() + failure.wait)
-            await asyncio.sleep(self._back_off(attempts))
-        self.budget.failed += 1
-        self._store.add_error(key, request.label, str(failure), attempts)
-        return failure
+        try:
+            await self._caller.call(endpoint, request, lambda body: self._keep(key, request, body))
+        except GivenUp as error:
+            self.budget.failed += 1
+            self._store.add_error(key, request.label, str(error), error.attempts)
+            return error.reason
+        return None
 
     def _keep(self, key: str, request: ChatRequest, body: str) -> ChatReply:
         """Keep what has arrived, and read it."""
@@ -231,18 +206,6 @@ class ChatClient:
         if reply is None:
             raise PassingFailure(f"no answer can be read in the reply (see {UNREADABLE}): {body[:_SHOWN]!r}")
         return reply
-
-    async def _may_send(self, request: ChatRequest) -> bool:
-        """Wait for what an endpoint asked to wait, and for calls under way that may leave something to spend."""
-        while (wait := self._resume_at - asyncio.get_running_loop().time()) > 0 or self.budget.tight(request):
-            await asyncio.sleep(max(wait, _POLL))
-        return self.budget.begin(request)
-
-    def _back_off(self, attempts: int) -> float:
-        if attempts > self.spec.max_retries:
-            return 0.0
-        most = min(self._first_wait * 2 ** (attempts - 1), _LONGEST_WAIT)
-        return most * random.uniform(0.5, 1.0)  # so that calls that failed together do not come back together
 
 
 def require_sound(spec: JudgeSpec) -> None:
@@ -257,14 +220,3 @@ def identity(spec: JudgeSpec) -> str:
     if spec.path is None:
         return spec.endpoint
     return f"{spec.path}#{model_fingerprint(spec.path)},{spec.dtype},{spec.quantization or 'plain'}"
-
-
-def _run(work: Coroutine[None, None, None]) -> None:
-    """To its end, also inside a notebook, which has an event loop running."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(work)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(asyncio.run, work).result()

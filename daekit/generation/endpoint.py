@@ -47,7 +47,7 @@ class Endpoint:
     def __init__(self, who: str, spec: JudgeSpec, key: str) -> None:
         assert spec.base_url is not None
         self._spec, self._key, self._who = spec, key, f"{who} at {spec.endpoint}"
-        self._url = f"{spec.base_url.rstrip('/')}/chat/completions"
+        self._url = spec.base_url.rstrip("/")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=spec.concurrency)
         # a redirect would send the question, or a GET instead of it, to another place
@@ -64,17 +64,16 @@ class Endpoint:
             PassingFailure, RefusedRequest: See there.
             UserError: No call can succeed (a wrong key or URL, a redirect, no such model, nothing left to spend).
         """
-        parameters = dict(request.parameters)
-        if self._spec.token_limit != "max_tokens" and "max_tokens" in parameters:
-            parameters[self._spec.token_limit] = parameters.pop("max_tokens")
-        question = {"model": self._spec.model, "messages": [dict(message) for message in request.messages], **parameters}
+        question = {"model": self._spec.model, **request.question()}
+        if self._spec.token_limit != "max_tokens" and "max_tokens" in question:
+            question[self._spec.token_limit] = question.pop("max_tokens")
         try:
             content = json.dumps(question, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise RefusedRequest(f"the prompt is no text that can be sent ({error})") from None
         try:
             async with self._client.stream(
-                "POST", self._url, content=content, headers={"Content-Type": "application/json"}
+                "POST", f"{self._url}/{request.path}", content=content, headers={"Content-Type": "application/json"}
             ) as response:
                 body = await _body(response)
         except httpx.LocalProtocolError as error:  # its message may quote a header

@@ -51,6 +51,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 32,
     sampling: Sequence[Sampling] | None = None,
+    keep_stop: bool = False,
     progress: Callable[[int, int], None] | None = None,
     stop: Sequence[int] = (),
     watch: Callable[[Tensor], bool] | None = None,
@@ -66,6 +67,7 @@ def generate(
         prompts: token ids, at least one per prompt.
         max_new_tokens: tokens to generate at most.
         sampling: one per prompt; default: all greedy.
+        keep_stop: Leave the stop token at the end of an answer that has one.
         progress: called with (prompts done, all of them) after each batch.
         stop: ids to stop at besides those of tokenizer and model.
         watch: called after each step with the batch's ids ``[B, T]``, prompt included; true ends the batch.
@@ -75,8 +77,8 @@ def generate(
         it may be was cut.
 
     Raises:
-        UserError: if a prompt has no tokens, the tokenizer has no ``eos_token`` to stop at, or (with ``sampling``) the model
-            gives probabilities that are no numbers.
+        UserError: if a prompt has no tokens, the tokenizer has no ``eos_token`` to stop at, or ``sampling`` is given and the
+            model's probabilities are no numbers.
     """
     for index, prompt in enumerate(prompts):
         if not prompt:
@@ -97,7 +99,7 @@ def generate(
                 some = None if sampling is None else [sampling[i] for i in indices]
                 batch = _generate_batch(base, [prompts[i] for i in indices], config, some, watch)
                 for index, answer in zip(indices, batch, strict=True):
-                    answers[index] = _until(answer, stop)
+                    answers[index] = _until(answer, stop, keep_stop)
                 if progress is not None:
                     progress(min(start + batch_size, len(order)), len(order))
     finally:
@@ -151,8 +153,9 @@ def _generate_batch(
     if sampling is not None:
         how["logits_processor"] = LogitsProcessorList([_Sampler(sampling, width)])
         criteria.append(_LengthLimit(sampling, width))
+    # each rank generates its own rows, with whole weights: under ZeRO transformers would wait for the other ranks
     output_BT: Tensor = model.generate(  # type: ignore[operator]
-        input_ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=config, **how
+        input_ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=config, synced_gpus=False, **how
     )
     return output_BT[:, width:].tolist()
 
@@ -172,10 +175,10 @@ class _Sampler(LogitsProcessor):
         self.number_DS = torch.tensor(np.array(numbers), dtype=torch.float64)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if scores.isnan().any():
+        if not (scores < torch.inf).all():
             raise UserError(
-                "the model gives probabilities that are no numbers (NaN): its weights are broken, or its dtype is too narrow; "
-                "load it with another dtype"
+                "generation: the model's next-token scores are NaN or infinite, so nothing can be drawn from them. Its "
+                "weights are broken (a learning rate that is too high?), or its dtype overflows: use bfloat16 or float32"
             )
         if not self.drawn:
             return scores
@@ -226,8 +229,8 @@ class _LengthLimit(StoppingCriteria):
         return input_ids.shape[1] >= self.end_B.to(input_ids.device)
 
 
-def _until(answer: list[int], stop: Sequence[int]) -> list[int]:
-    end = next((at for at, token in enumerate(answer) if token in stop), len(answer))
+def _until(answer: list[int], stop: Sequence[int], keep_stop: bool) -> list[int]:
+    end = next((at + keep_stop for at, token in enumerate(answer) if token in stop), len(answer))
     return answer[:end]
 
 

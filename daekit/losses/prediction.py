@@ -61,6 +61,9 @@ def prediction_loss(
     teacher_outputs: Sequence[TeacherOutput],
     objective: Objective,
     chunk_tokens: int | None = None,
+    *,
+    weight_N: Tensor | None = None,
+    labelled_N: Tensor | None = None,
 ) -> PredictionSums:
     """The sum of CE and divergence over the loss positions, with gradients for ``hidden_NH`` and a trainable head.
 
@@ -74,6 +77,8 @@ def prediction_loss(
         teacher_outputs: empty for cross-entropy alone, otherwise they cover every position exactly once.
         objective: weights, divergence and temperature.
         chunk_tokens: tokens per chunk; None: see ``tokens_per_chunk``.
+        weight_N: How much each position counts in ``loss``; None: 1.
+        labelled_N: Whether CE counts at each position, bool; None: everywhere.
 
     Raises:
         UserError: the outputs do not cover as many positions as there are (a teacher of the user's own, as a rule), or a
@@ -90,7 +95,7 @@ def prediction_loss(
             for output in teacher_outputs
         ]
         step = chunk_tokens or tokens_per_chunk(head.vocab_size, hidden_NH.is_cuda)
-        work = _Chunks(hidden_NH, head, labels_N, teacher_outputs, objective, step)
+        work = _Chunks(hidden_NH, head, labels_N, teacher_outputs, objective, step, weight_N, labelled_N)
         loss, ce_N, divergence_N, correct_N = _PredictionLoss.apply(
             hidden_NH, head.weight, head.bias, work, torch.is_grad_enabled()
         )
@@ -135,9 +140,13 @@ class _Chunks:
         teacher_outputs: Sequence[TeacherOutput],
         objective: Objective,
         step: int,
+        weight_N: Tensor | None,
+        labelled_N: Tensor | None,
     ) -> None:
         self.hidden_NH, self.labels_N, self.teacher_outputs = hidden_NH.detach(), labels_N, teacher_outputs
         self.objective, self.step, self.trained_head = objective, step, head
+        self.weight_N, self.labelled_N = weight_N, labelled_N
+        self.parts = self._parts()
         self.dtype = compute_dtype(hidden_NH)
         self.exact = torch.promote_types(torch.float32, self.dtype)
 
@@ -156,24 +165,36 @@ class _Chunks:
         self.grad_hidden = torch.zeros_like(hidden_NH) if wants_gradient else None
         self.grad_weight = self._accumulator(self.trained_head.weight)
         self.grad_bias = self._accumulator(self.trained_head.bias)
-        for output in self.teacher_outputs or (None,):
+        for output, objective in self.parts:
             positions_M = None if output is None else output.positions_M
             count = hidden_NH.shape[0] if positions_M is None else positions_M.numel()
-            values = self._values_of(output)
+            values = self._values_of(output, objective)
             for start in range(0, count, self.step):
                 rows = slice(start, min(start + self.step, count))
                 self._chunk(rows if positions_M is None else positions_M[rows], rows, values)
+
+    def _parts(self) -> list[tuple[TeacherOutput | None, Objective]]:
+        """The teacher outputs and the objective at their positions; split where CE counts at some of the positions only."""
+        outputs = self.teacher_outputs or (None,)
+        if self.labelled_N is None or not self.objective.ce_weight:
+            return [(output, self.objective) for output in outputs]
+        without_ce = self.objective.model_copy(update={"ce_weight": 0.0})
+        parts: list[tuple[TeacherOutput | None, Objective]] = []
+        for output in self.teacher_outputs:
+            labelled_M = self.labelled_N[output.positions_M]
+            parts += [(_at(output, labelled_M), self.objective), (_at(output, ~labelled_M), without_ce)]
+        return parts
 
     def _accumulator(self, parameter: Tensor | None) -> Tensor | None:
         """Zeros for the gradient of a trained parameter: float32 where several chunks are summed, or the sum would round."""
         if parameter is None or not (self.wants_gradient and parameter.requires_grad):
             return None
-        one_chunk = self.hidden_NH.shape[0] <= self.step and len(self.teacher_outputs) <= 1
+        one_chunk = self.hidden_NH.shape[0] <= self.step and len(self.parts) <= 1
         return torch.zeros_like(parameter, dtype=parameter.dtype if one_chunk else self.exact)
 
-    def _values_of(self, output: TeacherOutput | None) -> Callable[[Tensor, Tensor, slice], Values]:
+    def _values_of(self, output: TeacherOutput | None, objective: Objective) -> Callable[[Tensor, Tensor, slice], Values]:
         """The losses of a chunk, given the student's linear outputs, the labels and the chunk's place in the output."""
-        how = self.objective, self.head, self.wants_gradient
+        how = objective, self.head, self.wants_gradient
         dense = chunk_losses_on(self.hidden_NH.device, self.dtype)
         if output is None:
             return lambda student, labels, rows: dense(student, None, labels, *how)
@@ -202,6 +223,8 @@ class _Chunks:
         if not self.wants_gradient:
             return
         grad_logits_MV = student_MV
+        if self.weight_N is not None:
+            grad_logits_MV *= self.weight_N[at, None].to(grad_logits_MV.dtype)
         with torch.autocast(grad_logits_MV.device.type, enabled=False):
             self.grad_hidden[at] = (grad_logits_MV @ self.head.weight).to(self.hidden_NH.dtype)  # type: ignore[index]
             if self.grad_weight is not None:
@@ -220,9 +243,10 @@ class _Chunks:
 
     def total(self) -> Tensor:
         """The weighted sum over all positions, summed in float64."""
-        total = self.objective.ce_weight * self.ce_N.sum(dtype=torch.float64)
-        total = total + self.objective.prediction_weight * self.divergence_N.sum(dtype=torch.float64)
-        return total.to(self.exact)
+        ce_N = self.ce_N if self.labelled_N is None else self.ce_N * self.labelled_N
+        sums = [values_N if self.weight_N is None else values_N * self.weight_N for values_N in (ce_N, self.divergence_N)]
+        ce, divergence = (values_N.sum(dtype=torch.float64) for values_N in sums)
+        return (self.objective.ce_weight * ce + self.objective.prediction_weight * divergence).to(self.exact)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients for hidden states, head weight and head bias, each in the dtype of its input."""
@@ -230,6 +254,16 @@ class _Chunks:
         weight = None if self.grad_weight is None else self.grad_weight.to(head.weight.dtype)
         bias = None if self.grad_bias is None or head.bias is None else self.grad_bias.to(head.bias.dtype)
         return self.grad_hidden, weight, bias
+
+
+def _at(output: TeacherOutput, wanted_M: Tensor) -> TeacherOutput:
+    """What a teacher says at some of the positions that it covers."""
+    members = tuple(replace(member, hidden_MH=member.hidden_MH[wanted_M]) for member in output.members)
+    top_k = output.top_k
+    if top_k is not None:
+        tail_M = None if top_k.tail_log_mass_M is None else top_k.tail_log_mass_M[wanted_M]
+        top_k = replace(top_k, ids_MK=top_k.ids_MK[wanted_M], log_probs_MK=top_k.log_probs_MK[wanted_M], tail_log_mass_M=tail_M)
+    return replace(output, positions_M=output.positions_M[wanted_M], members=members, top_k=top_k)
 
 
 def tokens_per_chunk(vocab_size: int, on_gpu: bool) -> int:

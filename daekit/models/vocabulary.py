@@ -14,6 +14,7 @@ from daekit.models.sharded import shape_of
 
 # what tokenizers of equal vocabularies still do differently: spaces, digits, case, accents, line ends, code, emoji
 _PROBE = "Hello  World 12345 3.14,\n\tdéjà vu — naïve; x += 1 # 東京 🙂 'quotes' \"and\" end."
+_MOST_PROBED = 64  # tokens of each kind in a probe
 _SPECIAL = ("bos_token_id", "eos_token_id", "unk_token_id")
 
 
@@ -86,6 +87,14 @@ def require_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerB
 
 def _probe_ids(tokenizer: PreTrainedTokenizerBase) -> Any:
     return tokenizer(_PROBE)["input_ids"]
+
+
+def probe_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text that tokenizers cut differently if they differ: hard cases, added tokens, tokens from all over."""
+    size = vocabulary_size(tokenizer)
+    added = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items())][:_MOST_PROBED]
+    spread = tokenizer.decode(range(0, size, -(-size // _MOST_PROBED)), skip_special_tokens=True)
+    return " ".join([_PROBE, *added, spread])
 
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:

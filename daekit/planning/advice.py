@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from daekit.errors import UserError
 from daekit.planning.models import teachers_of
@@ -23,19 +24,23 @@ class Change:
     overrides: tuple[str, ...]
 
 
-def largest_rows(total: Callable[[int], int], memory: int) -> int:
-    """The largest number of rows whose ``total`` bytes fit, 0 if one row does not fit; ``total`` must grow with the rows."""
+def largest_rows(total: Callable[[int], int], memory: int, near: int = 2) -> int:
+    """The largest number of rows whose ``total`` bytes fit, 0 if one row does not fit; ``total`` must grow with the rows.
+
+    Args:
+        total: Bytes of so many rows; about piecewise linear, so that a few guesses along its chords are enough.
+        memory: Bytes that there are.
+        near: Rows whose total is known already.
+    """
+    total = cache(total)
     if total(1) > memory:
         return 0
-    low, high = 1, _MOST_ROWS + 1
-    slope = max(total(2) - total(1), 1)
+    low, high, guess, other = 1, _MOST_ROWS + 1, min(max(near, 2), _MOST_ROWS), 1
     while high - low > 1:
+        slope = max((total(guess) - total(other)) // (guess - other), 1)
+        low, high = (guess, high) if total(guess) <= memory else (low, guess)
         guess = min(max(low + (memory - total(low)) // slope, low + 1), high - 1)
-        if total(guess) <= memory:
-            low = guess
-        else:
-            slope = max((total(guess) - total(low)) // (guess - low), 1)
-            high = guess
+        other = low
     return low
 
 

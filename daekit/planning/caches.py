@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from daekit.planning.meta_model import MetaModel
 from daekit.recipe.model import CacheSpec
-from daekit.teachers.cache.values import CacheFormat
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,8 @@ class CachePlan:
 
 def cache_plan(key: str, cache: CacheSpec, members: Sequence[MetaModel]) -> CachePlan:
     """The plan of the cache of a teacher with these members."""
+    from daekit.teachers.cache.values import CacheFormat  # imports PEFT
+
     form = CacheFormat(cache.keep, cache.k, cache.draws)
     heads = [(member.head.shape[1], member.head.element_size(), member.head.numel()) for member in members]
     kept = sum(size * values for _, size, values in heads) if cache.keep == "hidden" else 0

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_GROUPED = torch.ops.aten._grouped_mm.default
+
 
 class LiveBytes(TorchDispatchMode):
     """While active, ``bytes`` is the size of all storages made that still live, and ``peak`` its maximum since ``restart``.
@@ -34,7 +36,7 @@ class LiveBytes(TorchDispatchMode):
         return self.bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _grouped(*args, **(kwargs or {})) if func is _GROUPED else func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._watch(leaf, leaf.untyped_storage().nbytes())
@@ -55,16 +57,9 @@ class LiveBytes(TorchDispatchMode):
         self.bytes -= size
 
 
-class GroupedProducts(TorchDispatchMode):
-    """Gives fake tensors the grouped matrix products of MoE experts in all dtypes; torch has only bfloat16 on a GPU."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.ops.aten._grouped_mm.default:
-            return func(*args, **kwargs)
-        a, b = args[:2]
-        offsets = args[2] if len(args) > 2 else kwargs["offs"]
-        return a.new_empty((a.shape[0], b.shape[2]) if b.ndim == 3 else (len(offsets), a.shape[0], b.shape[1]))
+def _grouped(a: Tensor, b: Tensor, offs: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The grouped matrix products of MoE experts on fake tensors, in all dtypes; torch has only bfloat16 on a GPU."""
+    return a.new_empty((a.shape[0], b.shape[2]) if b.ndim == 3 else (len(offs), a.shape[0], b.shape[1]))
 
 
 def size_of(*tensors: Any) -> int:

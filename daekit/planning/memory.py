@@ -52,9 +52,8 @@ class StageMemory:
     def __init__(self, stage: StageSpec, models: StageModels, training: Training, machine: Machine) -> None:
         self.stage, self.models, self.training, self.machine = stage, models, training, machine
         flat, rows, length = training.flat, training.rows, training.length
-        self.batch = MicroBatch(
-            1 if flat else rows, rows * length if flat else length, training.attention_mask, training.autocast, machine.gpu
-        )
+        size = (1, rows * length) if flat else (rows, length)
+        self.batch = MicroBatch(*size, training.attention_mask, training.autocast, machine.gpu, training.accumulation > 1)
         self.buffers = Buffers(stage, models, training, machine, self.batch)
         self.student = models.student.meta
 
@@ -218,7 +217,7 @@ class StageMemory:
                 + saved
                 + self.buffers.extra_saved(len(layers) if last else 1)
                 + gradient
-                + self._own(layers[-1 if last else 0])
+                + layers[-1 if last else 0].backward
             )
         gradients = (
             gradient_bytes(self.student.head)
@@ -236,10 +235,7 @@ class StageMemory:
 
     def _again(self, layer: LayerCost) -> int:
         """Peak of a checkpointed layer in the backward pass, where its forward pass is run once more."""
-        return max(layer.forward, layer.saved + self.buffers.extra_saved(1) + self._own(layer))
-
-    def _own(self, layer: LayerCost) -> int:
-        return layer.backward_again if self.training.accumulation > 1 else layer.backward
+        return max(layer.forward, layer.saved + self.buffers.extra_saved(1) + layer.backward)
 
     def _backward_of_embedding(self) -> Counter[str]:
         new = gradient_bytes(self.student.embedding)

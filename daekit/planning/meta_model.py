@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -128,6 +127,8 @@ def _layers_of(model: Any) -> list[nn.Module]:
 
 def _with_adapter(model: nn.Module, lora: LoraSpec, in_bfloat16: bool) -> Any:
     """The model with its adapter; like TRL's, the adapter of a quantised base is in bfloat16."""
+    from peft import LoraConfig, get_peft_model  # two seconds, for plans with adapters only
+
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from daekit.models.adapters import base_spec, lora_config_of
 from daekit.planning.caches import CachePlan, cache_plan
 from daekit.planning.meta_model import MetaModel
 from daekit.planning.resolve import ModelResolver
 from daekit.planning.trace import Tracer
-from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
+from daekit.recipe.adapter_config import BARE_BASE, adapter_stage, read_adapter_config
 from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
 
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -141,6 +140,8 @@ def student_of(recipe: Recipe, name: str) -> tuple[ModelSpec, LoraSpec | None]:
     origin = adapter_stage(spec.adapter)
     if origin is not None:
         return student_of(recipe, origin)
+    from daekit.models.adapters import base_spec  # imports PEFT
+
     return base_spec(spec), lora_of(recipe, spec.adapter)
 
 
@@ -149,13 +150,13 @@ def lora_of(recipe: Recipe, adapter: str) -> LoraSpec | None:
     origin = adapter_stage(adapter)
     if origin is not None:
         return student_of(recipe, origin)[1]
-    config = lora_config_of(adapter)
-    targets = config.target_modules or ()
+    config = read_adapter_config(adapter)
+    targets = config.get("target_modules") or ()
     return LoraSpec(
-        r=config.r,
-        lora_dropout=config.lora_dropout,
+        r=config.get("r", 8),
+        lora_dropout=config.get("lora_dropout", 0.0),
         target_modules=targets if isinstance(targets, str) else tuple(targets),
-        use_dora=config.use_dora,
+        use_dora=config.get("use_dora", False),
     )
 
 

@@ -10,7 +10,7 @@ from daekit.planning.advice import Change, changes, cheapest, largest_rows
 from daekit.planning.caches import CachePlan
 from daekit.planning.machine import Machine
 from daekit.planning.memory import Memory, StageMemory
-from daekit.planning.models import ModelPlanner
+from daekit.planning.models import ModelPlanner, StageModels
 from daekit.planning.operations import step_operations
 from daekit.planning.training import Training, training_of
 from daekit.recipe.schema import Recipe
@@ -92,18 +92,23 @@ class Planner:
             reload: Loads the recipe with further overrides.
         """
         plan = self.stage(recipe, name)
-        rows = largest_rows(lambda rows: self._memory(recipe, name, rows).peak().total, self.machine.memory)
+        models = self._models.stage(recipe, name, self.machine.gpu)
+
+        def total(rows: int) -> int:
+            return self._memory(recipe, name, rows, models).peak().total
+
+        rows = largest_rows(total, self.machine.memory, plan.training.rows)
         if plan.fits:
             return replace(plan, largest_rows=rows)
         options = changes(recipe.stages[name], name, plan.training, self.machine.gpu)
         chosen = cheapest(options, lambda overrides: self.stage(reload(overrides), name).fits)
         return replace(plan, largest_rows=rows, changes=chosen, shards=self._shards(recipe, name))
 
-    def _memory(self, recipe: Recipe, name: str, rows: int | None = None) -> StageMemory:
+    def _memory(self, recipe: Recipe, name: str, rows: int | None = None, models: StageModels | None = None) -> StageMemory:
         stage = recipe.stages[name]
         if rows is not None:
             stage = stage.model_copy(update={"trainer": stage.trainer | {"per_device_train_batch_size": rows}})
-        models = self._models.stage(recipe, name, self.machine.gpu)
+        models = models or self._models.stage(recipe, name, self.machine.gpu)
         return StageMemory(stage, models, training_of(stage, name, self.machine), self.machine)
 
     def _shards(self, recipe: Recipe, name: str) -> int | None:

@@ -13,7 +13,6 @@ import torch
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
-from daekit.data.tokenizer import load_tokenizer
 from daekit.errors import UserError
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, adapter_stage, read_adapter_config
@@ -115,6 +114,8 @@ class ModelResolver:
             return dict(fields)
         if tokenizer.train is not None:
             return {"vocab_size": tokenizer.train.vocab_size, **fields}
+        from daekit.data.tokenizer import load_tokenizer  # imports datasets
+
         return {"vocab_size": vocabulary_size(load_tokenizer(tokenizer)), **fields}
 
 

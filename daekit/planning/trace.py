@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from daekit.errors import UserError
 from daekit.models.backbone import base_of, decoder_layers
-from daekit.planning.live_bytes import GroupedProducts, LiveBytes, size_of
+from daekit.planning.live_bytes import LiveBytes, size_of
 from daekit.planning.meta_model import MetaModel, fake_parameters
 from daekit.planning.quantized_layers import FusedDropout
 
@@ -29,6 +29,7 @@ class MicroBatch:
         padded: Whether some row is shorter, so that attention is given a mask.
         autocast: The dtype of mixed precision; None without.
         gpu: Whether GPU kernels run.
+        accumulated: Whether the weights have gradients of earlier micro-batches already.
     """
 
     rows: int
@@ -36,6 +37,7 @@ class MicroBatch:
     padded: bool
     autocast: torch.dtype | None
     gpu: bool
+    accumulated: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,6 @@ class LayerCost:
         checkpointed: Peak of a forward pass under gradient checkpointing.
         stashed: Bytes of that pass that checkpointing cannot drop.
         backward: Peak of the backward pass beyond what lived at its start, new gradients of the weights included.
-        backward_again: The same where the weights have gradients of earlier micro-batches already.
     """
 
     output: int
@@ -62,7 +63,6 @@ class LayerCost:
     checkpointed: int = 0
     stashed: int = 0
     backward: int = 0
-    backward_again: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Tracer:
     def _run(self, batch: MicroBatch) -> ModelCost:
         backbone, chosen, of_layer, mode, weights = self._twin
         backbone.train(self.meta.trained)
-        with mode, GroupedProducts(), ExitStack() as stack:
+        with mode, ExitStack() as stack:
             stack.enter_context(_as_config_of(self.meta.config, of_layer))
             if batch.gpu:
                 stack.enter_context(_fused_dropout(backbone))
@@ -154,15 +154,15 @@ class Tracer:
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         if batch.padded:
             inputs["attention_mask"] = torch.ones((batch.rows, batch.length), dtype=torch.long)
-        with _autocast(batch), torch.no_grad():
-            backbone(**inputs)
-        for hook in hooks:
-            hook.remove()
-        with LiveBytes([*weights, ids]) as live, _autocast(batch), _as_identity(chosen):
-            with torch.set_grad_enabled(self.meta.trained):
+        with _as_identity(chosen):
+            with _autocast(batch), torch.no_grad():
+                backbone(**inputs)
+            for hook in hooks:
+                hook.remove()
+            with LiveBytes([*weights, ids]) as live, _autocast(batch), torch.set_grad_enabled(self.meta.trained):
                 out = backbone(**(inputs | {"attention_mask": None}))
-            ends = live.bytes
-            width = out.last_hidden_state.element_size()
+                ends = live.bytes
+                width = out.last_hidden_state.element_size()
         return list(calls.values()), ends, width
 
     def _layer(self, layer: nn.Module, call: _Call, batch: MicroBatch, weights: list[Tensor]) -> LayerCost:
@@ -173,13 +173,13 @@ class Tracer:
             del y
         if not self.meta.trained:
             return LayerCost(output, frozen)
-        saved, forward, backward = _with_gradient(layer, call, batch, given)
-        gradients = [p.grad for p in layer.parameters() if p.grad is not None]
-        _, _, again = _with_gradient(layer, call, batch, [*given, *gradients])
+        trained = [p for p in layer.parameters() if p.requires_grad] if batch.accumulated else []
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        saved, forward, backward = _with_gradient(layer, call, batch, [*given, *(p.grad for p in trained)])
         layer.zero_grad(set_to_none=True)
-        del gradients
         checkpointed, cached, stashed = _checkpointed(layer, call, batch, given)
-        return LayerCost(output, frozen, saved, forward, cached, checkpointed, stashed, backward, again)
+        return LayerCost(output, frozen, saved, forward, cached, checkpointed, stashed, backward)
 
 
 def peak_bytes(function: Callable[[], Any], given: list[Tensor]) -> int:

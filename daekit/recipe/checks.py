@@ -205,6 +205,11 @@ def _check_loss(loss: Objective, stage: StageSpec, path: Path, errors: Errors) -
         if loss.divergence not in divergences and loss.changed(key):
             message = f"{key} belongs to divergence: {' or '.join(divergences)}, not to {loss.divergence}"
             errors.add_check((*path, key), message)
+    for key in ("max_new_tokens", "rollout_temperature", "rollout_buffer"):
+        if not loss.on_policy and loss.changed(key):
+            errors.add_check((*path, key), "belongs to on_policy, which is 0: it would do nothing")
+    if loss.on_policy:
+        _check_on_policy(loss, stage, path, errors)
     ensembles = [key for key, teacher in stage.teachers_by_key().items() if teacher.ensemble]
     for kind, options in {"attention": ("layers", "relation_heads"), "hidden": ("layers", "loss")}.items():
         weight = f"{kind}_weight"
@@ -219,11 +224,26 @@ def _check_loss(loss: Objective, stage: StageSpec, path: Path, errors: Errors) -
             errors.add_check((*path, weight), message)
 
 
+def _check_on_policy(loss: Objective, stage: StageSpec, path: Path, errors: Errors) -> None:
+    """What the trainer would refuse of rows that the student writes itself, and can be told from the recipe."""
+    options, keys = stage.trainer, (*path[:-1], "trainer")
+    if options.get("packing"):
+        message = (
+            "lays rows into blocks before the student has written their responses; set padding_free, or loss.on_policy to 0"
+        )
+        errors.add_check((*keys, "packing"), message)
+    length = options.get("max_length")
+    if isinstance(length, int) and loss.max_new_tokens is not None and loss.max_new_tokens >= length:
+        errors.add_check(
+            (*path, "max_new_tokens"), f"leaves no room for a prompt within trainer.max_length: {length}; lower it"
+        )
+
+
 def _check_teacher(teacher: TeacherSpec, path: Path, errors: Errors) -> None:
     check_cache(teacher, path, errors)
-    kinds = [teacher.model is not None, bool(teacher.ensemble), teacher.labels]
+    kinds = [teacher.model is not None, bool(teacher.ensemble), teacher.server is not None, teacher.labels]
     if sum(kinds) != 1 and not (teacher.is_student and teacher.cache is not None and path[-1] == "reference"):
-        errors.add_check(path, "a teacher is exactly one of a model, an ensemble and labels")
+        errors.add_check(path, "a teacher is exactly one of a model, an ensemble, a served model and labels")
     elif not teacher.ensemble:
         if teacher.changed("average"):
             errors.add_check((*path, "average"), "only an ensemble is averaged")

@@ -33,8 +33,8 @@ _WATCHING = frozenset(
         "save_total_limit",
     }
 )
-# Where a teacher lies does not change what it says.
-_PLACEMENT = ("device_map", "offload")
+# Where a teacher lies, and how it is reached, does not change what it says.
+_PLACEMENT = ("device_map", "offload", "base_url", "api_key_env", "concurrency", "max_retries", "timeout")
 # Of a generated source: with more rows it goes on; the rest says how attempts are made, not which tokens are drawn.
 _COURSE = {"rows", "attempts", "batch_size", "concurrency"}
 _VALIDATION = ("validation", "validation_split", "validation_limit")

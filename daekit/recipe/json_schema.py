@@ -59,8 +59,10 @@ def json_schema(kind: Literal["recipe", "suite"]) -> dict[str, Any]:
             del schema["$defs"][name]["anyOf"][-1]["properties"]["init"]
     if kind == "recipe":  # `cache` is written beside the keys of a model
         model, teacher = (schema["$defs"][name]["anyOf"] for name in ("ModelSpec", "TeacherSpec"))
-        cached = {"cache": teacher[-1]["properties"]["cache"]}
-        teacher.append(model[-1] | {"properties": model[-1]["properties"] | cached})
+        own = teacher[-1]["properties"]
+        del own["server"]  # its keys are written in its place
+        for each in (model[-1], schema["$defs"]["ServerSpec"]):
+            teacher.append(each | {"properties": each["properties"] | {"cache": own["cache"]}})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_translated(schema)}
 
 

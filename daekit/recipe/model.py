@@ -191,6 +191,25 @@ class CacheSpec(Spec):
         return placed({"keep": value}, value) if isinstance(text, str) else value
 
 
+class ServerSpec(Spec):
+    """A teacher behind a completions API that scores prompts (vLLM's ``prompt_logprobs``), with the student's tokenizer."""
+
+    base_url: Text = Field(description="Such as http://localhost:8000/v1.")
+    model: Text = Field(description="The name that the server knows it by; so do caches and resumed runs.")
+    k: Whole = Field(
+        20,
+        ge=2,
+        description="Its most likely tokens per position, the label among them; at most the server's --max-logprobs. With a "
+        "cache: `cache.k`.",
+    )
+    api_key_env: Text | None = Field(
+        None, description="Environment variable that holds the key (default: OPENAI_API_KEY at OpenAI's own hosts, else none)."
+    )
+    concurrency: Whole = Field(8, gt=0, description="Calls under way at a time; one call holds one row.")
+    max_retries: Whole = Field(6, ge=0, description="How often a call that failed in passing is sent again.")
+    timeout: Number = Field(120.0, gt=0, description="Seconds for a whole call, its body included.")
+
+
 class WeightedModelSpec(Spec):
     """A member of an ensemble: a model and its weight; the weights of an ensemble sum to 1."""
 
@@ -199,11 +218,11 @@ class WeightedModelSpec(Spec):
 
 
 class TeacherSpec(Spec):
-    """One teacher: a model, an ensemble of several, or the labels.
+    """One teacher: a model, an ensemble of several, a model that is served elsewhere, or the labels.
 
     Whatever is a model is a teacher too; an ensemble is ``{ensemble: [{model: M, weight: W}, ...], average: logits}``;
-    ``labels`` are the rows' own tokens. With ``cache`` a model or an ensemble is read from disk; ``reference: {cache: ...}`` is
-    the student as the stage finds it.
+    ``{base_url: URL, model: NAME}`` is a ``ServerSpec``; ``labels`` are the rows' own tokens. With ``cache`` any of them but
+    labels is read from disk; ``reference: {cache: ...}`` is the student as the stage finds it.
     """
 
     NOUN: ClassVar = "a path or a mapping"
@@ -213,6 +232,7 @@ class TeacherSpec(Spec):
     average: Annotated[Literal["logits", "probabilities"], Choice] = Field(
         "logits", description="What of an ensemble's members is averaged."
     )
+    server: ServerSpec | None = Field(None, description="Where it is served; its keys are written in its place.")
     labels: Flag = Field(False, description="The labels: forward_kl at temperature 1 is then the cross-entropy with them.")
     cache: CacheSpec | None = Field(None, description="Keep what it says on disk, and do not load it in training.")
 
@@ -223,19 +243,15 @@ class TeacherSpec(Spec):
             return placed({"labels": True}, value)
         if not isinstance(value, Mapping):
             return Written({"model": value}, value.path) if isinstance(value, Leaf) else cls._of_model(value)
-        if any(key in cls.model_fields for key in value if key != "cache"):
+        kind = "server" if "base_url" in value else "model"
+        if kind == "model" and any(key in cls.model_fields for key in value if key != "cache"):
             return value
-        if isinstance(value, Written):
-            value.also_known = ("ensemble", "average", "cache")
-        if "cache" not in value:
-            return Written({"model": value}, value.path) if isinstance(value, Written) else {"model": value}
-        model = {key: below for key, below in value.items() if key != "cache"}
-        values = {"cache": value["cache"]}
+        below = {key: each for key, each in value.items() if key != "cache"}
+        values = {"cache": value["cache"]} if "cache" in value else {}
         if not isinstance(value, Written):
-            return values | ({"model": model} if model else {})
-        rest = Written(model, value.path)
-        rest.also_known = value.also_known
-        return Written(values | ({"model": rest} if model else {}), value.path)
+            return values | ({kind: below} if below else {})
+        rest = Written(below, value.path, ("ensemble", "average", "cache", "base_url") if kind == "model" else ("cache",))
+        return Written(values | ({kind: rest} if below else {}), value.path)
 
     @classmethod
     def _of_model(cls, value: Any) -> Any:
@@ -244,13 +260,14 @@ class TeacherSpec(Spec):
     @property
     def is_student(self) -> bool:
         """Whether it is the student as the stage finds it, which only a reference with a cache can be."""
-        return self.model is None and not self.ensemble and not self.labels
+        return self.model is None and self.server is None and not self.ensemble and not self.labels
 
     def compact(self, dumped: dict[str, Any]) -> Any:
         """A model alone is written without its key, labels as that word."""
         if self.labels:
             return "labels"
         kept = {"cache": dumped["cache"]} if self.cache else {}
-        if self.model:
-            return dumped["model"] | kept
+        for kind in ("model", "server"):
+            if getattr(self, kind):
+                return dumped[kind] | kept
         return {key: dumped[key] for key in ("ensemble", "average") if self.ensemble} | kept

@@ -41,8 +41,8 @@ LayerChoice = Annotated[Text | tuple[tuple[Whole, Whole], ...], BeforeValidator(
 class Objective(Spec):
     """``loss = (ce_weight * CE + prediction_weight * T^2 * D + attention_weight * A + hidden_weight * H) / N``.
 
-    N are the loss tokens of the global batch. CE, D and A are in nats, H has no unit. The defaults are the released settings
-    of "A Teacher Is Worth A Million Instructions" (arXiv 2406.19112) but for attention_weight, which is 1 there.
+    N are the loss tokens of the global batch (see ``normalize``). CE, D and A are in nats, H has no unit. The defaults are the
+    released settings of "A Teacher Is Worth A Million Instructions" (arXiv 2406.19112), whose attention_weight is 1.
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False)
@@ -74,12 +74,38 @@ class Objective(Spec):
     """cosine: 1 - cos; mse: mean squared difference; through a learned projection where the widths differ."""
     hidden_layers: LayerChoice = "uniform"
     """Layers whose hidden states are compared, as for attention_layers."""
+    normalize: Annotated[Literal["tokens", "rows"], Choice] = "tokens"
+    """tokens: the loss is a mean over the loss tokens of the global batch; rows: over its rows, of each row's own mean, so that
+    a long response counts as much as a short one."""
+    on_policy: Number = Field(default=0.0, ge=0, le=1)
+    """Share of a step's rows whose response the student writes itself (GKD, arXiv 2306.13649); the teacher scores it."""
+    max_new_tokens: Whole = Field(default=128, ge=1)
+    """Tokens at most of a response that the student writes; one that is longer is cut there, without an end of turn."""
+    rollout_temperature: Number = Field(default=1.0, ge=0)
+    """Temperature at which the student writes, of its whole distribution; 0: the most likely token."""
+    rollout_buffer: Whole = Field(default=16, ge=1)
+    """Steps whose responses are written at once: faster, but by the student of up to so many steps ago less one."""
 
     @model_validator(mode="after")
     def _anything_to_learn(self) -> Objective:
-        # None: what a file has in its place is no mapping, which is noted
-        if self is not None and not any(getattr(self, name) for name in WEIGHTS):
+        if self is None:  # what a file has in its place is no mapping, which is noted
+            return self
+        if not any(getattr(self, name) for name in WEIGHTS):
             raise ValueError(f"{listed(WEIGHTS)} are all 0: there is nothing to learn from")
+        if self.on_policy and not any(getattr(self, name) for name in WEIGHTS[1:]):
+            raise ValueError(
+                f"on_policy={self.on_policy:g}: a response that the student wrote has no label to learn from, and there is "
+                "only ce_weight. Set prediction_weight, or on_policy to 0"
+            )
+        if self.on_policy == 1 and self.ce_weight:
+            raise ValueError(
+                f"ce_weight={self.ce_weight:g} counts on rows with labels, and on_policy=1 leaves none: set ce_weight to 0"
+            )
+        if self.normalize == "rows" and (self.attention_weight or self.hidden_weight):
+            raise ValueError(
+                "normalize=rows is for ce_weight and prediction_weight: attention_weight and hidden_weight are means over "
+                "tokens. Set them to 0, or normalize to tokens"
+            )
         return self
 
     @classmethod

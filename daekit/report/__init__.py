@@ -1,6 +1,6 @@
 """Writes a report: rows as JSON, Markdown, one self-contained HTML page, plots, and a table for the terminal."""
 
-from daekit.report.rows import Report, Row, Sample, read_rows
+from daekit.report.contents import Report, Row, Sample, read_rows
 from daekit.report.tables import format_table
 from daekit.report.write import write_report
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from daekit.report.contents import Row
 from daekit.report.figures import COLOURS, PAGE_TEXT, Plot, line_colour, new_figure, plain, style_axes, to_svg
-from daekit.report.rows import Row
 from daekit.report.tables import SHARES, metric_title
 
 if TYPE_CHECKING:

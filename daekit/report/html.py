@@ -8,10 +8,10 @@ from importlib import resources
 from typing import Any
 
 from daekit.report.breakdown import bars_svg
+from daekit.report.contents import Report, Row, group_samples
 from daekit.report.curves import curves_svg
 from daekit.report.figures import Plot
 from daekit.report.gain_forgetting import gain_forgetting_svg
-from daekit.report.rows import Report, Row, group_samples
 from daekit.report.tables import (
     COMPARISON,
     HEADLINE,

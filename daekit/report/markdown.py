@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from daekit.report.rows import Report, Row, group_samples
+from daekit.report.contents import Report, Row, group_samples
 from daekit.report.tables import (
     COMPARISON,
     HEADLINE,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from daekit.report.rows import Row
+from daekit.report.contents import Row
 
 TITLES = {
     "exact_match": "exact match",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from daekit.files import write_whole
+from daekit.report.contents import Report, rows_json, samples_jsonl
 from daekit.report.gain_forgetting import save_gain_forgetting_png
 from daekit.report.html import render_html
 from daekit.report.markdown import render_markdown
-from daekit.report.rows import Report, rows_json, samples_jsonl
 
 PLOT = "gain_forgetting.png"
 

@@ -28,6 +28,8 @@ from daekit.recipe.schema import DAEStage, ModelSpec, Recipe, StageSpec, Teacher
 from daekit.runtime.models import ModelBuilder
 from daekit.teachers import CachedTeacher, ModelTeacher, write_cache
 from daekit.teachers.cache import CacheRow, CacheStore, require_facts, rows_of_examples
+from daekit.teachers.cache.store import MANIFEST
+from daekit.teachers.parts import DemandingTeacher
 from daekit.trainers import DomainSFTConfig
 from daekit.trainers.distributed import rounding
 from daekit.trainers.prepared import rows_of_trainer, rows_trainer
@@ -68,7 +70,7 @@ def make_caches(
     state = PartialState()
     for directory in dict.fromkeys(directories.values()):
         keys = [key for key, other in directories.items() if other == directory]  # equal teachers share it
-        domains = {domain for key in keys for domain in _domains(recipe, name, key, list(rows_of))}
+        domains = {domain for key in keys for domain in domains_of(recipe, name, key, list(rows_of))}
         rows = [row for domain in rows_of if domain in domains for row in rows_of[domain]]
         with rounding(trainer.accelerator):
             _write_missing(sources, kept[keys[0]], directory, rows, state)
@@ -80,7 +82,12 @@ def make_caches(
     return {key: caches[directory] for key, directory in directories.items()}
 
 
-def _domains(recipe: Recipe, name: str, key: Key, present: list[str]) -> list[str]:
+def is_cached(recipe: Recipe, name: str, models: ModelBuilder, spec: TeacherSpec) -> bool:
+    """Whether there is a whole cache of a teacher of stage ``name``; of which rows does not matter."""
+    return spec.cache is not None and (_Sources(recipe, name, models).directory(spec) / MANIFEST).is_file()
+
+
+def domains_of(recipe: Recipe, name: str, key: Key, present: list[str]) -> list[str]:
     """The domains whose rows follow a teacher."""
     stage = recipe.stages[name]
     if not isinstance(stage, DAEStage):
@@ -100,6 +107,9 @@ def _write_missing(sources: _Sources, spec: TeacherSpec, directory: Path, rows: 
         if state.is_main_process:
             print(f"[{name}] cache complete, kept: {directory}", flush=True)
         return
+    teacher = sources.live(spec, state.device)
+    if isinstance(teacher, DemandingTeacher):
+        teacher.require_served(sources.recipe.stages[name].loss, sources.models.tokenizer, rows)
     start, last = time.perf_counter(), 0.0
 
     def progress(written: int, total: int) -> None:
@@ -110,15 +120,18 @@ def _write_missing(sources: _Sources, spec: TeacherSpec, directory: Path, rows: 
             print(f"[{name}] cache: {written:,} of {total:,} loss tokens, {now:.0f} s -> {directory}", flush=True)
 
     write_cache(
-        sources.live(spec, state.device),
+        teacher,
         rows,
         directory,
         tokenizer=sources.models.tokenizer,
         device=state.device,
         ranks=(state.process_index, state.num_processes),
         progress=progress,
+        # a server is asked about the rows of a shard together, and little is lost when it stops
+        **({"batch_tokens": 10**9, "shard_bytes": 2**22} if spec.server is not None else {}),
         **facts,
     )
+    del teacher
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -155,7 +168,7 @@ class _Sources:
         assert spec.cache is not None
         stage, end = self.recipe.stages[self.name], self.models.tokenizer.eos_token_id
         if spec.cache.keep == "top_k":
-            forced = [] if end is None else [end]
+            forced = [] if end is None or spec.server is not None else [end]
             return {"keep": "top_k", "k": spec.cache.k, "temperature": stage.loss.temperature, "forced_ids": forced}
         if spec.cache.keep == "sampled":
             return {"keep": "sampled", "draws": spec.cache.draws, "seed": self._seed}
@@ -168,7 +181,7 @@ class _Sources:
 
     def live(self, spec: TeacherSpec, device: Any) -> Teacher:
         """The teacher itself, loaded; the reference without a model is the student as the stage finds it."""
-        if spec.model is None and not spec.ensemble:
+        if spec.is_student:
             student = self.models.student(self.recipe, self.name, self._seed)
             return ModelTeacher(student, vocabulary_size(self.models.tokenizer), "reference")
         student_spec = self.recipe.stages[self.name].student
@@ -181,6 +194,8 @@ class _Sources:
         assert student is not None, "a resolved recipe names every student"
         if spec.model is not None:
             return {"models": [contents(self.models, spec.model, student)]}
+        if spec.server is not None:
+            return {"server": spec.server.model}
         if spec.ensemble:
             members = [contents(self.models, member.model, student) for member in spec.ensemble]
             return {"models": members, "weights": [member.weight for member in spec.ensemble], "average": spec.average}

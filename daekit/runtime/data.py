@@ -21,9 +21,10 @@ from daekit.data.mixture import Mixture, mix
 from daekit.data.responses import ResponseLabels
 from daekit.data.rows import form_of
 from daekit.data.sources import load_source
+from daekit.data.tokenize import TokenizedRow, tokenize_each
 from daekit.data.tokenizer import load_tokenizer, source_texts, train_tokenizer
 from daekit.errors import UserError
-from daekit.evaluation import EvaluationSet, TokenizedRow, tokenize_each, tokenize_rows
+from daekit.evaluation import EvaluationSet, tokenize_rows
 from daekit.models.adapters import base_spec
 from daekit.models.loading import load_tokenizer_of
 from daekit.recipe.schema import Recipe, SourceSpec, StageSpec
@@ -201,7 +202,8 @@ class DataBuilder:
         needed = rows.select_columns([column for column in rows.column_names if column not in ("answer", "domain")])
         whole = not rule.completion_only and form != "messages"
         texts: Iterable[Mapping[str, Any]] = map(_joined, needed) if whole else needed
-        return as_dataset(tokenize_each(texts, self.tokenizer, where, rule.assistant_only), rows[0]["domain"])
+        tokenized = tokenize_each(texts, self.tokenizer, where, rule.assistant_only, prompts=False)
+        return as_dataset(tokenized, rows[0]["domain"])
 
 
 def as_dataset(rows: Iterable[TokenizedRow], domain: str) -> Dataset:

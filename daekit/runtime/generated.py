@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from daekit.data.prompts import load_prompts, prompts_of
 from daekit.data.responses import render, template_options
 from daekit.errors import UserError
-from daekit.evaluation.evaluated import tokenizer_fingerprint
+from daekit.evaluation.models import tokenizer_fingerprint
 from daekit.files import file_hash, write_json, write_whole
 from daekit.generation import ChatClient, Permissions
 from daekit.generation.drafts import Counts, DraftStore, NearDuplicates
@@ -78,7 +78,7 @@ class GeneratedSource:
         return self.spec.model.url is not None or self.models.is_there(self.spec.model)
 
     def find(self) -> Path | None:
-        """The file with its rows, if they are all written.
+        """The file with its rows, if they are all written; ``data`` knows it from then on.
 
         Raises:
             UserError: they have been changed since.
@@ -96,6 +96,7 @@ class GeneratedSource:
                 f"{rows}: has changed since it was written. Put it back, or delete {done}: the rows are written again from the "
                 "attempts that are kept. (To train on rows of your own, name the file as `path`.)"
             )
+        self.data.written[self.name] = rows
         return rows
 
     def check(self) -> int:
@@ -120,8 +121,8 @@ class GeneratedSource:
         if context is not None and longest - _END > context:
             raise UserError(
                 f"{self.where}: its longest prompt has {longest - spec.max_new_tokens - _END:,} tokens, which with "
-                f"max_new_tokens={spec.max_new_tokens} is more than the {context:,} that the model reads; lower max_new_tokens, "
-                "or shorten the prompts"
+                f"max_new_tokens={spec.max_new_tokens} is more than the {context:,} that the model reads; lower it, or "
+                "shorten the prompts"
             )
         return longest
 
@@ -152,6 +153,7 @@ class GeneratedSource:
         facts = {"counts": counts.facts(), "seconds": round(seconds, 1), "versions": versions(), "commit": commit()}
         facts |= {"rows": self.spec.rows, "hash": file_hash(rows), "facts": self._facts}
         write_json(self._home / "source.json", facts)
+        self.data.written[self.name] = rows
         print(f"[{self.where}] {counts}, {seconds:.0f} s -> {rows}", flush=True)
         return rows
 
@@ -184,7 +186,7 @@ class GeneratedSource:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own; where that is the run's, the run's with the template that the recipe gives it; for an endpoint, too."""
+        """The model's own; where it is the run's, and for an endpoint, that with the template that the recipe gives it."""
         run = self.models.tokenizer
         if self.spec.model.url is not None or not self.is_possible:
             return run
@@ -268,19 +270,21 @@ class GeneratedSource:
 def generated_sources(
     recipe: Recipe, data: DataBuilder, models: ModelBuilder, allowed: Permissions
 ) -> dict[str, GeneratedSource]:
-    """The generated sources of a recipe; those that are written are known to ``data`` from now on."""
+    """The generated sources of a recipe."""
     names = [name for name, source in recipe.sources.items() if source.generated is not None]
-    sources = {name: GeneratedSource(recipe, name, data, models, allowed) for name in names}
-    for name, source in sources.items():
-        if name not in data.written and (found := source.find()) is not None:
-            data.written[name] = found
-    return sources
+    return {name: GeneratedSource(recipe, name, data, models, allowed) for name in names}
+
+
+def find_sources(recipe: Recipe, data: DataBuilder, models: ModelBuilder) -> None:
+    """Make the generated sources that are written known to ``data``."""
+    for source in generated_sources(recipe, data, models, Permissions()).values():
+        source.find()
 
 
 def write_sources(sources: Iterable[GeneratedSource], device: torch.device) -> None:
     """Write what is missing of sources, one after another."""
     for source in sources:
-        source.data.written[source.name] = source.write(device)
+        source.write(device)
 
 
 def waits_for(source: GeneratedSource, folder: RunFolder) -> str | None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
+from daekit.generation import Permissions
 from daekit.models.adapters import base_spec, config_of, load_continued, require_adapters_fit
 from daekit.models.backbone import base_of
 from daekit.models.loading import load_model, load_tokenizer_of, require_shards
@@ -21,7 +22,7 @@ from daekit.recipe import student_key
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
 from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.runtime.folders import RunFolder
-from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, LabelTeacher, ModelTeacher, RoutedTeacher
+from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, LabelTeacher, ModelTeacher, RoutedTeacher, ServerTeacher
 from daekit.teachers.on_student import adapter_paths, on_student
 
 
@@ -31,6 +32,7 @@ class ModelBuilder:
     def __init__(self, folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> None:
         self.folder, self.tokenizer = folder, tokenizer
         self.ahead: frozenset[str] = frozenset()  # while a run is prepared: the stages that it will train
+        self.allowed = Permissions()
         self._looked_at: set[str] = set()
 
     def start_of(self, recipe: Recipe, name: str) -> ModelSpec:
@@ -134,8 +136,16 @@ class ModelBuilder:
             return LabelTeacher()
         if spec.model is not None:
             return self._single(spec.model)
+        if spec.server is not None:
+            return self.served(spec)
         members = [self._single(member.model) for member in spec.ensemble]
         return EnsembleTeacher(members, [member.weight for member in spec.ensemble], spec.average)
+
+    def served(self, spec: TeacherSpec) -> ServerTeacher:
+        """A teacher on another machine; of a cache, it is asked for as many tokens as that keeps."""
+        assert spec.server is not None
+        options = dict(spec.server) | ({} if spec.cache is None else {"k": spec.cache.k})
+        return ServerTeacher(vocab_size=vocabulary_size(self.tokenizer), allowed=self.allowed, **options)
 
     def teachers(self, specs: Mapping[str, TeacherSpec]) -> dict[str, Teacher | AdapterPath]:
         """Domain -> teacher; one object for equal specs, so that a teacher of two domains is loaded once and runs once."""

@@ -5,12 +5,7 @@
 
 from __future__ import annotations
 
-import math
-import os
-import re
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,23 +19,27 @@ from transformers.optimization import get_scheduler
 from daekit.data.mixture import Mixture
 from daekit.data.preparation import DomainCount, fit_to_length
 from daekit.data.rows import form_of
-from daekit.errors import ErrorDetail, UserError, listed
+from daekit.errors import UserError, listed
 from daekit.evaluation.suites import Options
 from daekit.evaluation.suites.prepare import prepare as prepare_suite
 from daekit.generation import Permissions
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe, StageSpec
+from daekit.recipe.validation import dotted
+from daekit.runtime.caches import domains_of, is_cached
 from daekit.runtime.data import DataBuilder, LossRule
 from daekit.runtime.folders import RunFolder
+from daekit.runtime.found import Found
 from daekit.runtime.generated import GeneratedSource, generated_sources, write_sources
 from daekit.runtime.kept import ahead
 from daekit.runtime.models import ModelBuilder, specs_of
+from daekit.runtime.space import checkpoints_of, require_space, require_writable
 from daekit.runtime.student import require_cuttable, require_one_process
 from daekit.runtime.trainer import naming, peft_config, training_arguments
-from daekit.trainers import DomainSFTConfig
+from daekit.teachers.cache import rows_of_examples
+from daekit.trainers import DomainSFTConfig, KDConfig
+from daekit.trainers.rollouts import require_prompts
 
-_KEY = re.compile(r"((?:sources|stages|tokenizer|evaluation)\b[\w.-]*|output_dir): (.*)", re.DOTALL)  # of a message
-_ADAM_STATES = 2  # values per trained value that the usual optimizers keep
 _NEED_A_MODEL = ("lomo", "adalomo", "galore", "apollo")  # optimizers that transformers makes for a model only
 _ASKING = ("mt_bench", "alpaca_eval")  # benchmarks whose questions go through a chat template
 
@@ -86,35 +85,6 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
 
 
-class Found:
-    """Collects errors, so that they are told at once."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._details: dict[ErrorDetail, None] = {}
-
-    @contextmanager
-    def at(self, key: str) -> Iterator[None]:
-        """Note what the block raises, at ``key``; the block ends there."""
-        try:
-            with naming(key):
-                yield
-        except UserError as error:
-            named = _KEY.match(str(error))  # it names its key itself, or not
-            detail = ErrorDetail(named[1], named[2], "") if named else ErrorDetail(key, str(error), "")
-            self._details.setdefault(detail)
-
-    def __bool__(self) -> bool:
-        return bool(self._details)
-
-    def raise_if_any(self) -> None:
-        """Raises: UserError: one message with everything that was found."""
-        lines = [f"{detail.key}: {detail.reason}" for detail in self._details]
-        if lines:
-            many = [f"{self._name}: {len(lines)} errors", *lines]
-            raise UserError(lines[0] if len(lines) == 1 else "\n  ".join(many), self._details)
-
-
 def prepare(recipe: Recipe, allowed: Permissions = Permissions()) -> Prepared:  # noqa: B008 (frozen)
     """Open what the stages that are not complete yet, the report and the suites will need. Writes nothing.
 
@@ -125,7 +95,7 @@ def prepare(recipe: Recipe, allowed: Permissions = Permissions()) -> Prepared:  
     """
     found, folder = Found(recipe.name), RunFolder(Path(recipe.output_dir))
     with found.at("output_dir"):
-        _require_writable(folder.root)
+        require_writable(folder.root)
     found.raise_if_any()
     data = DataBuilder(recipe, folder)
     stages = list(ahead(recipe, folder))
@@ -140,7 +110,7 @@ def prepare(recipe: Recipe, allowed: Permissions = Permissions()) -> Prepared:  
         _ = data.tokenizer
     found.raise_if_any()
     prepared = Prepared(recipe, folder, data, ModelBuilder(folder, data.tokenizer))
-    prepared.models.ahead = frozenset(stages)
+    prepared.models.ahead, prepared.models.allowed = frozenset(stages), allowed
     longest = _prepare_generated(prepared, used, allowed, found)
     for name in stages:
         _prepare_stage(prepared, name, longest, found)
@@ -157,12 +127,14 @@ def _prepare_generated(prepared: Prepared, used: list[str], allowed: Permissions
     longest = {}
     for name in (name for name in used if name in prepared.generated):
         with found.at(f"sources.{name}"):
-            if name in prepared.data.written:
-                prepared.data.source(name)
-            else:
-                longest[name] = 0
-                longest[name] = prepared.generated[name].check()
+            longest[name] = 0
+            most = prepared.generated[name].check()
+            if prepared.generated[name].find() is None:
+                longest[name] = most
                 prepared.notes.append(f"sources.{name}: its rows are written before the first stage that needs them")
+            else:
+                del longest[name]
+                prepared.data.source(name)
     return longest
 
 
@@ -218,18 +190,6 @@ def _sources(recipe: Recipe, stages: list[str]) -> list[str]:
     return [name for name in recipe.sources if name in used]
 
 
-def _require_writable(root: Path) -> None:
-    """Whether a directory can be made, and files in it, without making it."""
-    try:
-        if root.exists() and not root.is_dir():
-            raise UserError(f"{root} is a file; name a directory")
-        nearest = next(path for path in (root, *root.absolute().parents) if path.exists())
-    except OSError as error:
-        raise UserError(f"{str(root)[:200]} cannot be used ({error.strerror}); choose another") from error
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{root} cannot be made: {nearest} is no directory that may be written to; choose another")
-
-
 def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], found: Found) -> None:
     """Everything of one stage; what fails is noted, and what does not need it is still looked at."""
     recipe, data, models = prepared.recipe, prepared.data, prepared.models
@@ -267,10 +227,25 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
         ready = _rows_of(stage, arguments, data)
     if ready is not None:
         prepared.stages[name] = ready
+        _ask_servers(prepared, name, ready, found)
         prepared.notes.extend(f"{where}: {note}" for note in _notes(stage, ready, data, student))
         if student is not None:
             with found.at("output_dir"):
-                _require_space(prepared.folder.root, name, ready, student)
+                require_space(prepared.folder.root, name, ready.arguments, len(ready.mixture.dataset), student)
+
+
+def _ask_servers(prepared: Prepared, name: str, ready: PreparedStage, found: Found) -> None:
+    """Ask each served teacher of a stage about the longest row that follows it, unless its cache is there."""
+    recipe, models = prepared.recipe, prepared.models
+    stage = recipe.stages[name]
+    for key, spec in stage.teachers_by_key().items():
+        if spec.server is None or is_cached(recipe, name, models, spec):
+            continue
+        rows = ready.mixture.dataset.with_format("numpy")
+        domains = domains_of(recipe, name, key, list(dict.fromkeys(ready.mixture.dataset["domain"])))
+        whole = (row for row in rows if row["domain"] in domains and len(row["input_ids"]) <= ready.longest)
+        with found.at(f"stages.{name}.{dotted(key)}"):
+            models.served(spec).require_served(stage.loss, models.tokenizer, rows_of_examples(whole))
 
 
 def _require_usable(arguments: DomainSFTConfig) -> None:
@@ -292,7 +267,9 @@ def _rows_of(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder) ->
     mixture = data.mixture(stage)
     splits = arguments.packing and arguments.packing_strategy not in ("bfd", None)
     limit = None if splits else arguments.max_length
-    counts = fit_to_length(mixture.dataset, limit, arguments.overlong, "train")[1]
+    rows, counts = fit_to_length(mixture.dataset, limit, arguments.overlong, "train")
+    if isinstance(arguments, KDConfig) and arguments.on_policy_fraction:
+        require_prompts(rows, arguments, data.tokenizer, None)
     watched = arguments.eval_strategy != "no"
     validation = data.validation(stage) if watched else None
     if watched and validation is None:
@@ -329,22 +306,6 @@ def _notes(stage: StageSpec, ready: PreparedStage, data: DataBuilder, student: P
         yield f"its longest row has {ready.longest} tokens, more than the {knows} positions that the student was made for"
 
 
-def _require_space(root: Path, name: str, ready: PreparedStage, student: PreTrainedModel) -> None:
-    """Room for the result and one checkpoint, without which the stage is sure to fail, and a word where all do not fit."""
-    nearest = next(path for path in (root, *root.absolute().parents) if path.exists())
-    free = shutil.disk_usage(nearest).free
-    adapter = hasattr(student, "peft_config")
-    trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
-    whole = trained if adapter else sum(p.numel() * p.element_size() for p in student.parameters())
-    states = _ADAM_STATES if ready.arguments.optim.startswith("adamw_torch") else 0  # others keep less: not sure to fail
-    checkpoint = whole + states * trained if _checkpoints(ready.arguments, len(ready.mixture.dataset)) else 0
-    if whole + checkpoint > free:
-        raise UserError(
-            f"{root} has {free / 1e9:.1f} GB free, but stage {name!r} writes a model of {whole / 1e9:.1f} GB and "
-            f"checkpoints of {checkpoint / 1e9:.1f} GB; free some space, or choose another directory"
-        )
-
-
 def _require_checkpoint(prepared: Prepared, spec: ModelSpec) -> None:
     """UserError for a checkpoint that a stage of this run will not have kept when it is over."""
     ready = prepared.stages.get(spec.stage or "")
@@ -352,22 +313,9 @@ def _require_checkpoint(prepared: Prepared, spec: ModelSpec) -> None:
         return
     if prepared.folder.stage(spec.stage).is_begun or ready.arguments.save_strategy not in ("steps", "no"):
         return  # what lies there, and what depends on the course of the run, is looked at when it is used
-    kept = _checkpoints(ready.arguments, len(ready.mixture.dataset))
+    kept = checkpoints_of(ready.arguments, len(ready.mixture.dataset))
     if spec.checkpoint not in kept:
         raise UserError(
             f"stage {spec.stage!r} will have no checkpoint-{spec.checkpoint}: with its save_strategy, save_steps and "
             f"save_total_limit it ends with {listed(f'checkpoint-{step}' for step in kept[-5:])}"
         )
-
-
-def _checkpoints(arguments: DomainSFTConfig, rows: int) -> list[int]:
-    """The steps whose checkpoints lie on the disk at the end of a stage that saves by steps."""
-    if arguments.save_strategy == "no":
-        return []
-    steps = arguments.max_steps
-    if steps <= 0:
-        batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        steps = math.ceil(rows / batch * arguments.num_train_epochs)
-    every = int(arguments.save_steps if arguments.save_steps >= 1 else max(1, math.ceil(arguments.save_steps * steps)))
-    saved = sorted({*range(every, steps + 1, every), steps})
-    return saved[-(arguments.save_total_limit or len(saved)) :]

@@ -60,11 +60,20 @@ def stage_lines(prepared: Prepared, name: str) -> list[str]:
             f"{use.repeats:.3g} times; loss on {carries}"
         )
     lines.extend(_counted(ready, "", ready.counts))
+    objective = ready.arguments.objective()
+    if objective.on_policy:
+        lines.append(
+            f"    on-policy: the student writes the responses of {objective.on_policy:.0%} of the rows, at most "
+            f"{objective.max_new_tokens} tokens each, for {objective.rollout_buffer} steps at a time (by the student of up to "
+            f"{objective.rollout_buffer - 1} steps ago)"
+        )
     return [*lines, *_counted(ready, "validation, ", ready.validation_counts)]
 
 
 def _counted(ready: PreparedStage, what: str, counts: Mapping[str, DomainCount]) -> Iterator[str]:
-    total = sum(count.kept_tokens for count in counts.values())
+    by_rows = ready.arguments.objective().normalize == "rows"
+    weights = {domain: count.rows if by_rows else count.loss_tokens for domain, count in counts.items()}
+    unit, total = "the rows, which count alike" if by_rows else "them", sum(weights.values())
     limit = ready.arguments.max_length
     fates = {
         "truncated": f"cut at max_length={limit}",
@@ -74,8 +83,8 @@ def _counted(ready: PreparedStage, what: str, counts: Mapping[str, DomainCount])
     }
     for domain, count in counts.items():
         lost = [f"{getattr(count, fate):,} {words}" for fate, words in fates.items() if getattr(count, fate)]
-        share = f"{count.kept_tokens / total:.0%} of them" if total else "none"
-        yield "; ".join([f"    {what}{domain}: {count.rows:,} rows, {count.kept_tokens:,} loss tokens ({share})", *lost])
+        share = f"{weights[domain] / total:.0%} of {unit}" if total else "none"
+        yield "; ".join([f"    {what}{domain}: {count.rows:,} rows, {count.loss_tokens:,} loss tokens ({share})", *lost])
 
 
 def _source(prepared: Prepared, source: str, rule: LossRule, rows: int, colour: bool) -> Iterator[str]:

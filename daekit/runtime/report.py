@@ -93,7 +93,8 @@ def _teachers(
     elif isinstance(stage, DAEStage):
         assert name is not None
         specs = stage.teachers | dict.fromkeys((*stage.reference_domains, _REFERENCE), _reference_of(recipe, name, models))
-    specs = {domain: spec for domain, spec in specs.items() if not spec.labels}  # KL to labels is their NLL
+    # KL to labels is their NLL; a server says too little
+    specs = {domain: spec for domain, spec in specs.items() if not (spec.labels or spec.server)}
     if specs:
         assert stage is not None and stage.student is not None, "a resolved recipe names every student"
         named = {domain: specs[domain] for domain in (*domains, _REFERENCE) if domain in specs}
@@ -122,7 +123,11 @@ def _shared_reference(recipe: Recipe, models: ModelBuilder) -> tuple[TeacherSpec
     """(reference, the student whose base it may be an adapter of) of all dae stages; None if there is none, or several."""
     names = [name for name, stage in recipe.stages.items() if isinstance(stage, DAEStage)]
     found = [(_reference_of(recipe, name, models), models.start_of(recipe, name)) for name in names]
-    return found[0] if found and all(each == found[0] for each in found) and not found[0][0].labels else None
+    return (
+        found[0]
+        if found and all(each == found[0] for each in found) and not (found[0][0].labels or found[0][0].server)
+        else None
+    )
 
 
 def _notes(recipe: Recipe, sets: Mapping[str, EvaluationSet], data: DataBuilder) -> Iterator[str]:

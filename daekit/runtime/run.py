@@ -21,14 +21,14 @@ from daekit.recipe.suite import SubjectSpec
 from daekit.report import format_table, write_report
 from daekit.report.provenance import commit, versions
 from daekit.runtime import DataBuilder, ModelBuilder, RunFolder, build_report, build_student, cache_stage
-from daekit.runtime.generated import generated_sources, waits_for, write_sources
+from daekit.runtime.found import Found
+from daekit.runtime.generated import find_sources, generated_sources, waits_for, write_sources
 from daekit.runtime.kept import claim
 from daekit.runtime.lock import RunLock
 from daekit.runtime.prepare import Prepared, complete_rows, prepare
 from daekit.runtime.quiet import quieten
 from daekit.runtime.signals import GRACE, StopRequest
 from daekit.runtime.stage import free_memory, run_stage
-from daekit.runtime.trainer import naming
 from daekit.trainers.distributed import refuse_launch
 
 
@@ -99,7 +99,7 @@ def init_students(recipe: Recipe, grace: float = GRACE) -> None:
         data = DataBuilder(recipe, folder)
         models = ModelBuilder(folder, data.tokenizer)
         data.save_tokenizer()
-        generated_sources(recipe, data, models, Permissions())
+        find_sources(recipe, data, models)
         for name in made:
             missing = [used for used in student_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
             if missing:
@@ -135,7 +135,7 @@ def _held(folder: RunFolder, state: PartialState, grace: float) -> Iterator[Stop
         lock.release()
 
 
-def cache_teachers(recipe: Recipe, grace: float = GRACE) -> None:
+def cache_teachers(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Permissions()) -> None:  # noqa: B008 (frozen)
     """Make what is missing of the caches of a recipe's teachers, and train nothing. Under a launcher every rank calls it.
 
     A stage whose models come from a stage of the recipe that is not complete yet is left to ``run_recipe``.
@@ -150,12 +150,13 @@ def cache_teachers(recipe: Recipe, grace: float = GRACE) -> None:
     with _held(folder, state, grace):
         data = DataBuilder(recipe, folder)
         models = ModelBuilder(folder, data.tokenizer)
+        models.allowed = allowed
         state.wait_for_everyone()
         if state.is_main_process:
             claim(recipe, folder)
             data.save_tokenizer()
         state.wait_for_everyone()
-        generated_sources(recipe, data, models, Permissions())
+        find_sources(recipe, data, models)
         for name in cached:
             missing = [used for used in stage_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
             if not missing:
@@ -190,11 +191,12 @@ def generate_sources(
     with _held(folder, state, grace):
         data = DataBuilder(recipe, folder)
         models = ModelBuilder(folder, data.tokenizer)
-        sources = generated_sources(recipe, data, models, allowed)
+        sources, found = generated_sources(recipe, data, models, allowed), Found(recipe.name)
         possible = [sources[name] for name in names or known if waits_for(sources[name], folder) is None]
         for source in possible:
-            with naming(f"sources.{source.name}"):
+            with found.at(f"sources.{source.name}"):
                 source.check()
+        found.raise_if_any()
         state.wait_for_everyone()
         if state.is_main_process:
             claim(recipe, folder)
@@ -204,8 +206,7 @@ def generate_sources(
                     print(f"[{name}] needs the stage {stage!r}, which is not complete: run the recipe", flush=True)
         state.wait_for_everyone()
         for source in possible:
-            kept = source.name in data.written
-            path = source.write(state.device)
+            kept, path = source.find(), source.write(state.device)
             if kept and state.is_main_process:
                 print(f"[{source.where}] complete, kept: {path}", flush=True)
 

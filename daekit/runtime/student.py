@@ -25,7 +25,6 @@ from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder, StudentFolder, listed
 from daekit.runtime.models import ModelBuilder
 from daekit.students import (
-    CandidateScorer,
     Evolution,
     Importance,
     Round,
@@ -54,6 +53,7 @@ from daekit.students import (
     space_of,
 )
 from daekit.students.calibration import require_enough
+from daekit.students.scorer import CandidateScorer
 from daekit.students.shapes import require_possible
 
 Rows = Sequence[TokenRow]

@@ -110,8 +110,8 @@ def training_arguments(recipe: Recipe, name: str, folder: StageFolder) -> Domain
     if stage.type == "sft":
         return DomainSFTConfig(**arguments)
     if stage.type == "kd":
-        return KDConfig(**arguments, **vars(stage.loss))
-    return DAEConfig(**arguments, **vars(stage.loss), reference_domains=list(stage.reference_domains))
+        return KDConfig(**arguments, **KDConfig.settings(stage.loss))
+    return DAEConfig(**arguments, **KDConfig.settings(stage.loss), reference_domains=list(stage.reference_domains))
 
 
 def peft_config(spec: LoraSpec, student: ModelSpec | None) -> LoraConfig:

@@ -5,7 +5,6 @@ from daekit.students.figure import search_svg
 from daekit.students.importance import Importance, at_random, choose, first_n, measure_importance, sort_teacher
 from daekit.students.moe import dense_to_mixtral, fewer_experts, mixtral_to_dense
 from daekit.students.norms import fit_norms
-from daekit.students.scorer import CandidateScorer
 from daekit.students.search import Round, SearchResult, read_log, run_search
 from daekit.students.selection import Selection
 from daekit.students.shapes import Shape, count_parameters
@@ -14,7 +13,6 @@ from daekit.students.space import Space, Window, space_of
 from daekit.students.strategies import Evolution, Strategy, draw, evolve, grid
 
 __all__ = [
-    "CandidateScorer",
     "Evolution",
     "ExpertScores",
     "Importance",

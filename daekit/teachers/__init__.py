@@ -1,4 +1,4 @@
-"""Teachers: a frozen model, an adapter of the student's base, several averaged, one per domain, a cache; freely composed."""
+"""Teachers: a frozen model, an adapter of the student's base, a cache, a server, labels; averaged, or one per domain."""
 
 from daekit.teachers.adapter import BASE, AdapterPath, AdapterTeacher
 from daekit.teachers.cache import CachedTeacher, write_cache
@@ -6,6 +6,7 @@ from daekit.teachers.ensemble import EnsembleTeacher
 from daekit.teachers.labels import LABELS, LabelTeacher
 from daekit.teachers.model import ModelTeacher
 from daekit.teachers.routed import RoutedTeacher, unknown_domain
+from daekit.teachers.server import ServerTeacher
 
 __all__ = [
     "BASE",
@@ -17,6 +18,7 @@ __all__ = [
     "LabelTeacher",
     "ModelTeacher",
     "RoutedTeacher",
+    "ServerTeacher",
     "unknown_domain",
     "write_cache",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -44,6 +44,14 @@ class EnsembleTeacher:
             )
         if average not in ("logits", "probabilities"):
             raise UserError(f"average: {average!r} is unknown; choose logits or probabilities")
+
+    def parts(self) -> list[tuple[Any, str | None]]:
+        """See ``CompositeTeacher``."""
+        return [(member, None) for member in self.members]
+
+    def with_parts(self, change: Callable[[Any], Any]) -> EnsembleTeacher:
+        """See ``CompositeTeacher``."""
+        return EnsembleTeacher([change(member) for member in self.members], self.weights, self.average)
 
     def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
         """The members' outputs, averaged where they overlap."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from daekit.errors import UserError
@@ -29,12 +31,17 @@ class LabelTeacher:
         positions = torch.arange(labels_N.numel(), device=labels_N.device)
         return [TeacherOutput(positions, (), top_k=TopK(labels_N[:, None], certain_N1, 1.0, nothing_N))]
 
-    def require_objective(self, objective: Objective) -> None:
-        """Refuse losses that labels do not serve.
+    def require_served(self, objective: Objective, tokenizer: Any = None, rows: Any = ()) -> None:
+        """See ``DemandingTeacher``.
 
         Raises:
             UserError: another divergence or temperature; features of layers.
         """
+        if objective.on_policy:
+            raise UserError(
+                f"on_policy={objective.on_policy:g}: what the student writes has no labels that it could follow. Give a "
+                "teacher, or set on_policy to 0"
+            )
         if objective.attention_weight or objective.hidden_weight:
             raise _no_features()
         if objective.divergence != "forward_kl" or objective.temperature != 1.0:

@@ -11,30 +11,18 @@ from daekit.models.adapters import require_adapters_fit
 from daekit.protocol import Teacher
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers.adapter import AdapterPath, AdapterTeacher
-from daekit.teachers.ensemble import EnsembleTeacher
 from daekit.teachers.model import ModelTeacher
-from daekit.teachers.routed import RoutedTeacher
+from daekit.teachers.parts import CompositeTeacher, leaves
 
 
 def adapter_paths(teacher: Teacher | AdapterPath) -> list[AdapterPath]:
     """Every AdapterPath in a teacher."""
-    return [each for each in _single(teacher) if isinstance(each, AdapterPath)]
+    return [each for each in leaves(teacher) if isinstance(each, AdapterPath)]
 
 
 def frozen_models(teacher: Teacher | AdapterPath) -> list[tuple[str, PreTrainedModel]]:
     """The models of a teacher, by name; not those of its student's own base."""
-    return [(each.name, each.model) for each in _single(teacher) if isinstance(each, ModelTeacher)]
-
-
-def _single(teacher: Teacher | AdapterPath) -> list[Teacher | AdapterPath]:
-    """The teachers that an ensemble or a route is made of, each once."""
-    if isinstance(teacher, EnsembleTeacher):
-        parts = teacher.members
-    elif isinstance(teacher, RoutedTeacher):
-        parts = list(teacher.routes.values())
-    else:
-        return [teacher]
-    return list(dict.fromkeys(each for part in parts for each in _single(part)))
+    return [(each.name, each.model) for each in leaves(teacher) if isinstance(each, ModelTeacher)]
 
 
 def require_on_student(teacher: Teacher | AdapterPath, has_adapter: bool, base: ModelSpec | None) -> None:
@@ -79,9 +67,5 @@ def on_student(
         return loaded[teacher]
     if not adapter_paths(teacher):
         return teacher
-    if isinstance(teacher, EnsembleTeacher):
-        members = [on_student(member, student, vocab_size, loaded) for member in teacher.members]
-        return EnsembleTeacher(members, teacher.weights, teacher.average)
-    assert isinstance(teacher, RoutedTeacher)
-    whole = {each: on_student(each, student, vocab_size, loaded) for each in dict.fromkeys(teacher.routes.values())}
-    return RoutedTeacher({domain: whole[each] for domain, each in teacher.routes.items()})
+    assert isinstance(teacher, CompositeTeacher)
+    return teacher.with_parts(lambda part: on_student(part, student, vocab_size, loaded))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,15 @@ class RoutedTeacher:
     def __init__(self, routes: Mapping[str, Teacher | AdapterPath]) -> None:
         self.routes: dict[str, Any] = dict(routes)  # an AdapterPath until the trainer has loaded it onto the student
         self._sharding: Sharding | None = None
+
+    def parts(self) -> list[tuple[Any, str | None]]:
+        """See ``CompositeTeacher``."""
+        return [(teacher, domain) for domain, teacher in self.routes.items()]
+
+    def with_parts(self, change: Callable[[Any], Any]) -> RoutedTeacher:
+        """See ``CompositeTeacher``."""
+        changed = {teacher: change(teacher) for teacher in dict.fromkeys(self.routes.values())}
+        return RoutedTeacher({domain: changed[teacher] for domain, teacher in self.routes.items()})
 
     def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
         """The outputs of all teachers that have rows, with positions counted in the whole batch.

@@ -79,6 +79,9 @@ class DomainSFTConfig(SFTConfig):
         return Objective(ce_weight=1.0, prediction_weight=0.0)
 
 
+_RENAMED = {"on_policy": "on_policy_fraction"}  # of ``Objective`` -> of KDConfig, among the arguments of a whole training
+
+
 def _setting(name: str, choices: tuple[str, ...] = ()) -> Any:
     """A field with default and documentation of the setting of that name in ``Objective``."""
     setting = Objective.model_fields[name]
@@ -93,7 +96,7 @@ class KDConfig(DomainSFTConfig):
     ``loss = (ce_weight * CE + prediction_weight * T^2 * D(teacher, student) + attention_weight * A + hidden_weight * H) / N``
     with N the loss tokens of the global batch; CE, D and A in nats, H without unit ("A Teacher Is Worth A Million
     Instructions", arXiv 2406.19112). ``attention_layers`` and ``hidden_layers`` may also be pairs of (student's layer,
-    teacher's layer).
+    teacher's layer). ``on_policy_fraction`` is its ``on_policy``.
     """
 
     ce_weight: float = _setting("ce_weight")
@@ -108,6 +111,11 @@ class KDConfig(DomainSFTConfig):
     hidden_weight: float = _setting("hidden_weight")
     hidden_loss: str = _setting("hidden_loss", ("cosine", "mse"))
     hidden_layers: str = _setting("hidden_layers")
+    normalize: str = _setting("normalize", ("tokens", "rows"))
+    on_policy_fraction: float = _setting("on_policy")
+    max_new_tokens: int = _setting("max_new_tokens")
+    rollout_temperature: float = _setting("rollout_temperature")
+    rollout_buffer: int = _setting("rollout_buffer")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,6 +126,25 @@ class KDConfig(DomainSFTConfig):
                 "gradient_checkpointing_kwargs={'selective': True}: it does not let the second run of a layer compute "
                 "the gradient of the attention loss. Leave it out, or set attention_weight to 0."
             )
+        self._refuse_lengths()
+
+    def _refuse_lengths(self) -> None:
+        if self.on_policy_fraction and self.packing:
+            raise UserError(
+                f"packing=True (packing_strategy={self.packing_strategy!r}): rows would be laid into blocks of max_length "
+                "before the student has written their responses. Set padding_free=True, which wastes no padding either, or "
+                "on_policy_fraction (on_policy) to 0."
+            )
+        if self.normalize == "rows" and self.packing and self.packing_strategy not in ("bfd", None):
+            raise UserError(
+                f"packing_strategy={self.packing_strategy!r} cuts rows in two, and normalize='rows' would count each piece as "
+                "a row. Use packing_strategy='bfd', or normalize='tokens'."
+            )
+        if self.on_policy_fraction and self.max_length is not None and self.max_new_tokens >= self.max_length:
+            raise UserError(
+                f"max_new_tokens={self.max_new_tokens}: leaves no room for a prompt within max_length={self.max_length}; lower "
+                "it, or raise max_length"
+            )
 
     def objective(self) -> Objective:
         """What is trained.
@@ -125,7 +152,12 @@ class KDConfig(DomainSFTConfig):
         Raises:
             UserError: a setting that is out of bounds.
         """
-        return Objective.of({name: getattr(self, name) for name in Objective.model_fields})
+        return Objective.of({name: getattr(self, _RENAMED.get(name, name)) for name in Objective.model_fields})
+
+    @staticmethod
+    def settings(objective: Objective) -> dict[str, Any]:
+        """The arguments of a config that say ``objective``."""
+        return {_RENAMED.get(name, name): value for name, value in vars(objective).items()}
 
 
 @dataclass

@@ -152,4 +152,4 @@ class RowPreparation:
         for domain, count in self.counts[name].items():
             lost = {what: n for what in ("truncated", "dropped", "emptied", "blank") if (n := getattr(count, what))}
             level = logging.WARNING if lost else logging.INFO
-            logger.log(level, "%s, %s: %d rows, %d loss tokens %s", name, domain, count.rows, count.kept_tokens, lost or "")
+            logger.log(level, "%s, %s: %d rows, %d loss tokens %s", name, domain, count.rows, count.loss_tokens, lost or "")

@@ -31,7 +31,7 @@ from daekit.models.vocabulary import known_ids, vocabulary_size
 from daekit.protocol import Batch, Teacher, TeacherOutput
 from daekit.teachers import AdapterPath
 from daekit.teachers.on_student import frozen_models, on_student, require_on_student
-from daekit.teachers.requirements import require_served
+from daekit.teachers.parts import require_served
 from daekit.teachers.sharding import Sharding, shard_teacher
 from daekit.trainers.as_teacher import as_teacher
 from daekit.trainers.config import DomainSFTConfig, KDConfig
@@ -39,9 +39,10 @@ from daekit.trainers.data import RowPreparation
 from daekit.trainers.distributed import refuse_reentrant, require_distribution, require_wrapped, rounding
 from daekit.trainers.distributed_state import load_stateless, reading_safely, save_fsdp_state
 from daekit.trainers.features import FeatureLosses
-from daekit.trainers.loss import divergence_metric, divided, summed_losses
+from daekit.trainers.loss import counted, divergence_metric, divided, summed_losses
 from daekit.trainers.projections import forget_projections, without_projections
 from daekit.trainers.resume import Checkpoints, student_folder
+from daekit.trainers.rollouts import Rollouts
 from daekit.trainers.router import RouterSettings, require_balancing_loss, router_inputs
 from daekit.trainers.student_loading import load_student, name_of, spec_of, tokenizer_of
 from daekit.trainers.token_metrics import TokenMetrics, counted_rows
@@ -132,12 +133,13 @@ class KDTrainer(SFTTrainer):
         require_balancing_loss(self)
         if self.padding_free:
             require_rows_apart(self.model, "student")
-        self.token_metrics = TokenMetrics()
+        self.token_metrics = TokenMetrics(rows=self.loss_objective.normalize == "rows")
         self.teacher: Any = None
         self.features: FeatureLosses | None = None
         self._until_backward: ExitStack | None = None  # of the training step that runs now
         if teacher is not None:
             self._add_teacher(teacher, size)
+        self.rollouts = Rollouts(self) if self.loss_objective.on_policy else None
 
     def _add_teacher(self, teacher: Teacher | AdapterPath, vocab_size: int) -> None:
         """The student is ready: complete the teacher, place it, and prepare what is compared inside both."""
@@ -192,6 +194,19 @@ class KDTrainer(SFTTrainer):
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns  # type: ignore[has-type]
         self._signature_columns = list(dict.fromkeys([*columns, "domain"]))
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of the next step, and what their loss is divided by; see ``rollouts.py``."""
+        if self.rollouts is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self.rollouts.batches(epoch_iterator, num_batches)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        if self.loss_objective.normalize == "tokens":
+            return super()._get_num_items_in_batch(batch_samples, device)
+        rows = torch.tensor(sum(counted(self.loss_objective, as_batch(inputs)) for inputs in batch_samples), device=device)
+        return self.accelerator.gather(rows).sum()
 
     # ---- loss -----------------------------------------------------------------------------------------------------
 
@@ -261,6 +276,8 @@ class KDTrainer(SFTTrainer):
         """Add the means of the window since the last log. A collective call, as in TRL."""
         if self.model.training or "train_loss" in logs:  # the last log of a run may come after an evaluation
             logs.update(self.token_metrics.pop("train"))
+            if self.rollouts is not None:
+                logs.update(self.rollouts.pop_metrics())
             self._total_train_tokens += self.token_metrics.pop_tokens(self.accelerator)
             logs["num_tokens"] = self._total_train_tokens
         if "train_loss" in logs:  # over all steps; after a resume the Trainer divides by the new ones
@@ -273,7 +290,8 @@ class KDTrainer(SFTTrainer):
         self.token_metrics.pop("eval")
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self.token_metrics.pop("eval")
-        means["loss"] = sum(weight * means.get(name, 0.0) for name, weight in self.weights().items())
+        unit = "_rows" if self.loss_objective.normalize == "rows" else ""
+        means["loss"] = sum(weight * means.get(f"{name}{unit}", 0.0) for name, weight in self.weights().items())
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in means.items()})
         return output
 

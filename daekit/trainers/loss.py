@@ -30,19 +30,28 @@ def summed_losses(
         ``loss``, the weighted sum over loss positions; the metrics ``[N]`` of each position; ``aux_loss`` if it is wanted.
     """
     head, hidden_NH = output_head(trainer.model, trainer.vocab_size), batch.at_loss_positions(outputs.last_hidden_state)
-    sums = prediction_loss(hidden_NH, head, batch.labels_N, teacher_outputs, trainer.loss_objective)
+    objective = trainer.loss_objective
+    weight_N = batch.row_share_N if objective.normalize == "rows" else None
+    sums = prediction_loss(
+        hidden_NH, head, batch.labels_N, teacher_outputs, objective, weight_N=weight_N, labelled_N=batch.labelled_N
+    )
     out = {"loss": sums.loss, "ce": sums.ce_N, "mean_token_accuracy": sums.correct_N}
     if sums.divergence_N is not None:
-        out[divergence_metric(trainer.loss_objective)] = sums.divergence_N
+        out[divergence_metric(objective)] = sums.divergence_N
     if comparison is not None:
         compared = comparison.losses()
         out |= compared | {"loss": out["loss"] + compared["loss"]}
     return out | balancing_loss(trainer, outputs, batch)
 
 
+def counted(objective: Objective, batch: Batch) -> int:
+    """What the loss is a mean over: the loss tokens of a batch, or its rows that have some."""
+    return batch.row_N.unique().numel() if objective.normalize == "rows" else batch.labels_N.numel()
+
+
 def divided(trainer: Any, out: Mapping[str, Tensor], batch: Batch, num_items_in_batch: Tensor | int | None) -> Tensor:
     """The sum divided by the loss tokens of the global batch (in an evaluation: of the batch), and the balancing loss."""
-    items = batch.labels_N.numel() if num_items_in_batch is None else num_items_in_batch
+    items = counted(trainer.loss_objective, batch) if num_items_in_batch is None else num_items_in_batch
     loss = out["loss"] / torch.as_tensor(items, device=out["loss"].device).clamp(min=1)
     if num_items_in_batch is not None:  # DDP averages over ranks what is to be summed
         loss = loss * (trainer.accelerator.num_processes // trainer.get_tp_size())

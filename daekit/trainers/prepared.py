@@ -46,6 +46,7 @@ def rows_trainer(
     args.report_to, args.gradient_checkpointing, args.model_init_kwargs = [], False, None
     if isinstance(args, KDConfig):  # there is no teacher to compare with
         args.ce_weight, args.prediction_weight, args.attention_weight, args.hidden_weight = 1.0, 0.0, 0.0, 0.0
+        args.on_policy_fraction = 0.0
     return _RowsTrainer(
         LlamaForCausalLM(config), None, args, train_dataset, copy.deepcopy(tokenizer), eval_dataset=eval_dataset
     )

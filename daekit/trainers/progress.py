@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from daekit.losses import DIVERGENCES
 from daekit.progress import Progress, clock
 
-_SHOWN = {"loss", "eval_loss", "ce", "kl", *DIVERGENCES, "attention_kl", "hidden_cosine", "hidden_mse"}
+_SHOWN = {"loss", "eval_loss", "ce", "kl", *DIVERGENCES, "attention_kl", "hidden_cosine", "hidden_mse", "rollout_ended"}
 
 
 class ProgressCallback(TrainerCallback):
@@ -99,11 +99,11 @@ class ProgressCallback(TrainerCallback):
         left = f"{clock((state.max_steps - state.global_step) * seconds / steps)} left"
         if tokens_then < 0:  # resumed in the middle of a window
             return [left]
-        in_loss = sum(value for key, value in logs.items() if key.startswith("tokens/"))
+        in_loss = sum(value for key, value in logs.items() if key.startswith(("tokens/", "tokens_on_policy/")))
         return [f"{(tokens - tokens_then) / seconds:,.0f} tokens/s ({in_loss / seconds:,.0f} in the loss)", left]
 
 
 def _is_shown(key: str) -> bool:
     """The loss, and its terms per domain."""
     term, _, domain = key.removeprefix("eval_").partition("/")
-    return key in ("loss", "eval_loss") or (bool(domain) and term in _SHOWN)
+    return key in ("loss", "eval_loss") or (bool(domain) and term.removesuffix("_on_policy") in _SHOWN)

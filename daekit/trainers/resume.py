@@ -138,7 +138,7 @@ class Checkpoints(TrainerCallback):
             "data": self._data_facts(),
             "seed": [args.seed, args.data_seed],
             "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size],
-            "end": _end(args),
+            "end": _end(args, sees_end=bool(trainer.loss_objective.on_policy)),  # the last buffer ends there
             "bf16": bool(args.bf16),
             "router_aux_loss_coef": trainer.router_aux_loss_coef,
         }
@@ -181,6 +181,7 @@ class Checkpoints(TrainerCallback):
             "globalstep_last_logged": trainer._globalstep_last_logged,
             "total_train_tokens": trainer._total_train_tokens,
             "aux_loss": trainer._metrics["train"].get("aux_loss"),
+            "rollouts": trainer.rollouts and trainer.rollouts.state(),
         }
         write_json(self._accumulators_file(folder), state)
 
@@ -193,6 +194,8 @@ class Checkpoints(TrainerCallback):
         trainer._total_loss_scalar = state["total_loss_scalar"]
         trainer._globalstep_last_logged = state["globalstep_last_logged"]
         trainer._total_train_tokens = state["total_train_tokens"]
+        if trainer.rollouts is not None:
+            trainer.rollouts.load(state["rollouts"])
         if state["aux_loss"]:
             trainer._metrics["train"]["aux_loss"] = state["aux_loss"]
 
@@ -220,9 +223,13 @@ def _adapter_facts(model: Any) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, set | frozenset) else value for name, value in values.items()}
 
 
-def _end(args: SFTConfig) -> dict[str, float] | None:
-    """Where the run ends, if its learning rate depends on that; a ``warmup_steps`` below 1 is a share of the whole run."""
-    if args.lr_scheduler_type in _ENDLESS and (args.lr_scheduler_type == "constant" or not 0 < args.warmup_steps < 1):
+def _end(args: SFTConfig, sees_end: bool) -> dict[str, float] | None:
+    """Where the run ends, if it depends on that; a ``warmup_steps`` below 1 is a share of the whole run."""
+    if (
+        not sees_end
+        and args.lr_scheduler_type in _ENDLESS
+        and (args.lr_scheduler_type == "constant" or not 0 < args.warmup_steps < 1)
+    ):
         return None
     name = "max_steps" if args.max_steps > 0 else "num_train_epochs"
     return {name: getattr(args, name)}

@@ -13,11 +13,18 @@ from daekit.metrics import TokenMeans
 from daekit.protocol import Batch
 from daekit.trainers.validation import refuse_shared_stream
 
+_OF_LABELS = ("ce", "mean_token_accuracy")
+
 
 class TokenMetrics:
-    """Sums of one trainer since its last log, apart for training and evaluation."""
+    """Sums of one trainer since its last log, apart for training and evaluation.
 
-    def __init__(self) -> None:
+    Args:
+        rows: Whether to keep means over rows beside those over tokens, as ``<metric>_rows``.
+    """
+
+    def __init__(self, rows: bool = False) -> None:
+        self.rows = rows
         self._means = {"train": TokenMeans(), "eval": TokenMeans()}
         self._new_tokens = torch.zeros((), dtype=torch.long)
 
@@ -27,15 +34,28 @@ class TokenMetrics:
         Args:
             mode: ``train`` or ``eval``.
             batch: The batch that the student saw.
-            values: Metric -> its value ``[N]`` at each loss position.
+            values: Metric -> its value ``[N]`` at each loss position. In rows that the student wrote those of labels do not
+                count, and the others have the name ``<metric>_on_policy``.
             counted_R: Whether each row counts.
         """
         row_N = batch.row_N
         counted_N = torch.tensor(counted_R, device=row_N.device)[row_N]
+        labelled_N = counted_N if batch.labelled_N is None else counted_N & batch.labelled_N
         for name in sorted(values):
-            self._means[mode].add(name, values[name].detach()[counted_N], row_N[counted_N], batch.domains)
+            self._add(mode, name, values[name], labelled_N, batch)
+            if batch.labelled_N is not None and name not in _OF_LABELS:
+                self._add(mode, f"{name}_on_policy", values[name], counted_N & ~batch.labelled_N, batch)
         if mode == "train":
             self._new_tokens = self._new_tokens.to(batch.row_BT.device) + (batch.row_BT >= 0).sum()
+
+    def _add(self, mode: str, name: str, value_N: Tensor, wanted_N: Tensor, batch: Batch) -> None:
+        value_N, row_N = value_N.detach()[wanted_N], batch.row_N[wanted_N]
+        self._means[mode].add(name, value_N, row_N, batch.domains)
+        if self.rows:
+            means_R = torch.zeros(len(batch.domains), dtype=torch.float64, device=row_N.device)
+            means_R.index_add_(0, row_N, value_N.double() * batch.row_share_N[wanted_N])
+            here_R = row_N.unique()
+            self._means[mode].add(f"{name}_rows", means_R[here_R], here_R, batch.domains)
 
     def pop(self, mode: str) -> dict[str, float]:
         """The means over all ranks, with ``tokens/<domain>``; then start anew. A collective call."""
@@ -44,6 +64,8 @@ class TokenMetrics:
             logs[key] = mean
             if key.startswith("ce/"):
                 logs[key.replace("ce/", "tokens/", 1)] = count
+            elif (domain := key.partition("_on_policy/")[2]) and "_rows/" not in key:
+                logs[f"tokens_on_policy/{domain}"] = count
         return logs
 
     def pop_tokens(self, accelerator: Accelerator) -> int:

@@ -13,10 +13,8 @@ from daekit.errors import UserError
 from daekit.evaluation.evaluate import SEED
 from daekit.evaluation.intervals import RowValues, interval
 from daekit.evaluation.judging import annotators
-from daekit.evaluation.judging.annotators import Annotator, Messages, Unreadable
-from daekit.evaluation.judging.length_control import OFFICIAL_ANNOTATOR, OFFICIAL_COUNT, length_controlled
-from daekit.evaluation.judging.manifest import describe, hash_of
-from daekit.evaluation.judging.result import Judged, Missing, withhold
+from daekit.evaluation.judging.annotators import OFFICIAL_ANNOTATOR, OFFICIAL_COUNT, Annotator, Messages, Outputs, Unreadable
+from daekit.evaluation.judging.result import Judged, Missing, describe, hash_of, withhold
 from daekit.files import file_hash, write_whole
 from daekit.generation.budget import estimate
 from daekit.generation.calls import CHARACTERS_PER_TOKEN, ChatRequest, Estimate
@@ -24,10 +22,9 @@ from daekit.generation.client import ChatClient, identity, require_sound
 from daekit.generation.keys import is_openai
 from daekit.generation.store import read_replies
 from daekit.recipe.judge import JudgeSpec
-from daekit.report.rows import Row
+from daekit.report.contents import Row
 
 _NAME = "alpaca_eval"
-Outputs = Sequence[Mapping[str, Any]]
 
 
 def judge_alpaca_eval(
@@ -70,7 +67,7 @@ def judge_alpaca_eval(
         annotations, leaderboard = _annotate(client, chosen, model, reference, its)
         scores[model], its_notes = _rows(model, chosen, annotations, reference, bootstrap, leaderboard)
         unanswered = sum(client.reply(request) is None for request in requests[model])
-        lacking = sum(_preference(row) is None for row in annotations)
+        lacking = sum(row["preference"] is None for row in annotations)
         missing[model] = Missing(unanswered, lacking - unanswered, len(reference))
         verdicts += annotations
         notes += its_notes
@@ -151,8 +148,7 @@ def _aligned(model: str, outputs: Outputs, reference: Outputs, path: Path) -> li
             f"{lacking[0][:80]!r}; generate its outputs again."
         )
     return [
-        {"instruction": row["instruction"], "output": by_instruction[row["instruction"]], "generator": model}
-        for row in reference
+        {"instruction": (its := row["instruction"]), "output": by_instruction[its], "generator": model} for row in reference
     ]
 
 
@@ -189,20 +185,16 @@ def _annotate(
     return annotations, leaderboard
 
 
-def _preference(row: Mapping[str, Any]) -> float | None:
-    """1: the reference is better, 2: the model is; None where it is missing."""
-    return None if row["preference"] is None else float(row["preference"])
-
-
 def _rows(
     model: str, annotator: Annotator, annotations: list[dict[str, Any]], reference: Outputs, bootstrap: int, leaderboard: Any
 ) -> tuple[list[Row], list[str]]:
     """Scores and notes; the length-controlled rate is added to annotations and leaderboard, as alpaca_eval does."""
-    won = [100 * (preference - 1) for preference in map(_preference, annotations) if preference is not None]
+    # a preference of 1: the reference is better, 2: the model is; None: missing
+    won = [100 * (float(row["preference"]) - 1) for row in annotations if row["preference"] is not None]
     if not won:
         return [], []
     rows = [_row(model, "win_rate", won, bootstrap)]
-    controlled, reason = length_controlled(annotator, annotations, reference)
+    controlled, reason = annotators.length_controlled(annotator, annotations, reference)
     if reason:
         return rows, [f"AlpacaEval: the length-controlled win rate of {model} is not available: {reason}."]
     for annotation, percent in zip(annotations, controlled, strict=True):

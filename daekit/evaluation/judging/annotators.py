@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import json
 import logging
 import os
 import re
@@ -28,6 +29,9 @@ from daekit.errors import UserError, nearest
 from daekit.generation.calls import ChatReply
 
 Messages = list[dict[str, str]]
+Outputs = Sequence[Mapping[str, Any]]  # ``{"instruction", "output"}``, as alpaca_eval has them
+OFFICIAL_ANNOTATOR, OFFICIAL_COUNT = "weighted_alpaca_eval_gpt4_turbo", 805
+_REPOSITORY, _BASELINE, _GAMED = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json", "df_gamed.csv"
 _PLACEHOLDER = re.compile(r"{([^ \s]+?)}")  # alpaca_eval's
 _COLUMNS = {"instruction", "output_1", "output_2"}
 _SENT = {"max_tokens", "temperature", "top_p", "logprobs", "top_logprobs", "tools", "tool_choice", "stop", "seed"}
@@ -76,27 +80,23 @@ def read_annotator(name: str) -> Annotator:
         model, text = arguments["model_name"], utils.read_or_return(template, relative_to=directory.parent)
     except (OSError, yaml.YAMLError, AttributeError, StopIteration, TypeError, KeyError) as error:
         raise UserError(f"annotator: {directory / 'configs.yaml'} cannot be read ({type(error).__name__}: {error})") from error
-    if len(configs) > 1 or config.get("batch_size", 1) > 1:
-        raise UserError(f"annotator: {name} {_asks('several prompts or judges at once')}")
-    if config.get("fn_completions", "openai_completions") != "openai_completions":
-        raise UserError(f"annotator: {name} {_asks(config['fn_completions'])}")
     unknown = [key for key in arguments if key not in _SENT | _OURS]
-    if unknown:
-        raise UserError(f"annotator: {name} {_asks(', '.join(unknown))}")
-    if not text.strip().startswith("<|im_start|>"):
-        raise UserError(f"annotator: {name} {_asks('a completion of plain text, not an answer in a chat')}")
-    foreign = set(_PLACEHOLDER.findall(text)) - _COLUMNS
-    if foreign:
-        raise UserError(f"annotator: {name} {_asks('the columns ' + ', '.join(sorted(foreign)))}")
+    foreign = sorted(set(_PLACEHOLDER.findall(text)) - _COLUMNS)
+    asks = {
+        "several prompts or judges at once": len(configs) > 1 or config.get("batch_size", 1) > 1,
+        config.get("fn_completions"): config.get("fn_completions", "openai_completions") != "openai_completions",
+        ", ".join(unknown): unknown,
+        "a completion of plain text, not an answer in a chat": not text.strip().startswith("<|im_start|>"),
+        f"the columns {', '.join(foreign)}": foreign,
+    }
+    for what, is_asked in asks.items():
+        if is_asked:
+            raise UserError(
+                f"annotator: {name} asks for {what}, which is not supported. Choose another, such as "
+                "weighted_alpaca_eval_gpt4_turbo (logprobs) or alpaca_eval_gpt4 (text)."
+            )
     sent = {"temperature": 0.7, "max_tokens": 2048} | {key: arguments[key] for key in arguments if key in _SENT}  # its defaults
     return Annotator(directory.name, directory / "configs.yaml", model, utils.prompt_to_chatml(text), text, sent)
-
-
-def _asks(what: str) -> str:
-    return (
-        f"asks for {what}, which is not supported. Choose another, such as weighted_alpaca_eval_gpt4_turbo (logprobs) or "
-        "alpaca_eval_gpt4 (text)."
-    )
 
 
 def fill(template: Messages, values: Mapping[str, Any]) -> Messages:
@@ -118,9 +118,7 @@ class _Prompts(Exception):
         self.prompts = prompts
 
 
-def prompts_for(
-    annotator: Annotator, reference: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
-) -> list[Messages]:
+def prompts_for(annotator: Annotator, reference: Outputs, outputs: Outputs) -> list[Messages]:
     """What comparing ``outputs`` with ``reference`` asks; equal answers are a draw without a question."""
 
     def note(prompts: list[Messages]) -> dict[str, list[Any]]:
@@ -139,8 +137,8 @@ def prompts_for(
 def evaluate(
     annotator: Annotator,
     model: str,
-    reference: Sequence[Mapping[str, Any]],
-    outputs: Sequence[Mapping[str, Any]],
+    reference: Outputs,
+    outputs: Outputs,
     reply: Callable[[Messages], ChatReply | None],
 ) -> tuple[Any, list[dict[str, Any]]]:
     """(leaderboard, annotations) of alpaca_eval, in the order of ``reference``; what is missing is None.
@@ -153,13 +151,8 @@ def evaluate(
         replies = [reply(prompt) for prompt in prompts]
         texts = ["" if answer is None else answer.text for answer in replies]
         choices = [{} if answer is None else _choice(answer) for answer in replies]
-        nothing = [0.0] * len(prompts)
-        return {
-            "completions": texts,
-            "completions_all": choices,
-            "price_per_example": nothing,
-            "time_per_example": list(nothing),
-        }
+        unknown = {key: [0.0] * len(prompts) for key in ("price_per_example", "time_per_example")}
+        return {"completions": texts, "completions_all": choices, **unknown}
 
     with _quiet():
         leaderboard, annotations = module("main").evaluate(
@@ -212,6 +205,31 @@ def _annotator_class(annotator: Annotator, complete: Callable[[list[Messages]], 
                 single.completions_kwargs = {}
 
     return Pairwise
+
+
+def length_controlled(annotator: Annotator, annotations: Outputs, reference: Outputs) -> tuple[list[float], str]:
+    """(length-controlled preference of each row in percent, "") where all is official that its model was fitted for, or
+    ([], why it is not available)."""
+    if annotator.name != OFFICIAL_ANNOTATOR:
+        return [], f"it belongs to the annotator {OFFICIAL_ANNOTATOR}"
+    if len(reference) != OFFICIAL_COUNT:
+        return [], f"it needs all {OFFICIAL_COUNT} official instructions, and there are {len(reference)}"
+    if any(row["preference"] is None for row in annotations):
+        return [], "judgments are missing"
+    glm = module("metrics.glm_winrate")
+    try:
+        baseline, _ = (
+            glm.hf_hub_download(repo_id=_REPOSITORY, filename=file, repo_type="dataset") for file in (_BASELINE, _GAMED)
+        )
+    except OSError as error:  # no network, offline mode, not in the cache
+        return [], f"{_BASELINE} and {_GAMED} of {_REPOSITORY} cannot be had ({type(error).__name__})"
+    with open(baseline, encoding="utf-8") as file:
+        official = [(row["instruction"], row["output"]) for row in json.load(file)]
+    if official != [(row["instruction"], row["output"]) for row in reference]:
+        return [], f"the reference outputs are not those of {_BASELINE} in their order"
+    frame = module("utils").convert_to_dataframe(list(annotations))
+    glm.get_length_controlled_winrate(frame, save_weights_dir=None, is_warn_extreme_changes=False)  # adds a column
+    return [100 * float(value) for value in frame["glm_preference"]], ""
 
 
 @contextlib.contextmanager

@@ -12,10 +12,8 @@ from typing import Any, Literal
 from daekit.errors import UserError
 from daekit.evaluation.judging import fastchat
 from daekit.evaluation.judging.fastchat import BenchData, Record
-from daekit.evaluation.judging.manifest import describe, hash_of
-from daekit.evaluation.judging.mt_bench_scores import pair_rows, single_rows
-from daekit.evaluation.judging.result import Judged, Missing, withhold
-from daekit.evaluation.judging.verdicts import HIGHEST, LOWEST, is_rated, strictly
+from daekit.evaluation.judging.result import Judged, Missing, describe, hash_of, withhold
+from daekit.evaluation.judging.scores import HIGHEST, LOWEST, is_rated, pair_rows, single_rows, strictly
 from daekit.files import file_hash, write_whole
 from daekit.generation.budget import estimate
 from daekit.generation.calls import CHARACTERS_PER_TOKEN, ChatRequest, Estimate
@@ -23,7 +21,7 @@ from daekit.generation.client import ChatClient, identity, require_sound
 from daekit.generation.keys import is_openai
 from daekit.generation.store import read_replies
 from daekit.recipe.judge import JudgeSpec
-from daekit.report.rows import Row
+from daekit.report.contents import Row
 
 Mode = Literal["single", "pairwise-baseline", "pairwise-all"]
 _OFFICIAL_JUDGE, _OFFICIAL_QUESTIONS = "gpt-4", 80

@@ -1,12 +1,22 @@
-"""What judging a benchmark gives."""
+"""What judging a benchmark gives: scores unless too many judgments are missing, and what makes them repeatable."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from daekit.report.rows import Row
+from daekit.evaluation.evaluate import SEED
+from daekit.generation.calls import ChatRequest
+from daekit.generation.client import ChatClient
+from daekit.report.contents import Row
+from daekit.report.provenance import versions
+
+_PACKAGES = ("daekit", "fschat", "alpaca_eval", "transformers", "torch")
+# what decides when and whether a call is sent, but not what the judge says
+_NOT_IN_MANIFEST = ("base_url", "path", "concurrency", "max_retries", "timeout", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -79,3 +89,26 @@ def withhold(
             notes.append(f"{said}; its scores are of the others (--allow-missing {allow_missing}).")
         rows += its
     return rows, notes, refusals
+
+
+def describe(client: ChatClient, benchmark: str, bootstrap: int, requests: Sequence[ChatRequest]) -> dict[str, Any]:
+    """The part of a manifest that both benchmarks share: judge, hashes, versions, seeds; no credentials."""
+    spec, budget = client.spec, client.budget
+    replies = [reply for reply in map(client.reply, requests) if reply is not None]
+    judge = {key: value for key, value in spec.model_dump(mode="json").items() if key not in _NOT_IN_MANIFEST}
+    return {
+        "benchmark": benchmark,
+        "judge": {"name": spec.name, **judge, "endpoint": client.identity},
+        "judge_models": sorted({reply.model for reply in replies if reply.model}),
+        "replies": len(replies),
+        "calls": {"sent": budget.calls, "repeated": budget.retries, "failed": budget.failed, "stopped": budget.stopped},
+        "tokens": {"prompt": budget.prompt_tokens, "completion": budget.completion_tokens},
+        "cost": budget.cost if spec.price_prompt is not None else None,
+        "bootstrap": {"rounds": bootstrap, "seed": SEED},
+        "versions": versions(_PACKAGES),
+    }
+
+
+def hash_of(value: Any) -> str:
+    """The hash of a plain value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from daekit.data.sources import json_lines
 from daekit.errors import UserError
 from daekit.evaluation.evaluate import Key
 from daekit.evaluation.intervals import RowValues
+from daekit.files import file_hash
 from daekit.progress import ProgressFunction
 from daekit.protocol import IGNORE_INDEX
 from daekit.recipe.suite import Prefix
@@ -46,53 +47,36 @@ class Benchmark(Protocol):
     data: dict[str, str]
     """What was read -> its hash."""
 
-    def check(self, name: str, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> None:
+    def check(self, name: str, tokenizer: Tokenizer, context_length: int | None) -> None:
         """Raise a UserError for what can be known before the weights of model ``name`` are loaded."""
 
     def measure(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
-        progress: ProgressFunction | None = None,
+        self, model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int, progress: ProgressFunction | None = None
     ) -> Measured:
         """Measure a model on the device that it is on; ``progress`` is called with (rows done, all of them)."""
 
 
-def read_bytes(path: Path, where: str) -> bytes:
-    """The content of a file; UserError if it cannot be read."""
+def hash_of(path: Path, where: str) -> str:
+    """The hash of a file; UserError if it cannot be read."""
     try:
-        return path.read_bytes()
+        return file_hash(path)
     except OSError as error:
         raise UserError(f"{where}: {path} cannot be read ({error.strerror})") from error
 
 
-def hash_of(content: bytes) -> str:
-    """The first 16 hexadecimal digits of its SHA-256."""
-    return hashlib.sha256(content).hexdigest()[:16]
+def lines(path: Path, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, object) of every line of a JSONL file; UserError for a file that cannot be read or a line that is no object."""
+    return ((f"{where}: {place}", row) for place, row in json_lines(where, path))
 
 
-def decode(content: bytes, path: Path, where: str) -> str:
-    """Its text; UserError if it is not UTF-8."""
+def read_text(path: Path, where: str) -> str:
+    """The text of a file; UserError if it cannot be read or is not UTF-8."""
     try:
-        return content.decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")  # with the line ends that it has
+    except OSError as error:
+        raise UserError(f"{where}: {path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
-def json_lines(content: bytes, path: Path, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, object) of every line that is not empty; UserError for a line that is no JSON object."""
-    for number, line in enumerate(decode(content, path, where).split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{where}: {path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place} is not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{place} is a {type(row).__name__}; a row is one JSON object on one line")
-        yield place, row
 
 
 def text_of(row: Mapping[str, Any], column: str, place: str) -> str:
@@ -104,12 +88,8 @@ def text_of(row: Mapping[str, Any], column: str, place: str) -> str:
     return value
 
 
-def prefix_ids(tokenizer: PreTrainedTokenizerBase, prefix: Prefix, where: str) -> list[int]:
-    """The ids that stand before a text.
-
-    Raises:
-        UserError: the tokenizer has no such token.
-    """
+def prefix_ids(tokenizer: Tokenizer, prefix: Prefix, where: str) -> list[int]:
+    """The ids that stand before a text; UserError if the tokenizer has no such token."""
     if prefix == "none":
         return []
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -119,7 +99,7 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase, prefix: Prefix, where: str) -
     return [found]
 
 
-def describe_prefix(tokenizer: PreTrainedTokenizerBase, prefix: Prefix, where: str) -> str:
+def describe_prefix(tokenizer: Tokenizer, prefix: Prefix, where: str) -> str:
     """What stands before a text, in words."""
     ids = prefix_ids(tokenizer, prefix, where)
     if not ids:
@@ -132,7 +112,7 @@ def token_row(ids: Sequence[int], start: int) -> TokenRow:
     return {"input_ids": list(ids), "labels": [IGNORE_INDEX] * start + list(ids[start:])}
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """The ids of texts without special tokens."""
     return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from daekit.errors import UserError, nearest
-from daekit.evaluation.likelihood.common import Measured, hash_of, read_bytes
+from daekit.evaluation.likelihood.common import Measured, hash_of
 from daekit.progress import ProgressFunction
 from daekit.recipe.suite import LMEvalSpec
 
@@ -45,7 +46,7 @@ class LMEval:
         self.data = inputs(Path(spec.include_path).expanduser(), self.where) if spec.include_path else {}
         self.data["lm_eval"] = importlib.metadata.version("lm_eval")
 
-    def check(self, name: str, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> None:
+    def check(self, name: str, tokenizer: Tokenizer, context_length: int | None) -> None:
         """A chat template, if tasks are to use it."""
         if self.spec.apply_chat_template and tokenizer.chat_template is None:
             raise UserError(
@@ -53,11 +54,7 @@ class LMEval:
             )
 
     def measure(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
-        progress: ProgressFunction | None = None,
+        self, model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int, progress: ProgressFunction | None = None
     ) -> Measured:
         """Every metric of every task, with intervals from lm-eval's own standard errors."""
         from lm_eval import simple_evaluate
@@ -99,28 +96,24 @@ def inputs(folder: Path, where: str) -> dict[str, str]:
     """File -> hash: every file in a directory of tasks (their code and templates too), and every local file that a task file
     names (``data_files``)."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and "__pycache__" not in file.parts]
-    found = {str(file.relative_to(folder)): hash_of(read_bytes(file, where)) for file in files}
+    found = {str(file.relative_to(folder)): hash_of(file, where) for file in files}
     for file in files:
         if file.suffix not in (".yaml", ".yml"):
             continue
         try:
-            named = list(_texts(yaml.compose(read_bytes(file, where), Loader=yaml.SafeLoader)))
+            named = list(_texts(yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)))
         except yaml.YAMLError as error:
             raise UserError(f"{where}.include_path: {file} is no YAML ({error})") from error
         for text in named:
             if "\n" not in text and len(text) < _LONGEST_PATH and Path(text).is_file():
-                found[text] = hash_of(read_bytes(Path(text), where))
+                found[text] = hash_of(Path(text), where)
     return found
 
 
-def _texts(node: yaml.Node | None) -> Iterator[str]:
-    """All texts of a YAML file, whatever their tags (``!function`` names code, which is not run here)."""
+def _texts(node: Any) -> Iterator[str]:
+    """All texts of a composed YAML file, whatever their tags (``!function`` names code, which is not run here)."""
     if isinstance(node, yaml.ScalarNode):
         yield node.value
-    elif isinstance(node, yaml.SequenceNode):
-        for each in node.value:
+    elif isinstance(node, (tuple, yaml.CollectionNode)):  # a mapping holds pairs
+        for each in node if isinstance(node, tuple) else node.value:
             yield from _texts(each)
-    elif isinstance(node, yaml.MappingNode):
-        for pair in node.value:
-            for each in pair:
-                yield from _texts(each)

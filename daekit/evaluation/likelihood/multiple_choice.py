@@ -5,26 +5,18 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from daekit.errors import UserError, nearest
 from daekit.evaluation.intervals import RowValues
-from daekit.evaluation.likelihood.common import (
-    Measured,
-    TokenRow,
-    describe_prefix,
-    encode,
-    hash_of,
-    json_lines,
-    prefix_ids,
-    read_bytes,
-    require_context,
-    token_row,
-)
+from daekit.evaluation.likelihood import common
+from daekit.evaluation.likelihood.common import Measured, TokenRow
 from daekit.models.scoring import score_rows
 from daekit.models.vocabulary import vocabulary_size
 from daekit.progress import ProgressFunction
@@ -51,67 +43,59 @@ class MultipleChoice:
     def __init__(self, name: str, spec: MultipleChoiceSpec) -> None:
         self.name, self.spec, self.where = name, spec, f"benchmarks.{name}"
         path = Path(spec.path).expanduser()
-        content = read_bytes(path, self.where)
-        self.data = {path.name: hash_of(content)}
-        lines = list(json_lines(content, path, self.where))[: spec.limit]
-        self.questions = [self._question(row, place) for place, row in lines]
+        self.questions = [self._question(row, place) for place, row in islice(common.lines(path, self.where), spec.limit)]
         if not self.questions:
             raise UserError(f"{self.where}: {path} has no questions")
+        self.data = {path.name: common.hash_of(path, self.where)}
 
-    def check(self, name: str, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> None:
+    def check(self, name: str, tokenizer: Tokenizer, context_length: int | None) -> None:
         """Every question fits."""
         longest = max(len(row["input_ids"]) for row in self._rows(tokenizer)[0])
-        require_context(name, self.where, longest, context_length, "leave the longer questions out of the file")
+        common.require_context(name, self.where, longest, context_length, "leave the longer questions out of the file")
 
     def measure(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
-        progress: ProgressFunction | None = None,
+        self, model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int, progress: ProgressFunction | None = None
     ) -> Measured:
         """``accuracy``, ``accuracy_per_token`` and ``accuracy_per_byte``."""
         rows, merged = self._rows(tokenizer)
         scores = score_rows(model, rows, vocab_size=vocabulary_size(tokenizer), batch_size=batch_size, progress=progress)
-        found, start = Measured(), 0
-        right: dict[str, list[bool]] = {"accuracy": [], "accuracy_per_token": [], "accuracy_per_byte": []}
-        ties = 0
+        found, start, ties = Measured(), 0, 0
+        right: dict[str, list[float]] = {"accuracy": [], "accuracy_per_token": [], "accuracy_per_byte": []}
         for index, question in enumerate(self.questions):
             part = slice(start, start + len(question.choices))
             start += len(question.choices)
-            sizes = np.array([len(choice.strip().encode()) for choice in question.choices])
-            log_p = -scores.nll_R[part]
-            ways = {"accuracy": log_p, "accuracy_per_token": log_p / scores.tokens_R[part], "accuracy_per_byte": log_p / sizes}
-            for metric, values in ways.items():
-                right[metric].append(bool(values[question.answer] > np.delete(values, question.answer).max()))
+            log_p, sizes = -scores.nll_R[part], np.array([len(choice.strip().encode()) for choice in question.choices])
+            for metric, values in zip(right, (log_p, log_p / scores.tokens_R[part], log_p / sizes), strict=True):
+                right[metric].append(values[question.answer] > np.delete(values, question.answer).max())
             ties += int((log_p == log_p.max()).sum() > 1)
             found.items.append({"row": index, "answer": question.answer, "log_p": log_p.tolist()})
         for metric, hits in right.items():
             found.values[self.name, self.name, metric] = RowValues(np.array(hits, dtype=np.float64), np.ones(len(hits)))
-        prefix = describe_prefix(tokenizer, self.spec.prefix, self.where)
+        prefix = common.describe_prefix(tokenizer, self.spec.prefix, self.where).split(", and")[0]
         merging = (
             f"; in {merged} of them tokens merge across the boundary, and the merged token is scored too" if merged else ""
         )
         found.notes.append(
-            f"{self.name}: {len(self.questions)} questions by the likelihood of their choices{merging}; "
-            f"{prefix.split(', and')[0]}; {ties} ties for the first place, which count as wrong."
+            f"{self.name}: {len(self.questions)} questions by the likelihood of their choices{merging}; {prefix}; {ties} ties "
+            "for the first place, which count as wrong."
         )
         return found
 
-    def _rows(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenRow], int]:
+    def _rows(self, tokenizer: Tokenizer) -> tuple[list[TokenRow], int]:
         """One row per choice, scored from where the choices of a question begin to differ from its prompt; and how many
         questions that is earlier than at the end of the prompt."""
-        before = prefix_ids(tokenizer, self.spec.prefix, self.where)
-        prompts = encode(tokenizer, [question.prompt for question in self.questions])
-        wholes = encode(tokenizer, [question.prompt + choice for question in self.questions for choice in question.choices])
-        rows, merged, start = [], 0, 0
+        before = common.prefix_ids(tokenizer, self.spec.prefix, self.where)
+        prompts = common.encode(tokenizer, [question.prompt for question in self.questions])
+        texts = [question.prompt + choice for question in self.questions for choice in question.choices]
+        wholes = iter(common.encode(tokenizer, texts))
+        rows, merged = [], 0
         for question, prompt in zip(self.questions, prompts, strict=True):
-            texts = wholes[start : start + len(question.choices)]
-            start += len(question.choices)
-            shared = min(_common_prefix(prompt, ids) for ids in texts)
+            its = list(islice(wholes, len(question.choices)))
+            columns = zip(prompt, *its, strict=False)
+            shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
             merged += shared < len(prompt)
             # without a prefix nothing predicts the first token of all
-            rows += [token_row(before + ids, max(len(before) + shared, 1)) for ids in texts]
+            rows += [common.token_row(before + ids, max(len(before) + shared, 1)) for ids in its]
         return rows, merged
 
     def _question(self, row: Mapping[str, Any], place: str) -> Question:
@@ -131,17 +115,12 @@ class MultipleChoice:
 
     def _answer(self, answer: Any, choices: Sequence[str], place: str) -> int:
         """Its index; a letter counts only where it is not itself one of the choices."""
-        if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-            return answer
-        if isinstance(answer, str) and list(choices).count(answer) == 1:
+        if isinstance(answer, str) and choices.count(answer) == 1:
             return choices.index(answer)
-        if isinstance(answer, str) and len(answer) == 1 and 0 <= ord(answer.upper()) - ord("A") < len(choices):
-            return ord(answer.upper()) - ord("A")
+        index = ord(answer.upper()) - ord("A") if isinstance(answer, str) and len(answer) == 1 else answer
+        if isinstance(index, int) and not isinstance(index, bool) and 0 <= index < len(choices):
+            return index
         raise UserError(
             f"{place}: {self.spec.answer!r} is {answer!r}; it must be the index (from 0), the letter or the text of one of "
-            f"the choices"
+            "the choices"
         )
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

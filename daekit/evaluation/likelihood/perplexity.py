@@ -8,22 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from daekit.errors import UserError
 from daekit.evaluation.intervals import RowValues
-from daekit.evaluation.likelihood.common import (
-    Measured,
-    TokenRow,
-    decode,
-    describe_prefix,
-    hash_of,
-    json_lines,
-    prefix_ids,
-    read_bytes,
-    require_context,
-    text_of,
-)
+from daekit.evaluation.likelihood import common
+from daekit.evaluation.likelihood.common import Measured, TokenRow, prefix_ids
 from daekit.models.scoring import score_tokens
 from daekit.models.vocabulary import vocabulary_size
 from daekit.progress import ProgressFunction
@@ -43,23 +34,19 @@ class Perplexity:
         self.data: dict[str, str] = {}
         self.documents = {domain: self._read(domain, Path(path).expanduser()) for domain, path in spec.texts.items()}
 
-    def check(self, name: str, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> None:
+    def check(self, name: str, tokenizer: Tokenizer, context_length: int | None) -> None:
         """The window fits the model, and the tokenizer says where its tokens lie in the text."""
         prefix_ids(tokenizer, self.spec.prefix, self.where)
-        require_context(name, f"{self.where}.window", self.spec.window, context_length, "set a smaller window and stride")
+        remedy = "set a smaller window and stride"
+        common.require_context(name, f"{self.where}.window", self.spec.window, context_length, remedy)
         if not tokenizer.is_fast:
             raise UserError(
-                f"{self.where}: the tokenizer of models.{name} ({type(tokenizer).__name__}) does not say where its tokens "
-                f"lie in the "
-                "text, which the bytes of a block need; use a model with a tokenizer.json"
+                f"{self.where}: the tokenizer of models.{name} ({type(tokenizer).__name__}) does not say where its tokens lie "
+                "in the text, which the bytes of a block need; use a model with a tokenizer.json"
             )
 
     def measure(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
-        progress: ProgressFunction | None = None,
+        self, model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int, progress: ProgressFunction | None = None
     ) -> Measured:
         """``nll`` (and so ``perplexity``) per token and ``bits_per_byte``, by domain."""
         found = Measured()
@@ -67,22 +54,28 @@ class Perplexity:
             blocks, unknown = self._blocks(model, tokenizer, documents, batch_size)
             found.values[domain, self.name, "nll"] = RowValues(blocks.nll_R, blocks.tokens_R)
             found.values[domain, self.name, "bits_per_byte"] = RowValues(blocks.nll_R / math.log(2), blocks.bytes_R)
+            columns = (blocks.nll_R.tolist(), blocks.tokens_R.tolist(), blocks.bytes_R.tolist())
             found.items += [
                 {"domain": domain, "block": at, "nll": nll, "tokens": int(tokens), "bytes": int(size)}
-                for at, (nll, tokens, size) in enumerate(zip(*(blocks.lists()), strict=True))
+                for at, (nll, tokens, size) in enumerate(zip(*columns, strict=True))
             ]
             if unknown:
                 found.notes.append(
-                    f"{domain}: {unknown} tokens are {tokenizer.unk_token}: what the tokenizer cannot say costs nothing "
-                    f"more here, so its "
-                    "values are too good to be compared with another tokenizer's."
+                    f"{domain}: {unknown} tokens are {tokenizer.unk_token}: what the tokenizer cannot say costs nothing more "
+                    "here, so its values are too good to be compared with another tokenizer's."
                 )
-            found.notes.append(self._how(tokenizer, domain, documents, blocks))
+            found.notes.append(
+                f"{domain}: {len(documents)} documents, {int(blocks.bytes_R.sum()):,} bytes, {int(blocks.tokens_R.sum()):,} "
+                f"tokens; windows of {self.spec.window} tokens, {self.spec.stride} apart; "
+                f"{common.describe_prefix(tokenizer, self.spec.prefix, self.where)}; resampled in blocks of {self.spec.block} "
+                "characters."
+            )
         return found
 
     def _blocks(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], batch_size: int
+        self, model: PreTrainedModel, tokenizer: Tokenizer, documents: Sequence[str], batch_size: int
     ) -> tuple[Blocks, int]:
+        """The blocks of all documents, and how many tokens are unknown ones."""
         before = prefix_ids(tokenizer, self.spec.prefix, self.where)
         parts, unknown = [], 0
         for text in documents:
@@ -94,32 +87,22 @@ class Perplexity:
             skipped = 0 if before else len(text[: encoded["offset_mapping"][0][1]].encode())
             parts.append(blocks_of(text, self.spec.block, nll_N, starts[first:], skipped))
             unknown += 0 if tokenizer.unk_token_id is None else ids.count(tokenizer.unk_token_id)
-        return Blocks(
-            *(np.concatenate([getattr(part, key) for part in parts]) for key in ("nll_R", "tokens_R", "bytes_R"))
-        ), unknown
+        columns = ([getattr(part, key) for part in parts] for key in ("nll_R", "tokens_R", "bytes_R"))
+        return Blocks(*map(np.concatenate, columns)), unknown
 
     def _read(self, domain: str, path: Path) -> list[str]:
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         documents: list[str] = []
         for file in files:
-            content = read_bytes(file, self.where)
-            self.data[f"{domain}/{file.name}"] = hash_of(content)
             if file.suffix in (".jsonl", ".ndjson"):
-                documents += [text_of(row, self.spec.column, place) for place, row in json_lines(content, file, self.where)]
+                documents += [common.text_of(row, self.spec.column, place) for place, row in common.lines(file, self.where)]
             else:
-                documents.append(decode(content, file, self.where))
+                documents.append(common.read_text(file, self.where))
+            self.data[f"{domain}/{file.name}"] = common.hash_of(file, self.where)
         documents = documents[: self.spec.limit]
         if not documents or not all(text.strip() for text in documents):
             raise UserError(f"{self.where}.texts.{domain}: {path} has no text (a directory: no *.txt file), or an empty one")
         return documents
-
-    def _how(self, tokenizer: PreTrainedTokenizerBase, domain: str, documents: Sequence[str], blocks: Blocks) -> str:
-        return (
-            f"{domain}: {len(documents)} documents, {int(blocks.bytes_R.sum()):,} bytes, {int(blocks.tokens_R.sum()):,} "
-            f"tokens; windows of "
-            f"{self.spec.window} tokens, {self.spec.stride} apart; {describe_prefix(tokenizer, self.spec.prefix, self.where)}; "
-            f"resampled in blocks of {self.spec.block} characters."
-        )
 
 
 @dataclass(frozen=True)
@@ -129,10 +112,6 @@ class Blocks:
     nll_R: np.ndarray
     tokens_R: np.ndarray
     bytes_R: np.ndarray
-
-    def lists(self) -> tuple[list[float], list[float], list[float]]:
-        """The three as lists."""
-        return self.nll_R.tolist(), self.tokens_R.tolist(), self.bytes_R.tolist()
 
 
 def windows(ids: Sequence[int], window: int, stride: int) -> list[TokenRow]:

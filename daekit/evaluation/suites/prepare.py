@@ -7,17 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from daekit.errors import UserError
-from daekit.evaluation.answers import (
-    AnswerStore,
-    Conversation,
-    HowToAnswer,
-    alpaca_conversations,
-    mt_bench_conversations,
-    require_answerable,
-)
-from daekit.evaluation.evaluated import EvaluatedModel
-from daekit.evaluation.likelihood import Benchmark, likelihood_benchmark
-from daekit.evaluation.likelihood.rows import Rows
+from daekit.evaluation.answers import AnswerStore, HowToAnswer, require_answerable
+from daekit.evaluation.likelihood import Benchmark, Rows, likelihood_benchmark
+from daekit.evaluation.models import SuiteModel
+from daekit.evaluation.questions import Conversation, alpaca_conversations, mt_bench_conversations
 from daekit.generation import Permissions
 from daekit.generation.keys import endpoint_key
 from daekit.recipe.judge import JudgeSpec
@@ -82,15 +75,10 @@ class Questions:
         """Folder of the judge's files."""
         return self.folder / "model_judgment"
 
-    def store(self, evaluated: EvaluatedModel, write: bool = True) -> AnswerStore:
+    def store(self, model: SuiteModel, write: bool = True) -> AnswerStore:
         """The answers of a model; without ``write`` no file is made or mended."""
-        facts = {
-            "model": evaluated.identity(),
-            "how": self.how.facts(),
-            "questions": self.data,
-            "temperature": self.spec.temperature,
-        }
-        return AnswerStore(self.folder / "model_answer", evaluated.name, facts, write)
+        facts = {"how": self.how.facts(), "questions": self.data, "temperature": self.spec.temperature}
+        return AnswerStore(self.folder / "model_answer", model.name, facts | {"model": model.identity}, write)
 
 
 @dataclass(frozen=True)
@@ -99,7 +87,7 @@ class Prepared:
 
     suite: SuiteSpec
     options: Options
-    models: dict[str, EvaluatedModel]
+    models: dict[str, SuiteModel]
     benchmarks: dict[str, Benchmark]
     questions: dict[str, Questions]
 
@@ -115,7 +103,7 @@ def prepare(suite: SuiteSpec, options: Options) -> Prepared:
     Raises:
         UserError: a broken input, a model that is not there, one that does not fit a benchmark.
     """
-    models = {name: EvaluatedModel(name, spec) for name, spec in suite.models.items()}
+    models = {name: SuiteModel(name, spec) for name, spec in suite.models.items()}
     benchmarks: dict[str, Benchmark] = {}
     questions: dict[str, Questions] = {}
     for name, spec in suite.benchmarks.items():
@@ -123,15 +111,15 @@ def prepare(suite: SuiteSpec, options: Options) -> Prepared:
             questions[name] = _questions(name, spec, suite, options)
         else:
             benchmarks[name] = likelihood_benchmark(name, spec)
-    for evaluated in models.values():
-        if evaluated.spec.url is None:
-            evaluated.require_there()
+    for model in models.values():
+        if model.spec.url is None:
+            model.require_there()
         else:
-            endpoint_key(f"models.{evaluated.name}", evaluated.spec.url, evaluated.spec.api_key_env, options.allowed)
+            endpoint_key(f"models.{model.name}", model.spec.url, model.spec.api_key_env, options.allowed)
         for benchmark in benchmarks.values():
-            benchmark.check(evaluated.name, evaluated.tokenizer, evaluated.context_length)
+            benchmark.check(model.name, model.tokenizer, model.context_length)
         for each in questions.values():
-            require_answerable(evaluated, each.conversations, each.how, each.where)
+            require_answerable(model, each.conversations, each.how, each.where)
     for name, benchmark in benchmarks.items():
         if isinstance(benchmark, Rows) and benchmark.spec.overlong == "drop":
             _require_same_rows(name, benchmark, list(models.values()))
@@ -141,7 +129,7 @@ def prepare(suite: SuiteSpec, options: Options) -> Prepared:
     return Prepared(suite, options, models, benchmarks, questions)
 
 
-def _require_same_rows(name: str, benchmark: Rows, models: list[EvaluatedModel]) -> None:
+def _require_same_rows(name: str, benchmark: Rows, models: list[SuiteModel]) -> None:
     """Models are compared row by row, and a row may be overlong for one tokenizer only."""
     first, *others = models
     left_out = benchmark.rows(first.tokenizer).left_out

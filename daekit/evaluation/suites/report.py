@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,7 @@ from typing import Any
 import torch
 
 from daekit.evaluation.compare import compare, select_samples
-from daekit.evaluation.likelihood.common import hash_of
-from daekit.evaluation.likelihood.rows import Rows
+from daekit.evaluation.likelihood import Rows
 from daekit.evaluation.suites.prepare import Prepared, Questions
 from daekit.evaluation.suites.results import Results
 from daekit.generation.local import device
@@ -55,7 +55,7 @@ def manifest(prepared: Prepared, results: Results) -> str:
     """Versions, machine, models, data, settings, seeds and judges, as JSON. No credentials are in it."""
     text = suite_to_yaml(prepared.suite)
     facts = {
-        "suite": {"name": prepared.suite.name, "hash": hash_of(text.encode()), "yaml": text},
+        "suite": {"name": prepared.suite.name, "hash": hashlib.sha256(text.encode()).hexdigest()[:16], "yaml": text},
         "options": prepared.options.facts(),
         "versions": versions(),
         "commit": commit(),
@@ -86,11 +86,11 @@ def _notes(prepared: Prepared, results: Results) -> list[str]:
         everyone = len(results.evaluations)
         notes += [note if len(models) == everyone else f"{', '.join(models)}: {note}" for note, models in said.items()]
     for questions in prepared.questions.values():
-        for evaluated in prepared.models.values():
-            if cut := questions.store(evaluated, write=False).cut():
+        for model in prepared.models.values():
+            if cut := questions.store(model, write=False).cut():
                 turns = sum(len(each.turns) for each in questions.conversations)
                 notes.append(
-                    f"{questions.name}: {cut} of {turns} answers of {evaluated.name} were cut at max_new_tokens = "
+                    f"{questions.name}: {cut} of {turns} answers of {model.name} were cut at max_new_tokens = "
                     f"{questions.how.max_new_tokens}, or where the model's context ends."
                 )
     return notes + [note for judged in results.judged.values() for note in judged.notes]
@@ -101,32 +101,23 @@ def _compared(prepared: Prepared, results: Results) -> tuple[list[Row], list[str
     suite = prepared.suite
     tokenizers = {name: facts.get("tokenizer") for name, facts in results.identities.items() if facts["kind"] == "model"}
     notes = []
-    if len(set(tokenizers.values())) > 1 and any(row in _PER_TOKEN for row in _metrics(results)):
+    metrics = {metric for evaluation in results.evaluations.values() for _, _, metric in evaluation.values}
+    if len(set(tokenizers.values())) > 1 and metrics.intersection(_PER_TOKEN):
         notes.append(
-            "The models do not share a tokenizer (or its chat template): their NLL, perplexity and token accuracy are of "
-            "other tokens "
-            "and cannot be compared; bits per byte can."
+            "The models do not share a tokenizer (or its chat template): their NLL, perplexity and token accuracy are of other "
+            "tokens and cannot be compared; bits per byte can."
         )
     measured = [evaluation for evaluation in results.evaluations.values() if evaluation.values]
     if suite.baseline not in [evaluation.model for evaluation in measured]:
         return [], notes
     rows = compare(measured, suite.baseline, reference_domains=suite.reference_domains, rounds=suite.bootstrap)
-    base = tokenizers[suite.baseline]
-    kept = [
-        row
-        for row in rows
-        if tokenizers[row.model] == base or not row.metric.startswith(tuple(f"{metric}_" for metric in _PER_TOKEN))
-    ]
-    return kept, notes
-
-
-def _metrics(results: Results) -> set[str]:
-    return {metric for evaluation in results.evaluations.values() for _, _, metric in evaluation.values}
+    base, per_token = tokenizers[suite.baseline], tuple(f"{metric}_" for metric in _PER_TOKEN)
+    return [row for row in rows if tokenizers[row.model] == base or not row.metric.startswith(per_token)], notes
 
 
 def _row_samples(prepared: Prepared, results: Results) -> list[Sample]:
     """Answers to rows, side by side."""
-    local = [evaluated for evaluated in prepared.models.values() if not evaluated.is_endpoint]
+    local = [model for model in prepared.models.values() if not model.is_endpoint]
     rows = {name: benchmark for name, benchmark in prepared.benchmarks.items() if isinstance(benchmark, Rows)}
     sets = {name: benchmark.rows(local[0].tokenizer) for name, benchmark in rows.items()}
     return select_samples(list(results.evaluations.values()), sets)
@@ -138,7 +129,7 @@ def _answer_samples(prepared: Prepared, questions: Questions, results: Results) 
     ordered = [*sorted(firsts, key=lambda each: each.id), *questions.conversations]
     chosen = {each.id: each for each in ordered}
     judged = results.judged.get(questions.name)
-    stores = {name: questions.store(evaluated, write=False) for name, evaluated in prepared.models.items()}
+    stores = {name: questions.store(model, write=False) for name, model in prepared.models.items()}
     samples = []
     for conversation in list(chosen.values())[:_SHOWN_QUESTIONS]:
         for name, store in stores.items():
@@ -146,20 +137,8 @@ def _answer_samples(prepared: Prepared, questions: Questions, results: Results) 
             if record is None:
                 continue
             marks = _marks([] if judged is None else judged.verdicts, name, conversation.id)
-            samples.append(
-                Sample(
-                    model=name,
-                    domain=questions.name,
-                    row=conversation.id,
-                    prompt=_turns(conversation.turns),
-                    reference="",
-                    answer=None,
-                    generated=_turns(record["choices"][0]["turns"]),
-                    exact_match=None,
-                    answer_match=None,
-                    mark=marks,
-                )
-            )
+            prompt, said = _turns(conversation.turns), _turns(record["choices"][0]["turns"])
+            samples.append(Sample(name, questions.name, conversation.id, prompt, "", None, said, None, None, marks))
     return samples
 
 

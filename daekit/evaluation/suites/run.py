@@ -10,19 +10,13 @@ from typing import Any
 import yaml
 
 from daekit.errors import UserError
-from daekit.evaluation.answers import answer_all, answer_by_client, endpoint_of, open_conversations
+from daekit.evaluation.answers import answer_all, answer_by_client, endpoint_of
 from daekit.evaluation.evaluate import ModelEvaluation
-from daekit.evaluation.evaluated import EvaluatedModel
-from daekit.evaluation.judging import (
-    estimate_alpaca_eval,
-    estimate_mt_bench,
-    judge_alpaca_eval,
-    judge_mt_bench,
-)
-from daekit.evaluation.suites.keep import load_measured, save_measured
+from daekit.evaluation.judging import estimate_alpaca_eval, estimate_mt_bench, judge_alpaca_eval, judge_mt_bench
+from daekit.evaluation.models import SuiteModel
 from daekit.evaluation.suites.prepare import Options, Prepared, Questions, prepare
 from daekit.evaluation.suites.report import manifest, suite_report
-from daekit.evaluation.suites.results import Results
+from daekit.evaluation.suites.results import Results, load_measured, save_measured
 from daekit.files import write_whole
 from daekit.generation import ChatClient, Estimate
 from daekit.progress import Progress, ProgressFunction
@@ -54,14 +48,14 @@ def run_suite(suite: SuiteSpec, options: Options = Options()) -> Report | None: 
         _estimate(prepared, questions)  # a judge that cannot be asked is found out before hours of answers
     _claim(prepared)
     results = Results()
-    for evaluated in prepared.models.values():
-        results.identities[evaluated.name] = evaluated.identity()
-        results.evaluations[evaluated.name] = ModelEvaluation(evaluated.name)
-        _measure(prepared, evaluated, results)
-        _answer(prepared, evaluated, results)
-        if (weights := evaluated.weights_fingerprint()) is not None:
-            results.identities[evaluated.name]["weights"] = weights
-        evaluated.free()
+    for name, model in prepared.models.items():
+        results.identities[name] = dict(model.identity)
+        results.evaluations[name] = ModelEvaluation(name)
+        _measure(prepared, model, results)
+        _answer(prepared, model, results)
+        if (weights := model.weights_fingerprint()) is not None:
+            results.identities[name]["weights"] = weights
+        model.free()
     for questions in prepared.questions.values():
         _judge(prepared, questions, results)
     report = suite_report(prepared, results)
@@ -73,54 +67,46 @@ def run_suite(suite: SuiteSpec, options: Options = Options()) -> Report | None: 
     return report
 
 
-def _measure(prepared: Prepared, evaluated: EvaluatedModel, results: Results) -> None:
+def _measure(prepared: Prepared, model: SuiteModel, results: Results) -> None:
     """All likelihood benchmarks of one model."""
-    evaluation = results.evaluations[evaluated.name]
+    batch_size = prepared.suite.batch_size
     for name, benchmark in prepared.benchmarks.items():
-        path = prepared.folder / name / "results" / f"{evaluated.name}.json"
+        path = prepared.folder / name / "results" / f"{model.name}.json"
         key = {
             "benchmark": prepared.suite.benchmarks[name].model_dump(mode="json"),
             "data": benchmark.data,
-            "model": results.identities[evaluated.name],
-            "batch_size": prepared.suite.batch_size,
+            "model": results.identities[model.name],
+            "batch_size": batch_size,
             "versions": versions(("daekit", "torch", "transformers")),
         }
         measured = load_measured(path, key)
         if measured is not None:
-            print(f"[{evaluated.name}] {name}: measured before, kept", flush=True)
+            print(f"[{model.name}] {name}: measured before, kept", flush=True)
         else:
-            start = time.perf_counter()
-            progress = Progress(f"[{evaluated.name}] {name}", "rows")
-            measured = benchmark.measure(evaluated.model(), evaluated.tokenizer, prepared.suite.batch_size, progress)
+            start, progress = time.perf_counter(), Progress(f"[{model.name}] {name}", "rows")
+            measured = benchmark.measure(model.model(), model.tokenizer, batch_size, progress)
             progress.close()
             save_measured(path, key, measured)
-            print(f"[{evaluated.name}] {name}: measured in {time.perf_counter() - start:.1f} s", flush=True)
-        evaluation.values.update(measured.values)
-        evaluation.generated.update(measured.generated)
-        results.measured[evaluated.name, name] = measured
+            print(f"[{model.name}] {name}: measured in {time.perf_counter() - start:.1f} s", flush=True)
+        results.evaluations[model.name].values.update(measured.values)
+        results.evaluations[model.name].generated.update(measured.generated)
+        results.measured[model.name, name] = measured
 
 
-def _answer(prepared: Prepared, evaluated: EvaluatedModel, results: Results) -> None:
+def _answer(prepared: Prepared, model: SuiteModel, results: Results) -> None:
     """All questions, to one model."""
     for questions in prepared.questions.values():
-        store, how = questions.store(evaluated), questions.how
-        missing = open_conversations(questions.conversations, store)
-        progress = Progress(f"[{evaluated.name}] {questions.name}", "answers")
-        if evaluated.is_endpoint and missing:
-            spec = endpoint_of(evaluated, how, prepared.options.max_calls)
-            folder = questions.folder / "calls" / evaluated.name
-            with _client(prepared, results, spec, folder, f"models.{evaluated.name}", progress) as client:
-                answer_by_client(client, missing, how, store, questions.where)
+        store, how, where = questions.store(model), questions.how, questions.where
+        missing = store.missing(questions.conversations)
+        progress = Progress(f"[{model.name}] {questions.name}", "answers")
+        if model.is_endpoint and missing:
+            spec = endpoint_of(model, how, prepared.options.max_calls)
+            folder = questions.folder / "calls" / model.name
+            with _client(prepared, results, spec, folder, f"models.{model.name}", progress) as client:
+                answer_by_client(client, missing, how, store, where)
         elif missing:
-            answer_all(
-                evaluated,
-                questions.conversations,
-                how,
-                store,
-                batch_size=prepared.suite.batch_size,
-                where=questions.where,
-                progress=progress,
-            )
+            size = prepared.suite.batch_size
+            answer_all(model, questions.conversations, how, store, batch_size=size, where=where, progress=progress)
         progress.close()
 
 
@@ -140,32 +126,25 @@ def _judge(prepared: Prepared, questions: Questions, results: Results) -> None:
         results.notes.append(f"{questions.name}: answered, but not judged: the suite names no judge.")
         return
     spec, answers = questions.spec, _answers(prepared, questions, write=True)
-    common: dict[str, Any] = {
-        "allow_missing": prepared.options.allow_missing,
-        "limit": spec.limit,
-        "bootstrap": prepared.suite.bootstrap,
-    }
-    path = Path(spec.path).expanduser()
+    how: dict[str, Any] = {"allow_missing": prepared.options.allow_missing, "bootstrap": prepared.suite.bootstrap}
+    how["limit"] = spec.limit
+    path, folder = Path(spec.path).expanduser(), questions.judgments
     progress = Progress(f"[judge] {questions.name}", "judgments")
-    with _client(prepared, results, questions.judge, questions.judgments, "judge", progress) as client:
+    with _client(prepared, results, questions.judge, folder, "judge", progress) as client:
         if isinstance(spec, MTBenchSpec):
-            results.judged[questions.name] = judge_mt_bench(
-                client, path, answers, questions.judgments, mode=spec.mode, baseline=spec.baseline, **common
-            )
+            judged = judge_mt_bench(client, path, answers, folder, mode=spec.mode, baseline=spec.baseline, **how)
         else:
-            outputs = _outputs(questions, answers)
-            results.judged[questions.name] = judge_alpaca_eval(
-                client, spec.annotator, path, outputs, questions.judgments, **common
-            )
+            judged = judge_alpaca_eval(client, spec.annotator, path, _outputs(questions, answers), folder, **how)
+    results.judged[questions.name] = judged
     progress.close()
 
 
 def _answers(prepared: Prepared, questions: Questions, write: bool) -> dict[str, list[dict[str, Any]]]:
     """Model -> its records, in the order of the questions; those of models whose answers are all there."""
     found = {}
-    for name, evaluated in prepared.models.items():
-        store = questions.store(evaluated, write)
-        if not open_conversations(questions.conversations, store):
+    for name, model in prepared.models.items():
+        store = questions.store(model, write)
+        if not store.missing(questions.conversations):
             found[name] = [store.records[each.id] for each in questions.conversations]
     return found
 
@@ -183,12 +162,12 @@ def _outputs(questions: Questions, answers: Mapping[str, list[dict[str, Any]]]) 
 
 
 def _say_what_would_be_done(prepared: Prepared) -> None:
-    for name, evaluated in prepared.models.items():
-        print(f"{name}: {evaluated.spec.url or evaluated.spec.path}")
+    for name, model in prepared.models.items():
+        print(f"{name}: {model.spec.url or model.spec.path}")
         for benchmark in prepared.benchmarks:
             print(f"  {benchmark}: {type(prepared.suite.benchmarks[benchmark]).__name__.removesuffix('Spec')}")
         for questions in prepared.questions.values():
-            missing = open_conversations(questions.conversations, questions.store(evaluated, write=False))
+            missing = questions.store(model, write=False).missing(questions.conversations)
             print(f"  {questions.name}: {len(missing)} of {len(questions.conversations)} questions to answer")
     for questions in prepared.questions.values():
         estimate = _estimate(prepared, questions)
@@ -200,22 +179,13 @@ def _estimate(prepared: Prepared, questions: Questions) -> Estimate | None:
         return None
     spec, path, models = questions.spec, Path(questions.spec.path).expanduser(), list(prepared.models)
     there = _answers(prepared, questions, write=False)
-    whole = len(there) == len(models)
+    answers = there if len(there) == len(models) else None
+    judge, folder = questions.judge, questions.judgments
     if isinstance(spec, MTBenchSpec):
-        return estimate_mt_bench(
-            questions.judge,
-            path,
-            models,
-            questions.judgments,
-            answers=there if whole else None,
-            mode=spec.mode,
-            baseline=spec.baseline,
-            limit=spec.limit,
-        )
-    outputs = _outputs(questions, there) if whole else None
-    return estimate_alpaca_eval(
-        questions.judge, spec.annotator, path, models, questions.judgments, outputs=outputs, limit=spec.limit
-    )
+        how: dict[str, Any] = {"mode": spec.mode, "baseline": spec.baseline, "limit": spec.limit}
+        return estimate_mt_bench(judge, path, models, folder, answers=answers, **how)
+    outputs = None if answers is None else _outputs(questions, answers)
+    return estimate_alpaca_eval(judge, spec.annotator, path, models, folder, outputs=outputs, limit=spec.limit)
 
 
 def _require_own_folder(prepared: Prepared) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.protocol import IGNORE_INDEX, Batch, Teacher, TeacherOutput
 from daekit.teachers.cache.rows import CacheRow
-from daekit.teachers.ensemble import EnsembleTeacher
-from daekit.teachers.routed import RoutedTeacher
+from daekit.teachers.parts import leaves
 
 PAD_TO = 64  # tokens; with other lengths a CPU's attention adds up the last columns in another order (see docs/caches.md)
 
@@ -47,16 +45,15 @@ class AskedTeacher:
         """The teacher's output for rows, in the order of their loss positions, and the tokens that these predict.
 
         Raises:
-            UserError: sparse or several outputs, or another order.
+            UserError: several outputs, or another order.
         """
         batch = padded_batch(rows, max(map(self.padded, rows)), self.device)
         with torch.no_grad():
             outputs = self.teacher.outputs(batch)
         positions = batch.labels_N.numel()
-        if len(outputs) != 1 or outputs[0].positions_M.numel() != positions or not outputs[0].members:
+        if len(outputs) != 1 or outputs[0].positions_M.numel() != positions:
             raise UserError(
-                f"{type(self.teacher).__name__}: gives sparse distributions, or several outputs for rows of one domain, and "
-                "only one output with hidden states can be kept"
+                f"{type(self.teacher).__name__}: gives several outputs for rows of one domain, and only one can be kept"
             )
         order = torch.arange(positions, device=outputs[0].positions_M.device)
         if not torch.equal(outputs[0].positions_M, order):
@@ -66,16 +63,13 @@ class AskedTeacher:
 
 def require_one_teacher(teacher: Teacher) -> None:
     """Refuse teachers that are not asked about rows alone; UserError."""
-    parts = teacher.members if isinstance(teacher, EnsembleTeacher) else [teacher]
-    for part in parts:
-        if isinstance(part, EnsembleTeacher):
-            require_one_teacher(part)
-        elif isinstance(part, RoutedTeacher):
+    for part, domains in leaves(teacher).items():
+        if domains is not None:
             raise UserError(
                 "a routed teacher says other things about a row for another domain, and a cache knows rows by their tokens "
                 "alone. Write a cache of each of its teachers, and route those: RoutedTeacher({domain: CachedTeacher(...)})."
             )
-        elif not isinstance(part, Teacher):
+        if not isinstance(part, Teacher):
             raise UserError(f"{part}: is not a loaded teacher; give an AdapterTeacher or a ModelTeacher")
 
 
@@ -113,11 +107,8 @@ def head_tensors(output: TeacherOutput) -> dict[str, Tensor]:
     return tensors
 
 
-def _longest(teacher: Any) -> int:
+def _longest(teacher: Teacher) -> int:
     """The most positions that the models of a teacher have."""
-    if isinstance(teacher, EnsembleTeacher):
-        return min(_longest(member) for member in teacher.members)
-    if not hasattr(teacher, "model"):
-        return sys.maxsize
-    limit = getattr(base_of(teacher.model).config.get_text_config(), "max_position_embeddings", None)
-    return sys.maxsize if limit is None else int(limit)
+    models = [each.model for each in leaves(teacher) if hasattr(each, "model") and hasattr(each.model, "config")]
+    limits = [getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None) for model in models]
+    return min((limit for limit in limits if limit is not None), default=sys.maxsize)

@@ -110,6 +110,12 @@ class CachedTeacher:
         """The facts that decide the values: teacher, what is kept of it, temperature, precision, tokenizer."""
         return {"kind": "cache"} | {key: value for key, value in self.facts.items() if key != "source"}
 
+    def require_served(self, objective: Objective, tokenizer: PreTrainedTokenizerBase, rows: Iterable[CacheRow]) -> None:
+        """See ``DemandingTeacher``."""
+        self.require_objective(objective)
+        self.require_tokenizer(tokenizer)
+        self.require_rows(rows)
+
     def require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Compare a tokenizer with that of the cache, by content."""
         require_facts(self.store.directory, self.facts, {"tokenizer": tokenizer_facts(tokenizer)})
@@ -120,6 +126,11 @@ class CachedTeacher:
         Raises:
             UserError: another temperature, a divergence that drawn tokens do not give, features of layers.
         """
+        if objective.on_policy:
+            raise UserError(
+                f"on_policy={objective.on_policy:g}: a cache holds what its teacher said of the rows it was made of, and the "
+                "student is yet to write these. Give the teacher itself, or set on_policy to 0"
+            )
         if objective.attention_weight or objective.hidden_weight:
             raise _no_features()
         kept, directory = self.facts["keep"], self.store.directory

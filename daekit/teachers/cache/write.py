@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from daekit.errors import UserError
 from daekit.files import file_hash
 from daekit.models.vocabulary import tokenizer_facts
-from daekit.protocol import Teacher
+from daekit.protocol import Teacher, TopK
 from daekit.teachers.cache.asking import AskedTeacher, autocast_dtype, head_tensors, require_one_teacher
 from daekit.teachers.cache.rows import KEY_BYTES, CacheRow, rows_of_examples
 from daekit.teachers.cache.store import (
@@ -116,6 +116,8 @@ class _Writer:
         """Ask the teacher about one row, compare or write the facts and the heads."""
         output, _ = self.asked.ask([row])
         members = output.members
+        if output.top_k is not None:
+            self._require_sparse(output.top_k)
         facts = self.form.facts() | {
             "format": FORMAT,
             "teacher": self.asked.identity,
@@ -123,7 +125,7 @@ class _Writer:
             "source": None if source is None else dict(source),
             "autocast": autocast_dtype(self.asked.device),
             "dtype": [str(member.hidden_MH.dtype).removeprefix("torch.") for member in members],
-            "vocab_size": members[0].head.vocab_size,
+            "vocab_size": members[0].head.vocab_size if members else self.asked.teacher.vocab_size,  # type: ignore[attr-defined]
         }
         self.token_bytes = self.form.token_bytes([m.hidden_MH.shape[1] * m.hidden_MH.element_size() for m in members])
         heads = b""
@@ -143,6 +145,18 @@ class _Writer:
                 write_file(self.directory / HEADS, heads)
             self.heads_hash = file_hash(self.directory / HEADS) if heads else None
         return read_json(self.directory / FACTS)
+
+    def _require_sparse(self, top_k: TopK) -> None:
+        """Refuse what a teacher that names K tokens does not give; UserError."""
+        form, vocab_size = self.form, getattr(self.asked.teacher, "vocab_size", None)
+        k = top_k.ids_MK.shape[1]
+        if form.keep != "top_k" or vocab_size is None or min(form.k, vocab_size) != k or form.temperature != top_k.temperature:
+            raise UserError(
+                f"{type(self.asked.teacher).__name__}: gives sparse distributions: {k} tokens at temperature "
+                f"{top_k.temperature}; keep: {form.keep} with k={form.k} at temperature {form.temperature} was asked for. Use keep: top_k with these"
+            )
+        if form.forced_ids:
+            raise UserError("forced_ids: a server names its most likely tokens and the label; leave them out")
 
     def write(
         self, rows: list[CacheRow], facts: dict[str, Any], shard_bytes: int, rank: int, world: int, progress: Progress | None

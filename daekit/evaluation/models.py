@@ -1,10 +1,11 @@
-"""The models under evaluation: what is known of one before its weights are loaded, and the loading."""
+"""The models of a suite: what is known of one before its weights are loaded, and the loading."""
 
 from __future__ import annotations
 
 import gc
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from daekit.recipe.suite import SubjectSpec
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
-class EvaluatedModel:
-    """One model to measure. Tokenizer, config and weights are loaded when they are first asked for.
+class SuiteModel:
+    """One model of a suite. Tokenizer, config and weights are loaded when they are first asked for.
 
     Args:
         name: in the report.
@@ -73,11 +74,7 @@ class EvaluatedModel:
     @property
     def context_length(self) -> int | None:
         """The longest sequence that the model is made for, in tokens; None if its config does not say."""
-        for key in ("max_position_embeddings", "n_positions"):
-            value = getattr(self.config, key, None)
-            if isinstance(value, int):
-                return value
-        return None
+        return getattr(self.config, "max_position_embeddings", None)
 
     def model(self) -> PreTrainedModel:
         """The model, with its adapter merged, on the accelerator if there is one."""
@@ -95,12 +92,9 @@ class EvaluatedModel:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def identity(self) -> dict[str, Any]:
-        """What a score depends on: where the model is, which weights, which tokenizer and template. Loads no weights."""
-        return dict(self._identity)
-
     @cached_property
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> Mapping[str, Any]:
+        """What a score depends on: where the model is, which weights, which tokenizer and template. Loads no weights."""
         if self.is_endpoint:
             return {"kind": "endpoint", "url": self.spec.url, "model": self.spec.served_model}
         told = {key: value for key, value in vars(self.spec).items() if value is not None and key != "api_key_env"}
@@ -119,14 +113,8 @@ class EvaluatedModel:
         return None if self._model is None else fingerprint(self._model)
 
     def _spec_of(self, path: str, revision: str | None) -> ModelSpec:
-        return ModelSpec(
-            path=path,
-            revision=revision,
-            dtype=self.spec.dtype,
-            attn_implementation=self.spec.attn_implementation,
-            trust_remote_code=self._is_trusted(path),
-            quantization=self.spec.quantization,
-        )
+        same = {key: getattr(self.spec, key) for key in ("dtype", "attn_implementation", "quantization")}
+        return ModelSpec(path=path, revision=revision, trust_remote_code=self._is_trusted(path), **same)
 
     def _is_trusted(self, path: str) -> bool:
         """Whether code of a path may run: trust is given to the path in the suite, and not to a base that an adapter names."""

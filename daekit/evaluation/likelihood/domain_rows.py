@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from daekit.data.fingerprint import fingerprint
 from daekit.data.sources import load_rows
 from daekit.errors import UserError
 from daekit.evaluation.evaluate import evaluate_model
-from daekit.evaluation.evaluated import file_fingerprint
 from daekit.evaluation.likelihood.common import Measured
+from daekit.evaluation.models import file_fingerprint
 from daekit.evaluation.sets import EvaluationSet, tokenize_rows
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.vocabulary import require_same
@@ -30,22 +31,15 @@ class Rows:
     def __init__(self, name: str, spec: RowsSpec) -> None:
         self.name, self.spec, self.where = name, spec, f"benchmarks.{name}"
         self.domain = spec.domain or name
-        source = SourceSpec(
-            domain=self.domain,
-            path=spec.path,
-            split=spec.split,
-            name=spec.name,
-            revision=spec.revision,
-            columns=spec.columns,
-            chat=spec.chat,
-        )
+        same = ("path", "split", "name", "revision", "columns", "chat")
+        source = SourceSpec(domain=self.domain, **{key: getattr(spec, key) for key in same})
         self.dataset = load_rows(self.where, source, spec.limit)
         self.data = {Path(spec.path).name: fingerprint(self.dataset)}
         if spec.reference is not None and spec.reference.path is not None:
             for file, digest in (file_fingerprint(Path(spec.reference.path).expanduser()) or {}).items():
                 self.data[f"reference/{file}"] = digest  # it may be trained again under the same name
 
-    def check(self, name: str, tokenizer: PreTrainedTokenizerBase, context_length: int | None) -> None:
+    def check(self, name: str, tokenizer: Tokenizer, context_length: int | None) -> None:
         """The rows can be tokenised and fit; the reference has the model's tokenizer."""
         rows = self.rows(tokenizer).rows
         longest = max(len(row.input_ids) for row in rows)
@@ -61,11 +55,7 @@ class Rows:
             require_same(tokenizer, load_tokenizer_of(self.spec.reference), f"{self.where}.reference")
 
     def measure(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
-        progress: ProgressFunction | None = None,
+        self, model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int, progress: ProgressFunction | None = None
     ) -> Measured:
         """What ``evaluate_model`` measures; KL is named after the reference."""
         rows = self.rows(tokenizer)
@@ -82,7 +72,7 @@ class Rows:
         found.items = [{"row": at, "generated": text} for at, text in enumerate(result.generated.get(self.name, []))]
         return found
 
-    def rows(self, tokenizer: PreTrainedTokenizerBase) -> EvaluationSet:
+    def rows(self, tokenizer: Tokenizer) -> EvaluationSet:
         """The rows as a tokenizer cuts them."""
         spec = self.spec
         return tokenize_rows(

@@ -1,7 +1,11 @@
-"""FastChat's records -> report rows, with the numbers that ``show_result`` prints."""
+"""What a judge's text says, read strictly, and FastChat's records as report rows, with the numbers that ``show_result`` prints.
+
+FastChat's own reading is FastChat's own code.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,11 +13,43 @@ import numpy as np
 
 from daekit.evaluation.evaluate import SEED
 from daekit.evaluation.intervals import RowValues, interval
-from daekit.evaluation.judging.verdicts import is_rated
-from daekit.report.rows import Row
+from daekit.report.contents import Row
 
 Record = Mapping[str, Any]
 _NAME = "mt_bench"
+_RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
+_WINNER = re.compile(r"\[\[([ABC])\]\]")
+LOWEST, HIGHEST = 1, 10
+NO_RATING = -1  # FastChat's score of a reply in which it finds none
+
+
+def strict_rating(text: str) -> float | None:
+    """The last ``[[rating]]`` within 1 and 10: what stands before it may be a quotation of the answer."""
+    within = [rating for rating in map(float, _RATING.findall(text)) if LOWEST <= rating <= HIGHEST]
+    return within[-1] if within else None
+
+
+def strict_winner(text: str) -> str:
+    """``A``, ``B`` or ``tie`` by the last verdict, or ``error`` where there is none, as FastChat calls them."""
+    verdicts = _WINNER.findall(text)
+    return {"A": "A", "B": "B", "C": "tie"}[verdicts[-1]] if verdicts else "error"
+
+
+def strictly(record: Record) -> dict[str, Any]:
+    """The entries of FastChat's record that depend on how the judge's text is read."""
+    if "judgment" in record:
+        rating = strict_rating(record["judgment"])
+        return {"score": NO_RATING if rating is None else rating}
+    seats = ({"A": "model_1", "B": "model_2"}, {"A": "model_2", "B": "model_1"})
+    winners = [strict_winner(record[f"g{order}_judgment"]) for order in (1, 2)]
+    return {f"g{at}_winner": seat.get(winner, winner) for at, seat, winner in zip((1, 2), seats, winners, strict=True)}
+
+
+def is_rated(record: Record) -> bool:
+    """Whether the judge's text held a rating, or a verdict in both orders."""
+    if "score" in record:
+        return record["score"] != NO_RATING
+    return "error" not in (record["g1_winner"], record["g2_winner"])
 
 
 def single_rows(model: str, records: Sequence[Record], questions: Sequence[Record], rounds: int) -> list[Row]:

@@ -1,0 +1,56 @@
+"""Where a run writes, and whether there is room for what it will write."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from daekit.errors import UserError
+from daekit.trainers import DomainSFTConfig
+
+_ADAM_STATES = 2  # values per trained value that the usual optimizers keep
+
+
+def require_writable(root: Path) -> None:
+    """Whether a directory can be made, and files in it, without making it."""
+    try:
+        if root.exists() and not root.is_dir():
+            raise UserError(f"{root} is a file; name a directory")
+        nearest = next(path for path in (root, *root.absolute().parents) if path.exists())
+    except OSError as error:
+        raise UserError(f"{str(root)[:200]} cannot be used ({error.strerror}); choose another") from error
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{root} cannot be made: {nearest} is no directory that may be written to; choose another")
+
+
+def require_space(root: Path, name: str, arguments: DomainSFTConfig, rows: int, student: PreTrainedModel) -> None:
+    """Room for the result and one checkpoint, without which the stage is sure to fail, and a word where all do not fit."""
+    nearest = next(path for path in (root, *root.absolute().parents) if path.exists())
+    free = shutil.disk_usage(nearest).free
+    adapter = hasattr(student, "peft_config")
+    trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
+    whole = trained if adapter else sum(p.numel() * p.element_size() for p in student.parameters())
+    states = _ADAM_STATES if arguments.optim.startswith("adamw_torch") else 0  # others keep less: not sure to fail
+    checkpoint = whole + states * trained if checkpoints_of(arguments, rows) else 0
+    if whole + checkpoint > free:
+        raise UserError(
+            f"{root} has {free / 1e9:.1f} GB free, but stage {name!r} writes a model of {whole / 1e9:.1f} GB and "
+            f"checkpoints of {checkpoint / 1e9:.1f} GB; free some space, or choose another directory"
+        )
+
+
+def checkpoints_of(arguments: DomainSFTConfig, rows: int) -> list[int]:
+    """The steps whose checkpoints lie on the disk at the end of a stage that saves by steps."""
+    if arguments.save_strategy == "no":
+        return []
+    steps = arguments.max_steps
+    if steps <= 0:
+        batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        steps = math.ceil(rows / batch * arguments.num_train_epochs)
+    every = int(arguments.save_steps if arguments.save_steps >= 1 else max(1, math.ceil(arguments.save_steps * steps)))
+    saved = sorted({*range(every, steps + 1, every), steps})
+    return saved[-(arguments.save_total_limit or len(saved)) :]

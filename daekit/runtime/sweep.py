@@ -1,0 +1,239 @@
+"""A sweep: one recipe run with every combination of some settings, sharing what is common, then compared in one report."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from scipy import stats
+
+from daekit.errors import UserError, listed
+from daekit.generation import Permissions
+from daekit.recipe import load_recipe, stage_key
+from daekit.recipe.schema import Recipe
+from daekit.report import Report, Row, format_table, write_report
+from daekit.report.provenance import commit, versions
+from daekit.runtime.folders import RunFolder
+from daekit.runtime.kept import ahead
+from daekit.runtime.prepare import prepare
+from daekit.runtime.run import run_recipe
+from daekit.runtime.signals import GRACE
+
+SEPARATOR = " · "  # between a model and its settings in the comparison
+_SHARED = ("caches", "students", "generated")  # folders of a run whose entries are named by their content
+_ALL = 0.975  # quantile of a 95 % interval
+
+
+@dataclass(frozen=True)
+class SweptRun:
+    """One combination of the settings.
+
+    Attributes:
+        settings: Key of an override -> its value here, of the keys that have several.
+        recipe: The recipe with them, which writes into a folder of its own.
+    """
+
+    settings: Mapping[str, str]
+    recipe: Recipe
+
+    @property
+    def knobs(self) -> dict[str, str]:
+        """The settings without seeds, over which means are taken."""
+        return {key: value for key, value in self.settings.items() if not _is_seed(key)}
+
+
+def swept_runs(path: str, overrides: Sequence[str]) -> tuple[Path, list[SweptRun]]:
+    """(directory of the sweep, its runs) of a recipe and overrides of which some have several values: ``key=1e-5,3e-5``.
+
+    Raises:
+        UserError: no override has several values; a value twice; a recipe that is wrong with some of them.
+    """
+    choices = [(override.partition("=")[0], _values(override.partition("=")[2])) for override in overrides]
+    several = [key for key, values in choices if len(values) > 1]
+    if not several:
+        raise UserError(
+            "daekit sweep: no key has several values; write them with commas: stages.dae.trainer.learning_rate=1e-5,3e-5"
+        )
+    for key, values in choices:
+        if len(set(values)) < len(values):
+            raise UserError(f"daekit sweep: {key} has a value twice ({listed(values)})")
+    root, runs = Path(), []
+    for combination in itertools.product(*(values for _, values in choices)):
+        chosen = [(key, value) for (key, _), value in zip(choices, combination, strict=True)]
+        recipe = load_recipe(path, [f"{key}={value}" for key, value in chosen])
+        settings = {key: value for key, value in chosen if key in several}
+        root, name = Path(recipe.output_dir), re.sub(r"[^\w.+-]+", "_", _label(settings))
+        runs.append(SweptRun(settings, recipe.model_copy(update={"output_dir": str(root / "runs" / name)})))
+    folders = [run.recipe.output_dir for run in runs]
+    if len(set(folders)) < len(folders):
+        raise UserError(
+            "daekit sweep: two combinations would share a folder; write their values so that they differ in letters or digits"
+        )
+    return root, runs
+
+
+def run_sweep(root: Path, runs: Sequence[SweptRun], grace: float = GRACE, allowed: Permissions = Permissions()) -> None:  # noqa: B008
+    """Run what is not complete yet, and compare. Started again it keeps what is complete and resumes what was stopped.
+
+    Everything that any run needs is opened before the first step of the first. A stage whose result depends on nothing that is
+    swept is trained once: the other runs get hard links of its files. Caches and students made from teachers lie in one folder
+    for all.
+
+    Raises:
+        UserError: what ``run_recipe`` raises, of any run.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    for number, run in enumerate(runs, 1):
+        if ahead(run.recipe, RunFolder(Path(run.recipe.output_dir))):
+            print(f"[sweep] checking run {number} of {len(runs)}: {_label(run.settings)}", flush=True)
+            prepare(run.recipe, allowed)
+    done: dict[str, Path] = {}
+    for number, run in enumerate(runs, 1):
+        if state.is_main_process:
+            print(f"[sweep] run {number} of {len(runs)}: {_label(run.settings)}", flush=True)
+            _share_folders(root, Path(run.recipe.output_dir))
+            _link_stages(run.recipe, done)
+        state.wait_for_everyone()
+        run_recipe(run.recipe, grace, allowed)
+        folder = RunFolder(Path(run.recipe.output_dir))
+        done = {_digest(run.recipe, name): folder.stage(name).root for name in run.recipe.stages} | done
+    report = compared(runs) if state.is_main_process else None
+    if report is not None:
+        write_report(root / "report", report)
+        print(f"\n{format_table(report.rows)}\n\nSweep: {root / 'report' / 'report.html'}", flush=True)
+
+
+def compared(runs: Sequence[SweptRun]) -> Report | None:
+    """One report over all runs: means over seeds, with 95 % intervals of Student's t over them; None without evaluation.
+
+    With one seed a value keeps the interval of its own report, which is over rows. A model that is the same whatever is swept
+    (a stage before it) is shown once.
+    """
+    evaluation = runs[0].recipe.evaluation
+    if evaluation is None or not evaluation.sources:
+        return None
+    measured: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
+    for run in runs:
+        for row in _rows(Path(run.recipe.output_dir) / "report" / "report.json"):
+            of_knobs = measured.setdefault((row.model, row.domain, row.metric), {})
+            of_knobs.setdefault(_label(run.knobs), []).append(row)
+    varied = {key[0] for key, of_knobs in measured.items() if len({_values_of(rows) for rows in of_knobs.values()}) > 1}
+    found = []
+    for (model, domain, metric), of_knobs in measured.items():
+        for knobs, rows in list(of_knobs.items())[: None if model in varied else 1]:
+            name = f"{model}{SEPARATOR}{knobs}" if model in varied and knobs else model
+            found.append(Row(name, domain, metric, *_mean(rows), rows[0].n))
+    seeds = len({tuple(value for key, value in run.settings.items() if _is_seed(key)) for run in runs})
+    over = (
+        f"means over {seeds} seeds, 95 % intervals of Student's t over them" if seeds > 1 else "one seed, intervals over rows"
+    )
+    return Report(
+        title=f"{runs[0].recipe.name}: sweep of {listed(runs[0].settings)}",
+        rows=tuple(sorted(found, key=lambda row: list(dict.fromkeys(each.model for each in found)).index(row.model))),
+        baseline=evaluation.baseline,
+        notes=(f"{len(runs)} runs; {over}.", *pareto_notes(found)),
+        versions=versions(),
+        provenance={"commit": commit()},
+    )
+
+
+def pareto_notes(rows: Sequence[Row]) -> list[str]:
+    """For each metric with one gain and one forgetting: the models that no other beats in both."""
+    notes = []
+    for metric in dict.fromkeys(row.metric.removesuffix("_gain") for row in rows if row.metric.endswith("_gain")):
+        gains = {row.model: row.value for row in rows if row.metric == f"{metric}_gain" and "/" not in row.domain}
+        losses = {row.model: row.value for row in rows if row.metric == f"{metric}_forgetting" and "/" not in row.domain}
+        points = {model: (gains[model], -losses[model]) for model in gains if model in losses}
+        front = [
+            model
+            for model, point in points.items()
+            if not any(all(a >= b for a, b in zip(other, point, strict=True)) and other != point for other in points.values())
+        ]
+        if points:
+            notes.append(f"Pareto front of {metric} (no other model gains as much and forgets as little): {'; '.join(front)}.")
+    return notes
+
+
+def _values(text: str) -> list[str]:
+    """The values between commas that stand outside of brackets and quotes."""
+    return [part.strip() for part in re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*'|[^,])+", text)]
+
+
+def _is_seed(key: str) -> bool:
+    return key.rsplit(".", 1)[-1] == "seed"
+
+
+def _label(settings: Mapping[str, str]) -> str:
+    """``learning_rate=1e-5, seed=0``: keys by their last part, or whole where that is another's, too."""
+    last = [key.rsplit(".", 1)[-1] for key in settings]
+    names = [short if last.count(short) == 1 else key for short, key in zip(last, settings, strict=True)]
+    return ", ".join(f"{name}={value}" for name, value in zip(names, settings.values(), strict=True))
+
+
+def _share_folders(root: Path, output: Path) -> None:
+    """Let a run find what others have made whose name is its content."""
+    for name in _SHARED:
+        shared, link = root / name, output / name
+        shared.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to(os.path.relpath(shared, output), target_is_directory=True)
+
+
+def _link_stages(recipe: Recipe, done: Mapping[str, Path]) -> None:
+    """Give a run the stages that another has completed and that depend on the same facts, as hard links."""
+    folder = RunFolder(Path(recipe.output_dir))
+    for name in recipe.stages:
+        stage, theirs = folder.stage(name), done.get(_digest(recipe, name))
+        if theirs is None or stage.is_begun or theirs == stage.root:
+            continue
+        shutil.rmtree(stage.root, ignore_errors=True)
+        half = stage.root.with_name(f".{name}.half")
+        shutil.rmtree(half, ignore_errors=True)
+        shutil.copytree(theirs, half, copy_function=_link)
+        half.rename(stage.root)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _digest(recipe: Recipe, name: str) -> str:
+    return hashlib.sha256(json.dumps(stage_key(recipe, name), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _rows(path: Path) -> list[Row]:
+    entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    filled: list[dict[str, Any]] = [
+        {key: math.nan if value is None else value for key, value in each.items()} for each in entries
+    ]
+    return [Row(**each) for each in filled]
+
+
+def _values_of(rows: Sequence[Row]) -> tuple[float, ...]:
+    return tuple(row.value for row in rows)
+
+
+def _mean(rows: Sequence[Row]) -> tuple[float, float, float]:
+    """(mean, lower and upper end of its interval) over the runs that differ in their seed alone."""
+    values = np.array(_values_of(rows))
+    mean = float(values.mean())
+    if len(rows) == 1:
+        return mean, rows[0].low, rows[0].high
+    half = float(stats.t.ppf(_ALL, len(rows) - 1) * values.std(ddof=1) / math.sqrt(len(rows)))
+    return mean, mean - half, mean + half

@@ -1,0 +1,256 @@
+"""On-policy rows: the student writes the response of some rows of each step, and its teacher scores what it wrote.
+
+1. ``get_batch_samples`` of the trainer asks ``Rollouts.batches`` for the micro-batches of a step. Which of the step's rows are
+   on-policy is drawn from (seed, step) as places in the global batch, so that ranks and gradient accumulation do not matter.
+2. For ``rollout_buffer`` steps at a time the prompts of all those rows are continued by the student as it stands (eval mode, no
+   gradient, cached keys and values), rows of like length together, each with its own seed (seed, step, place).
+3. A micro-batch is collated anew with those responses. They alone carry loss in their rows, and are no labels for CE.
+
+What is written but not trained on yet lies in the checkpoint: the student that wrote it is gone by then.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from fractions import Fraction
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl.models.utils import unwrap_model_for_generation
+
+from daekit.data.collator import ON_POLICY, collated_rows
+from daekit.errors import UserError
+from daekit.generation.local import Sampling, generate, stop_token_ids
+from daekit.metrics import TokenMeans
+from daekit.models.backbone import base_of
+from daekit.protocol import IGNORE_INDEX
+from daekit.trainers.config import KDConfig
+from daekit.trainers.distributed import rounding, shards_parameters
+
+logger = logging.getLogger(__name__)
+
+_TOGETHER = 64  # rows that are continued in one batch
+_CHOICE, _DRAW = 1, 2  # of seeds, beside which nothing else draws
+
+
+class Rollouts:
+    """The on-policy rows of one trainer, on this rank.
+
+    Args:
+        trainer: A KDTrainer whose model, teacher and data sets are ready.
+
+    Raises:
+        UserError: rows, teachers or a distribution with which a student cannot be trained on what it writes.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.objective, args = trainer, trainer.loss_objective, trainer.args
+        if trainer.is_fsdp_enabled:
+            raise UserError(
+                "on_policy_fraction (on_policy) under FSDP2: each token that the student writes would gather every layer anew. "
+                "Launch with recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml, or set it to 0."
+            )
+        if not isinstance(trainer.train_dataset, Dataset):
+            raise UserError(
+                "on_policy_fraction (on_policy) with a stream: whether its prompts leave room for max_new_tokens cannot be "
+                "known before its rows come by. Give a map-style Dataset (datasets.Dataset.from_list(list(stream)))."
+            )
+        self._stop = stop_token_ids(base_of(trainer.model), trainer.processing_class)
+        require_prompts(trainer.train_dataset, args, trainer.processing_class, self._stop)
+        self._rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._responses: dict[int, dict[int, list[int]]] = {}  # step -> place in the global batch -> token ids
+        self._until = 0  # the first step whose responses are not written yet
+        self._waiting: deque[Any] = deque()  # micro-batches that have been read ahead
+        self._epoch: Iterator[Any] | None = None
+        self._means = TokenMeans()
+
+    def batches(self, epoch: Iterator[Any], count: int) -> list[Any]:
+        """The next ``count`` micro-batches, one step; those with on-policy rows are collated anew. A collective call."""
+        step = self.trainer.state.global_step
+        if epoch is not self._epoch:
+            self._epoch = epoch
+            self._waiting.clear()
+        if step >= self._until:
+            self._write(step)
+        batches = self._next(count)
+        responses = self._responses.pop(step, {})
+        return [self._with_responses(batch, micro, responses) for micro, batch in enumerate(batches)]
+
+    def chosen(self, step: int) -> list[int]:
+        """The places of the on-policy rows in the global batch of a step: over all steps exactly the share that is wanted."""
+        share = Fraction(str(self.objective.on_policy)) * self._rows
+        count = math.floor((step + 1) * share) - math.floor(step * share)
+        drawn = np.random.default_rng([self.trainer.args.seed, _CHOICE, step]).permutation(self._rows)[:count]
+        return sorted(drawn.tolist())
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Per domain since the last call: mean length, share that ended; and rows per second. A collective call."""
+        means = {name: mean for name, (mean, _) in self._means.pop().items() if not name.startswith("seconds/")}
+        seconds = means.pop("seconds", None)
+        return means | ({} if seconds is None else {"rollout_rows_per_second": self.trainer.args.world_size / seconds})
+
+    def state(self) -> dict[str, Any]:
+        """What is written and not trained on yet, and what has been summed since the last log. JSON-able."""
+        responses = [[step, place, ids] for step, rows in self._responses.items() for place, ids in rows.items()]
+        return {"until": self._until, "responses": responses, "means": self._means.state()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state()``."""
+        self._until = state["until"]
+        for step, place, ids in state["responses"]:
+            self._responses.setdefault(step, {})[place] = ids
+        self._means.load(state["means"])
+
+    def _next(self, count: int) -> list[Any]:
+        """So many micro-batches, fewer at the end of the epoch: those that wait, then those of the epoch."""
+        assert self._epoch is not None
+        waiting = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+        return [*waiting, *islice(self._epoch, count - len(waiting))]
+
+    def _place(self, micro: int, row: int) -> int:
+        """Where a row of a micro-batch of this rank lies in the global batch: as in the one batch of one process."""
+        args = self.trainer.args
+        return (micro * args.world_size + args.process_index) * args.per_device_train_batch_size + row
+
+    def _write(self, step: int) -> None:
+        """Read the micro-batches of a buffer ahead and let the student write the responses of their on-policy rows."""
+        args = self.trainer.args
+        every = args.gradient_accumulation_steps
+        steps = min(self.objective.rollout_buffer, self.trainer.state.max_steps - step)
+        self._waiting.extend(self._next(steps * every))
+        self._until = step + -(-len(self._waiting) // every)
+        chosen = {each: set(self.chosen(each)) for each in range(step, self._until)}
+        prompts: dict[tuple[int, int], list[int]] = {}
+        for number, batch in enumerate(self._waiting):
+            at, micro = step + number // every, number % every
+            for row, (ids, labels, _) in enumerate(collated_rows(batch)):
+                if (place := self._place(micro, row)) in chosen[at]:
+                    prompts[at, place] = ids[: last_response(labels)]
+        start = time.perf_counter()
+        responses = self._continued(prompts)
+        if not responses:
+            return
+        seconds = torch.full((len(responses),), (time.perf_counter() - start) / len(responses))
+        self._means.add("seconds", seconds, torch.zeros(len(responses), dtype=torch.long), ("",))
+        for (at, place), ids in responses.items():
+            self._responses.setdefault(at, {})[place] = ids
+        if not any(ids[-1] in self._stop for ids in responses.values()):
+            logger.warning(
+                "on-policy: none of the %d responses for steps %d to %d ended within max_new_tokens=%d; all were cut",
+                len(responses), step + 1, self._until, self.objective.max_new_tokens,
+            )  # fmt: skip
+
+    def _continued(self, prompts: Mapping[tuple[int, int], list[int]]) -> dict[tuple[int, int], list[int]]:
+        """What the student writes after each prompt, with its end of turn. Under ZeRO-3 a collective call."""
+        trainer, objective = self.trainer, self.objective
+        how = [
+            Sampling(objective.max_new_tokens, objective.rollout_temperature, (trainer.args.seed, _DRAW, *key))
+            for key in prompts
+        ]
+        with ExitStack() as stack:
+            stack.enter_context(rounding(trainer.accelerator))
+            if shards_parameters(trainer):
+                checkpointing = trainer.args.gradient_checkpointing_kwargs
+                unwrapped = unwrap_model_for_generation(
+                    trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing
+                )
+                stack.enter_context(unwrapped)
+            try:
+                written = generate(
+                    trainer.model,
+                    trainer.processing_class,
+                    list(prompts.values()),
+                    max_new_tokens=objective.max_new_tokens,
+                    batch_size=_TOGETHER,
+                    sampling=how,
+                    keep_stop=True,
+                )
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"rollout_buffer={objective.rollout_buffer}: {min(len(prompts), _TOGETHER)} responses at a time, of up to "
+                    f"max_new_tokens={objective.max_new_tokens}, do not fit into the memory beside the training. Lower one of "
+                    "the two."
+                ) from error
+        return dict(zip(prompts, written, strict=True))
+
+    def _with_responses(self, batch: Any, micro: int, responses: Mapping[int, list[int]]) -> Any:
+        """A micro-batch with the responses that the student wrote in place of those of the data."""
+        places = [self._place(micro, row) for row in range(len(batch["domains"]))]
+        if not any(place in responses for place in places):
+            return batch
+        examples: list[dict[str, Any]] = []
+        lengths, ended = [], []
+        for place, (ids, labels, domain) in zip(places, collated_rows(batch), strict=True):
+            if place in responses:
+                prompt, response = ids[: last_response(labels)], responses[place]
+                ids, labels = prompt + response, [IGNORE_INDEX] * len(prompt) + response
+                lengths.append(len(response))
+                ended.append(response[-1] in self._stop)
+            examples.append({"input_ids": ids, "labels": labels, "domain": domain})
+        domains = tuple(batch["domains"][row] for row, place in enumerate(places) if place in responses)
+        for name, values in (("rollout_length", lengths), ("rollout_ended", ended)):
+            self._means.add(name, torch.tensor(values), torch.arange(len(values)), domains)
+        return self.trainer.data_collator(examples) | {ON_POLICY: tuple(place in responses for place in places)}
+
+
+def last_response(labels: list[int] | np.ndarray) -> int:
+    """Where the last stretch of tokens that carry loss begins; what comes before is the prompt."""
+    carries = np.asarray(labels) != IGNORE_INDEX
+    last = int(carries.nonzero()[0][-1])
+    before = (~carries[:last]).nonzero()[0]
+    return int(before[-1]) + 1 if len(before) else 0
+
+
+def require_prompts(dataset: Dataset, args: KDConfig, tokenizer: PreTrainedTokenizerBase, stop: list[int] | None) -> None:
+    """Whether the student can write a response to every row of a tokenised data set.
+
+    Args:
+        dataset: Rows of ``input_ids``, ``labels`` and ``domain``, each within ``args.max_length``.
+        args: Config of the trainer.
+        tokenizer: The student's.
+        stop: Ids at which generation stops; None: not known yet.
+
+    Raises:
+        UserError: rows without a prompt, prompts that leave no room for ``max_new_tokens``, responses that end with no token at
+            which generation stops.
+    """
+    columns = dataset.select_columns(["input_ids", "labels"]).with_format("numpy")
+    room = math.inf if args.max_length is None else args.max_length - args.max_new_tokens
+    starts, ends, last = [], stop is None, 0
+    for row in columns:
+        if not (row["labels"][1:] != IGNORE_INDEX).any():
+            starts.append(1)  # nothing to predict: it is left out
+            continue
+        starts.append(last_response(row["labels"]))
+        ends = ends or bool(np.isin(row["input_ids"][starts[-1] :], stop or []).any())
+        last = int(row["input_ids"][row["labels"] != IGNORE_INDEX][-1])
+    found, setting = np.array(starts), f"on_policy_fraction={args.on_policy_fraction:g} (on_policy)"
+    if (found == 0).any():
+        at = int((found == 0).argmax())
+        raise UserError(
+            f"{setting}: {int((found == 0).sum())} of {len(found)} training rows have no prompt that the student could "
+            f"answer (the first is row {at}, domain {dataset[at]['domain']!r}; every token of a text carries loss). Give rows "
+            "of prompt and completion or messages, or set it to 0."
+        )
+    if (found > room).any():
+        at = int(found.argmax())
+        raise UserError(
+            f"max_new_tokens={args.max_new_tokens}: {int((found > room).sum())} of {len(found)} training rows have a prompt "
+            f"longer than max_length - max_new_tokens = {room} tokens (the longest is row {at} with {found[at]}). Raise "
+            "max_length, lower max_new_tokens, or leave those rows out."
+        )
+    if not ends:
+        raise UserError(
+            f"{setting}: a response would never end: those of the training rows end with "
+            f"{tokenizer.convert_ids_to_tokens(last)!r}, generation stops at {tokenizer.convert_ids_to_tokens(stop)}. Set "
+            "tokenizer.eos_token to the token with which the chat template ends a turn."
+        )
