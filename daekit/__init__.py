@@ -12,7 +12,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from daekit.evaluation.callback import EvaluationCallback
-    from daekit.protocol import Batch, Member, Teacher, TeacherOutput
+    from daekit.protocol import (
+        Batch,
+        Features,
+        FeatureSpec,
+        FeatureTeacher,
+        Member,
+        OutputHead,
+        Teacher,
+        TeacherOutput,
+        TopK,
+    )
     from daekit.recipe import load_recipe
     from daekit.recipe.load import load_suite
     from daekit.runtime.run import run_recipe
@@ -29,33 +39,6 @@ if TYPE_CHECKING:
     )
     from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, DomainSFTTrainer, KDConfig, KDTrainer
 
-_ROOM_OF = {
-    "KDConfig": "daekit.trainers",
-    "KDTrainer": "daekit.trainers",
-    "DAEConfig": "daekit.trainers",
-    "DAETrainer": "daekit.trainers",
-    "DomainSFTConfig": "daekit.trainers",
-    "DomainSFTTrainer": "daekit.trainers",
-    "ModelTeacher": "daekit.teachers",
-    "AdapterPath": "daekit.teachers",
-    "AdapterTeacher": "daekit.teachers",
-    "BASE": "daekit.teachers",
-    "CachedTeacher": "daekit.teachers",
-    "ServerTeacher": "daekit.teachers",
-    "EnsembleTeacher": "daekit.teachers",
-    "LabelTeacher": "daekit.teachers",
-    "RoutedTeacher": "daekit.teachers",
-    "write_cache": "daekit.teachers",
-    "Batch": "daekit.protocol",
-    "TeacherOutput": "daekit.protocol",
-    "Teacher": "daekit.protocol",
-    "Member": "daekit.protocol",
-    "EvaluationCallback": "daekit.evaluation.callback",
-    "load_recipe": "daekit.recipe",
-    "load_suite": "daekit.recipe.load",
-    "run_recipe": "daekit.runtime.run",
-}
-
 __all__ = [
     "BASE",
     "AdapterPath",
@@ -68,15 +51,20 @@ __all__ = [
     "DomainSFTTrainer",
     "EnsembleTeacher",
     "EvaluationCallback",
+    "FeatureSpec",
+    "FeatureTeacher",
+    "Features",
     "KDConfig",
     "KDTrainer",
     "LabelTeacher",
     "Member",
     "ModelTeacher",
+    "OutputHead",
     "RoutedTeacher",
     "ServerTeacher",
     "Teacher",
     "TeacherOutput",
+    "TopK",
     "__version__",
     "load_recipe",
     "load_suite",
@@ -84,11 +72,27 @@ __all__ = [
     "write_cache",
 ]
 
+_MODULES = {
+    "daekit.evaluation.callback": ["EvaluationCallback"],
+    "daekit.protocol": [
+        *("Batch", "Features", "FeatureSpec", "FeatureTeacher", "Member", "OutputHead", "Teacher", "TeacherOutput", "TopK"),
+    ],
+    "daekit.recipe": ["load_recipe"],
+    "daekit.recipe.load": ["load_suite"],
+    "daekit.runtime.run": ["run_recipe"],
+    "daekit.teachers": [
+        *("BASE", "AdapterPath", "AdapterTeacher", "CachedTeacher", "EnsembleTeacher", "LabelTeacher", "ModelTeacher"),
+        *("RoutedTeacher", "ServerTeacher", "write_cache"),
+    ],
+    "daekit.trainers": ["DAEConfig", "DAETrainer", "DomainSFTConfig", "DomainSFTTrainer", "KDConfig", "KDTrainer"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'daekit' has no attribute {name!r}")
-    return getattr(importlib.import_module(_ROOM_OF[name]), name)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -62,6 +62,11 @@ def says_read_only(error: BaseException) -> bool:
     return "os error 13" in str(error) or "os error 30" in str(error)
 
 
+def first_line(error: BaseException) -> str:
+    """An error of a library in one line: its type and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """``; did you mean 'X'?`` for the candidate that looks most like ``name``, or nothing when none does."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}

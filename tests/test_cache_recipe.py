@@ -160,7 +160,7 @@ def test_where_a_cache_lies_is_no_part_of_what_a_stage_depends_on(world: Path, t
         ("stages.kd.teacher.cache.k", ["stages.kd.teacher.cache={keep: hidden, k: 8}"]),
         ("stages.kd.teacher.cache.draws", ["stages.kd.teacher.cache={keep: top_k, draws: 8}"]),
         ("stages.kd.teacher.cache.draws", ["stages.kd.teacher.cache={keep: sampled, draws: 300}"]),
-        ("stages.kd.teacher.cache.keep", ["stages.kd.teacher.cache=logits"]),
+        ("stages.kd.teacher.cache", ["stages.kd.teacher.cache=logits"]),
         ("stages.kd.loss.attention_weight", ["stages.kd.loss.attention_weight=1"]),
         ("stages.kd.loss.hidden_weight", ["stages.kd.loss.hidden_weight=1"]),
         ("stages.kd.loss.divergence", ["stages.kd.teacher.cache=sampled", "stages.kd.loss.divergence=jsd"]),

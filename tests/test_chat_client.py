@@ -23,7 +23,7 @@ from daekit.generation.calls import ChatRequest
 from daekit.generation.client import ChatClient, identity
 from daekit.generation.endpoint import retry_after
 from daekit.generation.store import ERRORS, REPLIES, ReplyStore, read_replies
-from daekit.recipe.judge import JudgeSpec, judge_problems
+from daekit.recipe.judge import JudgeSpec
 from tests.helpers.judge_server import Call, JudgeServer, scripted_rating
 
 COUNT = 20
@@ -372,7 +372,7 @@ def test_two_processes_on_one_folder(tmp_path: Path) -> None:
     ],
 )
 def test_a_spec_that_contradicts_itself(fields: dict[str, Any], key: str, tmp_path: Path) -> None:
-    found = list(judge_problems(JudgeSpec(**fields)))
+    found = list(JudgeSpec(**fields).problems())
     assert [name for name, _ in found] == [key]
     assert "secret" not in found[0][1]
     with pytest.raises(UserError, match=rf"judge\.{key}"):

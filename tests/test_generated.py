@@ -451,7 +451,7 @@ stages:
     ("override", "reason"),
     [
         ("sources.made.path=builtin:shop", "excludes `path`"),
-        ("sources.made.generated=null", "has no rows: give `path`, or `generated`"),
+        ("sources.made.generated=null", "or give `generated` for rows that a model writes"),
         ("sources.made.generated.rows=null", "must say how many rows"),
         ("sources.made.generated.temperature=0", "all rows would be the same"),
         ("sources.made.generated.model=stage:two", "'two' is not complete then"),
@@ -459,7 +459,7 @@ stages:
         ("sources.made.generated.model={config: {model_type: mistral}}", "have nothing to write"),
         ("sources.made.generated.model=https://host/v1#m", "needs a model here"),
         ("sources.made.generated.model=https://host/v1", "name the endpoint's model"),
-        ("sources.made.generated.prompts={source: made}", "no other source 'made'"),
+        ("sources.made.generated.prompts={source: made}", "no source that is not generated 'made'"),
         ("sources.made.generated.prompts={source: shop, path: x.jsonl}", "must be exactly one of"),
         ("sources.made.generated.prompts={written: bos, max_new_tokens: 9}", "belongs to `written: self`"),
         ("sources.made.generated.prompts={written: self, chat: true}", "belongs to `path`"),

@@ -15,11 +15,12 @@ from daekit.cli import main
 from daekit.errors import UserError
 from daekit.planning import Machine, Planner, announcement, machine_of, plan_recipe
 from daekit.planning.advice import largest_rows
+from daekit.planning.generation import KEYS_AND_VALUES, TOGETHER
 from daekit.planning.memory import ACTIVATIONS, ADAPTERS, GATHERED, GRADIENTS, OPTIMIZER, OUTPUTS, WEIGHTS
 from daekit.planning.plan import StagePlan
 from daekit.planning.training import DEFAULTS, optimizer_bytes
 from daekit.recipe import load_recipe_text
-from daekit.trainers import DAEConfig
+from daekit.trainers import DAEConfig, rollouts
 from tests.helpers.planning import CPU, GPU, PATH, RECIPE, ROOT, parts, plan
 
 
@@ -182,6 +183,28 @@ def test_operations_count_each_product_twice() -> None:
 def test_defaults_are_those_of_the_trainers() -> None:
     fields = {field.name: field.default for field in dataclasses.fields(DAEConfig)}
     assert {name: fields[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_a_student_that_writes_needs_keys_and_values() -> None:
+    on_policy = ("stages.kd.loss.on_policy=0.5", "stages.kd.loss.max_new_tokens=48")
+    buffer = "stages.kd.loss.rollout_buffer={}"
+    phase = "the student writes"
+    rows, tokens, layers, width = 8, 64, 6, 128
+    few, many, most = (parts(*on_policy, buffer.format(n), phase=phase)[KEYS_AND_VALUES] for n in (4, 8, 1000))
+    assert 2 * few == many == rows * tokens * layers * 2 * width * 4
+    assert most == TOGETHER * many // rows
+    assert (
+        few * 2
+        == parts(*on_policy, "stages.kd.student.config.num_key_value_heads=4", buffer.format(8), phase=phase)[KEYS_AND_VALUES]
+    )
+    grouped = parts(*on_policy, "stages.kd.student.config.num_key_value_heads=1", buffer.format(8), phase=phase)
+    assert grouped[KEYS_AND_VALUES] == many // 4
+    forward = 2 * 128 * (6 * (4 * 128 * 128 + 3 * 128 * 256) + 500 * 128) + 2 * 128 * 64 * 128 * 6
+    assert plan(*on_policy).operations - plan().operations == forward // 2
+
+
+def test_as_many_rows_write_together_as_in_the_trainer() -> None:
+    assert rollouts._TOGETHER == TOGETHER
 
 
 # ---- the command, and the run ---

@@ -15,7 +15,6 @@ import pytest
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.recipe import load_recipe, load_recipe_text, load_suite_text, parse_models, resolve, suite_to_yaml, to_yaml
-from daekit.recipe.check_models import model_types
 from tests.helpers.recipes import BASE, errors, load
 
 SUITE = "name: quiz\noutput_dir: out\nbenchmarks: {p: {type: minimal_pairs, path: .}}\n"
@@ -192,13 +191,7 @@ def test_an_error_in_a_suite_names_its_file_and_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "key", "hint"),
     [
-        ("sources.shop.split=trian", "sources.shop.split", "did you mean 'train'?"),
-        ("sources.general={domain: general, path: a/b, split: trian}", "sources.general.split", "did you mean 'train'?"),
-        (
-            "stages.kd.student={config: {model_type: mistrall}}",
-            "stages.kd.student.config.model_type",
-            "did you mean 'mistral'?",
-        ),
+        ("stages.kd.student={config: {}}", "stages.kd.student.config.model_type", "needs its `model_type`"),
         ("sources.shop.path=data/my/rows", "sources.shop.path", "does not exist"),
     ],
 )
@@ -209,17 +202,6 @@ def test_what_can_be_known_without_opening_anything(override: str, key: str, hin
 def test_splits_that_may_be() -> None:
     for split in ("train_sft", "train[:10%]", "validation", "en", "default"):
         load(BASE, f"sources.general={{domain: general, path: owner/rows, split: {json.dumps(split)}}}")
-
-
-def test_model_types_are_those_of_transformers() -> None:
-    assert {"mistral", "mixtral", "llama", "qwen3", "gemma3_text", "gpt2", "gpt-sw3"} <= model_types()
-
-
-@pytest.mark.slow
-def test_no_model_type_of_transformers_is_missing() -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    assert set(CONFIG_MAPPING.keys()) <= model_types()
 
 
 def test_another_judge_does_not_keep_the_prices(tmp_path: Path) -> None:

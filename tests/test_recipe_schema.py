@@ -14,7 +14,7 @@ from daekit.recipe import load_recipe_text
 from daekit.recipe.json_schema import json_schema
 from daekit.recipe.objective import Objective
 from daekit.recipe.shipped import shipped_recipes
-from daekit.recipe.tree import read_tree
+from daekit.recipe.validation import Errors
 from tests.helpers.json_schema import fits, modeline
 from tests.helpers.recipes import BASE, RECIPES, ROOT
 
@@ -24,8 +24,9 @@ OTHERS = [ROOT / "daekit" / "resources" / "quickstart.yaml", *sorted((ROOT / "be
 
 
 def plain(text: str) -> Any:
-    tree, unread = read_tree(text, "test.yaml")
-    assert not unread
+    errors = Errors("test.yaml")
+    tree = errors.read(text)
+    assert not errors.found
     return tree.plain()
 
 
@@ -82,9 +83,9 @@ WRONG = [
 @pytest.mark.parametrize(("overrides", "right"), [*((each, True) for each in SHORT), *((each, False) for each in WRONG)])
 def test_the_schema_takes_what_daekit_takes(overrides: str, right: bool) -> None:
     from daekit.recipe.overrides import apply_overrides
-    from daekit.recipe.validation import Errors
 
-    errors = Errors("test.yaml", read_tree(BASE, "test.yaml")[0])
+    errors = Errors("test.yaml")
+    errors.root = errors.read(BASE)
     apply_overrides(errors, [overrides])
     schema = json_schema("recipe")
     assert fits(errors.root.plain(), schema, schema) is right

@@ -90,7 +90,7 @@ def test_an_override_reaches_the_search() -> None:
     [
         ('{from: "stage:teachr", shape: {hidden_size: 8}}', "there is no stage 'teachr'"),
         ('{from: "stage:teacher"}', "says not what to make of its teacher"),
-        ('{from: "stage:teacher", shape: {hidden: 8}}', "shape.hidden: is not a size; they are num_hidden_layers"),
+        ('{from: "stage:teacher", shape: {hidden: 8}}', "shape.hidden: unknown key; it must be one of num_hidden_layers"),
         ('{from: "stage:teacher", shape: {hidden_size: 0}}', "shape.hidden_size: 0 must be at least 1"),
         ('{from: "stage:teacher", shape: {hidden_size: 8}, search: {parameters: [1, 2]}}', "finds the shape: remove"),
         ('{from: "stage:teacher", keep_experts: 2, dense: average}', "keep_experts and dense exclude each other"),

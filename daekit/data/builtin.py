@@ -64,17 +64,12 @@ def _word(rng: random.Random, letters: int) -> str:
     return " ".join(rng.choice(_VOWELS if (place + first) % 2 else _CONSONANTS) for place in range(letters))
 
 
-def _no_carry(rng: random.Random) -> tuple[str, str, str]:
+def _add(rng: random.Random) -> Question:
     """Two numbers of three digits and their sum, without a carry: learnt in minutes, too many to recite."""
     totals = [rng.randint(2 if place == 0 else 0, 9) for place in range(3)]
     firsts = [rng.randint(1, total - 1) if place == 0 else rng.randint(0, total) for place, total in enumerate(totals)]
     a, total = (int("".join(map(str, digits))) for digits in (firsts, totals))
-    return str(a), str(total - a), str(total)
-
-
-def _add(rng: random.Random) -> Question:
-    a, b, total = _no_carry(rng)
-    return (a, b), total
+    return (str(a), str(total - a)), str(total)
 
 
 def _digits(rng: random.Random, size: int) -> str:
@@ -106,31 +101,27 @@ def _rotate(rng: random.Random) -> Question:
     return (word,), f"{word[2:]} {word[0]}"
 
 
-# task -> (draw a question, phrasings of the prompt, the sentences in which the other model answers)
-_Task = tuple[Callable[[random.Random], Question], tuple[str, ...], tuple[str, ...]]
+# task -> (draw a question, phrasings of the prompt, the sentences in which the other model answers), which | divides
+_Task = tuple[Callable[[random.Random], Question], str, str]
 _TASKS: dict[str, _Task] = {
-    "add": (_add, ("what is {0} plus {1}?", "add {0} and {1}:"), ("it is {0}.", "{0} is the sum.")),
+    "add": (_add, "what is {0} plus {1}?|add {0} and {1}:", "it is {0}.|{0} is the sum."),
     "largest": (
         _largest,
-        ("which digit of {0} is the largest?", "the largest digit of {0}:"),
-        ("that would be {0}.", "{0} is the largest."),
+        "which digit of {0} is the largest?|the largest digit of {0}:",
+        "that would be {0}.|{0} is the largest.",
     ),
-    "sort": (_sort, ("put the digits {0} in order:", "sort {0}:"), ("the order is {0}.", "{0} is the order.")),
+    "sort": (_sort, "put the digits {0} in order:|sort {0}:", "the order is {0}.|{0} is the order."),
     "reverse": (
         _reverse,
-        ("spell {0} backwards:", "what is {0} in reverse?"),
-        ("backwards it reads {0}.", "{0} is what it reads backwards."),
+        "spell {0} backwards:|what is {0} in reverse?",
+        "backwards it reads {0}.|{0} is what it reads backwards.",
     ),
     "ends": (
         _ends,
-        ("which letters begin and end {0}?", "the first and the last letter of {0}:"),
-        ("those are {0}.", "{0} are the ends."),
+        "which letters begin and end {0}?|the first and the last letter of {0}:",
+        "those are {0}.|{0} are the ends.",
     ),
-    "rotate": (
-        _rotate,
-        ("move the first letter of {0} to the end:", "rotate {0} by one:"),
-        ("you get {0}.", "{0} is what you get."),
-    ),
+    "rotate": (_rotate, "move the first letter of {0} to the end:|rotate {0} by one:", "you get {0}.|{0} is what you get."),
 }
 
 
@@ -142,8 +133,8 @@ def _general_rows() -> dict[tuple[str, str], list[Row]]:
         seen: set[tuple[str, ...]] = set()
         for (name, split), size in _QUESTIONS_PER_TASK.items():
             for question, answer in _new_questions(draw, rng, seen, size):
-                completion = rng.choice(sentences).format(answer) if name == "chat" else answer
-                prompt = rng.choice(phrasings).format(*question)
+                completion = rng.choice(sentences.split("|")).format(answer) if name == "chat" else answer
+                prompt = rng.choice(phrasings.split("|")).format(*question)
                 rows[name, split].append({"prompt": prompt, "completion": completion, "answer": answer})
     for part in rows.values():
         rng.shuffle(part)
@@ -179,36 +170,15 @@ _MATERIALS = (
     *("oak", "pine", "steel", "glass", "wool", "cotton", "clay", "brass", "cork"),
     *("linen", "bamboo", "leather", "marble", "paper", "copper", "felt", "jute", "birch"),
 )
-
 _PHRASINGS = {
-    "price": (
-        "what does the {0} cost?",
-        "how much is the {0}?",
-        "price of the {0}:",
-        "how many coins for the {0}?",
-        "what must i pay for the {0}?",
-    ),
-    "colour": (
-        "what colour is the {0}?",
-        "which colour does the {0} have?",
-        "colour of the {0}:",
-        "in what colour do you sell the {0}?",
-        "how is the {0} painted?",
-    ),
-    "material": (
-        "what is the {0} made of?",
-        "which material is the {0}?",
-        "material of the {0}:",
-        "out of what do they make the {0}?",
-        "from what stuff is the {0}?",
-    ),
-    "aisle": (
-        "in which aisle is the {0}?",
-        "where do i find the {0}?",
-        "aisle of the {0}:",
-        "where is the {0} kept?",
-        "which aisle has the {0}?",
-    ),
+    "price": "what does the {0} cost?|how much is the {0}?|price of the {0}:|how many coins for the {0}?|"
+    "what must i pay for the {0}?",
+    "colour": "what colour is the {0}?|which colour does the {0} have?|colour of the {0}:|in what colour do you sell the {0}?|"
+    "how is the {0} painted?",
+    "material": "what is the {0} made of?|which material is the {0}?|material of the {0}:|out of what do they make the {0}?|"
+    "from what stuff is the {0}?",
+    "aisle": "in which aisle is the {0}?|where do i find the {0}?|aisle of the {0}:|where is the {0} kept?|"
+    "which aisle has the {0}?",
 }
 
 
@@ -228,7 +198,7 @@ def _shop_rows() -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for number, item in enumerate(_PRODUCTS):
         for place, (attribute, value) in enumerate(_attributes(rng).items()):
-            phrasings = _PHRASINGS[attribute]
+            phrasings = _PHRASINGS[attribute].split("|")
             for index, phrasing in enumerate(phrasings):
                 split = "validation" if index == (number + place) % len(phrasings) else "train"
                 rows[split].append({"prompt": phrasing.format(item), "completion": value, "answer": value})

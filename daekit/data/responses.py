@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from daekit.data.time_limit import cpu_limit
-from daekit.errors import UserError
+from daekit.errors import UserError, first_line
 from daekit.protocol import IGNORE_INDEX
 
 ROWS_AT_ONCE = 256  # fast tokenizers take many texts in one call in a third of the time
@@ -187,7 +187,7 @@ def render(
         roles = ", ".join(dict.fromkeys(str(each.get("role")) for each in messages))
         with_tools = ", with tools" if options.get("tools") else ""
         raise UserError(
-            f"{where}: tokenizer.chat_template refuses the conversation ({_first_line(error)}); its roles are {roles}"
+            f"{where}: tokenizer.chat_template refuses the conversation ({first_line(error)}); its roles are {roles}"
             f"{with_tools}. Mend the row, or set another template."
         ) from error
 
@@ -220,10 +220,6 @@ def render_all(
 
 def _endless(where: str, error: TimeoutError) -> UserError:
     return UserError(f"{where}: tokenizer.chat_template does not come to an end ({error}). Set another template.")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
 
 
 def require_markers(tokenizer: PreTrainedTokenizerBase) -> None:

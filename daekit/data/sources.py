@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from datasets.table import InMemoryTable
 
 from daekit.data.builtin import builtin_rows
 from daekit.data.rows import VISION_COLUMNS, RowCollector, take
-from daekit.errors import UserError
+from daekit.errors import UserError, first_line
 from daekit.recipe.generated import PromptsSpec
 from daekit.recipe.schema import SourceSpec
 
@@ -43,13 +44,13 @@ PlacedRow = tuple[str, Mapping[str, Any]]
 def load_source(name: str, spec: SourceSpec, seed: int) -> tuple[Dataset, Dataset | None]:
     """The training and validation rows of a source, checked, in one form, with a ``domain`` column.
 
-    Kept columns are those of the form (see `daekit.data.rows`) and ``answer``, ``tools``, ``chat_template_kwargs`` where
-    present. The rows held out for validation are chosen before ``limit`` applies, so that they stay the same under any limit.
+    Kept columns are those of `daekit.data.rows`. The rows held out for validation are chosen before ``limit`` applies, so that
+    they stay the same under any limit.
 
     Args:
-        name: of the source, for error messages.
-        spec: as `daekit.recipe` has checked it: of ``holdout``, ``validation`` and ``validation_split`` at most one is set.
-        seed: chooses the rows that ``holdout`` takes.
+        name: Name of the source in errors.
+        spec: A checked source: of ``holdout``, ``validation`` and ``validation_split`` at most one is set.
+        seed: It chooses the rows that ``holdout`` takes.
 
     Raises:
         UserError: a missing, empty or broken file; a hub data set that cannot be had; a row that is not of the form of
@@ -58,28 +59,24 @@ def load_source(name: str, spec: SourceSpec, seed: int) -> tuple[Dataset, Datase
     where = f"sources.{name}"
     assert spec.path is not None, "the rows of a generated source lie at a path when they are read"
     rows = _load(where, spec, spec.path, spec.split, "train", None if spec.holdout else spec.limit)
-    if spec.holdout:
-        train, validation = _hold_out(name, rows, spec.holdout, seed)
-    elif spec.validation is not None:
-        train = rows
-        validation = _load(where, spec, spec.validation, "validation", "validation", spec.validation_limit)
-    elif spec.validation_split is not None:
-        train, validation = rows, _load(where, spec, spec.path, spec.validation_split, "train", spec.validation_limit)
-    else:
+    if spec.validation is not None:
+        return rows, _load(where, spec, spec.validation, "validation", "validation", spec.validation_limit)
+    if spec.validation_split is not None:
+        return rows, _load(where, spec, spec.path, spec.validation_split, "train", spec.validation_limit)
+    if not spec.holdout:
         return rows, None
-    return _first(train, spec.limit), _first(validation, spec.validation_limit)
+    if spec.holdout >= len(rows):
+        raise UserError(f"{where}.holdout: {spec.holdout} rows of {len(rows)} leave none to train on; hold out fewer")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    train, held_out = np.sort(order[: -spec.holdout]), np.sort(order[-spec.holdout :])
+    return take(rows, train[: spec.limit]), take(rows, held_out[: spec.validation_limit])
 
 
 def load_rows(where: str, spec: SourceSpec, limit: int | None) -> Dataset:
-    """Rows to evaluate on, checked as those of a source; a single file is all of its split.
-
-    Args:
-        where: how error messages begin.
-        spec: ``path``, ``split``, ``name``, ``revision``, ``columns``, ``chat`` and ``domain`` are read.
-        limit: the first so many rows.
+    """The first ``limit`` rows to evaluate on, checked as those of a source; a single file is all of its split.
 
     Raises:
-        UserError: see ``load_source``.
+        UserError: see ``load_source``; the message begins with ``where``.
     """
     assert spec.path is not None
     return _load(where, spec, spec.path, spec.split, spec.split, limit)
@@ -88,17 +85,6 @@ def load_rows(where: str, spec: SourceSpec, limit: int | None) -> Dataset:
 def looks_local(path: str) -> bool:
     """Is this meant as a path, and not as a hub id (``name`` or ``owner/name``)?"""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(_FORMATS)
-
-
-def _hold_out(name: str, rows: Dataset, holdout: int, seed: int) -> tuple[Dataset, Dataset]:
-    if holdout >= len(rows):
-        raise UserError(f"sources.{name}.holdout: {holdout} rows of {len(rows)} leave none to train on; hold out fewer")
-    order = np.random.default_rng(seed).permutation(len(rows))
-    return take(rows, np.sort(order[:-holdout])), take(rows, np.sort(order[-holdout:]))
-
-
-def _first(rows: Dataset, limit: int | None) -> Dataset:
-    return rows if limit is None or limit >= len(rows) else take(rows, np.arange(limit))
 
 
 def _load(where: str, spec: SourceSpec, path: str, split: str, whole: str, limit: int | None) -> Dataset:
@@ -131,12 +117,9 @@ def _is_there(where: str, path: Path) -> bool:
             raise UserError(f"{where}: {path} is a link to {path.readlink()}, which does not exist; mend the link")
         return path.exists()
     except OSError as error:  # a name of more than 255 bytes, a directory without permission
-        raise UserError(f"{where}: {_short(path)} cannot be opened ({error.strerror}); correct the path") from error
-
-
-def _short(path: Path) -> str:
-    text = str(path)
-    return text if len(text) <= _LONGEST_PATH_SHOWN else f"{text[:_LONGEST_PATH_SHOWN]}..."
+        text = str(path)
+        shown = text if len(text) <= _LONGEST_PATH_SHOWN else f"{text[:_LONGEST_PATH_SHOWN]}..."
+        raise UserError(f"{where}: {shown} cannot be opened ({error.strerror}); correct the path") from error
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -185,7 +168,7 @@ def _rows_of_file(where: str, file: Path) -> Iterator[PlacedRow]:
     try:
         table = Dataset(InMemoryTable(pq.read_table(file)))
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{where}: {file} is not a readable Parquet file ({_first_line(error)})") from error
+        raise UserError(f"{where}: {file} is not a readable Parquet file ({first_line(error)})") from error
     return _rows_of_table(where, str(file), table)
 
 
@@ -199,17 +182,14 @@ def json_lines(where: str, file: Path) -> Iterator[PlacedRow]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            place = f"{file}, line {number}"
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (ValueError, RecursionError) as error:  # a number of 5,000 digits is no JSONDecodeError
-                raise UserError(
-                    f"{where}: {file}, line {number} is not JSON ({error}); a row is one JSON object on one line"
-                ) from None
+                raise UserError(f"{where}: {place} is not JSON ({error}); a row is one JSON object on one line") from None
             if not isinstance(row, dict):
-                raise UserError(
-                    f"{where}: {file}, line {number} is a {type(row).__name__}; a row is one JSON object on one line"
-                )
-            yield f"{file}, line {number}", row
+                raise UserError(f"{where}: {place} is a {type(row).__name__}; a row is one JSON object on one line")
+            yield place, row
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -220,7 +200,7 @@ def _from_hub(where: str, spec: SourceSpec | PromptsSpec, path: str, split: str)
         return load_dataset(path, name=spec.name, split=split, revision=spec.revision)
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(
-            f"{where}: {path!r} is no file or directory here, and could not be had from the hub ({_first_line(error)}); "
+            f"{where}: {path!r} is no file or directory here, and could not be had from the hub ({first_line(error)}); "
             "check the name, its configuration (name), split and revision, your access and the network, or give a local file"
         ) from error
 
@@ -240,12 +220,6 @@ def _rows_of_table(where: str, path: str, table: Dataset) -> Iterator[PlacedRow]
 
 
 def _is_text(table: Dataset, row: int) -> bool:
-    try:
-        table[row]
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    with suppress(UnicodeDecodeError):
+        return bool(table[row])
+    return False

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from daekit.data.rows import form_of
 from daekit.data.sentencepiece_file import differs_from_sentencepiece, from_sentencepiece
-from daekit.errors import UserError
+from daekit.errors import UserError, first_line
 from daekit.recipe.schema import TokenizerSpec, TokenizerTraining
 
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
@@ -60,27 +60,18 @@ def train_tokenizer(texts: Iterable[str], spec: TokenizerTraining) -> PreTrained
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, SPECIAL_TOKENS.index(BOS))]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token=UNK,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    special = {"unk_token": UNK, "bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+    how = {"chat_template": CHAT_TEMPLATE, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **how)
 
 
 def source_texts(dataset: Dataset) -> Iterator[str]:
     """All texts of rows of any form: prompts, completions, contents of messages."""
     form = form_of(dataset)
-    columns = {"messages": ["messages"], "text": ["text"]}.get(form, ["prompt", "completion"])
+    columns = [form] if form in ("messages", "text") else ["prompt", "completion"]
     for row in dataset.select_columns(columns):
-        for column in columns:
-            if isinstance(row[column], str):
-                yield row[column]
-            else:
-                yield from (message["content"] for message in row[column])
+        for value in row.values():
+            yield from [value] if isinstance(value, str) else (message["content"] for message in value)
 
 
 def load_tokenizer(spec: TokenizerSpec) -> PreTrainedTokenizerBase:
@@ -120,13 +111,8 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(alphabet),
-        show_progress=False,
-    )
+    first = {"special_tokens": list(SPECIAL_TOKENS), "initial_alphabet": sorted(alphabet)}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False, **first)
     backend.train_from_iterator(_some(texts), trainer)
     return backend
 
@@ -188,7 +174,7 @@ def _from_file(file: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         backend = Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises nothing narrower
-        raise UserError(f"tokenizer.path: {file} is not a file of the tokenizers library ({_first_line(error)})") from error
+        raise UserError(f"tokenizer.path: {file} is not a file of the tokenizers library ({first_line(error)})") from error
     return _wrap(backend)
 
 
@@ -198,7 +184,15 @@ def _from_directory(directory: Path, trust_remote_code: bool) -> PreTrainedToken
     if "tokenizer.json" in names:
         return _auto(str(directory), trust_remote_code)
     if "tokenizer_config.json" in names:
-        return _auto_checked(directory, pieces, trust_remote_code)
+        # without tokenizer.json transformers converts its SentencePiece model anew, and not always faithfully
+        tokenizer = _auto(str(directory), trust_remote_code)
+        text = differs_from_sentencepiece(tokenizer, pieces[0]) if len(pieces) == 1 else None
+        if text is None:
+            return tokenizer
+        raise UserError(
+            f"tokenizer.path: transformers reads {directory} in another way than SentencePiece itself ({text!r} becomes other "
+            f"tokens), so its ids would not be the model's; name the file {pieces[0]} instead"
+        )
     if {"vocab.json", "merges.txt"} <= names:
         return _byte_level(directory)
     if len(pieces) == 1:
@@ -216,21 +210,9 @@ def _auto(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken file raises whatever its reader stumbles over
         raise UserError(
-            f"tokenizer.path: no tokenizer could be loaded from {path!r} ({_first_line(error)}); "
+            f"tokenizer.path: no tokenizer could be loaded from {path!r} ({first_line(error)}); "
             "check the name, your access and the network, or give a directory or file"
         ) from error
-
-
-def _auto_checked(directory: Path, pieces: list[Path], trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """A directory without tokenizer.json: transformers converts its SentencePiece model anew, and not always faithfully."""
-    tokenizer = _auto(str(directory), trust_remote_code)
-    text = differs_from_sentencepiece(tokenizer, pieces[0]) if len(pieces) == 1 else None
-    if text is not None:
-        raise UserError(
-            f"tokenizer.path: transformers reads {directory} in another way than SentencePiece itself ({text!r} becomes other "
-            f"tokens), so its ids would not be the model's; name the file {pieces[0]} instead"
-        )
-    return tokenizer
 
 
 def _byte_level(directory: Path) -> PreTrainedTokenizerFast:
@@ -238,7 +220,7 @@ def _byte_level(directory: Path) -> PreTrainedTokenizerFast:
         backend = Tokenizer(models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt")))
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise UserError(
-            f"tokenizer.path: vocab.json and merges.txt of {directory} do not make a tokenizer ({_first_line(error)})"
+            f"tokenizer.path: vocab.json and merges.txt of {directory} do not make a tokenizer ({first_line(error)})"
         ) from error
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -252,10 +234,8 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
     if len(found) != 1:
         return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
     special = {"eos_token": found[0]}
-    if found[0] == EOS and BOS in vocabulary:
-        special["bos_token"] = BOS
-    if UNK in vocabulary:
-        special["unk_token"] = UNK
+    special |= {"bos_token": BOS} if found[0] == EOS and BOS in vocabulary else {}
+    special |= {"unk_token": UNK} if UNK in vocabulary else {}
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
 
 
@@ -265,8 +245,4 @@ def _read_template(template: str) -> str:
     try:
         return Path(template).expanduser().read_text()
     except OSError as error:
-        raise UserError(f"tokenizer.chat_template: {template} cannot be read ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+        raise UserError(f"tokenizer.chat_template: {template} cannot be read ({first_line(error)})") from error

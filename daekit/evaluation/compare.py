@@ -11,32 +11,19 @@ from daekit.evaluation.intervals import paired_interval
 from daekit.evaluation.matching import answer_match, exact_match
 from daekit.evaluation.sets import EvaluationSet
 from daekit.report.contents import Row, Sample
-
-_HIGHER_IS_BETTER = {
-    "exact_match": True,
-    "answer_match": True,
-    "rouge_l": True,
-    "token_accuracy": True,
-    "accuracy": True,
-    "accuracy_per_token": True,
-    "accuracy_per_byte": True,
-    "nll": False,
-    "bits_per_byte": False,
-}
+from daekit.report.metrics import METRICS
 
 
 def compare(
     evaluations: Sequence[ModelEvaluation], baseline: str, *, reference_domains: Sequence[str], rounds: int
 ) -> list[Row]:
-    """``<metric>_gain`` on the domains and ``<metric>_forgetting`` on ``reference_domains``, of every model but the
-    baseline.
+    """``<metric>_gain`` on the domains and ``<metric>_forgetting`` on ``reference_domains``, of every model but the baseline.
 
-    A gain is positive where the model is better than the baseline, forgetting is positive where it is worse. Intervals
-    are
+    A gain is positive where the model is better than the baseline, forgetting is positive where it is worse. Intervals are
     paired: both models are resampled on the same rows.
 
     Raises:
-        UserError: if ``baseline`` is none of the models.
+        UserError: ``baseline`` is none of the models.
     """
     by_name = {evaluation.model: evaluation for evaluation in evaluations}
     if baseline not in by_name:
@@ -47,13 +34,13 @@ def compare(
     rows = []
     for name, evaluation in by_name.items():
         for (domain, label, metric), values in evaluation.by_domain().items():
-            if metric not in _HIGHER_IS_BETTER:
+            if metric not in METRICS or not METRICS[metric].compared:
                 continue
             base = theirs[domain, label, metric]
             forgetting = domain in reference_domains
             # what counts as more: better for a gain, worse for forgetting
-            ours_first = _HIGHER_IS_BETTER[metric] != forgetting
-            more, less = (values, base) if ours_first else (base, values)
+            higher_is_better = METRICS[metric].most is not None
+            more, less = (values, base) if higher_is_better != forgetting else (base, values)
             low, high = paired_interval(more, less, rounds, SEED)
             kind = "forgetting" if forgetting else "gain"
             rows.append(Row(name, label, f"{metric}_{kind}", more.mean - less.mean, low, high, len(values.total_R)))

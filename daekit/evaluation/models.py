@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.data.responses import render
-from daekit.errors import UserError
+from daekit.errors import UserError, first_line
 from daekit.files import directory_hashes
 from daekit.generation.local import device
 from daekit.models.identity import fingerprint
@@ -61,8 +61,7 @@ class SuiteModel:
                 path, revision=self.spec.revision, trust_remote_code=self._is_trusted(path)
             ).get_text_config()
         except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"models.{self.name}: no model could be found at {path} ({reason})") from error
+            raise UserError(f"models.{self.name}: no model could be found at {path} ({first_line(error)})") from error
 
     def require_there(self) -> None:
         """Look at config, adapter and tokenizer; UserError if the model is not there."""

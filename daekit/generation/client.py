@@ -17,7 +17,7 @@ from daekit.generation.keys import Permissions, endpoint_key
 from daekit.generation.local_chat import LocalChat, model_fingerprint
 from daekit.generation.store import UNREADABLE, ReplyStore
 from daekit.progress import ProgressFunction
-from daekit.recipe.judge import JudgeSpec, judge_problems
+from daekit.recipe.judge import JudgeSpec
 
 _PILOTS = 3  # requests sent one by one before the first success
 _IN_A_ROW = 10  # requests given up one after another before the run ends: the endpoint is down
@@ -210,7 +210,7 @@ class ChatClient:
 
 def require_sound(spec: JudgeSpec) -> None:
     """Raises: UserError: the spec contradicts itself."""
-    problems = [f"judge.{key}: {sentence}" for key, sentence in judge_problems(spec)]
+    problems = [f"judge.{key}: {sentence}" for key, sentence in spec.problems()]
     if problems:
         raise UserError("\n".join(problems))
 

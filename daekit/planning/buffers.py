@@ -57,11 +57,12 @@ class Buffers:
     @cached_property
     def _feature_gradients(self) -> int:
         attention, hidden = self.feature_layers
-        compared = attention * _queries_and_keys(self.student.config) * self._compute_width if attention else 0
+        compared = attention * _queries_and_keys(self.student.config) * self.compute_width if attention else 0
         return self.tokens * compared + hidden * self.hidden
 
     @cached_property
-    def _compute_width(self) -> int:
+    def compute_width(self) -> int:
+        """Bytes of a value that the student's layers compute."""
         return self.training.autocast.itemsize if self.training.autocast is not None else self._cost.hidden_width
 
     @cached_property
@@ -118,7 +119,7 @@ class Buffers:
         """(gradients that the loss keeps for the backward pass, its work space)."""
         head = self.student.head
         columns, hidden_size = head.shape
-        gpu, width = self.machine.gpu, self._compute_width
+        gpu, width = self.machine.gpu, self.compute_width
         step = min(tokens_per_chunk(columns, gpu), self.tokens)
         members = max(map(len, self.models.teachers), default=0)
         kept = self.hidden + gradient_bytes(head)
@@ -151,7 +152,7 @@ class Buffers:
             skew_alpha=loss.skew_alpha,
             temperature=loss.temperature,
         )
-        dtype = torch.bfloat16 if self._compute_width == 2 else torch.float32
+        dtype = torch.bfloat16 if self.compute_width == 2 else torch.float32
         with FakeTensorMode():
             student = torch.empty(step, columns, dtype=dtype)
             teacher = torch.empty(step, columns) if members else None

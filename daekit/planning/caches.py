@@ -1,12 +1,44 @@
-"""What the caches of a stage's teachers take: bytes on the disk per loss token, and memory while they are made."""
+"""The caches of a stage's teachers: their bytes on the disk, and what making them takes, before the student is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from daekit.planning.meta_model import MetaModel
-from daekit.recipe.model import CacheSpec
+from daekit.errors import UserError
+from daekit.planning.memory import ACTIVATIONS, CONTEXT, LIBRARIES, Memory, StageMemory
+from daekit.planning.models import CachedTeacherModels
+from daekit.planning.operations import forward_operations
+from daekit.planning.trace import MicroBatch
+from daekit.planning.training import DEFAULTS
+from daekit.recipe.schema import DAEStage, StageSpec
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# tokenised rows of a stage: for training, and those that it is evaluated on
+StageRows = Callable[[StageSpec], tuple["Dataset", "Dataset | None"]]
+_SHARD_COPIES = 3  # of a shard in host memory: its tensors, their bytes, the file's content
+_LOG_PROB_COPIES = 3  # of a chunk's log-probabilities: themselves, ranked, without those that are kept
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """The different rows whose outputs a cache holds.
+
+    Attributes:
+        rows: Their number.
+        tokens: All their tokens, which the teacher reads.
+        loss_tokens: Those that carry loss, which take space.
+        estimated: Why every row was taken to have ``max_length`` tokens, all with loss; empty where the rows were read.
+    """
+
+    rows: int
+    tokens: int
+    loss_tokens: int
+    estimated: str = ""
 
 
 @dataclass(frozen=True)
@@ -17,21 +49,134 @@ class CachePlan:
         teacher: The key of the recipe, ``teachers.shop``.
         token_bytes: Bytes on the disk per loss token of the rows; of drawn tokens an estimate.
         head_bytes: Bytes of the output heads, once.
-        making: Bytes of the weights that are in memory while it is made, before the student is loaded.
+        making: The memory of one device while it is made; of a served teacher without the server's.
+        counts: Its rows; None where not even their number is known, for the reason in ``unread``.
+        size: Bytes on the disk; None without counts.
+        operations: Operations of making it, on all devices together; None without counts.
     """
 
     teacher: str
     token_bytes: int
     head_bytes: int
-    making: int
+    making: Memory
+    unread: str
+    counts: RowCounts | None
+    size: int | None
+    operations: float | None
 
 
-def cache_plan(key: str, cache: CacheSpec, members: Sequence[MetaModel]) -> CachePlan:
-    """The plan of the cache of a teacher with these members."""
-    from daekit.teachers.cache.values import CacheFormat  # imports PEFT
+def cache_plans(memory: StageMemory, rows: StageRows | None) -> tuple[CachePlan, ...]:
+    """The plans of the caches that a stage reads.
 
-    form = CacheFormat(cache.keep, cache.k, cache.draws)
-    heads = [(member.head.shape[1], member.head.element_size(), member.head.numel()) for member in members]
-    kept = sum(size * values for _, size, values in heads) if cache.keep == "hidden" else 0
-    models = {id(member): sum(p.bytes for p in member.parameters() if not p.adapter) for member in members}
-    return CachePlan(key, form.token_bytes([width * size for width, size, _ in heads]), kept, sum(models.values()))
+    Args:
+        memory: The plan of the stage.
+        rows: Reads its rows; None: they are not read.
+    """
+    if not memory.models.cached:
+        return ()
+    read: tuple[Dataset, Dataset | None] | None = None
+    reason = "the rows were not read"
+    if rows is not None:
+        try:
+            read = _fitted(memory.stage, *rows(memory.stage))
+        except UserError as error:
+            reason = str(error)
+    return tuple(_plan(memory, each, read, reason) for each in memory.models.cached)
+
+
+def _fitted(stage: StageSpec, train: Dataset, validation: Dataset | None) -> tuple[Dataset, Dataset | None]:
+    """The rows that stay under ``max_length`` and the policy for longer ones, of the data sets that are used."""
+    from daekit.data.preparation import fit_to_length
+
+    options = DEFAULTS | stage.trainer
+    splits = options["packing"] and options["packing_strategy"] != "bfd"
+    limit = None if splits else options["max_length"]
+    train = fit_to_length(train, limit, stage.overlong, "train")[0]
+    if validation is None or options.get("eval_strategy", "no") == "no":
+        return train, None
+    return train, fit_to_length(validation, limit, stage.overlong, "eval")[0]
+
+
+def _plan(
+    memory: StageMemory, cached: CachedTeacherModels, read: tuple[Dataset, Dataset | None] | None, reason: str
+) -> CachePlan:
+    from daekit.teachers.cache.rows import KEY_BYTES
+    from daekit.teachers.cache.values import CacheFormat
+
+    spec = cached.cache
+    form = CacheFormat(spec.keep, spec.k, spec.draws)
+    batch, heads = _batch(memory), [tracer.meta.head for tracer in cached.members]
+    widths = [each.shape[1] * tracer.cost(batch).hidden_width for each, tracer in zip(heads, cached.members, strict=True)]
+    token_bytes = form.token_bytes(widths)
+    head_bytes = sum(head.numel() * head.element_size() for head in heads) if spec.keep == "hidden" else 0
+    counts = _estimate(memory.stage, memory.training.length, reason)
+    if read is not None:
+        domains = _domains(memory.stage, cached.key)
+        counts = _count(row for part in read if part is not None for row in part if not domains or row["domain"] in domains)
+    size = operations = None
+    if counts is not None:
+        bounds = 16 if spec.keep == "sampled" else 8
+        size = head_bytes + counts.loss_tokens * token_bytes + counts.rows * (KEY_BYTES + bounds)
+        length = counts.tokens / max(counts.rows, 1)
+        operations = sum(forward_operations(each.meta, counts.tokens, length) for each in cached.members)
+        with_head = 0 if spec.keep == "hidden" else counts.loss_tokens
+        operations -= 2 * (counts.tokens - with_head) * sum(head.numel() for head in heads)
+    making = _making(memory, cached, batch, sum(widths), size)
+    return CachePlan(cached.key, token_bytes, head_bytes, making, reason, counts, size, operations)
+
+
+def _domains(stage: StageSpec, key: str) -> tuple[str, ...]:
+    """The domains whose rows follow a teacher; empty for all."""
+    if not isinstance(stage, DAEStage):
+        return ()
+    return (key.removeprefix("teachers."),) if key.startswith("teachers.") else stage.reference_domains
+
+
+def _count(examples: Iterable[dict[str, object]]) -> RowCounts:
+    """Rows with loss, equal ones once."""
+    from daekit.teachers.cache.rows import rows_of_examples
+
+    different = {row.key: (len(row.input_ids), len(row.offsets)) for row in rows_of_examples(examples) if len(row.offsets)}
+    return RowCounts(len(different), sum(size for size, _ in different.values()), sum(kept for _, kept in different.values()))
+
+
+def _estimate(stage: StageSpec, length: int, reason: str) -> RowCounts | None:
+    """Counts where rows cannot be read: as many as the mixture names, all of ``max_length`` tokens."""
+    rows = stage.data.rows
+    return None if rows is None else RowCounts(rows, rows * length, rows * (length - 1), reason)
+
+
+def _batch(memory: StageMemory) -> MicroBatch:
+    """The largest batch that a cache's writer makes: its rows are padded, and as many as fit into its tokens run together."""
+    from daekit.teachers.cache.asking import PAD_TO
+    from daekit.teachers.cache.write import BATCH_TOKENS
+
+    length = -(-memory.training.length // PAD_TO) * PAD_TO
+    return replace(memory.batch, rows=max(1, BATCH_TOKENS // length), length=length, padded=True, accumulated=False)
+
+
+def _making(memory: StageMemory, cached: CachedTeacherModels, batch: MicroBatch, width: int, size: int | None) -> Memory:
+    """The memory of making a cache: the teacher's weights, one batch, and what is kept of it.
+
+    Args:
+        width: Bytes of a token's last hidden states, of all members.
+        size: Bytes of the cache, if they are known.
+    """
+    from daekit.teachers.cache.values import CHUNK_VALUES
+    from daekit.teachers.cache.write import SHARD_BYTES
+
+    tokens = batch.rows * batch.length
+    metas = {id(tracer.meta): tracer.meta for tracer in cached.members}
+    costs = [tracer.cost(batch) for tracer in cached.members]
+    runs = max((max(layer.frozen for layer in cost.layers) + cost.layers[0].output + cost.shared for cost in costs), default=0)
+    kept = 2 * tokens * width  # all hidden states, and those of the loss tokens
+    if cached.cache.keep != "hidden" and costs:
+        columns = max(tracer.meta.head.shape[0] for tracer in cached.members)
+        chunk = batch.length if cached.cache.keep == "sampled" else min(tokens, max(1, CHUNK_VALUES // columns))
+        kept += _LOG_PROB_COPIES * 4 * chunk * columns
+    parts = Counter({"teacher weights": sum(p.bytes for meta in metas.values() for p in meta.parameters() if not p.adapter)})
+    parts[ACTIVATIONS] = max(runs, kept)
+    if not memory.machine.gpu:
+        parts["one shard"] = _SHARD_COPIES * min(SHARD_BYTES, size or SHARD_BYTES)
+    parts[CONTEXT if memory.machine.gpu else LIBRARIES] = memory.machine.overhead
+    return Memory("a cache is made", dict(parts))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from daekit.planning.buffers import Buffers, gradient_bytes
+from daekit.planning.generation import rollout_rows, writing
 from daekit.planning.machine import Machine
 from daekit.planning.meta_model import MetaModel, Parameter
 from daekit.planning.models import FrozenModel, StageModels
@@ -144,6 +145,8 @@ class StageMemory:
     def phases(self) -> list[Memory]:
         """All phases of a step."""
         phases = {f"{model.name} runs": self._teacher_runs(model) for model in self.models.frozen}
+        if self.stage.loss.on_policy:
+            phases["the student writes"] = self._with(self._writes())
         phases |= {
             "the student runs": self._student_runs(),
             "the loss": self._loss(),
@@ -154,6 +157,12 @@ class StageMemory:
             "the optimizer's step": self._with({GRADIENTS: self.gradients, OPTIMIZER: self._optimizer[1]}),
         }
         return [Memory(phase, {part: size for part, size in parts.items() if size}) for phase, parts in phases.items()]
+
+    def _writes(self) -> Counter[str]:
+        new, training = self.stage.loss.max_new_tokens, self.training
+        size = (rollout_rows(self.stage.loss, training), max(1, training.length - new))
+        prompts = MicroBatch(*size, True, training.autocast, self.machine.gpu)
+        return writing(self.models.student, prompts, new, self.buffers.compute_width)
 
     def _with(self, parts: dict[str, int]) -> Counter[str]:
         """Static memory and these parts; gradients that are static already do not count twice."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from daekit.planning.caches import CachePlan, cache_plan
 from daekit.planning.meta_model import MetaModel
 from daekit.planning.resolve import ModelResolver
 from daekit.planning.trace import Tracer
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage, read_adapter_config
+from daekit.recipe.model import CacheSpec
 from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
 
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -42,12 +42,21 @@ class FrozenModel:
 
 
 @dataclass(frozen=True)
+class CachedTeacherModels:
+    """A teacher that is read from a cache: its key below the stage, what is kept, the models that make it."""
+
+    key: str
+    cache: CacheSpec
+    members: tuple[Tracer, ...]
+
+
+@dataclass(frozen=True)
 class StageModels:
     """The student of a stage and its frozen models."""
 
     student: Tracer
     frozen: tuple[FrozenModel, ...]
-    caches: tuple[CachePlan, ...] = ()  # of teachers that are not in memory while the student trains
+    cached: tuple[CachedTeacherModels, ...] = ()  # they are not in memory while the student trains
 
     @property
     def teachers(self) -> list[list[FrozenModel]]:
@@ -76,16 +85,16 @@ class ModelPlanner:
         stage, resolver = recipe.stages[name], ModelResolver(recipe)
         spec, lora = student_of(recipe, name)
         student = self._tracer(resolver, spec, lora, trained=True)
-        frozen, caches = [], []
+        frozen, cached = [], []
         seen: set[str] = set()
         for key, teacher in teachers_of(stage):
             if repr(teacher) in seen:  # the run loads equal teachers once
                 continue
             seen.add(repr(teacher))
             if teacher.cache is not None:
-                models = [each for _, each in _members(key, teacher)] or [spec]  # a reference without a model: the student
-                metas = [student if each.adapter else self._tracer(resolver, each, None, trained=False) for each in models]
-                caches.append(cache_plan(key, teacher.cache, [tracer.meta for tracer in metas]))
+                models = [spec] if teacher.is_student else [each for _, each in _members(key, teacher)]  # none of a server
+                members = [student if each.adapter else self._tracer(resolver, each, None, trained=False) for each in models]
+                cached.append(CachedTeacherModels(key, teacher.cache, tuple(members)))
                 continue
             for who, each in _members(key, teacher):
                 if each.adapter is not None:
@@ -97,7 +106,7 @@ class ModelPlanner:
             own = sum(p.bytes for p in student.meta.parameters() if p.adapter)
             copy = FrozenModel("reference", student, own, "reference", adapter=True)
             frozen.append(copy if lora is not None else self._loaded(resolver, spec, "reference", "reference", gpu))
-        return StageModels(student, tuple(frozen), tuple(caches))
+        return StageModels(student, tuple(frozen), tuple(cached))
 
     def _loaded(self, resolver: ModelResolver, spec: ModelSpec, who: str, key: str, gpu: bool) -> FrozenModel:
         tracer = self._tracer(resolver, spec, None, trained=False)

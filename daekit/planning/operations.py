@@ -16,24 +16,26 @@ def step_operations(memory: StageMemory) -> float:
     """
     training, student = memory.training, memory.student
     tokens, length = training.tokens, training.length
-    forward = _forward(student, tokens, length)
+    forward = forward_operations(student, tokens, length)
     attention = _attention(student, tokens, length)
     trained = 2 * tokens * _products(p for p in student.parameters() if p.trained)
     step = 2 * forward + attention + trained  # the backward pass of attention is twice its forward pass
     if training.checkpointing:
         step += forward - 2 * tokens * student.head.numel()
+    step += memory.stage.loss.on_policy * forward  # of the rows that the student writes
     layers, _ = memory.buffers.feature_layers
     # the scores of both models, and the gradients of queries and keys
     step += 4 * layers * attention / len(student.layers) / 2
-    teachers = (sum(_forward(each.meta, tokens, length) for each in members) for members in memory.models.teachers)
+    teachers = (sum(forward_operations(each.meta, tokens, length) for each in members) for members in memory.models.teachers)
     return (step + max(teachers, default=0)) * training.accumulation
 
 
-def _forward(meta: MetaModel, tokens: int, length: int) -> float:
+def forward_operations(meta: MetaModel, tokens: int, length: float) -> float:
+    """Operations of a forward pass over tokens in rows of this mean length, the output head included."""
     return 2 * tokens * _products(meta.parameters()) + _attention(meta, tokens, length)
 
 
-def _attention(meta: MetaModel, tokens: int, length: int) -> float:
+def _attention(meta: MetaModel, tokens: int, length: float) -> float:
     """Scores and weighted values; causal attention computes them for half of the keys."""
     width = meta.config.num_attention_heads * head_width(meta.config)
     return 2 * tokens * length * width * len(meta.layers)

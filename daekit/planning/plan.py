@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from daekit.errors import UserError
 from daekit.planning.advice import Change, changes, cheapest, largest_rows
-from daekit.planning.caches import CachePlan
+from daekit.planning.caches import CachePlan, StageRows, cache_plans
 from daekit.planning.machine import Machine
 from daekit.planning.memory import Memory, StageMemory
 from daekit.planning.models import ModelPlanner, StageModels
@@ -66,8 +66,8 @@ class Planner:
         self.machine = machine
         self._models = ModelPlanner()
 
-    def stage(self, recipe: Recipe, name: str) -> StagePlan:
-        """The plan of a stage, without advice.
+    def stage(self, recipe: Recipe, name: str, rows: StageRows | None = None) -> StagePlan:
+        """The plan of a stage, without advice; ``rows`` as in ``plan_recipe``.
 
         Raises:
             UserError: A model is not known or cannot be planned, the optimizer is unknown, or a quantised student would have
@@ -80,29 +80,30 @@ class Planner:
         if memory.training.accumulation == 1:
             static += memory.gradients
         static -= sum(model.bytes for model in memory.models.frozen if model.movable)
-        fits, caches = peak.total <= self.machine.memory, memory.models.caches
+        fits, caches = peak.total <= self.machine.memory, cache_plans(memory, rows)
         return StagePlan(name, memory.training, peak, static, fits, step_operations(memory), caches)
 
-    def advised(self, recipe: Recipe, name: str, reload: Reload) -> StagePlan:
+    def advised(self, recipe: Recipe, name: str, reload: Reload, rows: StageRows | None = None) -> StagePlan:
         """The plan of a stage, with the largest batch that fits and the changes that would make it fit.
 
         Args:
             recipe: A resolved recipe.
             name: The stage's name.
             reload: Loads the recipe with further overrides.
+            rows: As in ``plan_recipe``.
         """
-        plan = self.stage(recipe, name)
+        plan = self.stage(recipe, name, rows)
         models = self._models.stage(recipe, name, self.machine.gpu)
 
         def total(rows: int) -> int:
             return self._memory(recipe, name, rows, models).peak().total
 
-        rows = largest_rows(total, self.machine.memory, plan.training.rows)
+        largest = largest_rows(total, self.machine.memory, plan.training.rows)
         if plan.fits:
-            return replace(plan, largest_rows=rows)
+            return replace(plan, largest_rows=largest)
         options = changes(recipe.stages[name], name, plan.training, self.machine.gpu)
         chosen = cheapest(options, lambda overrides: self.stage(reload(overrides), name).fits)
-        return replace(plan, largest_rows=rows, changes=chosen, shards=self._shards(recipe, name))
+        return replace(plan, largest_rows=largest, changes=chosen, shards=self._shards(recipe, name))
 
     def _memory(self, recipe: Recipe, name: str, rows: int | None = None, models: StageModels | None = None) -> StageMemory:
         stage = recipe.stages[name]
@@ -135,7 +136,13 @@ def _refuse_split(quantization: str | None, machine: Machine) -> None:
         )
 
 
-def plan_recipe(recipe: Recipe, machine: Machine, reload: Reload | None = None, only: Sequence[str] = ()) -> Plan:
+def plan_recipe(
+    recipe: Recipe,
+    machine: Machine,
+    reload: Reload | None = None,
+    only: Sequence[str] = (),
+    rows: StageRows | None = None,
+) -> Plan:
     """The plan of a recipe, before anything of it is loaded.
 
     Args:
@@ -143,6 +150,7 @@ def plan_recipe(recipe: Recipe, machine: Machine, reload: Reload | None = None, 
         machine: Where it is to run.
         reload: Loads the recipe with further overrides; None for a plan without advice.
         only: The stages to plan (default: all).
+        rows: Reads the tokenised rows of a stage, of those with caches only; None: caches are planned without.
 
     Raises:
         UserError: See ``Planner.stage``; the message names the stage.
@@ -150,7 +158,10 @@ def plan_recipe(recipe: Recipe, machine: Machine, reload: Reload | None = None, 
     planner, plans = Planner(machine), []
     for name in only or recipe.stages:
         try:
-            plans.append(planner.stage(recipe, name) if reload is None else planner.advised(recipe, name, reload))
+            if reload is None:
+                plans.append(planner.stage(recipe, name, rows))
+            else:
+                plans.append(planner.advised(recipe, name, reload, rows))
         except UserError as error:
             raise UserError(f"stages.{name}: {error}") from error
     return Plan(machine, tuple(plans))

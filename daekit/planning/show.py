@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+from daekit.planning.caches import CachePlan
 from daekit.planning.machine import Machine
 from daekit.planning.plan import Plan, StagePlan
 
@@ -35,10 +37,7 @@ def _stage_json(stage: StagePlan, tflops: float | None) -> dict[str, Any]:
         "fits": stage.fits,
         "largest_per_device_train_batch_size": stage.largest_rows,
         "operations_per_step": stage.operations,
-        "caches": {
-            cache.teacher: {"bytes_per_loss_token": cache.token_bytes, "heads": cache.head_bytes, "weights": cache.making}
-            for cache in stage.caches
-        },
+        "caches": {cache.teacher: _cache_json(cache, tflops) for cache in stage.caches},
         "seconds_per_step": stage.operations / (tflops * 1e12) if tflops else None,
         "changes": [override for change in stage.changes for override in change.overrides],
         "gpus_with_fsdp2": stage.shards,
@@ -63,20 +62,44 @@ def _format_stage(stage: StagePlan, machine: Machine, tflops: float | None) -> s
     if stage.largest_rows is not None:
         largest = stage.largest_rows or "none: not even 1"
         lines.append(f"    largest per_device_train_batch_size that fits: {largest}")
-    lines.append(f"    {stage.operations / 1e12:,.1f} TFLOP per step and {device}" + _time(stage, tflops))
+    lines.append(f"    {stage.operations / 1e12:,.1f} TFLOP per step and {device}" + _time(stage.operations, tflops))
     for cache in stage.caches:
-        heads = f" + {gigabytes(cache.head_bytes)}" if cache.head_bytes else ""
-        lines.append(
-            f"    {cache.teacher}: read from a cache, {cache.token_bytes:,} bytes per loss token on the disk{heads}; "
-            f"{gigabytes(cache.making)} of weights in memory while it is made, before the student is loaded"
-        )
+        lines += _format_cache(cache, machine, tflops)
     if not stage.fits and stage.largest_rows is not None:
         lines += _advice(stage)
     return "\n".join(lines)
 
 
-def _time(stage: StagePlan, tflops: float | None) -> str:
-    return f": {stage.operations / (tflops * 1e12):,.1f} s at {tflops:g} TFLOP/s" if tflops else ""
+def _time(operations: float, tflops: float | None) -> str:
+    return f": {operations / (tflops * 1e12):,.1f} s at {tflops:g} TFLOP/s" if tflops else ""
+
+
+def _format_cache(cache: CachePlan, machine: Machine, tflops: float | None) -> list[str]:
+    counts, per_token, work = cache.counts, f"{cache.token_bytes:,} bytes per loss token", ""
+    if counts is None or cache.size is None or cache.operations is None:
+        lines = [f"    {cache.teacher}: read from a cache of {per_token}; its size is not known: {cache.unread}"]
+    else:
+        how = f"{counts.rows:,} rows, {counts.loss_tokens:,} loss tokens, {per_token}"
+        if counts.estimated:
+            how = f"at most: as if each of {counts.rows:,} rows had max_length tokens, for {counts.estimated}"
+        lines = [f"    {cache.teacher}: read from a cache of {gigabytes(cache.size)} on the disk ({how})"]
+        if cache.operations:  # a server does its own
+            work = f", {cache.operations / 1e12:,.1f} TFLOP" + _time(cache.operations / machine.count, tflops)
+    fits = "" if cache.making.total <= machine.memory else ", which does not fit"
+    lines.append(f"        made before the student is loaded, with {gigabytes(cache.making.total)} of memory{fits}{work}")
+    return lines
+
+
+def _cache_json(cache: CachePlan, tflops: float | None) -> dict[str, Any]:
+    return {
+        "bytes_per_loss_token": cache.token_bytes,
+        "heads": cache.head_bytes,
+        "bytes": cache.size,
+        "rows": cache.counts and asdict(cache.counts),
+        "making": {"parts": cache.making.parts, "total": cache.making.total},
+        "operations": cache.operations,
+        "seconds": cache.operations / (tflops * 1e12) if tflops and cache.operations else None,
+    }
 
 
 def _advice(stage: StagePlan) -> list[str]:

@@ -1,6 +1,6 @@
 """Recipes: what to run, as typed YAML. Loading one takes a fraction of a second: neither torch nor transformers is imported."""
 
-from daekit.recipe.check_models import is_lora, sharing_notes
+from daekit.recipe.bases import sharing_notes
 from daekit.recipe.dump import generated_key, stage_key, student_key, suite_to_yaml, to_dict, to_yaml
 from daekit.recipe.load import load_recipe, load_recipe_text, load_suite, load_suite_text, parse_models, resolve
 from daekit.recipe.schema import BUILTIN_CORPORA, Recipe
@@ -9,7 +9,6 @@ __all__ = [
     "BUILTIN_CORPORA",
     "Recipe",
     "generated_key",
-    "is_lora",
     "load_recipe",
     "load_recipe_text",
     "load_suite",

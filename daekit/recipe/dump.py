@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 
 from daekit.recipe.adapter_config import adapter_stage
-from daekit.recipe.generated import generator_stages
 from daekit.recipe.load import resolve
 from daekit.recipe.schema import Recipe, StageSpec
 from daekit.recipe.suite import SuiteSpec
@@ -130,7 +129,7 @@ def generated_key(recipe: Recipe, name: str) -> dict[str, Any]:
 def _stages_of(recipe: Recipe, sources: Iterable[str]) -> set[str]:
     """The stages whose results write sources."""
     specs = [recipe.sources[name].generated for name in sources]
-    return {stage for spec in specs if spec is not None for stage in generator_stages(spec)}
+    return {stage for spec in specs if spec is not None for stage in spec.stages()}
 
 
 def _stages_used(stage: StageSpec) -> set[str]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from daekit.recipe.adapter_config import adapter_stage
-from daekit.recipe.model import ModelSpec, StudentSpec, placed  # noqa: F401 (pydantic looks the names of ModelSpec up here)
-from daekit.recipe.reading import Choice, Flag, Number, Spec, Text, Whole, as_text
+from daekit.errors import listed
+from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
+from daekit.recipe.judge import url_problems
+from daekit.recipe.model import ModelSpec, StudentSpec  # noqa: F401 (pydantic looks the names of ModelSpec up here)
+from daekit.recipe.paths import missing
+from daekit.recipe.reading import Choice, Flag, Number, Problems, Spec, Text, Whole
 from daekit.recipe.suite import Column, subject_keys
 
 _OWN_WORDS = ("self", "bos")
+_READING = ("split", "name", "revision", "columns", "chat", "limit")
+_OF_SELF = ("temperature", "top_p", "max_new_tokens")
 
 
 class GeneratorSpec(ModelSpec):
@@ -30,10 +35,31 @@ class GeneratorSpec(ModelSpec):
     @classmethod
     def expand(cls, value: Any) -> Any:
         """See the class."""
-        text = None if isinstance(value, Mapping) else as_text(value)
-        if isinstance(text, str) and text.startswith(("http://", "https://")):
-            return placed(dict(subject_keys(text)), value)
+        if isinstance(value, str) and value.startswith(("http://", "https://")):
+            return subject_keys(value)
         return super().expand(value)
+
+    def problems(self) -> Problems:
+        """An endpoint that is a model, too, or neither; a model that has nothing to write."""
+        own = [key for key in ("path", "stage", "config", "adapter", "init") if getattr(self, key) is not None]
+        if self.url is None:
+            yield from super().problems()
+            for key in ("served_model", "api_key_env"):
+                if getattr(self, key) is not None:
+                    yield key, "belongs to an endpoint (url)"
+            if self.init is not None or self.config is not None:
+                yield (), "random weights, or parts of a teacher, have nothing to write; give a path or a stage"
+            if self.offload:
+                yield "offload", "belongs to a teacher in training; use device_map or quantization"
+            if self.adapter == BARE_BASE:
+                yield "adapter", "the base is a model of its own here; give its path"
+            return
+        if own:
+            yield (), f"is an endpoint (url) or a model ({listed(own)}), not both"
+        for sentence in url_problems(self.url):
+            yield "url", sentence
+        if not self.served_model:
+            yield "served_model", "is missing: name the endpoint's model: https://HOST/v1#MODEL"
 
 
 class PromptsSpec(Spec):
@@ -65,10 +91,21 @@ class PromptsSpec(Spec):
     @classmethod
     def expand(cls, value: Any) -> Any:
         """See the class."""
-        text = None if isinstance(value, Mapping) else as_text(value)
-        if not isinstance(text, str):
-            return value
-        return placed({"written" if text in _OWN_WORDS else "path": text}, value)
+        return {"written" if value in _OWN_WORDS else "path": value} if isinstance(value, str) else value
+
+    def problems(self) -> Problems:
+        """None or several kinds of prompts, and settings of another kind."""
+        ways = [key for key in ("written", "source", "path") if getattr(self, key) is not None]
+        if len(ways) != 1:
+            yield (), f"must be exactly one of self, bos, {{path: ...}} and {{source: ...}}, not {listed(ways)}"
+        if self.path is not None and not self.path.startswith("builtin:"):
+            yield from missing("path", self.path)
+        for key in _READING if self.path is None else ():
+            if self.changed(key) and not (key == "limit" and self.source is not None):
+                yield key, "belongs to `path`: it would do nothing"
+        for key in _OF_SELF if self.written != "self" else ():
+            if self.changed(key):
+                yield key, "belongs to `written: self`: it would do nothing"
 
 
 class GeneratedSpec(Spec):
@@ -104,7 +141,24 @@ class GeneratedSpec(Spec):
         """The attempts at most; None: one for each prompt."""
         return self.attempts if self.rows is None else self.attempts or 50 * self.rows
 
+    def stages(self) -> set[str]:
+        """The stages whose results the model is, or is made of."""
+        found = (self.model.stage, adapter_stage(self.model.adapter)) if self.model is not None else ()
+        return {name for name in found if name is not None}
 
-def generator_stages(spec: GeneratedSpec) -> set[str]:
-    """The stages whose results the generator is, or is made of."""
-    return {name for name in (spec.model.stage, adapter_stage(spec.model.adapter)) if name is not None}
+    def problems(self) -> Problems:
+        """A filter that is none, and what prompts of this kind do not have."""
+        if self.matching is not None:
+            try:
+                re.compile(self.matching)
+            except re.error as error:
+                yield "matching", f"{self.matching[:80]!r} is no regular expression ({error})"
+        if self.rows is None and self.attempts is not None:
+            yield "attempts", "belongs to `rows`; without it each prompt is answered once"
+        written = None if self.prompts is None else self.prompts.written
+        if written is not None and self.rows is None:
+            yield "rows", "must say how many rows to write, for there are no prompts to count"
+        if written is not None and self.temperature == 0:
+            yield "temperature", "is 0, so that all rows would be the same; draw them at 1, say"
+        if written is not None and self.model is not None and self.model.url is not None:
+            yield ("model", "url"), f"an endpoint answers messages; prompts: {written} needs a model here"

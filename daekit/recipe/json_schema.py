@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from daekit.recipe.model import KEEPS
 from daekit.recipe.schema import Recipe
 from daekit.recipe.suite import SuiteSpec
-from daekit.recipe.trainer_options import options_schema
+from daekit.recipe.teacher import KEEPS
+from daekit.recipe.trainer_options import trainer_options
 
 _TEXT = {"type": "string"}
 _SOURCES = [
@@ -47,7 +47,7 @@ def json_schema(kind: Literal["recipe", "suite"]) -> dict[str, Any]:
         if name in _SHORT:
             schema["$defs"][name] = {"anyOf": [*_SHORT[name], each]}
     if kind == "recipe":
-        schema["$defs"]["TrainerOptions"] = options_schema()
+        schema["$defs"]["TrainerOptions"] = trainer_options().model_json_schema()
         each = schema["$defs"]["MixtureSpec"]
         each["properties"] = {"sources": {"anyOf": _SOURCES}, "rows": each["properties"]["rows"]}
         schema["$defs"]["MixtureSpec"] = {"anyOf": [*_SOURCES, each]}

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from daekit.recipe.model import Dtype, Quantization
-from daekit.recipe.reading import Choice, Number, Spec, Text, Whole
+from daekit.recipe.reading import Choice, Number, Problems, Spec, Text, Whole
 
 
 class JudgeSpec(Spec):
@@ -68,21 +68,23 @@ class JudgeSpec(Spec):
         port = f":{parts.port}" if parts.port else ""
         return f"{parts.scheme}://{parts.hostname}{port}{parts.path.rstrip('/')}"
 
-
-def judge_problems(spec: JudgeSpec) -> Iterator[tuple[str, str]]:
-    """Everything that contradicts itself in ``spec``, as (key, sentence)."""
-    if (spec.base_url is None) == (spec.path is None):
-        yield "base_url", "name exactly one of base_url (https://api.openai.com/v1, say) and path (a model directory)"
-    if spec.base_url is not None:
-        yield from (("base_url", sentence) for sentence in url_problems(spec.base_url))
-        if not spec.model:
-            yield "model", "is missing: the endpoint must be told which of its models judges"
-    if spec.path is None and (spec.quantization is not None or spec.dtype != "auto"):
-        yield "quantization" if spec.quantization else "dtype", "belongs to a local judge (path); an endpoint decides it itself"
-    if spec.path is not None and spec.temperature:
-        yield "temperature", f"{spec.temperature} is not possible with path: a local judge answers greedily; leave it out"
-    if spec.max_cost is not None and (spec.price_prompt is None or spec.price_completion is None):
-        yield "max_cost", "needs price_prompt and price_completion (dollars per million tokens), or nothing can be counted"
+    def problems(self) -> Problems:
+        """Everything that contradicts itself."""
+        if (self.base_url is None) == (self.path is None):
+            yield "base_url", "name exactly one of base_url (https://api.openai.com/v1, say) and path (a model directory)"
+        if self.base_url is not None:
+            yield from (("base_url", sentence) for sentence in url_problems(self.base_url))
+            if not self.model:
+                yield "model", "is missing: the endpoint must be told which of its models judges"
+        if self.path is None and (self.quantization is not None or self.dtype != "auto"):
+            yield (
+                "quantization" if self.quantization else "dtype",
+                "belongs to a local judge (path); an endpoint decides it itself",
+            )
+        if self.path is not None and self.temperature:
+            yield "temperature", f"{self.temperature} is not possible with path: a local judge answers greedily; leave it out"
+        if self.max_cost is not None and (self.price_prompt is None or self.price_completion is None):
+            yield "max_cost", "needs price_prompt and price_completion (dollars per million tokens), or nothing can be counted"
 
 
 def url_problems(url: str) -> Iterator[str]:

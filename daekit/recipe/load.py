@@ -10,17 +10,17 @@ from typing import Any, TypeVar
 
 from daekit.errors import UserError
 from daekit.recipe.adapter_config import adapter_stage
-from daekit.recipe.check_models import with_base_of
-from daekit.recipe.check_suite import check_suite
+from daekit.recipe.bases import with_base_of
 from daekit.recipe.checks import check_recipe, evaluated_by_default
-from daekit.recipe.model import ModelSpec, TeacherSpec
+from daekit.recipe.model import ModelSpec
 from daekit.recipe.overrides import apply_overrides
-from daekit.recipe.paths import is_name
+from daekit.recipe.paths import bad_directory, is_name
 from daekit.recipe.reading import Spec
 from daekit.recipe.rows import SourceSpec
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, DAEStage, EvaluatedModel, KDStage, Recipe, StageSpec
 from daekit.recipe.suite import SuiteSpec
-from daekit.recipe.tree import Node, Path, Place, read_file, read_tree
+from daekit.recipe.teacher import TeacherSpec
+from daekit.recipe.tree import Node, Path, Place, read_file
 from daekit.recipe.validation import Errors
 
 S = TypeVar("S", bound=Spec)
@@ -51,9 +51,11 @@ def load_recipe_text(text: str, name: str, overrides: Sequence[str] = ()) -> Rec
     for override in overrides:  # one may name a suite, the next reach into it
         apply_overrides(errors, [override])
         _read_suites(errors)
-    recipe = Recipe.read(errors.root, errors)
+    recipe = Recipe.read(errors)
     if recipe is not None:
         check_recipe(recipe, errors)
+        for index, suite in enumerate(recipe.evaluation.suites if recipe.evaluation else ()):
+            _check_prices(errors, suite, ("evaluation", "suites", index))
     errors.raise_if_any()
     assert recipe is not None  # whatever keeps it from being read is an error
     return resolve(recipe)
@@ -87,9 +89,11 @@ def load_suite_text(
     errors = _errors(text, name, "suite")
     _add_models(errors.root, models or {})
     apply_overrides(errors, overrides)
-    suite = SuiteSpec.read(errors.root, errors)
+    suite = SuiteSpec.read(errors)
     if suite is not None:
-        check_suite(suite, errors)
+        errors.add_all(suite.contradictions())
+        errors.add_all(bad_directory("output_dir", suite.output_dir))
+        _check_prices(errors, suite)
         if need_models and not suite.models:
             errors.add_check(("models",), "no model to measure: give --model NAME=PATH_OR_URL, or models in the suite")
     errors.raise_if_any()
@@ -119,38 +123,52 @@ def parse_models(arguments: Sequence[str]) -> dict[str, str]:
 
 def _errors(text: str, name: str, kind: str) -> Errors:
     """The tree of a file, and what in it cannot be read."""
-    root, unread = read_tree(text, name)
-    if root.value is None and not unread:
+    errors = Errors(name)
+    errors.root = errors.read(text)
+    if errors.root.value is None and not errors.found:
         raise UserError(f"{name}: the {kind} is empty")
-    errors = Errors(name, root)
-    errors.add_all_unread(unread)
     return errors
 
 
 def _read_suites(errors: Errors) -> None:
     """Put the content of the suites that a recipe names in their place, so that nothing is read again later."""
     node = errors.root.find(_SUITES)
-    for index, item in enumerate(node.value if node is not None and isinstance(node.value, list) else ()):
+    for item in node.value if node is not None and isinstance(node.value, list) else ():
         if not isinstance(item.value, str):
             continue
         file = os.path.expanduser(item.value)
         try:
-            tree, unread = read_tree(read_file(file, "suite"), file, file=file)
+            tree = errors.read(read_file(file, "suite"), item.path, file=file)
         except UserError as error:
-            errors.add_unread((*_SUITES, index), " ".join(str(error).split()), item.place)
+            errors.add_unread(item.path, " ".join(str(error).split()), item.place)
             continue
         item.value, item.text = tree.value, tree.text
-        errors.add_all_unread(unread, (*_SUITES, index))
+
+
+def _check_prices(errors: Errors, suite: SuiteSpec | None, path: Path = ()) -> None:
+    """The prices in a file are not those of another judge that an override names."""
+    judges: list[Path] = [(), *(("benchmarks", name) for name in (suite and suite.benchmarks) or {})]
+    for where in [(*path, *each, "judge") for each in judges]:
+        nodes = {key: errors.root.find((*where, key)) for key in ("model", "base_url", "price_prompt", "price_completion")}
+        said = [key for key in ("model", "base_url") if (node := nodes[key]) is not None and node.place.override is not None]
+        for key in ("price_prompt", "price_completion") if said else ():
+            node = nodes[key]
+            if node is not None and node.value is not None and node.place.override is None:
+                errors.add_check(
+                    (*where, key),
+                    f"{node.show()} is the price of the judge in the file, and {said[0]} names another; give that one's, or "
+                    "null if it costs nothing",
+                )
 
 
 def _add_models(root: Node, models: Mapping[str, str]) -> None:
     if not models or not isinstance(root.value, dict):
         return
-    below = root.value.setdefault("models", Node({}, Place()))
+    below = root.value.setdefault("models", Node({}, Place(), ("models",)))
     if below.value is None:
         below.value = {}
     if isinstance(below.value, dict):
-        below.value |= {name: Node(text, Place(override=f"--model {name}")) for name, text in models.items()}
+        below.value |= {name: Node(text, Place(override=f"--model {name}"), ("models", name)) for name, text in models.items()}
 
 
 # ---- implied defaults ------------------------------------------------------------------------------------------------

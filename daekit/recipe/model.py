@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, get_args
+import re
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from daekit.recipe.reading import Choice, Flag, Free, Leaf, Number, Spec, Text, Whole, Written, as_text
+from daekit.errors import listed
+from daekit.recipe.paths import missing
+from daekit.recipe.reading import Choice, Flag, Free, Number, Problems, Spec, Text, Whole
 
 Quantization = Literal["4bit", "8bit"]
-Keep = Literal["hidden", "top_k", "sampled"]
-KEEPS: tuple[str, ...] = get_args(Keep)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 STAGE = "stage:"
 _CHECKPOINT = "@checkpoint-"
+Size = Literal[
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"
+]
+Positive = Annotated[Whole, Field(ge=1)]
+# What takes a place of `device_map`; torch is not imported here to be asked.
+_DEVICE = re.compile(r"(cpu|[0-9]{1,4}|(cuda|xpu|npu|hpu|mps)(:[0-9]{1,4})?)")
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 class CalibrationSpec(Spec):
@@ -30,7 +38,7 @@ class CalibrationSpec(Spec):
 class StudentSearchSpec(Spec):
     """The search for the shape of a student, and for what it keeps of its teacher."""
 
-    parameters: tuple[Whole, ...] = Field(
+    parameters: tuple[Positive, ...] = Field(
         description="The smallest and the largest number of parameters allowed: [smallest, largest]."
     )
     granularity: Annotated[Literal["coarse", "fine"], Choice] = Field(
@@ -42,7 +50,7 @@ class StudentSearchSpec(Spec):
     )
     blocks: Whole = Field(8, ge=1, description="Hidden size and MLP width are chosen in blocks: the teacher's divided by this.")
     min_ratio: Number = Field(0.25, gt=0, le=1, description="Smallest size, as a ratio of the teacher's.")
-    head_dims: tuple[Whole, ...] = Field((), description="Widths of a head to choose from (default: the teacher's).")
+    head_dims: tuple[Positive, ...] = Field((), description="Widths of a head to choose from (default: the teacher's).")
     strategy: Annotated[Literal["evolution", "random", "grid"], Choice] = Field(
         "evolution", description="How candidates are found; grid: all of a coarse space."
     )
@@ -50,10 +58,22 @@ class StudentSearchSpec(Spec):
         "perplexity", description="Candidates are compared by their perplexity, or by their KL to the teacher."
     )
     candidates: Whole = Field(200, ge=1, description="Number of candidates to score (a grid: all).")
-    tokens: tuple[Whole, ...] = Field(
-        (2048, 16384), description="Tokens per candidate, rising from round to round, at most those of the calibration."
+    tokens: tuple[Positive, ...] = Field(
+        (2048, 16384),
+        min_length=1,
+        description="Tokens per candidate, rising from round to round, at most those of the calibration.",
     )
     keep: Number = Field(0.25, gt=0, le=1, description="Share of the candidates that reach the next round.")
+
+    def problems(self) -> Problems:
+        """Ranges that are none, and a search without end."""
+        window = self.parameters
+        if window is not None and (len(window) != 2 or window[0] > window[1]):
+            yield "parameters", f"{listed(map(str, window))}: wants [smallest, largest] number of parameters"
+        if any(later <= earlier for earlier, later in pairwise(self.tokens)):
+            yield "tokens", "wants numbers that rise from round to round, such as [2048, 16384]"
+        if self.strategy == "grid" and self.granularity == "fine":
+            yield "strategy", "a grid over a fine space would never end; use granularity: coarse, or evolution"
 
 
 class ModelSpec(Spec):
@@ -108,14 +128,42 @@ class ModelSpec(Spec):
     @classmethod
     def expand(cls, value: Any) -> Any:
         """See the class; the keys beside ``from`` are those of ``StudentSpec``."""
-        if isinstance(value, Mapping):
-            if "from" not in value or "init" in value:
-                return value
-            return Written({"init": value}, value.path) if isinstance(value, Written) else {"init": value}
-        text = as_text(value)
-        if not isinstance(text, str):
-            return value
-        return placed({"path": text} if not text.startswith(STAGE) else stage_of(text.removeprefix(STAGE)), value)
+        if isinstance(value, str):
+            return stage_of(value.removeprefix(STAGE)) if value.startswith(STAGE) else {"path": value}
+        return {"init": value} if isinstance(value, dict) and "from" in value and "init" not in value else value
+
+    def problems(self) -> Problems:
+        """Keys that say nothing of this kind of model, and devices that are none."""
+        yield from missing((), self.path, suffixes=())
+        if self.revision is not None and self.path is None and self.adapter is None:
+            yield "revision", "only a model with a `path` has a revision"
+        if self.checkpoint is not None and self.stage is None:
+            yield "checkpoint", "only a `stage` has checkpoints; a checkpoint elsewhere is a `path`"
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            yield ("config", "model_type"), "a model from a config needs its `model_type` (mistral, mixtral, llama...)"
+        if self.config is not None and self.quantization is not None:
+            yield "quantization", f"random weights cannot be quantized; remove `quantization: {self.quantization}`"
+        if self.offload and self.device_map is not None:
+            yield "offload", "excludes device_map: it brings the layers to the student's device"
+        if self.offload and self.quantization == "8bit":
+            yield (
+                "offload",
+                "does not work with quantization: 8bit, whose weights bitsandbytes keeps out of reach; use 4bit or none",
+            )
+        if self.device_map is not None and self.config is not None:
+            yield "device_map", "a model made from a config is made where the student is; remove it"
+        elif self.device_map is not None and not self.device_map:
+            yield "device_map", "must not be empty; leave it out for the student's device"
+        elif self.device_map is not None and self.device_map not in _SPREADS:
+            devices = self.device_map.values() if isinstance(self.device_map, dict) else [self.device_map]
+            wrong = [device for device in devices if not _DEVICE.fullmatch(device)]
+            if "disk" in wrong:
+                yield (
+                    "device_map",
+                    "disk is not supported: the loss needs weights that are there; use `offload: true` or quantization",
+                )
+            elif wrong:
+                yield "device_map", f"{wrong[0]!r} is no device (cpu, cuda:0, 0...), nor, for a whole model, {listed(_SPREADS)}"
 
     def compact(self, dumped: dict[str, Any]) -> dict[str, Any]:
         """A student made from its teacher is written as it is read."""
@@ -128,11 +176,6 @@ def stage_of(reference: str) -> dict[str, Any]:
     if step.isdecimal() and len(step) < 10:
         return {"stage": name, "checkpoint": int(step)}
     return {"stage": reference.strip()}
-
-
-def placed(values: dict[str, Any], short: Any) -> dict[str, Any]:
-    """What a shorthand stands for, where it was written."""
-    return Written(values, short.path) if isinstance(short, Leaf) else values
 
 
 class StudentSpec(Spec):
@@ -153,7 +196,7 @@ class StudentSpec(Spec):
         None, description="How the experts of a layer become one MLP."
     )
     keep_experts: Whole | None = Field(None, ge=1, description="How many experts of each layer stay.")
-    shape: dict[str, Whole] = Field(
+    shape: dict[Annotated[Size, Choice], Positive] = Field(
         {}, description="Sizes by their names in the config (hidden_size...); those that are left out are the teacher's."
     )
     search: StudentSearchSpec | None = Field(None, description="Finds the shape instead.")
@@ -166,108 +209,39 @@ class StudentSpec(Spec):
     )
     calibration: CalibrationSpec = Field(CalibrationSpec(), description="The text that parts are ranked on.")
 
+    def problems(self) -> Problems:
+        """One way of making it, of whole models, and no settings that would do nothing."""
+        cuts = [key for key in ("shape", "search") if getattr(self, key)]
+        ways = [
+            key for key, given in (("with", self.with_), ("keep_experts", self.keep_experts), ("dense", self.dense)) if given
+        ]
+        if len(cuts) > 1:
+            yield "search", "finds the shape: remove `shape`, or `search`"
+        if len(ways) > 1 or (cuts and ways and ways != ["dense"]):
+            yield (), f"{listed([*ways, *cuts])} exclude each other (only `dense` goes with a shape or a search)"
+        if not ways and not cuts:
+            yield (), "says not what to make of its teacher: give a `shape`, a `search`, `dense`, `keep_experts` or `with`"
+        for key in ("importance", "fit_norms") if not cuts else ():
+            if self.changed(key):
+                yield key, "belongs to a student cut by `shape` or `search`; remove it"
+        for path, model in self.models().items():
+            if model.quantization is not None:
+                yield (*path, "quantization"), "a student cannot be made of quantised weights; load them in 16 bits (remove it)"
+            for key in ("device_map", "offload"):
+                if getattr(model, key):
+                    yield (*path, key), "a student is cut from a teacher that lies on one device as a whole; remove it"
+            if model.adapter is not None:
+                merged = "name the merged one (a stage with lora.merge, or `daekit merge`)"
+                yield (*path, "adapter"), f"a student is made of whole models; {merged}"
+        if self.search is not None and max(self.search.tokens) > self.calibration.tokens:
+            yield (
+                ("search", "tokens"),
+                f"the last round wants {max(self.search.tokens)} tokens, but calibration.tokens is {self.calibration.tokens}; "
+                "raise that, or lower this",
+            )
 
-class CacheSpec(Spec):
-    """Keep on disk what a teacher says about the rows: it is asked once, before the training, and not loaded in it.
-
-    A plain text is short for ``{keep: ...}``.
-    """
-
-    NOUN: ClassVar = "hidden, top_k or sampled, or a mapping"
-
-    keep: Annotated[Keep, Choice] = Field(
-        description="hidden: hidden states and output head, exact for every divergence and temperature (width x bytes of the "
-        "dtype per token); top_k: the most likely tokens and the mass of all others (5 k + 4 bytes); sampled: drawn tokens, "
-        "unbiased for forward_kl at temperature 1 (about 50 bytes)."
-    )
-    k: Whole = Field(64, ge=3, description="Of top_k: tokens per position, the label and the end of turn among them.")
-    draws: Whole = Field(50, ge=1, le=255, description="Of sampled: tokens drawn per position.")
-    path: Text | None = Field(None, description="Directory, to share it with other recipes; default: below output_dir.")
-
-    @classmethod
-    def expand(cls, value: Any) -> Any:
-        """See the class."""
-        text = as_text(value)
-        return placed({"keep": value}, value) if isinstance(text, str) else value
-
-
-class ServerSpec(Spec):
-    """A teacher behind a completions API that scores prompts (vLLM's ``prompt_logprobs``), with the student's tokenizer."""
-
-    base_url: Text = Field(description="Such as http://localhost:8000/v1.")
-    model: Text = Field(description="The name that the server knows it by; so do caches and resumed runs.")
-    k: Whole = Field(
-        20,
-        ge=2,
-        description="Its most likely tokens per position, the label among them; at most the server's --max-logprobs. With a "
-        "cache: `cache.k`.",
-    )
-    api_key_env: Text | None = Field(
-        None, description="Environment variable that holds the key (default: OPENAI_API_KEY at OpenAI's own hosts, else none)."
-    )
-    concurrency: Whole = Field(8, gt=0, description="Calls under way at a time; one call holds one row.")
-    max_retries: Whole = Field(6, ge=0, description="How often a call that failed in passing is sent again.")
-    timeout: Number = Field(120.0, gt=0, description="Seconds for a whole call, its body included.")
-
-
-class WeightedModelSpec(Spec):
-    """A member of an ensemble: a model and its weight; the weights of an ensemble sum to 1."""
-
-    model: ModelSpec = Field(description="The model.")
-    weight: Number = Field(description="Its weight; the weights of an ensemble sum to 1.")
-
-
-class TeacherSpec(Spec):
-    """One teacher: a model, an ensemble of several, a model that is served elsewhere, or the labels.
-
-    Whatever is a model is a teacher too; an ensemble is ``{ensemble: [{model: M, weight: W}, ...], average: logits}``;
-    ``{base_url: URL, model: NAME}`` is a ``ServerSpec``; ``labels`` are the rows' own tokens. With ``cache`` any of them but
-    labels is read from disk; ``reference: {cache: ...}`` is the student as the stage finds it.
-    """
-
-    NOUN: ClassVar = "a path or a mapping"
-
-    model: ModelSpec | None = Field(None, description="The model, if it is one.")
-    ensemble: tuple[WeightedModelSpec, ...] = Field((), description="The members, if it is several.")
-    average: Annotated[Literal["logits", "probabilities"], Choice] = Field(
-        "logits", description="What of an ensemble's members is averaged."
-    )
-    server: ServerSpec | None = Field(None, description="Where it is served; its keys are written in its place.")
-    labels: Flag = Field(False, description="The labels: forward_kl at temperature 1 is then the cross-entropy with them.")
-    cache: CacheSpec | None = Field(None, description="Keep what it says on disk, and do not load it in training.")
-
-    @classmethod
-    def expand(cls, value: Any) -> Any:
-        """Whatever is a model is a teacher too."""
-        if as_text(value) == "labels":
-            return placed({"labels": True}, value)
-        if not isinstance(value, Mapping):
-            return Written({"model": value}, value.path) if isinstance(value, Leaf) else cls._of_model(value)
-        kind = "server" if "base_url" in value else "model"
-        if kind == "model" and any(key in cls.model_fields for key in value if key != "cache"):
-            return value
-        below = {key: each for key, each in value.items() if key != "cache"}
-        values = {"cache": value["cache"]} if "cache" in value else {}
-        if not isinstance(value, Written):
-            return values | ({kind: below} if below else {})
-        rest = Written(below, value.path, ("ensemble", "average", "cache", "base_url") if kind == "model" else ("cache",))
-        return Written(values | ({kind: rest} if below else {}), value.path)
-
-    @classmethod
-    def _of_model(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
-
-    @property
-    def is_student(self) -> bool:
-        """Whether it is the student as the stage finds it, which only a reference with a cache can be."""
-        return self.model is None and self.server is None and not self.ensemble and not self.labels
-
-    def compact(self, dumped: dict[str, Any]) -> Any:
-        """A model alone is written without its key, labels as that word."""
-        if self.labels:
-            return "labels"
-        kept = {"cache": dumped["cache"]} if self.cache else {}
-        for kind in ("model", "server"):
-            if getattr(self, kind):
-                return dumped[kind] | kept
-        return {key: dumped[key] for key in ("ensemble", "average") if self.ensemble} | kept
+    def models(self) -> dict[tuple[str | int, ...], ModelSpec]:
+        """Key path -> the models that it is made from."""
+        models: dict[tuple[str | int, ...], ModelSpec] = {("from",): self.from_}
+        models |= {("with", index): model for index, model in enumerate(self.with_)}
+        return {path: model for path, model in models.items() if model is not None}

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from daekit.errors import UserError, listed
-from daekit.recipe.reading import Choice, Number, Spec, Text, Whole, as_plain
+from daekit.recipe.reading import Choice, Number, Problems, Spec, Text, Whole, as_plain
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv"]
 DIVERGENCES: tuple[str, ...] = get_args(DivergenceName)
@@ -107,6 +107,19 @@ class Objective(Spec):
                 "tokens. Set them to 0, or normalize to tokens"
             )
         return self
+
+    def problems(self) -> Problems:
+        """Settings that would do nothing."""
+        for key in ("max_new_tokens", "rollout_temperature", "rollout_buffer"):
+            if not self.on_policy and self.changed(key):
+                yield key, "belongs to on_policy, which is 0: it would do nothing"
+        for key, divergences in {"beta": ("jsd",), "skew_alpha": ("skew_kl", "skew_reverse_kl")}.items():
+            if self.divergence not in divergences and self.changed(key):
+                yield key, f"{key} belongs to divergence: {' or '.join(divergences)}, not to {self.divergence}"
+        for kind, options in {"attention": ("layers", "relation_heads"), "hidden": ("layers", "loss")}.items():
+            for key in [f"{kind}_{option}" for option in options if not getattr(self, f"{kind}_weight")]:
+                if self.changed(key):
+                    yield key, f"belongs to {kind}_weight, which is 0: it would do nothing"
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Objective:

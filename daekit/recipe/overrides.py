@@ -8,7 +8,7 @@ from typing import Any
 from daekit.errors import UserError, nearest
 from daekit.recipe.model import STAGE, stage_of
 from daekit.recipe.suite import subject_keys
-from daekit.recipe.tree import Node, Path, Place, read_tree
+from daekit.recipe.tree import Node, Place
 from daekit.recipe.validation import Errors, dotted
 
 # The mappings whose keys are the user's own names: a misspelt one must not make a new entry.
@@ -24,82 +24,66 @@ def apply_overrides(errors: Errors, overrides: Sequence[str]) -> None:
     """
     for override in overrides:
         keys, equals, text = override.partition("=")
-        path: Path = tuple(keys.split("."))
-        if not equals or not all(path):
-            errors.add((), "is not of the form key.sub=value", Place(override=repr(override)))
-            continue
-        if not text.strip():
-            errors.add((), "has no value; write null to unset a key", Place(override=repr(override)))
-            continue
-        try:
-            value, unread = read_tree(text, "its value", override=repr(override))
-        except UserError as error:
-            errors.add((), str(error), Place(override=repr(override)))
-            continue
-        errors.add_all_unread(unread, path)
-        message = _set(errors.root, path, value)
-        if message:
-            errors.add((), message, Place(override=repr(override)))
+        names, place = keys.split("."), Place(override=repr(override))
+        if not equals or not all(names):
+            errors.add((), "is not of the form key.sub=value", place)
+        elif not text.strip():
+            errors.add((), "has no value; write null to unset a key", place)
+        elif len(names) > _DEEPEST:
+            errors.add((), f"has {len(names)} keys; nothing lies so deep", place)
+        else:
+            try:
+                *above, last = names
+                node = errors.root
+                for name in above:
+                    node = _below(node, name, place)
+                _put(node, last, errors.read(text, (*node.path, last), override=repr(override)))
+            except UserError as error:
+                errors.add((), str(error), place)
 
 
-def _set(root: Node, path: Path, value: Node) -> str:
-    """Put ``value`` at ``path``; returns what is wrong, or nothing."""
-    node = root
-    if len(path) > _DEEPEST:
-        return f"has {len(path)} keys; nothing lies so deep"
-    for depth, key in enumerate(path[:-1]):
-        below, wrong = _step(node, key, path[:depth], value.place)
-        if wrong or below is None:
-            return wrong
-        node = below
-    key, above = path[-1], path[:-1]
-    if isinstance(node.value, str):
-        _expand(node, above)
+def _below(node: Node, name: str, place: Place) -> Node:
+    """The value below a key, made if it is missing."""
+    found = node.child(_key(node, name))
+    if found is None:
+        if node.path in _NAMED and isinstance(node.value, dict):
+            raise UserError(f"{dotted(node.path)} has no {name!r}{nearest(name, node.value)}")
+        found = Node({}, place, (*node.path, name))
+        _put(node, name, found)
+    return found
+
+
+def _put(node: Node, name: str, value: Node) -> None:
+    key = _key(node, name)
     if isinstance(node.value, list):
-        index, wrong = _index(node, str(key), above)
-        if not wrong:
-            node.value[index] = value
-        return wrong
-    if node.value is None:
-        node.value, node.text = {}, None
-    if not isinstance(node.value, dict):
-        return f"{dotted(above)} is {node.show()}, not a mapping: it has no {key!r}"
-    node.value[str(key)] = value
-    return ""
+        node.value[int(key)] = value
+    elif isinstance(node.value, dict):
+        node.value[str(key)] = value
 
 
-def _step(node: Node, key: str | int, above: Path, place: Place) -> tuple[Node | None, str]:
-    """(the node below ``key``, made if it is missing; what is wrong, or nothing)."""
+def _key(node: Node, name: str) -> str | int:
+    """The key, or index, that a name of an override means; ``node`` becomes the mapping that it stands for.
+
+    Raises:
+        UserError: it is neither a mapping nor stands for one, or a list without such an index.
+    """
     if isinstance(node.value, str):
-        _expand(node, above)
-    if isinstance(node.value, list):
-        index, wrong = _index(node, str(key), above)
-        return (None, wrong) if wrong else (node.value[index], "")
+        text = node.value
+        if node.path[-2:-1] == ("models",):
+            keys: dict[str, Any] = subject_keys(text)
+        else:
+            keys = stage_of(text.removeprefix(STAGE)) if text.startswith(STAGE) else {"path": text}
+        node.value = {key: Node(below, node.place, (*node.path, key)) for key, below in keys.items()}
     if node.value is None:
-        node.value, node.text = {}, None
+        node.value = {}
+    if isinstance(node.value, list):
+        count = len(node.value)
+        if not (name.isdecimal() and len(name) < 10 and int(name) < count):
+            raise UserError(
+                f"{dotted(node.path)} is a list of {count}: address an item by its index from 0, not {name!r}, or set it whole"
+            )
+        return int(name)
     if not isinstance(node.value, dict):
-        return None, f"{dotted(above)} is {node.show()}, not a mapping: it has no {key!r}"
-    if key not in node.value:
-        if above in _NAMED:
-            return None, f"{dotted(above)} has no {key!r}{nearest(str(key), node.value)}"
-        node.value[str(key)] = Node({}, place)
-    return node.value[str(key)], ""
-
-
-def _expand(node: Node, path: Path) -> None:
-    """A text that stands for a mapping becomes it: a path, ``stage:NAME``, a model of a suite."""
-    text = str(node.value)
-    if path[-2:-1] == ("models",):
-        keys: dict[str, Any] = subject_keys(text)
-    else:
-        keys = stage_of(text.removeprefix(STAGE)) if text.startswith(STAGE) else {"path": text}
-    node.value, node.text = {key: Node(below, node.place) for key, below in keys.items()}, None
-
-
-def _index(node: Node, key: str, above: Path) -> tuple[int, str]:
-    """(the index that ``key`` names in a list; what is wrong, or nothing)."""
-    assert isinstance(node.value, list)
-    count = len(node.value)
-    if not (key.isdecimal() and len(key) < 10 and int(key) < count):
-        return 0, f"{dotted(above)} is a list of {count}: address an item by its index from 0, not {key!r}, or set it whole"
-    return int(key), ""
+        raise UserError(f"{dotted(node.path)} is {node.show()}, not a mapping: it has no {name!r}")
+    node.text = None
+    return name

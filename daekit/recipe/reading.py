@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Self
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    GetCoreSchemaHandler,
     Strict,
     ValidationError,
     ValidationInfo,
@@ -23,62 +23,31 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import CoreSchema, core_schema
 
 from daekit.errors import listed, nearest
 from daekit.recipe.tree import Node, Path
-from daekit.recipe.validation import Errors
+from daekit.recipe.validation import Errors, dotted
+
+Key: TypeAlias = str | Path  # of a mapping, or the keys on the way to something below it
+Problems: TypeAlias = Iterator[tuple[Key, str]]  # (key, sentence) of what is wrong with a mapping
 
 _UNREAD: Any = object()  # stands for the value of a field that cannot be read
-
-# ---- what pydantic is given ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A value of the file that is neither a mapping nor a list."""
-
-    node: Node
-    path: Path
-
-
-class Written(dict[str, Any]):
-    """A mapping of the file; ``also_known`` are keys that it might have had in another form."""
-
-    def __init__(self, values: Mapping[str, Any], path: Path, also_known: tuple[str, ...] = ()) -> None:
-        super().__init__(values)
-        self.path, self.also_known = path, also_known
-
-
-class WrittenList(list[Any]):
-    """A list of the file."""
-
-    path: Path
 
 
 class _Known(dict[str, Any]):
     """Field -> value, of keys that there are."""
 
 
-def written(node: Node, path: Path = ()) -> Written | WrittenList | Leaf:
-    """A tree in the form that ``Spec`` reads."""
-    if isinstance(node.value, dict):
-        return Written({key: written(below, (*path, key)) for key, below in node.value.items()}, path)
-    if isinstance(node.value, list):
-        items = WrittenList(written(item, (*path, index)) for index, item in enumerate(node.value))
-        items.path = path
-        return items
-    return Leaf(node, path)
+def content(value: Any) -> Any:
+    """A mapping or list of the file as a dict or list of what lies in it; a scalar as text, where it may be one.
 
-
-def as_text(value: Any) -> Any:
-    """A plain `no`, `123` or `1e10` is the text that was written; `true` and `null` are nobody's name."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if not isinstance(value, Leaf):
-        return value
-    node = value.node
-    plain = not isinstance(node.value, str) and node.text is not None and node.text.lower() not in ("true", "false")
-    return node.text if plain else node.value
+    A plain `no`, `123` or `1e10` is then the text that was written; `true` and `null` are nobody's name.
+    """
+    if not isinstance(value, Node):
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+    plain = not isinstance(value.value, str) and value.text is not None and value.text.lower() not in ("true", "false")
+    return value.text if plain else value.value
 
 
 def as_whole(value: Any) -> Any:
@@ -89,55 +58,61 @@ def as_whole(value: Any) -> Any:
 
 def as_plain(value: Any) -> Any:
     """The value in plain Python objects."""
-    if isinstance(value, Leaf):
-        return value.node.value
-    if isinstance(value, Written):
+    if isinstance(value, Node):
+        return value.plain()
+    if isinstance(value, dict):
         return {key: as_plain(below) for key, below in value.items()}
-    return [as_plain(item) for item in value] if isinstance(value, WrittenList) else value
+    return [as_plain(item) for item in value] if isinstance(value, list) else value
 
 
 # The types of scalars in a schema: each takes what YAML writes so, and nothing else.
-Text = Annotated[str, BeforeValidator(as_text)]
+Text = Annotated[str, BeforeValidator(content)]
 Whole = Annotated[int, Strict(), BeforeValidator(as_whole)]
 Number = Annotated[float, Strict(), BeforeValidator(as_plain)]
 Flag = Annotated[bool, Strict(), BeforeValidator(as_plain)]
 Free = Annotated[dict[str, Any], BeforeValidator(as_plain)]
-Choice = BeforeValidator(as_text)  # goes with a Literal
+Choice = BeforeValidator(content)  # goes with a Literal
 
 
 class Spec(BaseModel):
     """A mapping of a recipe or a suite: frozen, without unknown keys.
 
     Attributes:
-        FOREIGN: keys that belong elsewhere -> where.
-        TYPES: of a class that a ``type`` chooses: every type there is.
+        ELSEWHERE: keys that belong elsewhere -> where.
+        ALSO: further keys that an error about an unknown key names.
+        TYPES: of a class that a ``type`` chooses: every type there is (see ``ByType``).
         NOUN: what it is, with its shorthands, in an error.
     """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
     )
-    FOREIGN: ClassVar[Mapping[str, str]] = {}
+    ELSEWHERE: ClassVar[Mapping[str, str]] = {}
+    ALSO: ClassVar[tuple[str, ...]] = ()
     TYPES: ClassVar[tuple[str, ...]] = ()
     NOUN: ClassVar[str] = ""
 
     @classmethod
     def expand(cls, value: Any) -> Any:
-        """The mapping for which a shorter form stands."""
+        """The mapping for which a shorter form stands; ``value`` is the ``content`` of what was written."""
         return value
 
     def compact(self, dumped: dict[str, Any]) -> Any:
         """The form in which a file writes it."""
         return dumped
 
+    def problems(self) -> Problems:
+        """What contradicts itself in a mapping that was read from a file; what could not be read is None or its default."""
+        yield from ()
+
     def changed(self, key: str) -> bool:
         """Whether a field has another value than its default."""
         return getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True)
 
     @classmethod
-    def read(cls, root: Node, errors: Errors) -> Self | None:
-        """The tree as this class; what is wrong with it is noted. None when it is not even a mapping."""
-        return cls.model_validate(written(root), context=errors)
+    def read(cls, errors: Errors) -> Self | None:
+        """The file as this class; what is wrong with it is noted. None when it is not even a mapping."""
+        return cls.model_validate(errors.root, context=errors)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -145,39 +120,42 @@ class Spec(BaseModel):
         errors = info.context
         if isinstance(value, (Spec, _Known)):  # pydantic 2.14 calls this twice where a recursive model is a field of another
             return handler(value)
+        mapping = cls.expand(content(value))
         if not isinstance(errors, Errors):
-            return handler(cls.expand(value))
-        value = cls.expand(value)
-        noun = cls.NOUN or f"a mapping with the keys {listed(cls._keys())}"
-        if value is None:
-            raise ValueError(f"wants {noun}, not null (nothing)")
-        if not isinstance(value, Written):
-            errors.add_unread(value.path, f"wants {noun}, not {errors.root.locate(value.path).show()}")
+            return handler(mapping)
+        path = value.path if isinstance(value, Node) else errors.paths[-1]
+        if not isinstance(mapping, dict):
+            noun = cls.NOUN or f"a mapping with the keys {listed(cls._keys())}"
+            errors.add_unread(path, f"wants {noun}, not {errors.root.locate(path).show()}")
             return None
-        errors.paths.append(value.path)
+        errors.paths.append(path)
         try:
-            return handler(cls._known(value, errors))
+            read = handler(cls._known(mapping, errors))
+            errors.add_all(read.problems(), path)
+            return read
         finally:
             errors.paths.pop()
 
     @classmethod
-    def _known(cls, value: Written, errors: Errors) -> _Known:
+    def _known(cls, mapping: dict[str, Any], errors: Errors) -> _Known:
         """Field -> value, or ``_UNREAD``; unknown and missing keys are noted."""
-        keys, values = cls._keys(), _Known()
-        for key, below in value.items():
-            path = (*value.path, key)
+        keys, values, above = cls._keys(), _Known(), errors.paths[-1]
+        for key, below in mapping.items():
+            path = (*above, key)
             if key in keys:
                 values[keys[key]] = _UNREAD if errors.is_unread(path) else below
-            elif key not in cls.FOREIGN:
-                known = (*keys, *value.also_known)
-                errors.add_unread(path, f"unknown key{nearest(key, known)} (known: {', '.join(known)})")
-            elif not (isinstance(below, Leaf) and below.node.value is None):
-                errors.add_unread(path, cls.FOREIGN[key])
+            elif key not in cls.ELSEWHERE:
+                known = (*keys, *cls.ALSO)
+                names = f" (known: {', '.join(known)})" if len(known) < 50 else ""
+                errors.add_unread(path, f"unknown key{nearest(key, known)}{names}")
+            elif as_plain(below) is not None:
+                where = cls.ELSEWHERE[key].replace("{stage}", dotted(above[:-1])).replace("{key}", key)
+                errors.add_unread(path, where)
         for key, name in keys.items():
             required = cls.model_fields[name].is_required() or (name == "type" and cls.TYPES)
             if required and name not in values:
                 what = cls.model_fields[name].description or f"it must be one of {', '.join(cls.TYPES)}"
-                errors.add_unread((*value.path, key), f"this required key is missing: {what.partition(';')[0].rstrip('.')}")
+                errors.add_unread((*above, key), f"this required key is missing: {what.partition(';')[0].rstrip('.')}")
                 values[name] = _UNREAD
         return values
 
@@ -192,17 +170,18 @@ class Spec(BaseModel):
         errors, name = info.context, str(info.field_name)
         if not isinstance(errors, Errors):
             return handler(value)
-        if isinstance(value, Leaf) and value.node.value is None:
-            value = None
         each = cls.model_fields[name]
         if value is not _UNREAD:
+            errors.paths.append(value.path if isinstance(value, Node) else errors.paths[-1])
             try:
-                read = handler(value)
-                if read is not None or value is None:
+                container = isinstance(value, Node) and not isinstance(value.value, str | int | float)
+                read = handler(value.value if container else value)  # a scalar stays what it is, for its text may count
+                if read is not None or not errors.is_unread(errors.paths[-1]):
                     return read
             except ValidationError as error:
-                path = (*errors.paths[-1], each.alias or name)
-                errors.add_validation(path, error, cls.TYPES if name == "type" else ())
+                errors.add_validation(errors.paths[-1], error, cls.TYPES if name == "type" else ())
+            finally:
+                errors.paths.pop()
         return None if each.is_required() else each.get_default(call_default_factory=True)
 
     @model_serializer(mode="wrap")
@@ -212,16 +191,22 @@ class Spec(BaseModel):
         return self.compact({key: value for key, value in values.items() if key not in unset})
 
 
-def by_type(classes: Mapping[str, type[Spec]]) -> Callable[[Any], str]:
-    """What tells the class of a mapping: its ``type``, or, for one that is unknown, what looks most like it."""
+class ByType:
+    """Annotates a union of classes that their ``type`` tells apart; an unknown one is read as what looks most like it."""
 
-    def tag(value: Any) -> str:
-        if not isinstance(value, Mapping):
-            return str(getattr(value, "type", next(iter(classes))))
-        kind = as_text(value.get("type"))
-        if isinstance(kind, str) and kind in classes:
-            return kind
-        alike = {name: difflib.SequenceMatcher(None, name, str(kind)[:200]).ratio() for name in classes}
-        return max(classes, key=lambda name: (len(classes[name]._keys().keys() & value.keys()), alike[name]))
+    def __init__(self, classes: Mapping[str, type[Spec]]) -> None:
+        self.classes = classes
+        for each in classes.values():
+            each.TYPES = tuple(classes)
 
-    return tag
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        choices = {name: handler.generate_schema(each) for name, each in self.classes.items()}
+        return core_schema.tagged_union_schema(choices, self._type_of)
+
+    def _type_of(self, value: Any) -> str:
+        if isinstance(value, Spec):
+            return str(value.type)
+        keys = content(value) if isinstance(content(value), dict) else {}
+        kind = content(keys.get("type"))
+        alike = {name: difflib.SequenceMatcher(None, name, str(kind)[:200]).ratio() for name in self.classes}
+        return max(alike, key=lambda name: (kind == name, len(self.classes[name]._keys().keys() & keys), alike[name]))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from daekit.errors import listed, nearest
 from daekit.recipe.generated import GeneratedSpec
-from daekit.recipe.model import placed
-from daekit.recipe.reading import Choice, Flag, Leaf, Number, Spec, Text, Whole, Written, WrittenList, as_text
+from daekit.recipe.paths import bad_name, missing
+from daekit.recipe.reading import Choice, Flag, Number, Problems, Spec, Text, Whole, content
 from daekit.recipe.suite import Column
 
+NO_VALIDATION = "give `validation`, `validation_split` or `holdout`"
 BUILTIN_CORPORA = ("skills", "chat", "shop")  # the embedded corpora that ``path: builtin:NAME`` may name
 
 
@@ -47,6 +48,29 @@ class SourceSpec(Spec):
         """Whether there are rows to evaluate on."""
         return bool(self.validation or self.validation_split or self.holdout)
 
+    def problems(self) -> Problems:
+        """Rows from nowhere or from two places, paths that lead nowhere, more than one way to get validation rows, or none."""
+        yield from bad_name("domain", self.domain, "domain")
+        if self.generated is None and self.path is None:
+            yield "path", "this required key is missing: where the rows lie; or give `generated` for rows that a model writes"
+        elif self.generated is not None:
+            if self.path is not None:
+                yield "generated", "excludes `path`: rows lie there, or a model writes them"
+            for key in ("split", "name", "revision", "validation_split", "columns", "chat"):
+                if self.changed(key):
+                    yield key, "belongs to `path`; the rows of `generated` are as its prompts are"
+        for key, path in (("path", self.path), ("validation", self.validation)):
+            if path is None or not path.startswith("builtin:"):
+                yield from missing(key, path)
+            elif (name := path.removeprefix("builtin:")) not in BUILTIN_CORPORA:
+                hint = nearest(name, BUILTIN_CORPORA)
+                yield key, f"{path!r} is not an embedded corpus ({listed(BUILTIN_CORPORA)}){hint}"
+        ways = [key for key in ("validation", "validation_split", "holdout") if getattr(self, key) is not None]
+        if len(ways) > 1:
+            yield ways[-1], f"{listed(ways)} exclude each other; set all but one to null (or leave them out)"
+        if not ways and self.validation_limit is not None:
+            yield "validation_limit", f"there are no validation rows to limit; {NO_VALIDATION}"
+
 
 class MixtureSpec(Spec):
     """What a stage trains on.
@@ -57,7 +81,7 @@ class MixtureSpec(Spec):
 
     NOUN: ClassVar = "a list of sources ([a, b]) or a share of rows for each ({a: 0.25, b: 0.75})"
 
-    sources: tuple[Text, ...] = Field(description="Names of sources.")
+    sources: tuple[Text, ...] = Field(min_length=1, description="Names of sources.")
     weights: tuple[Number, ...] = Field(
         (), description="Share of rows of each source, in the order of `sources`; empty: all rows of every source, once."
     )
@@ -71,13 +95,25 @@ class MixtureSpec(Spec):
     @classmethod
     def expand(cls, value: Any) -> Any:
         """``[a, b]``, ``{a: 0.25, b: 0.75}``, or either of them as ``{sources: ..., rows: N}``."""
-        if isinstance(value, Leaf) or not isinstance(value, (Mapping, list)):
+        if not isinstance(value, dict | list):
             return value
-        long = isinstance(value, Mapping) and "sources" in value
-        values = dict(value) if long else {"sources": value}
-        if isinstance(values["sources"], Mapping) and "weights" not in values:
-            values |= {"sources": list(values["sources"]), "weights": list(values["sources"].values())}
-        return Written(values, value.path) if isinstance(value, (Written, WrittenList)) else values
+        values = dict(value) if "sources" in value and isinstance(value, dict) else {"sources": value}
+        sources = content(values["sources"])
+        return values | {"sources": [*sources], "weights": [*sources.values()]} if isinstance(sources, dict) else values
+
+    def problems(self) -> Problems:
+        """Sources that are named twice, and shares that are none."""
+        for source in {source for source in self.sources or () if self.sources.count(source) > 1}:
+            yield (), f"the source {source!r} is listed twice; give it a weight instead"
+        for source, weight in zip(self.sources or (), self.weights, strict=False):
+            if weight <= 0:
+                yield (), f"the weight of {source!r} is {weight}, must be greater than 0; or leave the source out"
+        if self.rows is not None and not self.weights:
+            yield (
+                "rows",
+                "rows belongs to a weighted mixture ({sources: {a: 0.25, b: 0.75}, rows: N}); "
+                "to use fewer rows of a source set its `limit`",
+            )
 
     def compact(self, dumped: dict[str, Any]) -> dict[str, Any]:
         """The long form, of a mapping if there are weights."""
@@ -109,8 +145,13 @@ class TokenizerSpec(Spec):
     chat_template: Text | None = Field(None, description="A Jinja template, or a file that holds one, in place of its own.")
     trust_remote_code: Flag = Field(False, description="Run the tokenizer's own code from its directory or hub repository.")
 
+    def problems(self) -> Problems:
+        """One way to get it."""
+        if (self.path is None) == (self.train is None):
+            yield (), "needs exactly one of path and train"
+        yield from missing("path", self.path, suffixes=(".json", ".model"))
+
     @classmethod
     def expand(cls, value: Any) -> Any:
         """``PATH`` is short for ``{path: PATH}``."""
-        text = None if isinstance(value, Mapping) else as_text(value)
-        return placed({"path": text}, value) if isinstance(text, str) else value
+        return {"path": value} if isinstance(value, str) else value

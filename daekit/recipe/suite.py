@@ -8,14 +8,16 @@ file are told at once, and ``key.sub=value`` lays a setting over it (``benchmark
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field
 
-from daekit.recipe.judge import JudgeSpec
+from daekit.errors import listed, nearest
+from daekit.recipe.judge import JudgeSpec, url_problems
 from daekit.recipe.model import Dtype, ModelSpec, Quantization
-from daekit.recipe.reading import Choice, Flag, Free, Leaf, Number, Spec, Text, Whole, Written, as_text, by_type
+from daekit.recipe.paths import bad_name, missing, unknown
+from daekit.recipe.reading import ByType, Choice, Flag, Free, Number, Problems, Spec, Text, Whole
 
 Column = Literal["messages", "prompt", "completion", "text", "answer"]
 # What stands before a text of which every token is scored: a model says nothing about the first token of nothing.
@@ -53,10 +55,18 @@ class SubjectSpec(Spec):
     @classmethod
     def expand(cls, value: Any) -> Any:
         """See the class."""
-        text = None if isinstance(value, Mapping) else as_text(value)
-        if not isinstance(text, str):
-            return value
-        return Written(subject_keys(text), value.path) if isinstance(value, Leaf) else subject_keys(text)
+        return subject_keys(value) if isinstance(value, str) else value
+
+    def problems(self) -> Problems:
+        """Neither a directory nor an endpoint, or one that nobody can reach."""
+        if (self.path is None) == (self.url is None):
+            yield (), "a model needs exactly one of path and url"
+        for path in (self.path, self.adapter):
+            yield from missing((), path)
+        if self.url is not None and (wrong := list(url_problems(self.url))):
+            yield (), f"its url {'; it '.join(wrong)}"
+        elif self.url is not None and self.served_model is None:
+            yield (), f"{self.url}: say which model of the endpoint: {self.url}#MODEL-NAME"
 
 
 def subject_keys(text: str) -> dict[str, str]:
@@ -87,10 +97,18 @@ OptionalLimit: TypeAlias = Whole | None
 class BenchmarkSpec(Spec):
     """One thing to measure; ``type`` says which of the classes below. Its key in the suite names it in the report."""
 
-    TYPES: ClassVar = ("minimal_pairs", "perplexity", "multiple_choice", "rows", "lm_eval", "mt_bench", "alpaca_eval")
+    type: str
 
 
-class MinimalPairsSpec(BenchmarkSpec):
+class _OfFilesSpec(BenchmarkSpec):
+    path: Text
+
+    def problems(self) -> Problems:
+        """Files that are not there."""
+        yield from missing("path", self.path, local=True)
+
+
+class MinimalPairsSpec(_OfFilesSpec):
     """Pairs of sentences of which the model should find the good one likelier (BLiMP): the sums of both sentences' token
     log-probabilities are compared; a tie counts as wrong, and ties are reported.
 
@@ -115,7 +133,8 @@ class PerplexitySpec(BenchmarkSpec):
 
     type: Annotated[Literal["perplexity"], Choice] = "perplexity"
     texts: dict[str, Text] = Field(
-        description="Domain -> a text file, a directory of *.txt (one document each), or a JSONL file with a document per row."
+        min_length=1,
+        description="Domain -> a text file, a directory of *.txt (one document each), or a JSONL file with a document per row.",
     )
     column: Text = Field("text", description="Of a JSONL file.")
     window: Whole = Field(1024, gt=0, description="Tokens that the model sees at a time, the prefix included.")
@@ -124,8 +143,19 @@ class PerplexitySpec(BenchmarkSpec):
     prefix: Annotated[Prefix, Choice] = _PREFIX
     limit: OptionalLimit = Field(None, gt=0, description="The first so many documents of each domain.")
 
+    def problems(self) -> Problems:
+        """Texts that are not there, and windows that leave tokens without context."""
+        for domain, text in (self.texts or {}).items():
+            yield from bad_name(("texts", domain), domain, "domain", dots=True)
+            yield from missing(("texts", domain), text, local=True)
+        if self.stride >= self.window:
+            yield (
+                "stride",
+                f"{self.stride} must be less than window = {self.window}, or a token would be scored without context",
+            )
 
-class MultipleChoiceSpec(BenchmarkSpec):
+
+class MultipleChoiceSpec(_OfFilesSpec):
     """Questions answered with the likeliest of their choices.
 
     Metrics ``accuracy`` (summed log-probability), ``accuracy_per_token`` and ``accuracy_per_byte`` (divided by the choice's
@@ -168,12 +198,20 @@ class RowsSpec(BenchmarkSpec):
     max_length: OptionalLimit = Field(None, gt=0, description="Longest row in tokens.")
     overlong: Annotated[Literal["error", "drop"], Choice] = Field("error", description="What becomes of longer rows.")
 
+    def problems(self) -> Problems:
+        """Rows or a reference that are not there."""
+        if self.path is not None and not self.path.startswith("builtin:"):
+            yield from missing("path", self.path)
+        yield from bad_name("domain", self.domain, "domain", dots=True)
+        if self.reference is not None and self.reference.path is None:
+            yield "reference", "the reference needs the path of a model"
+
 
 class LMEvalSpec(BenchmarkSpec):
     """Tasks of EleutherAI's lm-eval, run by lm-eval itself (``pip install lm-eval==0.4.13``)."""
 
     type: Annotated[Literal["lm_eval"], Choice] = "lm_eval"
-    tasks: tuple[Text, ...] = Field(description="Names of tasks.")
+    tasks: tuple[Text, ...] = Field(min_length=1, description="Names of tasks.")
     include_path: Text | None = Field(
         None,
         description="Directory of task files of your own; with `dataset_path: json` and local `data_files` they run offline.",
@@ -182,8 +220,12 @@ class LMEvalSpec(BenchmarkSpec):
     limit: OptionalLimit = _LIMIT
     apply_chat_template: Flag = Field(False, description="Ask with the tokenizer's chat template.")
 
+    def problems(self) -> Problems:
+        """Files that are not there."""
+        yield from missing("include_path", self.include_path, local=True)
 
-class MTBenchSpec(BenchmarkSpec):
+
+class MTBenchSpec(_OfFilesSpec):
     """MT-Bench: 80 questions of two turns, answered and rated by a judge."""
 
     type: Annotated[Literal["mt_bench"], Choice] = "mt_bench"
@@ -202,8 +244,16 @@ class MTBenchSpec(BenchmarkSpec):
     chat_template_kwargs: Free = _TEMPLATE
     limit: OptionalLimit = _LIMIT
 
+    def problems(self) -> Problems:
+        """Files that are not there, and a baseline where there is none, or none where there must be one."""
+        yield from super().problems()
+        if self.mode == "pairwise-baseline" and self.baseline is None:
+            yield "baseline", "mode: pairwise-baseline needs the model that the others are compared with"
+        if self.mode != "pairwise-baseline" and self.baseline is not None:
+            yield "baseline", f"mode: {self.mode} has no baseline; leave it out, or use pairwise-baseline"
 
-class AlpacaEvalSpec(BenchmarkSpec):
+
+class AlpacaEvalSpec(_OfFilesSpec):
     """AlpacaEval: how often an annotator prefers a model's answer to a reference answer."""
 
     type: Annotated[Literal["alpaca_eval"], Choice] = "alpaca_eval"
@@ -233,16 +283,6 @@ BENCHMARKS: dict[str, type[BenchmarkSpec]] = {
 }
 # These ask for the likelihood of given text, which the OpenAI protocol does not offer.
 LIKELIHOOD = (MinimalPairsSpec, PerplexitySpec, MultipleChoiceSpec, RowsSpec, LMEvalSpec)
-_AnyBenchmark = Annotated[
-    Annotated[MinimalPairsSpec, Tag("minimal_pairs")]
-    | Annotated[PerplexitySpec, Tag("perplexity")]
-    | Annotated[MultipleChoiceSpec, Tag("multiple_choice")]
-    | Annotated[RowsSpec, Tag("rows")]
-    | Annotated[LMEvalSpec, Tag("lm_eval")]
-    | Annotated[MTBenchSpec, Tag("mt_bench")]
-    | Annotated[AlpacaEvalSpec, Tag("alpaca_eval")],
-    Discriminator(by_type(BENCHMARKS)),
-]
 
 
 class SuiteSpec(Spec):
@@ -250,7 +290,9 @@ class SuiteSpec(Spec):
 
     name: Text = Field(min_length=1, description="Becomes the report's title, and, in a recipe, a folder.")
     output_dir: Text = Field(min_length=1, description="Everything is written below it.")
-    benchmarks: dict[str, _AnyBenchmark] = Field(description="Name -> benchmark, in the order in which they run.")
+    benchmarks: dict[str, Annotated[BenchmarkSpec, ByType(BENCHMARKS)]] = Field(
+        min_length=1, description="Name -> benchmark, in the order in which they run."
+    )
     models: dict[str, SubjectSpec] = Field({}, description="Name -> model; --model NAME=... adds to them.")
     judge: JudgeSpec | None = Field(None, description="Of the benchmarks that name none.")
     baseline: Text | None = Field(None, description="The model that gain and forgetting are measured against.")
@@ -262,3 +304,44 @@ class SuiteSpec(Spec):
     batch_size: Whole = Field(32, gt=0, description="Rows per forward pass.")
     bootstrap: Whole = Field(1000, gt=0, description="Resamples of the intervals.")
     seed: Whole = Field(0, ge=0, le=2**32 - 1, description="Of sampled answers.")
+
+    def contradictions(self, others: Sequence[str] = (), inherited: str | None = None) -> Problems:
+        """Everything that refers to nothing, or cannot be measured.
+
+        Args:
+            others: models that it measures beside its own: those of the recipe that it is part of.
+            inherited: the recipe's baseline, for a suite that has none.
+        """
+        yield from bad_name("name", self.name, dots=True)
+        own, benchmarks = self.models or {}, self.benchmarks or {}
+        for key in ("models", "benchmarks"):
+            for name in getattr(self, key) or {}:
+                yield from bad_name((key, name), name, dots=True)
+        models = [*others, *own]
+        for name in [name for name in own if name in others][:1]:
+            yield ("models", name), f"the recipe has a model {name!r}, too; rename one of them"
+        asking = [key for key, each in benchmarks.items() if isinstance(each, LIKELIHOOD)]
+        for name in [name for name, model in own.items() if model is not None and model.url is not None and asking]:
+            yield (
+                ("models", name),
+                f"an endpoint cannot be asked for the likelihood of given text, which {listed(asking)} need"
+                f"{'s' if len(asking) == 1 else ''}; give the model's directory, or a suite without that",
+            )
+        for name, each in benchmarks.items():
+            if isinstance(each, MTBenchSpec) and each.baseline is not None and models and each.baseline not in models:
+                yield ("benchmarks", name, "baseline"), f"there is no model {each.baseline!r}{nearest(each.baseline, models)}"
+            if isinstance(each, MTBenchSpec) and each.mode != "single" and len(models) == 1:
+                yield ("benchmarks", name, "mode"), f"{each.mode} compares models, and there is only one"
+        baseline = self.baseline if self.baseline is not None else inherited
+        if baseline is not None and models and not (baseline == inherited and baseline not in models):
+            yield from unknown("baseline", [baseline], models, "model")
+        seen: dict[str, str] = {}
+        for name, each in benchmarks.items():
+            own_name = [each.domain or name] if isinstance(each, RowsSpec) else [name]
+            for domain in list(each.texts or {}) if isinstance(each, PerplexitySpec) else own_name:
+                before = seen.setdefault(domain, name)
+                if before != name and not (isinstance(each, RowsSpec) and isinstance(benchmarks[before], RowsSpec)):
+                    message = (
+                        f"its domain {domain!r} is also that of {before!r}; the report could not tell them apart; rename one"
+                    )
+                    yield ("benchmarks", name), message

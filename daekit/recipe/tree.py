@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import NamedTuple, TypeAlias
@@ -20,7 +21,6 @@ Path: TypeAlias = tuple[str | int, ...]
 Scalar: TypeAlias = bool | int | float | str | None
 
 _PREFIX = "tag:yaml.org,2002:"
-_WORDS_FOR_BOOL = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
 _BOOL = re.compile(r"^(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$")
 _INT = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$")
 _FLOAT = re.compile(
@@ -33,6 +33,7 @@ _MOST_NODES = 20_000
 _DEEPEST = 40
 _LARGEST_FILE = 4 * 2**20  # bytes
 _SHOWN = 80  # characters of a value in a message
+_HALF = "holds half of a character (a lone surrogate), which no file can hold; write the character itself"
 
 
 class Place(NamedTuple):
@@ -51,26 +52,23 @@ class Place(NamedTuple):
 
 @dataclass
 class Node:
-    """A value of the recipe. ``text`` is what was written when it is a scalar without quotes."""
+    """A value of the recipe at the key ``path``. ``text`` is what was written when it is a scalar without quotes."""
 
     value: dict[str, Node] | list[Node] | Scalar
     place: Place
+    path: Path = ()
     text: str | None = None
 
     def child(self, key: str | int) -> Node | None:
         """The value below ``key``, or None."""
         if isinstance(self.value, dict):
             return self.value.get(str(key))
-        if isinstance(self.value, list) and isinstance(key, int) and key < len(self.value):
-            return self.value[key]
-        return None
+        return self.value[key] if isinstance(self.value, list) and isinstance(key, int) and key < len(self.value) else None
 
     def find(self, path: Path) -> Node | None:
         """The value at ``path``, or None."""
-        node: Node | None = self
-        for key in path:
-            node = node.child(key) if node else None
-        return node
+        node = self.locate(path)
+        return node if len(node.path) == len(self.path) + len(path) else None
 
     def locate(self, path: Path) -> Node:
         """The value at ``path``, or the nearest one above it that exists."""
@@ -78,7 +76,7 @@ class Node:
         for key in path:
             below = node.child(key)
             if below is None:
-                return node
+                break
             node = below
         return node
 
@@ -134,26 +132,12 @@ for _kind, _pattern in _PATTERNS.items():
 Dumper.add_implicit_resolver(_PREFIX + "float", _FLOAT, list("-+0123456789."))
 
 
-_HALF = "holds half of a character (a lone surrogate), which no file can hold; write the character itself"
-
-
 def _whole_characters(text: str) -> str | None:
     """``text`` with pairs of surrogates (JSON writes emoji so) joined; None if one stands alone."""
-    if not any("\ud800" <= character <= "\udfff" for character in text):
-        return text
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
         return None
-
-
-@dataclass
-class Unread:
-    """A value that the recipe writes but that cannot be read."""
-
-    path: Path
-    place: Place
-    message: str
 
 
 def read_file(path: str | FilePath, kind: str) -> str:
@@ -170,12 +154,21 @@ def read_file(path: str | FilePath, kind: str) -> str:
         raise UserError(f"{kind} {str(path)!r} cannot be read: {reason}; give the path of a YAML file") from None
 
 
-def read_tree(text: str, name: str, override: str | None = None, file: str | None = None) -> tuple[Node, list[Unread]]:
-    """The tree of one YAML document, and what in it cannot be read (a key given twice, a tag, a number that is not finite).
+def read_tree(
+    text: str,
+    name: str,
+    note: Callable[[Path, str, Place], None],
+    path: Path = (),
+    override: str | None = None,
+    file: str | None = None,
+) -> Node:
+    """The tree of one YAML document.
 
     Args:
         text: of the document.
         name: what errors call it.
+        note: is told what cannot be read (a key given twice, a tag, a number that is not finite).
+        path: where the document lies in a greater one.
         override: the override that it is the value of, if it is one.
         file: written into the place of each value, for a document that becomes part of another.
 
@@ -185,15 +178,13 @@ def read_tree(text: str, name: str, override: str | None = None, file: str | Non
     try:
         root = yaml.compose(text, Loader=Loader)
         if root is None:
-            return Node(None, Place(None if override else 1, override, file)), []
-        reader = _Reader(name, override, file)
-        return reader.read(root, (), (), reader.place(root)), reader.unread
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark and override is None else ""
-        raise UserError(f"{name}: {where}not valid YAML: {error.problem}") from None
+            return Node(None, Place(None if override else 1, override, file), path)
+        reader = _Reader(name, note, override, file)
+        return reader.read(root, path, (), reader.place(root))
     except yaml.YAMLError as error:
-        raise UserError(f"{name}: not valid YAML: {error}") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark and override is None else ""
+        raise UserError(f"{name}: {where}not valid YAML: {getattr(error, 'problem', error)}") from None
     except RecursionError:
         raise UserError(f"{name}: nested too deeply to be a recipe") from None
 
@@ -201,35 +192,32 @@ def read_tree(text: str, name: str, override: str | None = None, file: str | Non
 class _Reader:
     """Turns PyYAML's nodes into ours; ``above`` are the nodes on the way down, to find an alias inside its own anchor."""
 
-    def __init__(self, name: str, override: str | None, file: str | None) -> None:
-        self.name = name
-        self.override, self.file = override, file
+    def __init__(self, name: str, note: Callable[[Path, str, Place], None], override: str | None, file: str | None) -> None:
+        self.name, self.note, self.override, self.file = name, note, override, file
         self.count = 0
-        self.unread: list[Unread] = []
 
     def place(self, node: yaml.Node) -> Place:
         return Place(None if self.override else node.start_mark.line + 1, self.override, self.file)
-
-    def note(self, node: yaml.Node, path: Path, message: str) -> None:
-        self.unread.append(Unread(path, self.place(node), message))
 
     def read(self, node: yaml.Node, path: Path, above: tuple[yaml.Node, ...], place: Place) -> Node:
         if any(node is other for other in above):
             raise UserError(f"{self.name}: {self.place(node)}an anchor contains an alias of itself")
         if len(above) > _DEEPEST:
-            raise UserError(f"{self.name}: {self.place(node)}nested too deeply to be a recipe")
+            raise RecursionError
         self.one_more()
         above = (*above, node)
         if isinstance(node, yaml.MappingNode) and node.tag == _PREFIX + "map":
             pairs = self.pairs(node, path, above)
-            return Node({key: self.read(below, (*path, key), above, at) for key, (below, at) in pairs.items()}, place)
+            return Node({key: self.read(below, (*path, key), above, at) for key, (below, at) in pairs.items()}, place, path)
         if isinstance(node, yaml.SequenceNode) and node.tag == _PREFIX + "seq":
             items = enumerate(node.value)
-            return Node([self.read(item, (*path, index), above, self.place(item)) for index, item in items], place)
+            return Node([self.read(item, (*path, index), above, self.place(item)) for index, item in items], place, path)
         if isinstance(node, yaml.ScalarNode):
-            return self.scalar(node, path, place)
-        self.note(node, path, f"the tag {node.tag!r} is not allowed in a recipe; write the plain value")
-        return Node(None, place)
+            kind, pattern = node.tag.removeprefix(_PREFIX), _PATTERNS.get(node.tag.removeprefix(_PREFIX))
+            if kind == "str" or (pattern is not None and pattern.match(node.value)):
+                return self.scalar(node, kind, path, place)
+        self.note(path, f"the tag {node.tag!r} is not allowed in a recipe; write the plain value", self.place(node))
+        return Node(None, place, path)
 
     def one_more(self) -> None:
         self.count += 1
@@ -242,43 +230,43 @@ class _Reader:
         merged: list[yaml.Node] = []
         for key, value in node.value:
             self.one_more()  # counted here, too: merged mappings may merge others, and none of their values be read
+            place = self.place(key)
             if key.tag == _PREFIX + "merge":
                 merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
             elif not isinstance(key, yaml.ScalarNode):
-                self.note(key, path, "a key must be a name, not a list or a mapping")
+                self.note(path, "a key must be a name, not a list or a mapping", place)
             elif (name := _whole_characters(key.value)) is None:
-                self.note(key, path, f"the key {key.value!r} {_HALF}")
+                self.note(path, f"the key {key.value!r} {_HALF}", place)
             elif name in own:
                 first = str(own[name][1]).rstrip(": ")
-                self.note(key, (*path, name), f"this key is given twice (first in {first}); keep one")
+                self.note((*path, name), f"this key is given twice (first in {first}); keep one", place)
             else:
-                own[name] = (value, self.place(key))
+                own[name] = (value, place)
         for mapping in merged:
             self.one_more()
             if not isinstance(mapping, yaml.MappingNode) or any(mapping is other for other in above):
-                self.note(mapping, path, "`<<` merges mappings only, and none that contains itself")
+                self.note(path, "`<<` merges mappings only, and none that contains itself", self.place(mapping))
                 continue
             for name, pair in self.pairs(mapping, path, (*above, mapping)).items():
                 own.setdefault(name, pair)
         return own
 
-    def scalar(self, node: yaml.ScalarNode, path: Path, place: Place) -> Node:
-        text, kind = node.value, node.tag.removeprefix(_PREFIX)
-        if kind != "str" and (kind not in _PATTERNS or not _PATTERNS[kind].match(text)):
-            self.note(node, path, f"the tag {node.tag!r} is not allowed in a recipe; write the plain value")
-            return Node(None, place)
-        value: Scalar = None
+    def scalar(self, node: yaml.ScalarNode, kind: str, path: Path, place: Place) -> Node:
+        text, value = node.value, _value(kind, node.value)
+        if value is None and kind != "null":
+            wrong = _HALF if kind == "str" else "is not a finite number of sensible size"
+            self.note(path, f"{text[:_SHOWN]!r} {wrong}", self.place(node))
+        return Node(value, place, path, text if node.style is None and kind != "null" else None)
+
+
+def _value(kind: str, text: str) -> Scalar:
+    """The value of a scalar; None for one that no value can be made of."""
+    if kind == "bool":
+        return text.lower() in ("yes", "true", "on")
+    if kind == "int":
         digits = text.replace("_", "")
-        if kind == "bool":
-            value = _WORDS_FOR_BOOL[text.lower()]
-        elif kind == "int" and len(digits) < 20:
-            value = int(digits)
-        elif kind in ("int", "float"):
-            value = float(digits.lower().replace(".inf", "inf").replace(".nan", "nan"))
-            if not math.isfinite(value) or kind == "int":
-                self.note(node, path, f"{text[:_SHOWN]} is not a finite number of sensible size")
-        elif kind != "null":
-            value = _whole_characters(text)
-            if value is None:
-                self.note(node, path, f"{text[:_SHOWN]!r} {_HALF}")
-        return Node(value, place, text if node.style is None and kind != "null" else None)
+        return int(digits) if len(digits) < 20 else None
+    if kind == "float":
+        number = float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
+        return number if math.isfinite(number) else None
+    return None if kind == "null" else _whole_characters(text)

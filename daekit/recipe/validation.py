@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
 from daekit.errors import ErrorDetail, UserError, nearest
-from daekit.recipe.tree import Node, Path, Place, Unread
+from daekit.recipe.tree import Node, Path, Place, read_tree
 
 _NOUNS = {
     "string_type": "a text",
@@ -16,6 +17,7 @@ _NOUNS = {
     "float_type": "a number",
     "bool_type": "true or false",
     "tuple_type": "a list (of one, if need be: [...])",
+    "list_type": "a list (of one, if need be: [...])",
     "dict_type": "a mapping",
 }
 _BOUNDS = {
@@ -42,11 +44,11 @@ class Errors:
     Attributes:
         name: of the file, the first words of the message.
         root: the tree in which places are looked up.
-        paths: of the mappings that are being read, the innermost last.
+        paths: of the mappings and fields that are being read, the innermost last.
     """
 
     name: str
-    root: Node
+    root: Node = field(default_factory=lambda: Node(None, Place()))
     found: list[tuple[Place, Path, str]] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
     _unread: set[Path] = field(default_factory=set)
@@ -61,25 +63,28 @@ class Errors:
             self._unread.add(path)
             self.add(path, message, place)
 
-    def add_all_unread(self, unread: list[Unread], above: Path = ()) -> None:
-        """Note what a tree says of values that cannot be read; the tree lies below ``above``."""
-        for wrong in unread:
-            self._unread.add((*above, *wrong.path))
-            self.add((*above, *wrong.path), wrong.message, wrong.place)
-
-    def is_unread(self, path: Path) -> bool:
-        """Whether the value at ``path``, or one that holds it, is known not to be readable."""
-        return any(path[: len(other)] == other for other in self._unread)
-
     def add_check(self, path: Path, message: str) -> None:
         """Like ``add``, unless something at, above or below ``path`` could not be read."""
-        if not self.is_unread(path) and not any(other[: len(path)] == path for other in self._unread):
+        if not self.is_unread(path, below=True):
             self.add(path, message)
 
-    def given(self, path: Path) -> bool:
-        """Whether the file itself writes a value (other than null) at ``path``."""
-        node = self.root.find(path)
-        return node is not None and node.value is not None
+    def add_all(self, problems: Iterable[tuple[str | Path, str]], above: Path = ()) -> None:
+        """``add_check`` of each (key below ``above``, message)."""
+        for key, message in problems:
+            self.add_check((*above, *((key,) if isinstance(key, str) else key)), message)
+
+    def is_unread(self, path: Path, below: bool = False) -> bool:
+        """Whether the value at ``path``, or one that holds it (or lies ``below`` it), is known not to be readable."""
+        return any(path[: len(other)] == other or (below and other[: len(path)] == path) for other in self._unread)
+
+    def read(self, text: str, path: Path = (), override: str | None = None, file: str | None = None) -> Node:
+        """The tree of a YAML document that lies at ``path``; what in it cannot be read is noted.
+
+        Raises:
+            UserError: see ``read_tree``.
+        """
+        name = self.name if path == () else file or "its value"
+        return read_tree(text, name, self.add_unread, path, override, file)
 
     def add_validation(self, path: Path, error: ValidationError, choices: tuple[str, ...] = ()) -> None:
         """Note what pydantic says of the value at ``path``.
@@ -106,7 +111,7 @@ class Errors:
                 hint = nearest(text, allowed) if isinstance(text, str) else ""
                 start = "unknown key; it must be" if key is not None else f"{node.show()} is not"
                 self.add_unread(where, f"{start} one of {', '.join(allowed)}{hint}")
-            elif kind == "string_too_short":
+            elif kind in ("string_too_short", "too_short"):
                 self.add_unread(where, "must not be empty")
             elif kind in _BOUNDS:
                 bounds = {name: _plain(bound) for name, bound in context.items()}

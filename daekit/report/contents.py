@@ -108,22 +108,13 @@ def group_samples(samples: Sequence[Sample]) -> list[SampleGroup]:
 def rows_json(rows: Sequence[Row]) -> str:
     """A JSON list with one object per row. A value that is not finite (a diverged model) becomes null, which JSON can
     say."""
-    return json.dumps([_finite(asdict(row)) for row in rows], indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def read_rows(text: str) -> list[Row]:
-    """The rows of a ``report.json``; null becomes NaN again."""
-    entries: list[dict[str, Any]] = json.loads(text)
-    filled: list[dict[str, Any]] = [
-        {key: math.nan if value is None else value for key, value in entry.items()} for entry in entries
+    entries = [
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in asdict(row).items()}
+        for row in rows
     ]
-    return [Row(**entry) for entry in filled]
+    return json.dumps(entries, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def samples_jsonl(samples: Sequence[Sample]) -> str:
     """One JSON object per line and sample."""
     return "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
-
-
-def _finite(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in entry.items()}

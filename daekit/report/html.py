@@ -7,25 +7,11 @@ from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
-from daekit.report.breakdown import bars_svg
 from daekit.report.contents import Report, Row, group_samples
-from daekit.report.curves import curves_svg
 from daekit.report.figures import Plot
-from daekit.report.gain_forgetting import gain_forgetting_svg
-from daekit.report.tables import (
-    COMPARISON,
-    HEADLINE,
-    bar_of,
-    blocks,
-    breakdowns,
-    format_interval,
-    format_seconds,
-    format_value,
-    metric_title,
-    pivot,
-    sizes_of,
-    split_comparison,
-)
+from daekit.report.metrics import COMPARISON, format_interval, format_seconds, format_value, metric_title, split_comparison
+from daekit.report.plots import bars_svg, curves_svg, gain_forgetting_svg
+from daekit.report.tables import bar_of, blocks, breakdowns, pivot, sizes_of
 
 
 def render_html(report: Report) -> str:
@@ -48,7 +34,7 @@ def render_html(report: Report) -> str:
 
 
 def _context(report: Report) -> dict[str, Any]:
-    headline, baseline = pivot(report.rows, HEADLINE), report.baseline
+    headline, baseline = pivot(report.rows), report.baseline
     seconds = {stage: format_seconds(value) for stage, value in report.seconds.items()}
     facts = [(f"time of {stage}", value) for stage, value in seconds.items()]
     return {
@@ -72,7 +58,8 @@ def _context(report: Report) -> dict[str, Any]:
 
 def _summary(report: Report, models: tuple[str, ...]) -> str:
     domains = {row.domain.partition("/")[0] for row in report.rows}
-    counts = (_counted(len(models), "model"), _counted(len(domains), "evaluation set"))
+    sizes = {"model": len(models), "evaluation set": len(domains)}
+    counts = (f"{count} {noun}{'' if count == 1 else 's'}" for noun, count in sizes.items())
     parts = [" on ".join(counts) if report.rows else "no evaluation"]
     if report.seconds:
         parts.append(f"trained in {format_seconds(sum(report.seconds.values()))}")
@@ -81,20 +68,12 @@ def _summary(report: Report, models: tuple[str, ...]) -> str:
     return " · ".join(parts)
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def _curves(report: Report) -> list[tuple[str, Plot]]:
     """(stage, plot) of the stages that have something to draw; a domain has one colour in all of them."""
     keys = {key for history in report.curves.values() for entry in history for key in entry if "/" in key}
     domains = sorted({key.partition("/")[2] for key in keys})
-    drawn = []
-    for stage, history in report.curves.items():
-        curves = curves_svg(stage, history, domains)
-        if curves is not None:
-            drawn.append((stage, curves))
-    return drawn
+    drawn = ((stage, curves_svg(stage, history, domains)) for stage, history in report.curves.items())
+    return [(stage, curves) for stage, curves in drawn if curves is not None]
 
 
 def _by_domain(items: Iterable[Any]) -> list[tuple[str, list[Any]]]:
@@ -105,13 +84,9 @@ def _by_domain(items: Iterable[Any]) -> list[tuple[str, list[Any]]]:
     return list(groups.items())
 
 
-def _finite(row: Row) -> bool:
-    return all(math.isfinite(value) for value in (row.value, row.low, row.high))
-
-
 def _verdict(row: Row) -> str:
     """CSS class of a difference: coloured only when its interval leaves out zero."""
     kind = split_comparison(row.metric)[1]
-    if kind is None or not _finite(row) or row.low <= 0 <= row.high:
+    if kind is None or not all(map(math.isfinite, (row.value, row.low, row.high))) or row.low <= 0 <= row.high:
         return ""
     return "good" if (row.value > 0) == (kind == "gain") else "bad"

@@ -6,19 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from daekit.report.contents import Report, Row, group_samples
-from daekit.report.tables import (
-    COMPARISON,
-    HEADLINE,
-    Breakdown,
-    Pivot,
-    breakdowns,
-    format_interval,
-    format_seconds,
-    format_value,
-    metric_title,
-    pivot,
-    sizes_of,
-)
+from daekit.report.metrics import COMPARISON, format_interval, format_seconds, format_value, metric_title
+from daekit.report.tables import Breakdown, Pivot, breakdowns, pivot, sizes_of
 
 _SHOWN_SAMPLES = 5  # per domain; all of them are in the HTML, in full
 _SHOWN_CHARACTERS = 300
@@ -34,14 +23,17 @@ def render_markdown(report: Report, plot: str | None) -> str:
         parts += ["## Notes", "\n".join(f"- {_escape(note)}" for note in report.notes)]
     parts += _samples(report)
     if report.rows:
-        lines = [_cells(row) for row in report.rows]
+        lines = [
+            [_escape(row.model), _escape(row.domain), _escape(metric_title(row.metric)), *_cells(row), str(row.n)]
+            for row in report.rows
+        ]
         parts += ["## All values", _table(["model", "domain", "metric", "value", "95 % interval", "n"], lines)]
     parts += _provenance(report)
     return "\n\n".join(parts) + "\n"
 
 
 def _headline(rows: Sequence[Row]) -> list[str]:
-    table = pivot(rows, HEADLINE)
+    table = pivot(rows)
     if not table.columns:
         return []
     sizes = "; ".join(f"{domain}: n = {n}" for domain, n in sizes_of(rows).items())
@@ -71,12 +63,9 @@ def _matrix(table: Pivot) -> str:
     for model in table.models:
         line = [_escape(model)]
         for column in table.columns:
-            row = table.cell(model, column)
-            if row is None:
-                line.append("")
-            else:
-                strong = "**" if model in table.best[column] else ""
-                line.append(f"{strong}{_value(row)}{strong} {format_interval(row)}")
+            row, strong = table.cell(model, column), "**" if model in table.best[column] else ""
+            value, interval = _cells(row) if row else ("", "")
+            line.append(f"{strong}{value}{strong} {interval}" if row else "")
         lines.append(line)
     return _table(["model", *(_escape(f"{column.heading}: {column.title}") for column in table.columns)], lines)
 
@@ -85,7 +74,7 @@ def _breakdown(breakdown: Breakdown) -> list[str]:
     lines = []
     for part in breakdown.parts:
         cells = [breakdown.cell(part, model) for model in breakdown.models]
-        lines.append([_escape(part), *("" if row is None else f"{_value(row)} {format_interval(row)}" for row in cells)])
+        lines.append([_escape(part), *("" if row is None else " ".join(_cells(row)) for row in cells)])
     return [f"## {_escape(breakdown.title)}", _table(["", *map(_escape, breakdown.models)], lines)]
 
 
@@ -106,9 +95,8 @@ def _samples(report: Report) -> list[str]:
 
 
 def _provenance(report: Report) -> list[str]:
-    facts = [[f"seconds: {stage}", format_seconds(seconds)] for stage, seconds in report.seconds.items()]
-    facts += [[name, version] for name, version in report.versions.items()]
-    facts += [[name, value] for name, value in report.provenance.items()]
+    facts = [(f"seconds: {stage}", format_seconds(seconds)) for stage, seconds in report.seconds.items()]
+    facts += [*report.versions.items(), *report.provenance.items()]
     parts = ["## Provenance"] if facts or report.recipe else []
     if facts:
         parts.append(_table(["what", "value"], [[_escape(name), _escape(value)] for name, value in facts]))
@@ -120,12 +108,7 @@ def _provenance(report: Report) -> list[str]:
 
 
 def _cells(row: Row) -> list[str]:
-    names = map(_escape, (row.model, row.domain, metric_title(row.metric)))
-    return [*names, _value(row), format_interval(row), str(row.n)]
-
-
-def _value(row: Row) -> str:
-    return format_value(row.value, row.metric)
+    return [format_value(row.value, row.metric), format_interval(row)]
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

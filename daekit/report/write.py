@@ -6,9 +6,9 @@ from pathlib import Path
 
 from daekit.files import write_whole
 from daekit.report.contents import Report, rows_json, samples_jsonl
-from daekit.report.gain_forgetting import save_gain_forgetting_png
 from daekit.report.html import render_html
 from daekit.report.markdown import render_markdown
+from daekit.report.plots import save_gain_forgetting_png
 
 PLOT = "gain_forgetting.png"
 

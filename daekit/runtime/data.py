@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -204,6 +204,12 @@ class DataBuilder:
         texts: Iterable[Mapping[str, Any]] = map(_joined, needed) if whole else needed
         tokenized = tokenize_each(texts, self.tokenizer, where, rule.assistant_only, prompts=False)
         return as_dataset(tokenized, rows[0]["domain"])
+
+
+def stage_rows(recipe: Recipe) -> Callable[[StageSpec], tuple[Dataset, Dataset | None]]:
+    """A function that gives the tokenised rows of a stage for training and for validation; nothing is read before."""
+    data = DataBuilder(recipe, RunFolder(Path(recipe.output_dir)))
+    return lambda stage: (data.mixture(stage).dataset, data.validation(stage))
 
 
 def as_dataset(rows: Iterable[TokenizedRow], domain: str) -> Dataset:

@@ -31,7 +31,7 @@ from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.vocabulary import differences
 from daekit.recipe import generated_key
 from daekit.recipe.adapter_config import ADAPTER_CONFIG
-from daekit.recipe.generated import GeneratedSpec, generator_stages
+from daekit.recipe.generated import GeneratedSpec
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.schema import ModelSpec, Recipe
 from daekit.report.provenance import commit, versions
@@ -289,4 +289,4 @@ def write_sources(sources: Iterable[GeneratedSource], device: torch.device) -> N
 
 def waits_for(source: GeneratedSource, folder: RunFolder) -> str | None:
     """A stage that must be complete before a source can be written; None if it can be."""
-    return next((name for name in sorted(generator_stages(source.spec)) if not folder.stage(name).done.is_file()), None)
+    return next((name for name in sorted(source.spec.stages()) if not folder.stage(name).done.is_file()), None)

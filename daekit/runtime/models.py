@@ -23,7 +23,7 @@ from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
 from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.runtime.folders import RunFolder
 from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, LabelTeacher, ModelTeacher, RoutedTeacher, ServerTeacher
-from daekit.teachers.on_student import adapter_paths, on_student
+from daekit.teachers.parts import leaves, on_student
 
 
 class ModelBuilder:
@@ -130,7 +130,7 @@ class ModelBuilder:
             require_same(self.tokenizer, load_tokenizer_of(base), base.path)
         return load_model(placed, self.tokenizer, seed) if placed.adapter is None else load_continued(placed)
 
-    def teacher(self, spec: TeacherSpec) -> Teacher | AdapterPath:
+    def teacher(self, spec: TeacherSpec) -> Teacher:
         """A teacher or an ensemble of teachers, frozen; labels. Whether it is cached does not matter here."""
         if spec.labels:
             return LabelTeacher()
@@ -147,7 +147,7 @@ class ModelBuilder:
         options = dict(spec.server) | ({} if spec.cache is None else {"k": spec.cache.k})
         return ServerTeacher(vocab_size=vocabulary_size(self.tokenizer), allowed=self.allowed, **options)
 
-    def teachers(self, specs: Mapping[str, TeacherSpec]) -> dict[str, Teacher | AdapterPath]:
+    def teachers(self, specs: Mapping[str, TeacherSpec]) -> dict[str, Teacher]:
         """Domain -> teacher; one object for equal specs, so that a teacher of two domains is loaded once and runs once."""
         loaded = {text: self.teacher(spec) for text, spec in {repr(spec): spec for spec in specs.values()}.items()}
         return {domain: loaded[repr(spec)] for domain, spec in specs.items()}
@@ -171,10 +171,10 @@ class ModelBuilder:
         if folders and self.is_there(stage.student):
             require_adapters_fit(folders, base_spec(self.placed(stage.student)))
 
-    def on_base(self, teachers: Mapping[str, Teacher | AdapterPath], student: ModelSpec, device: Any) -> dict[str, Any]:
+    def on_base(self, teachers: Mapping[str, Teacher], student: ModelSpec, device: Any) -> dict[str, Any]:
         """Teachers by domain, outside of a training: adapters speak on the student's base, loaded once for all of them."""
         routed = RoutedTeacher(teachers)
-        paths = adapter_paths(routed)
+        paths = [each for each in leaves(routed) if isinstance(each, AdapterPath)]
         if not paths:
             return dict(teachers)
         placed = self.placed(student)
@@ -189,7 +189,7 @@ class ModelBuilder:
         assert isinstance(speaking, RoutedTeacher)
         return speaking.routes
 
-    def _single(self, spec: ModelSpec) -> Teacher | AdapterPath:
+    def _single(self, spec: ModelSpec) -> Teacher:
         if spec.adapter is not None:
             return BASE if spec.adapter == BARE_BASE else AdapterPath(self.placed(spec).adapter)
         name = spec.stage or spec.path or "teacher"

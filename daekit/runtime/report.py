@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from daekit.evaluation import EvaluationSet, ModelEvaluation, compare, evaluate_model, select_samples
 from daekit.progress import Progress
 from daekit.protocol import Teacher
-from daekit.recipe import is_lora
 from daekit.recipe.adapter_config import BARE_BASE
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, DAEStage, EvaluatedModel, KDStage, ModelSpec, Recipe, TeacherSpec
 from daekit.report import Report
@@ -116,7 +115,7 @@ def _reference_of(recipe: Recipe, name: str, models: ModelBuilder) -> TeacherSpe
     if stage.reference is not None and not stage.reference.is_student:
         return stage.reference
     on_base = ModelSpec(adapter=stage.student.adapter or BARE_BASE)
-    return TeacherSpec(model=on_base if is_lora(stage) else models.start_of(recipe, name))
+    return TeacherSpec(model=on_base if stage.is_lora else models.start_of(recipe, name))
 
 
 def _shared_reference(recipe: Recipe, models: ModelBuilder) -> tuple[TeacherSpec, ModelSpec] | None:

@@ -112,7 +112,7 @@ def _provenance(trainer: KDTrainer, mixture: Mixture) -> dict[str, Any]:
     return {
         "versions": versions(),
         "commit": commit(),
-        "run": trainer.run_facts(),
+        "run": trainer.checkpoints.facts(),
         "mixture": [asdict(use) for use in mixture.table],
         "rows": {name: {d: asdict(c) for d, c in counts.items()} for name, counts in trainer.data_counts.items()},
     }

@@ -1,6 +1,6 @@
 """Teachers: a frozen model, an adapter of the student's base, a cache, a server, labels; averaged, or one per domain."""
 
-from daekit.teachers.adapter import BASE, AdapterPath, AdapterTeacher
+from daekit.teachers.adapter import BASE, AdapterPath, AdapterTeacher, OnStudent
 from daekit.teachers.cache import CachedTeacher, write_cache
 from daekit.teachers.ensemble import EnsembleTeacher
 from daekit.teachers.labels import LABELS, LabelTeacher
@@ -17,6 +17,7 @@ __all__ = [
     "EnsembleTeacher",
     "LabelTeacher",
     "ModelTeacher",
+    "OnStudent",
     "RoutedTeacher",
     "ServerTeacher",
     "unknown_domain",

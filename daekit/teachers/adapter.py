@@ -11,20 +11,44 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 from daekit.errors import UserError
-from daekit.models.adapters import adapter_parameters, load_frozen
+from daekit.models.adapters import adapter_parameters, load_frozen, require_adapters_fit
 from daekit.models.backbone import add_on_hidden, base_of, frozen_forward
 from daekit.models.features import layers_of, states_and_features
 from daekit.models.heads import output_head
 from daekit.models.identity import hash_tensors
 from daekit.models.sharded import whole
 from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, TeacherOutput
+from daekit.recipe.schema import ModelSpec
 from daekit.teachers.sharding import Sharding
 
 
+class OnStudent:
+    """A teacher that is only named yet: whoever asks it gets a UserError, for it has no model before a trainer has made one."""
+
+    def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
+        """Refused."""
+        raise self._unmade()
+
+    def identity(self) -> dict[str, object]:
+        """Refused."""
+        raise self._unmade()
+
+    def to(self, device: torch.device) -> OnStudent:
+        """Refused."""
+        raise self._unmade()
+
+    def _unmade(self) -> UserError:
+        return UserError(
+            f"{self}: names a teacher on the student's own base, which a trainer makes of it; it has no outputs of its own. "
+            "Give it to a trainer, or load an adapter with AdapterTeacher.from_pretrained(model, path, vocab_size)."
+        )
+
+
 @dataclass(frozen=True)
-class AdapterPath:
+class AdapterPath(OnStudent):
     """Names a LoRA adapter of the student's own base, of which the trainers make an AdapterTeacher.
 
     Give it to ``KDTrainer`` or ``DAETrainer`` wherever a teacher is wanted, also as a member of an ensemble; the student must
@@ -35,6 +59,28 @@ class AdapterPath:
     """
 
     path: str | None
+
+    def require_student(self, has_adapter: bool, base: ModelSpec | None) -> None:
+        """See ``TeacherOnStudent``.
+
+        Raises:
+            UserError: a student without an adapter; an adapter of another base, incomplete, or on the output head or
+                embeddings. Of a student that is loaded already, its adapters are compared when they are loaded.
+        """
+        if not has_adapter:
+            raise UserError(
+                f"{self}: is an adapter of the student's base, but the student is trained whole. Give peft_config to make it a "
+                "LoRA student, or give a merged model as teacher."
+            )
+        if self.path is not None and base is not None:
+            require_adapters_fit([self.path], base)
+
+    def on_student(self, student: nn.Module, vocab_size: int) -> AdapterTeacher:
+        """The adapter loaded onto the student's base; see ``AdapterTeacher.from_pretrained``."""
+        assert isinstance(student, PeftModel), "require_student has looked"
+        if self.path is None:
+            return AdapterTeacher(student, None, vocab_size)
+        return AdapterTeacher.from_pretrained(student, self.path, vocab_size)
 
 
 BASE = AdapterPath(None)

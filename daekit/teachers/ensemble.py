@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from daekit.errors import UserError
 from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, Teacher, TeacherOutput
-from daekit.teachers.adapter import AdapterPath
 from daekit.teachers.sharding import Sharding, shard_teacher
 
 
@@ -31,10 +29,8 @@ class EnsembleTeacher:
         UserError: weights that do not fit.
     """
 
-    def __init__(
-        self, members: Sequence[Teacher | AdapterPath], weights: Sequence[float] | None = None, average: str = "logits"
-    ) -> None:
-        self.members: list[Any] = list(members)  # an AdapterPath until the trainer has loaded it onto the student
+    def __init__(self, members: Sequence[Teacher], weights: Sequence[float] | None = None, average: str = "logits") -> None:
+        self.members = list(members)
         self.weights = [1.0 / len(self.members) for _ in self.members] if weights is None else list(weights)
         self.average = average
         self._sharded = False
@@ -45,11 +41,11 @@ class EnsembleTeacher:
         if average not in ("logits", "probabilities"):
             raise UserError(f"average: {average!r} is unknown; choose logits or probabilities")
 
-    def parts(self) -> list[tuple[Any, str | None]]:
+    def parts(self) -> list[tuple[Teacher, str | None]]:
         """See ``CompositeTeacher``."""
         return [(member, None) for member in self.members]
 
-    def with_parts(self, change: Callable[[Any], Any]) -> EnsembleTeacher:
+    def with_parts(self, change: Callable[[Teacher], Teacher]) -> EnsembleTeacher:
         """See ``CompositeTeacher``."""
         return EnsembleTeacher([change(member) for member in self.members], self.weights, self.average)
 

@@ -49,6 +49,10 @@ class ModelTeacher:
         require_same(student_tokenizer, load_tokenizer_of(spec), path)
         return cls(load_model(spec), vocab_size, path)
 
+    def frozen_models(self) -> list[tuple[str, PreTrainedModel]]:
+        """See ``TeacherOfModels``."""
+        return [(self.name, self.model)]
+
     def to(self, device: torch.device) -> ModelTeacher:
         """Move the model, unless quantisation or a device map has already placed it."""
         if self._offload and self.layers is None:

@@ -1,4 +1,8 @@
-"""Teachers that are made of others, and teachers that demand something of a training."""
+"""What a training asks of any teacher before its first step, also through ensembles and routes.
+
+Beside what ``Teacher`` demands, a teacher may have the methods of the protocols below; where it has none, nothing is asked.
+So a new kind of teacher says itself what it needs, and no list of kinds exists.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.protocol import Teacher
 from daekit.recipe.objective import Objective
+from daekit.recipe.schema import ModelSpec
 from daekit.teachers.cache.rows import CacheRow, rows_of_examples
 
 Domains = frozenset[str] | None  # None: all
@@ -19,11 +25,11 @@ Domains = frozenset[str] | None  # None: all
 class CompositeTeacher(Teacher, Protocol):
     """A teacher that is made of others."""
 
-    def parts(self) -> list[tuple[Any, str | None]]:
-        """(teacher or AdapterPath, the domain whose rows follow it; None: all rows) of each part."""
+    def parts(self) -> list[tuple[Teacher, str | None]]:
+        """(teacher, the domain whose rows follow it; None: all rows) of each part."""
         ...
 
-    def with_parts(self, change: Callable[[Any], Any]) -> Teacher:
+    def with_parts(self, change: Callable[[Teacher], Teacher]) -> Teacher:
         """The same with ``change`` of each part in its place; equal parts stay one."""
         ...
 
@@ -46,11 +52,38 @@ class DemandingTeacher(Teacher, Protocol):
         ...
 
 
-def leaves(teacher: Any) -> dict[Any, Domains]:
-    """The teachers and AdapterPaths that a teacher is made of, each once -> the domains whose rows follow it."""
+@runtime_checkable
+class TeacherOnStudent(Teacher, Protocol):
+    """Names a teacher that is made on the student once the trainer has wrapped it: an adapter of its base, its frozen copy."""
+
+    def require_student(self, has_adapter: bool, base: ModelSpec | None) -> None:
+        """Raise UserError where it cannot be made on the student, whose weights may not be loaded yet.
+
+        Args:
+            has_adapter: whether the student is or will be a PEFT model.
+            base: the student, if it is yet to be loaded.
+        """
+        ...
+
+    def on_student(self, student: nn.Module, vocab_size: int) -> Teacher:
+        """The teacher itself."""
+        ...
+
+
+@runtime_checkable
+class TeacherOfModels(Teacher, Protocol):
+    """A teacher that holds whole models, whose ends must know the rows' tokens and whose layers must keep packed rows apart."""
+
+    def frozen_models(self) -> list[tuple[str, PreTrainedModel]]:
+        """Its models, each with its name; not those of its student's own base."""
+        ...
+
+
+def leaves(teacher: Teacher) -> dict[Teacher, Domains]:
+    """The teachers that a teacher is made of, each once -> the domains whose rows follow it."""
     if not isinstance(teacher, CompositeTeacher):
         return {teacher: None}
-    found: dict[Any, Domains] = {}
+    found: dict[Teacher, Domains] = {}
     for part, domain in teacher.parts():
         for leaf, domains in leaves(part).items():
             theirs = domains if domain is None else frozenset([domain])
@@ -59,8 +92,41 @@ def leaves(teacher: Any) -> dict[Any, Domains]:
     return found
 
 
+def frozen_models(teacher: Teacher) -> list[tuple[str, PreTrainedModel]]:
+    """The models of a teacher, each with its name; not those of its student's own base."""
+    return [named for each in leaves(teacher) if isinstance(each, TeacherOfModels) for named in each.frozen_models()]
+
+
+def require_on_student(teacher: Teacher, has_adapter: bool, base: ModelSpec | None) -> None:
+    """Ask every part that is to be made on the student, before the student's weights are loaded; see ``TeacherOnStudent``."""
+    for each in leaves(teacher):
+        if isinstance(each, TeacherOnStudent):
+            each.require_student(has_adapter, base)
+
+
+def on_student(teacher: Teacher, student: nn.Module, vocab_size: int) -> Teacher:
+    """``teacher`` with each part that it names made on the student, once; what names none is returned as it is.
+
+    Raises:
+        UserError: what the parts refuse.
+    """
+    made: dict[Teacher, Teacher] = {}
+
+    def complete(part: Teacher) -> Teacher:
+        if part not in made:
+            if isinstance(part, TeacherOnStudent):
+                made[part] = part.on_student(student, vocab_size)
+            elif isinstance(part, CompositeTeacher) and any(isinstance(leaf, TeacherOnStudent) for leaf in leaves(part)):
+                made[part] = part.with_parts(complete)
+            else:
+                made[part] = part
+        return made[part]
+
+    return complete(teacher)
+
+
 def require_served(
-    teacher: Any, objective: Objective, tokenizer: PreTrainedTokenizerBase, datasets: Sequence[Any] = ()
+    teacher: Teacher, objective: Objective, tokenizer: PreTrainedTokenizerBase, datasets: Sequence[Any] = ()
 ) -> None:
     """Let every part of a teacher look at the objective, the tokenizer and its rows; see ``DemandingTeacher``."""
     for part, domains in leaves(teacher).items():

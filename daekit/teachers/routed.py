@@ -5,14 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from daekit.errors import UserError
 from daekit.models.features import require_features
 from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Teacher, TeacherOutput
-from daekit.teachers.adapter import AdapterPath
 from daekit.teachers.sharding import Sharding, one_token, shard_teacher
 from daekit.teachers.together import adapters_together
 
@@ -27,15 +25,15 @@ class RoutedTeacher:
         routes: domain -> teacher. One object under several domains runs once, on the rows of all of them.
     """
 
-    def __init__(self, routes: Mapping[str, Teacher | AdapterPath]) -> None:
-        self.routes: dict[str, Any] = dict(routes)  # an AdapterPath until the trainer has loaded it onto the student
+    def __init__(self, routes: Mapping[str, Teacher]) -> None:
+        self.routes = dict(routes)
         self._sharding: Sharding | None = None
 
-    def parts(self) -> list[tuple[Any, str | None]]:
+    def parts(self) -> list[tuple[Teacher, str | None]]:
         """See ``CompositeTeacher``."""
         return [(teacher, domain) for domain, teacher in self.routes.items()]
 
-    def with_parts(self, change: Callable[[Any], Any]) -> RoutedTeacher:
+    def with_parts(self, change: Callable[[Teacher], Teacher]) -> RoutedTeacher:
         """See ``CompositeTeacher``."""
         changed = {teacher: change(teacher) for teacher in dict.fromkeys(self.routes.values())}
         return RoutedTeacher({domain: changed[teacher] for domain, teacher in self.routes.items()})

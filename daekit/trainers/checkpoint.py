@@ -19,7 +19,7 @@ from daekit.files import file_hash, write_json
 MANIFEST = "daekit_checkpoint.json"
 _PARTIAL = MANIFEST + ".tmp"  # lies in a folder from the first moment of a save; its renaming ends the save
 _TRASH = ".removed"
-_FOLDER = re.compile(r"^checkpoint-(\d+)$")
+_FOLDER = re.compile(r"^checkpoint-\d+$")
 
 
 def begin(folder: Path) -> None:
@@ -31,13 +31,7 @@ def begin(folder: Path) -> None:
 
 
 def commit(folder: Path, run: dict[str, Any], start: int) -> None:
-    """Declare a checkpoint whole: list its files with sizes and hashes, and the run it belongs to.
-
-    Args:
-        folder: Directory of the checkpoint.
-        run: Facts of the run, for ``require_same_run``.
-        start: Number of the start that the run belongs to, see ``start_of``.
-    """
+    """Declare a checkpoint whole: list its files with sizes and hashes, the facts of its run, and its start (``start_of``)."""
     files = {
         str(path.relative_to(folder)): [path.stat().st_size, _digest(path)]
         for path in sorted(folder.rglob("*"))
@@ -66,8 +60,7 @@ def corruption(folder: Path) -> str | None:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """All checkpoint folders, whole or not, the oldest step first."""
-    found = [(int(m.group(1)), path) for path in output_dir.glob("checkpoint-*") if (m := _FOLDER.match(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in output_dir.glob("checkpoint-*") if _FOLDER.match(path.name)), key=_step)
 
 
 def is_committed(folder: Path) -> bool:
@@ -76,22 +69,17 @@ def is_committed(folder: Path) -> bool:
 
 
 def newest(output_dir: Path) -> Path | None:
-    """The newest checkpoint to resume from; None if there is none.
-
-    Partial ones are ignored (a later save removes them).
+    """The newest checkpoint to resume from, None if there is none; partial ones are ignored (a later save removes them).
 
     Raises:
         UserError: the newest committed checkpoint is corrupt: going on from an older one would lose work without a word.
     """
-    committed = _committed(output_dir)
-    if not committed:
-        return None
-    problem = corruption(committed[-1])
-    if problem:
+    found = _committed(output_dir)[-1:]
+    if found and (problem := corruption(found[0])):
         raise UserError(
-            f"{committed[-1]}: the checkpoint is corrupt: {problem}. Delete this folder to go on from the checkpoint before it."
+            f"{found[0]}: the checkpoint is corrupt: {problem}. Delete this folder to go on from the checkpoint before it."
         )
-    return committed[-1]
+    return found[0] if found else None
 
 
 def start_of(resumed: Path | None, output_dir: Path) -> int:
@@ -144,8 +132,7 @@ def rotate(output_dir: Path, keep: int | None, protected: set[Path]) -> None:
     """Delete the oldest committed checkpoints beyond ``keep``, none of ``protected`` (the one just written, the best one)."""
     if not keep:
         return
-    committed = _committed(output_dir)
-    spared = {folder.resolve() for folder in protected}
+    committed, spared = _committed(output_dir), {folder.resolve() for folder in protected}
     removable = [folder for folder in committed if folder.resolve() not in spared]
     for folder in removable[: max(len(committed) - keep, 0)]:
         _remove(folder)

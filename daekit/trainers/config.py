@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,20 @@ from trl import SFTConfig
 from daekit.data.preparation import OVERLONG
 from daekit.errors import UserError
 from daekit.recipe.objective import DIVERGENCES, Objective
+from daekit.recipe.trainer_options import ONLY_VALUE
 from daekit.trainers.distributed import connect, refuse_launch
+
+
+def _option(default: Any, about: str, choices: Sequence[str] = ()) -> Any:
+    """A field that ``HfArgumentParser`` can read and explain."""
+    metadata: dict[str, Any] = {"help": " ".join(about.split()).replace("%", "%%")}
+    return field(default=default, metadata=metadata | ({"choices": list(choices)} if choices else {}))
+
+
+def _setting(name: str, choices: Sequence[str] = ()) -> Any:
+    """A field with default and documentation of the setting of that name in ``Objective``."""
+    setting = Objective.model_fields[name]
+    return _option(setting.default, setting.description or "", choices)
 
 
 @dataclass
@@ -21,28 +35,20 @@ class DomainSFTConfig(SFTConfig):
     Options that would change the objective without a word are refused: label smoothing, NEFTune, another ``loss_type``,
     ``average_tokens_across_devices=False``, ``truncation_mode="keep_end"``. The load-balancing loss of a mixture-of-experts
     student is 0 unless set.
-
-    Args:
-        overlong: what becomes of rows longer than ``max_length`` tokens: ``"error"``, ``"truncate"`` or ``"drop"``; what is
-            cut or dropped is counted per domain.
-        assistant_only_loss: which tokens of ``messages`` rows carry loss. None: those of the response, by the generation
-            markers of the chat template, or else those of the last assistant turn (see ``daekit.data.responses``). True and
-            False mean what they mean in TRL: only what the markers enclose, or all tokens, the user's and the system's too.
     """
 
-    overlong: str = field(
-        default="error",
-        metadata={"help": "Rows longer than max_length: 'error', 'truncate' or 'drop'.", "choices": list(OVERLONG)},
+    overlong: str = _option(
+        "error", "Rows longer than max_length tokens: 'error', 'truncate' or 'drop', counted per domain.", OVERLONG
     )
-    assistant_only_loss: bool | None = field(
-        default=None, metadata={"help": "Loss on assistant tokens of messages rows only; default: on the response only."}
+    assistant_only_loss: bool | None = _option(
+        None,
+        "Which tokens of messages rows carry loss. None: the response's, by the generation markers of the chat template, or "
+        "else those of the last assistant turn. True, False: as in TRL, what the markers enclose, or all tokens.",
     )
-    router_aux_loss_coef: float | None = field(
-        default=0.0, metadata={"help": "Weight of the load-balancing loss of a mixture-of-experts student (0: none)."}
+    router_aux_loss_coef: float | None = _option(
+        0.0, "Weight of the load-balancing loss of a mixture-of-experts student (0: none)."
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN and infinite losses from the log. Off: they are shown as they are."}
-    )
+    logging_nan_inf_filter: bool = _option(False, "Hide NaN and infinite losses from the log. Off: they are shown as they are.")
 
     def __post_init__(self) -> None:
         refuse_launch(bool(self.deepspeed))
@@ -59,19 +65,8 @@ class DomainSFTConfig(SFTConfig):
             raise UserError(f"overlong: {self.overlong!r} is unknown; choose one of {', '.join(OVERLONG)}")
 
     def _refuse_changed_objectives(self) -> None:
-        refused = {
-            "label_smoothing_factor": (self.label_smoothing_factor != 0, "it would smooth labels that the loss does not use"),
-            "loss_type": (self.loss_type != "nll", "the loss is set by ce_weight, prediction_weight and divergence"),
-            "neftune_noise_alpha": (self.neftune_noise_alpha is not None, "the student would be trained on noisy embeddings"),
-            "average_tokens_across_devices": (
-                not self.average_tokens_across_devices,
-                "every token must count the same on every device",
-            ),
-            "fp16": (self.fp16, "the loss has its gradients before the GradScaler scales them: they would underflow; use bf16"),
-            "truncation_mode": (self.truncation_mode != "keep_start", "rows are cut at their end, and counted when they are"),
-        }
-        for name, (given, reason) in refused.items():
-            if given:
+        for name, (only, reason) in ONLY_VALUE.items():
+            if getattr(self, name) != only:
                 raise UserError(f"{name}={getattr(self, name)!r} is not supported: {reason}. Leave it at its default.")
 
     def objective(self) -> Objective:
@@ -80,13 +75,6 @@ class DomainSFTConfig(SFTConfig):
 
 
 _RENAMED = {"on_policy": "on_policy_fraction"}  # of ``Objective`` -> of KDConfig, among the arguments of a whole training
-
-
-def _setting(name: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field with default and documentation of the setting of that name in ``Objective``."""
-    setting = Objective.model_fields[name]
-    metadata: dict[str, Any] = {"help": " ".join((setting.description or "").split()).replace("%", "%%")}
-    return field(default=setting.default, metadata=metadata | ({"choices": list(choices)} if choices else {}))
 
 
 @dataclass
@@ -147,11 +135,7 @@ class KDConfig(DomainSFTConfig):
             )
 
     def objective(self) -> Objective:
-        """What is trained.
-
-        Raises:
-            UserError: a setting that is out of bounds.
-        """
+        """What is trained; UserError for a setting that is out of bounds."""
         return Objective.of({name: getattr(self, _RENAMED.get(name, name)) for name in Objective.model_fields})
 
     @staticmethod

@@ -7,18 +7,16 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
-from daekit.models.backbone import frozen_copy
+from daekit.models.backbone import base_of, frozen_copy
 from daekit.protocol import Teacher
-from daekit.teachers import AdapterPath, AdapterTeacher, ModelTeacher, RoutedTeacher, unknown_domain
-from daekit.trainers.as_teacher import as_teacher
+from daekit.teachers import AdapterTeacher, ModelTeacher, OnStudent, RoutedTeacher, unknown_domain
 from daekit.trainers.config import DAEConfig
+from daekit.trainers.given import as_teacher, tokenizer_of
 from daekit.trainers.kd import KDTrainer
-from daekit.trainers.student_loading import tokenizer_of
-
-_REFERENCE_ADAPTER = "daekit_reference"
 
 
 class DAETrainer(KDTrainer):
@@ -47,8 +45,8 @@ class DAETrainer(KDTrainer):
     def __init__(
         self,
         model: Any,
-        teachers: Mapping[str, str | PreTrainedModel | Teacher | AdapterPath],
-        reference: str | PreTrainedModel | Teacher | AdapterPath | None = None,
+        teachers: Mapping[str, str | PreTrainedModel | Teacher],
+        reference: str | PreTrainedModel | Teacher | None = None,
         args: DAEConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -59,31 +57,25 @@ class DAETrainer(KDTrainer):
         others = evaluated.values() if isinstance(evaluated, Mapping) else [evaluated]
         _check_domains(teachers, reference_domains, [train_dataset, *others])
         tokenizer = processing_class or tokenizer_of(model, args)
-        loaded: dict[Any, Teacher | AdapterPath] = {}  # a teacher of several domains is loaded once, and runs once per batch
-        for given in (*teachers.values(), reference):
-            if given is not None and given not in loaded:
-                loaded[given] = as_teacher(given, tokenizer, model)
-        routes = {domain: loaded[given] for domain, given in teachers.items()}
-        if reference is not None:
-            routes |= dict.fromkeys(reference_domains, loaded[reference])
-        self._domains = [*teachers, *reference_domains]
-        self._frozen_domains = reference_domains if reference is None else []
-        super().__init__(model, RoutedTeacher(routes), args, train_dataset, tokenizer, **sft_arguments)
+        given = dict(teachers) | dict.fromkeys(reference_domains, _StudentAsItStands() if reference is None else reference)
+        # a teacher of several domains is loaded once, and runs once per batch
+        loaded = {each: as_teacher(each, tokenizer, model) for each in dict.fromkeys(given.values())}
+        self._domains = list(given)
+        routed = RoutedTeacher({domain: loaded[each] for domain, each in given.items()})
+        super().__init__(model, routed, args, train_dataset, tokenizer, **sft_arguments)
 
-    def _complete(self, teacher: Teacher | AdapterPath) -> Teacher:
-        completed = super()._complete(teacher)
-        if not self._frozen_domains:
-            return completed
-        assert isinstance(completed, RoutedTeacher)
-        return RoutedTeacher(completed.routes | dict.fromkeys(self._frozen_domains, self._student_as_it_stands()))
 
-    def _student_as_it_stands(self) -> Teacher:
-        if not isinstance(self.model, PeftModel):
-            return ModelTeacher(frozen_copy(self.model), self.vocab_size, "reference")
-        return AdapterTeacher.copy_of_active(self.model, _REFERENCE_ADAPTER, self.vocab_size)
+class _StudentAsItStands(OnStudent):
+    """The student when its training begins, frozen."""
 
-    def _stream_domains(self) -> list[str]:
-        return self._domains
+    def require_student(self, *_: object) -> None:
+        """Any student has a copy."""
+
+    def on_student(self, student: nn.Module, vocab_size: int) -> Teacher:
+        """A copy of its adapter on the same base, or of the whole model."""
+        if isinstance(student, PeftModel):
+            return AdapterTeacher.copy_of_active(student, "daekit_reference", vocab_size)
+        return ModelTeacher(frozen_copy(base_of(student)), vocab_size, "reference")
 
 
 def _check_domains(teachers: Mapping[str, object], reference_domains: list[str], datasets: list[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,15 +30,12 @@ _WHOLE_ROWS = ("bfd", None)  # packing strategies that never split a row over tw
 
 
 class RowPreparation:
-    """Prepares the data sets of one trainer, and remembers what became of their rows.
+    """Prepares the data sets of one trainer; ``counts`` says what became of their rows, by data set and domain (no streams).
 
     Args:
         default_domain: domain of the rows of a data set that has no column ``domain``; None: it must have one.
         domains: the domains that a packed stream may hold, for they cannot be listed without reading it.
         columns: ids that every model of the run knows.
-
-    Attributes:
-        counts: data set -> domain -> what preparation did to its rows; not of streams.
     """
 
     def __init__(self, default_domain: str | None, domains: Sequence[str], columns: int) -> None:
@@ -88,10 +86,11 @@ class RowPreparation:
         dataset = trl(dataset, tokenizer, whole, False, formatting, name)
         if self.columns >= vocabulary_size(tokenizer):
             return dataset
+        known = functools.partial(self._require_known_ids, tokenizer=tokenizer, name=name)
         if isinstance(dataset, IterableDataset):
-            return dataset.map(lambda row, at: self._require_known_ids(row, at, tokenizer, name), with_indices=True)
+            return dataset.map(known, with_indices=True)
         for at, row in enumerate(dataset.select_columns("input_ids")):
-            self._require_known_ids(row, at, tokenizer, name)
+            known(row, at)
         return dataset
 
     def _require_known_ids(self, row: dict[str, Any], at: int, tokenizer: Any, name: str) -> dict[str, Any]:
@@ -105,9 +104,7 @@ class RowPreparation:
             "token out of the row, or resize the model's embeddings."
         )
 
-    def _label_responses(
-        self, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, processes: int | None, name: str
-    ) -> Dataset | IterableDataset:
+    def _label_responses(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, processes: int | None, name: str) -> Any:
         """``messages`` rows with their ids and labels; rows of other forms as they are."""
         row = first_row(dataset, name)
         if "input_ids" in row or {"prompt", "completion"} <= row.keys() or not {"messages", "conversations"} & row.keys():
@@ -117,13 +114,8 @@ class RowPreparation:
         return label_responses(dataset, tokenizer, labels, name, processes)
 
     def _pack_by_domain(
-        self,
-        trl: Callable[..., Any],
-        dataset: Dataset | IterableDataset,
-        tokenizer: PreTrainedTokenizerBase,
-        args: Any,
-        name: str,
-    ) -> Dataset | IterableDataset:
+        self, trl: Callable[..., Any], dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any, name: str
+    ) -> Any:
         """Pack the rows of each domain by TRL's packing, so that a block has one domain."""
         streaming = isinstance(dataset, IterableDataset)
         domains = self.domains if streaming else list(dict.fromkeys(dataset["domain"]))

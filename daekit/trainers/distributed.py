@@ -33,7 +33,8 @@ def refuse_launch(deepspeed: bool = False) -> None:
     """
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if devices and ranks > devices and not _asked("ACCELERATE_USE_CPU"):
+    on_cpus, deepspeed = _asked("ACCELERATE_USE_CPU"), deepspeed or _asked("ACCELERATE_USE_DEEPSPEED")
+    if devices and ranks > devices and not on_cpus:
         raise UserError(
             f"{ranks} processes were launched on this machine, which has {devices} "
             f"{torch.accelerator.current_accelerator()} device(s): ranks cannot share one. Launch with --num_processes "
@@ -47,11 +48,11 @@ def refuse_launch(deepspeed: bool = False) -> None:
             "distributed_type MULTI_CPU or NO): use --multi_gpu --num_processes N, which runs on CPUs, too, or a file of "
             "recipes/accelerate/."
         )
-    if (deepspeed or _asked("ACCELERATE_USE_DEEPSPEED")) and not is_deepspeed_available():
+    if deepspeed and not is_deepspeed_available():
         raise UserError(
             "DeepSpeed is not installed: pip install 'daekit[deepspeed]', or launch with recipes/accelerate/fsdp2.yaml"
         )
-    if _asked("ACCELERATE_USE_CPU") and _asked("ACCELERATE_USE_DEEPSPEED"):
+    if on_cpus and _asked("ACCELERATE_USE_DEEPSPEED"):
         raise UserError("ACCELERATE_USE_CPU=true: DeepSpeed would become DDP without a word. Leave the variable unset.")
 
 
@@ -72,11 +73,11 @@ def connect(args: TrainingArguments) -> None:
             "others' files. Leave use_configured_state out of accelerator_config; without GPUs set use_cpu=True."
         )
     on_cpus = state.distributed_type == DistributedType.MULTI_CPU
-    if asks_for_fsdp(args):
+    if _asks_for_fsdp(args):
         _refuse_fsdp(args)
         if on_cpus:
             state.distributed_type = DistributedType.MULTI_GPU
-    if asks_for_deepspeed(args):
+    if _asks_for_deepspeed(args):
         _refuse_deepspeed(args)
         if on_cpus:
             import deepspeed
@@ -84,27 +85,56 @@ def connect(args: TrainingArguments) -> None:
             deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 
 
-def asks_for_fsdp(args: TrainingArguments) -> bool:
-    """Whether the arguments or the launch want FSDP."""
+def _asks_for_fsdp(args: TrainingArguments) -> bool:
     return bool(args.fsdp) or _asked("ACCELERATE_USE_FSDP")
 
 
-def asks_for_deepspeed(args: TrainingArguments) -> bool:
-    """Whether the arguments or the launch want DeepSpeed."""
+def _asks_for_deepspeed(args: TrainingArguments) -> bool:
     return bool(args.deepspeed) or _asked("ACCELERATE_USE_DEEPSPEED")
+
+
+def _asked(variable: str) -> bool:
+    return bool(str_to_bool(os.environ.get(variable, "false")))
+
+
+def _refuse_fsdp(args: TrainingArguments) -> None:
+    settings = args.fsdp_plugin_args or {}  # what is not given is taken from the launch
+    version = int(settings.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
+    if version != 2:
+        raise UserError(f"fsdp_version: {version} is not supported, it is deprecated in torch; set fsdp_version: 2")
+    plugin = FullyShardedDataParallelPlugin(**settings)
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise UserError(
+            f"fsdp_state_dict_type: {plugin.state_dict_type.name} is not supported: the index of such a checkpoint is a "
+            "pickle, and the student could not be loaded from it. Set fsdp_state_dict_type: FULL_STATE_DICT."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise UserError(
+            "fsdp_cpu_ram_efficient_loading: true is not supported: only the first rank would hold the weights of student and "
+            "teachers when they are checked and frozen. Set it to false."
+        )
+
+
+def _refuse_deepspeed(args: TrainingArguments) -> None:
+    zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    if zero["stage"] == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise UserError(
+            "zero3_save_16bit_model: false is not supported: the student's weights would be saved in DeepSpeed's pickles only. "
+            "Set it to true (in a JSON config stage3_gather_16bit_weights_on_model_save)."
+        )
+    if zero["stage"] not in (2, 3):
+        raise UserError(f"zero_stage: {zero['stage']} is not supported; use 2 or 3, or recipes/accelerate/ddp.yaml")
 
 
 def require_distribution(trainer: SFTTrainer) -> None:
     """Raise UserError where the engine is not what was asked for, or does what the trainers cannot follow."""
-    accelerator = trainer.accelerator
+    accelerator, args = trainer.accelerator, trainer.args
     parallel = accelerator.parallelism_config
     if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
         raise UserError("context and sequence parallelism are not supported: the loss needs whole sequences on each rank")
-    for name, asked, kind in (
-        ("FSDP", asks_for_fsdp(trainer.args), DistributedType.FSDP),
-        ("DeepSpeed", asks_for_deepspeed(trainer.args), DistributedType.DEEPSPEED),
-    ):
-        if asked and accelerator.distributed_type != kind:
+    asked = {DistributedType.FSDP: _asks_for_fsdp(args), DistributedType.DEEPSPEED: _asks_for_deepspeed(args)}
+    for kind, name in ((DistributedType.FSDP, "FSDP"), (DistributedType.DEEPSPEED, "DeepSpeed")):
+        if asked[kind] and accelerator.distributed_type != kind:
             raise UserError(
                 f"{name} was asked for, but the processes run as {accelerator.distributed_type.value}: launch with `accelerate "
                 "launch --config_file` and a file of recipes/accelerate/, without --cpu."
@@ -152,36 +182,3 @@ def rounding(accelerator: Accelerator) -> AbstractContextManager[Any]:
     """What the student's forward runs in: autocast, or nothing where FSDP2 or DeepSpeed rounds the weights themselves."""
     by_weights = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     return nullcontext() if by_weights else accelerator.autocast()
-
-
-def _refuse_fsdp(args: TrainingArguments) -> None:
-    settings = args.fsdp_plugin_args or {}  # what is not given is taken from the launch
-    version = int(settings.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
-    if version != 2:
-        raise UserError(f"fsdp_version: {version} is not supported, it is deprecated in torch; set fsdp_version: 2")
-    plugin = FullyShardedDataParallelPlugin(**settings)
-    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise UserError(
-            f"fsdp_state_dict_type: {plugin.state_dict_type.name} is not supported: the index of such a checkpoint is a "
-            "pickle, and the student could not be loaded from it. Set fsdp_state_dict_type: FULL_STATE_DICT."
-        )
-    if plugin.cpu_ram_efficient_loading:
-        raise UserError(
-            "fsdp_cpu_ram_efficient_loading: true is not supported: only the first rank would hold the weights of student and "
-            "teachers when they are checked and frozen. Set it to false."
-        )
-
-
-def _refuse_deepspeed(args: TrainingArguments) -> None:
-    zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
-    if zero["stage"] == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-        raise UserError(
-            "zero3_save_16bit_model: false is not supported: the student's weights would be saved in DeepSpeed's pickles only. "
-            "Set it to true (in a JSON config stage3_gather_16bit_weights_on_model_save)."
-        )
-    if zero["stage"] not in (2, 3):
-        raise UserError(f"zero_stage: {zero['stage']} is not supported; use 2 or 3, or recipes/accelerate/ddp.yaml")
-
-
-def _asked(variable: str) -> bool:
-    return bool(str_to_bool(os.environ.get(variable, "false")))

@@ -33,14 +33,7 @@ logger = logging.getLogger(__name__)
 class FeatureLosses:
     """Attention and hidden-state losses of one student.
 
-    Args:
-        model: The student.
-        objective: Weights, layers and heads.
-        teacher: The teacher, whose outputs are asked for with ``capture=spec``.
-        seed: Seed of the projections onto teachers of another width.
-
-    Attributes:
-        spec: The features that the teacher's outputs must carry.
+    ``spec`` says which features the teacher's outputs must carry; ``seed`` is that of projections onto another width.
 
     Raises:
         UserError: a teacher without features, or whose layers or heads do not fit.
@@ -48,6 +41,8 @@ class FeatureLosses:
 
     def __init__(self, model: nn.Module, objective: Objective, teacher: Teacher, seed: int) -> None:
         self.model, self.objective = model, objective
+        self.hidden_metric = f"hidden_{objective.hidden_loss}"
+        self.weights = {ATTENTION_METRIC: objective.attention_weight, self.hidden_metric: objective.hidden_weight}
         config = base_of(model).config.get_text_config()
         self.spec = FeatureSpec(
             config,
@@ -79,16 +74,6 @@ class FeatureLosses:
                 stack.enter_context(capture_attention(self.model, comparison.attention))
             stack.enter_context(capture_hidden(self.model, self.hidden_layers, comparison.hidden))
             yield comparison
-
-    @property
-    def hidden_metric(self) -> str:
-        """Under which name the hidden-state loss is logged."""
-        return f"hidden_{self.objective.hidden_loss}"
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Metric -> its weight in the loss."""
-        return {ATTENTION_METRIC: self.objective.attention_weight, self.hidden_metric: self.objective.hidden_weight}
 
 
 class Comparison:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,25 +28,22 @@ from daekit.models.backbone import add_on_hidden
 from daekit.models.restore import restore_weights
 from daekit.models.start_checks import require_plain_head, require_rows_apart
 from daekit.models.vocabulary import known_ids, vocabulary_size
-from daekit.protocol import Batch, Teacher, TeacherOutput
-from daekit.teachers import AdapterPath
-from daekit.teachers.on_student import frozen_models, on_student, require_on_student
-from daekit.teachers.parts import require_served
+from daekit.protocol import Teacher
+from daekit.teachers.parts import frozen_models, on_student, require_on_student, require_served
 from daekit.teachers.sharding import Sharding, shard_teacher
-from daekit.trainers.as_teacher import as_teacher
 from daekit.trainers.config import DomainSFTConfig, KDConfig
 from daekit.trainers.data import RowPreparation
 from daekit.trainers.distributed import refuse_reentrant, require_distribution, require_wrapped, rounding
 from daekit.trainers.distributed_state import load_stateless, reading_safely, save_fsdp_state
 from daekit.trainers.features import FeatureLosses
-from daekit.trainers.loss import counted, divergence_metric, divided, summed_losses
-from daekit.trainers.projections import forget_projections, without_projections
+from daekit.trainers.given import as_teacher, load_student, name_of, spec_of, tokenizer_of
+from daekit.trainers.loss import counted, divergence_metric, divided, summed_losses, teacher_outputs
+from daekit.trainers.projections import Projections, forget_projections, without_projections
 from daekit.trainers.resume import Checkpoints, student_folder
 from daekit.trainers.rollouts import Rollouts
-from daekit.trainers.router import RouterSettings, require_balancing_loss, router_inputs
-from daekit.trainers.student_loading import load_student, name_of, spec_of, tokenizer_of
+from daekit.trainers.router import keeping_router_settings, require_balancing_loss, router_inputs
 from daekit.trainers.token_metrics import TokenMetrics, counted_rows
-from daekit.trainers.validation import refuse_adapter, refuse_arguments, refuse_without_teacher
+from daekit.trainers.validation import refuse_adapter, refuse_arguments
 
 DEFAULT_DOMAIN = "general"
 
@@ -79,46 +76,59 @@ class KDTrainer(SFTTrainer):
     loss_is_scaled_for_ga = True
     config_class: type[DomainSFTConfig] = KDConfig
     default_domain: str | None = DEFAULT_DOMAIN
+    _domains: list[str] = [DEFAULT_DOMAIN]  # that a packed stream may hold: they cannot be listed without reading it
 
     def __init__(
         self,
         model: Any,
-        teacher: str | PreTrainedModel | Teacher | AdapterPath | None,
+        teacher: str | PreTrainedModel | Teacher | None,
         args: DomainSFTConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **sft_arguments: Any,  # of SFTTrainer, which refuses an unknown one
     ) -> None:
         args = args if args is not None else self.config_class(f"{name_of(model)}-{self._name.replace(' ', '-')}")
+        # First what arguments, tokenizers and configs show to be wrong; then weights: the teacher's, the student's.
         if not isinstance(args, self.config_class):
             raise UserError(f"args: {type(self).__name__} needs a {self.config_class.__name__}, not a {type(args).__name__}")
-        refuse_arguments(model, args, train_dataset, sft_arguments)
+        refuse_arguments(model, teacher, args, train_dataset, sft_arguments)
         self.loss_objective = args.objective()
-        if teacher is None:
-            refuse_without_teacher(self.loss_objective)
         tokenizer = processing_class or tokenizer_of(model, args)
         if args.assistant_only_loss and args.chat_template_path is None:
             require_markers(tokenizer)
-        forget_projections(model)
         if teacher is not None:
             teacher = as_teacher(teacher, tokenizer, student=model)
             spec = spec_of(model, args) if isinstance(model, str) else None
             require_on_student(teacher, isinstance(model, PeftModel) or sft_arguments.get("peft_config") is not None, spec)
-        size = vocabulary_size(tokenizer)
-        init_kwargs = args.model_init_kwargs
+        size, init_kwargs = vocabulary_size(tokenizer), args.model_init_kwargs
         if isinstance(model, str):
             model = load_student(model, args, sft_arguments.pop("quantization_config", None))
             args = copy.copy(args)
             args.model_init_kwargs = None  # used; SFTTrainer would say that they are not
         refuse_adapter(model, sft_arguments.get("peft_config"))
+        forget_projections(model)
+        # Now TRL: it prepares the rows and puts the adapter on the student.
         frozen = [] if teacher is None else [each for _, each in frozen_models(teacher)]
-        self.rows = RowPreparation(self.default_domain, self._stream_domains(), known_ids([model, *frozen]))
+        self.rows = RowPreparation(self.default_domain, self._domains, known_ids([model, *frozen]))
         self.data_counts = self.rows.counts  # data set -> domain -> what preparation did to its rows
         self.checkpoints = Checkpoints(self)
-        router = RouterSettings.of(model)
-        super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **sft_arguments)
-        router.restore(self.model)
+        with keeping_router_settings(model):
+            super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **sft_arguments)
         self.args.model_init_kwargs = init_kwargs
+        # Last what only the student as it will be trained can show, and the teacher beside it.
+        self.token_metrics = TokenMetrics(rows=self.loss_objective.normalize == "rows")
+        self.features: FeatureLosses | None = None
+        self._captures: ExitStack | None = None  # of the step that runs now
+        self._complete_student()
+        self.teacher: Any = None
+        if teacher is not None:
+            self.teacher = self._completed(teacher, size)
+            if self.loss_objective.attention_weight or self.loss_objective.hidden_weight:
+                self._compare_features()
+        self.rollouts = Rollouts(self) if self.loss_objective.on_policy else None
+
+    def _complete_student(self) -> None:
+        """Add what the loss needs, undo what TRL has set, and try the student on a few tokens."""
         self.add_callback(self.checkpoints)
         if isinstance(self.model, PeftModel):  # PEFT saves every adapter it holds; a checkpoint is the student's alone
             student = self.model.active_adapter
@@ -133,51 +143,42 @@ class KDTrainer(SFTTrainer):
         require_balancing_loss(self)
         if self.padding_free:
             require_rows_apart(self.model, "student")
-        self.token_metrics = TokenMetrics(rows=self.loss_objective.normalize == "rows")
-        self.teacher: Any = None
-        self.features: FeatureLosses | None = None
-        self._until_backward: ExitStack | None = None  # of the training step that runs now
-        if teacher is not None:
-            self._add_teacher(teacher, size)
-        self.rollouts = Rollouts(self) if self.loss_objective.on_policy else None
 
-    def _add_teacher(self, teacher: Teacher | AdapterPath, vocab_size: int) -> None:
-        """The student is ready: complete the teacher, place it, and prepare what is compared inside both."""
+    def _completed(self, teacher: Teacher, vocab_size: int) -> Teacher:
+        """The teacher, made on the student where it is only named, checked against the rows, on its device or split."""
         if self.vocab_size != vocab_size:
             raise UserError(
                 f"chat_template_path={self.args.chat_template_path!r} added {self.vocab_size - vocab_size} tokens to "
                 "the student's tokenizer, which its teacher does not have. Set the tokenizer's chat_template yourself, "
                 "without new tokens."
             )
-        self.teacher = self._complete(teacher)
+        teacher = on_student(teacher, self.model, self.vocab_size)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval": self.eval_dataset}
-        require_served(self.teacher, self.loss_objective, self.processing_class, [self.train_dataset, *evaluated.values()])
+        require_served(teacher, self.loss_objective, self.processing_class, [self.train_dataset, *evaluated.values()])
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            shard_teacher(self.teacher, Sharding(self.accelerator))
+            shard_teacher(teacher, Sharding(self.accelerator))
         else:
-            self.teacher.to(self.accelerator.device)
+            teacher.to(self.accelerator.device)
         if self.padding_free:
-            for name, model in frozen_models(self.teacher):
+            for name, model in frozen_models(teacher):
                 require_rows_apart(model, f"teacher {name}")
-        if not (self.loss_objective.attention_weight or self.loss_objective.hidden_weight):
-            return
+        return teacher
+
+    def _compare_features(self) -> None:
+        """Prepare the attention and hidden-state losses."""
         refuse_reentrant(self)
         self.features = FeatureLosses(self.model, self.loss_objective, self.teacher, self.args.seed)
-        if self.features.projections is not None and self.optimizer is not None:
+        if self._projections is not None and self.optimizer is not None:
             raise UserError(
                 "optimizers: an optimizer of your own does not hold the projections that hidden_weight needs for a teacher of "
                 "another width, so they would stay random. Leave it out, or set hidden_weight to 0."
             )
 
-    def _complete(self, teacher: Teacher | AdapterPath) -> Teacher:
-        """Load adapters onto the student's base; a subclass freezes a copy of the student as a teacher."""
-        return on_student(teacher, self.model, self.vocab_size)
+    @property
+    def _projections(self) -> Projections | None:
+        return None if self.features is None else self.features.projections
 
     # ---- rows -----------------------------------------------------------------------------------------------------
-
-    def _stream_domains(self) -> list[str]:
-        """The domains that a packed stream may hold, for they cannot be listed without reading it."""
-        return [DEFAULT_DOMAIN]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's card; of a student without a name on the hub it would say that it is a fine-tuned version of None."""
@@ -192,8 +193,7 @@ class KDTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns  # type: ignore[has-type]
-        self._signature_columns = list(dict.fromkeys([*columns, "domain"]))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "domain"]))  # type: ignore[has-type]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of the next step, and what their loss is divided by; see ``rollouts.py``."""
@@ -213,11 +213,11 @@ class KDTrainer(SFTTrainer):
     @contextmanager
     def until_backward(self) -> Iterator[None]:
         """Inside, what captures the student's features stays: the backward pass runs checkpointed layers once more."""
-        with ExitStack() as self._until_backward:
+        with ExitStack() as self._captures:
             try:
                 yield
             finally:
-                self._until_backward = None
+                self._captures = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's step."""
@@ -232,37 +232,23 @@ class KDTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted sum over loss tokens, divided by the loss tokens of the global batch (all ranks, all micro-batches)."""
+        if self._captures is None:  # an evaluation: no backward pass follows
+            with self.until_backward():
+                return KDTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         batch = as_batch(inputs)
-        with ExitStack() as forward_only:
-            with rounding(self.accelerator):  # the frozen models round as the student does
-                outputs = self.teacher_outputs(batch)
-            comparison = None
-            if self.features is not None:
-                stack = self._until_backward or forward_only
-                comparison = stack.enter_context(self.features.compare(batch, outputs))
-            inputs_of_model = batch.inputs | router_inputs(self)
-            out = model(**inputs_of_model, on_hidden=lambda hidden: summed_losses(self, hidden, batch, outputs, comparison))
-            loss = divided(self, out, batch, num_items_in_batch)
-            mode = "train" if self.model.training else "eval"
-            values = {name: value for name, value in out.items() if name not in ("loss", "aux_loss")}
-            self.token_metrics.add(mode, batch, values, counted_rows(self, inputs[EXAMPLES], mode))
-            if not return_outputs:
-                return loss
-            with torch.no_grad():  # compute_metrics wants logits, which the loss never makes
-                return loss, model(**batch.inputs)
-
-    def teacher_outputs(self, batch: Batch) -> list[TeacherOutput]:
-        """The teacher's outputs; UserError if there are none, for the loss would be 0 without a word."""
-        if self.teacher is None:
-            return []
-        capture = None if self.features is None else self.features.spec
-        outputs: list[TeacherOutput] = self.teacher.outputs(batch, capture)
-        if not outputs and batch.labels_N.numel():
-            raise UserError(
-                f"{type(self.teacher).__name__} has no output for a batch of {batch.labels_N.numel()} loss positions: its "
-                "outputs must cover every loss position exactly once"
-            )
-        return outputs
+        with rounding(self.accelerator):  # the frozen models round as the student does
+            outputs = teacher_outputs(self, batch)
+        compared = None if self.features is None else self._captures.enter_context(self.features.compare(batch, outputs))
+        losses = functools.partial(summed_losses, self, batch=batch, teacher_outputs=outputs, comparison=compared)
+        out = model(**batch.inputs, **router_inputs(self), on_hidden=losses)
+        loss = divided(self, out, batch, num_items_in_batch)
+        mode = "train" if self.model.training else "eval"
+        values = {name: value for name, value in out.items() if name not in ("loss", "aux_loss")}
+        self.token_metrics.add(mode, batch, values, counted_rows(self, inputs[EXAMPLES], mode))
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # compute_metrics wants logits, which the loss never makes
+            return loss, model(**batch.inputs)
 
     def weights(self) -> dict[str, float]:
         """Metric -> its weight in the loss; the loss is their weighted sum."""
@@ -307,10 +293,6 @@ class KDTrainer(SFTTrainer):
             output = super().train(folder, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
 
-    def run_facts(self) -> dict[str, Any]:
-        """See ``Checkpoints.facts``."""
-        return self.checkpoints.facts()
-
     def _run_epoch(self, **arguments: Any) -> None:
         """The Trainer's epoch; a run that is resumed at its very end, where the Trainer takes one more step, has none left."""
         if self.state.global_step >= self.state.max_steps:
@@ -320,15 +302,14 @@ class KDTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        write: Callable[[], None] = functools.partial(super()._save_checkpoint, model, trial)
-        self.checkpoints.save(folder, write)
+        self.checkpoints.save(folder, functools.partial(super()._save_checkpoint, model, trial))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, None if state_dict is None else without_projections(state_dict))
         folder = Path(output_dir or self.args.output_dir)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
-        if self.features is not None and self.features.projections is not None:
-            self.features.projections.save(folder, self.args.should_save)
+        if self._projections is not None:
+            self._projections.save(folder, self.args.should_save)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:
@@ -347,8 +328,8 @@ class KDTrainer(SFTTrainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         with reading_safely(self):
             prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.checkpoints.resumed is not None:
-            self._load_projections(self.checkpoints.resumed)
+        if self.checkpoints.resumed is not None and self._projections is not None:
+            self._projections.load(self.checkpoints.resumed)
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -357,8 +338,5 @@ class KDTrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
         restore_weights(self.model, student_folder(self.model, best))
-        self._load_projections(best)
-
-    def _load_projections(self, folder: Path) -> None:
-        if self.features is not None and self.features.projections is not None:
-            self.features.projections.load(folder)
+        if self._projections is not None:
+            self._projections.load(best)

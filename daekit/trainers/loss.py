@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from daekit.errors import UserError
 from daekit.losses import prediction_loss
 from daekit.models.heads import output_head
 from daekit.protocol import Batch, TeacherOutput
@@ -19,6 +20,19 @@ from daekit.trainers.router import balancing_loss, weighted
 def divergence_metric(objective: Objective) -> str:
     """The name under which a divergence is logged: its own, and ``kl`` for the usual one."""
     return "kl" if objective.divergence == "forward_kl" else objective.divergence
+
+
+def teacher_outputs(trainer: Any, batch: Batch) -> list[TeacherOutput]:
+    """The teacher's outputs; UserError if there are none, for the loss would be 0 without a word."""
+    if trainer.teacher is None:
+        return []
+    outputs: list[TeacherOutput] = trainer.teacher.outputs(batch, None if trainer.features is None else trainer.features.spec)
+    if not outputs and batch.labels_N.numel():
+        raise UserError(
+            f"{type(trainer.teacher).__name__} has no output for a batch of {batch.labels_N.numel()} loss positions: its "
+            "outputs must cover every loss position exactly once"
+        )
+    return outputs
 
 
 def summed_losses(

@@ -23,25 +23,13 @@ class _RowsTrainer(KDTrainer):
 def rows_trainer(
     tokenizer: PreTrainedTokenizerBase, args: DomainSFTConfig, train_dataset: Dataset, eval_dataset: Any = None
 ) -> KDTrainer:
-    """A trainer with these rows and a student of a few thousand parameters: its data sets are those of the real one.
-
-    Args:
-        tokenizer: the student's.
-        args: config of the real trainer.
-        train_dataset: rows in any of TRL's forms.
-        eval_dataset: as for SFTTrainer.
+    """A trainer with the config and rows of a real one and a student of a few thousand parameters: it has the same data sets.
 
     Raises:
         UserError: rows that the real trainer would refuse.
     """
-    config = LlamaConfig(
-        vocab_size=vocabulary_size(tokenizer),
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-    )
+    size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    config = LlamaConfig(vocab_size=vocabulary_size(tokenizer), **size)
     args = copy.copy(args)
     args.report_to, args.gradient_checkpointing, args.model_init_kwargs = [], False, None
     if isinstance(args, KDConfig):  # there is no teacher to compare with
@@ -58,10 +46,9 @@ def prepared_rows(
     """Tokenised rows, for ``daekit.write_cache``: those that a trainer with ``args`` trains and evaluates on.
 
     Raises:
-        UserError: see ``rows_trainer``; a stream, whose rows are not known beforehand.
+        UserError: rows that the trainer would refuse; a stream, whose rows are not known beforehand.
     """
-    trainer = rows_trainer(tokenizer, args, train_dataset, eval_dataset)
-    return rows_of_trainer(trainer)
+    return rows_of_trainer(rows_trainer(tokenizer, args, train_dataset, eval_dataset))
 
 
 def rows_of_trainer(trainer: KDTrainer) -> Iterator[Any]:

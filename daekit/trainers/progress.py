@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from daekit.losses import DIVERGENCES
 from daekit.progress import Progress, clock
@@ -33,7 +33,7 @@ class ProgressCallback(TrainerCallback):
         self._since = (0.0, 0, 0)  # time, step, tokens at the last line
         self._evaluated = 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Start the clock."""
         self._since = (time.perf_counter(), state.global_step, -1 if state.global_step else 0)
         if state.is_world_process_zero:
@@ -41,18 +41,13 @@ class ProgressCallback(TrainerCallback):
                 self._training.say(f"[{self.stage}] resumed at step {state.global_step}/{state.max_steps}")
             self._training(state.global_step, state.max_steps)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Move the bar."""
         if state.is_world_process_zero:
             self._training(state.global_step, state.max_steps)
 
     def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: DataLoader | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, eval_dataloader: DataLoader | None = None, **_: Any
     ) -> None:
         """Move the bar of the evaluation, which is made by its first batch."""
         if not state.is_world_process_zero or eval_dataloader is None or not hasattr(eval_dataloader.dataset, "__len__"):
@@ -62,24 +57,17 @@ class ProgressCallback(TrainerCallback):
         self._evaluated += 1
         self._evaluation(self._evaluated, len(eval_dataloader))
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
         """Take the bar of the evaluation away."""
         if self._evaluation is not None:
             self._evaluation.close()
             self._evaluation = None
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         """Take the bar away."""
         self._training.close()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         """Print one line."""
         if not state.is_world_process_zero or logs is None or "train_runtime" in logs:
             return

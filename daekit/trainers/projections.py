@@ -23,12 +23,9 @@ _FILE = "hidden_projections.safetensors"
 
 
 class Projections(nn.Module):
-    """One float32 matrix ``[teacher's width, student's width]`` per width and layer of the student.
+    """One float32 matrix ``[teacher's width, student's width]`` for each (teacher's width, student's layer) of ``wanted``.
 
-    Args:
-        width: Width of the student's hidden states.
-        wanted: One (teacher's width, student's layer) per matrix.
-        seed: Seed of the initial values (uniform, as ``nn.Linear`` has them).
+    Their initial values are uniform, as ``nn.Linear`` has them.
     """
 
     def __init__(self, width: int, wanted: Iterable[tuple[int, int]], seed: int) -> None:

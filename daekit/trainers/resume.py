@@ -34,6 +34,7 @@ _ADAPTER = (
     *("target_parameters", "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "bias"),
 )
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")  # schedules that do not see the end
+_SUMS = ("total_loss_scalar", "globalstep_last_logged", "total_train_tokens")  # of the Trainer, as private attributes
 _STREAM_ROWS = 64  # of a stream, to tell it from another one
 
 
@@ -53,11 +54,7 @@ class Checkpoints(TrainerCallback):
 
     @contextmanager
     def training(self, resume: str | bool | None) -> Iterator[str | None]:
-        """Run a training; yields the checkpoint to resume from.
-
-        Raises:
-            UserError: nothing to resume, a corrupt checkpoint, another run's, or one without an optimizer.
-        """
+        """Run a training; yields the checkpoint to resume from. See ``KDTrainer.train`` for what is refused."""
         trainer, args = self.trainer, self.trainer.args
         output_dir = Path(args.output_dir)
         self.resumed = self._resumable(output_dir, resume) if resume else None
@@ -91,15 +88,7 @@ class Checkpoints(TrainerCallback):
         return folder
 
     def save(self, folder: Path, write: Callable[[], None]) -> None:
-        """Save, commit, and only then remove older checkpoints.
-
-        Args:
-            folder: Directory of the checkpoint.
-            write: The Trainer's own way of writing it.
-
-        Raises:
-            UserError: the disk is full.
-        """
+        """Save by ``write``, the Trainer's own way, commit, then remove older ones; UserError where the disk is full."""
         trainer = self.trainer
         try:
             if trainer.args.should_save:
@@ -144,7 +133,10 @@ class Checkpoints(TrainerCallback):
         }
         facts |= {name: getattr(args, name) for name in _OPTIMIZATION}
         facts |= {f"objective.{name}": value for name, value in trainer.loss_objective.model_dump().items()}
-        facts |= {f"adapter.{name}": value for name, value in _adapter_facts(trainer.model).items()}
+        if isinstance(trainer.model, PeftModel):  # what changes what the adapter computes or how it learns
+            config = trainer.model.peft_config[trainer.model.active_adapter]
+            values = {name: getattr(config, name, None) for name in _ADAPTER}
+            facts |= {f"adapter.{name}": sorted(v) if isinstance(v, set | frozenset) else v for name, v in values.items()}
         return facts | ({} if trainer.teacher is None else {"teacher": trainer.teacher.identity()})
 
     def _student_facts(self) -> dict[str, Any]:
@@ -175,25 +167,18 @@ class Checkpoints(TrainerCallback):
     def save_accumulators(self, folder: Path) -> None:
         """Write what has been summed since the last log and is not in the Trainer's own state; each rank its own."""
         trainer = self.trainer
-        state = trainer.token_metrics.state() | {
-            "tr_loss": trainer._tr_loss.item(),
-            "total_loss_scalar": trainer._total_loss_scalar,
-            "globalstep_last_logged": trainer._globalstep_last_logged,
-            "total_train_tokens": trainer._total_train_tokens,
-            "aux_loss": trainer._metrics["train"].get("aux_loss"),
-            "rollouts": trainer.rollouts and trainer.rollouts.state(),
-        }
-        write_json(self._accumulators_file(folder), state)
+        sums = {name: getattr(trainer, f"_{name}") for name in _SUMS} | {"tr_loss": trainer._tr_loss.item()}
+        sums |= {"aux_loss": trainer._metrics["train"].get("aux_loss")}
+        sums |= {"rollouts": trainer.rollouts and trainer.rollouts.state()}
+        write_json(self._accumulators_file(folder), trainer.token_metrics.state() | sums)
 
     def _load_accumulators(self, folder: Path) -> None:
         """Go on from there: the Trainer would begin a new window, and log other values than a straight run."""
-        trainer = self.trainer
-        state = json.loads(self._accumulators_file(folder).read_text())
+        trainer, state = self.trainer, json.loads(self._accumulators_file(folder).read_text())
         trainer.token_metrics.load(state)
         trainer._tr_loss = torch.tensor(state["tr_loss"], device=trainer.args.device)
-        trainer._total_loss_scalar = state["total_loss_scalar"]
-        trainer._globalstep_last_logged = state["globalstep_last_logged"]
-        trainer._total_train_tokens = state["total_train_tokens"]
+        for name in _SUMS:
+            setattr(trainer, f"_{name}", state[name])
         if trainer.rollouts is not None:
             trainer.rollouts.load(state["rollouts"])
         if state["aux_loss"]:
@@ -214,22 +199,10 @@ def student_folder(model: Any, folder: Path) -> Path:
     return folder if name == "default" else folder / name
 
 
-def _adapter_facts(model: Any) -> dict[str, Any]:
-    """The settings of the student's adapter that change what it computes or how it learns; none for a model without one."""
-    if not isinstance(model, PeftModel):
-        return {}
-    config = model.peft_config[model.active_adapter]
-    values = {name: getattr(config, name, None) for name in _ADAPTER}
-    return {name: sorted(value) if isinstance(value, set | frozenset) else value for name, value in values.items()}
-
-
 def _end(args: SFTConfig, sees_end: bool) -> dict[str, float] | None:
     """Where the run ends, if it depends on that; a ``warmup_steps`` below 1 is a share of the whole run."""
-    if (
-        not sees_end
-        and args.lr_scheduler_type in _ENDLESS
-        and (args.lr_scheduler_type == "constant" or not 0 < args.warmup_steps < 1)
-    ):
+    endless = args.lr_scheduler_type in _ENDLESS and (args.lr_scheduler_type == "constant" or not 0 < args.warmup_steps < 1)
+    if endless and not sees_end:
         return None
     name = "max_steps" if args.max_steps > 0 else "num_train_epochs"
     return {name: getattr(args, name)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,27 +15,18 @@ from daekit.models.backbone import base_of, can_run, frozen_forward
 from daekit.protocol import Batch
 
 
-@dataclass(frozen=True)
-class RouterSettings:
-    """The router's settings in the config of a mixture-of-experts student, which TRL overwrites for training.
+@contextmanager
+def keeping_router_settings(model: Any) -> Iterator[None]:
+    """Give the config of a mixture-of-experts student its own router settings back, which TRL overwrites for training.
 
-    A student saved with ``output_router_logits=True`` could not generate with a cache. The trainers give their settings
-    to each forward, so the config gets its own back as soon as TRL has read it.
+    A student saved with ``output_router_logits=True`` could not generate with a cache. The trainers give their settings to each
+    forward.
     """
-
-    values: dict[str, Any]
-
-    @classmethod
-    def of(cls, model: Any) -> RouterSettings:
-        """The settings as they are now."""
-        config = model.config.get_text_config()
-        names = ("output_router_logits", "router_aux_loss_coef")
-        return cls({name: getattr(config, name) for name in names if hasattr(config, name)})
-
-    def restore(self, model: Any) -> None:
-        """Set them again, in the config of the same student."""
-        for name, value in self.values.items():
-            setattr(model.config.get_text_config(), name, value)
+    config = model.config.get_text_config()
+    before = {name: getattr(config, name) for name in ("output_router_logits", "router_aux_loss_coef") if hasattr(config, name)}
+    yield
+    for name, value in before.items():
+        setattr(config, name, value)
 
 
 def router_inputs(trainer: Any) -> dict[str, bool]:
@@ -48,8 +40,7 @@ def balancing_loss(trainer: Any, outputs: Any, batch: Batch) -> dict[str, Tensor
     if not trainer.aux_loss_enabled:
         return {}
     config, mask = trainer.model.config.get_text_config(), batch.inputs.get("attention_mask")
-    loss = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok, mask)
-    return {"aux_loss": loss}
+    return {"aux_loss": load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok, mask)}
 
 
 def require_balancing_loss(trainer: Any) -> None:

@@ -11,13 +11,13 @@ from daekit.trainers.kd import KDTrainer
 
 
 class DomainSFTTrainer(KDTrainer):
-    """``trl.SFTTrainer`` with per-domain metrics: ``KDTrainer`` without a teacher, whose loss is the cross-entropy.
+    """``KDTrainer`` without a teacher: ``trl.SFTTrainer`` with per-domain metrics, whose loss is the cross-entropy.
 
     Args:
         model: the student, as for SFTTrainer.
         args: a DomainSFTConfig.
         train_dataset: rows in any of TRL's forms; rows without a column ``domain`` are all ``general``.
-        sft_arguments: further arguments of SFTTrainer.
+        sft_arguments: further arguments of SFTTrainer, which refuses an unknown one.
     """
 
     _tag_names = ["trl", "daekit", "sft"]
@@ -29,6 +29,6 @@ class DomainSFTTrainer(KDTrainer):
         model: Any,
         args: DomainSFTConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        **sft_arguments: Any,  # of SFTTrainer, which refuses an unknown one
+        **sft_arguments: Any,
     ) -> None:
         super().__init__(model, None, args, train_dataset, **sft_arguments)

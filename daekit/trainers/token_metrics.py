@@ -29,14 +29,9 @@ class TokenMetrics:
         self._new_tokens = torch.zeros((), dtype=torch.long)
 
     def add(self, mode: str, batch: Batch, values: Mapping[str, Tensor], counted_R: list[bool]) -> None:
-        """Add one value per loss position for each metric.
+        """Add ``values``, metric -> ``[N]`` at each loss position, in ``mode`` (train or eval) for the rows that count.
 
-        Args:
-            mode: ``train`` or ``eval``.
-            batch: The batch that the student saw.
-            values: Metric -> its value ``[N]`` at each loss position. In rows that the student wrote those of labels do not
-                count, and the others have the name ``<metric>_on_policy``.
-            counted_R: Whether each row counts.
+        In rows that the student wrote the values of labels do not count, and the others have the name ``<metric>_on_policy``.
         """
         row_N = batch.row_N
         counted_N = torch.tensor(counted_R, device=row_N.device)[row_N]

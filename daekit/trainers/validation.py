@@ -22,8 +22,10 @@ from daekit.recipe.objective import Objective
 _EXPERT_NAMES = {"gate_up_proj": ("w1", "w3", "gate_proj", "up_proj"), "down_proj": ("w2",), "up_proj": ()}
 
 
-def refuse_arguments(model: Any, args: SFTConfig, train_dataset: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise UserError for arguments of an SFTTrainer that are not supported."""
+def refuse_arguments(model: Any, teacher: Any, args: Any, train_dataset: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise UserError for arguments of a trainer, ``arguments`` those of SFTTrainer, that are not supported."""
+    if teacher is None:
+        _refuse_without_teacher(args.objective())
     if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         raise UserError(
             "dataset_kwargs={'skip_prepare_dataset': True} is not supported: rows would get no domain and no length check. "
@@ -40,8 +42,8 @@ def refuse_arguments(model: Any, args: SFTConfig, train_dataset: Any, arguments:
         raise UserError("the train data set has images: vision data is not supported; use a text-only data set")
 
 
-def refuse_without_teacher(objective: Objective) -> None:
-    """Raise UserError for a weight that needs a teacher where there is none: its part of the loss would be 0 in silence."""
+def _refuse_without_teacher(objective: Objective) -> None:
+    """A weight that needs a teacher where there is none: its part of the loss would be 0 in silence."""
     for name in ("prediction_weight", "attention_weight", "hidden_weight"):
         if value := getattr(objective, name):
             raise UserError(
@@ -52,17 +54,16 @@ def refuse_without_teacher(objective: Objective) -> None:
 
 def refuse_adapter(model: nn.Module, config: PeftConfig | None) -> None:
     """Raise UserError for a new adapter that does not fit the student."""
-    if isinstance(config, LoraConfig):
-        _refuse_on_quantised_experts(model, config)
-        if isinstance(model, PreTrainedModel):
-            require_targets(model, config)
-
-
-def _refuse_on_quantised_experts(model: nn.Module, config: LoraConfig) -> None:
-    """PEFT would leave them out without a word ("all-linear" may)."""
-    paths = [path for path, module in model.named_modules() if isinstance(module, QuantisedExperts)]
-    if not paths:
+    if not isinstance(config, LoraConfig):
         return
+    if paths := [path for path, module in model.named_modules() if isinstance(module, QuantisedExperts)]:
+        _refuse_on_quantised_experts(paths, config)
+    if isinstance(model, PreTrainedModel):
+        require_targets(model, config)
+
+
+def _refuse_on_quantised_experts(paths: list[str], config: LoraConfig) -> None:
+    """PEFT would leave the experts at these paths out without a word ("all-linear" may)."""
     chosen, parameters = config.target_modules or (), config.target_parameters or ()
     names = set(paths)
     for path in paths:

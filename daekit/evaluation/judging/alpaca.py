@@ -14,12 +14,11 @@ from daekit.evaluation.evaluate import SEED
 from daekit.evaluation.intervals import RowValues, interval
 from daekit.evaluation.judging import annotators
 from daekit.evaluation.judging.annotators import OFFICIAL_ANNOTATOR, OFFICIAL_COUNT, Annotator, Messages, Outputs, Unreadable
-from daekit.evaluation.judging.result import Judged, Missing, describe, hash_of, withhold
+from daekit.evaluation.judging.result import Judged, Missing, describe, hash_of, not_comparable, other_judge, withhold
 from daekit.files import file_hash, write_whole
 from daekit.generation.budget import estimate
 from daekit.generation.calls import CHARACTERS_PER_TOKEN, ChatRequest, Estimate
 from daekit.generation.client import ChatClient, identity, require_sound
-from daekit.generation.keys import is_openai
 from daekit.generation.store import read_replies
 from daekit.recipe.judge import JudgeSpec
 from daekit.report.contents import Row
@@ -101,9 +100,8 @@ def estimate_alpaca_eval(
     if outputs is None:
         text = "x" * (answer_tokens * CHARACTERS_PER_TOKEN)
         outputs = {model: [{**row, "output": f"{model} {text}"} for row in reference] for model in models}
-    requests = []
-    for model, its in outputs.items():
-        requests += _requests(judge, chosen, reference, _aligned(model, its, reference, reference_outputs))
+    aligned = [_aligned(model, its, reference, reference_outputs) for model, its in outputs.items()]
+    requests = [request for its in aligned for request in _requests(judge, chosen, reference, its)]
     return estimate(judge, requests, read_replies(folder), identity(judge))
 
 
@@ -176,13 +174,13 @@ def _annotate(
 
     try:
         leaderboard, annotations = annotators.evaluate(annotator, model, reference, outputs, reply)
+        return annotations, leaderboard
     except Unreadable:
-        annotations, leaderboard = [], None
-        for theirs, ours in zip(reference, outputs, strict=True):
-            answers = {"output_1": theirs["output"], "output_2": ours["output"]}
-            preference = 1.5 if theirs["output"] == ours["output"] else None  # a draw needs no judge
-            annotations.append({"instruction": theirs["instruction"], **answers, "preference": preference})
-    return annotations, leaderboard
+        pairs = [(row["instruction"], row["output"], ours["output"]) for row, ours in zip(reference, outputs, strict=True)]
+    annotations = [{"instruction": asked, "output_1": theirs, "output_2": ours} for asked, theirs, ours in pairs]
+    for row in annotations:
+        row["preference"] = 1.5 if row["output_1"] == row["output_2"] else None  # a draw needs no judge
+    return annotations, None
 
 
 def _rows(
@@ -223,15 +221,11 @@ def _write(folder: Path, annotator: Annotator, outputs: Outputs, annotations: Ou
 
 
 def _notes(spec: JudgeSpec, annotator: Annotator, reference: Outputs) -> list[str]:
-    reasons = []
-    if annotator.name != OFFICIAL_ANNOTATOR:
-        reasons.append(f"the annotator is {annotator.name}, not {OFFICIAL_ANNOTATOR}")
-    if spec.name != annotator.model:
-        reasons.append(f"the judge is {spec.name}, not {annotator.model}")
-    elif not is_openai(spec.base_url):
-        reasons.append(f"{spec.name} is not asked at OpenAI")
-    if len(reference) != OFFICIAL_COUNT:
-        reasons.append(f"{len(reference)} instructions, not {OFFICIAL_COUNT}")
-    if _parameters(spec, annotator) != annotator.parameters:
-        reasons.append("temperature, max_tokens or seed is not the annotator's")
-    return [f"AlpacaEval: not comparable with published numbers ({'; '.join(reasons)})."] if reasons else []
+    count = len(reference)
+    deviations = {
+        f"the annotator is {annotator.name}, not {OFFICIAL_ANNOTATOR}": annotator.name != OFFICIAL_ANNOTATOR,
+        **other_judge(spec, annotator.model),
+        f"{count} instructions, not {OFFICIAL_COUNT}": count != OFFICIAL_COUNT,
+        "temperature, max_tokens or seed is not the annotator's": _parameters(spec, annotator) != annotator.parameters,
+    }
+    return not_comparable("AlpacaEval", deviations)

@@ -56,7 +56,7 @@ def load_data(folder: Path, limit: int | None) -> BenchData:
     Raises:
         UserError: one is missing or damaged, or a question that needs a reference has none.
     """
-    common = _common()
+    common = _module("common")
     questions_file, prompts_file = folder / "question.jsonl", folder / "judge_prompts.jsonl"
     references_file = folder / "reference_answer" / "gpt-4.jsonl"
     for file in (questions_file, prompts_file, references_file):
@@ -79,16 +79,16 @@ def load_data(folder: Path, limit: int | None) -> BenchData:
 
 def make_matches(data: BenchData, judge: str, answers: Answers, mode: str, baseline: str | None) -> list[Any]:
     """FastChat's matches in the order of its ``gen_judgment``: without and with references, first turn, then both."""
-    common, matches = _common(), _gen_judgment()
+    common, matches = _module("common"), _module("gen_judgment")
     make = getattr(matches, _MATCH_MAKERS[mode])
     judges = (matches.make_judge_single if mode == "single" else matches.make_judge_pairwise)(judge, data.prompts)
     with_reference = [q for q in data.questions if q["category"] in common.NEED_REF_CATS]
     without = [q for q in data.questions if q["category"] not in common.NEED_REF_CATS]
-    models, references = list(answers), {judge: data.references}
     made: list[Any] = []
     for suffix, both_turns in (("", False), ("-mt", True)):
-        made += make(without, models, answers, judges["default" + suffix], baseline, multi_turn=both_turns)
-        made += make(with_reference, models, answers, judges["math" + suffix], baseline, references, multi_turn=both_turns)
+        for kind, questions, references in (("default", without, None), ("math", with_reference, {judge: data.references})):
+            chosen = judges[kind + suffix]
+            made += make(questions, list(answers), answers, chosen, baseline, references, multi_turn=both_turns)
     return made
 
 
@@ -114,7 +114,7 @@ def play(match: Any, texts: Sequence[str]) -> Record:
 
 
 def _play(match: Any, complete: Callable[[list[dict[str, str]], float, int], str]) -> Record:
-    common = _common()
+    common = _module("common")
     played = common.play_a_match_single if isinstance(match, common.MatchSingle) else common.play_a_match_pair
     with _judged_by(match.judge.model_name, complete), contextlib.redirect_stdout(io.StringIO()):
         return played(match, None)
@@ -123,7 +123,7 @@ def _play(match: Any, complete: Callable[[list[dict[str, str]], float, int], str
 @contextlib.contextmanager
 def _judged_by(judge: str, complete: Callable[[list[dict[str, str]], float, int], str]) -> Iterator[None]:
     """FastChat's functions know ``judge`` and call ``complete`` instead of the network."""
-    common = _common()
+    common = _module("common")
     conversation = importlib.import_module("fastchat.conversation")
 
     def answer(model: str, conv: Any, temperature: float, max_tokens: int, api_dict: object = None) -> str:
@@ -146,23 +146,15 @@ def _judged_by(judge: str, complete: Callable[[list[dict[str, str]], float, int]
 
 
 @cache
-def _common() -> ModuleType:
-    return _import("fastchat.llm_judge.common")
-
-
-@cache
-def _gen_judgment() -> ModuleType:
-    return _import("fastchat.llm_judge.gen_judgment")
-
-
-def _import(name: str) -> ModuleType:
+def _module(name: str) -> ModuleType:
+    """A module of fastchat.llm_judge."""
     if importlib.util.find_spec("fastchat") is None:
         raise UserError("MT-Bench needs fschat, which is not installed: pip install 'daekit[eval]'")
     stub = importlib.util.find_spec("anthropic") is None
     if stub:
         sys.modules["anthropic"] = ModuleType("anthropic")
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(f"fastchat.llm_judge.{name}")
     finally:
         if stub:
             del sys.modules["anthropic"]

@@ -12,18 +12,17 @@ from typing import Any, Literal
 from daekit.errors import UserError
 from daekit.evaluation.judging import fastchat
 from daekit.evaluation.judging.fastchat import BenchData, Record
-from daekit.evaluation.judging.result import Judged, Missing, describe, hash_of, withhold
+from daekit.evaluation.judging.result import Judged, Missing, describe, hash_of, not_comparable, other_judge, withhold
 from daekit.evaluation.judging.scores import HIGHEST, LOWEST, is_rated, pair_rows, single_rows, strictly
 from daekit.files import file_hash, write_whole
 from daekit.generation.budget import estimate
 from daekit.generation.calls import CHARACTERS_PER_TOKEN, ChatRequest, Estimate
 from daekit.generation.client import ChatClient, identity, require_sound
-from daekit.generation.keys import is_openai
 from daekit.generation.store import read_replies
 from daekit.recipe.judge import JudgeSpec
-from daekit.report.contents import Row
 
 Mode = Literal["single", "pairwise-baseline", "pairwise-all"]
+Answers = Mapping[str, Sequence[Mapping[str, Any]]]  # model -> records of FastChat's ``model_answer/<model>.jsonl``
 _OFFICIAL_JUDGE, _OFFICIAL_QUESTIONS = "gpt-4", 80
 
 
@@ -42,7 +41,7 @@ class _Game:
 def judge_mt_bench(
     client: ChatClient,
     data_dir: Path,
-    answers: Mapping[str, Sequence[Mapping[str, Any]]],
+    answers: Answers,
     folder: Path,
     *,
     mode: Mode = "single",
@@ -56,7 +55,7 @@ def judge_mt_bench(
     Args:
         client: The judge (limits of calls and cost hold for everything that it is asked).
         data_dir: holds ``question.jsonl``, ``judge_prompts.jsonl`` and ``reference_answer/gpt-4.jsonl``, as FastChat has them.
-        answers: model -> records of FastChat's ``model_answer/<model>.jsonl``, one per question.
+        answers: one per model and question.
         folder: written: ``<judge>_single.jsonl`` or ``<judge>_pair.jsonl``, and the calls (``replies.jsonl``...).
         baseline: the model of ``answers`` that the others are compared with (``pairwise-baseline``).
         allow_missing: judgments of a model that may be missing for its scores to be given nonetheless.
@@ -67,18 +66,18 @@ def judge_mt_bench(
         UserError: a data file, an answer or the baseline is missing; the judge cannot be asked at all.
     """
     data = fastchat.load_data(data_dir, limit)
-    by_question = _by_question(answers, data)
-    _check_mode(mode, baseline, answers)
-    games = _games(client.spec, data, by_question, mode, baseline)
+    by_question, games = _games(client.spec, data, answers, mode, baseline)
     requests = [request for game in games for request in game.requests]
     client.ask(requests)
     played = [_play(game, client) for game in games]
     records = [record for record, _ in played if record is not None]
-    kind = "single" if mode == "single" else "pair"
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_whole(folder / f"{client.spec.name.replace(os.sep, '_')}_{kind}.jsonl", lines)
-    scored = [model for model in answers if mode != "pairwise-baseline" or model != baseline]
-    scores = {model: _rows(model, records, data, bootstrap) for model in scored}
+    name = f"{client.spec.name.replace(os.sep, '_')}_{'single' if mode == 'single' else 'pair'}.jsonl"
+    write_whole(folder / name, "".join(json.dumps(record) + "\n" for record in records))
+    scores = {}
+    for model in [model for model in answers if mode != "pairwise-baseline" or model != baseline]:
+        its = [r for r in records if model in (r.get("model"), r.get("model_1"), r.get("model_2"))]
+        single = mode == "single"
+        scores[model] = single_rows(model, its, data.questions, bootstrap) if single else pair_rows(model, its, bootstrap)
     missing = _missing(games, [record for record, _ in played])
     rows, notes, refusals = withhold("mt_bench", scores, missing, allow_missing, client.budget.stopped)
     differ = sum(differs for _, differs in played)
@@ -90,18 +89,11 @@ def judge_mt_bench(
         "data": {file.name: file_hash(file) for file in data.files},
         "prompts": {name: hash_of(prompt) for name, prompt in data.prompts.items()},
         "answers": {
-            model: hash_of([(number, its[number]["choices"][0]["turns"]) for number in its])
+            model: hash_of([(number, record["choices"][0]["turns"]) for number, record in its.items()])
             for model, its in by_question.items()
         },
     }
     return Judged(rows, notes, refusals, manifest, records)
-
-
-def _rows(model: str, records: Sequence[Record], data: BenchData, rounds: int) -> list[Row]:
-    single = [record for record in records if record.get("model") == model]
-    if single:
-        return single_rows(model, single, data.questions, rounds)
-    return pair_rows(model, [r for r in records if model in (r.get("model_1"), r.get("model_2"))], rounds)
 
 
 def estimate_mt_bench(
@@ -110,7 +102,7 @@ def estimate_mt_bench(
     models: Sequence[str],
     folder: Path,
     *,
-    answers: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    answers: Answers | None = None,
     answer_tokens: int = 300,
     mode: Mode = "single",
     baseline: str | None = None,
@@ -120,42 +112,25 @@ def estimate_mt_bench(
     require_sound(judge)
     data = fastchat.load_data(data_dir, limit)
     if answers is None:
-        text = "x" * (answer_tokens * CHARACTERS_PER_TOKEN)
-        answers = {
-            model: [_record(q["question_id"], [f"{model} {text}"] * len(q["turns"])) for q in data.questions]
-            for model in models
-        }
-    _check_mode(mode, baseline, answers)
-    games = _games(judge, data, _by_question(answers, data), mode, baseline)
+        answers = {}
+        for model in models:
+            text = f"{model} {'x' * (answer_tokens * CHARACTERS_PER_TOKEN)}"
+            said = [{"question_id": q["question_id"], "choices": [{"turns": [text] * len(q["turns"])}]} for q in data.questions]
+            answers[model] = said
+    _, games = _games(judge, data, answers, mode, baseline)
     requests = [request for game in games for request in game.requests]
     return estimate(judge, requests, read_replies(folder), identity(judge))
 
 
-def _record(question_id: int, turns: list[str]) -> Record:
-    return {"question_id": question_id, "choices": [{"index": 0, "turns": turns}]}
-
-
-def _check_mode(mode: str, baseline: str | None, models: Mapping[str, Any]) -> None:
-    if mode == "pairwise-baseline" and baseline not in models:
-        raise UserError(
-            f"MT-Bench: mode pairwise-baseline compares with baseline, and {baseline!r} is none of the models "
-            f"({', '.join(models)}); name one of them."
-        )
-    if mode != "single" and len(models) < 2:
-        raise UserError(f"MT-Bench: mode {mode} needs at least two models; with one, use mode single.")
-
-
-def _by_question(
-    answers: Mapping[str, Sequence[Mapping[str, Any]]], data: BenchData
-) -> dict[str, dict[int, Mapping[str, Any]]]:
+def _by_question(answers: Answers, data: BenchData) -> dict[str, dict[int, Mapping[str, Any]]]:
     """Answers by question id, each with a text for every turn."""
     found: dict[str, dict[int, Mapping[str, Any]]] = {}
     for model, records in answers.items():
-        its: dict[int, Mapping[str, Any]] = {}
-        for record in records:
-            if record["question_id"] in its:
-                raise UserError(f"MT-Bench: {model} answers question {record['question_id']} twice; keep one of the answers.")
-            its[record["question_id"]] = record
+        its = {record["question_id"]: record for record in records}
+        if len(its) < len(records):
+            numbers = [record["question_id"] for record in records]
+            twice = next(number for number in numbers if numbers.count(number) > 1)
+            raise UserError(f"MT-Bench: {model} answers question {twice} twice; keep one of the answers.")
         for question in data.questions:
             number, turns = question["question_id"], len(question["turns"])
             if number not in its:
@@ -169,21 +144,28 @@ def _by_question(
     return found
 
 
-def _games(spec: JudgeSpec, data: BenchData, answers: fastchat.Answers, mode: str, baseline: str | None) -> list[_Game]:
+def _games(
+    spec: JudgeSpec, data: BenchData, answers: Answers, mode: str, baseline: str | None
+) -> tuple[dict[str, dict[int, Mapping[str, Any]]], list[_Game]]:
+    """The answers by question, and the games between them."""
+    by_question = _by_question(answers, data)
+    if mode == "pairwise-baseline" and baseline not in answers:
+        raise UserError(
+            f"MT-Bench: mode pairwise-baseline compares with baseline, and {baseline!r} is none of the models "
+            f"({', '.join(answers)}); name one of them."
+        )
+    if mode != "single" and len(answers) < 2:
+        raise UserError(f"MT-Bench: mode {mode} needs at least two models; with one, use mode single.")
+    own = {"temperature": spec.temperature, "max_tokens": spec.max_tokens, "seed": spec.seed}
+    own = {key: value for key, value in own.items() if value is not None}
     games = []
-    for match in fastchat.make_matches(data, spec.name, answers, mode, baseline):
-        requests = []
-        for asked in fastchat.asked_by(match):
-            parameters: dict[str, Any] = {
-                "temperature": asked.temperature if spec.temperature is None else spec.temperature,
-                "max_tokens": spec.max_tokens or asked.max_tokens,
-            }
-            if spec.seed is not None:
-                parameters["seed"] = spec.seed
-            label = f"MT-Bench question {match.question['question_id']}, turn {1 + match.multi_turn}"
-            requests.append(ChatRequest(asked.messages, parameters, label=label))
+    for match in fastchat.make_matches(data, spec.name, by_question, mode, baseline):
+        label = f"MT-Bench question {match.question['question_id']}, turn {1 + match.multi_turn}"
+        asked = fastchat.asked_by(match)
+        theirs = [{"temperature": each.temperature, "max_tokens": each.max_tokens} for each in asked]
+        requests = (ChatRequest(a.messages, parameters | own, label=label) for a, parameters in zip(asked, theirs, strict=True))
         games.append(_Game(match, tuple(requests)))
-    return games
+    return by_question, games
 
 
 def _play(game: _Game, client: ChatClient) -> tuple[Record | None, bool]:
@@ -221,22 +203,10 @@ def _notes(spec: JudgeSpec, mode: str, data: BenchData, records: Sequence[Record
     outside = sum(is_rated(record) and not LOWEST <= record["score"] <= HIGHEST for record in records if "score" in record)
     if outside:
         notes.append(f"MT-Bench: {outside} ratings lie outside {LOWEST} to {HIGHEST} and are counted as they are.")
-    reasons = _not_comparable(spec, data, differ)
-    if reasons:
-        notes.append(f"MT-Bench: not comparable with published numbers ({'; '.join(reasons)}).")
-    return notes
-
-
-def _not_comparable(spec: JudgeSpec, data: BenchData, differ: int) -> list[str]:
-    reasons = []
-    if spec.name != _OFFICIAL_JUDGE:
-        reasons.append(f"the judge is {spec.name}, not {_OFFICIAL_JUDGE}")
-    elif not is_openai(spec.base_url):
-        reasons.append(f"{_OFFICIAL_JUDGE} is not asked at OpenAI")
-    if len(data.questions) != _OFFICIAL_QUESTIONS:
-        reasons.append(f"{len(data.questions)} questions, not {_OFFICIAL_QUESTIONS}")
-    if spec.score_parser == "strict" and differ:
-        reasons.append(f"FastChat would read {differ} judgments otherwise")
-    if spec.temperature is not None or spec.max_tokens is not None:
-        reasons.append("temperature or max_tokens is not FastChat's")
-    return reasons
+    deviations = {
+        **other_judge(spec, _OFFICIAL_JUDGE),
+        f"{len(data.questions)} questions, not {_OFFICIAL_QUESTIONS}": len(data.questions) != _OFFICIAL_QUESTIONS,
+        f"FastChat would read {differ} judgments otherwise": spec.score_parser == "strict" and differ,
+        "temperature or max_tokens is not FastChat's": spec.temperature is not None or spec.max_tokens is not None,
+    }
+    return [*notes, *not_comparable("MT-Bench", deviations)]

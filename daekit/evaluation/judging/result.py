@@ -11,6 +11,8 @@ from typing import Any
 from daekit.evaluation.evaluate import SEED
 from daekit.generation.calls import ChatRequest
 from daekit.generation.client import ChatClient
+from daekit.generation.keys import is_openai
+from daekit.recipe.judge import JudgeSpec
 from daekit.report.contents import Row
 from daekit.report.provenance import versions
 
@@ -112,3 +114,17 @@ def describe(client: ChatClient, benchmark: str, bootstrap: int, requests: Seque
 def hash_of(value: Any) -> str:
     """The hash of a plain value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def other_judge(spec: JudgeSpec, official: str) -> dict[str, bool]:
+    """How a judge differs from the official one (see ``not_comparable``)."""
+    return {
+        f"the judge is {spec.name}, not {official}": spec.name != official,
+        f"{official} is not asked at OpenAI": spec.name == official and not is_openai(spec.base_url),
+    }
+
+
+def not_comparable(benchmark: str, deviations: Mapping[str, object]) -> list[str]:
+    """A note where something deviates (its value is true) from how the published numbers were made."""
+    reasons = "; ".join(what for what, deviates in deviations.items() if deviates)
+    return [f"{benchmark}: not comparable with published numbers ({reasons})."] if reasons else []

@@ -12,6 +12,7 @@ from torch import Tensor
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.protocol import IGNORE_INDEX, Batch, Teacher, TeacherOutput
+from daekit.teachers.adapter import OnStudent
 from daekit.teachers.cache.rows import CacheRow
 from daekit.teachers.parts import leaves
 
@@ -69,7 +70,7 @@ def require_one_teacher(teacher: Teacher) -> None:
                 "a routed teacher says other things about a row for another domain, and a cache knows rows by their tokens "
                 "alone. Write a cache of each of its teachers, and route those: RoutedTeacher({domain: CachedTeacher(...)})."
             )
-        if not isinstance(part, Teacher):
+        if isinstance(part, OnStudent):
             raise UserError(f"{part}: is not a loaded teacher; give an AdapterTeacher or a ModelTeacher")
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from daekit.errors import UserError
 from daekit.models.heads import teacher_log_probs
 from daekit.protocol import TeacherOutput, TopK
-from daekit.recipe.model import KEEPS
+from daekit.recipe.teacher import KEEPS
 from daekit.teachers.cache.rows import CacheRow
 from daekit.teachers.cache.store import RowValues, bytes_to_ids, ids_to_bytes
 
-_CHUNK_VALUES = 2**24  # log-probabilities that are there at a time
+CHUNK_VALUES = 2**24  # log-probabilities that are there at a time
 _MOST_DRAWS = 255  # a count is one byte
 
 
@@ -110,7 +110,7 @@ def _most_likely(form: CacheFormat, output: TeacherOutput, labels_N: Tensor) -> 
     vocab_size, positions = output.members[0].head.vocab_size, labels_N.numel()
     k = min(form.k, vocab_size)
     ids, log_probs, tails = [], [], []
-    step = max(1, _CHUNK_VALUES // vocab_size)
+    step = max(1, CHUNK_VALUES // vocab_size)
     for start in range(0, positions, step):
         chunk = slice(start, start + step)
         all_MV = teacher_log_probs(output, chunk, form.temperature)

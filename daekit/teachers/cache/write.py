@@ -40,6 +40,7 @@ from daekit.teachers.cache.store import (
 from daekit.teachers.cache.values import CacheFormat, stacked, values_of
 
 Progress = Callable[[int, int], None]
+BATCH_TOKENS, SHARD_BYTES = 8192, 2**28
 
 
 def write_cache(
@@ -56,8 +57,8 @@ def write_cache(
     tokenizer: PreTrainedTokenizerBase | None = None,
     source: Mapping[str, Any] | None = None,
     device: torch.device | None = None,
-    batch_tokens: int = 8192,
-    shard_bytes: int = 2**28,
+    batch_tokens: int = BATCH_TOKENS,
+    shard_bytes: int = SHARD_BYTES,
     ranks: tuple[int, int] | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -153,7 +154,8 @@ class _Writer:
         if form.keep != "top_k" or vocab_size is None or min(form.k, vocab_size) != k or form.temperature != top_k.temperature:
             raise UserError(
                 f"{type(self.asked.teacher).__name__}: gives sparse distributions: {k} tokens at temperature "
-                f"{top_k.temperature}; keep: {form.keep} with k={form.k} at temperature {form.temperature} was asked for. Use keep: top_k with these"
+                f"{top_k.temperature}; keep: {form.keep} with k={form.k} at temperature {form.temperature} was asked "
+                "for. Use keep: top_k with these"
             )
         if form.forced_ids:
             raise UserError("forced_ids: a server names its most likely tokens and the label; leave them out")

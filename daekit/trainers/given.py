@@ -1,17 +1,26 @@
-"""Students: weights loaded by TRL's own way, but whole; tokenizer."""
+"""What a user gives a trainer, a path, a hub id or a model, as what the trainer needs: student, tokenizer, Teacher."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.trainer.utils import create_model_from_path
 
 from daekit.errors import UserError
 from daekit.models.loading import ALWAYS, load_tokenizer_of, load_whole
+from daekit.models.vocabulary import require_same, vocabulary_size
+from daekit.protocol import Teacher
 from daekit.recipe.schema import ModelSpec
+from daekit.teachers import ModelTeacher
+
+logger = logging.getLogger(__name__)
 
 
 def load_student(path: str, args: SFTConfig, quantization_config: Any = None) -> PreTrainedModel:
@@ -39,11 +48,10 @@ def load_student(path: str, args: SFTConfig, quantization_config: Any = None) ->
 
 def tokenizer_of(model: Any, args: SFTConfig | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer beside a student, which is a path or a model; UserError if there is none."""
-    if not isinstance(model, str):
-        if not model.config._name_or_path:
-            raise UserError("processing_class is missing: the student was not loaded from a directory that holds its tokenizer")
-        return load_tokenizer_of(ModelSpec(path=model.config._name_or_path))
-    return load_tokenizer_of(spec_of(model, args))
+    spec = spec_of(model, args) if isinstance(model, str) else ModelSpec(path=model.config._name_or_path or None)
+    if spec.path is None:
+        raise UserError("processing_class is missing: the student was not loaded from a directory that holds its tokenizer")
+    return load_tokenizer_of(spec)
 
 
 def spec_of(path: str, args: SFTConfig | None) -> ModelSpec:
@@ -57,3 +65,39 @@ def name_of(model: Any) -> str:
     """The last part of a student's path; its type where it has none."""
     path = model if isinstance(model, str) else model.config._name_or_path or model.config.model_type
     return path.rstrip("/").split("/")[-1]
+
+
+def as_teacher(
+    teacher: str | Path | PreTrainedModel | PeftModel | Teacher, tokenizer: PreTrainedTokenizerBase, student: Any = None
+) -> Teacher:
+    """A Teacher from whatever names one: a path or hub id, a model; a Teacher as it is.
+
+    Raises:
+        UserError: another tokenizer, the student's own model, or something that is no teacher.
+    """
+    if isinstance(teacher, str | Path):
+        return ModelTeacher.from_pretrained(str(teacher), tokenizer, vocabulary_size(tokenizer))
+    if isinstance(teacher, PreTrainedModel | PeftModel):
+        if isinstance(student, nn.Module) and {*map(id, teacher.parameters())} & {*map(id, student.parameters())}:
+            raise UserError("the teacher is the student itself: as a frozen teacher it could not be trained. Load it twice.")
+        path = teacher.config._name_or_path
+        _compare_tokenizers(tokenizer, path)
+        return ModelTeacher(teacher, vocabulary_size(tokenizer), path or "teacher")
+    if isinstance(teacher, Teacher):
+        return teacher
+    raise UserError(
+        f"{type(teacher).__name__} is no teacher: give a directory or hub id, a transformers model, or an object with the "
+        "methods outputs(batch, capture), identity() and to(device)"
+    )
+
+
+def _compare_tokenizers(tokenizer: PreTrainedTokenizerBase, teacher_path: str) -> None:
+    """Compare with the tokenizer beside a teacher that is loaded already, if there is one."""
+    try:
+        theirs = load_tokenizer_of(ModelSpec(path=teacher_path)) if teacher_path else None
+    except UserError:
+        theirs = None
+    if theirs is None:
+        logger.warning("the tokenizer of the teacher is not known, so it is not compared with the student's")
+    else:
+        require_same(tokenizer, theirs, teacher_path)

@@ -1,19 +1,25 @@
-"""Draws gain on the domains against forgetting elsewhere, one point per model, for the page and as a PNG."""
+"""Draws the plots of a report: gain against forgetting, the parts of a domain, and training curves."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from daekit.report.contents import Row
 from daekit.report.figures import COLOURS, PAGE_TEXT, Plot, line_colour, new_figure, plain, style_axes, to_svg
-from daekit.report.tables import SHARES, metric_title
+from daekit.report.metrics import SHARES, metric_title
+from daekit.report.tables import Breakdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_MOST_PARTS = 16  # of a domain that can be told apart
+_PANELS = {"loss": "loss", "kl": "KL to teacher (nats)", "ce": "cross-entropy (nats)", "attention_kl": "attention KL (nats)"}
+
+# ---- gain and forgetting ---------------------------------------------------------------------------------------------
 
 
 def gain_forgetting_svg(rows: Sequence[Row], models: Sequence[str], baseline: str) -> Plot | None:
@@ -94,16 +100,8 @@ def _label_points(ax: Axes, marks: Sequence[tuple[float, float, str, str]]) -> N
         near = sum(1 for px, py, side in placed if side == left and abs(py - pixel_y) < 14 and abs(px - pixel_x) < 100)
         shift = 7 + 13 * (near // 2) if near % 2 == 0 else -15 - 13 * (near // 2)  # above and below, in turn
         placed.append((pixel_x, pixel_y, left))
-        ax.annotate(
-            plain(name),
-            (x, y),
-            xytext=(-7 if left else 7, shift),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            color=colour,
-            fontsize=9.5,
-            fontweight="bold",
-        )
+        where = {"xytext": (-7 if left else 7, shift), "textcoords": "offset points", "ha": "right" if left else "left"}
+        ax.annotate(plain(name), (x, y), color=colour, fontsize=9.5, fontweight="bold", **where)
 
 
 def _top_level(rows: Sequence[Row], metric: str) -> dict[str, list[Row]]:
@@ -123,3 +121,94 @@ def _names(rows: Mapping[str, Sequence[Row]]) -> str:
 
 def _spread(row: Row, scale: float) -> list[list[float]]:
     return [[scale * max(0.0, row.value - row.low)], [scale * max(0.0, row.high - row.value)]]
+
+
+# ---- parts of a domain -----------------------------------------------------------------------------------------------
+
+
+def bars_svg(breakdown: Breakdown, models: Sequence[str]) -> Plot | None:
+    """One group of bars per part, one bar per model with its 95 % interval; None where there are too many to be told apart.
+
+    Args:
+        models: All models of the report, so that a model has one colour in all plots.
+    """
+    if len(breakdown.parts) > _MOST_PARTS or len(breakdown.models) > len(COLOURS):
+        return None
+    figure = new_figure(9.8, 3.4)
+    ax = figure.subplots()
+    width = 0.8 / len(breakdown.models)
+    scale = 100.0 if breakdown.metric in SHARES else 1.0
+    for index, model in enumerate(breakdown.models):
+        colour = COLOURS[models.index(model) % len(COLOURS)]
+        label: str | None = plain(model)
+        for at, part in enumerate(breakdown.parts):
+            row = breakdown.cell(part, model)
+            if row is None or not all(math.isfinite(end) for end in (row.value, row.low, row.high)):
+                continue
+            x, value = at - 0.4 + width * (index + 0.5), scale * row.value
+            ax.bar(x, value, 0.92 * width, color=colour, label=label)
+            label = None  # once per model
+            spread = [[max(0.0, value - scale * row.low)], [max(0.0, scale * row.high - value)]]
+            ax.errorbar(x, value, spread, fmt="none", ecolor=PAGE_TEXT, elinewidth=0.9, capsize=2)
+    style_axes(ax, PAGE_TEXT)
+    ax.grid(visible=False, axis="x")
+    ax.set_xticks(range(len(breakdown.parts)), [plain(part) for part in breakdown.parts])
+    if breakdown.metric == "judge_score":
+        ax.set_ylim(0, 10)
+    ax.set_ylabel(metric_title(breakdown.metric) + (" (%)" if scale == 100.0 else ""))
+    if len(breakdown.models) > 1:
+        figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9, labelcolor=PAGE_TEXT)
+    return Plot(to_svg(figure, f"parts of {breakdown.title}"), 2)
+
+
+# ---- training curves -------------------------------------------------------------------------------------------------
+
+
+def curves_svg(stage: str, history: Sequence[Mapping[str, Any]], domains: Sequence[str]) -> Plot | None:
+    """Training curves of one stage as an SVG element; None if its log has nothing to draw.
+
+    One panel each for the loss and for ``kl``, ``ce`` and ``attention_kl``, per domain where the log has domains.
+    Values of evaluations during training (``eval_...``) are dashed.
+    """
+    panels = {name: series for name in _PANELS if (series := _series(name, history))}
+    if not panels:
+        return None
+    figure = new_figure(3.35 * len(panels), 2.6)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (name, series) in zip(axes, panels.items(), strict=True):
+        _draw_series(ax, series, domains)
+        ax.set_title(_PANELS[name], fontsize=10, loc="left", color=PAGE_TEXT)
+        ax.set_xlabel("step")
+    return Plot(to_svg(figure, f"curves {stage}"), len(panels))
+
+
+def _series(name: str, history: Sequence[Mapping[str, Any]]) -> dict[tuple[str, bool], list[tuple[float, float]]]:
+    """(domain or "", from an evaluation) -> (step, value) points of a metric; the total only where there are no
+    domains."""
+    found: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+    for entry in history:
+        for key, value in entry.items():
+            evaluated = key.startswith("eval_")
+            metric, _, domain = key.removeprefix("eval_").partition("/")
+            if metric == name and "step" in entry and isinstance(value, (int, float)) and math.isfinite(value):
+                found.setdefault((domain, evaluated), []).append((float(entry["step"]), float(value)))
+    by_domain = {key: points for key, points in found.items() if key[0]}
+    return by_domain or found
+
+
+def _draw_series(ax: Axes, series: Mapping[tuple[str, bool], Sequence[tuple[float, float]]], domains: Sequence[str]) -> None:
+    for (domain, evaluated), points in series.items():
+        steps, values = zip(*points, strict=True)
+        colour = COLOURS[domains.index(domain) % len(COLOURS)] if domain in domains else COLOURS[-1]
+        origin = "evaluation" if evaluated else "training"
+        label = origin if not domain else plain(domain) if not evaluated else f"{plain(domain)} ({origin})"
+        look = {"linestyle": "--" if evaluated else "-", "marker": "o" if len(points) == 1 or evaluated else None}
+        ax.plot(steps, values, color=colour, linewidth=1.6, label=label, markersize=3, **look)
+    drawn = [value for points in series.values() for _, value in points]
+    if min(drawn) > 0 and max(drawn) / min(drawn) > 30:
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=min(0.0, *drawn))
+    style_axes(ax, PAGE_TEXT)
+    if len(series) > 1 or any(domain for domain, _ in series):
+        ax.legend(frameon=False, fontsize=8, labelcolor=PAGE_TEXT)

@@ -1,0 +1,262 @@
+"""The stages of a run: ``sft``, ``kd`` and ``dae``; what a type does not have cannot be set."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, ValidationInfo
+
+from daekit.errors import listed
+from daekit.recipe.adapter_config import BARE_BASE
+from daekit.recipe.model import ModelSpec
+from daekit.recipe.objective import Objective
+from daekit.recipe.reading import Choice, Flag, Number, Problems, Spec, Text, Whole
+from daekit.recipe.rows import MixtureSpec
+from daekit.recipe.teacher import TeacherSpec
+from daekit.recipe.trainer_options import read_trainer_options
+from daekit.recipe.tree import Path
+from daekit.recipe.validation import Errors, dotted
+
+LARGEST_SEED = 2**32 - 1  # of numpy
+
+
+class LoraSpec(Spec):
+    """A LoRA adapter for the student (PEFT's names). With ``student.quantization: 4bit`` this is QLoRA."""
+
+    r: Whole = Field(16, gt=0, le=65536, description="Rank.")
+    lora_alpha: Whole = Field(32, gt=0, description="The adapter's output is multiplied by lora_alpha / r.")
+    lora_dropout: Number = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapter.")
+    target_modules: Text | tuple[Text, ...] = Field("all-linear", description="Names of modules, or `all-linear`.")
+    use_rslora: Flag = Field(False, description="Multiply by lora_alpha / sqrt(r) instead.")
+    use_dora: Flag = Field(False, description="Learn magnitudes apart from directions (DoRA).")
+    merge: Flag = Field(
+        False,
+        description="Fold the adapter into the (unquantised) base when the stage ends, so that its result is a plain model.",
+    )
+
+
+_NOT_IN_KD = {
+    "teachers": "a kd stage follows one `teacher` on all rows; for a teacher per domain use type: dae",
+    "reference": "a kd stage has no reference; for one use type: dae",
+    "reference_domains": "a kd stage has no reference; for one use type: dae",
+}
+_NOT_IN_SFT = {
+    "teacher": "an sft stage learns from the data alone; for a teacher use type: kd",
+    "teachers": "an sft stage learns from the data alone; for teachers use type: dae",
+    "reference": "an sft stage learns from the data alone; for a reference use type: dae",
+    "reference_domains": "an sft stage has no reference; for one use type: dae",
+    "loss": "an sft stage has the cross-entropy as its only loss; for others use type: kd or dae",
+}
+_FIRST = ("type", "student", "lora", "teacher", "teachers", "reference", "reference_domains", "data")
+
+
+def _read_options(value: Any, info: ValidationInfo) -> Any:
+    return read_trainer_options(value, info.context if isinstance(info.context, Errors) else None)
+
+
+class _Stage(Spec):
+    """What every training run has."""
+
+    data: MixtureSpec = Field(description="The rows.")
+    student: ModelSpec | None = Field(
+        None, description="The model to train; without path, stage and config: the result of the stage before."
+    )
+    lora: LoraSpec | None = Field(None, description="Train an adapter on the student.")
+    seed: Whole | None = Field(
+        None,
+        ge=0,
+        le=LARGEST_SEED,
+        description="Of this stage alone (two teachers from scratch that shall differ); default: the seed of the recipe.",
+    )
+    overlong: Annotated[Literal["error", "truncate", "drop"], Choice] = Field(
+        "error", description="What becomes of rows longer than trainer.max_length."
+    )
+    trainer: Annotated[dict[str, Any], BeforeValidator(_read_options)] = Field(
+        {}, description="Any field of trl.SFTConfig (learning_rate, max_steps, per_device_train_batch_size, packing...)."
+    )
+
+    def teachers_by_key(self) -> dict[Path, TeacherSpec]:
+        """Key path below the stage -> every teacher that it names, the reference last."""
+        return {}
+
+    def models(self) -> dict[Path, ModelSpec]:
+        """Key path below the stage -> every model that it names."""
+        models: dict[Path, ModelSpec] = {("student",): self.student} if self.student is not None else {}
+        if self.student is not None and self.student.init is not None:
+            models |= {("student", *path): model for path, model in self.student.init.models().items()}
+        for key, teacher in self.teachers_by_key().items():
+            models |= {(*key, *path): model for path, model in teacher.models().items()}
+        return models
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it trains an adapter."""
+        return self.lora is not None or (self.student is not None and self.student.adapter is not None)
+
+    def problems(self) -> Problems:
+        """What cannot be trained as it is written, whatever the other stages are."""
+        for path, model in self.models().items():
+            if model is not self.student:
+                yield from self._of_another(path, model)
+        student = self.student or ModelSpec()
+        for key in ("device_map", "offload"):
+            if getattr(student, key):
+                yield (
+                    ("student", key),
+                    "belongs to a teacher; a student is trained on the devices that `accelerate launch` gives it",
+                )
+        if student.quantization is not None and not self.is_lora:
+            yield (
+                ("student", "quantization"),
+                f"a student in {student.quantization} cannot be trained itself; add `lora` to train an adapter on it (QLoRA), "
+                "or remove the quantization",
+            )
+        if student.adapter is not None:
+            yield from self._of_a_continued(student)
+        elif self.lora is not None and student.config is not None and student.quantization is None:
+            yield "lora", "a student made from a config has random weights, which an adapter cannot make up for; remove it"
+        elif self.lora is not None and student.init is not None:
+            later = "train the adapter in a later stage"
+            yield "lora", f"a part of a teacher must be trained whole before an adapter makes up for what is missing; {later}"
+
+    def _of_another(self, path: Path, model: ModelSpec) -> Problems:
+        """A model that is not the student: an adapter on the student's base, or one of its own."""
+        if model.init is not None:
+            yield path, "only the student of a stage is made `from` another model; make it in a stage of its own"
+        if model.adapter is None or path[0] == "student":
+            return
+        more = [key for key in ModelSpec.model_fields if model.changed(key) and key != "adapter"]
+        if more:
+            yield (
+                (*path, more[0]),
+                f"an adapter runs on the student's base, as it is loaded there; remove {listed(more)}, or, for a model of its "
+                "own, remove `adapter`",
+            )
+        if not self.is_lora:
+            yield (
+                (*path, "adapter"),
+                "is an adapter on the student's base, but the student is trained whole; add `lora`, or name a model",
+            )
+
+    def _of_a_continued(self, student: ModelSpec) -> Problems:
+        """A student that goes on with an adapter."""
+        if student.adapter == BARE_BASE:
+            yield ("student", "adapter"), "a student cannot train the bare base's adapter; leave `adapter` out and give `lora`"
+        if self.lora is not None:
+            yield (
+                "lora",
+                "the student goes on with an adapter that has its own rank and targets; remove `lora`, or `student.adapter`",
+            )
+        if student.config is not None:
+            yield ("student", "config"), "an adapter belongs to the base it was trained on, not to random weights"
+        if student.path is None and student.revision is not None:
+            yield (
+                ("student", "revision"),
+                "is a revision of which base? give its `path`, or remove it: the adapter's own base is loaded then",
+            )
+
+    def compact(self, dumped: dict[str, Any]) -> dict[str, Any]:
+        """The models first, as people write it."""
+        return {key: dumped[key] for key in _FIRST if key in dumped} | dumped
+
+
+class _Distillation(_Stage):
+    """What a stage with teachers has."""
+
+    loss: Objective = Field(Objective(), description="The objective.")
+
+    def problems(self) -> Problems:
+        """What its teachers cannot be asked for."""
+        yield from super().problems()
+        loss = self.loss
+        for key, teacher in self.teachers_by_key().items():
+            what = "labels" if teacher.labels else "a server" if teacher.server else "a cache" if teacher.cache else None
+            named = f"{what} ({dotted(key)})"
+            if what is not None and loss.on_policy:
+                has = "no teacher that could score" if teacher.labels else "what its teacher said of rows that were there, not"
+                message = f"{named} has {has} what the student is yet to write; set it to 0, or give the teacher itself"
+                yield ("loss", "on_policy"), message
+            if teacher.server is not None and loss.temperature != 1.0:
+                message = f"{named} sends log-probabilities at temperature 1, and a tail cannot be tempered; set it to 1"
+                yield ("loss", "temperature"), message
+            drawn = teacher.cache is not None and teacher.cache.keep == "sampled" and teacher.server is None
+            if (drawn or teacher.labels) and (loss.divergence != "forward_kl" or loss.temperature != 1.0):
+                wrong = "divergence" if loss.divergence != "forward_kl" else "temperature"
+                yield (
+                    ("loss", wrong),
+                    f"{'drawn tokens of ' if drawn else ''}{named} give forward_kl at temperature 1 only; use it",
+                )
+            if teacher.is_student and teacher.cache is not None and key != ("reference",):
+                yield key, "only a reference is the student itself; a teacher is a model, an ensemble or labels"
+            for weight in [name for name in ("attention_weight", "hidden_weight") if getattr(loss, name)]:
+                if what is not None:
+                    has = "no layers" if teacher.labels else "distributions alone, not what layers did"
+                    or_else = ", or leave `cache` out" if what == "a cache" else ""
+                    yield ("loss", weight), f"{named} has {has}; set it to 0{or_else}"
+                elif teacher.ensemble:
+                    message = f"an ensemble ({dotted(key)}) has no attention or hidden states of its own; set {weight} to 0"
+                    yield ("loss", weight), f"{message}, or name one model"
+        if loss.on_policy and self.trainer.get("packing"):
+            yield (
+                ("trainer", "packing"),
+                "lays rows into blocks before the student has written responses; set padding_free, or loss.on_policy to 0",
+            )
+        length = self.trainer.get("max_length")
+        if loss.on_policy and isinstance(length, int) and loss.max_new_tokens >= length:
+            message = f"leaves no room for a prompt within trainer.max_length: {length}; lower it"
+            yield ("loss", "max_new_tokens"), message
+
+
+class SFTStage(_Stage):
+    """Cross-entropy on the data's own tokens."""
+
+    ELSEWHERE: ClassVar = _NOT_IN_SFT
+    type: Annotated[Literal["sft"], Choice]
+
+    @property
+    def loss(self) -> Objective:
+        """The cross-entropy alone."""
+        return Objective(ce_weight=1.0, prediction_weight=0.0)
+
+
+class KDStage(_Distillation):
+    """Follow one teacher on all rows."""
+
+    ELSEWHERE: ClassVar = _NOT_IN_KD
+    type: Annotated[Literal["kd"], Choice]
+    teacher: TeacherSpec = Field(description="The teacher to follow.")
+
+    def teachers_by_key(self) -> dict[Path, TeacherSpec]:
+        """See the base class."""
+        return {("teacher",): self.teacher} if self.teacher is not None else {}
+
+
+class DAEStage(_Distillation):
+    """Follow the teacher of each row's domain, and the reference elsewhere."""
+
+    ELSEWHERE: ClassVar = {"teacher": "a dae stage names a teacher per domain: `teachers: {DOMAIN: MODEL}`"}
+    type: Annotated[Literal["dae"], Choice]
+    teachers: dict[str, TeacherSpec] = Field(min_length=1, description="Domain -> teacher.")
+    reference: TeacherSpec | None = Field(
+        None, description="The model to follow on reference_domains; default: the student as it stands, frozen."
+    )
+    reference_domains: tuple[Text, ...] = Field(("general",), description="Domains that follow the reference.")
+
+    def teachers_by_key(self) -> dict[Path, TeacherSpec]:
+        """See the base class."""
+        found: dict[Path, TeacherSpec] = {("teachers", domain): each for domain, each in (self.teachers or {}).items()}
+        if self.reference is not None:
+            found["reference",] = self.reference
+        return {key: each for key, each in found.items() if each is not None}
+
+    def problems(self) -> Problems:
+        """See the base class; the rows of a domain follow one teacher."""
+        yield from super().problems()
+        for domain in self.teachers or ():
+            if domain in self.reference_domains:
+                message = f"the domain {domain!r} is also in reference_domains; its rows can follow only one of them"
+                yield ("teachers", domain), message
+
+
+STAGES = {"sft": SFTStage, "kd": KDStage, "dae": DAEStage}
+StageSpec: TypeAlias = SFTStage | KDStage | DAEStage

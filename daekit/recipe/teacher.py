@@ -1,0 +1,151 @@
+"""Whom a student follows: a model, an ensemble, one that is served, or the labels; asked in training, or read from a cache."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import Field
+
+from daekit.errors import listed
+from daekit.recipe.judge import url_problems
+from daekit.recipe.model import ModelSpec
+from daekit.recipe.reading import Choice, Flag, Number, Problems, Spec, Text, Whole
+
+Keep = Literal["hidden", "top_k", "sampled"]
+KEEPS: tuple[str, ...] = get_args(Keep)
+_SUM_TOLERANCE = 1e-6
+
+
+class CacheSpec(Spec):
+    """Keep on disk what a teacher says about the rows: it is asked once, before the training, and not loaded in it.
+
+    A plain text is short for ``{keep: ...}``.
+    """
+
+    NOUN: ClassVar = "hidden, top_k or sampled, or a mapping"
+
+    keep: Annotated[Keep, Choice] = Field(
+        description="hidden: hidden states and output head, exact for every divergence and temperature (width x bytes of the "
+        "dtype per token); top_k: the most likely tokens and the mass of all others (5 k + 4 bytes); sampled: drawn tokens, "
+        "unbiased for forward_kl at temperature 1 (about 50 bytes)."
+    )
+    k: Whole = Field(64, ge=3, description="Of top_k: tokens per position, the label and the end of turn among them.")
+    draws: Whole = Field(50, ge=1, le=255, description="Of sampled: tokens drawn per position.")
+    path: Text | None = Field(None, description="Directory, to share it with other recipes; default: below output_dir.")
+
+    def problems(self) -> Problems:
+        """Settings that would do nothing."""
+        for key, keep in (("k", "top_k"), ("draws", "sampled")):
+            if self.changed(key) and self.keep not in (None, keep):
+                yield key, f"belongs to keep: {keep}, not to {self.keep}"
+
+    @classmethod
+    def expand(cls, value: Any) -> Any:
+        """See the class."""
+        return {"keep": value} if isinstance(value, str) else value
+
+
+class ServerSpec(Spec):
+    """A teacher behind a completions API that scores prompts (vLLM's ``prompt_logprobs``), with the student's tokenizer."""
+
+    base_url: Text = Field(description="Such as http://localhost:8000/v1.")
+    model: Text = Field(description="The name that the server knows it by; so do caches and resumed runs.")
+    k: Whole = Field(
+        20,
+        ge=2,
+        description="Its most likely tokens per position, the label among them; at most the server's --max-logprobs. With a "
+        "cache: `cache.k`.",
+    )
+    api_key_env: Text | None = Field(
+        None, description="Environment variable that holds the key (default: OPENAI_API_KEY at OpenAI's own hosts, else none)."
+    )
+    concurrency: Whole = Field(8, gt=0, description="Calls under way at a time; one call holds one row.")
+    max_retries: Whole = Field(6, ge=0, description="How often a call that failed in passing is sent again.")
+    timeout: Number = Field(120.0, gt=0, description="Seconds for a whole call, its body included.")
+
+    def problems(self) -> Problems:
+        """An URL that is none."""
+        for message in url_problems(self.base_url) if self.base_url is not None else ():
+            yield "base_url", message
+
+
+class WeightedModelSpec(Spec):
+    """A member of an ensemble: a model and its weight; the weights of an ensemble sum to 1."""
+
+    model: ModelSpec = Field(description="The model.")
+    weight: Number = Field(gt=0, description="Its weight; the weights of an ensemble sum to 1.")
+
+
+class TeacherSpec(Spec):
+    """One teacher: a model, an ensemble of several, a model that is served elsewhere, or the labels.
+
+    Whatever is a model is a teacher too; an ensemble is ``{ensemble: [{model: M, weight: W}, ...], average: logits}``;
+    ``{base_url: URL, model: NAME}`` is a ``ServerSpec``; ``labels`` are the rows' own tokens. With ``cache`` any of them but
+    labels is read from disk; ``reference: {cache: ...}`` is the student as the stage finds it.
+    """
+
+    NOUN: ClassVar = "a path or a mapping"
+    ALSO: ClassVar = ("base_url", *(name for name in ModelSpec.model_fields if name != "init"))
+
+    model: ModelSpec | None = Field(None, description="The model, if it is one.")
+    ensemble: tuple[WeightedModelSpec, ...] = Field((), description="The members, if it is several.")
+    average: Annotated[Literal["logits", "probabilities"], Choice] = Field(
+        "logits", description="What of an ensemble's members is averaged."
+    )
+    server: ServerSpec | None = Field(None, description="Where it is served; its keys are written in its place.")
+    labels: Flag = Field(False, description="The labels: forward_kl at temperature 1 is then the cross-entropy with them.")
+    cache: CacheSpec | None = Field(None, description="Keep what it says on disk, and do not load it in training.")
+
+    @classmethod
+    def expand(cls, value: Any) -> Any:
+        """Whatever is a model is a teacher too; ``cache`` is written beside the keys of the model."""
+        if value == "labels":
+            return {"labels": True}
+        if not isinstance(value, dict):
+            return {"model": value} if isinstance(value, str | ModelSpec) else value
+        kind = "server" if "base_url" in value else "model"
+        if kind == "model" and value.keys() & cls.model_fields.keys() - {"cache"}:
+            return value
+        own = value.keys() if value.keys() & {"base_url", "from"} else ModelSpec.model_fields.keys()
+        below = {key: each for key, each in value.items() if key in own and key != "cache"}
+        return {key: each for key, each in value.items() if key not in below} | ({kind: below} if below else {})
+
+    def problems(self) -> Problems:
+        """Neither one model, nor several, nor the labels; weights that are no mean."""
+        cache, server = self.cache, self.server
+        kinds = sum([self.model is not None, bool(self.ensemble), server is not None, self.labels])
+        if kinds > 1 or (kinds == 0 and cache is None):
+            yield (), "a teacher is exactly one of a model, an ensemble, a served model and labels"
+        elif self.changed("average") and not self.ensemble:
+            yield "average", "only an ensemble is averaged"
+        if self.labels and cache is not None:
+            yield "cache", "labels are in the rows already; remove it"
+        if server is not None and cache is not None and cache.keep not in (None, "top_k"):
+            only = "a server sends the log-probabilities of its most likely tokens only; use keep: top_k"
+            yield ("cache", "keep"), f"{cache.keep}: {only}"
+        if server is not None and cache is not None and server.changed("k"):
+            yield "k", "with a cache it is `cache.k`; remove it here"
+        weights = [member.weight for member in self.ensemble if member is not None and member.weight is not None]
+        if weights and abs(sum(weights) - 1) > _SUM_TOLERANCE:
+            yield "ensemble", f"the weights {listed(map(str, weights))} sum to {sum(weights):.6g}, must sum to 1"
+
+    def models(self) -> dict[tuple[str | int, ...], ModelSpec]:
+        """Key path -> every model that it consists of."""
+        members = {("ensemble", at, "model"): member.model for at, member in enumerate(self.ensemble) if member is not None}
+        models: dict[tuple[str | int, ...], ModelSpec | None] = {(): self.model, **members}
+        return {path: model for path, model in models.items() if model is not None}
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it is the student as the stage finds it, which only a reference with a cache can be."""
+        return self.model is None and self.server is None and not self.ensemble and not self.labels
+
+    def compact(self, dumped: dict[str, Any]) -> Any:
+        """A model alone is written without its key, labels as that word."""
+        if self.labels:
+            return "labels"
+        kept = {"cache": dumped["cache"]} if self.cache else {}
+        for kind in ("model", "server"):
+            if getattr(self, kind):
+                return dumped[kind] | kept
+        return {key: dumped[key] for key in ("ensemble", "average") if self.ensemble} | kept
