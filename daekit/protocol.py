@@ -10,11 +10,15 @@ N     loss positions: those that predict a token that carries loss (the label of
 M     the loss positions that one TeacherOutput covers, M <= N
 H     width of the hidden states (teacher and student may differ)
 V     scored columns of the vocabulary, ``len(tokenizer)``
-K     tokens of a sparse distribution, the most likely ones
+K     tokens of a sparse distribution, the most likely ones; in attention the keys of a block
 A, G  heads of the queries, heads of the keys of an attention (G divides A)
 D     width of such a head
+P     positions that are not padding; programs of a kernel
+Q     queries of a block of attention
+O, I  in kernels the block that a program holds (outer) and those that it walks over (inner); L a step of such a walk
 ====  ==========================================================================================
 
+A digit is itself: ``bounds_R1`` has R + 1 entries, ``pairs_R8`` 8 columns, ``ids_1T`` one sequence.
 Everything here is a plain container: no weights are loaded and no loss is computed.
 """
 
@@ -36,41 +40,25 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class OutputHead:
-    """The vocabulary projection of a model: ``logits = softcap(scale * (hidden @ weight.T + bias))``.
+    """The vocabulary projection of a model: ``logits = softcap(scale * (hidden @ weight.T + bias))``."""
 
-    Attributes:
-        weight: ``[>=V, H]``; rows at and beyond ``vocab_size`` (padding of the vocabulary) are never scored.
-        bias: ``[>=V]`` or None.
-        vocab_size: V, the number of columns that exist in the tokenizer.
-        scale: multiplier of the logits (Cohere, Granite), 1 for most models.
-        softcap: ``softcap * tanh(logits / softcap)`` (Gemma), None for most models.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    vocab_size: int
-    scale: float = 1.0
-    softcap: float | None = None
+    weight: Tensor  # [>=V, H]; rows at and beyond V (padding of the vocabulary) are never scored
+    bias: Tensor | None  # [>=V]
+    vocab_size: int  # V, the number of columns that exist in the tokenizer
+    scale: float = 1.0  # multiplier of the logits (Cohere, Granite)
+    softcap: float | None = None  # softcap * tanh(logits / softcap) (Gemma); None for most models
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A collated batch with the domain of each of its rows.
+    """A collated batch with the domain of each of its rows."""
 
-    Attributes:
-        inputs: keyword arguments of the model's forward without labels (``input_ids [B,T]``, ``attention_mask [B,T]`` or,
-            for a batch flattened without padding, ``position_ids [1,T]`` and the ``cu_seq_lens_*`` of TRL's collator).
-        labels_BT: token ids, -100 where no loss is wanted.
-        row_BT: index of the row that each position belongs to, -1 on padding.
-        domains: name of the domain of each row, R names.
-        on_policy: Whether the student wrote the response of each row, which is then no label; empty where it wrote none.
-    """
-
-    inputs: dict[str, Any]
-    labels_BT: Tensor
-    row_BT: Tensor
-    domains: tuple[str, ...]
-    on_policy: tuple[bool, ...] = ()
+    inputs: dict[str, Any]  # arguments of forward: input_ids, attention_mask [B, T]; flattened: position_ids, cu_seq_lens_*
+    labels_BT: Tensor  # token ids, -100 where no loss is wanted
+    row_BT: Tensor  # the row that each position belongs to, -1 on padding
+    domains: tuple[str, ...]  # of each row
+    on_policy: tuple[bool, ...] = ()  # whether the student wrote the row's response, which is no label then; empty: none
+    for_teacher: Batch | None = None  # the same rows and loss positions behind the prompts that teachers see instead
 
     @cached_property
     def loss_mask_BT(self) -> Tensor:
@@ -139,38 +127,22 @@ class Batch:
         rows = sorted(rows)
         if rows == list(range(len(self.domains))):
             return self
+        domains = tuple(self.domains[row] for row in rows)
+        renumbered = self.row_BT.new_full((len(self.domains) + 1,), -1)  # the last one is padding's, row -1
+        renumbered[rows] = torch.arange(len(rows), device=self.row_BT.device, dtype=self.row_BT.dtype)
+        size, length = self.labels_BT.shape
+        tensors = {key: value for key, value in self.inputs.items() if isinstance(value, Tensor)}
         if "attention_mask" in self.inputs or "position_ids" not in self.inputs:
-            return self._select_sequences(rows)
-        return self._select_documents(rows)
-
-    def _renumbered(self, rows: list[int]) -> Tensor:
-        """``[R + 1]``: old row -> new row, -1 for rows that are left out; the last entry is that of padding, row -1."""
-        new_row = torch.full((len(self.domains) + 1,), -1, device=self.row_BT.device, dtype=self.row_BT.dtype)
-        new_row[rows] = torch.arange(len(rows), device=self.row_BT.device, dtype=self.row_BT.dtype)
-        return new_row
-
-    def _select_sequences(self, rows: list[int]) -> Batch:
-        index = torch.tensor(rows, device=self.labels_BT.device)
-        size = self.labels_BT.shape[0]
-        inputs = {
-            key: value[index] if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size else value
-            for key, value in self.inputs.items()
-        }
-        row_BT = self._renumbered(rows)[self.row_BT[index]]
-        return Batch(inputs, self.labels_BT[index], row_BT, tuple(self.domains[row] for row in rows))
-
-    def _select_documents(self, rows: list[int]) -> Batch:
-        row_T = self._renumbered(rows)[self.row_BT[0]]
+            index = torch.tensor(rows, device=self.labels_BT.device)
+            of_rows = {key: value[index] for key, value in tensors.items() if value.ndim > 0 and value.shape[0] == size}
+            return Batch(self.inputs | of_rows, self.labels_BT[index], renumbered[self.row_BT[index]], domains)
+        row_T = renumbered[self.row_BT[0]]
         wanted_T = row_T >= 0
-        length = self.labels_BT.shape[1]
         inputs: dict[str, Any] = {
-            key: value[:, wanted_T]
-            for key, value in self.inputs.items()
-            if isinstance(value, Tensor) and value.ndim == 2 and value.shape == (1, length) and key != "seq_idx"
+            key: value[:, wanted_T] for key, value in tensors.items() if value.shape == (1, length) and key != "seq_idx"
         }
         inputs |= packed_lengths(inputs["position_ids"])
         inputs |= {key: value for key, value in self.inputs.items() if isinstance(value, bool)}
-        domains = tuple(self.domains[row] for row in rows)
         return Batch(inputs, self.labels_BT[:, wanted_T], row_T[wanted_T][None], domains)
 
 
@@ -183,34 +155,20 @@ def packed_lengths(position_ids_1T: Tensor) -> dict[str, Tensor | int]:
     end = torch.tensor([position_ids_1T.shape[1]], device=starts.device)
     cumulative = torch.cat([starts, end]).to(torch.int32)
     lengths = cumulative.diff()
-    longest = int(lengths.max())
-    documents = torch.arange(lengths.numel(), dtype=torch.int32, device=starts.device)
-    return {
-        "cu_seq_lens_q": cumulative,
-        "cu_seq_lens_k": cumulative,
-        "max_length_q": longest,
-        "max_length_k": longest,
-        "seq_idx": torch.repeat_interleave(documents, lengths)[None],
-    }
+    longest, documents = int(lengths.max()), torch.arange(lengths.numel(), dtype=torch.int32, device=starts.device)
+    bounds = {"cu_seq_lens_q": cumulative, "cu_seq_lens_k": cumulative, "max_length_q": longest, "max_length_k": longest}
+    return bounds | {"seq_idx": torch.repeat_interleave(documents, lengths)[None]}
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where the R rows of a batch lie in its ``[B, T]`` positions, and which loss positions each of them has.
+    """Where the R rows of a batch lie in its ``[B, T]`` positions, and which loss positions each of them has."""
 
-    Attributes:
-        sequence_R: Index of the sequence that holds the row.
-        start_R: Position of the row's first token in that sequence.
-        length_R: Number of its tokens.
-        bounds_R1: ``[R + 1]``; row r has the loss positions ``bounds_R1[r] .. bounds_R1[r + 1] - 1`` of the N.
-        offset_N: each loss position, counted from the start of its row.
-    """
-
-    sequence_R: Tensor
-    start_R: Tensor
-    length_R: Tensor
-    bounds_R1: Tensor
-    offset_N: Tensor
+    sequence_R: Tensor  # index of the sequence that holds the row
+    start_R: Tensor  # position of its first token in that sequence
+    length_R: Tensor  # number of its tokens
+    bounds_R1: Tensor  # row r has the loss positions bounds_R1[r] .. bounds_R1[r + 1] - 1 of the N
+    offset_N: Tensor  # each loss position, counted from the start of its row
 
 
 @dataclass(frozen=True)
@@ -219,18 +177,12 @@ class AttentionLayer:
 
     A query at offset q of its row attends to the keys of that row at the offsets ``k <= q``, with a window to those with
     ``q - k < window``; the weights are ``softmax(scaling * q @ k)``.
-
-    Attributes:
-        query_NAD: queries at the loss positions.
-        key_BGTD: keys at all positions; head a of the queries goes with head ``a // (A / G)`` of the keys.
-        scaling: factor of the scores.
-        window: Tokens that a query of sliding-window attention sees; None: all of the row.
     """
 
-    query_NAD: Tensor
-    key_BGTD: Tensor
+    query_NAD: Tensor  # at the loss positions
+    key_BGTD: Tensor  # at all positions; head a of the queries goes with head a // (A / G) of the keys
     scaling: float
-    window: int | None = None
+    window: int | None = None  # tokens that a query of sliding-window attention sees; None: all of the row
 
 
 LayerChoice = str | tuple[tuple[int, int], ...]
@@ -238,19 +190,12 @@ LayerChoice = str | tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Which features of its teachers a student is compared with: queries and keys of attention, hidden states.
+    """Which features of its teachers a student is compared with: queries and keys of attention, hidden states."""
 
-    Attributes:
-        student: the student's config; its depth and its heads count.
-        attention: Layers whose attention is compared, as for ``daekit.models.features.match_layers``; None: none.
-        hidden: Layers whose hidden states are compared; None: none.
-        relation_heads: Attention is compared in so many relation heads; None: in the model's own heads, one to one.
-    """
-
-    student: PreTrainedConfig
-    attention: LayerChoice | None = None
-    hidden: LayerChoice | None = None
-    relation_heads: int | None = None
+    student: PreTrainedConfig  # its depth and its heads count
+    attention: LayerChoice | None = None  # layers whose attention is compared, see ``daekit.models.features.match_layers``
+    hidden: LayerChoice | None = None  # layers whose hidden states are compared
+    relation_heads: int | None = None  # attention is compared in so many; None: in the model's own heads, one to one
 
 
 @dataclass(frozen=True)
@@ -264,17 +209,11 @@ class FeatureLayers:
 
 @dataclass(frozen=True)
 class Features:
-    """Features of a teacher's layers, keyed by the layer of the *student* that follows.
+    """Features of a teacher's layers, keyed by the layer of the *student* that follows."""
 
-    Attributes:
-        layout: Layout of the batch that the teacher saw; its loss positions are those of the TeacherOutput, in the same order.
-        attention: student's layer -> queries and keys of the teacher's layer.
-        hidden_MH: student's layer -> hidden states behind the teacher's layer, at the loss positions.
-    """
-
-    layout: RowLayout
+    layout: RowLayout  # of the batch that the teacher saw; its loss positions are those of the TeacherOutput, in that order
     attention: Mapping[int, AttentionLayer]
-    hidden_MH: Mapping[int, Tensor]
+    hidden_MH: Mapping[int, Tensor]  # behind the teacher's layer, at the loss positions
 
 
 @dataclass(frozen=True)
@@ -288,41 +227,25 @@ class Member:
 
 @dataclass(frozen=True)
 class TopK:
-    """A sparse distribution: its K most likely tokens; all other tokens together are one bucket, the tail.
+    """A sparse distribution: its K most likely tokens; all other tokens together are one bucket, the tail."""
 
-    Attributes:
-        ids_MK: the tokens, different ones in each row.
-        log_probs_MK: their log-probabilities in nats at ``temperature``; in float32 or float64, or in fp16 with
-            ``tail_log_mass_M``. 16-bit values cannot say what the tail holds: rounding is larger than that.
-        temperature: Temperature of the softmax that they come from; the loss must have the same.
-        tail_log_mass_M: log of the probability of all other tokens, float32 or float64; None: 1 - the sum of the named
-            ones. Named probabilities and tail are scaled to sum to 1, which takes out the rounding of the former.
-    """
-
-    ids_MK: Tensor
-    log_probs_MK: Tensor
-    temperature: float = 1.0
+    ids_MK: Tensor  # different ones in each row
+    log_probs_MK: Tensor  # nats, float32 or float64; fp16 with tail_log_mass_M, for their rounding is larger than a tail
+    temperature: float = 1.0  # of the softmax that they come from; the loss must have the same
+    # Log of the probability of all other tokens, float32 or float64; None: 1 - the sum of the named ones. Named probabilities
+    # and tail are scaled to sum to 1, which takes out the rounding of the former.
     tail_log_mass_M: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """The distributions of one teacher at some loss positions of a batch: of one member, or a mean of several.
+    """The distributions of one teacher at some loss positions of a batch: of one member, or a mean of several."""
 
-    Attributes:
-        positions_M: indices into the N loss positions of the batch.
-        members: members whose weights sum to 1; none where ``top_k`` is given.
-        average: how several members become one distribution, after the temperature: the weighted mean of their
-            ``"logits"`` (BabyLlama-2) or of their ``"probabilities"``.
-        top_k: a sparse distribution instead of members (what a cache or a server gives).
-        features: Features for the attention and hidden-state losses; only where they were asked for, and of one member.
-    """
-
-    positions_M: Tensor
-    members: tuple[Member, ...]
-    average: str = "logits"
-    top_k: TopK | None = None
-    features: Features | None = None
+    positions_M: Tensor  # indices into the N loss positions of the batch
+    members: tuple[Member, ...]  # their weights sum to 1; none where ``top_k`` is given
+    average: str = "logits"  # whose weighted mean is taken, after the temperature: logits (BabyLlama-2) or probabilities
+    top_k: TopK | None = None  # a sparse distribution instead of members: what a cache, a server or labels give
+    features: Features | None = None  # only where they were asked for, and of one member
 
 
 @runtime_checkable
@@ -330,11 +253,9 @@ class Teacher(Protocol):
     """Yields TeacherOutputs for a batch: without gradient, in eval mode, each loss position covered exactly once."""
 
     def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
-        """The outputs for ``batch``; together they cover its N loss positions exactly once.
+        """The outputs for ``batch``, the rows as the student sees them; together they cover its N loss positions exactly once.
 
-        Args:
-            batch: The rows, as the student sees them.
-            capture: The features to hand out beside; None: none. Only a ``FeatureTeacher`` is asked for some.
+        ``capture`` says which features to hand out beside; only a ``FeatureTeacher`` is asked for some.
         """
         ...
 

@@ -77,6 +77,12 @@ def drawn_kl(student: Tensor, drawn: list[list[int]]) -> Tensor:
     return torch.stack(values)
 
 
+def seen_by_teacher(ids: list[int], labels: list[int], prompt: list[int]) -> tuple[list[int], list[int]]:
+    """What a teacher that is told more sees of a row: its own prompt, then the row from the first token with a label."""
+    first = min(place for place, label in enumerate(labels) if label != -100)
+    return prompt + ids[first:], [-100] * len(prompt) + labels[first:]
+
+
 def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
     p = probabilities(student_logits, 1.0)
     return -torch.log(torch.stack([p[n, int(label)] for n, label in enumerate(labels)]))

@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-YARDSTICKS = {"floor", "sdpa", "sft", "sft-daekit", "three-models-16bit", "top_k"}  # other work: nothing to agree on
+YARDSTICKS = {"floor", "off-policy", "sdpa", "sft", "sft-daekit", "three-models-16bit", "top_k"}  # other work
 
 
 def run(script: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +25,7 @@ def run(script: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["prediction.py", "attention.py", "step.py", "adapters.py", "cache.py"])
+@pytest.mark.parametrize("script", ["prediction.py", "attention.py", "step.py", "on_policy.py", "adapters.py", "cache.py"])
 def test_contestants_agree(script: str, tmp_path: Path) -> None:
     done = run(BENCHMARKS / script, "--small", "--json", str(tmp_path / "results.json"))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -15,7 +15,15 @@ from tests.helpers.trainer_world import relative
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    compare(["dae-one-domain-per-rank", "dae-inside-checkpointing-one-domain-per-rank"], tmp_path)
+    compare(
+        [
+            "dae-on-policy-lora-reference",
+            "kd-normalize-rows",
+            "dae-one-domain-per-rank",
+            "dae-inside-checkpointing-one-domain-per-rank",
+        ],
+        tmp_path,
+    )
 
 
 def test_a_recipe_runs_on_two_ranks_as_on_one(tmp_path: Path) -> None:

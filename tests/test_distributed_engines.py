@@ -64,7 +64,13 @@ def test_fsdp2_equals_one_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_case_equals_one_process(engine: str, tmp_path: Path) -> None:
-    compare(engine, CASES + FOUR_BITS, tmp_path)
+    compare(engine, [case for case in CASES + FOUR_BITS if engine != "fsdp2" or "on-policy" not in case], tmp_path)
+
+
+@pytest.mark.slow
+def test_fsdp2_refuses_that_the_student_writes(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="under FSDP2: each token that the student writes would gather every layer"):
+        run("fsdp2", ["kd-on-policy"], tmp_path)
 
 
 @pytest.mark.slow

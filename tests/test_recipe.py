@@ -9,8 +9,8 @@ import pytest
 
 from daekit.data.builtin import NAMES
 from daekit.errors import UserError
-from daekit.recipe import BUILTIN_CORPORA, load_recipe
-from daekit.recipe.schema import MixtureSpec, ModelSpec, TeacherSpec, TokenizerSpec
+from daekit.recipe import BUILTIN_CORPORA, load_recipe, to_dict, to_yaml
+from daekit.recipe.schema import KDStage, MixtureSpec, ModelSpec, TeacherSpec, TokenizerSpec
 from tests.helpers.recipes import BASE, RECIPES, ROOT, errors, load
 
 
@@ -359,3 +359,35 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert recipe.sources["shop"].path == str(tmp_path / "rows.jsonl")
     assert recipe.stages["kd"].student == ModelSpec(path=str(tmp_path))
     assert recipe.output_dir == str(tmp_path / "out")
+
+
+def test_a_named_model_is_what_it_says_wherever_it_is_named() -> None:
+    text = BASE.replace(
+        "sources:",
+        "models:\n  base: some/student\n  big: {path: some/teacher, dtype: bfloat16, quantization: 4bit}\nsources:",
+        1,
+    )
+    plain = load(
+        BASE,
+        "stages.kd.student={path: some/student, dtype: float32}",
+        "stages.kd.teacher={path: some/teacher, dtype: float16, quantization: 4bit}",
+    )
+    named = load(
+        text, "stages.kd.student={path: model:base, dtype: float32}", "stages.kd.teacher={path: model:big, dtype: float16}"
+    )
+    assert named.stages == plain.stages and to_dict(named)["models"]["base"]["path"] == "some/student"
+    assert load(to_yaml(named)) == named
+    other = load(text, "stages.kd.teacher=model:big", "models.big=another/teacher", "evaluation.models=[{mine: model:base}]")
+    assert isinstance(kd := other.stages["kd"], KDStage) and kd.teacher.model == ModelSpec(path="another/teacher")
+    assert other.evaluation is not None and other.evaluation.models[0].path == "some/student"
+
+
+def test_a_model_that_is_not_named_is_an_error_where_it_is_used() -> None:
+    text = BASE.replace("sources:", "models: {base: some/student}\nsources:", 1)
+    (error,) = errors(text, "stages.kd.student=model:bass")
+    assert (
+        error.startswith("override 'stages.kd.student=model:bass': stages.kd.student: `models` names no 'bass'")
+        and "'base'?" in error
+    )
+    (error,) = errors(BASE.replace("teacher: some/teacher", "teacher: model:base"))
+    assert "line 10: stages.kd.teacher: `models` names no 'base' (there are: none)" in error

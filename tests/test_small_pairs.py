@@ -102,7 +102,7 @@ def test_a_small_pair_runs(name: str, tmp_path: Path) -> None:
     overrides = [f"output_dir={tmp_path / 'run'}", "evaluation.limit=2", "evaluation.max_new_tokens=3"]
     overrides += [f"sources.{source}.path={rows_file(tmp_path / f'{source}.jsonl', 20)}" for source in ("general", "shop")]
     overrides += [f"sources.{source}.holdout=4" for source in ("general", "shop")]
-    overrides += [f"stages.kd.student.path={student}", f"stages.kd.teacher={teacher}", f"stages.expert.student.path={student}"]
+    overrides += [f"models.student={student}", f"models.teacher={teacher}"]
     few = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
     overrides += [f"stages.{stage}.trainer.{key}={value}" for stage in ("kd", "expert", "dae") for key, value in few.items()]
     assert main(["train", str(path), *overrides]) == 0

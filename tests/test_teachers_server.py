@@ -187,7 +187,7 @@ def test_losses_that_it_does_not_serve(objective: dict[str, Any], said: str, ser
     ("settings", "said"),
     [
         (dict(keep="hidden"), "Use keep: top_k"),
-        (dict(keep="top_k", k=20), "gives sparse distributions: 12 tokens"),
+        (dict(keep="top_k", k=20), "gives sparse distributions, 12 tokens"),
         (dict(keep="top_k", k=K, temperature=2.0), "at temperature 2.0 was asked for"),
         (dict(keep="top_k", k=K, forced_ids=[1]), "forced_ids: "),
     ],

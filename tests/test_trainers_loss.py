@@ -231,9 +231,9 @@ def test_autocast_holds_inside_student_teacher_and_loss(tmp_path: Any, monkeypat
     heads: list[torch.dtype] = []
     original = loss_module.prediction_loss
 
-    def spying(hidden: Tensor, *rest: Any) -> Any:
+    def spying(hidden: Tensor, *rest: Any, **named: Any) -> Any:
         heads.append(compute_dtype(hidden))
-        return original(hidden, *rest)
+        return original(hidden, *rest, **named)
 
     monkeypatch.setattr(loss_module, "prediction_loss", spying)
     trainer = kd(tmp_path, tiny.rows(8), student, teacher, bf16=True, eval_dataset=tiny.rows(4))

@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 from daekit.errors import UserError
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS, as_teacher_sees, is_told_more
 from daekit.protocol import IGNORE_INDEX, Batch
 
-_ROW, _DOMAINS, EXAMPLES, ON_POLICY = "row_ids", "domains", "row_examples", "row_on_policy"
-_NOT_OF_THE_MODEL = (_ROW, _DOMAINS, EXAMPLES, ON_POLICY, "labels")
+_ROW, _DOMAINS, EXAMPLES, ON_POLICY, FOR_TEACHER = "row_ids", "domains", "row_examples", "row_on_policy", "for_teacher"
+_NOT_OF_THE_MODEL = (_ROW, _DOMAINS, EXAMPLES, ON_POLICY, FOR_TEACHER, "labels")
+_BESIDE = ("domain", TEACHER_PROMPT_IDS)  # columns that are no tokens of the row
 
 
 class DomainCollator:
     """Wraps a collator (TRL's, or a user's) and adds ``row_ids [B,T]``, ``domains`` and ``row_examples``, one per row.
 
-    A packed example is several rows of one domain; ``seq_lengths`` says where they end.
+    A packed example is several rows of one domain; ``seq_lengths`` says where they end. Where a row has tokens for its teacher
+    alone, ``for_teacher`` is the batch once more as teachers see it.
 
     Args:
         inner: makes ``input_ids``, ``labels`` and either ``attention_mask`` (padded) or ``position_ids`` (flattened).
@@ -29,8 +32,15 @@ class DomainCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate; the result holds tensors and the tuple of domain names, one per row."""
+        batch = self._collated(examples)
+        if any(map(is_told_more, examples)):
+            seen = [{**each, **as_teacher_sees(each)} if is_told_more(each) else each for each in examples]
+            batch[FOR_TEACHER] = self._collated(seen)
+        return batch
+
+    def _collated(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         domains = [example["domain"] for example in examples]
-        batch = self.inner([{key: value for key, value in example.items() if key != "domain"} for example in examples])
+        batch = self.inner([{key: value for key, value in example.items() if key not in _BESIDE} for example in examples])
         if "labels" not in batch:
             raise UserError("the data collator returned no labels; the loss is defined by labels (-100: not trained on)")
         batch[EXAMPLES] = tuple(range(len(examples)))
@@ -52,7 +62,8 @@ def as_batch(inputs: Mapping[str, Any]) -> Batch:
     """The Batch of a collated dictionary: everything else in it goes to the model's forward."""
     forward = {key: value for key, value in inputs.items() if key not in _NOT_OF_THE_MODEL}
     written = tuple(inputs.get(ON_POLICY, ()))
-    return Batch(forward, inputs["labels"], inputs[_ROW], tuple(inputs[_DOMAINS]), written)
+    for_teacher = as_batch(inputs[FOR_TEACHER]) if FOR_TEACHER in inputs else None
+    return Batch(forward, inputs["labels"], inputs[_ROW], tuple(inputs[_DOMAINS]), written, for_teacher)
 
 
 def collated_rows(inputs: Mapping[str, Any]) -> Iterator[tuple[list[int], list[int], str]]:

@@ -17,10 +17,12 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from daekit.errors import UserError
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS, first_loss, is_told_more
 from daekit.protocol import IGNORE_INDEX
 
 OVERLONG = ("error", "truncate", "drop")
-_NO_LIMIT = np.iinfo(np.int64).max
+_NO_LIMIT = np.iinfo(np.int64).max // 2
+_AS_IT_IS = np.iinfo(np.int32).min  # in place of a number of tokens, of a row whose teacher is not told more
 _FATES = {
     "truncated": "cut at max_length={}",
     "dropped": "left out, for it is longer than max_length={}",
@@ -120,18 +122,35 @@ def require_values(dataset: Dataset | IterableDataset, name: str, text_field: st
     return dataset
 
 
-def fit_to_length(dataset: Dataset, max_length: int | None, overlong: str, name: str) -> tuple[Dataset, dict[str, DomainCount]]:
+def fit_to_length(
+    dataset: Dataset, max_length: int | None, overlong: str, name: str, teacher_max_length: int | None = None
+) -> tuple[Dataset, dict[str, DomainCount]]:
     """Apply the policy for overlong rows to tokenised rows (``input_ids``, ``labels``, ``domain``) and count.
 
+    A row with ``teacher_prompt_ids`` is too long where either side is; what is cut is the end of the response, on both sides.
+
+    Args:
+        dataset: The rows.
+        max_length: Most tokens of a row; None: any.
+        overlong: ``error``, ``truncate`` or ``drop``.
+        name: of the data set, for errors.
+        teacher_max_length: Most tokens of what a teacher that is told more sees of a row; None: ``max_length``.
+
     Raises:
-        UserError: a row longer than ``max_length`` when ``overlong`` is ``error``; a domain that loses all its rows.
+        UserError: a row that is too long when ``overlong`` is ``error``; a domain that loses all its rows.
     """
     limit = _NO_LIMIT if max_length is None else max_length
-    sizes = _measure(dataset, limit)
+    more = _told_more(dataset)
+    teacher_limit = limit if teacher_max_length is None else teacher_max_length
+    limits = np.where(more == _AS_IT_IS, limit, np.minimum(limit, teacher_limit - more))  # of the student's tokens
+    sizes = _measure(dataset, limits)
     domains = np.asarray(dataset["domain"], dtype=object)
-    long = sizes["length"] > limit
+    long = sizes["length"] > limits
+    if overlong == "error" and (own := sizes["length"] > limit).any():
+        raise UserError(_overlong_message(domains, sizes["length"], own, f"max_length={limit} tokens", name))
     if overlong == "error" and long.any():
-        raise UserError(_overlong_message(domains, sizes["length"], long, limit, name))
+        what = f"teacher_max_length={teacher_limit} (default: max_length) tokens with their teacher_prompt"
+        raise UserError(_overlong_message(domains, np.where(long, sizes["length"] + more, 0), long, what, name))
     blank = sizes["kept"] == 0
     dropped = long & ~blank if overlong == "drop" else np.zeros_like(long)
     emptied = long & ~blank & ~dropped & (sizes["kept_within"] == 0)
@@ -158,7 +177,8 @@ def fit_to_length(dataset: Dataset, max_length: int | None, overlong: str, name:
     if not stay.all():
         dataset = dataset.select(np.flatnonzero(stay))
     if (long & stay).any():
-        dataset = dataset.map(lambda row: _cut(row, limit), desc=f"Truncating {name} dataset")
+        kept = limits[stay].tolist()
+        dataset = dataset.map(lambda row, at: _cut(row, kept[at]), with_indices=True, desc=f"Truncating {name} dataset")
     return dataset, counts
 
 
@@ -200,9 +220,20 @@ def _fate(labels: list[int], limit: int, long: bool, overlong: str) -> str | Non
     return "truncated" if _predicts(labels[:limit]) else "emptied"
 
 
-def _measure(dataset: Dataset, limit: int) -> dict[str, np.ndarray]:
-    """Per row: length in tokens, tokens with a loss, and those of them within the first ``limit`` tokens."""
+def _told_more(dataset: Dataset) -> np.ndarray:
+    """Per row: by how many tokens the teacher sees more of it than the student; a large negative number without a prompt."""
+    more = np.full(len(dataset), _AS_IT_IS, dtype=np.int64)
+    if TEACHER_PROMPT_IDS in dataset.column_names:
+        for place, row in enumerate(dataset.select_columns(["labels", TEACHER_PROMPT_IDS]).with_format("numpy")):
+            if is_told_more(row):
+                more[place] = len(row[TEACHER_PROMPT_IDS]) - first_loss(row["labels"])
+    return more
+
+
+def _measure(dataset: Dataset, limits: np.ndarray) -> dict[str, np.ndarray]:
+    """Per row: length in tokens, tokens with a loss, and those of them within the first tokens that ``limits`` allows."""
     parts = []
+    done = 0
     for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
         labels = table["labels"].combine_chunks()
         labels = labels.cast(pa.large_list(labels.type.value_type))
@@ -213,20 +244,21 @@ def _measure(dataset: Dataset, limit: int) -> dict[str, np.ndarray]:
         place = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
         # the first token of a row is predicted by nothing
         kept = (values[offsets[0] : offsets[-1]] != IGNORE_INDEX) & (place > 0)
-        within = kept & (place < limit)
+        within = kept & (place < limits[done + rows])
+        done += len(lengths)
         count = np.bincount(rows[kept], minlength=len(lengths)), np.bincount(rows[within], minlength=len(lengths))
         parts.append((lengths, *count))
     stacked = [np.concatenate(column) for column in zip(*parts, strict=True)]
     return dict(zip(("length", "kept", "kept_within"), stacked, strict=True))
 
 
-def _overlong_message(domains: np.ndarray, lengths: np.ndarray, long: np.ndarray, limit: int, name: str) -> str:
+def _overlong_message(domains: np.ndarray, lengths: np.ndarray, long: np.ndarray, limit: str, name: str) -> str:
     per_domain = ", ".join(f"{domain}: {int((long & (domains == domain)).sum())}" for domain in dict.fromkeys(domains[long]))
     worst = int(lengths.argmax())
     return (
-        f"the {name} data set: {int(long.sum())} of {len(lengths)} rows have more than max_length={limit} tokens "
+        f"the {name} data set: {int(long.sum())} of {len(lengths)} rows have more than {limit} "
         f"({per_domain}; the longest is row {worst} with {int(lengths[worst])}). "
-        "Raise max_length, or set overlong to 'truncate' or 'drop'."
+        f"Raise {limit.split('=')[0]}, or set overlong to 'truncate' or 'drop'."
     )
 
 

@@ -7,12 +7,14 @@ conversation pair     ``prompt`` and ``completion``: both lists of messages
 messages              ``messages``: a list of ``{role, content}``
 ====================  ===============================================================================================
 
-A row may also carry ``answer`` (a string), ``tools`` (a list) and ``chat_template_kwargs`` (a mapping).
+A row may also carry ``answer`` (a string), ``tools`` (a list), ``chat_template_kwargs`` (a mapping) and ``teacher_prompt``
+(a string, or messages: what a teacher sees in place of the prompt).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -30,8 +32,9 @@ FORM_COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt and completion": ("prompt", "completion"),
     "text": ("text",),
 }
-EXTRA_COLUMNS = ("answer", "tools", "chat_template_kwargs")
+EXTRA_COLUMNS = ("answer", "tools", "chat_template_kwargs", "teacher_prompt")
 COLUMNS = (*(column for columns in FORM_COLUMNS.values() for column in columns), *EXTRA_COLUMNS)
+_NAMED = re.compile(r"\{([^{}]+)\}")  # in a value of ``columns``
 VISION_COLUMNS = ("image", "images", "pixel_values")
 
 # Arrow's plain string columns hold 2 GiB.
@@ -65,7 +68,7 @@ class RowCollector:
 
     Args:
         source: begins every error message.
-        columns: our column name -> its name in the data.
+        columns: our column name -> its name in the data, or a text with names in braces.
         chat: make messages of prompts and completions that are strings.
     """
 
@@ -104,6 +107,8 @@ class RowCollector:
         """The rows so far, in order, with a ``domain`` column."""
         assert self._first is not None, "there are rows"
         form = self._first[0]
+        if "teacher_prompt" in self._renamed and "teacher_prompt" not in self._columns:
+            raise UserError(f"{self._source}: columns.teacher_prompt: no row has {self._renamed['teacher_prompt']!r}")
         features = self._features(form)
         for values in self._columns.values():
             values.extend([None] * (self._rows - len(values)))
@@ -120,10 +125,11 @@ class RowCollector:
         conversational = form in ("messages", "conversation pair")
         types = dict.fromkeys(COLUMNS[:4], messages if conversational else STRING)
         types |= {"answer": STRING, "tools": Json(), "chat_template_kwargs": Json(), "domain": STRING}
+        types["teacher_prompt"] = messages if conversational else STRING
         return Features({name: type_ for name, type_ in types.items() if name in self._columns or name == "domain"})
 
     def _check(self, row: Mapping[str, Any]) -> tuple[RowForm, dict[str, Any]]:
-        values = {ours: row[theirs] for ours, theirs in self._wanted if row.get(theirs) is not None}
+        values = {ours: value for ours, theirs in self._wanted if (value := _value(row, theirs)) is not None}
         for column in VISION_COLUMNS:
             if row.get(column) is not None:
                 raise RowError(f"has {column!r}: vision rows cannot be distilled here; remove them or the column")
@@ -147,7 +153,21 @@ class RowCollector:
                 roles = {"prompt": "user", "completion": "assistant"}
                 kept = {column: [{"role": roles[column], "content": kept[column]}] for column in needed}
                 form = "conversation pair"
-        return form, kept | _check_extras(values)
+        kept |= _check_extras(values)
+        if "teacher_prompt" in values:
+            kept["teacher_prompt"] = self._teacher_prompt(values["teacher_prompt"], form)
+        return form, kept
+
+    def _teacher_prompt(self, value: Any, form: RowForm) -> Any:
+        """As the prompt of that form is: a text, or messages."""
+        if form == "text":
+            raise RowError("is text with a teacher_prompt, which stands in place of a prompt; give prompt and completion")
+        if isinstance(value, list) and form != "prompt+completion":
+            return self._messages("teacher_prompt", value)
+        if isinstance(value, list):
+            raise RowError("has messages as teacher_prompt and a text as prompt; both must be of one kind (or set chat: true)")
+        _check_string("teacher_prompt", value)
+        return value if form == "prompt+completion" else [{"role": "user", "content": value}]
 
     def _needed(self, values: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, ...]:
         complete = [FORM_COLUMNS[form] for form in self._forms if values.keys() >= set(FORM_COLUMNS[form])]
@@ -177,6 +197,18 @@ class RowCollector:
         if self._plain and any(len(message) > 2 for message in messages):
             self._plain = False
         return messages
+
+
+def _value(row: Mapping[str, Any], theirs: str) -> Any:
+    """The value of a column, or a text with the values of the columns that it names in braces; None where one is missing."""
+    names = _NAMED.findall(theirs)
+    values = {name: row.get(name) for name in names}
+    if not names or None in values.values():
+        return None if names else row.get(theirs)
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise RowError(f"has {_shown(value)} as {name}, which columns sets into a text; it must be a string")
+    return _NAMED.sub(lambda found: values[found[1]], theirs)
 
 
 def _check_message(column: str, index: int, message: Any) -> Mapping[str, Any]:
@@ -234,7 +266,7 @@ def _check_characters(name: str, value: Any) -> None:
 
 
 def _check_extras(values: Mapping[str, Any]) -> dict[str, Any]:
-    extras = {column: values[column] for column in EXTRA_COLUMNS if column in values}
+    extras = {column: values[column] for column in ("answer", "tools", "chat_template_kwargs") if column in values}
     if "answer" in extras:
         _check_string("answer", extras["answer"])
     if isinstance(extras.get("tools"), str):

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from daekit.data.responses import ROWS_AT_ONCE, ResponseLabels, render_all, require_markers, template_options
+from daekit.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, teacher_row
 from daekit.errors import UserError
 from daekit.protocol import IGNORE_INDEX
 
@@ -33,6 +34,7 @@ class TokenizedRow:
         answer: the right result in any manner, from the column ``answer``.
         boundary_differs: the tokenised prompt is not a prefix of the whole row (tokens merge, or the chat template differs), so
             that the model was trained on another context than it sees here.
+        teacher_prompt_ids: what its teacher sees in place of the tokens before the response; None: the same tokens.
     """
 
     input_ids: list[int]
@@ -42,6 +44,7 @@ class TokenizedRow:
     reference: str = ""
     answer: str | None = None
     boundary_differs: bool = False
+    teacher_prompt_ids: list[int] | None = None
 
 
 def tokenize_each(
@@ -60,15 +63,19 @@ def tokenize_each(
 
     Raises:
         UserError: a row without the needed columns or without tokens that carry loss, one that the chat template refuses, an
-            empty ``answer``; a tokenizer without ``eos_token`` or, for conversations, without chat template.
+            empty ``answer``; in the end, rows whose response is other tokens behind ``teacher_prompt``; a tokenizer without
+            ``eos_token`` or, for conversations, without chat template.
     """
     if tokenizer.eos_token is None:
         raise UserError("the tokenizer has no eos_token: training appends it to every answer. Set tokenizer.eos_token.")
     tokenise, rows, done = _Tokenise(tokenizer, assistant_only_loss, prompts), iter(dataset), 0
+    told = TeacherPrompts(tokenizer, where)
     # a table of rows of several forms has None where a row lacks a column
     while part := [{key: value for key, value in row.items() if value is not None} for row in islice(rows, ROWS_AT_ONCE)]:
-        yield from tokenise(part, [f"{where} {done + at}" for at in range(len(part))])
+        places = [f"{where} {done + at}" for at in range(len(part))]
+        yield from _with_teacher_prompts(tokenise, part, places, told)
         done += len(part)
+    told.raise_if_any()
 
 
 class _Tokenise:
@@ -169,6 +176,19 @@ class _Tokenise:
             prompt_ids, boundary_differs = prompt_ids[:-1], False
         labels = [IGNORE_INDEX] * start + ids[start:]
         return TokenizedRow(ids, labels, prompt_ids, prompt, reference.strip(), boundary_differs=boundary_differs)
+
+
+def _with_teacher_prompts(
+    tokenise: _Tokenise, rows: Sequence[Row], places: Sequence[str], told: TeacherPrompts
+) -> list[TokenizedRow]:
+    """Tokenised rows, those with a ``teacher_prompt`` once more as their teacher sees them, for the tokens of it."""
+    own, chosen = tokenise(rows, places), [at for at, row in enumerate(rows) if TEACHER_PROMPT in row]
+    if chosen:
+        names = [f"{places[at]} (teacher_prompt)" for at in chosen]
+        seen = tokenise([teacher_row(rows[at], places[at]) for at in chosen], names)
+        for at, row in zip(chosen, seen, strict=True):
+            own[at] = replace(own[at], teacher_prompt_ids=told.ids(vars(own[at]), vars(row), places[at]))
+    return own
 
 
 def _marked(labels: Sequence[int], whole: Mapping[str, list[int]]) -> list[int]:

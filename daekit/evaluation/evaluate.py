@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -15,6 +15,7 @@ from daekit.evaluation.matching import answer_match, exact_match, rouge_l
 from daekit.evaluation.sets import EvaluationSet
 from daekit.generation.local import generate
 from daekit.models.scoring import score_rows
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Teacher
 from daekit.recipe.schema import EvaluationSpec
@@ -98,11 +99,13 @@ def evaluate_model(
     for source, evaluation_set in sets.items():
         domain, rows = evaluation_set.domain, evaluation_set.rows
         teacher = (teachers or {}).get(domain)
-        measure = partial(_likelihood, model, tokenizer, rows, spec.batch_size, domain=domain)
-        likelihood = measure(teacher, progress=shown(f"{source}, likelihood"))
+        measure = partial(_likelihood, model, tokenizer, rows=rows, batch_size=spec.batch_size, domain=domain)
+        likelihood = measure(teacher=teacher, progress=shown(f"{source}, likelihood"))
         if reference is not None:
-            same = reference is teacher
-            to_reference = likelihood if same else measure(reference, progress=shown(f"{source}, reference"))
+            # how far the model went from it is asked about the same tokens, whatever a teacher is told beside
+            same = reference is teacher and all(row.teacher_prompt_ids is None for row in rows)
+            own = [replace(row, teacher_prompt_ids=None) for row in rows]
+            to_reference = likelihood if same else measure(teacher=reference, rows=own, progress=shown(f"{source}, reference"))
             likelihood["kl_to_reference"] = to_reference["kl_to_teacher"]
         evaluation.values.update({(domain, source, metric): values for metric, values in likelihood.items()})
         if not spec.generate:
@@ -133,7 +136,7 @@ def _likelihood(
 ) -> dict[str, RowValues]:
     scores = score_rows(
         model,
-        [{"input_ids": row.input_ids, "labels": row.labels} for row in rows],
+        [{"input_ids": row.input_ids, "labels": row.labels, TEACHER_PROMPT_IDS: row.teacher_prompt_ids or []} for row in rows],
         vocab_size=vocabulary_size(tokenizer),
         batch_size=batch_size,
         teacher=teacher,

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from daekit.errors import UserError
 from daekit.models.backbone import backbone_of, base_of, frozen_forward
 from daekit.models.heads import common_columns, head_logits, output_head, teacher_log_probs
+from daekit.models.teacher_view import as_teacher_sees, is_told_more
 from daekit.protocol import IGNORE_INDEX, Batch, Member, OutputHead, Teacher, TeacherOutput
 
 TokenRow = Mapping[str, Sequence[int]]
@@ -57,7 +58,8 @@ def score_rows(
 
     Args:
         model: a causal language model, or a PEFT model around one (with the adapter that is active).
-        rows: ``input_ids`` and ``labels`` (-100 where a token does not count) of equal length per row.
+        rows: ``input_ids`` and ``labels`` (-100 where a token does not count) of equal length per row; ``teacher_prompt_ids``
+            where the teacher sees other tokens before the response (``daekit.models.teacher_view``).
         vocab_size: V, the number of ids of the tokenizer.
         teacher: a causal language model or a ``daekit.protocol.Teacher``.
         domain: the domain of the rows, for a teacher that chooses by it.
@@ -145,6 +147,7 @@ def _score_chunk(hidden_NH: Tensor, head: OutputHead, labels_N: Tensor, outputs:
 
 
 def _outputs(teacher: PreTrainedModel | Teacher, batch: Batch, vocab_size: int) -> list[TeacherOutput]:
+    batch = batch.for_teacher or batch
     if isinstance(teacher, Teacher):
         outputs = teacher.outputs(batch)
         if any(output.top_k is not None for output in outputs):
@@ -188,7 +191,10 @@ def _collate(rows: Sequence[TokenRow], domain: str, device: torch.device) -> Bat
         "input_ids": input_ids_BT.to(device),
         "attention_mask": (row_BT >= 0).long().to(device),
     }
-    return Batch(inputs, labels_BT.to(device), row_BT.to(device), (domain,) * len(rows))
+    told = any(map(is_told_more, rows))
+    seen = [as_teacher_sees(row) if is_told_more(row) else row for row in rows]
+    for_teacher = _collate(seen, domain, device) if told else None
+    return Batch(inputs, labels_BT.to(device), row_BT.to(device), (domain,) * len(rows), for_teacher=for_teacher)
 
 
 def _refuse_prompt_learning(model: PreTrainedModel) -> None:

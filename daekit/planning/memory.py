@@ -52,9 +52,17 @@ class StageMemory:
 
     def __init__(self, stage: StageSpec, models: StageModels, training: Training, machine: Machine) -> None:
         self.stage, self.models, self.training, self.machine = stage, models, training, machine
-        flat, rows, length = training.flat, training.rows, training.length
-        size = (1, rows * length) if flat else (rows, length)
-        self.batch = MicroBatch(*size, training.attention_mask, training.autocast, machine.gpu, training.accumulation > 1)
+        flat, rows = training.flat, training.rows
+        self.batch, self.teacher_batch = (
+            MicroBatch(
+                *((1, rows * length) if flat else (rows, length)),
+                training.attention_mask,
+                training.autocast,
+                machine.gpu,
+                training.accumulation > 1,
+            )
+            for length in (training.length, training.teacher_length)
+        )
         self.buffers = Buffers(stage, models, training, machine, self.batch)
         self.student = models.student.meta
 
@@ -177,7 +185,7 @@ class StageMemory:
         return self.models.student.cost(self.batch)
 
     def _teacher_runs(self, model: FrozenModel) -> Counter[str]:
-        cost = model.tracer.cost(self.batch)
+        cost = model.tracer.cost(self.teacher_batch)
         highest = max(layer.frozen for layer in cost.layers)
         return self._with(
             {ACTIVATIONS: highest + cost.layers[0].output + cost.shared, OUTPUTS: self.buffers.teacher_outputs[0]}

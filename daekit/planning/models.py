@@ -8,8 +8,7 @@ from daekit.planning.meta_model import MetaModel
 from daekit.planning.resolve import ModelResolver
 from daekit.planning.trace import Tracer
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage, read_adapter_config
-from daekit.recipe.model import CacheSpec
-from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.schema import CacheSpec, LoraSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
 
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _SAME_GPU = ("0", "cuda", "cuda:0")  # the GPU of the first process

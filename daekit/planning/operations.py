@@ -26,6 +26,7 @@ def step_operations(memory: StageMemory) -> float:
     layers, _ = memory.buffers.feature_layers
     # the scores of both models, and the gradients of queries and keys
     step += 4 * layers * attention / len(student.layers) / 2
+    tokens, length = training.rows * training.teacher_length, training.teacher_length
     teachers = (sum(forward_operations(each.meta, tokens, length) for each in members) for members in memory.models.teachers)
     return (step + max(teachers, default=0)) * training.accumulation
 

@@ -44,6 +44,7 @@ class Training:
         autocast: The dtype of mixed precision; None without.
         optim: The optimizer's name, as transformers spells it.
         length: Tokens of the longest row.
+        teacher_length: The same of what teachers see of rows with a ``teacher_prompt``.
         flat: Whether rows are laid end to end, without padding.
         attention_mask: Whether attention is given a mask of its own.
     """
@@ -54,6 +55,7 @@ class Training:
     autocast: torch.dtype | None
     optim: str
     length: int
+    teacher_length: int
     flat: bool
     attention_mask: bool
 
@@ -84,6 +86,7 @@ def training_of(stage: StageSpec, name: str, machine: Machine) -> Training:
         autocast=torch.bfloat16 if bf16 else None,
         optim=str(options["optim"]),
         length=options["max_length"],
+        teacher_length=max(options["max_length"], (stage.type != "sft" and stage.teacher_max_length) or 0),
         flat=flat,
         attention_mask=not flash and (rows > 1 or flat),
     )

@@ -73,6 +73,7 @@ def stage_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
     stage = recipe.stages[stage_name]
     facts = _unplaced(stage.model_dump(mode="json"))
     facts["trainer"] = {key: value for key, value in stage.trainer.items() if key not in _WATCHING}
+    facts.pop("preflight", None)
     init = stage.student and stage.student.init
     sources = [*stage.data.sources, *(init.calibration.sources if init else ())]
     tokenizer: Any = None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
-from daekit.errors import UserError
+from daekit.errors import UserError, listed, nearest
 from daekit.recipe.adapter_config import adapter_stage
 from daekit.recipe.bases import with_base_of
 from daekit.recipe.checks import check_recipe, evaluated_by_default
@@ -25,6 +25,7 @@ from daekit.recipe.validation import Errors
 
 S = TypeVar("S", bound=Spec)
 _SUITES: Path = ("evaluation", "suites")
+_MODEL = "model:"
 
 
 def load_recipe(path: str | FilePath, overrides: Sequence[str] = ()) -> Recipe:
@@ -51,6 +52,7 @@ def load_recipe_text(text: str, name: str, overrides: Sequence[str] = ()) -> Rec
     for override in overrides:  # one may name a suite, the next reach into it
         apply_overrides(errors, [override])
         _read_suites(errors)
+    _put_models(errors)
     recipe = Recipe.read(errors)
     if recipe is not None:
         check_recipe(recipe, errors)
@@ -128,6 +130,34 @@ def _errors(text: str, name: str, kind: str) -> Errors:
     if errors.root.value is None and not errors.found:
         raise UserError(f"{name}: the {kind} is empty")
     return errors
+
+
+def _put_models(errors: Errors) -> None:
+    """Put the model NAME of ``models`` where a value is ``model:NAME``; keys beside such a ``path`` go before its own."""
+    named = errors.root.child("models")
+    models = named.value if named is not None and isinstance(named.value, dict) else {}
+
+    def put(node: Node) -> None:
+        if isinstance(node.value, str) and node.value.startswith(_MODEL):
+            name = node.value.removeprefix(_MODEL)
+            if name in models:
+                copy = models[name].moved(node.path)
+                node.value, node.text = copy.value, copy.text
+            else:
+                there = listed(models) if models else "none"
+                errors.add_unread(node.path, f"`models` names no {name!r} (there are: {there}){nearest(name, models)}")
+        below = node.value.values() if isinstance(node.value, dict) else node.value if isinstance(node.value, list) else ()
+        path = node.child("path") if isinstance(node.value, dict) else None
+        is_named = path is not None and isinstance(path.value, str)
+        for each in below:
+            put(each)
+        if is_named and path is not None and isinstance(path.value, dict) and isinstance(node.value, dict):
+            more = {key: each for key, each in node.value.items() if key != "path"}
+            node.value = {key: each.moved((*node.path, key)) for key, each in path.value.items()} | more
+
+    for part in ("stages", "evaluation", "tokenizer"):
+        if (node := errors.root.child(part)) is not None:
+            put(node)
 
 
 def _read_suites(errors: Errors) -> None:

@@ -13,6 +13,7 @@ from daekit.recipe.reading import Choice, Flag, Number, Problems, Spec, Text, Wh
 from daekit.recipe.suite import Column
 
 NO_VALIDATION = "give `validation`, `validation_split` or `holdout`"
+SourceColumn = Literal[Column, "teacher_prompt"]
 BUILTIN_CORPORA = ("skills", "chat", "shop")  # the embedded corpora that ``path: builtin:NAME`` may name
 
 
@@ -36,7 +37,10 @@ class SourceSpec(Spec):
     )
     limit: Whole | None = Field(None, gt=0, description="Use at most so many training rows (the first ones).")
     validation_limit: Whole | None = Field(None, gt=0, description="Use at most so many validation rows.")
-    columns: dict[Annotated[Column, Choice], Text] = Field({}, description="Our column name -> its name in the data.")
+    columns: dict[Annotated[SourceColumn, Choice], Text] = Field(
+        {},
+        description='Our column name -> its name in the data, or a text with names in braces: `"{page}\\n\\n{question}"`.',
+    )
     chat: Flag = Field(
         False,
         description="Make of a prompt and a completion that are strings a user's and an assistant's message, so that the "

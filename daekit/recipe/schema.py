@@ -121,6 +121,10 @@ class Recipe(Spec):
 
     name: Text = Field(min_length=1, description="Becomes part of model cards and reports.")
     output_dir: Text = Field(min_length=1, description="Everything the run writes is below it.")
+    models: dict[str, ModelSpec] = Field(
+        {},
+        description="Name -> model; `model:NAME` stands for it wherever a model or its path is named.",
+    )
     sources: dict[str, SourceSpec] = Field(min_length=1, description="Name -> rows of one domain.")
     stages: dict[str, Annotated[StageSpec, ByType(STAGES)]] = Field(
         min_length=1, description="Name -> stage, in the order in which they run."

@@ -46,6 +46,7 @@ _NOT_IN_SFT = {
     "reference": "an sft stage learns from the data alone; for a reference use type: dae",
     "reference_domains": "an sft stage has no reference; for one use type: dae",
     "loss": "an sft stage has the cross-entropy as its only loss; for others use type: kd or dae",
+    "teacher_max_length": "an sft stage has no teacher; remove it",
 }
 _FIRST = ("type", "student", "lora", "teacher", "teachers", "reference", "reference_domains", "data")
 
@@ -163,6 +164,12 @@ class _Stage(Spec):
 class _Distillation(_Stage):
     """What a stage with teachers has."""
 
+    teacher_max_length: Whole | None = Field(
+        None,
+        gt=0,
+        description="trainer.max_length of what a teacher sees of a row with `teacher_prompt`; default: the same. `overlong` "
+        "holds for longer rows.",
+    )
     loss: Objective = Field(Objective(), description="The objective.")
 
     def problems(self) -> Problems:
@@ -241,6 +248,11 @@ class DAEStage(_Distillation):
         None, description="The model to follow on reference_domains; default: the student as it stands, frozen."
     )
     reference_domains: tuple[Text, ...] = Field(("general",), description="Domains that follow the reference.")
+    preflight: Flag = Field(
+        True,
+        description="Compare each expert with the student on held-out rows of its domain before the first step, for a minute "
+        "at most, and say so if it is not better.",
+    )
 
     def teachers_by_key(self) -> dict[Path, TeacherSpec]:
         """See the base class."""

@@ -80,7 +80,7 @@ _ELSEWHERE = {
     "do_predict": _RUN,
     "local_rank": "the launcher (accelerate, torchrun) sets it",
     **dict.fromkeys(Objective.model_fields, _LOSS),
-    **dict.fromkeys(("reference_domains", "overlong"), "set `{stage}.{key}`"),
+    **dict.fromkeys(("reference_domains", "overlong", "teacher_max_length"), "set `{stage}.{key}`"),
 }
 _POSITIVE = ("max_length", "num_train_epochs", "gradient_accumulation_steps")
 _POSITIVE += ("per_device_train_batch_size", "per_device_eval_batch_size")

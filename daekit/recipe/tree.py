@@ -65,6 +65,15 @@ class Node:
             return self.value.get(str(key))
         return self.value[key] if isinstance(self.value, list) and isinstance(key, int) and key < len(self.value) else None
 
+    def moved(self, path: Path) -> Node:
+        """A copy that lies at ``path`` and remembers where it was written."""
+        value = self.value
+        if isinstance(value, dict):
+            value = {key: node.moved((*path, key)) for key, node in value.items()}
+        elif isinstance(value, list):
+            value = [node.moved((*path, index)) for index, node in enumerate(value)]
+        return Node(value, self.place, path, self.text)
+
     def find(self, path: Path) -> Node | None:
         """The value at ``path``, or None."""
         node = self.locate(path)

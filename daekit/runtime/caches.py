@@ -39,7 +39,13 @@ _SECONDS = 10  # between two lines of progress
 
 
 def make_caches(
-    recipe: Recipe, name: str, models: ModelBuilder, args: DomainSFTConfig, train_dataset: Dataset, eval_dataset: Any
+    recipe: Recipe,
+    name: str,
+    models: ModelBuilder,
+    args: DomainSFTConfig,
+    train_dataset: Dataset,
+    eval_dataset: Any,
+    held_out: Mapping[str, list[CacheRow]],
 ) -> dict[Key, CachedTeacher]:
     """Key of a teacher below the stage -> its cache, whole; what is missing is made, one teacher in memory at a time.
 
@@ -52,6 +58,7 @@ def make_caches(
         args: config of the stage's trainer.
         train_dataset: its rows.
         eval_dataset: the rows that it is evaluated on while it trains.
+        held_out: further rows of domains that their teachers are asked about.
 
     Raises:
         UserError: what ``write_cache`` refuses.
@@ -65,6 +72,8 @@ def make_caches(
     rows_of: dict[str, list[CacheRow]] = {}
     for example in rows_of_trainer(trainer):
         rows_of.setdefault(str(example["domain"]), []).extend(rows_of_examples([example]))
+    for domain, more in held_out.items():
+        rows_of.setdefault(domain, []).extend(more)
     sources = _Sources(recipe, name, models)
     directories = {key: sources.directory(spec) for key, spec in kept.items()}
     state = PartialState()

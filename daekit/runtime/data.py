@@ -21,12 +21,14 @@ from daekit.data.mixture import Mixture, mix
 from daekit.data.responses import ResponseLabels
 from daekit.data.rows import form_of
 from daekit.data.sources import load_source
+from daekit.data.teacher_prompts import PROMPT_IDS_TYPE, TEACHER_PROMPT
 from daekit.data.tokenize import TokenizedRow, tokenize_each
 from daekit.data.tokenizer import load_tokenizer, source_texts, train_tokenizer
 from daekit.errors import UserError
 from daekit.evaluation import EvaluationSet, tokenize_rows
 from daekit.models.adapters import base_spec
 from daekit.models.loading import load_tokenizer_of
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.recipe.schema import Recipe, SourceSpec, StageSpec
 from daekit.runtime.folders import RunFolder, read_file
 
@@ -84,7 +86,9 @@ class DataBuilder:
                 if name not in self.written:
                     raise UserError(f"sources.{name}: its rows are not written yet; `daekit generate RECIPE` writes them")
                 spec = spec.model_copy(update={"path": str(self.written[name]), "generated": None})
-            self._read[name] = load_source(name, spec, self.recipe.seed)
+            rows = load_source(name, spec, self.recipe.seed)
+            followed = any(name in stage.data.sources and stage.type != "sft" for stage in self.recipe.stages.values())
+            self._read[name] = rows if followed else tuple(_without(TEACHER_PROMPT, part) for part in rows)
         return self._read[name]
 
     def tokenized(self, name: str, rule: LossRule) -> tuple[Dataset, Dataset | None]:
@@ -104,14 +108,17 @@ class DataBuilder:
 
     def mixture(self, stage: StageSpec) -> Mixture:
         """The training rows of a stage, tokenised."""
-        rule = LossRule.of(stage)
-        return mix({name: self.tokenized(name, rule)[0] for name in stage.data.sources}, stage.data, self.recipe.seed)
+        return mix({name: self._for_stage(name, stage)[0] for name in stage.data.sources}, stage.data, self.recipe.seed)
 
     def validation(self, stage: StageSpec) -> Dataset | None:
         """The validation rows of the sources of a stage, one after another, tokenised."""
-        rule = LossRule.of(stage)
-        parts = [rows for name in stage.data.sources if (rows := self.tokenized(name, rule)[1]) is not None]
+        parts = [rows for name in stage.data.sources if (rows := self._for_stage(name, stage)[1]) is not None]
         return concatenate_datasets(parts) if parts else None
+
+    def _for_stage(self, name: str, stage: StageSpec) -> tuple[Any, Any]:
+        """Tokenised rows of a source; without what a teacher alone would see where there is no teacher."""
+        parts = self.tokenized(name, LossRule.of(stage))
+        return parts if stage.type != "sft" else tuple(_without(TEACHER_PROMPT_IDS, part) for part in parts)
 
     @cached_property
     def evaluation_sets(self) -> dict[str, EvaluationSet]:
@@ -215,17 +222,31 @@ def stage_rows(recipe: Recipe) -> Callable[[StageSpec], tuple[Dataset, Dataset |
 def as_dataset(rows: Iterable[TokenizedRow], domain: str) -> Dataset:
     """Tokenised rows as a table in memory, without Python's lists of all of them at a time."""
     ids, labels, offsets = array("i"), array("i"), array("i", [0])
+    prompts, ends, told = array("i"), array("i", [0]), False
     for row in rows:
         ids.extend(row.input_ids)
         labels.extend(row.labels)
         offsets.append(len(ids))
-    columns = [pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), _flat(values)) for values in (ids, labels)]
+        told = told or row.teacher_prompt_ids is not None
+        prompts.extend(row.teacher_prompt_ids or ())
+        ends.append(len(prompts))
+    columns = [_lists(values, offsets) for values in (ids, labels)]
     columns.append(pa.array([domain] * (len(offsets) - 1), pa.large_string()))
-    return Dataset(InMemoryTable(pa.Table.from_arrays(columns, schema=_TOKENS.arrow_schema)))
+    features = _TOKENS
+    if told:
+        columns.append(_lists(prompts, ends))
+        features = Features({**_TOKENS, TEACHER_PROMPT_IDS: PROMPT_IDS_TYPE})
+    return Dataset(InMemoryTable(pa.Table.from_arrays(columns, schema=features.arrow_schema)))
 
 
-def _flat(values: array[int]) -> pa.Array:
-    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
+def _lists(values: array[int], offsets: array[int]) -> pa.Array:
+    flat = pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat)
+
+
+def _without(column: str, rows: Any) -> Any:
+    """Rows without a column that they may have; None as it is."""
+    return rows.remove_columns(column) if rows is not None and column in rows.column_names else rows
 
 
 def _joined(row: Mapping[str, Any]) -> dict[str, Any]:

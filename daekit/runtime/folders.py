@@ -12,6 +12,7 @@
         student.json        what was made and how; written last: the student is complete
       stages/NAME/
         stage_key.json      what the stage's result depends on; it binds once there is a checkpoint or a result
+        preflight.json      how the experts of a dae stage compared with its student
         checkpoint-N/       checkpoints with a manifest
         model/              the result: weights or adapter, tokenizer, recipe.yaml, provenance.json
         adapter/            the trained adapter, where the result is merged
@@ -196,6 +197,11 @@ class StageFolder:
     def adapter(self) -> Path:
         """The trained adapter of a stage whose result is merged."""
         return self.root / "adapter"
+
+    @property
+    def preflight(self) -> Path:
+        """How its experts compared with its student before the first step."""
+        return self.root / "preflight.json"
 
     @property
     def done(self) -> Path:

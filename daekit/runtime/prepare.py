@@ -19,10 +19,12 @@ from transformers.optimization import get_scheduler
 from daekit.data.mixture import Mixture
 from daekit.data.preparation import DomainCount, fit_to_length
 from daekit.data.rows import form_of
+from daekit.data.teacher_prompts import require_followed
 from daekit.errors import UserError, listed
 from daekit.evaluation.suites import Options
 from daekit.evaluation.suites.prepare import prepare as prepare_suite
 from daekit.generation import Permissions
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe, StageSpec
 from daekit.recipe.validation import dotted
@@ -267,14 +269,19 @@ def _rows_of(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder) ->
     mixture = data.mixture(stage)
     splits = arguments.packing and arguments.packing_strategy not in ("bfd", None)
     limit = None if splits else arguments.max_length
-    rows, counts = fit_to_length(mixture.dataset, limit, arguments.overlong, "train")
+    teacher_limit = None if stage.type == "sft" else stage.teacher_max_length
+    rows, counts = fit_to_length(mixture.dataset, limit, arguments.overlong, "train", teacher_limit)
     if isinstance(arguments, KDConfig) and arguments.on_policy_fraction:
         require_prompts(rows, arguments, data.tokenizer, None)
     watched = arguments.eval_strategy != "no"
     validation = data.validation(stage) if watched else None
     if watched and validation is None:
         raise UserError("eval_strategy needs validation rows; give `validation`, `validation_split` or `holdout` of a source")
-    validation_counts = {} if validation is None else fit_to_length(validation, limit, arguments.overlong, "eval")[1]
+    validation_counts = {}
+    if validation is not None:
+        validation_counts = fit_to_length(validation, limit, arguments.overlong, "eval", teacher_limit)[1]
+    if any(rows is not None and TEACHER_PROMPT_IDS in rows.column_names for rows in (mixture.dataset, validation)):
+        require_followed(stage.loss, splits)
     longest = max(len(row) for row in mixture.dataset["input_ids"])
     return PreparedStage(arguments, mixture, validation, counts, validation_counts, min(longest, limit or longest))
 

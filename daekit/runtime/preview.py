@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from daekit.data.preparation import DomainCount
 from daekit.data.rows import form_of
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS, as_teacher_sees, is_told_more
 from daekit.runtime.data import LossRule
 from daekit.runtime.prepare import Prepared, PreparedStage
 
@@ -95,6 +96,12 @@ def _source(prepared: Prepared, source: str, rule: LossRule, rows: int, colour: 
         f"{lengths.min():,} / {int(np.median(lengths)):,} / {lengths.max():,} (least / median / most); loss on "
         f"{rule.describe(form, prepared.data.tokenizer)}"
     )
+    if TEACHER_PROMPT_IDS in tokens.column_names:
+        told = [len(as_teacher_sees(row)["input_ids"]) for row in tokens if is_told_more(row)]
+        yield (
+            f"    teachers see {len(told):,} rows with a teacher_prompt instead of the prompt; tokens {min(told):,} / "
+            f"{int(np.median(told)):,} / {max(told):,}"
+        )
     for name, ready in prepared.stages.items():
         limit = ready.arguments.max_length
         if source in prepared.recipe.stages[name].data.sources and limit is not None and lengths.max() > limit:
@@ -102,6 +109,10 @@ def _source(prepared: Prepared, source: str, rule: LossRule, rows: int, colour: 
     for number in range(min(rows, len(tokens))):
         yield f"--- row {number + 1} of {source} ({lengths[number]} tokens)"
         yield _shown(tokens[number], prepared.data.tokenizer, colour)
+        if is_told_more(tokens[number]):
+            seen = as_teacher_sees(tokens[number])
+            yield f"--- row {number + 1} of {source} as its teacher sees it ({len(seen['input_ids'])} tokens)"
+            yield _shown(seen, prepared.data.tokenizer, colour)
 
 
 def _shown(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:

@@ -17,6 +17,7 @@ from daekit.report import Report
 from daekit.runtime.data import DataBuilder, LossRule
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.models import ModelBuilder
+from daekit.runtime.preflight import warnings
 
 _REFERENCE = "//reference"  # beside the domains, whose names hold no slash
 
@@ -63,7 +64,7 @@ def build_report(
         baseline=spec.baseline,
         samples=tuple(select_samples(evaluations, sets)),
         curves={name: facts["log_history"] for name, facts in done.items()},
-        notes=tuple(_notes(recipe, sets, data)),
+        notes=(*_expert_notes(done), *_notes(recipe, sets, data)),
         versions=provenance["versions"],
         seconds={name: facts["seconds"] for name, facts in done.items()},
         provenance={key: _text(value) for key, value in provenance.items() if key != "versions"},
@@ -127,6 +128,14 @@ def _shared_reference(recipe: Recipe, models: ModelBuilder) -> tuple[TeacherSpec
         if found and all(each == found[0] for each in found) and not (found[0][0].labels or found[0][0].server)
         else None
     )
+
+
+def _expert_notes(done: Mapping[str, Any]) -> Iterator[str]:
+    for name, facts in done.items():
+        preflight = facts.get("preflight", {})
+        yield from (f"Stage {name}: {warning}" for warning in warnings(preflight))
+        unscored = {domain: each["not_scored"] for domain, each in preflight.items() if "not_scored" in each}
+        yield from (f"Stage {name}: the expert of {domain} was not scored: {why}" for domain, why in unscored.items())
 
 
 def _notes(recipe: Recipe, sets: Mapping[str, EvaluationSet], data: DataBuilder) -> Iterator[str]:

@@ -20,8 +20,9 @@ from daekit.recipe import sharing_notes, stage_key, to_yaml
 from daekit.recipe.schema import ModelSpec, Recipe
 from daekit.report.provenance import commit, versions
 from daekit.runtime.data import DataBuilder
-from daekit.runtime.folders import RunFolder, StageFolder, listed
+from daekit.runtime.folders import RunFolder, StageFolder, listed, read_file
 from daekit.runtime.models import ModelBuilder
+from daekit.runtime.preflight import compare_experts
 from daekit.runtime.prepare import Prepared
 from daekit.runtime.preview import stage_lines
 from daekit.runtime.signals import SaveOnSignal, StopRequest
@@ -49,6 +50,10 @@ def run_stage(prepared: Prepared, name: str, state: PartialState, stop: StopRequ
     if state.is_main_process:
         print(_heading(prepared, name, trainer), flush=True)
     resume = bool(stage.checkpoints)
+    preflight, lines = compare_experts(recipe, name, stage, data, trainer)
+    if state.is_main_process and preflight:
+        write_json(stage.preflight, preflight)
+        print("\n".join(lines), flush=True)
     with stop.saving():
         trainer.train(resume_from_checkpoint=resume)
     _save_result(recipe, name, stage, trainer, state)
@@ -60,6 +65,8 @@ def run_stage(prepared: Prepared, name: str, state: PartialState, stop: StopRequ
             "resumed": resume,
             "log_history": trainer.state.log_history,
         }
+        if stage.preflight.is_file():
+            facts["preflight"] = read_file(stage.preflight, delete=stage.preflight)
         (stage.model / "recipe.yaml").write_text(to_yaml(recipe))
         write_json(stage.model / "provenance.json", provenance)
         files = listed(stage.root, [stage.model, stage.adapter])

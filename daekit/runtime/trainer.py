@@ -16,6 +16,7 @@ from daekit.runtime.caches import make_caches
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import StageFolder
 from daekit.runtime.models import ModelBuilder
+from daekit.runtime.preflight import held_out_rows
 from daekit.trainers import (
     DAEConfig,
     DAETrainer,
@@ -62,7 +63,8 @@ def cache_stage(recipe: Recipe, name: str, folder: StageFolder, data: DataBuilde
         UserError: see ``make_caches``.
     """
     given = _given(recipe, name, folder, data, models, data.mixture(recipe.stages[name]))
-    make_caches(recipe, name, models, given["args"], given["train_dataset"], given["eval_dataset"])
+    held_out = held_out_rows(recipe, name, data)
+    make_caches(recipe, name, models, given["args"], given["train_dataset"], given["eval_dataset"], held_out)
 
 
 def _given(
@@ -84,7 +86,8 @@ def _trainer_of(
 ) -> KDTrainer:
     stage, common = recipe.stages[name], _given(recipe, name, folder, data, models, mixture)
     models.require_adapters_fit(stage)
-    caches = make_caches(recipe, name, models, common["args"], common["train_dataset"], common["eval_dataset"])
+    given = common["args"], common["train_dataset"], common["eval_dataset"]
+    caches = make_caches(recipe, name, models, *given, held_out_rows(recipe, name, data))
     student = models.student(recipe, name, common["args"].seed)
     if stage.type == "sft":
         return DomainSFTTrainer(student, **common)
@@ -109,6 +112,7 @@ def training_arguments(recipe: Recipe, name: str, folder: StageFolder) -> Domain
     arguments |= {"assistant_only_loss": False, "completion_only_loss": None}  # the rows say it: they are tokenised
     if stage.type == "sft":
         return DomainSFTConfig(**arguments)
+    arguments["teacher_max_length"] = stage.teacher_max_length
     if stage.type == "kd":
         return KDConfig(**arguments, **KDConfig.settings(stage.loss))
     return DAEConfig(**arguments, **KDConfig.settings(stage.loss), reference_domains=list(stage.reference_domains))

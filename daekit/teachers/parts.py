@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from daekit.models.teacher_view import TOKEN_COLUMNS
 from daekit.protocol import Teacher
 from daekit.recipe.objective import Objective
 from daekit.recipe.schema import ModelSpec
@@ -137,6 +138,6 @@ def require_served(
 def _rows(datasets: Sequence[Any], domains: Domains) -> Iterable[CacheRow]:
     for dataset in datasets:
         if isinstance(dataset, Dataset):
-            columns = [name for name in ("input_ids", "labels", "seq_lengths", "domain") if name in dataset.column_names]
+            columns = [name for name in TOKEN_COLUMNS if name in dataset.column_names]
             rows = dataset.select_columns(columns).with_format("numpy")
             yield from rows_of_examples(row for row in rows if domains is None or str(row["domain"]) in domains)

@@ -84,7 +84,8 @@ class KDConfig(DomainSFTConfig):
     ``loss = (ce_weight * CE + prediction_weight * T^2 * D(teacher, student) + attention_weight * A + hidden_weight * H) / N``
     with N the loss tokens of the global batch; CE, D and A in nats, H without unit ("A Teacher Is Worth A Million
     Instructions", arXiv 2406.19112). ``attention_layers`` and ``hidden_layers`` may also be pairs of (student's layer,
-    teacher's layer). ``on_policy_fraction`` is its ``on_policy``.
+    teacher's layer). ``on_policy_fraction`` is its ``on_policy``. ``teacher_max_length`` bounds what a teacher sees of a row
+    with a ``teacher_prompt``, in tokens; longer rows fall under ``overlong``, and None means ``max_length``.
     """
 
     ce_weight: float = _setting("ce_weight")
@@ -94,6 +95,9 @@ class KDConfig(DomainSFTConfig):
     beta: float = _setting("beta")
     skew_alpha: float = _setting("skew_alpha")
     temperature: float = _setting("temperature")
+    teacher_max_length: int | None = field(
+        default=None, metadata={"help": "max_length of what a teacher sees of a row with teacher_prompt; default: max_length."}
+    )
     attention_layers: str = _setting("attention_layers")  # or pairs; HfArgumentParser can read neither Any nor a union
     attention_relation_heads: int | None = _setting("attention_relation_heads")
     hidden_weight: float = _setting("hidden_weight")

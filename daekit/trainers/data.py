@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
@@ -20,13 +21,22 @@ from daekit.data.preparation import (
     require_values,
 )
 from daekit.data.responses import ResponseLabels, label_responses
+from daekit.data.teacher_prompts import (
+    TEACHER_PROMPT,
+    pack_with_prompts,
+    require_followed,
+    teacher_row,
+    with_teacher_prompts,
+)
 from daekit.errors import UserError
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.models.vocabulary import vocabulary_size
+from daekit.trainers.config import KDConfig
 from daekit.trainers.validation import refuse_shared_stream
 
 logger = logging.getLogger(__name__)
 
-_WHOLE_ROWS = ("bfd", None)  # packing strategies that never split a row over two blocks; None: no packing
+_WHOLE_ROWS = ("bfd", None)  # packing strategies that never split a row over two blocks; None is TRL's bfd
 
 
 class RowPreparation:
@@ -65,16 +75,22 @@ class RowPreparation:
         dataset = require_domains(dataset, name, self.default_domain)
         if "seq_lengths" in (dataset.column_names or ()):
             return dataset  # prepared and packed before: `evaluate` was given one of our own data sets
-        if formatting_func is None:
-            dataset = require_values(dataset, name, args.dataset_text_field)
-            if args.assistant_only_loss is None:
-                dataset = self._label_responses(dataset, tokenizer, args.dataset_num_proc, name)
-        dataset = self._tokenised(trl, dataset, tokenizer, args, formatting_func, name)
-        limit = args.max_length if (args.packing_strategy if packing else None) in _WHOLE_ROWS else None
+
+        def tokenise(rows: Any, name: str) -> Any:
+            if formatting_func is None:
+                rows = require_values(rows, name, args.dataset_text_field)
+                if args.assistant_only_loss is None:
+                    rows = self._label_responses(rows, tokenizer, args.dataset_num_proc, name)
+            return self._tokenised(trl, rows, tokenizer, args, formatting_func, name)
+
+        dataset = _with_teacher_prompts(tokenise, dataset, tokenizer, args, packing, name)
+        whole_rows = not packing or args.packing_strategy in _WHOLE_ROWS
+        limit = args.max_length if whole_rows else None
         if isinstance(dataset, IterableDataset):
             dataset = fit_stream_to_length(dataset, limit, args.overlong, name)
         else:
-            dataset, self.counts[name] = fit_to_length(dataset, limit, args.overlong, name)
+            teacher_limit = args.teacher_max_length if isinstance(args, KDConfig) else None
+            dataset, self.counts[name] = fit_to_length(dataset, limit, args.overlong, name, teacher_limit)
             self._log_counts(name)
         if packing:
             return self._pack_by_domain(trl, dataset, tokenizer, args, name)
@@ -121,10 +137,15 @@ class RowPreparation:
         domains = self.domains if streaming else list(dict.fromkeys(dataset["domain"]))
         if streaming:
             dataset = dataset.map(self._require_known_domain)
+
+        def pack(part: Any, domain: str) -> Any:
+            return trl(part, tokenizer, args, True, None, f"{name} ({domain})")
+
         packed = []
         for domain in domains:
             part = dataset.filter(lambda row, domain=domain: row["domain"] == domain)
-            part = trl(part, tokenizer, args, True, None, f"{name} ({domain})")
+            told = TEACHER_PROMPT_IDS in (part.column_names or ())
+            part = pack_with_prompts(partial(pack, domain=domain), part) if told else pack(part, domain)
             packed.append(part.map(lambda row, domain=domain: {"domain": domain}))
         if streaming:
             return interleave_datasets(packed, stopping_strategy="all_exhausted_without_replacement")
@@ -145,3 +166,35 @@ class RowPreparation:
             lost = {what: n for what in ("truncated", "dropped", "emptied", "blank") if (n := getattr(count, what))}
             level = logging.WARNING if lost else logging.INFO
             logger.log(level, "%s, %s: %d rows, %d loss tokens %s", name, domain, count.rows, count.loss_tokens, lost or "")
+
+
+def _with_teacher_prompts(
+    tokenise: Callable[[Any, str], Any], dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any, packing: bool, name: str
+) -> Any:
+    """Tokenised rows, with the tokens of their ``teacher_prompt`` where a teacher is to see it.
+
+    Raises:
+        UserError: rows that cannot be followed, a stream, packing that splits rows, losses that other tokens do not serve.
+    """
+    columns = dataset.column_names or first_row(dataset, name).keys()
+    if not isinstance(args, KDConfig) or not {TEACHER_PROMPT, TEACHER_PROMPT_IDS} & set(columns):
+        return tokenise(dataset, name)  # labels alone: nobody is told more
+    require_followed(args.objective(), packing and args.packing_strategy not in _WHOLE_ROWS)
+    if isinstance(dataset, IterableDataset):
+        raise UserError(
+            f"the {name} data set is a stream with teacher_prompt, whose rows cannot be compared before the first step. Give a "
+            "map-style Dataset (datasets.Dataset.from_list(list(stream)))."
+        )
+    if TEACHER_PROMPT_IDS in columns:
+        return tokenise(dataset, name)
+    if "input_ids" in columns:
+        raise UserError(
+            f"the {name} data set has input_ids and a teacher_prompt that is not tokenised: give teacher_prompt_ids instead, "
+            "the tokens that the teacher sees in place of those before the response (an empty list: the same)"
+        )
+    seen = dataset.map(
+        lambda row, at: teacher_row(row, f"the {name} data set, row {at}"), with_indices=True, remove_columns=TEACHER_PROMPT
+    )
+    given = [prompt is not None for prompt in dataset[TEACHER_PROMPT]]
+    own = tokenise(dataset.remove_columns(TEACHER_PROMPT), name)
+    return with_teacher_prompts(own, tokenise(seen, f"{name} (teacher_prompt)"), given, tokenizer, name)

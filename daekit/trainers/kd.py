@@ -27,6 +27,7 @@ from daekit.errors import UserError
 from daekit.models.backbone import add_on_hidden
 from daekit.models.restore import restore_weights
 from daekit.models.start_checks import require_plain_head, require_rows_apart
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.models.vocabulary import known_ids, vocabulary_size
 from daekit.protocol import Teacher
 from daekit.teachers.parts import frozen_models, on_student, require_on_student, require_served
@@ -52,7 +53,8 @@ class KDTrainer(SFTTrainer):
     """``trl.SFTTrainer`` whose student follows a teacher's next-token distribution.
 
     ``loss = (ce_weight * CE + prediction_weight * T^2 * D(teacher, student)) / loss tokens of the global batch`` (nats).
-    Rows may have a column ``domain``; without one they all are ``general``. Logged per domain as true token means over the
+    Rows may have a column ``domain``; without one they all are ``general``; of rows with a column ``teacher_prompt`` the
+    teacher sees that in place of the prompt. Logged per domain as true token means over the
     logging window, in nats: ``ce/<domain>``, ``tokens/<domain>``, ``mean_token_accuracy/<domain>``, ``kl/<domain>`` with its
     T^2 (or ``reverse_kl``, ``jsd``...); without suffix over all domains.
 
@@ -193,7 +195,8 @@ class KDTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "domain"]))  # type: ignore[has-type]
+        columns: list[str] = self._signature_columns  # type: ignore[has-type]
+        self._signature_columns = list(dict.fromkeys([*columns, "domain", TEACHER_PROMPT_IDS]))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of the next step, and what their loss is divided by; see ``rollouts.py``."""

@@ -26,7 +26,8 @@ def teacher_outputs(trainer: Any, batch: Batch) -> list[TeacherOutput]:
     """The teacher's outputs; UserError if there are none, for the loss would be 0 without a word."""
     if trainer.teacher is None:
         return []
-    outputs: list[TeacherOutput] = trainer.teacher.outputs(batch, None if trainer.features is None else trainer.features.spec)
+    capture = None if trainer.features is None else trainer.features.spec
+    outputs: list[TeacherOutput] = trainer.teacher.outputs(batch.for_teacher or batch, capture)
     if not outputs and batch.labels_N.numel():
         raise UserError(
             f"{type(trainer.teacher).__name__} has no output for a batch of {batch.labels_N.numel()} loss positions: its "

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
+from daekit.models.teacher_view import TOKEN_COLUMNS
 from daekit.models.vocabulary import vocabulary_size
 from daekit.trainers.config import DomainSFTConfig, KDConfig
 from daekit.trainers.kd import KDTrainer
@@ -59,5 +60,5 @@ def rows_of_trainer(trainer: KDTrainer) -> Iterator[Any]:
             continue
         if not isinstance(dataset, Dataset):
             raise UserError("a cache is made of a data set that can be read again; this is a stream. Use a map-style Dataset")
-        columns = [name for name in ("input_ids", "labels", "seq_lengths", "domain") if name in dataset.column_names]
+        columns = [name for name in TOKEN_COLUMNS if name in dataset.column_names]
         yield from dataset.select_columns(columns).with_format("numpy")

@@ -27,11 +27,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.models.utils import unwrap_model_for_generation
 
-from daekit.data.collator import ON_POLICY, collated_rows
+from daekit.data.collator import FOR_TEACHER, ON_POLICY, collated_rows
 from daekit.errors import UserError
 from daekit.generation.local import Sampling, generate, stop_token_ids
 from daekit.metrics import TokenMeans
 from daekit.models.backbone import base_of
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS, first_loss
 from daekit.protocol import IGNORE_INDEX
 from daekit.trainers.config import KDConfig
 from daekit.trainers.distributed import rounding, shards_parameters
@@ -189,13 +190,17 @@ class Rollouts:
             return batch
         examples: list[dict[str, Any]] = []
         lengths, ended = [], []
-        for place, (ids, labels, domain) in zip(places, collated_rows(batch), strict=True):
+        seen = collated_rows(batch.get(FOR_TEACHER, batch))
+        for place, (ids, labels, domain), (theirs, wanted, _) in zip(places, collated_rows(batch), seen, strict=True):
+            told = theirs[: last_response(wanted) if place in responses else first_loss(wanted)]
             if place in responses:
                 prompt, response = ids[: last_response(labels)], responses[place]
                 ids, labels = prompt + response, [IGNORE_INDEX] * len(prompt) + response
                 lengths.append(len(response))
                 ended.append(response[-1] in self._stop)
             examples.append({"input_ids": ids, "labels": labels, "domain": domain})
+            if FOR_TEACHER in batch:
+                examples[-1][TEACHER_PROMPT_IDS] = told
         domains = tuple(batch["domains"][row] for row, place in enumerate(places) if place in responses)
         for name, values in (("rollout_length", lengths), ("rollout_ended", ended)):
             self._means.add(name, torch.tensor(values), torch.arange(len(values)), domains)
@@ -225,6 +230,14 @@ def require_prompts(dataset: Dataset, args: KDConfig, tokenizer: PreTrainedToken
     """
     columns = dataset.select_columns(["input_ids", "labels"]).with_format("numpy")
     room = math.inf if args.max_length is None else args.max_length - args.max_new_tokens
+    if TEACHER_PROMPT_IDS in dataset.column_names and (limit := args.teacher_max_length or args.max_length) is not None:
+        told = np.array([len(prompt or ()) for prompt in dataset[TEACHER_PROMPT_IDS]])
+        if (long := told > limit - args.max_new_tokens).any():
+            raise UserError(
+                f"max_new_tokens={args.max_new_tokens}: {long.sum()} of {len(told)} rows have a teacher_prompt of more "
+                f"than teacher_max_length (default: max_length) - max_new_tokens = {limit - args.max_new_tokens} tokens (the "
+                f"longest is row {told.argmax()} with {told.max()}). Raise teacher_max_length, or leave those rows out."
+            )
     starts, ends, last = [], stop is None, 0
     for row in columns:
         if not (row["labels"][1:] != IGNORE_INDEX).any():

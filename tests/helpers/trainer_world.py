@@ -14,7 +14,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from daekit.models.teacher_view import TOKEN_COLUMNS
 from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, DomainSFTTrainer, KDConfig, KDTrainer
+from tests import reference
 from tests.helpers import tiny
 
 V = len(tiny.WORDS)
@@ -121,8 +123,12 @@ class Twin:
             ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
             kept = labels != -100
             student = self.student(input_ids=ids).logits[0, :-1, :V][kept]
+            seen, theirs = ids, kept
+            if row.get("teacher_prompt_ids"):
+                told = reference.seen_by_teacher(row["input_ids"], row["labels"], row["teacher_prompt_ids"])
+                seen, theirs = torch.tensor([told[0]]), torch.tensor(told[1])[1:] != -100
             with torch.no_grad():
-                teacher = self.teachers[row["domain"]](input_ids=ids).logits[0, :-1, :V][kept]
+                teacher = self.teachers[row["domain"]](input_ids=seen).logits[0, :-1, :V][theirs]
             ce = nn.functional.cross_entropy(student, labels[kept], reduction="none")
             divergence = self.divergence(student, teacher)
             loss = loss + self.config.ce_weight * ce.sum() + self.config.prediction_weight * divergence.sum()
@@ -173,7 +179,7 @@ def logged(trainer: Any, key: str) -> list[float]:
 def micro_batches(trainer: Any, size: int) -> list[dict[str, Any]]:
     """The training rows in order, collated ``size`` at a time."""
     data = trainer.train_dataset
-    columns = [name for name in ("input_ids", "labels", "domain", "seq_lengths") if name in data.column_names]
+    columns = [name for name in TOKEN_COLUMNS if name in data.column_names]
     examples = [{name: row[name] for name in columns} for row in data]
     return [trainer.data_collator(copy.deepcopy(examples[i : i + size])) for i in range(0, len(examples), size)]
 

@@ -163,8 +163,9 @@ class CachedTeacher:
             self.store.check_all()  # a key that changed on the disk is no missing row
             raise UserError(
                 f"{self.store.directory}: {len(missing):,} of {asked:,} rows are not in this cache (first: {missing[0]}). It "
-                "knows rows by token ids and loss positions: other data, another chat template or max_length, or packing that "
-                "splits rows, make other rows. Write it again with these rows: only they are computed."
+                "knows rows by token ids and loss positions: other data or teacher_prompts, another chat template or "
+                "max_length, or packing that splits rows, make other rows. Write it again with these rows: only they are "
+                "computed."
             )
 
 

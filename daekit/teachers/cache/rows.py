@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from daekit.errors import UserError
+from daekit.models.teacher_view import as_teacher_sees, is_told_more
 from daekit.protocol import IGNORE_INDEX, Batch
 
 KEY_BYTES = 16
@@ -55,11 +56,11 @@ def rows_of_batch(batch: Batch) -> list[CacheRow]:
 
 
 def rows_of_examples(examples: Iterable[Any]) -> Iterator[CacheRow]:
-    """The rows of a tokenised data set, as a trainer prepares it, or of Batches.
+    """The rows of a tokenised data set, as a trainer prepares it, or of Batches; each as its teacher sees it.
 
     Args:
         examples: CacheRows, Batches, or mappings with ``input_ids``, optional ``labels`` (-100: no loss; default: the ids)
-            and, where rows are packed, ``seq_lengths``.
+            and, where rows are packed, ``seq_lengths``; and ``teacher_prompt_ids`` where the teacher is told more.
 
     Raises:
         UserError: something else, such as rows that are not tokenised yet.
@@ -68,9 +69,9 @@ def rows_of_examples(examples: Iterable[Any]) -> Iterator[CacheRow]:
         if isinstance(example, CacheRow):
             yield example
         elif isinstance(example, Batch):
-            yield from rows_of_batch(example)
+            yield from rows_of_batch(example.for_teacher or example)
         elif isinstance(example, Mapping) and "input_ids" in example:
-            yield from _rows_of_example(example)
+            yield from _rows_of_example(as_teacher_sees(example) if is_told_more(example) else example)
         else:
             has = f"the columns {', '.join(map(str, example))}" if isinstance(example, Mapping) else type(example).__name__
             raise UserError(

@@ -153,9 +153,8 @@ class _Writer:
         k = top_k.ids_MK.shape[1]
         if form.keep != "top_k" or vocab_size is None or min(form.k, vocab_size) != k or form.temperature != top_k.temperature:
             raise UserError(
-                f"{type(self.asked.teacher).__name__}: gives sparse distributions: {k} tokens at temperature "
-                f"{top_k.temperature}; keep: {form.keep} with k={form.k} at temperature {form.temperature} was asked "
-                "for. Use keep: top_k with these"
+                f"{type(self.asked.teacher).__name__}: gives sparse distributions, {k} tokens at T={top_k.temperature}; "
+                f"keep: {form.keep} with k={form.k} at temperature {form.temperature} was asked for. Use keep: top_k with these"
             )
         if form.forced_ids:
             raise UserError("forced_ids: a server names its most likely tokens and the label; leave them out")
