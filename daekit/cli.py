@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
     _add_eval(parsers)
+    _add_chat(parsers)
     _add_looks(parsers)
     merge = parsers.add_parser("merge", help="fold a LoRA adapter into its 16-bit base, and compare the two")
     merge.set_defaults(run=commands.merge)
@@ -190,6 +191,27 @@ def _add_eval(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
 
 
+def _add_chat(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = parsers.add_parser("chat", help="ask several models the same, and see their answers side by side")
+    command.set_defaults(run=commands.chat)
+    command.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="a directory, PATH+ADAPTER, a hub id, http(s)://HOST/v1#MODEL, or RUN:STAGE; NAME=MODEL gives it a name",
+    )
+    command.add_argument("--system", metavar="TEXT", help="a system message (default: what the chat template does without one)")
+    command.add_argument("--max-new-tokens", metavar="N", type=_positive_int, default=512, help="of an answer (default: 512)")
+    command.add_argument(
+        "--temperature", metavar="T", type=_not_negative, default=0.0, help="0 (default): the likeliest tokens"
+    )
+    command.add_argument(
+        "--prompts", metavar="FILE", help="answer these (JSONL, Parquet, or .txt with one on each line) instead"
+    )
+    command.add_argument("--output", metavar="FILE", help="with --prompts: where to write Markdown (default: to the terminal)")
+    _add_permissions(command)
+
+
 def _positive_int(text: str) -> int:
     value = int(text)
     if value <= 0:
@@ -200,6 +222,13 @@ def _positive_int(text: str) -> int:
 def _count(text: str) -> int:
     value = int(text)
     if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must not be negative")
     return value
 

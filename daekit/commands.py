@@ -6,6 +6,7 @@ import argparse
 import importlib.resources
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -153,6 +154,29 @@ def sweep(options: argparse.Namespace) -> None:
     from daekit.runtime.sweep import run_sweep, swept_runs
 
     run_sweep(*swept_runs(options.recipe, options.overrides), options.grace, _permissions(options))
+
+
+def chat(options: argparse.Namespace) -> None:
+    """Chat with several models at once."""
+    models = parse_models(options.models)
+    if options.output is not None and options.prompts is None:
+        raise UserError("--output belongs to --prompts; what is said in a chat is not written")
+
+    from daekit.generation.local import Sampling
+    from daekit.runtime.chat import Chat, answer_prompts, read_prompts, speakers_of, talk
+    from daekit.runtime.quiet import quieten
+
+    quieten()
+    prompts = None if options.prompts is None else read_prompts(options.prompts)
+    how = Sampling(options.max_new_tokens, options.temperature)
+    each = Chat(speakers_of(models, _permissions(options)), how, options.system)
+    if prompts is None:
+        talk(each, sys.stdout)
+    elif options.output is None:
+        answer_prompts(each, prompts, sys.stdout)
+    else:
+        with Path(options.output).expanduser().open("w", encoding="utf-8") as out:
+            answer_prompts(each, prompts, out)
 
 
 def merge(options: argparse.Namespace) -> None:

@@ -57,7 +57,8 @@ def load_source(name: str, spec: SourceSpec, seed: int) -> tuple[Dataset, Datase
             the others, lacks a column or holds a value of the wrong type (the message names its line or row).
     """
     where = f"sources.{name}"
-    assert spec.path is not None, "the rows of a generated source lie at a path when they are read"
+    if spec.path is None:
+        raise UserError(f"{where}: its rows are written by a model before they can be read: `daekit generate RECIPE`")
     rows = _load(where, spec, spec.path, spec.split, "train", None if spec.holdout else spec.limit)
     if spec.validation is not None:
         return rows, _load(where, spec, spec.validation, "validation", "validation", spec.validation_limit)
