@@ -20,7 +20,7 @@ import torch
 from daekit.evaluation.answers import AnswerStore, HowToAnswer, answer_all
 from daekit.evaluation.models import SuiteModel
 from daekit.evaluation.questions import mt_bench_conversations
-from daekit.recipe.suite import SubjectSpec
+from daekit.recipe.suite import SuiteModelSpec
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    subject = SuiteModel("model", SubjectSpec(path=str(options.model)))
+    subject = SuiteModel("model", SuiteModelSpec(path=str(options.model)))
     subject.model()
     runs = {size: run(subject, options, size) for size in (options.batch_size, 1)}
     batched, single = runs[options.batch_size], runs[1]

@@ -41,7 +41,7 @@ class Shape:
     steps: int = 4
     rows: int = 8  # of a step
     prompt: int = 64  # tokens at most
-    response: int = 64
+    response: int = 32
     student_width: int = 576
     teacher_width: int = 768
     layers: int = 6

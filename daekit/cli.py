@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     init.set_defaults(run=commands.init)
     cache = parsers.add_parser("cache", help="write what teachers with a cache say about the rows of a recipe; no training")
     cache.set_defaults(run=commands.cache)
+    cache.add_argument("--check", action="store_true", help="ask the teachers again about some rows, and say what differs")
     generate = parsers.add_parser("generate", help="write the rows of a recipe's generated sources (or of SOURCE); no training")
     generate.set_defaults(run=commands.generate)
     sweep = parsers.add_parser(

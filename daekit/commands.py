@@ -124,7 +124,7 @@ def cache(options: argparse.Namespace) -> None:
 
     from daekit.runtime.run import cache_teachers
 
-    cache_teachers(recipe, options.grace, _permissions(options))
+    cache_teachers(recipe, options.grace, _permissions(options), options.check)
 
 
 def generate(options: argparse.Namespace) -> None:

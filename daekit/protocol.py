@@ -25,7 +25,7 @@ Everything here is a plain container: no weights are loaded and no loss is compu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -246,6 +246,15 @@ class TeacherOutput:
     average: str = "logits"  # whose weighted mean is taken, after the temperature: logits (BabyLlama-2) or probabilities
     top_k: TopK | None = None  # a sparse distribution instead of members: what a cache, a server or labels give
     features: Features | None = None  # only where they were asked for, and of one member
+
+    def at(self, index: Tensor) -> TeacherOutput:
+        """The distributions at some of the M positions, by a mask or by indices; the features as they are."""
+        top_k = self.top_k
+        if top_k is not None:
+            tail_M = None if top_k.tail_log_mass_M is None else top_k.tail_log_mass_M[index]
+            top_k = TopK(top_k.ids_MK[index], top_k.log_probs_MK[index], top_k.temperature, tail_M)
+        members = tuple(replace(member, hidden_MH=member.hidden_MH[index]) for member in self.members)
+        return replace(self, positions_M=self.positions_M[index], members=members, top_k=top_k)
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from daekit.evaluation.answers import AnswerStore, HowToAnswer, answer_all, requ
 from daekit.evaluation.models import SuiteModel
 from daekit.evaluation.questions import TEMPERATURES, Conversation, alpaca_conversations, mt_bench_conversations
 from daekit.generation.local import Sampling, generate
-from daekit.recipe.suite import SubjectSpec
+from daekit.recipe.suite import SuiteModelSpec
 from tests.helpers import tiny
 from tests.helpers.shared_data import DATA
 
@@ -30,7 +30,7 @@ def subject(tmp_path_factory) -> SuiteModel:
     folder = tmp_path_factory.mktemp("model")
     tiny.model(seed=3).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
-    return SuiteModel("mine", SubjectSpec(path=str(folder)))
+    return SuiteModel("mine", SuiteModelSpec(path=str(folder)))
 
 
 def conversations(count: int, temperature: float = 0.0) -> list[Conversation]:
@@ -197,7 +197,7 @@ def test_no_chat_template_is_said(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"models\.bare has no chat template"):
         require_answerable(
-            SuiteModel("bare", SubjectSpec(path=str(tmp_path))), conversations(1), HowToAnswer(4), "benchmarks.mt"
+            SuiteModel("bare", SuiteModelSpec(path=str(tmp_path))), conversations(1), HowToAnswer(4), "benchmarks.mt"
         )
 
 

@@ -16,6 +16,7 @@ from daekit.losses import Objective, prediction_loss
 from daekit.models.heads import teacher_log_probs
 from daekit.protocol import OutputHead, TeacherOutput
 from daekit.teachers import CachedTeacher, EnsembleTeacher, RoutedTeacher, write_cache
+from daekit.teachers.cache import check_cache
 from daekit.teachers.cache import write as writing
 from daekit.teachers.cache.asking import AskedTeacher
 from daekit.teachers.cache.rows import rows_of_batch, rows_of_examples
@@ -197,6 +198,44 @@ def test_sampled_is_unbiased_over_seeds(tmp_path: Path) -> None:
     z = (total / seeds - p) / (p * (1 - p) / (10 * seeds)).sqrt().clamp(min=1e-4)
     assert 0.8 < float(z[p > 0.02].std()) < 1.2  # of independent draws: 1
     assert float(z[p > 0.02].abs().max()) < 4.5
+
+
+def test_the_mean_gradient_over_seeds_is_that_of_the_whole_distribution(tmp_path: Path) -> None:
+    """Within three standard errors, but for the few of many values that chance puts beyond."""
+    rows, teacher, seeds = long_rows(3), model_teacher(), 60
+    batch = batch_to(rows)
+    whole = torch.cat([g.flatten() for g in loss_and_gradient(teacher.outputs(batch)[0], batch.labels_N)[1:]])
+    drawn = []
+    for seed in range(seeds):
+        write_cache(teacher, rows, tmp_path / str(seed), keep="sampled", draws=5, seed=seed)
+        (output,) = CachedTeacher(tmp_path / str(seed)).outputs(batch)
+        drawn.append(torch.cat([g.flatten() for g in loss_and_gradient(output, batch.labels_N)[1:]]))
+    stacked = torch.stack(drawn)
+    z = (stacked.mean(0) - whole) / (stacked.std(0) / seeds**0.5).clamp(min=1e-6)
+    assert float((z.abs() < 3).double().mean()) > 0.99 and float(z.abs().max()) < 6
+    one = (stacked[0] - whole) / (stacked.std(0) / seeds**0.5).clamp(min=1e-6)
+    assert float((one.abs() < 3).double().mean()) < 0.6  # one cache alone is far away: the test can fail
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [(dict(keep="hidden"), "hidden.0: "), (dict(keep="top_k", k=6), "ids: "), (dict(keep="sampled", draws=9), "draws: ")],
+)
+def test_a_check_finds_equal_bits_and_another_teacher(settings: dict[str, Any], wrong: str, tmp_path: Path) -> None:
+    rows = long_rows(50)
+    write_cache(model_teacher(), rows, tmp_path, **settings)
+    lines = check_cache(model_teacher(), tmp_path, rows_of_examples(rows))
+    assert lines[0].startswith(wrong)
+    for line in lines:  # one row at a time the head's products are rounded otherwise
+        gap = line.partition("by ")[2].partition(" at most")[0]
+        assert "values are equal to the bit (32 rows)" in line or (settings["keep"] == "top_k" and float(gap) < 5e-3)
+    lines = check_cache(model_teacher(3), tmp_path, rows_of_examples(rows))
+    assert "values differ" in lines[0]
+    near = model_teacher()
+    near.model.model.norm.weight.data *= 1 + 1e-6
+    if settings["keep"] == "hidden":
+        (line,) = check_cache(near, tmp_path, rows_of_examples(rows))
+        assert 1e-8 < float(line.split("by ")[1].split(" at most")[0]) < 1e-4
 
 
 def test_sampled_does_not_depend_on_order_and_shards(tmp_path: Path) -> None:

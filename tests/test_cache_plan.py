@@ -125,8 +125,8 @@ def test_making_takes_the_teacher_alone_and_its_operations() -> None:
 
 
 def test_a_served_teacher_takes_nothing_here() -> None:
-    served = "stages.kd.teacher={base_url: 'http://127.0.0.1:1/v1', model: large, k: 8%s}"
-    live, cached = (plan(served % cache) for cache in ("", ", cache: {keep: top_k, k: 8}"))
+    served = "stages.kd.teacher={base_url: 'http://127.0.0.1:1/v1', model: large, %s}"
+    live, cached = (plan(served % how) for how in ("k: 8", "cache: {keep: top_k, k: 8}"))
     assert not any("teacher" in part and "weights" in part for part in {**live.memory.parts, **cached.memory.parts})
     (cache,) = cached.caches
-    assert cache.token_bytes == 5 * 8 + 4 and cache.making.parts["teacher weights"] == 0 and live.caches == ()
+    assert cache.token_bytes == 5 * 8 + 4 and not cache.making.parts.get("teacher weights") and live.caches == ()

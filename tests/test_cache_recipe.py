@@ -75,6 +75,11 @@ def test_daekit_cache_makes_what_can_be_made_and_training_uses_it(
     assert "[kd] cache complete, kept" in capsys.readouterr().out
 
 
+def test_daekit_cache_check_says_what_differs(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache_teachers(recipe(world, tmp_path), check=True)
+    assert ": hidden.0: all " in (said := capsys.readouterr().out) and "are equal to the bit (12 rows)" in said
+
+
 def test_equal_teachers_share_a_directory_and_a_path_is_shared_between_recipes(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

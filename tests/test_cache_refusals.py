@@ -17,7 +17,7 @@ import torch
 
 from daekit.errors import UserError
 from daekit.losses import Objective
-from daekit.protocol import FeatureSpec
+from daekit.models.features import require_features
 from daekit.teachers import BASE, CachedTeacher, EnsembleTeacher, LabelTeacher, RoutedTeacher, write_cache
 from daekit.teachers.parts import require_served
 from tests.helpers import tiny
@@ -239,8 +239,8 @@ def test_losses_that_a_cache_does_not_serve(kept: dict[str, Any], objective: dic
     for teacher in (cached, RoutedTeacher({"shop": cached, "law": model_teacher()})):
         with pytest.raises(UserError, match=f"^{key}"):
             require_served(teacher, Objective(**objective), tiny.tokenizer())
-    with pytest.raises(UserError, match="attention_weight, hidden_weight: "):
-        cached.feature_layers(FeatureSpec(tiny.model().config))
+    with pytest.raises(UserError, match="CachedTeacher hands out no features"):
+        require_features(cached)
 
 
 def test_another_tokenizer(cache: Path) -> None:
@@ -263,3 +263,8 @@ def test_trainers_look_at_caches_before_the_first_step(tmp_path: Path) -> None:
         kd(tmp_path / "run", data, teacher=cached)
     with pytest.raises(UserError, match=r"^attention_weight"):
         kd(tmp_path / "run", data, teacher=cached, attention_weight=1.0)
+
+
+def test_what_the_student_is_yet_to_write(cache: Path) -> None:
+    with pytest.raises(UserError, match=r"on_policy=0.5: a cache holds what its teacher said"):
+        CachedTeacher(cache).require_objective(Objective(on_policy=0.5))

@@ -142,11 +142,20 @@ def killed_then_resumed(student: str, folder: Path, kill: Callable[[], None], st
     assert_the_same(student, folder, straight_folder)
 
 
-@pytest.mark.parametrize("student", ["dense", "mixtral", "on-policy"])  # "lora" is killed four times in a row below
+@pytest.mark.parametrize("student", ["dense", "mixtral"])  # "lora" is killed four times in a row below
 def test_killed_at_a_step(student: str, tmp_path: Path, straight_folder: Path) -> None:
     step = random.choice([4, 5, 7, 8])
     print(f"killed at step {step}")
     killed_then_resumed(student, tmp_path, lambda: run(student, tmp_path, (KillAtStep(step),)), straight_folder)
+
+
+def test_killed_inside_a_buffer_of_responses(tmp_path: Path, straight_folder: Path) -> None:
+    """What the student of step 4 has written for steps 4 to 6 is trained on after it is gone."""
+    assert forked(lambda: run("on-policy", tmp_path, (KillAtStep(8),))) == -signal.SIGKILL
+    written = json.loads((tmp_path / "checkpoint-6" / "daekit_state_0.json").read_text())["rollouts"]
+    assert written["until"] == 7 and {step for step, _, _ in written["responses"]} == {6}
+    assert forked(lambda: run("on-policy", tmp_path)) == 0
+    assert_the_same("on-policy", tmp_path, straight_folder)
 
 
 def kill_points(events: list[tuple[str, str]]) -> list[int]:

@@ -120,8 +120,8 @@ def test_reentrant_checkpointing_under_losses_that_look_inside(tmp_path: Path, m
     create = transformers.Trainer.create_accelerator_and_postprocess
     monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", zero3)
     monkeypatch.setattr("daekit.trainers.distributed.shards_parameters", lambda trainer: True)
-    monkeypatch.setattr("daekit.trainers.kd.shard_teacher", lambda *_: None)
-    monkeypatch.setattr("daekit.trainers.kd.Sharding", lambda *_: None)
+    monkeypatch.setattr("daekit.trainers.given.shard_teacher", lambda *_: None)
+    monkeypatch.setattr("daekit.trainers.given.Sharding", lambda *_: None)
     lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     kd(tmp_path, tiny.rows(4), peft_config=lora, attention_weight=1.0)
     with pytest.raises(UserError, match="reentrant checkpointing"):

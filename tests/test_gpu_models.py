@@ -11,7 +11,7 @@ import torch
 from daekit.models.backbone import decoder_layers
 from daekit.models.experts import quantise_experts
 from daekit.models.loading import load_model
-from daekit.models.placement import batch_on
+from daekit.models.placement import moved
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
 from tests.helpers import tiny
@@ -63,7 +63,7 @@ def test_an_offloaded_teacher(kind: str, tmp_path: Any) -> None:
     if bits:
         model.save_pretrained(tmp_path)
         model = load_model(ModelSpec(path=str(tmp_path), quantization="4bit", dtype="float32", offload=True))
-    batch = batch_on(batch_of(), torch.device("cuda"))
+    batch = moved(batch_of(), torch.device("cuda"))
     twin = copy.deepcopy(model).cuda()
     expected = ModelTeacher(twin, V).outputs(batch)[0].members[0]
     teacher = ModelTeacher(model, V, offload=True).to(torch.device("cuda"))
@@ -81,7 +81,7 @@ def test_an_offloaded_teacher(kind: str, tmp_path: Any) -> None:
 def test_a_teacher_on_the_cpu_for_a_student_on_the_gpu(tmp_path: Any) -> None:
     """device_map: what it says arrives where the student is."""
     tiny.model(seed=2).save_pretrained(tmp_path)
-    there = batch_on(batch_of(), torch.device("cuda"))
+    there = moved(batch_of(), torch.device("cuda"))
     teacher = ModelTeacher(load_model(ModelSpec(path=str(tmp_path), device_map="cpu")), V).to(torch.device("cuda"))
     (output,) = teacher.outputs(there)
     assert teacher.model.device.type == "cpu"

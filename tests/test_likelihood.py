@@ -277,7 +277,7 @@ def test_rows_that_do_not_fit_are_told_before_the_weights(tmp_path, tokenizer):
     path = str(write_lines(tmp_path / "rows.jsonl", [{"prompt": "w1 " * 20, "completion": "w2"}]))
     benchmark = likelihood_benchmark("rows", RowsSpec(path=path, max_new_tokens=20))
     benchmark.check("m", tokenizer, 40)
-    with pytest.raises(UserError, match="needs 40 tokens, more than the 39"):
+    with pytest.raises(UserError, match="40 tokens are more than the 39"):
         benchmark.check("m", tokenizer, 39)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from daekit.cli import main
 from daekit.errors import UserError
-from daekit.planning import Machine, Planner, announcement, machine_of, plan_recipe
+from daekit.planning import Machine, Planner, announcement, format_plan, machine_of, plan_recipe
 from daekit.planning.advice import largest_rows
 from daekit.planning.generation import KEYS_AND_VALUES, TOGETHER
 from daekit.planning.memory import ACTIVATIONS, ADAPTERS, GATHERED, GRADIENTS, OPTIMIZER, OUTPUTS, WEIGHTS
@@ -205,6 +205,24 @@ def test_a_student_that_writes_needs_keys_and_values() -> None:
 
 def test_as_many_rows_write_together_as_in_the_trainer() -> None:
     assert rollouts._TOGETHER == TOGETHER
+
+
+def test_answers_of_the_report_are_counted() -> None:
+    """Of models whose shapes are known: here a llama with 6 layers and 128 channels, trained and as it was."""
+    models = "[student-as-it-was, kd, {name: other, path: no/model}]"
+    evaluation = f"evaluation={{models: {models}, limit: 5, batch_size: 3, max_new_tokens: 7}}"
+    recipe = load_recipe_text(RECIPE, "planned.yaml", ["sources.shop.holdout=9", evaluation])
+    whole = plan_recipe(recipe, CPU)
+    answers = whole.answers
+    assert answers is not None and answers.models == ("student-as-it-was", "kd") and answers.rows == 5
+    assert answers.key_value_bytes == 3 * (64 + 7) * 6 * 2 * 128 * 4
+    tokens = 5 * (64 + 7)
+    once = 2 * tokens * (6 * (4 * 128 * 128 + 3 * 128 * 256) + 500 * 128) + 2 * tokens * (64 + 7) * 128 * 6
+    assert answers.operations == 2 * once
+    text = format_plan(whole)
+    assert "[answers of the report] 2 models" in text and "at most 5 rows each, 70 tokens" in text
+    silent = load_recipe_text(RECIPE, "planned.yaml", ["sources.shop.holdout=9", evaluation, "evaluation.generate=false"])
+    assert plan_recipe(silent, CPU).answers is None
 
 
 # ---- the command, and the run ---

@@ -120,6 +120,20 @@ def test_a_served_expert_is_scored_through_the_server(world: Path, tmp_path: Pat
     assert served["preflight"]["shop"]["expert"] == pytest.approx(live["expert"], abs=1e-4)
 
 
+def test_an_expert_that_is_told_more_is_scored_with_what_it_is_told(world: Path, tmp_path: Path) -> None:
+    told = [json.loads(line) | {"teacher_prompt": "w7 w8 w9 "} for line in (world / "valid.jsonl").read_text().splitlines()]
+    other = [row | {"prompt": row["teacher_prompt"]} for row in told]
+    for name, rows in {"told": told, "other": other}.items():
+        text = "\n".join(json.dumps({key: row[key] for key in row if key != "answer"}) for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    (tmp_path / "shop.jsonl").write_text((tmp_path / "told.jsonl").read_text())
+    source = f"sources.shop={{domain: shop, path: {tmp_path}/shop.jsonl, validation: {tmp_path}/told.jsonl}}"
+    figures = run(world, tmp_path / "run", source, teachers={"shop": f"{world}/expert"})["preflight"]["shop"]
+    for who, folder, rows_of in (("expert", "expert", tmp_path / "other.jsonl"), ("student", "student", world / "valid.jsonl")):
+        mean, _ = plain_nll(AutoModelForCausalLM.from_pretrained(world / folder), rows_of)
+        assert figures[who][0] == pytest.approx(mean, abs=1e-5)
+
+
 def test_what_cannot_be_scored_says_why(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawn = {"shop": {"path": f"{world}/expert", "cache": {"keep": "sampled"}}}
     figures = run(world, tmp_path / "drawn", teachers=drawn)["preflight"]["shop"]
@@ -155,5 +169,5 @@ def test_a_resumed_stage_keeps_its_figures(world: Path, tmp_path: Path, monkeypa
 def test_rows_are_spread_and_short_enough(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "ROWS", 3)
     rows = Dataset.from_list([{"input_ids": [5] * n, "labels": [5] * n, "domain": "shop"} for n in range(1, 12)])
-    assert [len(row.input_ids) for row in preflight._some(rows, "shop", 10)] == [2, 6, 10]
+    assert [len(row["input_ids"]) for row in preflight._some(rows, "shop", 10)] == [2, 6, 10]
     assert preflight._some(rows, "law", None) == []

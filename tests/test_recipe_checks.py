@@ -93,7 +93,7 @@ PROVOKED = [
     (["stages.kd.lora.lora_alpha=-1"], "stages.kd.lora.lora_alpha: -1 must be greater than 0"),
     (["stages.kd.lora.lora_dropout=1"], "lora_dropout: 1 must be below 1"),
     (["stages.kd.student=./absent"], "'./absent' does not exist"),
-    (["stages.kd.student=~/absent-student"], "'~/absent-student' does not exist"),
+    (["stages.kd.student=~/absent-student"], "/absent-student' does not exist"),
     (["stages.kd.teacher=../absent/model"], "'../absent/model' does not exist"),
     # domains of a dae stage
     (["sources.general.domain=genral"], "the rows of domain 'genral' have no teacher; did you mean 'general'?"),

@@ -82,7 +82,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("overrides", "right"), [*((each, True) for each in SHORT), *((each, False) for each in WRONG)])
 def test_the_schema_takes_what_daekit_takes(overrides: str, right: bool) -> None:
-    from daekit.recipe.overrides import apply_overrides
+    from daekit.recipe.load import apply_overrides
 
     errors = Errors("test.yaml")
     errors.root = errors.read(BASE)

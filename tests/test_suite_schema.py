@@ -11,7 +11,7 @@ import pytest
 from daekit.errors import UserError
 from daekit.recipe.dump import suite_to_yaml
 from daekit.recipe.load import load_suite, load_suite_text, parse_models
-from daekit.recipe.suite import BENCHMARKS, MinimalPairsSpec, MTBenchSpec, SubjectSpec, subject_of
+from daekit.recipe.suite import BENCHMARKS, MinimalPairsSpec, MTBenchSpec, SuiteModelSpec
 
 SUITES = sorted((Path(__file__).parent.parent / "eval" / "suites").glob("*.yaml"))
 BASE = """\
@@ -42,7 +42,7 @@ def test_every_shipped_suite_loads_but_for_the_paths_of_its_data(path: Path, tmp
         load_suite(path, {"mine": "some/model"})
     except UserError as error:  # the message says what to write on the command line
         for each in error.details:
-            assert "does not exist; correct it, or override this key on the command line" in each.reason
+            assert "does not exist; correct it, or override this key" in each.reason
             overrides.append(f"{each.key}={tmp_path}")
     suite = load_suite(path, {"mine": "some/model"}, overrides)
     assert suite.name == path.stem
@@ -58,7 +58,7 @@ def test_suites_for_all_types_ship() -> None:
 def test_benchmarks_are_typed_by_their_type() -> None:
     suite = load_suite_text(BASE, "test.yaml", None, ["benchmarks.pairs.limit=3", "models.one.dtype=bfloat16"])
     assert suite.benchmarks["pairs"] == MinimalPairsSpec(path=".", limit=3)
-    assert suite.models["one"] == SubjectSpec(path="some/model", dtype="bfloat16")
+    assert suite.models["one"] == SuiteModelSpec(path="some/model", dtype="bfloat16")
 
 
 def test_a_suite_written_out_is_the_suite() -> None:
@@ -124,9 +124,9 @@ def test_models_of_the_command_line(tmp_path: Path) -> None:
     plus.mkdir()
     found = parse_models(["x=some/model", "runs/dae/model", "http://h:1/v1#served/name", "base+my/adapter", f"p={plus}"])
     assert list(found) == ["x", "model", "name", "adapter", "p"]
-    assert subject_of(found["name"]) == SubjectSpec(url="http://h:1/v1", served_model="served/name")
-    assert subject_of(found["adapter"]) == SubjectSpec(path="base", adapter="my/adapter")
-    assert subject_of(found["p"]) == SubjectSpec(path=str(plus))
+    assert SuiteModelSpec.model_validate(found["name"]) == SuiteModelSpec(url="http://h:1/v1", served_model="served/name")
+    assert SuiteModelSpec.model_validate(found["adapter"]) == SuiteModelSpec(path="base", adapter="my/adapter")
+    assert SuiteModelSpec.model_validate(found["p"]) == SuiteModelSpec(path=str(plus))
     suite = load_suite_text(BASE, "test.yaml", {"two": "c/d"}, ["models.two.revision=main"])
     assert list(suite.models) == ["one", "two"] and suite.models["two"].revision == "main"
     for wrong in (["a/x", "b/x"], ["x="], [""]):

@@ -18,7 +18,7 @@ from daekit.evaluation.models import SuiteModel, file_fingerprint
 from daekit.evaluation.suites import Options, run_suite
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.load import load_suite_text, parse_models
-from daekit.recipe.suite import SubjectSpec
+from daekit.recipe.suite import SuiteModelSpec
 from tests.helpers import tiny
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.reports import rows_of
@@ -168,7 +168,7 @@ def test_trust_is_given_to_the_path_and_not_to_the_base_that_an_adapter_names(tm
     adapter.mkdir()
     facts = {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": ["q_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(facts))
-    model = SuiteModel("m", SubjectSpec(path=str(adapter), trust_remote_code=True))
+    model = SuiteModel("m", SuiteModelSpec(path=str(adapter), trust_remote_code=True))
     with pytest.raises(UserError):
         _ = model.config
     with contextlib.suppress(UserError):  # without its own code the tokenizer may be an ordinary one
@@ -177,7 +177,7 @@ def test_trust_is_given_to_the_path_and_not_to_the_base_that_an_adapter_names(tm
     facts["base_model_name_or_path"] = str(adapter)
     (adapter / "adapter_config.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match="leads back to the adapter itself"):
-        _ = SuiteModel("m", SubjectSpec(path=str(adapter))).config
+        _ = SuiteModel("m", SuiteModelSpec(path=str(adapter))).config
 
 
 def test_models_of_two_tokenizers_are_compared_by_bytes_only(world, tmp_path):
@@ -197,7 +197,7 @@ def test_models_of_two_tokenizers_are_compared_by_bytes_only(world, tmp_path):
 
 def test_identity_knows_other_weights_and_loads_none(world, monkeypatch):
     monkeypatch.setattr("daekit.evaluation.models.load_model", lambda *_: pytest.fail("weights were loaded"))
-    found = [SuiteModel("m", SubjectSpec(path=str(world / name))).identity for name in ("one", "two", "one")]
+    found = [SuiteModel("m", SuiteModelSpec(path=str(world / name))).identity for name in ("one", "two", "one")]
     assert found[0] == found[2] and found[0]["files"] != found[1]["files"]
     assert file_fingerprint(Path("some/hub-id")) is None
 

@@ -114,8 +114,7 @@ def test_a_run_with_other_teacher_prompts_is_another_run(tmp_path: Path) -> None
 # ---- teachers --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", ["hidden", "top_k", "sampled"])
-@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(("keep", "packing"), [("hidden", False), ("top_k", True), ("sampled", False)])
 def test_a_cache_is_of_what_the_teacher_sees(keep: str, packing: bool, tmp_path: Path) -> None:
     data, teacher = told_rows(every=2), model_teacher()
     args = KDConfig(**options(tmp_path, packing=packing, packing_strategy="bfd"))
@@ -126,7 +125,7 @@ def test_a_cache_is_of_what_the_teacher_sees(keep: str, packing: bool, tmp_path:
     live, other = (kd(tmp_path / name, data, teacher=each, **how) for name, each in (("a", teacher), ("b", cached)))
     for run in (live, other):
         run.train()
-    if keep == "hidden" and not packing:
+    if keep == "hidden":
         assert torch.equal(weights(live.model), weights(other.model))
         assert logged(live, "eval_kl") == logged(other, "eval_kl")
     elif keep != "sampled":
@@ -321,3 +320,46 @@ def test_rows_with_and_without_the_column_are_mixed(tmp_path: Path) -> None:
     twin = Twin(in_float64(trainer.model), dict.fromkeys(("shop", "general"), in_float64(trainer.teacher.model)), trainer.args)
     value, _ = loss_and_gradient(trainer, micro_batches(trainer, 3))
     assert value == pytest.approx(twin(rows)[0].item(), rel=1e-5)
+
+
+def test_on_policy_the_teacher_scores_behind_its_own_prompt(tmp_path: Path) -> None:
+    """What the student wrote is the response on both sides."""
+    data = told_rows(8, every=2)
+    trainer = kd(
+        tmp_path, data, on_policy_fraction=0.5, max_new_tokens=5, rollout_buffer=1, max_steps=1, per_device_train_batch_size=8
+    )
+    seen: list[Any] = []
+    outputs = trainer.teacher.outputs
+
+    def recorded(batch: Any, capture: Any = None) -> Any:
+        seen.append(batch)
+        return outputs(batch, capture)
+
+    trainer.teacher.outputs = recorded
+    students: list[Any] = []
+    compute = trainer.compute_loss
+
+    def watched(model: Any, inputs: Any, **how: Any) -> Any:
+        students.append({key: value for key, value in inputs.items() if key != "for_teacher"})
+        return compute(model, inputs, **how)
+
+    trainer.compute_loss = watched
+    trainer.train()
+    (theirs,), (ours,) = seen, students
+    told = {tuple(row[TEACHER_PROMPT_IDS]) for row in trainer.train_dataset if row[TEACHER_PROMPT_IDS]}
+    assert sum(ours["row_on_policy"]) == 4
+    for row in range(8):
+        response = [
+            ours["labels"][row][ours["labels"][row] != -100].tolist(),
+            theirs.labels_BT[row][theirs.labels_BT[row] != -100].tolist(),
+        ]
+        assert response[0] == response[1]
+        ids = theirs.inputs["input_ids"][row][theirs.row_BT[row] >= 0].tolist()
+        prompt = tuple(ids[: len(ids) - len(response[0])])
+        own = ours["input_ids"][row][ours["row_ids"][row] >= 0].tolist()
+        assert prompt in told or ids == own
+    assert {tuple(theirs.inputs["input_ids"][row][: len(p)].tolist()) for row in range(8) for p in told} >= told
+    with pytest.raises(
+        UserError, match=r"4 of 8 rows have a teacher_prompt of more than teacher_max_length|rows have a teacher_prompt of"
+    ):
+        kd(tmp_path, data, on_policy_fraction=0.5, max_new_tokens=50, max_length=64, teacher_max_length=52)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from daekit.errors import UserError
 from daekit.losses import Objective, prediction_loss
 from daekit.models.heads import teacher_log_probs
-from daekit.protocol import FeatureSpec, OutputHead, TeacherOutput
+from daekit.protocol import OutputHead, TeacherOutput
 from daekit.recipe import load_recipe_text, stage_key
 from daekit.runtime.prepare import prepare
 from daekit.runtime.run import cache_teachers, run_recipe
@@ -177,8 +177,6 @@ def test_losses_that_it_does_not_serve(objective: dict[str, Any], said: str, ser
     with pytest.raises(UserError, match=said):
         require_served(teacher_at(server), Objective(**objective), tiny.tokenizer())
     assert server.calls == []
-    with pytest.raises(UserError, match="a server sends a teacher's distributions"):
-        teacher_at(server).outputs(batch_to(long_rows(2)), FeatureSpec(TEACHER.config))
     with pytest.raises(UserError, match="an ensemble cannot hold a teacher that gives only its most likely tokens"):
         EnsembleTeacher([teacher_at(server), ModelTeacher(TEACHER, V)]).outputs(batch_to(long_rows(2)))
 

@@ -218,6 +218,24 @@ def test_evaluation_during_training_changes_nothing_and_has_no_responses_of_the_
     assert len(evaluations) == 6 and not any("on_policy" in key for entry in evaluations for key in entry)
 
 
+def test_a_teacher_that_is_told_more_sees_the_same_responses_behind_its_own_prompt(tmp_path: Any) -> None:
+    rows = [dict(row) for row in tiny.rows(8)]
+    told = [row | {"teacher_prompt": f"w7 w8 w9 {row['prompt']}" if index % 2 else None} for index, row in enumerate(rows)]
+    changes = ON | {"on_policy_fraction": 0.5}
+    trainer = kd(
+        tmp_path, Dataset.from_list(told), shuffle_dataset=False, per_device_train_batch_size=8, max_steps=1, **changes
+    )
+    [[batch]] = steps_of(trainer)
+    more = [tiny.tokenizer().convert_tokens_to_ids(word) for word in ("w7", "w8", "w9")]
+    extra = []
+    for (ids, labels, written), (theirs, wanted, _) in zip(rows_in(batch), collated_rows(batch["for_teacher"]), strict=True):
+        extra.append((len(theirs) > len(ids), written))
+        assert theirs == (more if extra[-1][0] else []) + ids
+        assert [label for label in wanted if label != -100] == [label for label in labels if label != -100]
+    assert sum(told for told, _ in extra) == sum(written for _, written in extra) == 4
+    assert len(set(extra)) > 2  # told more and not, written and not
+
+
 def text_rows() -> Dataset:
     return Dataset.from_list([{"text": "w1 w2 w3 </s>", "domain": "shop"}] * 8)
 
@@ -260,6 +278,15 @@ def test_probabilities_that_are_no_numbers_are_an_error(tmp_path: Any) -> None:
             trainer.model.get_output_embeddings().weight[3] = torch.nan
         with pytest.raises(UserError, match="NaN or infinite"):
             trainer.train()
+
+
+def test_responses_that_do_not_fit_into_the_memory_are_named(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr("daekit.trainers.rollouts.generate", full)
+    with pytest.raises(UserError, match=r"rollout_buffer=2: 8 responses at a time.*max_new_tokens=12, do not fit"):
+        kd(tmp_path, tiny.rows(8), **ON).train()
 
 
 def test_a_model_that_never_ends_is_told_of(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,7 @@ import transformers
 import trl
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
+from trl.models import utils as trl_models
 from trl.trainer import sft_trainer
 
 from daekit.models.restore import restore_weights
@@ -40,6 +41,8 @@ def test_trl_private_names() -> None:
             "_get_output_dir",
             "_finalize_training",
             "get_tp_size",
+            "get_batch_samples",
+            "_get_num_items_in_batch",
         ],
         sft_trainer: ["DataCollatorForLanguageModeling", "add_fused_lm_head", "create_model_from_path"],
         transformers.modeling_utils: ["safe_open"],  # daekit/models/quantized_loading.py
@@ -47,6 +50,7 @@ def test_trl_private_names() -> None:
         transformers.models.mixtral.modeling_mixtral: ["load_balancing_loss_func"],
         trl.chat_template_utils: ["get_training_chat_template", "has_generation_markers"],
         trl.data_utils: ["maybe_convert_to_chatml"],
+        trl_models: ["unwrap_model_for_generation"],
     }.items():
         lost += [f"{owner.__name__}.{name} is gone" for name in names if not hasattr(owner, name)]
     arguments = ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"]

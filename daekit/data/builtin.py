@@ -1,6 +1,6 @@
-"""The embedded corpora of the quickstart: small worlds in which forgetting and manner can be seen in minutes on a CPU.
+"""The embedded corpora of the quickstart: worlds in which forgetting and a change of style show in minutes on a CPU.
 
-``skills``  six string and number tasks, answered with the bare result: the manner of the teacher and of the student.
+``skills``  six string and number tasks, answered with the bare result: the style of the teacher and of the student.
 ``chat``    the same tasks on other questions, answered with a sentence: general rows that somebody else's model wrote.
 ``shop``    the catalogue of a made-up shop: facts that nobody can guess, each asked in several phrasings.
 

@@ -151,14 +151,14 @@ def fit_to_length(
     if overlong == "error" and long.any():
         what = f"teacher_max_length={teacher_limit} (default: max_length) tokens with their teacher_prompt"
         raise UserError(_overlong_message(domains, np.where(long, sizes["length"] + more, 0), long, what, name))
-    blank = sizes["kept"] == 0
+    blank = sizes["loss"] == 0
     dropped = long & ~blank if overlong == "drop" else np.zeros_like(long)
-    emptied = long & ~blank & ~dropped & (sizes["kept_within"] == 0)
+    emptied = long & ~blank & ~dropped & (sizes["loss_within"] == 0)
     stay = ~(blank | dropped | emptied)
     counts = {
         domain: DomainCount(
             rows=int((stay & mine).sum()),
-            loss_tokens=int(sizes["kept_within"][stay & mine].sum()),
+            loss_tokens=int(sizes["loss_within"][stay & mine].sum()),
             truncated=int((long & stay & mine).sum()),
             dropped=int((dropped & mine).sum()),
             emptied=int((emptied & mine).sum()),
@@ -243,13 +243,13 @@ def _measure(dataset: Dataset, limits: np.ndarray) -> dict[str, np.ndarray]:
         rows = np.repeat(np.arange(len(lengths)), np.diff(offsets))
         place = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
         # the first token of a row is predicted by nothing
-        kept = (values[offsets[0] : offsets[-1]] != IGNORE_INDEX) & (place > 0)
-        within = kept & (place < limits[done + rows])
+        loss = (values[offsets[0] : offsets[-1]] != IGNORE_INDEX) & (place > 0)
+        within = loss & (place < limits[done + rows])
         done += len(lengths)
-        count = np.bincount(rows[kept], minlength=len(lengths)), np.bincount(rows[within], minlength=len(lengths))
+        count = np.bincount(rows[loss], minlength=len(lengths)), np.bincount(rows[within], minlength=len(lengths))
         parts.append((lengths, *count))
     stacked = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return dict(zip(("length", "kept", "kept_within"), stacked, strict=True))
+    return dict(zip(("length", "loss", "loss_within"), stacked, strict=True))
 
 
 def _overlong_message(domains: np.ndarray, lengths: np.ndarray, long: np.ndarray, limit: str, name: str) -> str:

@@ -84,7 +84,7 @@ class ResponseLabels:
         conversations, options = [row["messages"] for row in rows], list(map(template_options, rows))
         wholes = render_all(tokenizer, conversations, places, template=self.template, options=options, markers=self.markers)
         if self.markers:
-            masks = [whole["assistant_masks"] for whole in wholes]
+            masks: list[Any] = [whole["assistant_masks"] for whole in wholes]
             list(map(_require_apart, conversations, masks, places))
         else:
             masks = self._last_turns(conversations, [whole["input_ids"] for whole in wholes], options, tokenizer, places)
@@ -108,7 +108,7 @@ class ResponseLabels:
         """Of each conversation which tokens are the last assistant turn: what it adds to the conversation before it."""
 
         def rendered(parts: Mapping[int, Any], **how: bool) -> dict[int, list[int]]:
-            told = {"options": [options[at] for at in parts], "template": self.template, **how}
+            told: Any = {"options": [options[at] for at in parts], "template": self.template, **how}
             tokens = render_all(tokenizer, list(parts.values()), [places[at] for at in parts], **told)
             return {at: each["input_ids"] for at, each in zip(parts, tokens, strict=True)}
 

@@ -31,7 +31,7 @@ class TokenizedRow:
         prompt_ids: what to generate after, as at inference; None for a row of ``text`` or a conversation without an answer.
         prompt: the prompt to show to a reader.
         reference: the text that the row answers with.
-        answer: the right result in any manner, from the column ``answer``.
+        answer: the right result in any style, from the column ``answer``.
         boundary_differs: the tokenised prompt is not a prefix of the whole row (tokens merge, or the chat template differs), so
             that the model was trained on another context than it sees here.
         teacher_prompt_ids: what its teacher sees in place of the tokens before the response; None: the same tokens.
@@ -140,10 +140,7 @@ class _Tokenise:
             for whole in wholes:
                 ids = whole["input_ids"]
                 whole["labels"] = _marked(ids, whole) if self.assistant_only_loss else list(ids)
-        answered = [
-            at for at, row in enumerate(rows) if len(row["messages"]) > 1 and row["messages"][-1]["role"] == "assistant"
-        ]
-        chosen = answered if self.prompts else []
+        chosen = [at for at, row in enumerate(rows) if self.prompts and _is_answered(row["messages"])]
         asked = [rows[at]["messages"][:-1] for at in chosen]
         prompts = self._rendered(asked, [rows[at] for at in chosen], [places[at] for at in chosen], add_generation_prompt=True)
         prompt_of = dict(zip(chosen, prompts, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -111,7 +112,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    first = {"special_tokens": list(SPECIAL_TOKENS), "initial_alphabet": sorted(alphabet)}
+    first: Any = {"special_tokens": list(SPECIAL_TOKENS), "initial_alphabet": sorted(alphabet)}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False, **first)
     backend.train_from_iterator(_some(texts), trainer)
     return backend

@@ -30,10 +30,10 @@ class HowToAnswer:
     """What answers depend on besides model and questions.
 
     Attributes:
-        max_new_tokens: of each turn.
+        max_new_tokens: The most tokens of each turn.
         system: a system message before the conversation; default: whatever the chat template does without one.
         chat_template_kwargs: further variables of the chat template (``enable_thinking: false``).
-        seed: of drawn answers.
+        seed: It decides answers that are drawn.
     """
 
     max_new_tokens: int

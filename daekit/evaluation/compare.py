@@ -54,11 +54,9 @@ def select_samples(
     first: int = 5,
     mismatches: int = 20,
 ) -> list[Sample]:
-    """Answers to show side by side: of each set the ``first`` rows, and rows that some model did not answer with the
-    reference.
+    """Answers to show side by side: of each set the ``first`` rows, and rows that some model did not answer with the reference.
 
-    Of the latter at most ``mismatches``, those first on which the models differ. Every model's answer to a chosen row
-    is shown.
+    Of the latter at most ``mismatches``, those first on which the models differ. Every model's answer to a chosen row is shown.
     """
     samples = []
     for source, evaluation_set in sets.items():
@@ -70,7 +68,11 @@ def select_samples(
         label = f"{evaluation_set.domain}/{source}" if several else evaluation_set.domain
         for at in _chosen([row for _, row in answered], list(texts.values()), first, mismatches):
             index, row = answered[at]
-            samples += [_sample(model, label, index, row, generated[at]) for model, generated in texts.items()]
+            for model, generated in texts.items():
+                text = generated[at]
+                found = None if row.answer is None else answer_match(text, row.answer)
+                shown = (row.prompt, row.reference, row.answer, text, exact_match(text, row.reference), found)
+                samples.append(Sample(model, label, index, *shown))
     return samples
 
 
@@ -81,17 +83,3 @@ def _chosen(rows: Sequence[TokenizedRow], texts: Sequence[Sequence[str]], first:
     missed = [at for at in range(first, len(rows)) if hits(at) < len(texts)]
     missed.sort(key=lambda at: hits(at) == 0)  # stable: rows on which the models differ come first
     return [*range(min(first, len(rows))), *sorted(missed[:mismatches])]
-
-
-def _sample(model: str, label: str, index: int, row: TokenizedRow, generated: str) -> Sample:
-    return Sample(
-        model=model,
-        domain=label,
-        row=index,
-        prompt=row.prompt,
-        reference=row.reference,
-        answer=row.answer,
-        generated=generated,
-        exact_match=exact_match(generated, row.reference),
-        answer_match=None if row.answer is None else answer_match(generated, row.answer),
-    )

@@ -50,7 +50,8 @@ class ModelEvaluation:
                 np.concatenate([part.total_R for part in parts.values()]),
                 np.concatenate([part.weight_R for part in parts.values()]),
             )
-        several = {domain for domain, _ in sources if len(_sources_of(self.values, domain)) > 1}
+        pairs = {(domain, source) for domain, source, _ in self.values}
+        several = {domain for domain, source in pairs if any(d == domain and s != source for d, s in pairs)}
         for (domain, source, metric), values in self.values.items():
             if domain in several:
                 found[domain, f"{domain}/{source}", metric] = values
@@ -179,7 +180,3 @@ def _matches(rows: Sequence[TokenizedRow], texts: Sequence[str]) -> dict[str, Ro
 
 def _indicator(hits: Sequence[bool]) -> RowValues:
     return RowValues(np.array(hits, dtype=np.float64), np.ones(len(hits)))
-
-
-def _sources_of(values: Mapping[Key, RowValues], domain: str) -> set[str]:
-    return {source for its_domain, source, _ in values if its_domain == domain}

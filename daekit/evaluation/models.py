@@ -21,7 +21,7 @@ from daekit.models.identity import fingerprint
 from daekit.models.loading import adapter_config, load_model, load_tokenizer_of, merge_adapter
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from daekit.recipe.schema import ModelSpec
-from daekit.recipe.suite import SubjectSpec
+from daekit.recipe.suite import SuiteModelSpec
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
@@ -30,11 +30,11 @@ class SuiteModel:
     """One model of a suite. Tokenizer, config and weights are loaded when they are first asked for.
 
     Args:
-        name: in the report.
+        name: Its name in the report.
         spec: as a suite names it; ``stage`` already resolved.
     """
 
-    def __init__(self, name: str, spec: SubjectSpec) -> None:
+    def __init__(self, name: str, spec: SuiteModelSpec) -> None:
         self.name, self.spec = name, spec
         self._model: PreTrainedModel | None = None
 

@@ -26,7 +26,7 @@ class Conversation:
         id: FastChat's ``question_id``.
         category: such as ``writing``.
         turns: what the user says.
-        temperature: of all its answers; 0 is greedy.
+        temperature: Temperature of all its answers; 0 is greedy.
     """
 
     id: int
@@ -42,7 +42,7 @@ def mt_bench_conversations(
 
     Args:
         where: how error messages begin.
-        limit: the first so many.
+        limit: How many conversations are taken, from the first on.
         temperature: for all categories, instead of FastChat's.
 
     Raises:

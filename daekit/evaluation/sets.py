@@ -69,7 +69,7 @@ def tokenize_rows(
         source: name of the source, for messages.
         max_length: longest row in tokens; None: any length.
         overlong: what becomes of longer rows; ``drop`` counts them.
-        limit: use the first so many rows.
+        limit: How many rows are used, from the first on.
 
     Raises:
         UserError: a row that cannot be tokenised or is too long; a set without rows.

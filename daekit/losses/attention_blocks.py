@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -35,20 +33,19 @@ def attention_kl_(
     for first_n, first_m, count, *places, length in pairs_R8.tolist():
         row = _Row(student, teacher, first_n, first_m, places, length)
         offsets = offset_N[first_n : first_n + count].cpu()
-        grad_key = row.student_key.new_zeros(row.student_key.shape) if gradients else None
+        grad_key = torch.zeros_like(row.student_key)
         size = max(_SHORTEST_BLOCK, _BLOCK_VALUES // (student.query_NAD.shape[1] * length))
         for start in range(0, count, size):
             queries = slice(start, min(start + size, count))
             at = slice(first_n + queries.start, first_n + queries.stop)
-            block = row.block(queries, offsets[queries])
-            if value_N is not None:
-                value_N[at] = block.value()
-            if gradients is not None and grad_key is not None:
-                gradients[0][at] = block.to_grad_scores().grad_query()
-                block.add_grad_key(grad_key)
+            weight_s, weight_t, difference_AQK, log_ratio_AQ, keys = row.block(queries, offsets[queries])
+            if value_N is not None:  # sum_k t_k (score_t - score_s)_k - log Z_t + log Z_s, summed over heads
+                value_N[at] = (difference_AQK.mul_(weight_t).sum(-1) + log_ratio_AQ).sum(0)
+            if gradients is not None:
+                gradients[0][at] = row.backward(weight_s.sub_(weight_t), queries, keys, grad_key)
         if gradients is not None:
             sequence, begin = places[:2]
-            gradients[1][sequence, :, begin : begin + length] = grad_key  # type: ignore[assignment]
+            gradients[1][sequence, :, begin : begin + length] = grad_key
 
 
 class _Row:
@@ -64,54 +61,30 @@ class _Row:
         self.student_key = student.key_BGTD[sequence_s, :, start_s : start_s + length].to(exact)
         self.teacher_key = teacher.key_BGTD[sequence_t, :, start_t : start_t + length].to(exact)
 
-    def block(self, queries: slice, offset_Q: Tensor) -> _Block:
-        """All heads of some queries."""
+    def block(self, queries: slice, offset_Q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, slice]:
+        """All heads of some queries, whose rows reach back to ``keys``.
+
+        Returns:
+            ``[A, Q, K]`` attention weights of student and teacher and the teacher's scores less the student's, before masks (so
+            that they are finite where a weight is 0), ``[A, Q]`` log Z_s - log Z_t, and the keys.
+        """
         window = self.student.window
         keys = slice(0 if window is None else max(0, int(offset_Q[0]) - window + 1), int(offset_Q[-1]) + 1)
-        query_s, query_t = self.student_query[queries], self.teacher_query[queries]
-        score_s = _scores(query_s, self.student_key[:, keys], self.student.scaling)
-        score_t = _scores(query_t, self.teacher_key[:, keys], self.teacher.scaling)
-        difference = score_t - score_s  # of raw scores: finite also where a mask makes the weights 0
+        score_s = _scores(self.student_query[queries], self.student_key[:, keys], self.student.scaling)
+        score_t = _scores(self.teacher_query[queries], self.teacher_key[:, keys], self.teacher.scaling)
+        difference_AQK = score_t - score_s
         log_z_s = _softmax_(score_s, _hidden(offset_Q, keys, window))
         log_z_t = _softmax_(score_t, _hidden(offset_Q, keys, self.teacher.window))
-        return _Block(score_s, score_t, difference, log_z_s - log_z_t, query_s, self.student_key, keys, self.student.scaling)
+        return score_s, score_t, difference_AQK, log_z_s - log_z_t, keys
 
-
-@dataclass(frozen=True)
-class _Block:
-    """Attention weights of some queries in both models; ``weight_s`` becomes the derivative of the KL by the scores."""
-
-    weight_s: Tensor
-    weight_t: Tensor
-    difference_AQK: Tensor
-    log_ratio_AQ: Tensor
-    query_QAD: Tensor
-    key_GTD: Tensor
-    keys: slice
-    scaling: float
-
-    def value(self) -> Tensor:
-        """``[Q]`` KL, summed over heads: ``sum_k t_k (score_t - score_s)_k - log Z_t + log Z_s``."""
-        return (self.difference_AQK.mul_(self.weight_t).sum(-1) + self.log_ratio_AQ).sum(0)
-
-    def to_grad_scores(self) -> _Block:
-        """``s - t``, the derivative by the scores, in place of the student's weights."""
-        self.weight_s.sub_(self.weight_t)
-        return self
-
-    def grad_query(self) -> Tensor:
-        """``[Q, A, D]``."""
-        grad_GQD = (self._grad_scores_GQK() @ self.key_GTD[:, self.keys]).mul_(self.scaling)
-        queries, heads, width = self.query_QAD.shape
-        return grad_GQD.view(heads, queries, width).transpose(0, 1)
-
-    def add_grad_key(self, grad_GTD: Tensor) -> None:
-        """Add the gradient of the keys to that of the whole row."""
-        query_GQD = _grouped(self.query_QAD, self.key_GTD)
-        grad_GTD[:, self.keys].baddbmm_(self._grad_scores_GQK().transpose(1, 2), query_GQD, alpha=self.scaling)
-
-    def _grad_scores_GQK(self) -> Tensor:
-        return self.weight_s.view(self.key_GTD.shape[0], -1, self.weight_s.shape[-1])
+    def backward(self, grad_AQK: Tensor, queries: slice, keys: slice, grad_key_GTD: Tensor) -> Tensor:
+        """``[Q, A, D]`` gradient of queries, from that of their scores; that of the keys is added to the row's."""
+        query_QAD, key_GTD, scaling = self.student_query[queries], self.student_key, self.student.scaling
+        grad_GQK = grad_AQK.view(key_GTD.shape[0], -1, grad_AQK.shape[-1])
+        grad_key_GTD[:, keys].baddbmm_(grad_GQK.transpose(1, 2), _grouped(query_QAD, key_GTD), alpha=scaling)
+        grad_GQD = (grad_GQK @ key_GTD[:, keys]).mul_(scaling)
+        count, heads, width = query_QAD.shape
+        return grad_GQD.view(heads, count, width).transpose(0, 1)
 
 
 def _softmax_(score_AQK: Tensor, hidden: list[tuple[slice, Tensor]]) -> Tensor:

@@ -39,19 +39,12 @@ _TILE_VALUES = 2**22  # values of the head's gradient that are computed at a tim
 
 @dataclass(frozen=True)
 class PredictionSums:
-    """``loss`` is a sum over the N loss positions and carries the gradient; the rest is detached, one value per position.
+    """``loss`` is a sum over the N loss positions and carries the gradient; the rest is detached, one value per position."""
 
-    Attributes:
-        loss: ``ce_weight * sum(ce_N) + prediction_weight * sum(divergence_N)``, nats.
-        ce_N: cross-entropy with the label at temperature 1, nats.
-        divergence_N: ``T^2 * D``, nats (``tv``: D, without unit); None without a teacher.
-        correct_N: whether the label is the student's most likely token.
-    """
-
-    loss: Tensor
-    ce_N: Tensor
-    divergence_N: Tensor | None
-    correct_N: Tensor
+    loss: Tensor  # ce_weight * sum(ce_N) + prediction_weight * sum(divergence_N), nats
+    ce_N: Tensor  # cross-entropy with the label at temperature 1, nats
+    divergence_N: Tensor | None  # T^2 * D, nats (tv: D, without unit); None without a teacher
+    correct_N: Tensor  # whether the label is the student's most likely token
 
 
 def prediction_loss(
@@ -182,7 +175,7 @@ class _Chunks:
         parts: list[tuple[TeacherOutput | None, Objective]] = []
         for output in self.teacher_outputs:
             labelled_M = self.labelled_N[output.positions_M]
-            parts += [(_at(output, labelled_M), self.objective), (_at(output, ~labelled_M), without_ce)]
+            parts += [(output.at(labelled_M), self.objective), (output.at(~labelled_M), without_ce)]
         return parts
 
     def _accumulator(self, parameter: Tensor | None) -> Tensor | None:
@@ -254,16 +247,6 @@ class _Chunks:
         weight = None if self.grad_weight is None else self.grad_weight.to(head.weight.dtype)
         bias = None if self.grad_bias is None or head.bias is None else self.grad_bias.to(head.bias.dtype)
         return self.grad_hidden, weight, bias
-
-
-def _at(output: TeacherOutput, wanted_M: Tensor) -> TeacherOutput:
-    """What a teacher says at some of the positions that it covers."""
-    members = tuple(replace(member, hidden_MH=member.hidden_MH[wanted_M]) for member in output.members)
-    top_k = output.top_k
-    if top_k is not None:
-        tail_M = None if top_k.tail_log_mass_M is None else top_k.tail_log_mass_M[wanted_M]
-        top_k = replace(top_k, ids_MK=top_k.ids_MK[wanted_M], log_probs_MK=top_k.log_probs_MK[wanted_M], tail_log_mass_M=tail_M)
-    return replace(output, positions_M=output.positions_M[wanted_M], members=members, top_k=top_k)
 
 
 def tokens_per_chunk(vocab_size: int, on_gpu: bool) -> int:

@@ -34,11 +34,7 @@ def lora_config_of(folder: str | Path) -> LoraConfig:
 
 
 def base_spec(spec: ModelSpec) -> ModelSpec:
-    """The base of a student that continues an adapter: the one that ``spec`` names, or else the one that the adapter names.
-
-    Raises:
-        UserError: the adapter is of another base than ``spec`` names.
-    """
+    """The base of a student that continues an adapter: what ``spec`` names (UserError if not the adapter's), or the adapter."""
     if spec.adapter is None:
         return spec
     config = lora_config_of(spec.adapter)
@@ -81,10 +77,11 @@ def load_frozen(model: PeftModel, folder: str | Path, name: str) -> None:
     config = lora_config_of(folder)
     config.inference_mode = True
     base = base_of(model)
-    require_same_base(folder, str(config.base_model_name_or_path), name_of_base(model), (config.revision, _revision_of(model)))
+    revisions = config.revision, model.peft_config[model.active_adapter].revision
+    require_same_base(folder, str(config.base_model_name_or_path), base.config._name_or_path or "", revisions)
     with torch.device("meta"):
         skeleton = type(base)(copy.deepcopy(base.config))
-    require_fits(folder, config, skeleton, quantised=getattr(base, "is_quantized", False))
+    _require_fits(folder, config, skeleton, quantised=getattr(base, "is_quantized", False))
     flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     model.add_adapter(name, _without_first_values(config))
     if getattr(base, "is_quantized", False):
@@ -95,11 +92,7 @@ def load_frozen(model: PeftModel, folder: str | Path, name: str) -> None:
 
 
 def require_adapters_fit(folders: Iterable[str | Path], base: ModelSpec) -> None:
-    """Compare adapters with the base that they shall run on, before its weights are loaded.
-
-    Raises:
-        UserError: another base (by name and revision), missing or left-over tensors, other shapes.
-    """
+    """Compare adapters with the base that they shall run on, before its weights are loaded; see ``load_frozen``."""
     assert base.path is not None, "a base has a name"
     config = config_of(base)
     for folder in folders:
@@ -109,7 +102,7 @@ def require_adapters_fit(folders: Iterable[str | Path], base: ModelSpec) -> None
         trusted = base.trust_remote_code and not _is_adapter(base)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-        require_fits(folder, lora, skeleton, quantised=base.quantization is not None)
+        _require_fits(folder, lora, skeleton, quantised=base.quantization is not None)
 
 
 def require_targets(model: PreTrainedModel, config: LoraConfig) -> None:
@@ -138,10 +131,10 @@ def require_targets(model: PreTrainedModel, config: LoraConfig) -> None:
             )
 
 
-def require_fits(folder: str | Path, lora: LoraConfig, skeleton: PreTrainedModel, quantised: bool) -> None:
-    """Compare names and shapes of an adapter's tensors with its base as a model without weights (on the meta device).
+def _require_fits(folder: str | Path, lora: LoraConfig, skeleton: PreTrainedModel, quantised: bool) -> None:
+    """Compare names and shapes of an adapter's tensors with its base as a model without weights, which is used up.
 
-    The skeleton is used up. ``quantised``: the base itself is, or will be, in 4 or 8 bits.
+    ``quantised``: the base itself is, or will be, in 4 or 8 bits.
 
     Raises:
         UserError: an adapter that cannot share its base; matrices on experts that are quantised; missing or left-over tensors,
@@ -153,8 +146,8 @@ def require_fits(folder: str | Path, lora: LoraConfig, skeleton: PreTrainedModel
             adapted = get_peft_model(skeleton, _without_first_values(lora))
         except ValueError as error:
             raise UserError(f"{folder}: the adapter does not fit the base ({str(error).splitlines()[0]})") from error
-    experts = [name for name, module in adapted.named_modules() if isinstance(module, ParamWrapper) and _on_experts(module)]
-    if quantised and experts:
+    wrappers = [module for module in adapted.modules() if isinstance(module, ParamWrapper)]
+    if quantised and any(w.parameter_name in PROJECTIONS and is_experts_layer(w.get_base_layer()) for w in wrappers):
         raise UserError(
             f"{folder}: the adapter carries LoRA matrices on experts ({', '.join(lora.target_parameters or ())}), which are "
             "quantised in this base: an adapter on them is not supported. Load the base without quantization, or use an "
@@ -171,18 +164,13 @@ def require_fits(folder: str | Path, lora: LoraConfig, skeleton: PreTrainedModel
             )
     expected = {name: tuple(tensor.shape) for name, tensor in _state_of(adapted, "default").items()}
     saved = _saved_shapes(folder)
-    different = sorted({name for name, _ in expected.items() ^ saved.items()})
-    if different:
+    if different := sorted({name for name, _ in expected.items() ^ saved.items()}):
         first = different[0]
         raise UserError(
             f"{folder}: its weights do not fit the base: {len(different)} tensors differ, such as {first} (saved: "
             f"{saved.get(first, 'nothing')}, the base wants: {expected.get(first, 'nothing')}). The adapter is incomplete or "
             "of another base."
         )
-
-
-def _on_experts(wrapper: ParamWrapper) -> bool:
-    return wrapper.parameter_name in PROJECTIONS and is_experts_layer(wrapper.get_base_layer())
 
 
 def config_of(base: ModelSpec) -> PreTrainedConfig:
@@ -199,11 +187,6 @@ def config_of(base: ModelSpec) -> PreTrainedConfig:
 
 def _is_adapter(base: ModelSpec) -> bool:
     return (Path(str(base.path)).expanduser() / ADAPTER_CONFIG).is_file()
-
-
-def name_of_base(model: nn.Module) -> str:
-    """Where the base of a model was loaded from; empty where that is not known."""
-    return base_of(model).config._name_or_path or ""
 
 
 def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
@@ -223,10 +206,6 @@ def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter
         if home is not None:
             found[home.removesuffix(f".{adapter}") + name.removeprefix(home)] = parameter
     return found
-
-
-def _revision_of(model: PeftModel) -> str | None:
-    return model.peft_config[model.active_adapter].revision
 
 
 def _without_first_values(config: LoraConfig) -> LoraConfig:

@@ -29,25 +29,15 @@ _CHECKED_QUERIES = 16  # of a batch: enough to tell another kind of mask, and no
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """The arguments of one call of an attention function.
+    """The arguments of one call of an attention function."""
 
-    Attributes:
-        layer: index of the layer in its model.
-        query_BATD: queries after rotary embedding.
-        key_BGTD: keys, not repeated for grouped queries.
-        scaling: factor of the scores.
-        window: Tokens that a query of sliding-window attention sees; None: all.
-        mask: ``[B, 1, T, T]`` of SDPA, True (or 0.0) where attention is allowed; None where it is plainly causal.
-        flash: whether FlashAttention runs, which has no mask of that form.
-    """
-
-    layer: int
-    query_BATD: Tensor
-    key_BGTD: Tensor
-    scaling: float
-    window: int | None
-    mask: Tensor | None
-    flash: bool
+    layer: int  # its index in the model
+    query_BATD: Tensor  # after rotary embedding
+    key_BGTD: Tensor  # not repeated for grouped queries
+    scaling: float  # factor of the scores
+    window: int | None  # tokens that a query of sliding-window attention sees; None: all
+    mask: Tensor | None  # [B, 1, T, T] of SDPA, True (or 0.0) where attention is allowed; None where it is plainly causal
+    flash: bool  # whether FlashAttention runs, which has no mask of that form
 
 
 AttentionObserver = Callable[[AttentionCall], None]

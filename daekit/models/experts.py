@@ -87,11 +87,8 @@ class _Product(torch.autograd.Function):
 def experts_forward(self: nn.Module, hidden_NH: Tensor, expert_NK: Tensor, weight_NK: Tensor) -> Tensor:
     """What transformers' ``grouped_mm`` computes for a layer of experts, active expert by active expert.
 
-    Args:
-        self: the layer, of a class with ``use_experts_implementation``; its projections are ``QuantisedExperts``.
-        hidden_NH: hidden states of N tokens.
-        expert_NK: the K experts of each token.
-        weight_NK: their weights.
+    ``self`` is the layer, of a class with ``use_experts_implementation``, whose projections are ``QuantisedExperts``; each of
+    the N tokens has K experts with their weights.
     """
     module: Any = self
     tokens, top_k = expert_NK.shape

@@ -95,8 +95,7 @@ def match_layers(choice: LayerChoice, student: int, teacher: int) -> dict[int, i
     Args:
         choice: ``uniform``: every layer of the student, spread evenly, the last one on the last; ``last_K``: the last K of
             both; or pairs (student's layer, teacher's layer).
-        student: Number of the student's layers.
-        teacher: Number of the teacher's layers.
+        student, teacher: Numbers of their layers.
 
     Raises:
         UserError: an unknown choice, a layer that does not exist, or one of the student's that is named twice.
@@ -151,33 +150,6 @@ def require_features(teacher: Teacher) -> FeatureTeacher:
     )
 
 
-class _Capture:
-    """Keeps queries, keys and hidden states of chosen layers while a frozen model runs."""
-
-    def __init__(self, batch: Batch, layers: FeatureLayers) -> None:
-        self.batch, self.layers = batch, layers
-        self._attention: dict[int, AttentionLayer] = {}
-        self._hidden: dict[int, Tensor] = {}
-        self._checked: set[tuple[int, int | None]] = set()
-
-    def attention(self, call: AttentionCall) -> None:
-        if call.layer in self.layers.attention.values():
-            self._attention[call.layer] = attention_at_loss_positions(call, self.batch, self._checked)
-
-    def hidden(self, layer: int, hidden_BTH: Tensor) -> None:
-        self._hidden[layer] = self.batch.at_loss_positions(hidden_BTH)
-
-    def features(self) -> Features:
-        """All of them, by the student's layers; UserError for a layer that was not captured."""
-        require_attention(self.layers.attention.values(), self._attention)
-        require_hidden(self.layers.hidden.values(), self._hidden)
-        return Features(
-            self.batch.layout,
-            {ours: self._attention[theirs] for ours, theirs in self.layers.attention.items()},
-            {ours: self._hidden[theirs] for ours, theirs in self.layers.hidden.items()},
-        )
-
-
 def states_and_features(model: nn.Module, batch: Batch, capture: FeatureSpec | None) -> tuple[Tensor, Features | None]:
     """``[N, H]`` last hidden states at the loss positions, and the features that ``capture`` asks for.
 
@@ -203,24 +175,36 @@ def require_capturable(model: nn.Module, layers: FeatureLayers) -> None:
 
 
 def _captured(model: nn.Module, batch: Batch, layers: FeatureLayers) -> tuple[Tensor, Features]:
-    found = _Capture(batch, layers)
+    attention: dict[int, AttentionLayer] = {}  # by the teacher's layers
+    hidden: dict[int, Tensor] = {}
+    checked: set[tuple[int, int | None]] = set()
+
+    def keep_attention(call: AttentionCall) -> None:
+        if call.layer in layers.attention.values():
+            attention[call.layer] = attention_at_loss_positions(call, batch, checked)
+
+    def keep_hidden(layer: int, hidden_BTH: Tensor) -> None:
+        hidden[layer] = batch.at_loss_positions(hidden_BTH)
+
     with ExitStack() as stack:
         if layers.attention:
-            stack.enter_context(capture_attention(model, found.attention))
-        stack.enter_context(capture_hidden(model, layers.hidden.values(), found.hidden))
+            stack.enter_context(capture_attention(model, keep_attention))
+        stack.enter_context(capture_hidden(model, layers.hidden.values(), keep_hidden))
         hidden_NH = hidden_at_loss_positions(model, batch)
-    return hidden_NH, found.features()
+    require_attention(layers.attention.values(), attention)
+    require_hidden(layers.hidden.values(), hidden)
+    return hidden_NH, Features(
+        batch.layout,
+        {ours: attention[theirs] for ours, theirs in layers.attention.items()},
+        {ours: hidden[theirs] for ours, theirs in layers.hidden.items()},
+    )
 
 
 def attention_at_loss_positions(call: AttentionCall, batch: Batch, checked: set[tuple[int, int | None]]) -> AttentionLayer:
     """The call's queries at the loss positions, and its keys; its mask is checked once, as layers share it.
 
     Under autocast both are rounded as the model's own attention rounds them (rotary embedding leaves them in float32).
-
-    Args:
-        call: Call of the attention function of one layer.
-        batch: The batch that the model sees.
-        checked: the masks (by identity) and windows that have been checked in this forward; added to.
+    ``checked`` holds the masks (by identity) and windows that have been checked in this forward.
     """
     kind = (id(call.mask), call.window)
     if kind not in checked:
@@ -232,11 +216,7 @@ def attention_at_loss_positions(call: AttentionCall, batch: Batch, checked: set[
 
 
 def require_attention(wanted: Iterable[int], captured: Mapping[int, Any]) -> None:
-    """Every wanted layer must have called its attention function.
-
-    Raises:
-        UserError: one has not: linear attention, a state-space layer, code that calls no attention function.
-    """
+    """Every wanted layer must have called its attention function, otherwise UserError."""
     missing = sorted(set(wanted) - set(captured))
     if missing:
         raise UserError(
@@ -268,14 +248,10 @@ def _one_stream(layer: nn.Module, output: Any) -> Tensor:
 def capture_hidden(model: nn.Module, layers: Iterable[int], observer: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Call ``observer(layer, hidden_BTH)`` with the output of each of ``layers`` while the model runs."""
     modules = decoder_layers(model) if (wanted := sorted(set(layers))) else []
-    hooks = [
-        modules[layer].register_forward_hook(
-            lambda module, _, output, layer=layer: observer(layer, _one_stream(module, output))
-        )
-        for layer in wanted
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer in wanted:
+            hook = modules[layer].register_forward_hook(
+                lambda module, _, output, layer=layer: observer(layer, _one_stream(module, output))
+            )
+            hooks.callback(hook.remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

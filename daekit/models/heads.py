@@ -37,9 +37,7 @@ def logit_scale(config: PreTrainedConfig) -> float:
 def output_head(model: nn.Module, vocab_size: int) -> OutputHead:
     """The output head of a causal language model, restricted to the ``vocab_size`` columns that its tokenizer has.
 
-    Args:
-        model: a transformers causal language model or a PEFT model around one (the active adapter counts).
-        vocab_size: V, the number of ids of the tokenizer; further columns are padding and are never scored.
+    Further columns are padding and are never scored. Of a PEFT model the active adapter counts.
 
     Raises:
         UserError: if the head has fewer columns than V (than ``V.least`` of a ``VocabularySize``), carries an adapter (its

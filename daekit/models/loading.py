@@ -85,11 +85,16 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
             quantisation that this device cannot do, that left most weights as they were, or of weights that are quantised.
     """
     require_shards(Path(path).expanduser())
-    _refuse_trusted_adapter(path, arguments)
+    revision = arguments.get("revision")
+    # transformers would load the base that an adapter names, and run its code on the trust that was given to the adapter
+    if arguments.get("trust_remote_code") and find_adapter_config_file(path, revision=revision) is not None:
+        raise UserError(
+            f"{path}: holds an adapter, and trust_remote_code for it would run the code of the base that it names. Name the "
+            "base and give trust_remote_code there, or leave it out."
+        )
     config = arguments.get("quantization_config")
     if isinstance(config, BitsAndBytesConfig):
-        method = quantised_by(path, arguments.get("revision"))
-        if method is not None:
+        if method := quantised_by(path, revision):
             raise UserError(
                 f"{path}: its weights are quantised already ({method}), and their own settings would win over "
                 f"quantization={bits_of(config)}. Leave quantization out, or give the unquantised model."
@@ -106,15 +111,6 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
             print(line, flush=True)
         keep_four_bit_weights(model)
     return model
-
-
-def _refuse_trusted_adapter(path: str, arguments: Mapping[str, Any]) -> None:
-    """transformers would load the base that an adapter names, and run its code on the trust that was given to the adapter."""
-    if arguments.get("trust_remote_code") and find_adapter_config_file(path, revision=arguments.get("revision")) is not None:
-        raise UserError(
-            f"{path}: holds an adapter, and trust_remote_code for it would run the code of the base that it names. Name the "
-            "base and give trust_remote_code there, or leave it out."
-        )
 
 
 def quantised_by(path: str, revision: str | None) -> str | None:
@@ -139,9 +135,8 @@ def _load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any
         ) from error
     broken = {what: sorted(map(str, info[what])) for what in ("missing_keys", "mismatched_keys") if info[what]}
     if broken:
-        raise UserError(
-            f"{path}: the checkpoint does not fill the model: {_some(broken)}. It is incomplete or of another model."
-        )
+        some = "; ".join(f"{len(keys)} {what.replace('_', ' ')} such as {keys[0]}" for what, keys in broken.items())
+        raise UserError(f"{path}: the checkpoint does not fill the model: {some}. It is incomplete or of another model.")
     return model
 
 
@@ -276,10 +271,6 @@ def adapter_config(directory: Path) -> PeftConfig:
         return PeftConfig.from_pretrained(str(directory))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{directory}: its {ADAPTER_CONFIG} cannot be read ({first_line(error)})") from error
-
-
-def _some(problems: dict[str, list[str]]) -> str:
-    return "; ".join(f"{len(keys)} {what.replace('_', ' ')} such as {keys[0]}" for what, keys in problems.items())
 
 
 def first_line(error: BaseException) -> str:

@@ -31,23 +31,14 @@ _SENTENCES = (
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """How far the merged model, read back from disk, is from the base with its adapter.
+    """How far the merged model, read back from disk, is from the base with its adapter."""
 
-    Attributes:
-        difference: largest difference of a logit.
-        adapter: largest difference that the adapter makes to a logit of the base.
-        largest: largest logit.
-        kl: KL(base with adapter || merged model), nats per token, the mean over the batch.
-        tokens: of the batch.
-        dtype: of the merged weights.
-    """
-
-    difference: float
-    adapter: float
-    largest: float
-    kl: float
-    tokens: int
-    dtype: torch.dtype
+    difference: float  # the largest of a logit
+    adapter: float  # the largest difference that the adapter makes to a logit of the base
+    largest: float  # logit
+    kl: float  # KL(base with adapter || merged model), nats per token, the mean over the batch
+    tokens: int  # of the batch
+    dtype: torch.dtype  # of the merged weights
 
     @property
     def allowed(self) -> float:
@@ -116,8 +107,7 @@ def save_merged(folder: str | Path, out: str | Path, dtype: Dtype = "auto") -> M
 
 
 def _require_unquantised(base: ModelSpec, folder: str | Path) -> None:
-    method = quantised_by(str(base.path), base.revision)
-    if method is not None:
+    if method := quantised_by(str(base.path), base.revision):
         raise UserError(
             f"{base.path}: is quantised ({method}); an adapter is merged into the 16-bit base. If you have that, name it in "
             f"base_model_name_or_path of {folder}/adapter_config.json."
@@ -147,11 +137,5 @@ def _logits(model: nn.Module, ids_BT: Tensor, size: int) -> Tensor:
 def _compare(adapted: Tensor, base: Tensor, saved: Tensor, dtype: torch.dtype) -> MergeCheck:
     log_adapted, log_saved = adapted.log_softmax(-1), saved.log_softmax(-1)
     kl = (log_adapted.exp() * (log_adapted - log_saved)).sum(-1).mean()
-    return MergeCheck(
-        difference=float((adapted - saved).abs().max()),
-        adapter=float((adapted - base).abs().max()),
-        largest=float(adapted.abs().max()),
-        kl=float(kl),
-        tokens=saved[..., 0].numel(),
-        dtype=dtype,
-    )
+    difference, of_adapter, largest = ((adapted - saved).abs().max(), (adapted - base).abs().max(), adapted.abs().max())
+    return MergeCheck(float(difference), float(of_adapter), float(largest), float(kl), saved[..., 0].numel(), dtype)

@@ -22,29 +22,22 @@ _ALIGNMENT = 256  # bytes; of each tensor in its piece, as the CUDA allocator al
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a module keeps one tensor: an attribute of an object, or an entry of a dictionary."""
+    """Where a module keeps one tensor: an attribute of an object (buffers are attributes of their module, too)."""
 
     owner: Any
     name: str
 
     def get(self) -> Tensor:
-        return self.owner[self.name] if isinstance(self.owner, dict) else getattr(self.owner, self.name)
+        return getattr(self.owner, self.name)
 
     def set(self, tensor: Tensor) -> None:
-        if isinstance(self.owner, dict):
-            self.owner[self.name] = tensor
-        else:
-            setattr(self.owner, self.name, tensor)
+        setattr(self.owner, self.name, tensor)
 
 
 class LayerOffload:
     """Moves the layers of ``model`` to the host, everything else to ``device``, and hooks itself into the layers.
 
     Memory on the device: two of the largest layer, and what lies outside the layers. On the host: all layers.
-
-    Args:
-        model: a frozen transformers model, on one device.
-        device: where it runs.
 
     Raises:
         UserError: 8-bit Linear modules, whose state bitsandbytes keeps out of reach; parameters that want a gradient.
@@ -53,9 +46,9 @@ class LayerOffload:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.layers, self.device = decoder_layers(model), device
         _require_offloadable(model)
-        inside = {id(place.owner) for layer in self.layers for place in _places(layer)}
+        inside = {(id(place.owner), place.name) for layer in self.layers for place in _places(layer)}
         for place in _places(model):
-            if id(place.owner) not in inside:
+            if (id(place.owner), place.name) not in inside:
                 place.set(place.get().to(device))
         self._hosts = [_Piece(list(_places(layer)), device) for layer in self.layers]
         size = max(host.buffer.numel() for host in self._hosts)
@@ -150,7 +143,7 @@ def _places(module: nn.Module) -> Iterator[_Place]:
             for scales in (state, state.state2 if state is not None else None):
                 if scales is not None:
                     yield from (_Place(scales, name) for name, value in vars(scales).items() if isinstance(value, Tensor))
-        yield from (_Place(part._buffers, name) for name, buffer in part._buffers.items() if buffer is not None)
+        yield from (_Place(part, name) for name, _ in part.named_buffers(recurse=False))
 
 
 def _require_offloadable(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
-from daekit.protocol import Batch, Features, OutputHead
 
 
 def device_map_of(given: str | Mapping[str, str]) -> str | dict[str, Any]:
@@ -77,24 +76,12 @@ def input_device(model: nn.Module, usual: torch.device) -> torch.device:
     return usual if isinstance(weight, DTensor) or hasattr(weight, "ds_status") else weight.device
 
 
-def batch_on(batch: Batch, device: torch.device) -> Batch:
-    """The batch on ``device``; itself where it is there."""
-    if batch.labels_BT.device == device:
-        return batch
-    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.inputs.items()}
-    return replace(batch, inputs=inputs, labels_BT=batch.labels_BT.to(device), row_BT=batch.row_BT.to(device))
-
-
-def head_on(head: OutputHead, device: torch.device) -> OutputHead:
-    """The output head on ``device``."""
-    return replace(head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
-
-
-def features_on(features: Features, batch: Batch) -> Features:
-    """The features of a model on the device of the batch that its student sees."""
-    device = batch.labels_BT.device
-    attention = {
-        layer: replace(found, query_NAD=found.query_NAD.to(device), key_BGTD=found.key_BGTD.to(device))
-        for layer, found in features.attention.items()
-    }
-    return Features(batch.layout, attention, {layer: hidden.to(device) for layer, hidden in features.hidden_MH.items()})
+def moved(value: Any, device: torch.device) -> Any:
+    """A tensor, or a dataclass or mapping that holds tensors at any depth (a Batch, an OutputHead, Features), on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: moved(each, device) for key, each in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
+    return value

@@ -44,11 +44,7 @@ def with_experts(config: BitsAndBytesConfig) -> BitsAndBytesConfig:
 
 
 def require_supported(config: BitsAndBytesConfig, device: torch.device, path: str) -> None:
-    """Try the quantisation on a small matrix, so that a device that cannot do it says so before anything is loaded.
-
-    Raises:
-        UserError: bitsandbytes is not installed, or does not run on this device.
-    """
+    """Try the quantisation on a small matrix, so that a device that cannot do it says so (UserError) before the load."""
     try:
         import bitsandbytes as bnb
 
@@ -79,19 +75,12 @@ def rank_device() -> torch.device:
 
 @dataclass(frozen=True)
 class Stored:
-    """How one weight (of a matrix or of all experts of a layer) is stored.
+    """How one weight (of a matrix or of all experts of a layer) is stored."""
 
-    Attributes:
-        values: parameters that it stands for.
-        bytes: with its scales.
-        quantised: in 4 or 8 bits.
-        ends: it belongs to the embeddings or to the output head, which stay as they are under every quantisation.
-    """
-
-    values: int
-    bytes: int
-    quantised: bool
-    ends: bool = False
+    values: int  # parameters that it stands for
+    bytes: int  # with its scales
+    quantised: bool  # in 4 or 8 bits
+    ends: bool = False  # it belongs to embeddings or output head, which stay as they are under every quantisation
 
 
 def stored_weights(model: PreTrainedModel) -> Iterator[Stored]:
@@ -117,14 +106,7 @@ def _stored(parameter: nn.Parameter, ends: bool) -> Stored:
 
 
 def require_quantised(model: PreTrainedModel, path: str) -> str:
-    """Refuse a quantised model most of whose weights are not.
-
-    Returns:
-        A line that says what is quantised, for the user.
-
-    Raises:
-        UserError: less than half of the parameters outside embeddings and output head are quantised.
-    """
+    """A line that says what of a quantised model is quantised; UserError if it is less than half outside the ends."""
     weights = list(stored_weights(model))
     inner = [weight for weight in weights if not weight.ends]
     share = sum(w.values for w in inner if w.quantised) / max(sum(w.values for w in inner), 1)
@@ -134,8 +116,7 @@ def require_quantised(model: PreTrainedModel, path: str) -> str:
             f"are quantised): {type(model).__name__} keeps them where neither bitsandbytes nor daekit looks for them. "
             "Load this model without quantization."
         )
-    quantised = [w for w in weights if w.quantised]
-    values, size = sum(w.values for w in quantised), sum(w.bytes for w in quantised)
+    values, size = (sum(getattr(w, name) for w in weights if w.quantised) for name in ("values", "bytes"))
     every, total = sum(w.values for w in weights), sum(w.bytes for w in weights)
     return (
         f"{path}: {values / every:.1%} of {every / 1e9:.3g} billion parameters are quantised, {size / values:.3f} bytes each; "
@@ -144,11 +125,7 @@ def require_quantised(model: PreTrainedModel, path: str) -> str:
 
 
 def require_whole_blocks(model: nn.Module, path: str) -> None:
-    """Refuse 4-bit matrices that bitsandbytes dequantises wrongly on a CPU, without an error (measured: 0.50.2).
-
-    Raises:
-        UserError: a Linear module on a CPU whose rows are not a whole number of blocks.
-    """
+    """UserError for 4-bit matrices on a CPU whose rows are no whole blocks: they come out wrong (measured: 0.50.2)."""
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and state.absmax.device.type == "cpu" and state.shape[-1] % state.blocksize:

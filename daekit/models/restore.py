@@ -42,8 +42,7 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
         )
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: its weights cannot be read ({error})") from error
-    wrong = {what: sorted(map(str, keys)) for what, keys in info.items() if keys and what.endswith("_keys")}
-    if wrong:
+    if wrong := {what: sorted(map(str, keys)) for what, keys in info.items() if keys and what.endswith("_keys")}:
         raise UserError(f"{folder}: its weights do not fit the student: {wrong}")
     if any(map(is_sharded, base.parameters())):
         _assign_all(base, loaded)
@@ -68,8 +67,7 @@ def restore_adapter(model: PeftModel, folder: Path, name: str) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: the weights of the LoRA adapter cannot be read ({error})") from error
     expected = _parameters_as_saved(model, name)
-    different = sorted(_shapes(saved) ^ _shapes(expected))
-    if different:
+    if different := sorted(_shapes(saved) ^ _shapes(expected)):
         raise UserError(f"{path}: its weights do not fit the model's adapter: {len(different)} differ, such as {different[0]}")
     if any(map(is_sharded, expected.values())):
         for key, parameter in expected.items():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from daekit.errors import UserError
@@ -21,20 +23,12 @@ TokenRow = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class RowScores:
-    """Sums over the kept tokens of each of R rows, in the order of the rows.
+    """Sums over the kept tokens of each of R rows, in the order of the rows."""
 
-    Attributes:
-        tokens_R: int64, kept tokens.
-        nll_R: float64, negative log-likelihood in nats.
-        correct_R: int64, tokens that are the model's first choice (the lowest id of equal ones, as greedy decoding
-            takes).
-        kl_R: float64, KL(teacher || model) in nats at temperature 1; None without a teacher.
-    """
-
-    tokens_R: np.ndarray
-    nll_R: np.ndarray
-    correct_R: np.ndarray
-    kl_R: np.ndarray | None
+    tokens_R: np.ndarray  # int64, kept tokens
+    nll_R: np.ndarray  # float64, negative log-likelihood in nats
+    correct_R: np.ndarray  # int64, tokens that are the first choice (the lowest id of equal ones, as greedy decoding takes)
+    kl_R: np.ndarray | None  # float64, KL(teacher || model) in nats at temperature 1; None without a teacher
 
 
 def score_rows(
@@ -60,8 +54,6 @@ def score_rows(
         model: a causal language model, or a PEFT model around one (with the adapter that is active).
         rows: ``input_ids`` and ``labels`` (-100 where a token does not count) of equal length per row; ``teacher_prompt_ids``
             where the teacher sees other tokens before the response (``daekit.models.teacher_view``).
-        vocab_size: V, the number of ids of the tokenizer.
-        teacher: a causal language model or a ``daekit.protocol.Teacher``.
         domain: the domain of the rows, for a teacher that chooses by it.
         progress: called with (rows scored, all of them), now and then.
 
@@ -81,12 +73,7 @@ def score_rows(
 
 
 def score_tokens(
-    model: PreTrainedModel,
-    rows: Sequence[TokenRow],
-    *,
-    vocab_size: int,
-    batch_size: int = 32,
-    chunk_size: int = 256,
+    model: PreTrainedModel, rows: Sequence[TokenRow], *, vocab_size: int, batch_size: int = 32, chunk_size: int = 256
 ) -> list[np.ndarray]:
     """The float64 NLL in nats of every kept token of each row, in the order of the tokens; otherwise as ``score_rows``."""
     rows_of_tokens, values = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.float64)]
@@ -100,13 +87,7 @@ def score_tokens(
 
 
 def _scores(
-    model: PreTrainedModel,
-    rows: Sequence[TokenRow],
-    vocab_size: int,
-    batch_size: int,
-    teacher: PreTrainedModel | Teacher | None,
-    domain: str,
-    chunk_size: int,
+    model: Any, rows: Sequence[TokenRow], vocab_size: int, batch_size: int, teacher: Any, domain: str, chunk_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """``[N]`` the row of each kept token and ``[N, 3]`` float64 scores (see ``_score_chunk``), chunk by chunk, on the CPU."""
     _refuse_prompt_learning(model)
@@ -117,12 +98,8 @@ def _scores(
             hidden_NH = _hidden(model, batch)
             outputs = [] if teacher is None else _outputs(teacher, batch, vocab_size)
             head, outputs = common_columns(head, outputs)
-            scores = [
-                _score_chunk(
-                    hidden_NH[start : start + chunk_size], head, batch.labels_N[start : start + chunk_size], outputs, start
-                )
-                for start in range(0, len(hidden_NH), chunk_size)
-            ]
+            chunks = zip(hidden_NH.split(chunk_size), batch.labels_N.split(chunk_size), strict=True)
+            scores = [_score_chunk(h, head, labels, outputs, n * chunk_size) for n, (h, labels) in enumerate(chunks) if len(h)]
         if scores:
             yield row_N, torch.cat(scores).double().cpu()
 
@@ -165,7 +142,7 @@ def _outputs(teacher: PreTrainedModel | Teacher, batch: Batch, vocab_size: int) 
 def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """``[N, H]`` last hidden states at the loss positions."""
     base = base_of(model)
-    inputs = {key: value.to(base.device) if isinstance(value, Tensor) else value for key, value in batch.inputs.items()}
+    inputs = {key: value.to(base.device) for key, value in batch.inputs.items()}
     return batch.at_loss_positions(backbone_of(base)(**inputs, use_cache=False).last_hidden_state)
 
 
@@ -178,23 +155,16 @@ def _batches(rows: Sequence[TokenRow], batch_size: int, domain: str, device: tor
 
 
 def _collate(rows: Sequence[TokenRow], domain: str, device: torch.device) -> Batch:
-    shape = (len(rows), max(len(row["input_ids"]) for row in rows))
-    input_ids_BT = torch.zeros(shape, dtype=torch.int64)
-    labels_BT = torch.full(shape, IGNORE_INDEX)
-    row_BT = torch.full(shape, -1)
-    for index, row in enumerate(rows):
-        length = len(row["input_ids"])
-        input_ids_BT[index, :length] = torch.tensor(row["input_ids"])
-        labels_BT[index, :length] = torch.tensor(row["labels"])
-        row_BT[index, :length] = index
-    inputs: dict[str, Tensor | int | bool] = {
-        "input_ids": input_ids_BT.to(device),
-        "attention_mask": (row_BT >= 0).long().to(device),
-    }
-    told = any(map(is_told_more, rows))
-    seen = [as_teacher_sees(row) if is_told_more(row) else row for row in rows]
-    for_teacher = _collate(seen, domain, device) if told else None
-    return Batch(inputs, labels_BT.to(device), row_BT.to(device), (domain,) * len(rows), for_teacher=for_teacher)
+    ids, labels = ([torch.tensor(row[name], dtype=torch.long) for row in rows] for name in ("input_ids", "labels"))
+    input_ids_BT = pad_sequence(ids, batch_first=True).to(device)
+    labels_BT = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX).to(device)
+    places = [torch.full_like(row, place) for place, row in enumerate(ids)]
+    row_BT = pad_sequence(places, batch_first=True, padding_value=-1).to(device)
+    inputs = {"input_ids": input_ids_BT, "attention_mask": (row_BT >= 0).long()}
+    for_teacher = None
+    if any(map(is_told_more, rows)):
+        for_teacher = _collate([as_teacher_sees(row) if is_told_more(row) else row for row in rows], domain, device)
+    return Batch(inputs, labels_BT, row_BT, (domain,) * len(rows), for_teacher=for_teacher)
 
 
 def _refuse_prompt_learning(model: PreTrainedModel) -> None:

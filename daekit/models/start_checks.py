@@ -62,10 +62,6 @@ def require_rows_apart(model: nn.Module, who: str) -> None:
     Many families tell packed rows apart only under FlashAttention, and state-space layers often not at all: tokens would
     see the rows before theirs, without an error. Cost: two forwards of 21 tokens.
 
-    Args:
-        model: a causal language model with ``on_hidden``.
-        who: what a message calls it (``student``).
-
     Raises:
         UserError: they differ by more than rounding, or the model does not run packed rows.
     """

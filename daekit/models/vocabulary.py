@@ -55,11 +55,8 @@ def differences(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBa
         only_ours = sorted(set(ours) - set(theirs), key=ours.__getitem__)
         only_theirs = sorted(set(theirs) - set(ours), key=theirs.__getitem__)
         moved = [token for token in ours if token in theirs and ours[token] != theirs[token]]
-        for what, tokens in (
-            ("only the student's tokenizer has", only_ours),
-            ("only the teacher's tokenizer has", only_theirs),
-            ("under another id are", moved),
-        ):
+        kinds = {"only the student's tokenizer has": only_ours, "only the teacher's tokenizer has": only_theirs}
+        for what, tokens in (kinds | {"under another id are": moved}).items():
             if tokens:
                 found.append(f"{what} {len(tokens)} tokens (such as {', '.join(map(repr, tokens[:3]))})")
     for name in _SPECIAL:
@@ -76,8 +73,7 @@ def differences(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBa
 
 def require_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, teacher_name: str) -> None:
     """Raise a UserError that says what differs, if the two tokenizers are not the same."""
-    found = differences(student, teacher)
-    if found:
+    if found := differences(student, teacher):
         raise UserError(
             f"teacher {teacher_name}: its tokenizer is not the student's, so its distribution is over other tokens: "
             + "; ".join(found)

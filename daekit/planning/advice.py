@@ -122,10 +122,7 @@ def _smaller_batch(prefix: str, training: Training, rows: int) -> Change:
     more = training.accumulation * training.rows // rows
     return Change(
         _BATCHES,
-        (
-            f"{prefix}.trainer.per_device_train_batch_size={rows}",
-            f"{prefix}.trainer.gradient_accumulation_steps={more}",
-        ),
+        (f"{prefix}.trainer.per_device_train_batch_size={rows}", f"{prefix}.trainer.gradient_accumulation_steps={more}"),
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from daekit.errors import UserError
 from daekit.planning.memory import ACTIVATIONS, CONTEXT, LIBRARIES, Memory, StageMemory
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # tokenised rows of a stage: for training, and those that it is evaluated on
 StageRows = Callable[[StageSpec], tuple["Dataset", "Dataset | None"]]
-_SHARD_COPIES = 3  # of a shard in host memory: its tensors, their bytes, the file's content
-_LOG_PROB_COPIES = 3  # of a chunk's log-probabilities: themselves, ranked, without those that are kept
+_FILE_COPIES = 3  # of what is written, in host memory: its tensors, their bytes, the file's content
+_CHUNK_COPIES = {"top_k": 4, "sampled": 3}  # of the log-probabilities of a chunk, in float32; measured on the loop itself
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def cache_plans(memory: StageMemory, rows: StageRows | None) -> tuple[CachePlan,
         try:
             read = _fitted(memory.stage, *rows(memory.stage))
         except UserError as error:
-            reason = str(error)
+            reason = str(error).split("; ")[0]  # what follows is a remedy
     return tuple(_plan(memory, each, read, reason) for each in memory.models.cached)
 
 
@@ -91,10 +91,11 @@ def _fitted(stage: StageSpec, train: Dataset, validation: Dataset | None) -> tup
     options = DEFAULTS | stage.trainer
     splits = options["packing"] and options["packing_strategy"] != "bfd"
     limit = None if splits else options["max_length"]
-    train = fit_to_length(train, limit, stage.overlong, "train")[0]
+    teacher = None if stage.type == "sft" else stage.teacher_max_length
+    train = fit_to_length(train, limit, stage.overlong, "train", teacher)[0]
     if validation is None or options.get("eval_strategy", "no") == "no":
         return train, None
-    return train, fit_to_length(validation, limit, stage.overlong, "eval")[0]
+    return train, fit_to_length(validation, limit, stage.overlong, "eval", teacher)[0]
 
 
 def _plan(
@@ -109,10 +110,11 @@ def _plan(
     widths = [each.shape[1] * tracer.cost(batch).hidden_width for each, tracer in zip(heads, cached.members, strict=True)]
     token_bytes = form.token_bytes(widths)
     head_bytes = sum(head.numel() * head.element_size() for head in heads) if spec.keep == "hidden" else 0
-    counts = _estimate(memory.stage, memory.training.length, reason)
+    counts = _estimate(memory.stage, memory.training.teacher_length, reason)
     if read is not None:
         domains = _domains(memory.stage, cached.key)
-        counts = _count(row for part in read if part is not None for row in part if not domains or row["domain"] in domains)
+        rows = (row for part in read if part is not None for row in part.with_format("numpy"))
+        counts = _count(row for row in rows if not domains or str(row["domain"]) in domains)
     size = operations = None
     if counts is not None:
         bounds = 16 if spec.keep == "sampled" else 8
@@ -121,7 +123,7 @@ def _plan(
         operations = sum(forward_operations(each.meta, counts.tokens, length) for each in cached.members)
         with_head = 0 if spec.keep == "hidden" else counts.loss_tokens
         operations -= 2 * (counts.tokens - with_head) * sum(head.numel() for head in heads)
-    making = _making(memory, cached, batch, sum(widths), size)
+    making = _making(memory, cached, batch, sum(widths), head_bytes, size)
     return CachePlan(cached.key, token_bytes, head_bytes, making, reason, counts, size, operations)
 
 
@@ -132,7 +134,7 @@ def _domains(stage: StageSpec, key: str) -> tuple[str, ...]:
     return (key.removeprefix("teachers."),) if key.startswith("teachers.") else stage.reference_domains
 
 
-def _count(examples: Iterable[dict[str, object]]) -> RowCounts:
+def _count(examples: Iterable[Mapping[str, Any]]) -> RowCounts:
     """Rows with loss, equal ones once."""
     from daekit.teachers.cache.rows import rows_of_examples
 
@@ -151,15 +153,18 @@ def _batch(memory: StageMemory) -> MicroBatch:
     from daekit.teachers.cache.asking import PAD_TO
     from daekit.teachers.cache.write import BATCH_TOKENS
 
-    length = -(-memory.training.length // PAD_TO) * PAD_TO
+    length = -(-memory.training.teacher_length // PAD_TO) * PAD_TO
     return replace(memory.batch, rows=max(1, BATCH_TOKENS // length), length=length, padded=True, accumulated=False)
 
 
-def _making(memory: StageMemory, cached: CachedTeacherModels, batch: MicroBatch, width: int, size: int | None) -> Memory:
-    """The memory of making a cache: the teacher's weights, one batch, and what is kept of it.
+def _making(
+    memory: StageMemory, cached: CachedTeacherModels, batch: MicroBatch, width: int, head_bytes: int, size: int | None
+) -> Memory:
+    """The memory of making a cache: the teacher's weights, one batch, and what is kept of it; on a CPU the files, too.
 
     Args:
         width: Bytes of a token's last hidden states, of all members.
+        head_bytes: Bytes of the output heads that are kept.
         size: Bytes of the cache, if they are known.
     """
     from daekit.teachers.cache.values import CHUNK_VALUES
@@ -168,15 +173,19 @@ def _making(memory: StageMemory, cached: CachedTeacherModels, batch: MicroBatch,
     tokens = batch.rows * batch.length
     metas = {id(tracer.meta): tracer.meta for tracer in cached.members}
     costs = [tracer.cost(batch) for tracer in cached.members]
-    runs = max((max(layer.frozen for layer in cost.layers) + cost.layers[0].output + cost.shared for cost in costs), default=0)
+    runs = max((cost.frozen for cost in costs), default=0)
     kept = 2 * tokens * width  # all hidden states, and those of the loss tokens
     if cached.cache.keep != "hidden" and costs:
         columns = max(tracer.meta.head.shape[0] for tracer in cached.members)
         chunk = batch.length if cached.cache.keep == "sampled" else min(tokens, max(1, CHUNK_VALUES // columns))
-        kept += _LOG_PROB_COPIES * 4 * chunk * columns
+        kept += _CHUNK_COPIES[cached.cache.keep] * 4 * chunk * columns
     parts = Counter({"teacher weights": sum(p.bytes for meta in metas.values() for p in meta.parameters() if not p.adapter)})
-    parts[ACTIVATIONS] = max(runs, kept)
-    if not memory.machine.gpu:
-        parts["one shard"] = _SHARD_COPIES * min(SHARD_BYTES, size or SHARD_BYTES)
     parts[CONTEXT if memory.machine.gpu else LIBRARIES] = memory.machine.overhead
-    return Memory("a cache is made", dict(parts))
+    asked = parts | Counter({ACTIVATIONS: max(runs, kept)})
+    if memory.machine.gpu:
+        return Memory("the teacher is asked", dict(asked))
+    shard = min(SHARD_BYTES, SHARD_BYTES if size is None else size - head_bytes)
+    written = parts | Counter({"one file": _FILE_COPIES * max(shard, head_bytes)})
+    asked["one file"] = shard
+    phases = Memory("the teacher is asked", dict(asked)), Memory("a file is written", dict(written))
+    return max(phases, key=lambda phase: phase.total)

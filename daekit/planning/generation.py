@@ -4,15 +4,68 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from daekit.planning.buffers import head_width
+from daekit.planning.models import ModelPlanner
+from daekit.planning.operations import forward_operations
 from daekit.planning.trace import MicroBatch, Tracer
-from daekit.planning.training import Training
+from daekit.planning.training import DEFAULTS, Training
 from daekit.recipe.objective import Objective
+from daekit.recipe.schema import EvaluationSpec, Recipe
 
 TOGETHER = 64  # rows that ``trainers.rollouts`` continues in one batch; a test compares them
 KEYS_AND_VALUES, ACTIVATIONS = "cached keys and values", "activations"
+
+
+@dataclass(frozen=True)
+class WritingPlan:
+    """Texts that models write outside the steps of a training.
+
+    Attributes:
+        what: What they are for: ``answers of the report``.
+        models: Names of the models whose shapes are known.
+        rows: Rows that each of them writes at most; None where their number is not known before data are read.
+        new_tokens: Tokens of an answer at most.
+        key_value_bytes: Cached keys and values of a batch with prompts of ``max_length`` tokens, of the model that needs most.
+        operations: Operations of all answers, all of them of that length; None without rows.
+    """
+
+    what: str
+    models: tuple[str, ...]
+    rows: int | None
+    new_tokens: int
+    key_value_bytes: int
+    operations: float | None
+
+
+def answers_plan(recipe: Recipe, planner: ModelPlanner) -> WritingPlan | None:
+    """The plan of the report's answers to validation rows; None if there are none, or no model that would write is known."""
+    evaluation = recipe.evaluation
+    metas = {} if evaluation is None or not evaluation.generate else planner.evaluated(recipe)
+    if evaluation is None or not metas:
+        return None
+    prompt = max((DEFAULTS | stage.trainer)["max_length"] or 0 for stage in recipe.stages.values())
+    length, rows = prompt + evaluation.max_new_tokens, _validation_rows(recipe, evaluation)
+    largest = max(
+        key_value_bytes(meta.config, evaluation.batch_size * length, meta.width) * len(meta.layers) for meta in metas.values()
+    )
+    work = None if rows is None else sum(forward_operations(meta, rows * length, length) for meta in metas.values())
+    return WritingPlan("answers of the report", tuple(metas), rows, evaluation.max_new_tokens, largest, work)
+
+
+def _validation_rows(recipe: Recipe, evaluation: EvaluationSpec) -> int | None:
+    """The most rows that are answered; None if a source's number of validation rows is not bounded."""
+    rows = 0
+    for source in (recipe.sources[name] for name in evaluation.sources):
+        bounds = [n for n in (source.holdout, source.validation_limit, evaluation.limit) if n]
+        if not source.has_validation:
+            continue
+        if not bounds:
+            return None
+        rows += min(bounds)
+    return rows
 
 
 def rollout_rows(loss: Objective, training: Training) -> int:
@@ -29,9 +82,8 @@ def writing(tracer: Tracer, batch: MicroBatch, new_tokens: int, width: int) -> C
         new_tokens: Tokens that are written at most.
         width: Bytes of a value of keys and values.
     """
-    cost, layers, vocabulary = tracer.cost(batch), len(tracer.meta.layers), tracer.meta.head.shape[0]
+    reading, layers, vocabulary = tracer.cost(batch).frozen, len(tracer.meta.layers), tracer.meta.head.shape[0]
     prompts = key_value_bytes(tracer.meta.config, batch.rows * batch.length, width) * layers
-    reading = max(layer.frozen for layer in cost.layers) + cost.layers[0].output + cost.shared
     last = key_value_bytes(tracer.meta.config, batch.rows * (batch.length + new_tokens), width)
     logits = 2 * 4 * batch.rows * vocabulary  # of the last position alone, and their probabilities
     if prompts + reading > last * (layers + 1) + logits:

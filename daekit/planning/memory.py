@@ -18,7 +18,7 @@ from daekit.planning.generation import rollout_rows, writing
 from daekit.planning.machine import Machine
 from daekit.planning.meta_model import MetaModel, Parameter
 from daekit.planning.models import FrozenModel, StageModels
-from daekit.planning.trace import LayerCost, MicroBatch, ModelCost
+from daekit.planning.trace import MicroBatch, ModelCost
 from daekit.planning.training import Training, optimizer_bytes
 from daekit.recipe.schema import StageSpec
 
@@ -52,14 +52,10 @@ class StageMemory:
 
     def __init__(self, stage: StageSpec, models: StageModels, training: Training, machine: Machine) -> None:
         self.stage, self.models, self.training, self.machine = stage, models, training, machine
-        flat, rows = training.flat, training.rows
+        rows, merged = (1, training.rows) if training.flat else (training.rows, 1)  # rows in one, end to end
         self.batch, self.teacher_batch = (
             MicroBatch(
-                *((1, rows * length) if flat else (rows, length)),
-                training.attention_mask,
-                training.autocast,
-                machine.gpu,
-                training.accumulation > 1,
+                rows, merged * length, training.attention_mask, training.autocast, machine.gpu, training.accumulation > 1
             )
             for length in (training.length, training.teacher_length)
         )
@@ -152,19 +148,42 @@ class StageMemory:
 
     def phases(self) -> list[Memory]:
         """All phases of a step."""
-        phases = {f"{model.name} runs": self._teacher_runs(model) for model in self.models.frozen}
-        if self.stage.loss.on_policy:
-            phases["the student writes"] = self._with(self._writes())
-        phases |= {
-            "the student runs": self._student_runs(),
-            "the loss": self._loss(),
-            "the backward pass of the loss": self._backward_of_head(),
-            "the backward pass of the last layer": self._backward(last=True),
-            "the backward pass of the first layer": self._backward(last=False),
-            "the backward pass of the embedding": self._backward_of_embedding(),
-            "the optimizer's step": self._with({GRADIENTS: self.gradients, OPTIMIZER: self._optimizer[1]}),
+        before, after = self.buffers.teacher_outputs  # until the loss, until the end of the backward pass
+        (kept, work), hidden, scores = self.buffers.loss, self.buffers.hidden, self.buffers.scores
+        forward, first = self._saved + self._cached, self._gradient_bytes(self.student.layers[0])
+        phases = {
+            f"{model.name} runs": self._with(model.tracer.cost(self.teacher_batch).frozen, before)
+            for model in self.models.frozen
         }
-        return [Memory(phase, {part: size for part, size in parts.items() if size}) for phase, parts in phases.items()]
+        if self.stage.loss.on_policy:
+            phases["the student writes"] = self.static + self._writes()
+        phases |= {
+            "the student runs": self._with(forward + self._highest_layer, before, scores=scores),
+            "the loss": self._with(forward, before, loss=kept + work + hidden),
+            # the gradients of the loss are scaled, and exist twice meanwhile
+            "the backward pass of the loss": self._with(self._saved, after, loss=2 * kept),
+            "the backward pass of the last layer": self._with(
+                self._backward(last=True), after, scores=scores, gradients=gradient_bytes(self.student.head)
+            ),
+            "the backward pass of the first layer": self._with(
+                self._backward(last=False), after, scores=scores, gradients=self.gradients - first - self._embedding_gradient
+            ),
+            "the backward pass of the embedding": self._with(
+                hidden + self._cost.shared,
+                after,
+                loss=gradient_bytes(self.student.embedding),
+                gradients=self.gradients - self._embedding_gradient,
+            ),
+            "the optimizer's step": self._with(0, gradients=self.gradients) + Counter({OPTIMIZER: self._optimizer[1]}),
+        }
+        return [Memory(phase, dict(parts)) for phase, parts in phases.items()]
+
+    def _with(self, activations: int, outputs: int = 0, loss: int = 0, scores: int = 0, gradients: int = 0) -> Counter[str]:
+        """Static memory and what a phase adds; gradients that are static already do not count twice."""
+        added = Counter({ACTIVATIONS: activations, OUTPUTS: outputs, LOSS: loss, SCORES: scores})
+        if self.training.accumulation == 1:
+            added[GRADIENTS] = gradients
+        return self.static + added
 
     def _writes(self) -> Counter[str]:
         new, training = self.stage.loss.max_new_tokens, self.training
@@ -172,100 +191,31 @@ class StageMemory:
         prompts = MicroBatch(*size, True, training.autocast, self.machine.gpu)
         return writing(self.models.student, prompts, new, self.buffers.compute_width)
 
-    def _with(self, parts: dict[str, int]) -> Counter[str]:
-        """Static memory and these parts; gradients that are static already do not count twice."""
-        together = Counter(self.static)
-        for part, size in parts.items():
-            if part != GRADIENTS or self.training.accumulation == 1:
-                together[part] += size
-        return together
-
     @cached_property
     def _cost(self) -> ModelCost:
         return self.models.student.cost(self.batch)
 
-    def _teacher_runs(self, model: FrozenModel) -> Counter[str]:
-        cost = model.tracer.cost(self.teacher_batch)
-        highest = max(layer.frozen for layer in cost.layers)
-        return self._with(
-            {ACTIVATIONS: highest + cost.layers[0].output + cost.shared, OUTPUTS: self.buffers.teacher_outputs[0]}
-        )
-
-    def _student_runs(self) -> Counter[str]:
-        layers = self._cost.layers
+    @property
+    def _highest_layer(self) -> int:
+        """What a layer of the student takes in its forward pass beyond what it keeps."""
         if self.training.checkpointing:
-            more = max(layer.checkpointed - layer.output - layer.cached for layer in layers)
-        else:
-            more = max(layer.forward - layer.saved for layer in layers)
-        return self._with(
-            {
-                ACTIVATIONS: self._saved + self._cached + more,
-                OUTPUTS: self.buffers.teacher_outputs[0],
-                SCORES: self.buffers.scores,
-            }
-        )
+            return max(layer.checkpointed - layer.output - layer.cached for layer in self._cost.layers)
+        return max(layer.forward - layer.saved for layer in self._cost.layers)
 
-    def _loss(self) -> Counter[str]:
-        kept, work = self.buffers.loss
-        return self._with(
-            {
-                ACTIVATIONS: self._saved + self._cached,
-                OUTPUTS: self.buffers.teacher_outputs[0],
-                LOSS: kept + work + self.buffers.hidden,
-            }
-        )
-
-    def _backward_of_head(self) -> Counter[str]:
-        """The gradients of the loss are scaled, and exist twice meanwhile."""
-        return self._with({ACTIVATIONS: self._saved, OUTPUTS: self.buffers.teacher_outputs[1], LOSS: 2 * self.buffers.loss[0]})
-
-    def _backward(self, last: bool) -> Counter[str]:
+    def _backward(self, last: bool) -> int:
+        """Activations in the backward pass of the last layer, or of the first."""
         layers = self._cost.layers
-        ends = self.buffers.hidden + self._cost.shared
-        gradient = layers[0].output
-        if self.training.checkpointing:
+        alive = self.buffers.hidden + self._cost.shared + layers[0].output  # the last is a gradient
+        if self.training.checkpointing:  # the forward pass of a layer is run once more
             inputs = sum(layer.output + layer.stashed for layer in layers) if last else 0
-            again = [self._again(layer) for layer in (layers if last else layers[:1])]
-            activations = ends + inputs + gradient + max(again)
-        else:
-            saved = sum(layer.saved for layer in layers) if last else layers[0].saved
-            activations = (
-                ends
-                + saved
-                + self.buffers.extra_saved(len(layers) if last else 1)
-                + gradient
-                + layers[-1 if last else 0].backward
+            own = self.buffers.extra_saved(1)
+            return (
+                alive
+                + inputs
+                + max(max(layer.forward, layer.saved + own + layer.backward) for layer in (layers if last else layers[:1]))
             )
-        gradients = (
-            gradient_bytes(self.student.head)
-            if last
-            else self.gradients - self._gradient_bytes(self.student.layers[0]) - self._embedding_gradient
-        )
-        return self._with(
-            {
-                ACTIVATIONS: activations,
-                GRADIENTS: max(gradients, 0),
-                OUTPUTS: self.buffers.teacher_outputs[1],
-                SCORES: self.buffers.scores,
-            }
-        )
-
-    def _again(self, layer: LayerCost) -> int:
-        """Peak of a checkpointed layer in the backward pass, where its forward pass is run once more."""
-        return max(layer.forward, layer.saved + self.buffers.extra_saved(1) + layer.backward)
-
-    def _backward_of_embedding(self) -> Counter[str]:
-        new = gradient_bytes(self.student.embedding)
-        present = 0 if self.training.accumulation > 1 else self._embedding_gradient
-        gradients = self.gradients - present
-        return self._with(
-            {
-                ACTIVATIONS: self.buffers.hidden + self._cost.shared,
-                GRADIENTS: gradients,
-                LOSS: new,
-                OUTPUTS: self.buffers.teacher_outputs[1],
-            }
-        )
+        saved = sum(layer.saved for layer in layers) if last else layers[0].saved
+        return alive + saved + self.buffers.extra_saved(len(layers) if last else 1) + layers[-1 if last else 0].backward
 
     @cached_property
     def _embedding_gradient(self) -> int:

@@ -80,6 +80,11 @@ class MetaModel:
         return base_of(self.model).config.get_text_config()
 
     @property
+    def width(self) -> int:
+        """Bytes of a value that its layers compute without mixed precision."""
+        return (self.spec.compute_dtype if self.spec.quantization else self.spec.dtype).itemsize
+
+    @property
     def tied(self) -> bool:
         """Whether the output head is the embedding."""
         return self.head is self.embedding

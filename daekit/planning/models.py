@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from daekit.errors import UserError
 from daekit.planning.meta_model import MetaModel
 from daekit.planning.resolve import ModelResolver
 from daekit.planning.trace import Tracer
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage, read_adapter_config
-from daekit.recipe.schema import CacheSpec, LoraSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.schema import STUDENT_AS_IT_WAS, CacheSpec, LoraSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
 
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _SAME_GPU = ("0", "cuda", "cuda:0")  # the GPU of the first process
@@ -106,6 +107,22 @@ class ModelPlanner:
             copy = FrozenModel("reference", student, own, "reference", adapter=True)
             frozen.append(copy if lora is not None else self._loaded(resolver, spec, "reference", "reference", gpu))
         return StageModels(student, tuple(frozen), tuple(cached))
+
+    def evaluated(self, recipe: Recipe) -> dict[str, MetaModel]:
+        """Name -> each model of the report whose shape is known; adapters count as their base."""
+        found, resolver = {}, ModelResolver(recipe)
+        for model in recipe.evaluation.models if recipe.evaluation is not None else ():
+            of_stage = model.stage or adapter_stage(model.adapter)
+            if model.name == STUDENT_AS_IT_WAS:
+                of_stage = next(iter(recipe.stages))
+            try:
+                if of_stage is not None:
+                    found[model.name] = self._tracer(resolver, *student_of(recipe, of_stage), trained=True).meta
+                elif model.adapter is None:
+                    found[model.name] = self._tracer(resolver, model, None, trained=False).meta
+            except UserError:  # another model than those of the stages, which is not known here
+                continue
+        return found
 
     def _loaded(self, resolver: ModelResolver, spec: ModelSpec, who: str, key: str, gpu: bool) -> FrozenModel:
         tracer = self._tracer(resolver, spec, None, trained=False)

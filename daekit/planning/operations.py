@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from daekit.planning.buffers import head_width
-from daekit.planning.memory import StageMemory
 from daekit.planning.meta_model import MetaModel, Parameter
+
+if TYPE_CHECKING:
+    from daekit.planning.memory import StageMemory
 
 
 def step_operations(memory: StageMemory) -> float:

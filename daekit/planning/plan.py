@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from daekit.errors import UserError
 from daekit.planning.advice import Change, changes, cheapest, largest_rows
 from daekit.planning.caches import CachePlan, StageRows, cache_plans
+from daekit.planning.generation import WritingPlan, answers_plan
 from daekit.planning.machine import Machine
 from daekit.planning.memory import Memory, StageMemory
 from daekit.planning.models import ModelPlanner, StageModels
@@ -54,6 +55,7 @@ class Plan:
 
     machine: Machine
     stages: tuple[StagePlan, ...]
+    answers: WritingPlan | None = None
 
 
 Reload = Callable[[Sequence[str]], Recipe]
@@ -64,7 +66,7 @@ class Planner:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self._models = ModelPlanner()
+        self.models = ModelPlanner()
 
     def stage(self, recipe: Recipe, name: str, rows: StageRows | None = None) -> StagePlan:
         """The plan of a stage, without advice; ``rows`` as in ``plan_recipe``.
@@ -93,7 +95,7 @@ class Planner:
             rows: As in ``plan_recipe``.
         """
         plan = self.stage(recipe, name, rows)
-        models = self._models.stage(recipe, name, self.machine.gpu)
+        models = self.models.stage(recipe, name, self.machine.gpu)
 
         def total(rows: int) -> int:
             return self._memory(recipe, name, rows, models).peak().total
@@ -109,7 +111,7 @@ class Planner:
         stage = recipe.stages[name]
         if rows is not None:
             stage = stage.model_copy(update={"trainer": stage.trainer | {"per_device_train_batch_size": rows}})
-        models = models or self._models.stage(recipe, name, self.machine.gpu)
+        models = models or self.models.stage(recipe, name, self.machine.gpu)
         return StageMemory(stage, models, training_of(stage, name, self.machine), self.machine)
 
     def _shards(self, recipe: Recipe, name: str) -> int | None:
@@ -137,11 +139,7 @@ def _refuse_split(quantization: str | None, machine: Machine) -> None:
 
 
 def plan_recipe(
-    recipe: Recipe,
-    machine: Machine,
-    reload: Reload | None = None,
-    only: Sequence[str] = (),
-    rows: StageRows | None = None,
+    recipe: Recipe, machine: Machine, reload: Reload | None = None, only: Sequence[str] = (), rows: StageRows | None = None
 ) -> Plan:
     """The plan of a recipe, before anything of it is loaded.
 
@@ -164,4 +162,4 @@ def plan_recipe(
                 plans.append(planner.advised(recipe, name, reload, rows))
         except UserError as error:
             raise UserError(f"stages.{name}: {error}") from error
-    return Plan(machine, tuple(plans))
+    return Plan(machine, tuple(plans), None if only else answers_plan(recipe, planner.models))

@@ -99,11 +99,7 @@ class ModelResolver:
             shape = replace(Shape.of(config), **spec.shape)
         else:
             space = space_of(
-                config,
-                first_n(config),
-                blocks=search.blocks,
-                min_ratio=search.min_ratio,
-                head_dims=search.head_dims or None,
+                config, first_n(config), blocks=search.blocks, min_ratio=search.min_ratio, head_dims=search.head_dims or None
             )
             shape = max(space.shapes(Window(*search.parameters)), key=_units)
         return student_config(config, choose(config, first_n(config), shape)), teacher.dtype

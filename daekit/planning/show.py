@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from daekit.planning.caches import CachePlan
+from daekit.planning.generation import WritingPlan
 from daekit.planning.machine import Machine
 from daekit.planning.plan import Plan, StagePlan
 
@@ -17,7 +18,8 @@ def gigabytes(size: float) -> str:
 
 def format_plan(plan: Plan, tflops: float | None = None) -> str:
     """The plan as text; with a rate in TFLOP/s also the time of a step."""
-    return "\n\n".join(_format_stage(stage, plan.machine, tflops) for stage in plan.stages)
+    parts = [_format_stage(stage, plan.machine, tflops) for stage in plan.stages]
+    return "\n\n".join([*parts, *([_format_answers(plan.answers, tflops)] if plan.answers else [])])
 
 
 def plan_json(plan: Plan, tflops: float | None = None) -> dict[str, Any]:
@@ -25,6 +27,7 @@ def plan_json(plan: Plan, tflops: float | None = None) -> dict[str, Any]:
     machine = plan.machine
     return {
         "machine": {"memory": machine.memory, "gpu": machine.gpu, "count": machine.count, "engine": machine.engine},
+        "answers": plan.answers and asdict(plan.answers),
         "stages": {stage.name: _stage_json(stage, tflops) for stage in plan.stages},
     }
 
@@ -88,6 +91,18 @@ def _format_cache(cache: CachePlan, machine: Machine, tflops: float | None) -> l
     fits = "" if cache.making.total <= machine.memory else ", which does not fit"
     lines.append(f"        made before the student is loaded, with {gigabytes(cache.making.total)} of memory{fits}{work}")
     return lines
+
+
+def _format_answers(answers: WritingPlan, tflops: float | None) -> str:
+    lines = [
+        f"[{answers.what}] {len(answers.models)} models, {answers.new_tokens:,} tokens each at most",
+        f"    {'cached keys and values':<28}{gigabytes(answers.key_value_bytes):>10}  of one batch at most",
+    ]
+    if answers.rows is not None and answers.operations is not None:
+        tokens = len(answers.models) * answers.rows * answers.new_tokens
+        work = f"{answers.operations / 1e12:,.1f} TFLOP" + _time(answers.operations, tflops)
+        lines.append(f"    at most {answers.rows:,} rows each, {tokens:,} tokens, {work}")
+    return "\n".join(lines)
 
 
 def _cache_json(cache: CachePlan, tflops: float | None) -> dict[str, Any]:

@@ -81,6 +81,11 @@ class ModelCost:
     shared: int
     hidden_width: int
 
+    @property
+    def frozen(self) -> int:
+        """Peak of a forward pass without gradient."""
+        return max(layer.frozen for layer in self.layers) + self.layers[0].output + self.shared
+
 
 @dataclass
 class _Call:
@@ -173,10 +178,11 @@ class Tracer:
             del y
         if not self.meta.trained:
             return LayerCost(output, frozen)
-        trained = [p for p in layer.parameters() if p.requires_grad] if batch.accumulated else []
-        for parameter in trained:
+        gradients = []
+        for parameter in (p for p in layer.parameters() if p.requires_grad and batch.accumulated):
             parameter.grad = torch.empty_like(parameter)
-        saved, forward, backward = _with_gradient(layer, call, batch, [*given, *(p.grad for p in trained)])
+            gradients.append(parameter.grad)
+        saved, forward, backward = _with_gradient(layer, call, batch, [*given, *gradients])
         layer.zero_grad(set_to_none=True)
         checkpointed, cached, stashed = _checkpointed(layer, call, batch, given)
         return LayerCost(output, frozen, saved, forward, cached, checkpointed, stashed, backward)

@@ -1,6 +1,12 @@
-"""Recipes: what to run, as typed YAML. Loading one takes a fraction of a second: neither torch nor transformers is imported."""
+"""Recipes: what to run, as typed YAML. Loading one takes a fraction of a second: neither torch nor transformers is imported.
 
-from daekit.recipe.bases import sharing_notes
+``tree`` reads YAML into nodes that know their lines; ``reading`` gives them to pydantic classes and gathers what is wrong in
+``validation.Errors``. ``schema`` (``rows``, ``stages`` with ``model``, ``teacher``, ``objective`` and ``trainer_options``) and
+``suite`` are these classes; each tells what contradicts itself in it (``problems``). ``checks`` compares parts of a recipe with
+each other; ``load`` puts all this together, with overrides and implied defaults; ``dump`` writes a recipe out again.
+"""
+
+from daekit.recipe.checks import sharing_notes
 from daekit.recipe.dump import generated_key, stage_key, student_key, suite_to_yaml, to_dict, to_yaml
 from daekit.recipe.load import load_recipe, load_recipe_text, load_suite, load_suite_text, parse_models, resolve
 from daekit.recipe.schema import BUILTIN_CORPORA, Recipe

@@ -49,9 +49,7 @@ def _read(folder: str | Path, above: set[str]) -> dict[str, Any]:
     pattern = config.get("rank_pattern") or {}
     for rank in (config.get("r", 8), *(pattern.values() if isinstance(pattern, dict) else [pattern])):
         if not isinstance(rank, int) or not 1 <= rank <= _HIGHEST_RANK:
-            raise UserError(
-                f"{folder}: its {ADAPTER_CONFIG} has r={rank!r}; a rank is a whole number from 1 to {_HIGHEST_RANK}"
-            )
+            raise UserError(f"{folder}: its {ADAPTER_CONFIG} has r={rank!r}; a rank lies between 1 and {_HIGHEST_RANK}")
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base:
         raise UserError(f"{folder}: its {ADAPTER_CONFIG} names no base model (base_model_name_or_path) to compare with")
@@ -125,9 +123,8 @@ def require_same_base(folder: str | Path, adapter_base: str, base: str, revision
         )
     if not same_base(adapter_base, base):
         raise UserError(
-            f"{folder}: is an adapter of {adapter_base!r}, not of the student's base {base!r}: on another base it is another "
-            f"model. Choose an adapter of this base, or, if both names mean one model, correct base_model_name_or_path in its "
-            f"{ADAPTER_CONFIG}."
+            f"{folder}: is an adapter of {adapter_base!r}, not of the student's base {base!r}. Choose one of this base, or, if "
+            f"both names mean one model, correct base_model_name_or_path in its {ADAPTER_CONFIG}."
         )
     if theirs is not None and ours is not None and theirs != ours:
         raise UserError(f"{folder}: is an adapter of revision {theirs!r} of {base!r}; the student's base is revision {ours!r}")

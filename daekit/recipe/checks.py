@@ -6,6 +6,8 @@ here; whatever would only follow from that is dropped by ``Errors.add_check``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from daekit.errors import UserError, listed, nearest
 from daekit.recipe.adapter_config import (
     BARE_BASE,
@@ -14,16 +16,13 @@ from daekit.recipe.adapter_config import (
     require_same_base,
     require_shareable,
 )
-from daekit.recipe.bases import base_of, earlier_stages, may_be_one, name_of
 from daekit.recipe.generated import GeneratedSpec
 from daekit.recipe.model import ModelSpec
-from daekit.recipe.paths import bad_directory, bad_name, unknown
-from daekit.recipe.reading import Problems
 from daekit.recipe.rows import NO_VALIDATION
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, DAEStage, EvaluatedModel, EvaluationSpec, Recipe, StageSpec
 from daekit.recipe.suite import SuiteSpec
 from daekit.recipe.tree import Path
-from daekit.recipe.validation import Errors
+from daekit.recipe.validation import Errors, Problems, bad_directory, bad_name, dotted, unknown
 
 
 def check_recipe(recipe: Recipe, errors: Errors) -> None:
@@ -58,9 +57,8 @@ def check_recipe(recipe: Recipe, errors: Errors) -> None:
         errors.add_all(_of_evaluation(recipe, recipe.evaluation), ("evaluation",))
         for index, suite in enumerate(recipe.evaluation.suites):
             if suite is not None:
-                path: Path = ("evaluation", "suites", index)
                 names = recipe.evaluation.names or evaluated_by_default(recipe)
-                errors.add_all(suite.contradictions(names, recipe.evaluation.baseline), path)
+                errors.add_all(suite.contradictions(names, recipe.evaluation.baseline), ("evaluation", "suites", index))
 
 
 def _of_generated(recipe: Recipe, name: str, spec: GeneratedSpec) -> Problems:
@@ -89,13 +87,13 @@ def _of_generated(recipe: Recipe, name: str, spec: GeneratedSpec) -> Problems:
 
 
 def _of_stage(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
-    earlier = earlier_stages(recipe, name)
+    earlier = recipe.earlier_stages(name)
     if stage.student is None and not earlier:
         yield "student", "the first stage has no stage before it to take the student from; give a path, a config or `from`"
     for path, model in stage.models().items():
         if model.adapter is not None and path != ("student", "from") and path[:2] != ("student", "with"):
-            for key, message in _of_adapter(recipe, name, model):
-                yield (*path, key), message
+            for message in _of_adapter(recipe, name, model):
+                yield (*path, "adapter"), message
         student = model is stage.student
         alone = model.path is None and model.stage is None and model.config is None
         if model.init is not None or (model.adapter is not None and (alone or not student)):
@@ -126,10 +124,8 @@ def of_origin(recipe: Recipe, model: ModelSpec, path: Path, earlier: list[str], 
     """
     own = [key for key in ("path", "stage", "config") if getattr(model, key) is not None]
     if len(own) != 1:
-        yield (
-            path,
-            f"a model needs exactly one of path, stage and config; {f'not {listed(own)}' if own else 'it has none of them'}",
-        )
+        given = f"not {listed(own)}" if own else "it has none of them"
+        yield path, f"a model needs exactly one of path, stage and config; {given}"
     elif model.stage is not None and model.stage not in earlier:
         yield path, _why_not_earlier(model.stage, name, list(recipe.stages), earlier)
     elif model.stage is not None:
@@ -142,8 +138,8 @@ def _of_quantised_result(recipe: Recipe, origin: str, path: Path, model: ModelSp
     if model.quantization is not None and stage is not None and stage.is_lora and not (stage.lora and stage.lora.merge):
         yield (
             (*path, "quantization"),
-            f"the result of stage {origin!r} is an adapter, which is merged into its 16-bit base; name it as "
-            f"{{adapter: stage:{origin}}} to run it on a quantized base, or set `lora.merge: true` in stage {origin!r}",
+            f"the result of stage {origin!r} is an adapter, which is merged into its 16-bit base; set `lora.merge`, or name "
+            f"it as {{adapter: stage:{origin}}} to run it on a quantized base",
         )
 
 
@@ -156,21 +152,17 @@ def _why_not_earlier(wanted: str, name: str | None, names: list[str], earlier: l
     return f"there is no stage {wanted!r} (earlier ones: {listed(earlier)}){nearest(wanted, earlier)}{form}"
 
 
-def _of_adapter(recipe: Recipe, name: str, model: ModelSpec) -> Problems:
+def _of_adapter(recipe: Recipe, name: str, model: ModelSpec) -> Iterator[str]:
     """What is wrong with the ``adapter`` of a model of stage ``name``: it is none, or one on another base."""
-    origin, earlier, ours = adapter_stage(model.adapter), earlier_stages(recipe, name), base_of(recipe, name)
+    origin, earlier, ours = adapter_stage(model.adapter), recipe.earlier_stages(name), recipe.base_of(name)
     if origin is not None and origin not in earlier:
-        yield "adapter", _why_not_earlier(origin, name, list(recipe.stages), earlier)
+        yield _why_not_earlier(origin, name, list(recipe.stages), earlier)
     elif origin is not None and recipe.stages[origin] is not None:
-        theirs = base_of(recipe, origin)
+        theirs = recipe.base_of(origin)
         if not recipe.stages[origin].is_lora:
-            yield "adapter", f"the stage {origin!r} trains no LoRA adapter; name its result itself: `stage:{origin}`"
-        elif ours is not None and theirs is not None and not may_be_one(ours, theirs):
-            yield (
-                "adapter",
-                f"the stage {origin!r} trains an adapter of {name_of(theirs)}, not of this student's base {name_of(ours)}: on "
-                "another base it is another model",
-            )
+            yield f"the stage {origin!r} trains no LoRA adapter; name its result itself: `stage:{origin}`"
+        elif ours is not None and theirs is not None and not ours.may_be(theirs):
+            yield f"the stage {origin!r} trains an adapter of {_name(theirs)}, not of this student's base {_name(ours)}"
     elif origin is None and model.adapter is not None and model.adapter != BARE_BASE:
         try:
             config = read_adapter_config(model.adapter)
@@ -179,7 +171,7 @@ def _of_adapter(recipe: Recipe, name: str, model: ModelSpec) -> Problems:
                 revisions = (config.get("revision"), ours.revision)
                 require_same_base(model.adapter, config["base_model_name_or_path"], ours.path, revisions)
         except UserError as error:
-            yield "adapter", str(error)
+            yield str(error)
 
 
 def _of_domains(recipe: Recipe, stage: DAEStage) -> Problems:
@@ -190,11 +182,8 @@ def _of_domains(recipe: Recipe, stage: DAEStage) -> Problems:
     complete = len(rows) > 0 and all(source is not None and source.domain is not None for source in rows)
     covered = [*stage.teachers, *stage.reference_domains]
     for domain in sorted(domains.difference(covered)):
-        yield (
-            ("teachers", domain),
-            f"the rows of domain {domain!r} have no teacher{nearest(domain, covered)}; name one here, or list the domain "
-            f"under reference_domains (now: {listed(stage.reference_domains)})",
-        )
+        otherwise = f"name one here, or list the domain under reference_domains (now: {listed(stage.reference_domains)})"
+        yield ("teachers", domain), f"the rows of domain {domain!r} have no teacher{nearest(domain, covered)}; {otherwise}"
     named = [domain for domain in stage.reference_domains if stage.changed("reference_domains")]
     for domain in [domain for domain in covered if domain not in domains and complete]:
         have = f"{listed(sorted(domains))}){nearest(domain, domains)}"
@@ -254,3 +243,41 @@ def _of_evaluated(recipe: Recipe, model: EvaluatedModel, path: Path, in_suites: 
             yield path, "random weights are not worth measuring; give a path or a stage"
         elif recipe.stages is not None:
             yield from of_origin(recipe, model, path, stages, None)
+
+
+# ---- notes -----------------------------------------------------------------------------------------------------------
+
+
+def sharing_notes(recipe: Recipe) -> list[str]:
+    """What a resolved recipe does that its author may not want: a base loaded twice, an adapter on another precision."""
+    notes = []
+    for name, stage in recipe.stages.items():
+        base = recipe.base_of(name) if stage.is_lora else None
+        for key, teacher in stage.teachers_by_key().items():
+            model = teacher.model
+            origin = None if model is None else adapter_stage(model.adapter) or model.stage
+            theirs = recipe.base_of(origin) if origin is not None and recipe.stages[origin].is_lora else None
+            if model is None or base is None or theirs is None or not base.may_be(theirs):
+                continue
+            where = dotted(("stages", name, *key))
+            if model.adapter is not None and theirs.quantization != base.quantization:
+                notes.append(
+                    f"{where}: the adapter of stage {origin!r} was trained on a base {_precision(theirs)} and runs on one "
+                    f"{_precision(base)}: it is not quite the same model there"
+                )
+            elif model.adapter is None:
+                notes.append(
+                    f"{where}: stage {origin!r} is a LoRA adapter of this student's base; as {{stage: {origin}}} it is merged "
+                    f"into a second copy of it. {{adapter: stage:{origin}}} runs it on the student's base, loaded once"
+                    + (f" ({_precision(base)}, which is not quite the merged model)" if base.quantization else "")
+                )
+    return notes
+
+
+def _precision(base: ModelSpec) -> str:
+    return f"in {base.quantization}" if base.quantization else "without quantization"
+
+
+def _name(base: ModelSpec) -> str:
+    revision = f" (revision {base.revision})" if base.revision else ""
+    return repr(base.path or (f"stage:{base.stage}" if base.stage else "a config")) + revision

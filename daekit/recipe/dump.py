@@ -14,24 +14,9 @@ from daekit.recipe.suite import SuiteSpec
 from daekit.recipe.tree import Dumper
 
 # Options that say what is watched and kept of a training run; its weights do not depend on them.
-_WATCHING = frozenset(
-    {
-        "disable_tqdm",
-        "log_level",
-        "log_level_replica",
-        "log_on_each_node",
-        "logging_first_step",
-        "logging_nan_inf_filter",
-        "logging_steps",
-        "logging_strategy",
-        "project",
-        "report_to",
-        "run_name",
-        "save_steps",
-        "save_strategy",
-        "save_total_limit",
-    }
-)
+_WATCHING = {"disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step", "logging_steps"}
+_WATCHING |= {"logging_nan_inf_filter", "logging_strategy", "project", "report_to", "run_name"}
+_WATCHING |= {"save_steps", "save_strategy", "save_total_limit"}
 # Where a teacher lies, and how it is reached, does not change what it says.
 _PLACEMENT = ("device_map", "offload", "base_url", "api_key_env", "concurrency", "max_retries", "timeout")
 # Of a generated source: with more rows it goes on; the rest says how attempts are made, not which tokens are drawn.
@@ -135,12 +120,7 @@ def _stages_of(recipe: Recipe, sources: Iterable[str]) -> set[str]:
 
 def _stages_used(stage: StageSpec) -> set[str]:
     """Names of the stages whose results a stage starts from or follows."""
-    teachers = list(stage.teachers_by_key().values())
-    models = [stage.student, *(teacher.model for teacher in teachers)]
-    models += [member.model for teacher in teachers for member in teacher.ensemble]
-    if stage.student and stage.student.init:
-        models += [stage.student.init.from_, *stage.student.init.with_]
-    named = [name for model in models if model for name in (model.stage, adapter_stage(model.adapter))]
+    named = [name for model in stage.models().values() for name in (model.stage, adapter_stage(model.adapter))]
     return {name for name in named if name is not None}
 
 

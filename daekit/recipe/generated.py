@@ -11,9 +11,9 @@ from daekit.errors import listed
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
 from daekit.recipe.judge import url_problems
 from daekit.recipe.model import ModelSpec, StudentSpec  # noqa: F401 (pydantic looks the names of ModelSpec up here)
-from daekit.recipe.paths import missing
-from daekit.recipe.reading import Choice, Flag, Number, Problems, Spec, Text, Whole
-from daekit.recipe.suite import Column, subject_keys
+from daekit.recipe.reading import Choice, FilePath, Flag, Number, Spec, Text, Whole
+from daekit.recipe.suite import Column, SuiteModelSpec
+from daekit.recipe.validation import Problems, missing
 
 _OWN_WORDS = ("self", "bos")
 _READING = ("split", "name", "revision", "columns", "chat", "limit")
@@ -36,7 +36,7 @@ class GeneratorSpec(ModelSpec):
     def expand(cls, value: Any) -> Any:
         """See the class."""
         if isinstance(value, str) and value.startswith(("http://", "https://")):
-            return subject_keys(value)
+            return SuiteModelSpec.expand(value)
         return super().expand(value)
 
     def problems(self) -> Problems:
@@ -75,7 +75,7 @@ class PromptsSpec(Spec):
         description="self: the model writes the user's turn, then answers it; bos: it writes a text from its first token on.",
     )
     source: Text | None = Field(None, description="Another source of this recipe, whose training prompts are answered.")
-    path: Text | None = Field(None, description="A JSONL or Parquet file, a directory of them, or a hub id.")
+    path: FilePath | None = Field(None, description="A JSONL or Parquet file, a directory of them, or a hub id.")
     split: Text = Field("train", description="Of `path`, as in a source; name, revision, columns, chat and limit likewise.")
     name: Text | None = Field(None, description="Configuration name of a hub data set.")
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub data set.")

@@ -27,7 +27,7 @@ _SHORT: dict[str, list[dict[str, Any]]] = {
     "PromptsSpec": [_TEXT],
     "CacheSpec": [{"enum": list(KEEPS)}],
     "TokenizerSpec": [_TEXT],
-    "SubjectSpec": [_TEXT],
+    "SuiteModelSpec": [_TEXT],
     "EvaluatedModel": [_TEXT, {"type": "object", "minProperties": 1, "maxProperties": 1}],
 }
 

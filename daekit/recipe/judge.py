@@ -9,36 +9,39 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from daekit.recipe.model import Dtype, Quantization
-from daekit.recipe.reading import Choice, Number, Problems, Spec, Text, Whole
+from daekit.recipe.reading import Choice, Number, Spec, Text, Whole
+from daekit.recipe.validation import Problems
 
 
-class JudgeSpec(Spec):
-    """Who judges: exactly one of ``base_url`` (an OpenAI-compatible endpoint) and ``path`` (a model directory or hub id)."""
+class CallsSpec(Spec):
+    """How an OpenAI-compatible endpoint is called."""
 
-    model: Text | None = Field(
-        None,
-        description="The name that the endpoint knows it by; with `path` a name for the report (default: its last part).",
-    )
-    base_url: Text | None = Field(None, description="Such as https://api.openai.com/v1 or http://localhost:8000/v1.")
-    path: Text | None = Field(None, description="A local judge, run in process with its own chat template.")
     api_key_env: Text | None = Field(
         None,
-        description="Environment variable that holds the key, which is never written in a suite (default: OPENAI_API_KEY at "
+        description="Environment variable that holds the key, which is never written in a file (default: OPENAI_API_KEY at "
         "OpenAI's own hosts, elsewhere none).",
     )
     concurrency: Whole = Field(8, gt=0, description="Calls under way at a time.")
     max_retries: Whole = Field(
-        6, ge=0, description="How often a call that failed in passing (429, 5xx, time-out, broken reply) is sent again."
+        6, ge=0, description="How often a call that failed (429, 5xx, time-out, broken reply) is sent again."
     )
     timeout: Number = Field(120.0, gt=0, description="Seconds for a whole call, its body included.")
-    max_tokens: Whole | None = Field(
-        None, gt=0, description="Of a reply; default: the benchmark's own (MT-Bench 2048; AlpacaEval: the annotator's)."
+
+
+class JudgeSpec(CallsSpec):
+    """Who judges: exactly one of ``base_url`` (an OpenAI-compatible endpoint) and ``path`` (a model directory or hub id)."""
+
+    model: Text | None = Field(
+        None, description="The name that the endpoint knows it by; with `path` a name for the report (default: its last part)."
     )
+    base_url: Text | None = Field(None, description="Such as https://api.openai.com/v1 or http://localhost:8000/v1.")
+    path: Text | None = Field(None, description="A local judge, run in process with its own chat template.")
+    max_tokens: Whole | None = Field(None, gt=0, description="Of a reply; default: the benchmark's (MT-Bench 2048).")
     token_limit: Annotated[Literal["max_tokens", "max_completion_tokens"], Choice] = Field(
         "max_tokens", description="The name under which the endpoint takes max_tokens; reasoning models want the newer one."
     )
     temperature: Number | None = Field(
-        None, ge=0, description="Default: the benchmark's own (MT-Bench 0; AlpacaEval: the annotator's)."
+        None, ge=0, description="Default: the benchmark's (MT-Bench 0; AlpacaEval: the annotator's)."
     )
     seed: Whole | None = Field(None, description="Sent with every call if given.")
     price_prompt: Number | None = Field(None, ge=0, description="Dollars per million tokens of prompts.")
@@ -77,10 +80,8 @@ class JudgeSpec(Spec):
             if not self.model:
                 yield "model", "is missing: the endpoint must be told which of its models judges"
         if self.path is None and (self.quantization is not None or self.dtype != "auto"):
-            yield (
-                "quantization" if self.quantization else "dtype",
-                "belongs to a local judge (path); an endpoint decides it itself",
-            )
+            key = "quantization" if self.quantization else "dtype"
+            yield key, "belongs to a local judge (path); an endpoint decides it itself"
         if self.path is not None and self.temperature:
             yield "temperature", f"{self.temperature} is not possible with path: a local judge answers greedily; leave it out"
         if self.max_cost is not None and (self.price_prompt is None or self.price_completion is None):

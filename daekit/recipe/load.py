@@ -6,26 +6,24 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from daekit.errors import UserError, listed, nearest
 from daekit.recipe.adapter_config import adapter_stage
-from daekit.recipe.bases import with_base_of
 from daekit.recipe.checks import check_recipe, evaluated_by_default
 from daekit.recipe.model import ModelSpec
-from daekit.recipe.overrides import apply_overrides
-from daekit.recipe.paths import bad_directory, is_name
 from daekit.recipe.reading import Spec
-from daekit.recipe.rows import SourceSpec
-from daekit.recipe.schema import STUDENT_AS_IT_WAS, DAEStage, EvaluatedModel, KDStage, Recipe, StageSpec
-from daekit.recipe.suite import SuiteSpec
-from daekit.recipe.teacher import TeacherSpec
+from daekit.recipe.schema import EvaluatedModel, Recipe, StageSpec
+from daekit.recipe.suite import SuiteModelSpec, SuiteSpec
 from daekit.recipe.tree import Node, Path, Place, read_file
-from daekit.recipe.validation import Errors
+from daekit.recipe.validation import Errors, bad_directory, dotted, is_name
 
 S = TypeVar("S", bound=Spec)
 _SUITES: Path = ("evaluation", "suites")
 _MODEL = "model:"
+# The mappings whose keys are the user's own names: a misspelt one must not make a new entry.
+_NAMED = (("sources",), ("stages",), ("benchmarks",), ("models",))
+_DEEPEST = 40  # keys of a path
 
 
 def load_recipe(path: str | FilePath, overrides: Sequence[str] = ()) -> Recipe:
@@ -100,7 +98,7 @@ def load_suite_text(
             errors.add_check(("models",), "no model to measure: give --model NAME=PATH_OR_URL, or models in the suite")
     errors.raise_if_any()
     assert suite is not None  # whatever keeps it from being read is an error
-    return suite.model_copy(update={"output_dir": os.path.expanduser(suite.output_dir)})
+    return suite
 
 
 def parse_models(arguments: Sequence[str]) -> dict[str, str]:
@@ -184,11 +182,8 @@ def _check_prices(errors: Errors, suite: SuiteSpec | None, path: Path = ()) -> N
         for key in ("price_prompt", "price_completion") if said else ():
             node = nodes[key]
             if node is not None and node.value is not None and node.place.override is None:
-                errors.add_check(
-                    (*where, key),
-                    f"{node.show()} is the price of the judge in the file, and {said[0]} names another; give that one's, or "
-                    "null if it costs nothing",
-                )
+                message = f"{node.show()} is the price of the judge in the file, and {said[0]} names another; give that one's"
+                errors.add_check((*where, key), message)
 
 
 def _add_models(root: Node, models: Mapping[str, str]) -> None:
@@ -201,7 +196,75 @@ def _add_models(root: Node, models: Mapping[str, str]) -> None:
         below.value |= {name: Node(text, Place(override=f"--model {name}"), ("models", name)) for name, text in models.items()}
 
 
-# ---- implied defaults ------------------------------------------------------------------------------------------------
+# ---- overrides ------------------------------------------------------------------------------------------------------
+
+
+def apply_overrides(errors: Errors, overrides: Sequence[str]) -> None:
+    """Set each ``key.sub=value`` in the tree, the value read as YAML; mappings that are missing on the way are made.
+
+    A text on the way that is short for a mapping (a model, a teacher, a tokenizer) becomes that mapping; an item of a list
+    is addressed by its index, from 0.
+    """
+    for override in overrides:
+        keys, equals, text = override.partition("=")
+        names, place = keys.split("."), Place(override=repr(override))
+        if not equals or not all(names):
+            errors.add((), "is not of the form key.sub=value", place)
+        elif not text.strip():
+            errors.add((), "has no value; write null to unset a key", place)
+        elif len(names) > _DEEPEST:
+            errors.add((), f"has {len(names)} keys; nothing lies so deep", place)
+        else:
+            try:
+                *above, last = names
+                node = errors.root
+                for name in above:
+                    node = _below(node, name, place)
+                _put(node, last, errors.read(text, (*node.path, last), override=repr(override)))
+            except UserError as error:
+                errors.add((), str(error), place)
+
+
+def _below(node: Node, name: str, place: Place) -> Node:
+    """The value below a key, made if it is missing."""
+    found = node.child(_key(node, name))
+    if found is None:
+        if node.path in _NAMED and isinstance(node.value, dict):
+            raise UserError(f"{dotted(node.path)} has no {name!r}{nearest(name, node.value)}")
+        found = Node({}, place, (*node.path, name))
+        _put(node, name, found)
+    return found
+
+
+def _put(node: Node, name: str, value: Node) -> None:
+    key = _key(node, name)
+    if isinstance(node.value, list):
+        node.value[int(key)] = value
+    elif isinstance(node.value, dict):
+        node.value[str(key)] = value
+
+
+def _key(node: Node, name: str) -> str | int:
+    """The key, or index, that a name of an override means; ``node`` becomes the mapping that it stands for.
+
+    Raises:
+        UserError: it is neither a mapping nor stands for one, or a list without such an index.
+    """
+    if isinstance(node.value, str):
+        short = SuiteModelSpec if node.path[-2:-1] == ("models",) else ModelSpec
+        keys = short.expand(node.value)
+        node.value = {key: Node(below, node.place, (*node.path, key)) for key, below in keys.items()}
+    if node.value is None:
+        node.value = {}
+    if isinstance(node.value, list):
+        count = len(node.value)
+        if not (name.isdecimal() and len(name) < 10 and int(name) < count):
+            raise UserError(f"{dotted(node.path)} is a list of {count}: name an index from 0, not {name!r}, or set it whole")
+        return int(name)
+    if not isinstance(node.value, dict):
+        raise UserError(f"{dotted(node.path)} is {node.show()}, not a mapping: it has no {name!r}")
+    node.text = None
+    return name
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -209,79 +272,38 @@ def resolve(recipe: Recipe) -> Recipe:
 
     The student of a stage that names no model is the stage before; one that continues the adapter of a stage has its base, as
     it was loaded there; ``evaluation.models`` are all stages after the first one's student as it was, where that is loaded
-    from a path; ``evaluation.sources`` all sources with validation rows,
-    ``tokenizer.train.sources`` all sources that no model writes; ``~`` at the start of a path is the home folder.
+    from a path; ``evaluation.sources`` all sources with validation rows, ``tokenizer.train.sources`` all that no model
+    writes.
     """
-    sources = {name: _resolve_source(source) for name, source in recipe.sources.items()}
     stages: dict[str, StageSpec] = {}
     before = ""
     for name, stage in recipe.stages.items():
         student = stage.student or ModelSpec()
         origin = adapter_stage(student.adapter)
-        if student.path is None and student.stage is None and student.config is None and student.init is None:
+        if student.init is not None:
+            calibration = _filled(student.init.calibration, "sources", stage.data.sources)
+            student = student.model_copy(update={"init": student.init.model_copy(update={"calibration": calibration})})
+        elif student.path is None and student.stage is None and student.config is None:
             if student.adapter is None:
                 student = student.model_copy(update={"stage": before})
             elif origin is not None:
-                student = with_base_of(student, stages[origin].student or ModelSpec())
-        stages[name] = _resolve_stage(stage, student)
+                student = student.with_base_of(stages[origin].student or ModelSpec())
+        stages[name] = stage.model_copy(update={"student": student})
         before = name
     tokenizer, evaluation = recipe.tokenizer, recipe.evaluation
-    if tokenizer is not None:
-        tokenizer = _at_home(tokenizer, "path")
-        if tokenizer.train is not None and not tokenizer.train.sources:
-            lying = tuple(name for name, source in sources.items() if source.generated is None)
-            train = tokenizer.train.model_copy(update={"sources": lying})
-            tokenizer = tokenizer.model_copy(update={"train": train})
+    if tokenizer is not None and tokenizer.train is not None:
+        train = _filled(
+            tokenizer.train, "sources", tuple(name for name, source in recipe.sources.items() if source.generated is None)
+        )
+        tokenizer = tokenizer.model_copy(update={"train": train})
     if evaluation is not None:
-        models = evaluation.models or tuple(_evaluated(name) for name in evaluated_by_default(recipe))
-        update = {
-            "models": tuple(_at_home(model, "path") for model in models),
-            "sources": evaluation.sources or tuple(name for name, source in sources.items() if source.has_validation),
-            "suites": tuple(_at_home(suite, "output_dir") for suite in evaluation.suites),
-        }
-        evaluation = evaluation.model_copy(update=update)
-    output_dir = os.path.expanduser(recipe.output_dir)
-    resolved = {"sources": sources, "stages": stages, "tokenizer": tokenizer, "evaluation": evaluation}
-    return recipe.model_copy(update={"output_dir": output_dir, **resolved})
+        models = (EvaluatedModel.model_validate(name) for name in evaluated_by_default(recipe))
+        evaluation = _filled(evaluation, "models", tuple(models))
+        watched = tuple(name for name, source in recipe.sources.items() if source.has_validation)
+        evaluation = _filled(evaluation, "sources", watched)
+    return recipe.model_copy(update={"stages": stages, "tokenizer": tokenizer, "evaluation": evaluation})
 
 
-def _evaluated(name: str) -> EvaluatedModel:
-    return EvaluatedModel(name=name) if name == STUDENT_AS_IT_WAS else EvaluatedModel(name=name, stage=name)
-
-
-def _at_home(spec: S, *keys: str) -> S:
-    """A spec whose paths begin with the home folder, not with ``~``."""
-    paths = {key: getattr(spec, key) for key in keys}
-    return spec.model_copy(update={key: os.path.expanduser(path) for key, path in paths.items() if path})
-
-
-def _resolve_source(source: SourceSpec) -> SourceSpec:
-    if (generated := source.generated) is not None:
-        parts = {"model": _at_home(generated.model, "path", "adapter"), "prompts": _at_home(generated.prompts, "path")}
-        source = source.model_copy(update={"generated": generated.model_copy(update=parts)})
-    return _at_home(source, "path", "validation")
-
-
-def _resolve_model(model: ModelSpec) -> ModelSpec:
-    return _at_home(model, "path", "adapter")
-
-
-def _resolve_teacher(teacher: TeacherSpec) -> TeacherSpec:
-    members = tuple(each.model_copy(update={"model": _resolve_model(each.model)}) for each in teacher.ensemble)
-    update = {"model": teacher.model and _resolve_model(teacher.model), "ensemble": members}
-    return teacher.model_copy(update=update | {"cache": teacher.cache and _at_home(teacher.cache, "path")})
-
-
-def _resolve_stage(stage: StageSpec, student: ModelSpec) -> StageSpec:
-    student = _resolve_model(student)
-    if (init := student.init) is not None:
-        calibration = init.calibration.model_copy(update={"sources": init.calibration.sources or stage.data.sources})
-        parts = {"from_": _resolve_model(init.from_), "with_": tuple(_resolve_model(model) for model in init.with_)}
-        student = student.model_copy(update={"init": init.model_copy(update={**parts, "calibration": calibration})})
-    update: dict[str, Any] = {"student": student}
-    if isinstance(stage, KDStage):
-        update["teacher"] = _resolve_teacher(stage.teacher)
-    if isinstance(stage, DAEStage):
-        update["teachers"] = {domain: _resolve_teacher(teacher) for domain, teacher in stage.teachers.items()}
-        update["reference"] = stage.reference and _resolve_teacher(stage.reference)
-    return stage.model_copy(update=update)
+def _filled(spec: S, key: str, default: object) -> S:
+    """``spec`` with a default in place of nothing."""
+    return spec if getattr(spec, key) else spec.model_copy(update={key: default})

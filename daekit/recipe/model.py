@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from daekit.errors import listed
-from daekit.recipe.paths import missing
-from daekit.recipe.reading import Choice, Flag, Free, Number, Problems, Spec, Text, Whole
+from daekit.recipe.adapter_config import same_base
+from daekit.recipe.reading import Choice, FilePath, Flag, Free, Number, Spec, Text, Whole
+from daekit.recipe.validation import Problems, missing
 
 Quantization = Literal["4bit", "8bit"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -28,9 +29,7 @@ _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 class CalibrationSpec(Spec):
     """Training rows on which a teacher's parts are ranked and candidates scored; nothing is trained on them here."""
 
-    sources: tuple[Text, ...] = Field(
-        (), description="Names of sources, which give equally many tokens each (default: those of the stage's data)."
-    )
+    sources: tuple[Text, ...] = Field((), description="Sources, which give equally many tokens each (default: the stage's).")
     tokens: Whole = Field(100_000, ge=1, description="How many tokens together.")
     max_length: Whole = Field(1024, ge=2, description="Longer rows are split into rows of so many tokens.")
 
@@ -38,9 +37,7 @@ class CalibrationSpec(Spec):
 class StudentSearchSpec(Spec):
     """The search for the shape of a student, and for what it keeps of its teacher."""
 
-    parameters: tuple[Positive, ...] = Field(
-        description="The smallest and the largest number of parameters allowed: [smallest, largest]."
-    )
+    parameters: tuple[Positive, ...] = Field(description="Numbers of parameters allowed: [smallest, largest].")
     granularity: Annotated[Literal["coarse", "fine"], Choice] = Field(
         "coarse", description="coarse: sizes only, the most important units; fine: also which layers and which units."
     )
@@ -76,7 +73,19 @@ class StudentSearchSpec(Spec):
             yield "strategy", "a grid over a fine space would never end; use granularity: coarse, or evolution"
 
 
-class ModelSpec(Spec):
+class LoadingSpec(Spec):
+    """How the weights of a hub id or directory are loaded."""
+
+    revision: Text | None = Field(None, description="Branch, tag or commit of a hub id.")
+    dtype: Annotated[Dtype, Choice] = Field("auto", description="The dtype that the weights are loaded in.")
+    attn_implementation: Text | None = Field(None, description="sdpa, eager, flash_attention_2... (default: transformers').")
+    trust_remote_code: Flag = Field(False, description="Run the model's own code from its directory or hub repository.")
+    quantization: Annotated[Quantization | None, Choice] = Field(
+        None, description="4bit (nf4, double quantisation) or 8bit, by bitsandbytes; experts too."
+    )
+
+
+class ModelSpec(LoadingSpec):
     """Where a model comes from: exactly one of path, stage and config; or an adapter; or, for a student, ``from``.
 
     A plain text is short for ``{path: ...}``, ``stage:NAME`` for ``{stage: NAME}``, ``stage:NAME@checkpoint-40`` for its
@@ -90,12 +99,12 @@ class ModelSpec(Spec):
 
     NOUN: ClassVar = "a path or a mapping"
 
-    path: Text | None = Field(
+    path: FilePath | None = Field(
         None, description="Hub id or directory (a directory that holds a LoRA adapter is loaded on its base and merged)."
     )
     stage: Text | None = Field(None, description="The result of an earlier stage of this recipe.")
     checkpoint: Whole | None = Field(None, ge=1, description="Of `stage`: its checkpoint after so many steps, not its result.")
-    adapter: Text | None = Field(
+    adapter: FilePath | None = Field(
         None,
         description="`stage:NAME` (of an earlier LoRA stage), a directory, or, for a teacher, `base` (the base, adapter off).",
     )
@@ -103,15 +112,6 @@ class ModelSpec(Spec):
         None,
         description="A model with random weights: `model_type` and the fields of its transformers config; vocab_size and "
         "special tokens are taken from the tokenizer unless given.",
-    )
-    revision: Text | None = Field(None, description="Branch, tag or commit of a hub id.")
-    dtype: Annotated[Dtype, Choice] = Field("auto", description="The dtype that the weights are loaded in.")
-    attn_implementation: Text | None = Field(
-        None, description="sdpa, eager, flash_attention_2...; default: transformers' choice."
-    )
-    trust_remote_code: Flag = Field(False, description="Run the model's own code from its directory or hub repository.")
-    quantization: Annotated[Quantization | None, Choice] = Field(
-        None, description="4bit (nf4, double quantisation) or 8bit, by bitsandbytes; experts too."
     )
     device_map: Text | dict[str, Text] | None = Field(
         None,
@@ -146,10 +146,7 @@ class ModelSpec(Spec):
         if self.offload and self.device_map is not None:
             yield "offload", "excludes device_map: it brings the layers to the student's device"
         if self.offload and self.quantization == "8bit":
-            yield (
-                "offload",
-                "does not work with quantization: 8bit, whose weights bitsandbytes keeps out of reach; use 4bit or none",
-            )
+            yield "offload", "does not work with quantization: 8bit, whose weights stay out of reach; use 4bit or none"
         if self.device_map is not None and self.config is not None:
             yield "device_map", "a model made from a config is made where the student is; remove it"
         elif self.device_map is not None and not self.device_map:
@@ -158,12 +155,21 @@ class ModelSpec(Spec):
             devices = self.device_map.values() if isinstance(self.device_map, dict) else [self.device_map]
             wrong = [device for device in devices if not _DEVICE.fullmatch(device)]
             if "disk" in wrong:
-                yield (
-                    "device_map",
-                    "disk is not supported: the loss needs weights that are there; use `offload: true` or quantization",
-                )
+                yield "device_map", "disk is not supported: the loss needs the weights; use `offload: true` or quantization"
             elif wrong:
                 yield "device_map", f"{wrong[0]!r} is no device (cpu, cuda:0, 0...), nor, for a whole model, {listed(_SPREADS)}"
+
+    def with_base_of(self, origin: ModelSpec) -> ModelSpec:
+        """This student, which continues the adapter of a stage; what it does not say of its base is that of the stage's."""
+        return origin.model_copy(update={key: getattr(self, key) for key in ModelSpec.model_fields if self.changed(key)})
+
+    def may_be(self, other: ModelSpec) -> bool:
+        """Whether two bases can be one model; of a stage and a path nobody knows before the run."""
+        if self.path is not None and other.path is not None:
+            return same_base(self.path, other.path) and self.revision == other.revision
+        if self.stage is not None and other.stage is not None:
+            return (self.stage, self.checkpoint) == (other.stage, other.checkpoint)
+        return self.config is None and other.config is None
 
     def compact(self, dumped: dict[str, Any]) -> dict[str, Any]:
         """A student made from its teacher is written as it is read."""
@@ -188,9 +194,7 @@ class StudentSpec(Spec):
 
     from_: ModelSpec = Field(alias="from", description="The teacher.")
     with_: tuple[ModelSpec, ...] = Field(
-        (),
-        alias="with",
-        description="Further Mistral models of the same shape. Attention and embeddings are those of `from`.",
+        (), alias="with", description="Further Mistral models of the same shape. Attention and embeddings are those of `from`."
     )
     dense: Annotated[Literal["best_expert", "average", "routed_average", "top_neurons"] | None, Choice] = Field(
         None, description="How the experts of a layer become one MLP."
@@ -205,7 +209,7 @@ class StudentSpec(Spec):
         description="What is kept: what counts most on calibration text (activations), the first or random parts.",
     )
     fit_norms: Flag = Field(
-        False, description="Scale norms over fewer channels to what they gave over all of them, measured on calibration text."
+        False, description="Scale norms over fewer channels to what they gave over all, on calibration text."
     )
     calibration: CalibrationSpec = Field(CalibrationSpec(), description="The text that parts are ranked on.")
 
@@ -234,11 +238,8 @@ class StudentSpec(Spec):
                 merged = "name the merged one (a stage with lora.merge, or `daekit merge`)"
                 yield (*path, "adapter"), f"a student is made of whole models; {merged}"
         if self.search is not None and max(self.search.tokens) > self.calibration.tokens:
-            yield (
-                ("search", "tokens"),
-                f"the last round wants {max(self.search.tokens)} tokens, but calibration.tokens is {self.calibration.tokens}; "
-                "raise that, or lower this",
-            )
+            more = f"{max(self.search.tokens)} tokens, but calibration.tokens is {self.calibration.tokens}"
+            yield ("search", "tokens"), f"the last round wants {more}; raise that, or lower this"
 
     def models(self) -> dict[tuple[str | int, ...], ModelSpec]:
         """Key path -> the models that it is made from."""

@@ -6,13 +6,14 @@ A recipe's ``loss:``, the trainers' ``KDConfig`` and the loss functions all have
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from daekit.errors import UserError, listed
-from daekit.recipe.reading import Choice, Number, Problems, Spec, Text, Whole, as_plain
+from daekit.errors import UserError, listed, nearest
+from daekit.recipe.reading import Choice, Number, Spec, Text, Whole, as_plain
+from daekit.recipe.validation import Problems
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv"]
 DIVERGENCES: tuple[str, ...] = get_args(DivergenceName)
@@ -99,7 +100,7 @@ class Objective(Spec):
             )
         if self.on_policy == 1 and self.ce_weight:
             raise ValueError(
-                f"ce_weight={self.ce_weight:g} counts on rows with labels, and on_policy=1 leaves none: set ce_weight to 0"
+                f"ce_weight={self.ce_weight:g} counts on rows with labels, and on_policy=1 leaves none: set it to 0"
             )
         if self.normalize == "rows" and (self.attention_weight or self.hidden_weight):
             raise ValueError(
@@ -121,23 +122,30 @@ class Objective(Spec):
                 if self.changed(key):
                     yield key, f"belongs to {kind}_weight, which is 0: it would do nothing"
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Objective:
-        """The objective with these settings.
-
-        Raises:
-            UserError: a setting that does not exist or is out of bounds; all of them at once.
-        """
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            wrong = [
-                "".join(f"{key}={each['input']!r}: " for key in each["loc"][:1]) + each["msg"].removeprefix("Value error, ")
-                for each in error.errors()
-            ]
-            raise UserError("; ".join(wrong)) from error
-
     @property
     def parameter(self) -> float:
         """The one number that the divergence depends on, if it does."""
         return self.beta if self.divergence == "jsd" else self.skew_alpha
+
+
+class Selection(Spec):
+    """Which checkpoint of a training is kept: of those that have not forgotten too much the one that has gained most."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False)
+
+    gain: Text = Field(min_length=1)
+    """The domain whose cross-entropy on validation rows is to be lowest."""
+    forgetting: dict[str, Number] = Field(min_length=1)
+    """Domain -> the most that the divergence from its teacher may be there, in nats per token, on validation rows; or a metric
+    (`ce/general`) -> the most that it may be."""
+    patience: Whole | None = Field(default=None, ge=1)
+    """End the training after so many evaluations that bring nothing better; null: train to the end."""
+
+    def require_domains(self, domains: Collection[str]) -> None:
+        """UserError for a domain without validation rows."""
+        for domain in (self.gain, *(name.rpartition("/")[2] for name in self.forgetting)):
+            if domain not in domains:
+                raise UserError(
+                    f"select: {domain!r} has no validation rows among those of the training (there are: {listed(domains)})"
+                    f"{nearest(domain, domains)}; give it some, or name another domain"
+                )

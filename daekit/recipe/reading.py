@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Self, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -25,12 +26,9 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from daekit.errors import listed, nearest
-from daekit.recipe.tree import Node, Path
-from daekit.recipe.validation import Errors, dotted
-
-Key: TypeAlias = str | Path  # of a mapping, or the keys on the way to something below it
-Problems: TypeAlias = Iterator[tuple[Key, str]]  # (key, sentence) of what is wrong with a mapping
+from daekit.errors import UserError, listed, nearest
+from daekit.recipe.tree import Node
+from daekit.recipe.validation import Errors, Problems, dotted
 
 _UNREAD: Any = object()  # stands for the value of a field that cannot be read
 
@@ -72,6 +70,7 @@ Number = Annotated[float, Strict(), BeforeValidator(as_plain)]
 Flag = Annotated[bool, Strict(), BeforeValidator(as_plain)]
 Free = Annotated[dict[str, Any], BeforeValidator(as_plain)]
 Choice = BeforeValidator(content)  # goes with a Literal
+FilePath = Annotated[Text, AfterValidator(os.path.expanduser)]  # `~` at its start is the home folder
 
 
 class Spec(BaseModel):
@@ -85,7 +84,7 @@ class Spec(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
+        frozen=True, extra="forbid", defer_build=True, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
     )
     ELSEWHERE: ClassVar[Mapping[str, str]] = {}
     ALSO: ClassVar[tuple[str, ...]] = ()
@@ -108,6 +107,22 @@ class Spec(BaseModel):
     def changed(self, key: str) -> bool:
         """Whether a field has another value than its default."""
         return getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """One with these settings, from Python.
+
+        Raises:
+            UserError: a setting that does not exist or is out of bounds; all of them at once.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            wrong = [
+                "".join(f"{key}={each['input']!r}: " for key in each["loc"][:1]) + each["msg"].removeprefix("Value error, ")
+                for each in error.errors()
+            ]
+            raise UserError("; ".join(wrong)) from error
 
     @classmethod
     def read(cls, errors: Errors) -> Self | None:
@@ -205,7 +220,7 @@ class ByType:
 
     def _type_of(self, value: Any) -> str:
         if isinstance(value, Spec):
-            return str(value.type)
+            return next(name for name, each in self.classes.items() if isinstance(value, each))
         keys = content(value) if isinstance(content(value), dict) else {}
         kind = content(keys.get("type"))
         alike = {name: difflib.SequenceMatcher(None, name, str(kind)[:200]).ratio() for name in self.classes}

@@ -8,9 +8,9 @@ from pydantic import Field
 
 from daekit.errors import listed, nearest
 from daekit.recipe.generated import GeneratedSpec
-from daekit.recipe.paths import bad_name, missing
-from daekit.recipe.reading import Choice, Flag, Number, Problems, Spec, Text, Whole, content
+from daekit.recipe.reading import Choice, FilePath, Flag, Number, Spec, Text, Whole, content
 from daekit.recipe.suite import Column
+from daekit.recipe.validation import Problems, bad_name, missing
 
 NO_VALIDATION = "give `validation`, `validation_split` or `holdout`"
 SourceColumn = Literal[Column, "teacher_prompt"]
@@ -21,7 +21,7 @@ class SourceSpec(Spec):
     """Rows of one domain."""
 
     domain: Text = Field(description="The name that decides which teacher these rows follow.")
-    path: Text | None = Field(
+    path: FilePath | None = Field(
         None,
         description="A JSONL or Parquet file, a directory of them, a hub id, or `builtin:NAME` for the embedded corpora "
         f"({', '.join(BUILTIN_CORPORA)}).",
@@ -30,16 +30,15 @@ class SourceSpec(Spec):
     split: Text = Field("train", description="Split of a hub data set or of a builtin corpus to train on.")
     name: Text | None = Field(None, description="Configuration name of a hub data set.")
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub data set.")
-    validation: Text | None = Field(None, description="A file, directory or `builtin:NAME` with the rows to evaluate on.")
+    validation: FilePath | None = Field(None, description="A file, directory or `builtin:NAME` with the rows to evaluate on.")
     validation_split: Text | None = Field(None, description="Split of `path` to evaluate on.")
     holdout: Whole | None = Field(
-        None, gt=0, description="Rows taken from the end of the (seeded) shuffled training rows, to evaluate on instead."
+        None, gt=0, description="Rows to evaluate on instead, from the end of the shuffled training rows."
     )
     limit: Whole | None = Field(None, gt=0, description="Use at most so many training rows (the first ones).")
     validation_limit: Whole | None = Field(None, gt=0, description="Use at most so many validation rows.")
     columns: dict[Annotated[SourceColumn, Choice], Text] = Field(
-        {},
-        description='Our column name -> its name in the data, or a text with names in braces: `"{page}\\n\\n{question}"`.',
+        {}, description='Our column name -> its name in the data, or a text with names in braces: `"{page}\\n\\n{question}"`.'
     )
     chat: Flag = Field(
         False,
@@ -113,11 +112,8 @@ class MixtureSpec(Spec):
             if weight <= 0:
                 yield (), f"the weight of {source!r} is {weight}, must be greater than 0; or leave the source out"
         if self.rows is not None and not self.weights:
-            yield (
-                "rows",
-                "rows belongs to a weighted mixture ({sources: {a: 0.25, b: 0.75}, rows: N}); "
-                "to use fewer rows of a source set its `limit`",
-            )
+            weighted = "{sources: {a: 0.25, b: 0.75}, rows: N}"
+            yield "rows", f"rows belongs to a weighted mixture ({weighted}); to use fewer rows of a source set its `limit`"
 
     def compact(self, dumped: dict[str, Any]) -> dict[str, Any]:
         """The long form, of a mapping if there are weights."""
@@ -131,8 +127,7 @@ class TokenizerTraining(Spec):
     vocab_size: Whole = Field(gt=0, description="Its size, special tokens included.")
     sources: tuple[Text, ...] = Field((), description="Names of the sources to read (default: all).")
     kind: Annotated[Literal["bpe", "words"], Choice] = Field(
-        "bpe",
-        description="bpe (byte-level) or words (one token per word, digit and punctuation mark: for small worlds).",
+        "bpe", description="bpe (byte-level) or words (one token per word, digit and punctuation mark: for small worlds)."
     )
 
 
@@ -144,7 +139,7 @@ class TokenizerSpec(Spec):
 
     NOUN: ClassVar = "a path or a mapping"
 
-    path: Text | None = Field(None, description="Hub id, directory or file.")
+    path: FilePath | None = Field(None, description="Hub id, directory or file.")
     train: TokenizerTraining | None = Field(None, description="Train one instead.")
     chat_template: Text | None = Field(None, description="A Jinja template, or a file that holds one, in place of its own.")
     trust_remote_code: Flag = Field(False, description="Run the tokenizer's own code from its directory or hub repository.")

@@ -10,8 +10,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from daekit.errors import UserError
+from daekit.recipe.adapter_config import adapter_stage, read_adapter_config
 from daekit.recipe.model import CalibrationSpec, Dtype, ModelSpec, Quantization, StudentSearchSpec, StudentSpec
-from daekit.recipe.reading import ByType, Flag, Spec, Text, Whole, content
+from daekit.recipe.reading import ByType, FilePath, Flag, Spec, Text, Whole, content
 from daekit.recipe.rows import BUILTIN_CORPORA, MixtureSpec, SourceSpec, TokenizerSpec, TokenizerTraining
 from daekit.recipe.stages import LARGEST_SEED, STAGES, DAEStage, KDStage, LoraSpec, SFTStage, StageSpec
 from daekit.recipe.suite import Column, SuiteSpec
@@ -120,10 +122,9 @@ class Recipe(Spec):
     """
 
     name: Text = Field(min_length=1, description="Becomes part of model cards and reports.")
-    output_dir: Text = Field(min_length=1, description="Everything the run writes is below it.")
+    output_dir: FilePath = Field(min_length=1, description="Everything the run writes is below it.")
     models: dict[str, ModelSpec] = Field(
-        {},
-        description="Name -> model; `model:NAME` stands for it wherever a model or its path is named.",
+        {}, description="Name -> model; `model:NAME` stands for it where a model or path is named."
     )
     sources: dict[str, SourceSpec] = Field(min_length=1, description="Name -> rows of one domain.")
     stages: dict[str, Annotated[StageSpec, ByType(STAGES)]] = Field(
@@ -132,3 +133,28 @@ class Recipe(Spec):
     seed: Whole = Field(0, ge=0, le=LARGEST_SEED, description="Of data order, initial weights and dropout of every stage.")
     tokenizer: TokenizerSpec | None = Field(None, description="Default: that of the first student.")
     evaluation: EvaluationSpec | None = Field(None, description="The report; without it there is none.")
+
+    def earlier_stages(self, name: str) -> list[str]:
+        """The stages that run before ``name``."""
+        names = list(self.stages)
+        return names[: names.index(name)]
+
+    def base_of(self, name: str) -> ModelSpec | None:
+        """The model whose weights a LoRA stage leaves as they are; None where the recipe cannot say."""
+        stage = self.stages[name]
+        if stage is None:
+            return None
+        student = stage.student or ModelSpec()
+        if student.path or student.stage or student.config:
+            return student.model_copy(update={"adapter": None})
+        origin, earlier = adapter_stage(student.adapter), self.earlier_stages(name)
+        if origin is not None:
+            return self.base_of(origin) if origin in earlier else None
+        if student.adapter is not None:
+            try:
+                config = read_adapter_config(student.adapter)
+            except UserError:  # noted where the student is checked
+                return None
+            base = {"path": config["base_model_name_or_path"], "revision": config.get("revision")}
+            return student.model_copy(update={"adapter": None, **base})
+        return student.model_copy(update={"stage": earlier[-1]}) if earlier else None

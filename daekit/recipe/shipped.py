@@ -52,9 +52,7 @@ def copy_recipe(name: str, folder: Path) -> list[Path]:
             with path.open("x", encoding="utf-8") as file:
                 file.write(content)
         except FileExistsError:
-            raise UserError(
-                f"{path} is there already; it is not overwritten. Move it, or copy into another directory"
-            ) from None
+            raise UserError(f"{path} is there already, and is not overwritten; copy into another directory") from None
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return list(files)

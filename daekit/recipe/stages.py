@@ -9,13 +9,13 @@ from pydantic import BeforeValidator, Field, ValidationInfo
 from daekit.errors import listed
 from daekit.recipe.adapter_config import BARE_BASE
 from daekit.recipe.model import ModelSpec
-from daekit.recipe.objective import Objective
-from daekit.recipe.reading import Choice, Flag, Number, Problems, Spec, Text, Whole
+from daekit.recipe.objective import Objective, Selection
+from daekit.recipe.reading import Choice, Flag, Number, Spec, Text, Whole
 from daekit.recipe.rows import MixtureSpec
 from daekit.recipe.teacher import TeacherSpec
 from daekit.recipe.trainer_options import read_trainer_options
 from daekit.recipe.tree import Path
-from daekit.recipe.validation import Errors, dotted
+from daekit.recipe.validation import Errors, Problems, dotted
 
 LARGEST_SEED = 2**32 - 1  # of numpy
 
@@ -29,10 +29,7 @@ class LoraSpec(Spec):
     target_modules: Text | tuple[Text, ...] = Field("all-linear", description="Names of modules, or `all-linear`.")
     use_rslora: Flag = Field(False, description="Multiply by lora_alpha / sqrt(r) instead.")
     use_dora: Flag = Field(False, description="Learn magnitudes apart from directions (DoRA).")
-    merge: Flag = Field(
-        False,
-        description="Fold the adapter into the (unquantised) base when the stage ends, so that its result is a plain model.",
-    )
+    merge: Flag = Field(False, description="When the stage ends, fold the adapter into its (unquantised) base: a plain model.")
 
 
 _NOT_IN_KD = {
@@ -47,6 +44,7 @@ _NOT_IN_SFT = {
     "reference_domains": "an sft stage has no reference; for one use type: dae",
     "loss": "an sft stage has the cross-entropy as its only loss; for others use type: kd or dae",
     "teacher_max_length": "an sft stage has no teacher; remove it",
+    "select": "an sft stage has no teacher to measure forgetting by; use type: kd or dae",
 }
 _FIRST = ("type", "student", "lora", "teacher", "teachers", "reference", "reference_domains", "data")
 
@@ -59,9 +57,7 @@ class _Stage(Spec):
     """What every training run has."""
 
     data: MixtureSpec = Field(description="The rows.")
-    student: ModelSpec | None = Field(
-        None, description="The model to train; without path, stage and config: the result of the stage before."
-    )
+    student: ModelSpec | None = Field(None, description="The model to train; default: the result of the stage before.")
     lora: LoraSpec | None = Field(None, description="Train an adapter on the student.")
     seed: Whole | None = Field(
         None,
@@ -102,16 +98,10 @@ class _Stage(Spec):
         student = self.student or ModelSpec()
         for key in ("device_map", "offload"):
             if getattr(student, key):
-                yield (
-                    ("student", key),
-                    "belongs to a teacher; a student is trained on the devices that `accelerate launch` gives it",
-                )
+                yield ("student", key), "belongs to a teacher; a student is trained on the devices of `accelerate launch`"
         if student.quantization is not None and not self.is_lora:
-            yield (
-                ("student", "quantization"),
-                f"a student in {student.quantization} cannot be trained itself; add `lora` to train an adapter on it (QLoRA), "
-                "or remove the quantization",
-            )
+            remedy = "add `lora` to train an adapter on it (QLoRA), or remove this"
+            yield ("student", "quantization"), f"a student in {student.quantization} cannot be trained itself; {remedy}"
         if student.adapter is not None:
             yield from self._of_a_continued(student)
         elif self.lora is not None and student.config is not None and student.quantization is None:
@@ -128,33 +118,23 @@ class _Stage(Spec):
             return
         more = [key for key in ModelSpec.model_fields if model.changed(key) and key != "adapter"]
         if more:
-            yield (
-                (*path, more[0]),
-                f"an adapter runs on the student's base, as it is loaded there; remove {listed(more)}, or, for a model of its "
-                "own, remove `adapter`",
-            )
+            remedy = f"remove {listed(more)}, or, for a model of its own, remove `adapter`"
+            yield (*path, more[0]), f"an adapter runs on the student's base, as it is loaded there; {remedy}"
         if not self.is_lora:
-            yield (
-                (*path, "adapter"),
-                "is an adapter on the student's base, but the student is trained whole; add `lora`, or name a model",
-            )
+            remedy = "add `lora`, or name a model"
+            yield (*path, "adapter"), f"is an adapter on the student's base, but the student is trained whole; {remedy}"
 
     def _of_a_continued(self, student: ModelSpec) -> Problems:
         """A student that goes on with an adapter."""
         if student.adapter == BARE_BASE:
             yield ("student", "adapter"), "a student cannot train the bare base's adapter; leave `adapter` out and give `lora`"
         if self.lora is not None:
-            yield (
-                "lora",
-                "the student goes on with an adapter that has its own rank and targets; remove `lora`, or `student.adapter`",
-            )
+            yield "lora", "the student goes on with an adapter that has its own rank; remove `lora`, or `student.adapter`"
         if student.config is not None:
             yield ("student", "config"), "an adapter belongs to the base it was trained on, not to random weights"
         if student.path is None and student.revision is not None:
-            yield (
-                ("student", "revision"),
-                "is a revision of which base? give its `path`, or remove it: the adapter's own base is loaded then",
-            )
+            remedy = "give its `path`, or remove it: the adapter's own base is loaded then"
+            yield ("student", "revision"), f"is a revision of which base? {remedy}"
 
     def compact(self, dumped: dict[str, Any]) -> dict[str, Any]:
         """The models first, as people write it."""
@@ -171,11 +151,16 @@ class _Distillation(_Stage):
         "holds for longer rows.",
     )
     loss: Objective = Field(Objective(), description="The objective.")
+    select: Selection | None = Field(
+        None, description="Keep the checkpoint that gained most among those that forgot little; default: the last one."
+    )
 
     def problems(self) -> Problems:
         """What its teachers cannot be asked for."""
         yield from super().problems()
         loss = self.loss
+        if self.select is not None and self.trainer.get("eval_strategy", "no") == "no":
+            yield "select", "needs evaluations while the stage trains; set trainer.eval_strategy, eval_steps and save_steps"
         for key, teacher in self.teachers_by_key().items():
             what = "labels" if teacher.labels else "a server" if teacher.server else "a cache" if teacher.cache else None
             named = f"{what} ({dotted(key)})"
@@ -189,10 +174,8 @@ class _Distillation(_Stage):
             drawn = teacher.cache is not None and teacher.cache.keep == "sampled" and teacher.server is None
             if (drawn or teacher.labels) and (loss.divergence != "forward_kl" or loss.temperature != 1.0):
                 wrong = "divergence" if loss.divergence != "forward_kl" else "temperature"
-                yield (
-                    ("loss", wrong),
-                    f"{'drawn tokens of ' if drawn else ''}{named} give forward_kl at temperature 1 only; use it",
-                )
+                what = f"drawn tokens of {named}" if drawn else named
+                yield ("loss", wrong), f"{what} give forward_kl at temperature 1 only; use it"
             if teacher.is_student and teacher.cache is not None and key != ("reference",):
                 yield key, "only a reference is the student itself; a teacher is a model, an ensemble or labels"
             for weight in [name for name in ("attention_weight", "hidden_weight") if getattr(loss, name)]:
@@ -204,10 +187,8 @@ class _Distillation(_Stage):
                     message = f"an ensemble ({dotted(key)}) has no attention or hidden states of its own; set {weight} to 0"
                     yield ("loss", weight), f"{message}, or name one model"
         if loss.on_policy and self.trainer.get("packing"):
-            yield (
-                ("trainer", "packing"),
-                "lays rows into blocks before the student has written responses; set padding_free, or loss.on_policy to 0",
-            )
+            remedy = "set padding_free, or loss.on_policy to 0"
+            yield ("trainer", "packing"), f"lays rows into blocks before the student has written responses; {remedy}"
         length = self.trainer.get("max_length")
         if loss.on_policy and isinstance(length, int) and loss.max_new_tokens >= length:
             message = f"leaves no room for a prompt within trainer.max_length: {length}; lower it"
@@ -245,7 +226,7 @@ class DAEStage(_Distillation):
     type: Annotated[Literal["dae"], Choice]
     teachers: dict[str, TeacherSpec] = Field(min_length=1, description="Domain -> teacher.")
     reference: TeacherSpec | None = Field(
-        None, description="The model to follow on reference_domains; default: the student as it stands, frozen."
+        None, description="Whom to follow on reference_domains; default: the student as it is, frozen."
     )
     reference_domains: tuple[Text, ...] = Field(("general",), description="Domains that follow the reference.")
     preflight: Flag = Field(

@@ -15,9 +15,9 @@ from pydantic import Field
 
 from daekit.errors import listed, nearest
 from daekit.recipe.judge import JudgeSpec, url_problems
-from daekit.recipe.model import Dtype, ModelSpec, Quantization
-from daekit.recipe.paths import bad_name, missing, unknown
-from daekit.recipe.reading import ByType, Choice, Flag, Free, Number, Problems, Spec, Text, Whole
+from daekit.recipe.model import LoadingSpec, ModelSpec
+from daekit.recipe.reading import ByType, Choice, FilePath, Flag, Free, Number, Spec, Text, Whole
+from daekit.recipe.validation import Problems, bad_name, missing, unknown
 
 Column = Literal["messages", "prompt", "completion", "text", "answer"]
 # What stands before a text of which every token is scored: a model says nothing about the first token of nothing.
@@ -25,7 +25,7 @@ Column = Literal["messages", "prompt", "completion", "text", "answer"]
 Prefix = Literal["auto", "bos", "eos", "none"]
 
 
-class SubjectSpec(Spec):
+class SuiteModelSpec(LoadingSpec):
     """A model to measure: a directory, a directory + adapter, a hub id, or an OpenAI-compatible endpoint.
 
     In YAML and for ``--model`` a plain text is short: ``PATH_OR_HUB_ID`` (a directory that holds a LoRA adapter is loaded
@@ -37,8 +37,7 @@ class SubjectSpec(Spec):
     path: Text | None = Field(None, description="Hub id or directory.")
     adapter: Text | None = Field(None, description="Directory of a LoRA adapter to merge into `path`.")
     url: Text | None = Field(
-        None,
-        description="Base URL of an endpoint; it can answer, but cannot be asked for the likelihood of a given text.",
+        None, description="Base URL of an endpoint, which can answer, but tells no likelihood of a given text."
     )
     served_model: Text | None = Field(None, description="The model's name at the endpoint.")
     api_key_env: Text | None = Field(
@@ -46,16 +45,19 @@ class SubjectSpec(Spec):
         description="Environment variable that holds the endpoint's key (default: OPENAI_API_KEY at OpenAI's own hosts, "
         "elsewhere none).",
     )
-    revision: Text | None = Field(None, description="Branch, tag or commit of a hub id.")
-    dtype: Annotated[Dtype, Choice] = Field("auto", description="The dtype that the weights are loaded in.")
-    attn_implementation: Text | None = Field(None, description="sdpa, eager, flash_attention_2...")
-    trust_remote_code: Flag = Field(False, description="Run the model's own code.")
-    quantization: Annotated[Quantization | None, Choice] = Field(None, description="4bit or 8bit.")
 
     @classmethod
     def expand(cls, value: Any) -> Any:
         """See the class."""
-        return subject_keys(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        if value.startswith(("http://", "https://")):
+            url, _, served = value.partition("#")
+            return {"url": url.rstrip("/")} | ({"served_model": served} if served else {})
+        base, plus, adapter = value.rpartition("+")
+        if not plus or os.path.exists(os.path.expanduser(value)):  # a directory may have a `+` in its name
+            return {"path": value}
+        return {"path": base, "adapter": adapter}
 
     def problems(self) -> Problems:
         """Neither a directory nor an endpoint, or one that nobody can reach."""
@@ -67,22 +69,6 @@ class SubjectSpec(Spec):
             yield (), f"its url {'; it '.join(wrong)}"
         elif self.url is not None and self.served_model is None:
             yield (), f"{self.url}: say which model of the endpoint: {self.url}#MODEL-NAME"
-
-
-def subject_keys(text: str) -> dict[str, str]:
-    """The keys of the model that a plain text means (see ``SubjectSpec``)."""
-    if text.startswith(("http://", "https://")):
-        url, _, served = text.partition("#")
-        return {"url": url.rstrip("/")} | ({"served_model": served} if served else {})
-    base, plus, adapter = text.rpartition("+")
-    if not plus or os.path.exists(os.path.expanduser(text)):  # a directory may have a `+` in its name
-        return {"path": text}
-    return {"path": base, "adapter": adapter}
-
-
-def subject_of(text: str) -> SubjectSpec:
-    """The model that a plain text means (see ``SubjectSpec``)."""
-    return SubjectSpec.model_validate(text)
 
 
 _PREFIX: Any = Field("auto", description="What stands before each text: BOS, or EOS if there is none (auto), bos, eos, none.")
@@ -149,10 +135,7 @@ class PerplexitySpec(BenchmarkSpec):
             yield from bad_name(("texts", domain), domain, "domain", dots=True)
             yield from missing(("texts", domain), text, local=True)
         if self.stride >= self.window:
-            yield (
-                "stride",
-                f"{self.stride} must be less than window = {self.window}, or a token would be scored without context",
-            )
+            yield "stride", f"{self.stride} must be less than window = {self.window}, or a token would be without context"
 
 
 class MultipleChoiceSpec(_OfFilesSpec):
@@ -182,9 +165,7 @@ class RowsSpec(BenchmarkSpec):
     """
 
     type: Annotated[Literal["rows"], Choice] = "rows"
-    path: Text = Field(
-        description="A JSONL or Parquet file, a directory, a hub id, or builtin:NAME, as for a source of a recipe."
-    )
+    path: Text = Field(description="A JSONL or Parquet file, a directory, a hub id, or builtin:NAME, as in a recipe.")
     domain: Text | None = Field(None, description="Name in the report (default: the benchmark's key).")
     split: Text = Field("validation", description="Split of a directory, a hub data set or an embedded corpus.")
     name: Text | None = Field(None, description="Configuration of a hub data set.")
@@ -237,9 +218,7 @@ class MTBenchSpec(_OfFilesSpec):
     )
     baseline: Text | None = Field(None, description="A model of the suite.")
     max_new_tokens: Whole = Field(1024, gt=0, description="Of each turn.")
-    temperature: Number | None = Field(
-        None, ge=0, description="For all categories; default: FastChat's temperature per category."
-    )
+    temperature: Number | None = Field(None, ge=0, description="For all categories; default: FastChat's per category.")
     system: Text | None = _SYSTEM
     chat_template_kwargs: Free = _TEMPLATE
     limit: OptionalLimit = _LIMIT
@@ -257,12 +236,9 @@ class AlpacaEvalSpec(_OfFilesSpec):
     """AlpacaEval: how often an annotator prefers a model's answer to a reference answer."""
 
     type: Annotated[Literal["alpaca_eval"], Choice] = "alpaca_eval"
-    path: Text = Field(
-        description="The reference outputs, a JSON list of {instruction, output, generator}; they give the instructions too."
-    )
+    path: Text = Field(description="Reference outputs: a JSON list of {instruction, output, generator}.")
     annotator: Text = Field(
-        "weighted_alpaca_eval_gpt4_turbo",
-        description="One of alpaca_eval's evaluator configs, or a directory that holds one.",
+        "weighted_alpaca_eval_gpt4_turbo", description="One of alpaca_eval's configs, or a directory with one."
     )
     judge: JudgeSpec | None = _JUDGE
     max_new_tokens: Whole = Field(2048, gt=0, description="Of each answer.")
@@ -289,11 +265,11 @@ class SuiteSpec(Spec):
     """What to measure of which models."""
 
     name: Text = Field(min_length=1, description="Becomes the report's title, and, in a recipe, a folder.")
-    output_dir: Text = Field(min_length=1, description="Everything is written below it.")
+    output_dir: FilePath = Field(min_length=1, description="Everything is written below it.")
     benchmarks: dict[str, Annotated[BenchmarkSpec, ByType(BENCHMARKS)]] = Field(
         min_length=1, description="Name -> benchmark, in the order in which they run."
     )
-    models: dict[str, SubjectSpec] = Field({}, description="Name -> model; --model NAME=... adds to them.")
+    models: dict[str, SuiteModelSpec] = Field({}, description="Name -> model; --model NAME=... adds to them.")
     judge: JudgeSpec | None = Field(None, description="Of the benchmarks that name none.")
     baseline: Text | None = Field(None, description="The model that gain and forgetting are measured against.")
     reference_domains: tuple[Text, ...] = Field(
@@ -322,11 +298,8 @@ class SuiteSpec(Spec):
             yield ("models", name), f"the recipe has a model {name!r}, too; rename one of them"
         asking = [key for key, each in benchmarks.items() if isinstance(each, LIKELIHOOD)]
         for name in [name for name, model in own.items() if model is not None and model.url is not None and asking]:
-            yield (
-                ("models", name),
-                f"an endpoint cannot be asked for the likelihood of given text, which {listed(asking)} need"
-                f"{'s' if len(asking) == 1 else ''}; give the model's directory, or a suite without that",
-            )
+            need = f"{listed(asking)} need{'s' if len(asking) == 1 else ''}"
+            yield ("models", name), f"an endpoint cannot be asked for the likelihood of given text, which {need}"
         for name, each in benchmarks.items():
             if isinstance(each, MTBenchSpec) and each.baseline is not None and models and each.baseline not in models:
                 yield ("benchmarks", name, "baseline"), f"there is no model {each.baseline!r}{nearest(each.baseline, models)}"
@@ -341,7 +314,4 @@ class SuiteSpec(Spec):
             for domain in list(each.texts or {}) if isinstance(each, PerplexitySpec) else own_name:
                 before = seen.setdefault(domain, name)
                 if before != name and not (isinstance(each, RowsSpec) and isinstance(benchmarks[before], RowsSpec)):
-                    message = (
-                        f"its domain {domain!r} is also that of {before!r}; the report could not tell them apart; rename one"
-                    )
-                    yield ("benchmarks", name), message
+                    yield ("benchmarks", name), f"its domain {domain!r} is also that of {before!r}; rename one of them"

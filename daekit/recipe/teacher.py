@@ -7,9 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Field
 
 from daekit.errors import listed
-from daekit.recipe.judge import url_problems
+from daekit.recipe.judge import CallsSpec, url_problems
 from daekit.recipe.model import ModelSpec
-from daekit.recipe.reading import Choice, Flag, Number, Problems, Spec, Text, Whole
+from daekit.recipe.reading import Choice, FilePath, Flag, Number, Spec, Text, Whole
+from daekit.recipe.validation import Problems
 
 Keep = Literal["hidden", "top_k", "sampled"]
 KEEPS: tuple[str, ...] = get_args(Keep)
@@ -31,7 +32,7 @@ class CacheSpec(Spec):
     )
     k: Whole = Field(64, ge=3, description="Of top_k: tokens per position, the label and the end of turn among them.")
     draws: Whole = Field(50, ge=1, le=255, description="Of sampled: tokens drawn per position.")
-    path: Text | None = Field(None, description="Directory, to share it with other recipes; default: below output_dir.")
+    path: FilePath | None = Field(None, description="Directory, to share it with other recipes; default: below output_dir.")
 
     def problems(self) -> Problems:
         """Settings that would do nothing."""
@@ -45,7 +46,7 @@ class CacheSpec(Spec):
         return {"keep": value} if isinstance(value, str) else value
 
 
-class ServerSpec(Spec):
+class ServerSpec(CallsSpec):
     """A teacher behind a completions API that scores prompts (vLLM's ``prompt_logprobs``), with the student's tokenizer."""
 
     base_url: Text = Field(description="Such as http://localhost:8000/v1.")
@@ -56,12 +57,6 @@ class ServerSpec(Spec):
         description="Its most likely tokens per position, the label among them; at most the server's --max-logprobs. With a "
         "cache: `cache.k`.",
     )
-    api_key_env: Text | None = Field(
-        None, description="Environment variable that holds the key (default: OPENAI_API_KEY at OpenAI's own hosts, else none)."
-    )
-    concurrency: Whole = Field(8, gt=0, description="Calls under way at a time; one call holds one row.")
-    max_retries: Whole = Field(6, ge=0, description="How often a call that failed in passing is sent again.")
-    timeout: Number = Field(120.0, gt=0, description="Seconds for a whole call, its body included.")
 
     def problems(self) -> Problems:
         """An URL that is none."""
@@ -90,7 +85,7 @@ class TeacherSpec(Spec):
     model: ModelSpec | None = Field(None, description="The model, if it is one.")
     ensemble: tuple[WeightedModelSpec, ...] = Field((), description="The members, if it is several.")
     average: Annotated[Literal["logits", "probabilities"], Choice] = Field(
-        "logits", description="What of an ensemble's members is averaged."
+        "logits", description="What is averaged of its members."
     )
     server: ServerSpec | None = Field(None, description="Where it is served; its keys are written in its place.")
     labels: Flag = Field(False, description="The labels: forward_kl at temperature 1 is then the cross-entropy with them.")
@@ -131,8 +126,8 @@ class TeacherSpec(Spec):
 
     def models(self) -> dict[tuple[str | int, ...], ModelSpec]:
         """Key path -> every model that it consists of."""
-        members = {("ensemble", at, "model"): member.model for at, member in enumerate(self.ensemble) if member is not None}
-        models: dict[tuple[str | int, ...], ModelSpec | None] = {(): self.model, **members}
+        models: dict[tuple[str | int, ...], ModelSpec | None] = {(): self.model}
+        models |= {("ensemble", at, "model"): member.model for at, member in enumerate(self.ensemble) if member is not None}
         return {path: model for path, model in models.items() if model is not None}
 
     @property

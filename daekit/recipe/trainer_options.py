@@ -16,8 +16,8 @@ from pydantic import BeforeValidator, Field, create_model
 
 from daekit.errors import UserError
 from daekit.recipe.objective import Objective
-from daekit.recipe.reading import Choice, Flag, Free, Number, Problems, Spec, Text, Whole, as_plain
-from daekit.recipe.validation import Errors
+from daekit.recipe.reading import Choice, Flag, Free, Number, Spec, Text, Whole, as_plain
+from daekit.recipe.validation import Errors, Problems
 
 # The dataclass and its bases, the most general first.
 _CLASSES = (
@@ -36,10 +36,6 @@ _TYPES: dict[str, Any] = {
     "str": Text,
 }
 
-_LOSS = "the objective is the stage's: set `{stage}.loss.{key}`"
-_DATA = "rows and their columns are set in `sources`"
-_MODEL = "how a model is loaded is set where it is named, for instance `{stage}.student.{key}`"
-_TOKENIZER = "the tokenizer is set in `tokenizer`"
 _RUN = "daekit decides it for every stage"
 # The only value that an option may have, for the trainers of daekit and for recipes -> why.
 ONLY_VALUE: dict[str, tuple[Any, str]] = {
@@ -66,25 +62,22 @@ _ELSEWHERE = {
     "train_dataset": "rows are set in `sources` and `{stage}.data`",
     "peft_config": "set `{stage}.lora`",
     "dataset_text_field": "set `sources.NAME.columns.text`",
-    "dataset_kwargs": _DATA,
+    "dataset_kwargs": "rows and their columns are set in `sources`",
     "remove_unused_columns": "the domain of each row is such a column; " + _RUN,
     "model_init_kwargs": "how a model is loaded is set where it is named: `dtype`, `attn_implementation`, `revision`...",
-    "trust_remote_code": _MODEL,
+    "trust_remote_code": "how a model is loaded is set where it is named, for instance `{stage}.student.{key}`",
     "chat_template_path": "set `tokenizer.chat_template`",
-    "eos_token": _TOKENIZER,
-    "pad_token": _TOKENIZER,
     "resume_from_checkpoint": "the same command resumes from the last complete checkpoint by itself",
     "hub_token": "a secret does not belong in a recipe; set HF_TOKEN in the environment",
-    "do_train": _RUN,
-    "do_eval": _RUN,
-    "do_predict": _RUN,
     "local_rank": "the launcher (accelerate, torchrun) sets it",
-    **dict.fromkeys(Objective.model_fields, _LOSS),
-    **dict.fromkeys(("reference_domains", "overlong", "teacher_max_length"), "set `{stage}.{key}`"),
+    **dict.fromkeys(("eos_token", "pad_token"), "the tokenizer is set in `tokenizer`"),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), _RUN),
+    **dict.fromkeys(Objective.model_fields, "the objective is the stage's: set `{stage}.loss.{key}`"),
+    **dict.fromkeys(("reference_domains", "overlong", "teacher_max_length", "select"), "set `{stage}.{key}`"),
 }
-_POSITIVE = ("max_length", "num_train_epochs", "gradient_accumulation_steps")
-_POSITIVE += ("per_device_train_batch_size", "per_device_eval_batch_size")
-_NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers")
+_POSITIVE = {"max_length", "num_train_epochs", "gradient_accumulation_steps"}
+_POSITIVE |= {"per_device_train_batch_size", "per_device_eval_batch_size"}
+_NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"}
 # What daekit's own configs set in place of TRL's defaults.
 _OUR_DEFAULTS = {"assistant_only_loss": None, "router_aux_loss_coef": 0.0}
 _OUR_DEFAULTS |= {"logging_nan_inf_filter": False, "disable_tqdm": True}

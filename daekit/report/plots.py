@@ -100,7 +100,7 @@ def _label_points(ax: Axes, marks: Sequence[tuple[float, float, str, str]]) -> N
         near = sum(1 for px, py, side in placed if side == left and abs(py - pixel_y) < 14 and abs(px - pixel_x) < 100)
         shift = 7 + 13 * (near // 2) if near % 2 == 0 else -15 - 13 * (near // 2)  # above and below, in turn
         placed.append((pixel_x, pixel_y, left))
-        where = {"xytext": (-7 if left else 7, shift), "textcoords": "offset points", "ha": "right" if left else "left"}
+        where: Any = {"xytext": (-7 if left else 7, shift), "textcoords": "offset points", "ha": "right" if left else "left"}
         ax.annotate(plain(name), (x, y), color=colour, fontsize=9.5, fontweight="bold", **where)
 
 
@@ -202,7 +202,7 @@ def _draw_series(ax: Axes, series: Mapping[tuple[str, bool], Sequence[tuple[floa
         colour = COLOURS[domains.index(domain) % len(COLOURS)] if domain in domains else COLOURS[-1]
         origin = "evaluation" if evaluated else "training"
         label = origin if not domain else plain(domain) if not evaluated else f"{plain(domain)} ({origin})"
-        look = {"linestyle": "--" if evaluated else "-", "marker": "o" if len(points) == 1 or evaluated else None}
+        look: Any = {"linestyle": "--" if evaluated else "-", "marker": "o" if len(points) == 1 or evaluated else None}
         ax.plot(steps, values, color=colour, linewidth=1.6, label=label, markersize=3, **look)
     drawn = [value for points in series.values() for _, value in points]
     if min(drawn) > 0 and max(drawn) / min(drawn) > 30:

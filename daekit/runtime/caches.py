@@ -6,13 +6,14 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import cached_file
@@ -27,7 +28,7 @@ from daekit.recipe.adapter_config import ADAPTER_CONFIG, BARE_BASE, read_adapter
 from daekit.recipe.schema import DAEStage, ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.runtime.models import ModelBuilder
 from daekit.teachers import CachedTeacher, ModelTeacher, write_cache
-from daekit.teachers.cache import CacheRow, CacheStore, require_facts, rows_of_examples
+from daekit.teachers.cache import CacheRow, CacheStore, check_cache, require_facts, rows_of_examples
 from daekit.teachers.cache.store import MANIFEST
 from daekit.teachers.parts import DemandingTeacher
 from daekit.trainers import DomainSFTConfig
@@ -45,7 +46,8 @@ def make_caches(
     args: DomainSFTConfig,
     train_dataset: Dataset,
     eval_dataset: Any,
-    held_out: Mapping[str, list[CacheRow]],
+    held_out: Mapping[str, Iterable[Mapping[str, Any]]],
+    check: bool = False,
 ) -> dict[Key, CachedTeacher]:
     """Key of a teacher below the stage -> its cache, whole; what is missing is made, one teacher in memory at a time.
 
@@ -58,7 +60,8 @@ def make_caches(
         args: config of the stage's trainer.
         train_dataset: its rows.
         eval_dataset: the rows that it is evaluated on while it trains.
-        held_out: further rows of domains that their teachers are asked about.
+        held_out: further tokenised rows of domains that their teachers are asked about.
+        check: compute some rows again, and print what differs.
 
     Raises:
         UserError: what ``write_cache`` refuses.
@@ -73,7 +76,7 @@ def make_caches(
     for example in rows_of_trainer(trainer):
         rows_of.setdefault(str(example["domain"]), []).extend(rows_of_examples([example]))
     for domain, more in held_out.items():
-        rows_of.setdefault(domain, []).extend(more)
+        rows_of.setdefault(domain, []).extend(rows_of_examples(more))
     sources = _Sources(recipe, name, models)
     directories = {key: sources.directory(spec) for key, spec in kept.items()}
     state = PartialState()
@@ -83,7 +86,12 @@ def make_caches(
         rows = [row for domain in rows_of if domain in domains for row in rows_of[domain]]
         with rounding(trainer.accelerator):
             _write_missing(sources, kept[keys[0]], directory, rows, state)
+            if check and state.is_main_process:
+                for line in check_cache(sources.live(kept[keys[0]], state.device), directory, rows, state.device):
+                    print(f"[{name}] {directory}: {line}", flush=True)
         state.wait_for_everyone()
+    if trainer.is_deepspeed_enabled:
+        AcceleratorState._reset_state()  # or it would refuse the stage's own trainer
     frozen = [*stage.teachers_by_key(), *([("reference",)] if stage.type == "dae" else [])]
     if state.is_main_process and all(key in kept or _is_labels(stage, key) for key in frozen):
         print(f"[{name}] every frozen model is read from its cache: none is loaded", flush=True)

@@ -16,7 +16,7 @@ from daekit.generation import Permissions
 from daekit.generation.local import Sampling
 from daekit.generation.stream import EndpointSpeaker, LocalSpeaker, Speaker
 from daekit.recipe.generated import PromptsSpec
-from daekit.recipe.suite import SubjectSpec, subject_of
+from daekit.recipe.suite import SuiteModelSpec
 from daekit.runtime.columns import display
 
 _HELP = "/reset begins a new conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -167,17 +167,17 @@ def speakers_of(models: Mapping[str, str], allowed: Permissions) -> dict[str, Sp
     return speakers
 
 
-def _subject(text: str) -> SubjectSpec:
+def _subject(text: str) -> SuiteModelSpec:
     run, colon, stage = text.rpartition(":")
     stages = Path(run).expanduser() / "stages"
     if not colon or Path(text).expanduser().exists() or not stages.is_dir():
-        return subject_of(text)
+        return SuiteModelSpec.model_validate(text)
     name, _, checkpoint = stage.partition("@")
     folder = stages / name / (checkpoint or "model")
     if not folder.is_dir():
         there = sorted(str(path.parent.name) for path in stages.glob("*/model"))
         raise UserError(f"{text}: there is no {folder} (complete stages: {listed(there)})")
-    return SubjectSpec(path=str(folder))
+    return SuiteModelSpec(path=str(folder))
 
 
 def _quoted(text: str) -> str:

@@ -31,7 +31,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,26 +96,12 @@ def _digest(path: Path) -> str | None:
     return file_hash(path) if path.suffix == ".safetensors" else None
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The output directory of a run."""
 
-    root: Path
-
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe."""
-        return self.root / "recipe.yaml"
-
-    @property
-    def tokenizer(self) -> Path:
-        """The recipe's own tokenizer."""
-        return self.root / "tokenizer"
-
-    @property
-    def report(self) -> Path:
-        """The report."""
-        return self.root / "report"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.recipe, self.tokenizer, self.report = root / "recipe.yaml", root / "tokenizer", root / "report"
 
     @property
     def is_begun(self) -> bool:
@@ -145,31 +130,13 @@ class RunFolder:
         return StageFolder(self.root / "stages" / name)
 
 
-@dataclass(frozen=True)
 class StudentFolder:
     """The folder of a student that is made from its teacher."""
 
-    root: Path
-
-    @property
-    def model(self) -> Path:
-        """The student."""
-        return self.root / "model"
-
-    @property
-    def facts(self) -> Path:
-        """What was made and how; exists when the student is complete."""
-        return self.root / "student.json"
-
-    @property
-    def log(self) -> Path:
-        """Every score of the search."""
-        return self.root / "search.jsonl"
-
-    @property
-    def plot(self) -> Path:
-        """Score against size of every candidate."""
-        return self.root / "search.svg"
+    def __init__(self, root: Path) -> None:
+        self.root, self.model = root, root / "model"
+        self.facts = root / "student.json"  # exists when the student is complete
+        self.log, self.plot = root / "search.jsonl", root / "search.svg"
 
     @property
     def is_complete(self) -> bool:
@@ -177,36 +144,14 @@ class StudentFolder:
         return self.facts.is_file() and lost(self.root, self.facts) is None
 
 
-@dataclass(frozen=True)
 class StageFolder:
     """The folder of one stage; also the trainer's ``output_dir``."""
 
-    root: Path
-
-    @property
-    def key(self) -> Path:
-        """What the stage's result depends on."""
-        return self.root / "stage_key.json"
-
-    @property
-    def model(self) -> Path:
-        """The stage's result."""
-        return self.root / "model"
-
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter of a stage whose result is merged."""
-        return self.root / "adapter"
-
-    @property
-    def preflight(self) -> Path:
-        """How its experts compared with its student before the first step."""
-        return self.root / "preflight.json"
-
-    @property
-    def done(self) -> Path:
-        """Exists when the stage is complete."""
-        return self.root / "stage.json"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.key, self.preflight = root / "stage_key.json", root / "preflight.json"
+        self.model, self.adapter = root / "model", root / "adapter"
+        self.done = root / "stage.json"  # exists when the stage is complete
 
     @property
     def checkpoints(self) -> list[Path]:

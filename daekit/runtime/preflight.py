@@ -14,13 +14,14 @@ from datasets import Dataset
 from daekit.errors import UserError
 from daekit.evaluation.intervals import RowValues, interval, paired_interval
 from daekit.models.heads import teacher_log_probs
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS, TOKEN_COLUMNS
 from daekit.protocol import Batch, TeacherOutput
 from daekit.recipe.schema import DAEStage, Recipe
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import StageFolder
 from daekit.teachers.adapter import current_outputs
-from daekit.teachers.cache import CacheRow, rows_of_examples
-from daekit.teachers.cache.asking import padded_batch
+from daekit.teachers.cache import rows_of_examples
+from daekit.teachers.cache.asking import PAD_TO, padded_batch
 from daekit.trainers import KDTrainer
 from daekit.trainers.distributed import rounding
 
@@ -30,9 +31,10 @@ _BATCH = 8
 _CHUNK = 256  # positions whose log-probabilities are there at a time
 _ROUNDS = 1000  # of the bootstrap
 Ask = Callable[[Batch], list[TeacherOutput]]
+Row = Mapping[str, Any]  # tokenised
 
 
-def held_out_rows(recipe: Recipe, name: str, data: DataBuilder) -> dict[str, list[CacheRow]]:
+def held_out_rows(recipe: Recipe, name: str, data: DataBuilder) -> dict[str, list[Row]]:
     """Domain -> validation rows on which its expert is compared with the student; a cache of the expert holds them, too."""
     stage = recipe.stages[name]
     validation = data.validation(stage) if isinstance(stage, DAEStage) and stage.preflight else None
@@ -42,10 +44,11 @@ def held_out_rows(recipe: Recipe, name: str, data: DataBuilder) -> dict[str, lis
     return {domain: _some(validation, domain, longest) for domain, each in stage.teachers.items() if not each.labels}
 
 
-def _some(rows: Dataset, domain: str, longest: int | None) -> list[CacheRow]:
+def _some(rows: Dataset, domain: str, longest: int | None) -> list[Row]:
     """``ROWS`` rows of a domain, spread over all that are short enough."""
-    mine = (each for each in rows.with_format("numpy") if each["domain"] == domain)
-    fit = [row for row in rows_of_examples(mine) if len(row.offsets) and (longest is None or len(row.input_ids) <= longest)]
+    columns = [name for name in TOKEN_COLUMNS if name in rows.column_names]
+    mine = (each for each in rows.select_columns(columns).with_format("numpy") if each["domain"] == domain)
+    fit = [row for row in mine if (row["labels"][1:] >= 0).any() and (longest is None or len(row["input_ids"]) <= longest)]
     return [fit[index] for index in np.unique(np.linspace(0, len(fit) - 1, min(ROWS, len(fit)), dtype=int))]
 
 
@@ -68,13 +71,13 @@ def compare_experts(
     return found, [line for domain, figures in found.items() for line in _lines(name, domain, figures)]
 
 
-def _not_scored(trainer: KDTrainer, rows: Sequence[CacheRow]) -> str | None:
+def _not_scored(trainer: KDTrainer, rows: Sequence[Row]) -> str | None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return "the student is spread over the processes only when its training begins"
     return None if rows else "it has no validation rows within max_length (`validation` or `holdout` of a source)"
 
 
-def _compare(trainer: KDTrainer, spec: DAEStage, domain: str, rows: Sequence[CacheRow], start: float) -> dict[str, Any]:
+def _compare(trainer: KDTrainer, spec: DAEStage, domain: str, rows: Sequence[Row], start: float) -> dict[str, Any]:
     routes = trainer.teacher.routes
     asked: dict[str, Ask] = {
         "expert": routes[domain].outputs,
@@ -88,11 +91,12 @@ def _compare(trainer: KDTrainer, spec: DAEStage, domain: str, rows: Sequence[Cac
         if first and _is_late(trainer, start):
             break
         part = rows[first : first + _BATCH]
-        batch = padded_batch(part, -(-max(len(row.input_ids) for row in part) // 64) * 64, trainer.accelerator.device)
-        batch = replace(batch, domains=(domain,) * len(part))
+        told = _batch(part, domain, trainer.accelerator.device)
+        own = _batch([dict(row) | {TEACHER_PROMPT_IDS: None} for row in part], domain, trainer.accelerator.device)
         for who in [who for who in asked if who not in reasons]:
             try:
                 with rounding(trainer.accelerator), torch.no_grad():
+                    batch = told if who == "expert" else own
                     scores[who] += _nll(asked[who](batch), batch)
             except UserError as error:  # a cache without these rows, a server that is gone
                 reasons[who] = str(error)
@@ -104,6 +108,13 @@ def _compare(trainer: KDTrainer, spec: DAEStage, domain: str, rows: Sequence[Cac
     better = [student.mean - expert.mean, *paired_interval(student, expert, _ROUNDS, 0)]
     sizes = {"rows": len(student.weight_R), "tokens": int(student.weight_R.sum())}
     return figures | sizes | {"better_by": better} | ({"reference_not_scored": reasons["reference"]} if reasons else {})
+
+
+def _batch(examples: Sequence[Row], domain: str, device: torch.device) -> Batch:
+    """Rows as their teacher sees them, padded as a cache pads them."""
+    rows = list(rows_of_examples(examples))
+    batch = padded_batch(rows, -(-max(len(row.input_ids) for row in rows) // PAD_TO) * PAD_TO, device)
+    return replace(batch, domains=(domain,) * len(rows))
 
 
 def _is_late(trainer: KDTrainer, start: float) -> bool:

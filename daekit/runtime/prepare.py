@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.optimization import get_scheduler
 
 from daekit.data.mixture import Mixture
@@ -30,12 +31,12 @@ from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe, Stag
 from daekit.recipe.validation import dotted
 from daekit.runtime.caches import domains_of, is_cached
 from daekit.runtime.data import DataBuilder, LossRule
+from daekit.runtime.disk import checkpoints_at_end, require_space, require_writable
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.found import Found
 from daekit.runtime.generated import GeneratedSource, generated_sources, write_sources
 from daekit.runtime.kept import ahead
 from daekit.runtime.models import ModelBuilder, specs_of
-from daekit.runtime.space import checkpoints_of, require_space, require_writable
 from daekit.runtime.student import require_cuttable, require_one_process
 from daekit.runtime.trainer import naming, peft_config, training_arguments
 from daekit.teachers.cache import rows_of_examples
@@ -199,6 +200,7 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
     arguments: DomainSFTConfig | None = None
     with found.at(f"{where}.trainer"):
         arguments = training_arguments(recipe, name, prepared.folder.stage(name))
+        unset_hf_deepspeed_config()  # they have set it, and ZeRO-3 would split models that have no weights here
         _require_usable(arguments)
     for key, spec in specs_of(stage):
         with found.at(f"{where}.{key}"):
@@ -233,7 +235,7 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
         prepared.notes.extend(f"{where}: {note}" for note in _notes(stage, ready, data, student))
         if student is not None:
             with found.at("output_dir"):
-                require_space(prepared.folder.root, name, ready.arguments, len(ready.mixture.dataset), student)
+                require_space(prepared.folder.root, name, arguments, len(ready.mixture.dataset), student)
 
 
 def _ask_servers(prepared: Prepared, name: str, ready: PreparedStage, found: Found) -> None:
@@ -280,6 +282,8 @@ def _rows_of(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder) ->
     validation_counts = {}
     if validation is not None:
         validation_counts = fit_to_length(validation, limit, arguments.overlong, "eval", teacher_limit)[1]
+    if isinstance(arguments, KDConfig) and (selection := arguments.selection()) is not None:
+        selection.require_domains(validation_counts)
     if any(rows is not None and TEACHER_PROMPT_IDS in rows.column_names for rows in (mixture.dataset, validation)):
         require_followed(stage.loss, splits)
     longest = max(len(row) for row in mixture.dataset["input_ids"])
@@ -320,7 +324,7 @@ def _require_checkpoint(prepared: Prepared, spec: ModelSpec) -> None:
         return
     if prepared.folder.stage(spec.stage).is_begun or ready.arguments.save_strategy not in ("steps", "no"):
         return  # what lies there, and what depends on the course of the run, is looked at when it is used
-    kept = checkpoints_of(ready.arguments, len(ready.mixture.dataset))
+    kept = checkpoints_at_end(ready.arguments, len(ready.mixture.dataset))
     if spec.checkpoint not in kept:
         raise UserError(
             f"stage {spec.stage!r} will have no checkpoint-{spec.checkpoint}: with its save_strategy, save_steps and "

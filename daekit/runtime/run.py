@@ -17,7 +17,7 @@ from daekit.files import write_json
 from daekit.generation import Permissions
 from daekit.recipe import stage_key, student_key
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluatedModel, ModelSpec, Recipe
-from daekit.recipe.suite import SubjectSpec
+from daekit.recipe.suite import SuiteModelSpec
 from daekit.report import format_table, write_report
 from daekit.report.provenance import commit, versions
 from daekit.runtime import DataBuilder, ModelBuilder, RunFolder, build_report, build_student, cache_stage
@@ -135,8 +135,15 @@ def _held(folder: RunFolder, state: PartialState, grace: float) -> Iterator[Stop
         lock.release()
 
 
-def cache_teachers(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Permissions()) -> None:  # noqa: B008 (frozen)
+def cache_teachers(
+    recipe: Recipe,
+    grace: float = GRACE,
+    allowed: Permissions = Permissions(),  # noqa: B008 (frozen)
+    check: bool = False,
+) -> None:
     """Make what is missing of the caches of a recipe's teachers, and train nothing. Under a launcher every rank calls it.
+
+    With ``check`` some rows of each are compared with its teacher, and the differences printed.
 
     A stage whose models come from a stage of the recipe that is not complete yet is left to ``run_recipe``.
     """
@@ -160,7 +167,7 @@ def cache_teachers(recipe: Recipe, grace: float = GRACE, allowed: Permissions = 
         for name in cached:
             missing = [used for used in stage_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
             if not missing:
-                cache_stage(recipe, name, folder.stage(name), data, models)
+                cache_stage(recipe, name, folder.stage(name), data, models, check)
             elif state.is_main_process:
                 print(f"[{name}] needs the stage {missing[0]!r}, which is not complete: run the recipe", flush=True)
 
@@ -253,7 +260,7 @@ def _report(prepared: Prepared, state: PartialState) -> None:
 def _suites(recipe: Recipe, folder: RunFolder, options: Options) -> None:
     """The suites of the recipe, each on the results of its stages and whatever models it names itself."""
     assert recipe.evaluation is not None
-    evaluated = {each.name: _subject(recipe, each, folder) for each in recipe.evaluation.models}
+    evaluated = {each.name: _suite_model(recipe, each, folder) for each in recipe.evaluation.models}
     for suite in recipe.evaluation.suites:
         update = {
             "models": evaluated | suite.models,
@@ -265,7 +272,7 @@ def _suites(recipe: Recipe, folder: RunFolder, options: Options) -> None:
         print(f"\n{format_table(report.rows)}\n\nSuite: {folder.suite(suite.name) / 'report.html'}", flush=True)
 
 
-def _subject(recipe: Recipe, model: EvaluatedModel, folder: RunFolder) -> SubjectSpec:
+def _suite_model(recipe: Recipe, model: EvaluatedModel, folder: RunFolder) -> SuiteModelSpec:
     """A model of the report as suites name it; that it has a directory is checked when the recipe is loaded."""
     spec: ModelSpec = model
     if model.name == STUDENT_AS_IT_WAS:
@@ -276,5 +283,5 @@ def _subject(recipe: Recipe, model: EvaluatedModel, folder: RunFolder) -> Subjec
     elif model.stage is not None:
         part = "model" if model.checkpoint is None else f"checkpoint-{model.checkpoint}"
         spec = ModelSpec(path=str((folder.stage(model.stage).root / part).resolve()))
-    shared = SubjectSpec.model_fields.keys() & ModelSpec.model_fields.keys()
-    return SubjectSpec(**{key: getattr(spec, key) for key in shared})
+    shared = SuiteModelSpec.model_fields.keys() & ModelSpec.model_fields.keys()
+    return SuiteModelSpec(**{key: getattr(spec, key) for key in shared})

@@ -56,15 +56,17 @@ def naming(key: str) -> Iterator[None]:
         raise UserError(f"{key}: {' '.join(str(error).split())}") from error
 
 
-def cache_stage(recipe: Recipe, name: str, folder: StageFolder, data: DataBuilder, models: ModelBuilder) -> None:
-    """Make what is missing of the caches of a stage's teachers, and train nothing.
+def cache_stage(
+    recipe: Recipe, name: str, folder: StageFolder, data: DataBuilder, models: ModelBuilder, check: bool = False
+) -> None:
+    """Make what is missing of the caches of a stage's teachers, and train nothing; ``check`` compares some rows.
 
     Raises:
         UserError: see ``make_caches``.
     """
     given = _given(recipe, name, folder, data, models, data.mixture(recipe.stages[name]))
     held_out = held_out_rows(recipe, name, data)
-    make_caches(recipe, name, models, given["args"], given["train_dataset"], given["eval_dataset"], held_out)
+    make_caches(recipe, name, models, given["args"], given["train_dataset"], given["eval_dataset"], held_out, check)
 
 
 def _given(
@@ -113,6 +115,7 @@ def training_arguments(recipe: Recipe, name: str, folder: StageFolder) -> Domain
     if stage.type == "sft":
         return DomainSFTConfig(**arguments)
     arguments["teacher_max_length"] = stage.teacher_max_length
+    arguments["select"] = stage.select and stage.select.model_dump()
     if stage.type == "kd":
         return KDConfig(**arguments, **KDConfig.settings(stage.loss))
     return DAEConfig(**arguments, **KDConfig.settings(stage.loss), reference_domains=list(stage.reference_domains))

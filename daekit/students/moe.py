@@ -20,26 +20,10 @@ from daekit.students.slicing import empty_model, fill
 Merge = Literal["best_expert", "average", "routed_average", "top_neurons"]
 # every field that both configs have: defaults differ (sliding_window: 4096 and none; rope_theta; rms_norm_eps), so all are set
 _SHARED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "rope_parameters",
-    "sliding_window",
-    "attention_dropout",
-)
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id",
+    "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters", "sliding_window", "attention_dropout",
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -116,12 +100,7 @@ def fewer_experts(
 
 
 @torch.no_grad()
-def dense_to_mixtral(
-    models: Sequence[PreTrainedModel],
-    *,
-    num_experts_per_tok: int = 2,
-    seed: int = 0,
-) -> PreTrainedModel:
+def dense_to_mixtral(models: Sequence[PreTrainedModel], *, num_experts_per_tok: int = 2, seed: int = 0) -> PreTrainedModel:
     """A Mixtral whose experts are the MLPs of Mistral models of one shape; two of 7B give a 2x7B of 12.9 billion parameters.
 
     Attention, norms, embeddings and output head are the first model's; the routers are small random values, for a student that
@@ -137,13 +116,14 @@ def dense_to_mixtral(
     """
     _require_alike(models, num_experts_per_tok)
     first, config = models[0], models[0].config
-    routers = _random_routers(config, len(models), seed)
+    generator = torch.Generator().manual_seed(seed)
     tensors = _outside_mlps(first)
     for layer in range(config.num_hidden_layers):
         mlps = [model.get_submodule(f"model.layers.{layer}.mlp") for model in models]
         gate_up = [torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) for mlp in mlps]  # type: ignore[list-item, union-attr]
         prefix = f"model.layers.{layer}.mlp"
-        tensors[f"{prefix}.gate.weight"] = routers[layer].to(first.device, first.dtype)
+        router_EH = torch.randn((len(models), config.hidden_size), generator=generator) * config.initializer_range
+        tensors[f"{prefix}.gate.weight"] = router_EH.to(first.device, first.dtype)
         tensors[f"{prefix}.experts.gate_up_proj"] = torch.stack([each.to(first.device, first.dtype) for each in gate_up])
         down = [mlp.down_proj.weight.to(first.device, first.dtype) for mlp in mlps]  # type: ignore[union-attr, operator]
         tensors[f"{prefix}.experts.down_proj"] = torch.stack(down)
@@ -163,20 +143,15 @@ def _merged(
     gate_up_EGH: Tensor, down_EHF: Tensor, how: Merge, scores: ExpertScores | None, layer: int, width: int
 ) -> Mapping[str, Tensor]:
     """The three weights of a dense MLP."""
-    if how == "top_neurons":
-        assert scores is not None
-        return _top_neurons(gate_up_EGH, down_EHF, scores, layer, width)
     experts = len(gate_up_EGH)
-    if how == "average":
+    if scores is None or how == "average":
         share_E = torch.full((experts,), 1 / experts, dtype=torch.float64)
+    elif how == "top_neurons":
+        return _top_neurons(gate_up_EGH, down_EHF, scores, layer, width)
     elif how == "routed_average":
-        assert scores is not None
         share_E = scores.routing_LE[layer]
     else:
-        assert scores is not None
-        best = int(scores.contribution_LE[layer].argmax())
-        share_E = torch.zeros(experts, dtype=torch.float64)
-        share_E[best] = 1.0
+        share_E = torch.nn.functional.one_hot(scores.contribution_LE[layer].argmax(), experts).double()
     gate_FH, up_FH = (half.clone() for half in _weighted(share_E, gate_up_EGH).chunk(2))  # one storage each, to be saved
     return {"gate_proj": gate_FH, "up_proj": up_FH, "down_proj": _weighted(share_E, down_EHF)}
 
@@ -203,12 +178,6 @@ def _top_neurons(gate_up_EGH: Tensor, down_EHF: Tensor, scores: ExpertScores, la
         "up_proj": gate_up_EGH[expert_W, neurons + neuron_W],
         "down_proj": columns_WH.T.contiguous().to(down_EHF.dtype),
     }
-
-
-def _random_routers(config: PreTrainedConfig, experts: int, seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    size = (experts, config.hidden_size)
-    return [torch.randn(size, generator=generator) * config.initializer_range for _ in range(config.num_hidden_layers)]
 
 
 def _require_alike(models: Sequence[PreTrainedModel], num_experts_per_tok: int) -> None:

@@ -37,9 +37,7 @@ def _by_layer(space: Space, parent: Candidate, layers: Blocks, kept: tuple[Block
 
 def mutated(space: Space, candidate: Candidate, generator: random.Random) -> Candidate:
     """A candidate with one change: a size stepped up or down, one size up and another down, another layer, or another block."""
-    changes = ["resize", "trade"]
-    changes += ["layer"] * space.any_layers + ["block"] * bool(space.any_units)
-    change = generator.choice(changes)
+    change = generator.choice(["resize", "trade"] + ["layer"] * space.any_layers + ["block"] * bool(space.any_units))
     if change == "layer":
         return _with_layers(space, candidate, _swapped(candidate.layers, space.own.num_hidden_layers, generator))
     if change == "block":
@@ -64,10 +62,10 @@ def _stepped(space: Space, candidate: Candidate, name: str, step: int) -> Candid
         "queries": candidate.queries,
         "head_dims": candidate.head_dim,
     }[name]
-    sizes = sorted(getattr(space, name), reverse=step < 0)
-    size = next((each for each in sizes if (each - current) * step > 0), current)
+    size = next((each for each in sorted(getattr(space, name), reverse=step < 0) if (each - current) * step > 0), current)
     if name == "layers":
-        return _with_layers(space, candidate, _deeper_or_shallower(space, candidate.layers, size))
+        order = sorted(space.layer_order, key=lambda layer: layer not in candidate.layers)  # the kept ones first
+        return _with_layers(space, candidate, tuple(sorted(order[:size])))
     moved = _resized(space, candidate, name, size)
     if not family_of(space.config).hidden_is_all_heads:
         return moved
@@ -97,12 +95,6 @@ def _more_or_fewer(kept: Blocks, count: int) -> Blocks:
     return tuple(sorted([*kept, *missing[: count - len(kept)]]))
 
 
-def _deeper_or_shallower(space: Space, layers: Blocks, count: int) -> Blocks:
-    kept = [layer for layer in space.layer_order if layer in layers]
-    missing = [layer for layer in space.layer_order if layer not in layers]
-    return tuple(sorted([*kept, *missing][:count]))
-
-
 def _with_layers(space: Space, candidate: Candidate, layers: Blocks) -> Candidate:
     return replace(
         candidate,
@@ -122,8 +114,7 @@ def _with_other_block(space: Space, candidate: Candidate, generator: random.Rand
     entries: list[Blocks] = list(getattr(candidate, name))
     place = generator.randrange(len(entries))
     entries[place] = _swapped(entries[place], units, generator)
-    changed: dict[str, Any] = {name: tuple(entries)}
-    return replace(candidate, **changed)
+    return replace(candidate, **{name: tuple(entries)})  # type: ignore[arg-type]
 
 
 def _swapped(kept: Sequence[int], units: int, generator: random.Random) -> Blocks:

@@ -61,11 +61,7 @@ def _problems(config: PreTrainedConfig, selection: Selection) -> Iterator[str]:
     if any(later < earlier for earlier, later in pairwise(selection.layers)):
         yield f"layers={selection.layers}: must be in the teacher's order"
     yield from _index_problems("hidden", selection.hidden, own.hidden_size)
-    sizes = {
-        "neurons": own.intermediate_size,
-        "kv_heads": own.num_key_value_heads,
-        "query_heads": own.num_attention_heads,
-    }
+    sizes = {"neurons": own.intermediate_size, "kv_heads": own.num_key_value_heads, "query_heads": own.num_attention_heads}
     for name, size in sizes.items():
         per_layer: PerLayer = getattr(selection, name)
         if len(per_layer) != len(selection.layers):

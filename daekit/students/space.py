@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations, product
 from typing import Literal
@@ -171,7 +171,7 @@ class Space:
             elif parameters < window.low:
                 below = max(below, parameters)
             else:
-                above = parameters if not above else min(above, parameters)
+                above = min(above or parameters, parameters)
         possible = [shape for shape in found if not any(problems_of(self.config, shape))]
         if not possible:
             near = [f"{size:,}" for size in (below, above) if size]
@@ -196,7 +196,7 @@ class Space:
                 yield first
                 continue
             for layers in combinations(range(self.own.num_hidden_layers), shape.num_hidden_layers):
-                yield Candidate(layers, first.hidden, first.neurons, first.groups, first.queries, first.head_dim)
+                yield replace(first, layers=layers)
 
     def sample(self, shapes: Sequence[Shape], generator: random.Random) -> Candidate:
         """A random candidate of one of the shapes; free choices are, half of the time, the most important units."""
@@ -205,16 +205,14 @@ class Space:
         if self.any_layers and generator.random() < 0.5:
             layers = _sample(self.own.num_hidden_layers, len(layers), generator)
         if not self.any_units or generator.random() < 0.5:
-            return Candidate(layers, first.hidden, first.neurons, first.groups, first.queries, first.head_dim)
-        return Candidate(
+            return replace(first, layers=layers)
+        blocks = self.own.intermediate_size // self.neuron_block
+        return replace(
+            first,
             layers=layers,
             hidden=_sample(self.own.hidden_size // self.hidden_block, len(first.hidden), generator),
-            neurons=tuple(
-                _sample(self.own.intermediate_size // self.neuron_block, len(kept), generator) for kept in first.neurons
-            ),
+            neurons=tuple(_sample(blocks, len(kept), generator) for kept in first.neurons),
             groups=tuple(_sample(self.own.num_key_value_heads, len(kept), generator) for kept in first.groups),
-            queries=first.queries,
-            head_dim=first.head_dim,
         )
 
 

@@ -8,12 +8,11 @@ repeats or resumes a search.
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import islice
 
 from daekit.students.mutation import crossed, mutated
-from daekit.students.shapes import Shape
 from daekit.students.space import Candidate, Space, Window
 
 Strategy = Generator[list[Candidate], list[float | None], None]
@@ -50,7 +49,7 @@ def draw(space: Space, window: Window, seed: int, batch: int = 16) -> Strategy:
     """Random candidates, none of them twice."""
     generator, shapes = random.Random(seed), space.shapes(window)
     seen: set[Candidate] = set()
-    while candidates := list(islice(_fresh(space, shapes, generator, seen), batch)):
+    while candidates := _new(batch, seen, lambda: space.sample(shapes, generator)):
         yield candidates
 
 
@@ -62,53 +61,39 @@ def evolve(space: Space, window: Window, seed: int, settings: Evolution) -> Stra
     """
     generator, shapes = random.Random(seed), space.shapes(window)
     seen: set[Candidate] = set()
-    candidates = list(islice(_fresh(space, shapes, generator, seen), settings.initial))
-    elite: list[tuple[float, int, Candidate]] = []  # the number keeps the order of equal scores
-    born = 0
+    elite: list[tuple[float, Candidate]] = []
+
+    def fresh() -> Candidate:
+        return space.sample(shapes, generator)
+
+    def child() -> Candidate | None:
+        parents = [candidate for _, candidate in elite]
+        made = generator.choice(parents)
+        if generator.random() < settings.crossover:
+            made = crossed(space, made, generator.choice(parents), generator)
+        for _ in range(min(generator.randint(1, settings.mutations), generator.randint(1, settings.mutations))):
+            made = mutated(space, made, generator)
+        return made if made in seen or space.feasible(made, window) else None
+
+    candidates = _new(settings.initial, seen, fresh)
     while candidates:
         scores = yield candidates
-        for candidate, score in zip(candidates, scores, strict=True):
-            born += 1
-            if score is not None:
-                elite.append((score, born, candidate))
-        elite = sorted(elite, key=lambda entry: entry[:2])[: settings.elite]
-        parents = [candidate for *_, candidate in elite]
-        candidates = list(islice(_children(space, window, parents, generator, settings, seen), settings.offspring))
-        if len(candidates) < settings.offspring:  # all candidates near the best have been proposed
-            missing = settings.offspring - len(candidates)
-            candidates += islice(_fresh(space, shapes, generator, seen), missing)
+        elite += [(score, each) for each, score in zip(candidates, scores, strict=True) if score is not None]
+        elite = sorted(elite, key=lambda entry: entry[0])[: settings.elite]  # of equal scores the older one first
+        candidates = _new(settings.offspring, seen, child) if elite else []
+        # all candidates near the best may have been proposed
+        candidates += _new(settings.offspring - len(candidates), seen, fresh)
 
 
-def _fresh(space: Space, shapes: Sequence[Shape], generator: random.Random, seen: set[Candidate]) -> Iterator[Candidate]:
-    """New candidates of the shapes, until many tries in a row find none."""
+def _new(count: int, seen: set[Candidate], propose: Callable[[], Candidate | None]) -> list[Candidate]:
+    """So many candidates that are not in ``seen``, to which they are added; fewer after many proposals in a row were none."""
+    found: list[Candidate] = []
     tries = 0
-    while tries < _TRIES:
-        candidate = space.sample(shapes, generator)
+    while len(found) < count and tries < _TRIES:
+        candidate = propose()
         tries += 1
-        if candidate not in seen:
+        if candidate is not None and candidate not in seen:
             seen.add(candidate)
+            found.append(candidate)
             tries = 0
-            yield candidate
-
-
-def _children(
-    space: Space,
-    window: Window,
-    parents: Sequence[Candidate],
-    generator: random.Random,
-    settings: Evolution,
-    seen: set[Candidate],
-) -> Iterator[Candidate]:
-    tries = 0
-    while tries < _TRIES and parents:
-        tries += 1
-        child = generator.choice(parents)
-        if generator.random() < settings.crossover:
-            child = crossed(space, child, generator.choice(parents), generator)
-        changes = min(generator.randint(1, settings.mutations), generator.randint(1, settings.mutations))
-        for _ in range(changes):
-            child = mutated(space, child, generator)
-        if child not in seen and space.feasible(child, window):
-            seen.add(child)
-            tries = 0
-            yield child
+    return found

@@ -125,6 +125,4 @@ def _restricted(output: TeacherOutput, common: Tensor, positions: int) -> Teache
     """The output at those of its positions that are ``common``, in their order."""
     where = torch.full((positions,), -1, device=common.device)
     where[output.positions_M] = torch.arange(output.positions_M.numel(), device=common.device)
-    index = where[common]
-    members = tuple(replace(member, hidden_MH=member.hidden_MH[index]) for member in output.members)
-    return replace(output, positions_M=common, members=members)
+    return output.at(where[common])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from daekit.errors import UserError
-from daekit.protocol import Batch, FeatureLayers, FeatureSpec, TeacherOutput, TopK
+from daekit.protocol import Batch, FeatureSpec, TeacherOutput, TopK
 from daekit.recipe.objective import Objective
 
 LABELS = "labels"
@@ -23,8 +23,6 @@ class LabelTeacher:
 
     def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
         """One output for all loss positions: one token of probability 1, and a tail of probability 0."""
-        if capture is not None:
-            raise _no_features()
         labels_N = batch.labels_N
         certain_N1 = torch.zeros(labels_N.numel(), 1, device=labels_N.device)
         nothing_N = torch.full((labels_N.numel(),), -torch.inf, device=labels_N.device)
@@ -43,16 +41,12 @@ class LabelTeacher:
                 "teacher, or set on_policy to 0"
             )
         if objective.attention_weight or objective.hidden_weight:
-            raise _no_features()
+            raise UserError("attention_weight, hidden_weight: labels have no layers to compare with. Set both to 0.")
         if objective.divergence != "forward_kl" or objective.temperature != 1.0:
             raise UserError(
                 f"divergence: {objective.divergence} at temperature {objective.temperature} with labels as a teacher; only "
                 "forward_kl at temperature 1 is the cross-entropy with them. Use these, or train that domain by an sft stage"
             )
-
-    def feature_layers(self, spec: FeatureSpec) -> list[FeatureLayers]:
-        """Refused: labels have no layers."""
-        raise _no_features()
 
     def identity(self) -> dict[str, object]:
         """The kind: labels belong to the rows."""
@@ -61,7 +55,3 @@ class LabelTeacher:
     def to(self, device: torch.device) -> LabelTeacher:
         """Nothing to move."""
         return self
-
-
-def _no_features() -> UserError:
-    return UserError("attention_weight, hidden_weight: labels have no layers to compare with. Set both to 0.")

@@ -11,7 +11,7 @@ from daekit.models.heads import output_head
 from daekit.models.identity import fingerprint
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.offload import LayerOffload
-from daekit.models.placement import batch_on, features_on, head_on, hold_ends, input_device
+from daekit.models.placement import hold_ends, input_device, moved
 from daekit.models.start_checks import require_plain_head
 from daekit.models.vocabulary import require_same
 from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, OutputHead, TeacherOutput
@@ -80,12 +80,12 @@ class ModelTeacher:
     def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
         """One output for all loss positions: hidden states ``[N, H]`` and the output head."""
         device = batch.labels_BT.device
+        there = input_device(self.model, device)
         with frozen_forward(self.model):
-            hidden_NH, features = states_and_features(self.model, batch_on(batch, input_device(self.model, device)), capture)
+            hidden_NH, features = states_and_features(self.model, batch if there == device else moved(batch, there), capture)
         positions = torch.arange(hidden_NH.shape[0], device=device)
         member = Member(hidden_NH.to(device), self._head(device))
-        features = None if features is None else features_on(features, batch)
-        return [TeacherOutput(positions, (member,), features=features)]
+        return [TeacherOutput(positions, (member,), features=moved(features, device))]
 
     def _head(self, device: torch.device) -> OutputHead:
         """The output head where the student is; copied once if the model is elsewhere."""
@@ -93,7 +93,7 @@ class ModelTeacher:
         if head.weight.device == device:
             return head
         if self._head_there is None or self._head_there.weight.device != device:
-            self._head_there = head_on(head, device)
+            self._head_there = moved(head, device)
         return self._head_there
 
     def identity(self) -> dict[str, object]:

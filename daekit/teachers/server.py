@@ -12,7 +12,7 @@ from daekit.errors import UserError
 from daekit.generation.keys import Permissions
 from daekit.generation.prompt_scores import Entry, ScoreClient, ScoreRequest
 from daekit.models.vocabulary import probe_text
-from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, OutputHead, TeacherOutput, TopK
+from daekit.protocol import Batch, FeatureSpec, Member, OutputHead, TeacherOutput, TopK
 from daekit.recipe.judge import JudgeSpec, url_problems
 from daekit.recipe.objective import Objective
 from daekit.teachers.cache.rows import CacheRow, rows_of_batch
@@ -73,8 +73,6 @@ class ServerTeacher:
         Raises:
             UserError: no answer after ``max_retries``; an answer that holds no distributions over the row's tokens.
         """
-        if capture is not None:
-            raise _no_features()
         device = batch.labels_BT.device
         rows = [row for row in rows_of_batch(batch) if len(row.offsets)]
         if not rows:  # a rank that asks only because another must
@@ -138,7 +136,9 @@ class ServerTeacher:
             UserError: features of layers, another temperature than 1; another tokenizer; and see ``outputs``.
         """
         if objective.attention_weight or objective.hidden_weight:
-            raise _no_features()
+            raise UserError(
+                "attention_weight, hidden_weight: a server sends distributions, not what its layers did. Set both to 0."
+            )
         if objective.prediction_weight and objective.temperature != 1.0:
             raise UserError(
                 f"temperature: the loss has {objective.temperature}, and {self._where} sends log-probabilities at 1, whose "
@@ -164,10 +164,6 @@ class ServerTeacher:
                 "model that shares the student's tokenizer."
             )
 
-    def feature_layers(self, spec: FeatureSpec) -> list[FeatureLayers]:
-        """Refused: a server sends distributions."""
-        raise _no_features()
-
     def to(self, device: torch.device) -> ServerTeacher:
         """Nothing to move: outputs are on the device of the batch."""
         return self
@@ -175,9 +171,3 @@ class ServerTeacher:
     def identity(self) -> dict[str, object]:
         """The name that it is served by, and K: where the server runs does not matter."""
         return {"kind": "server", "model": self.served, "k": self.k}
-
-
-def _no_features() -> UserError:
-    return UserError(
-        "attention_weight, hidden_weight: a server sends a teacher's distributions, not what its layers did. Set both to 0."
-    )

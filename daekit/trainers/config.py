@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from daekit.data.preparation import OVERLONG
 from daekit.errors import UserError
-from daekit.recipe.objective import DIVERGENCES, Objective
+from daekit.recipe.objective import DIVERGENCES, Objective, Selection
 from daekit.recipe.trainer_options import ONLY_VALUE
 from daekit.trainers.distributed import connect, refuse_launch
 
@@ -85,7 +85,8 @@ class KDConfig(DomainSFTConfig):
     with N the loss tokens of the global batch; CE, D and A in nats, H without unit ("A Teacher Is Worth A Million
     Instructions", arXiv 2406.19112). ``attention_layers`` and ``hidden_layers`` may also be pairs of (student's layer,
     teacher's layer). ``on_policy_fraction`` is its ``on_policy``. ``teacher_max_length`` bounds what a teacher sees of a row
-    with a ``teacher_prompt``, in tokens; longer rows fall under ``overlong``, and None means ``max_length``.
+    with a ``teacher_prompt``, in tokens; longer rows fall under ``overlong``, and None means ``max_length``. ``select``
+    (``{"gain": "shop", "forgetting": {"general": 0.05}, "patience": 3}``, documented by ``Selection``) needs ``eval_strategy``.
     """
 
     ce_weight: float = _setting("ce_weight")
@@ -108,8 +109,14 @@ class KDConfig(DomainSFTConfig):
     max_new_tokens: int = _setting("max_new_tokens")
     rollout_temperature: float = _setting("rollout_temperature")
     rollout_buffer: int = _setting("rollout_buffer")
+    select: dict | None = field(  # type: ignore[type-arg]  # HfArgumentParser reads no other
+        default=None,
+        metadata={"help": "Keep the checkpoint that gained most of those that forgot little; see recipe.objective.Selection."},
+    )
 
     def __post_init__(self) -> None:
+        if self.select is not None:
+            self._select_best()
         super().__post_init__()
         self.objective()  # says what is wrong now and not when a trainer is made
         selective = self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("selective")
@@ -119,6 +126,20 @@ class KDConfig(DomainSFTConfig):
                 "the gradient of the attention loss. Leave it out, or set attention_weight to 0."
             )
         self._refuse_lengths()
+
+    def _select_best(self) -> None:
+        """Let the Trainer keep the checkpoint with the highest score."""
+        if self.eval_strategy == "no":
+            raise UserError(f"select={self.select}: nothing is evaluated; set eval_strategy, and give validation rows")
+        if self.metric_for_best_model not in (None, "selection"):
+            raise UserError(
+                f"metric_for_best_model={self.metric_for_best_model!r}: select chooses the checkpoint; leave it out"
+            )
+        self.load_best_model_at_end, self.metric_for_best_model, self.greater_is_better = True, "selection", True
+
+    def selection(self) -> Selection | None:
+        """Which checkpoint is kept; UserError for a setting that is out of bounds."""
+        return None if self.select is None else Selection.of(self.select)
 
     def _refuse_lengths(self) -> None:
         if self.on_policy_fraction and self.packing:

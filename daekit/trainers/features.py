@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from daekit.models.features import (
 )
 from daekit.protocol import AttentionLayer, Batch, FeatureLayers, Features, FeatureSpec, Teacher, TeacherOutput
 from daekit.recipe.objective import Objective
+from daekit.trainers.distributed import refuse_reentrant
 from daekit.trainers.projections import Projections
 
 ATTENTION_METRIC = "attention_kl"
@@ -61,6 +63,21 @@ class FeatureLosses:
         self.projections = Projections(config.hidden_size, unequal, seed) if unequal else None
         if self.projections is not None:
             self.projections.live_in(model)
+
+    @classmethod
+    def of(cls, trainer: Any) -> FeatureLosses | None:
+        """Those of a trainer whose teacher is ready; None where its objective has no such losses."""
+        objective = trainer.loss_objective
+        if not (objective.attention_weight or objective.hidden_weight):
+            return None
+        refuse_reentrant(trainer)
+        losses = cls(trainer.model, objective, trainer.teacher, trainer.args.seed)
+        if losses.projections is not None and trainer.optimizer is not None:
+            raise UserError(
+                "optimizers: an optimizer of your own does not hold the projections that hidden_weight needs for a teacher of "
+                "another width, so they would stay random. Leave it out, or set hidden_weight to 0."
+            )
+        return losses
 
     @contextmanager
     def compare(self, batch: Batch, outputs: Sequence[TeacherOutput]) -> Iterator[Comparison]:

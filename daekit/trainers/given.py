@@ -15,10 +15,13 @@ from trl.trainer.utils import create_model_from_path
 
 from daekit.errors import UserError
 from daekit.models.loading import ALWAYS, load_tokenizer_of, load_whole
+from daekit.models.start_checks import require_rows_apart
 from daekit.models.vocabulary import require_same, vocabulary_size
 from daekit.protocol import Teacher
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers import ModelTeacher
+from daekit.teachers.parts import frozen_models, on_student, require_served
+from daekit.teachers.sharding import Sharding, shard_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,33 @@ def as_teacher(
         f"{type(teacher).__name__} is no teacher: give a directory or hub id, a transformers model, or an object with the "
         "methods outputs(batch, capture), identity() and to(device)"
     )
+
+
+def completed_teacher(trainer: Any, teacher: Teacher, vocab_size: int) -> Teacher:
+    """The teacher of a trainer whose student is ready: made on it where it is only named, placed as the student is, checked.
+
+    Raises:
+        UserError: tokens that TRL has added to the ``vocab_size`` ones that the teacher knows; an objective, tokenizer or rows
+            that it does not serve; packed rows that its models do not keep apart.
+    """
+    if trainer.vocab_size != vocab_size:
+        raise UserError(
+            f"chat_template_path={trainer.args.chat_template_path!r} added {trainer.vocab_size - vocab_size} tokens to "
+            "the student's tokenizer, which its teacher does not have. Set the tokenizer's chat_template yourself, "
+            "without new tokens."
+        )
+    teacher = on_student(teacher, trainer.model, vocab_size)
+    evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, Mapping) else {"eval": trainer.eval_dataset}
+    datasets = [trainer.train_dataset, *evaluated.values()]
+    require_served(teacher, trainer.loss_objective, trainer.processing_class, datasets)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        shard_teacher(teacher, Sharding(trainer.accelerator))
+    else:
+        teacher.to(trainer.accelerator.device)
+    if trainer.padding_free:
+        for name, model in frozen_models(teacher):
+            require_rows_apart(model, f"teacher {name}")
+    return teacher
 
 
 def _compare_tokenizers(tokenizer: PreTrainedTokenizerBase, teacher_path: str) -> None:

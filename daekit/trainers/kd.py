@@ -30,19 +30,19 @@ from daekit.models.start_checks import require_plain_head, require_rows_apart
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.models.vocabulary import known_ids, vocabulary_size
 from daekit.protocol import Teacher
-from daekit.teachers.parts import frozen_models, on_student, require_on_student, require_served
-from daekit.teachers.sharding import Sharding, shard_teacher
+from daekit.teachers.parts import frozen_models, require_on_student
 from daekit.trainers.config import DomainSFTConfig, KDConfig
 from daekit.trainers.data import RowPreparation
-from daekit.trainers.distributed import refuse_reentrant, require_distribution, require_wrapped, rounding
+from daekit.trainers.distributed import require_distribution, require_wrapped, rounding
 from daekit.trainers.distributed_state import load_stateless, reading_safely, save_fsdp_state
 from daekit.trainers.features import FeatureLosses
-from daekit.trainers.given import as_teacher, load_student, name_of, spec_of, tokenizer_of
+from daekit.trainers.given import as_teacher, completed_teacher, load_student, name_of, spec_of, tokenizer_of
 from daekit.trainers.loss import counted, divergence_metric, divided, summed_losses, teacher_outputs
 from daekit.trainers.projections import Projections, forget_projections, without_projections
 from daekit.trainers.resume import Checkpoints, student_folder
 from daekit.trainers.rollouts import Rollouts
 from daekit.trainers.router import keeping_router_settings, require_balancing_loss, router_inputs
+from daekit.trainers.selection import METRIC, Select, score
 from daekit.trainers.token_metrics import TokenMetrics, counted_rows
 from daekit.trainers.validation import refuse_adapter, refuse_arguments
 
@@ -119,15 +119,15 @@ class KDTrainer(SFTTrainer):
         self.args.model_init_kwargs = init_kwargs
         # Last what only the student as it will be trained can show, and the teacher beside it.
         self.token_metrics = TokenMetrics(rows=self.loss_objective.normalize == "rows")
-        self.features: FeatureLosses | None = None
         self._captures: ExitStack | None = None  # of the step that runs now
         self._complete_student()
-        self.teacher: Any = None
-        if teacher is not None:
-            self.teacher = self._completed(teacher, size)
-            if self.loss_objective.attention_weight or self.loss_objective.hidden_weight:
-                self._compare_features()
+        self.teacher: Any = None if teacher is None else completed_teacher(self, teacher, size)
+        self.features = FeatureLosses.of(self)
         self.rollouts = Rollouts(self) if self.loss_objective.on_policy else None
+        self.selection = args.selection() if isinstance(args, KDConfig) else None
+        if self.selection is not None:
+            self.selection.require_domains(self.data_counts.get("eval", {}))
+            self.add_callback(Select(self.selection, divergence_metric(self.loss_objective)))
 
     def _complete_student(self) -> None:
         """Add what the loss needs, undo what TRL has set, and try the student on a few tokens."""
@@ -145,36 +145,6 @@ class KDTrainer(SFTTrainer):
         require_balancing_loss(self)
         if self.padding_free:
             require_rows_apart(self.model, "student")
-
-    def _completed(self, teacher: Teacher, vocab_size: int) -> Teacher:
-        """The teacher, made on the student where it is only named, checked against the rows, on its device or split."""
-        if self.vocab_size != vocab_size:
-            raise UserError(
-                f"chat_template_path={self.args.chat_template_path!r} added {self.vocab_size - vocab_size} tokens to "
-                "the student's tokenizer, which its teacher does not have. Set the tokenizer's chat_template yourself, "
-                "without new tokens."
-            )
-        teacher = on_student(teacher, self.model, self.vocab_size)
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"eval": self.eval_dataset}
-        require_served(teacher, self.loss_objective, self.processing_class, [self.train_dataset, *evaluated.values()])
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            shard_teacher(teacher, Sharding(self.accelerator))
-        else:
-            teacher.to(self.accelerator.device)
-        if self.padding_free:
-            for name, model in frozen_models(teacher):
-                require_rows_apart(model, f"teacher {name}")
-        return teacher
-
-    def _compare_features(self) -> None:
-        """Prepare the attention and hidden-state losses."""
-        refuse_reentrant(self)
-        self.features = FeatureLosses(self.model, self.loss_objective, self.teacher, self.args.seed)
-        if self._projections is not None and self.optimizer is not None:
-            raise UserError(
-                "optimizers: an optimizer of your own does not hold the projections that hidden_weight needs for a teacher of "
-                "another width, so they would stay random. Leave it out, or set hidden_weight to 0."
-            )
 
     @property
     def _projections(self) -> Projections | None:
@@ -281,6 +251,8 @@ class KDTrainer(SFTTrainer):
         means = self.token_metrics.pop("eval")
         unit = "_rows" if self.loss_objective.normalize == "rows" else ""
         means["loss"] = sum(weight * means.get(f"{name}{unit}", 0.0) for name, weight in self.weights().items())
+        if self.selection is not None and metric_key_prefix == "eval":
+            means[METRIC] = score(self.selection, means, divergence_metric(self.loss_objective))
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in means.items()})
         return output
 

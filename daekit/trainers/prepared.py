@@ -33,6 +33,7 @@ def rows_trainer(
     config = LlamaConfig(vocab_size=vocabulary_size(tokenizer), **size)
     args = copy.copy(args)
     args.report_to, args.gradient_checkpointing, args.model_init_kwargs = [], False, None
+    args.deepspeed_plugin = copy.deepcopy(args.deepspeed_plugin)  # a trainer writes sizes of its student into it
     if isinstance(args, KDConfig):  # there is no teacher to compare with
         args.ce_weight, args.prediction_weight, args.attention_weight, args.hidden_weight = 1.0, 0.0, 0.0, 0.0
         args.on_policy_fraction = 0.0

@@ -109,8 +109,7 @@ class ScoreServer:
         entries: list[Any] = [None]
         for position, token in enumerate(ids[1:]):
             best = scores[position].topk(k).indices.tolist() if k else []
-            order = (scores[position].argsort(descending=True) == token).nonzero()
-            rank = int(order[0]) + 1 if len(order) else 1
+            rank = int((scores[position] > scores[position, token]).sum()) + 1
             named = {token: rank} | {each: place for place, each in enumerate(best, 1)}
             entries.append(
                 {

@@ -47,7 +47,7 @@ def judge_alpaca_eval(
         folder: written: ``<model>/<annotator>/annotations.json`` and ``leaderboard.csv``, ``<model>/model_outputs.json``,
             and the calls.
         allow_missing: judgments of a model that may be missing for its scores to be given nonetheless.
-        limit: only the first so many instructions.
+        limit: how many instructions, from the first on.
         bootstrap: resamples of the intervals.
 
     Raises:

@@ -36,17 +36,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class BenchData:
-    """The data files of MT-Bench.
-
-    Attributes:
-        references: question id -> answer record.
-        total: questions in the file, of which ``questions`` are the first.
-    """
+    """The data files of MT-Bench; ``references``: question id -> answer record."""
 
     questions: list[dict[str, Any]]
     prompts: dict[str, dict[str, Any]]
     references: dict[int, dict[str, Any]]
-    total: int
     files: tuple[Path, ...]
 
 
@@ -74,7 +68,7 @@ def load_data(folder: Path, limit: int | None) -> BenchData:
     for question in questions:
         if question["category"] in common.NEED_REF_CATS and question["question_id"] not in references:
             raise UserError(f"MT-Bench: {references_file} has no reference for question {question['question_id']}")
-    return BenchData(questions[:limit], prompts, references, len(questions), (questions_file, prompts_file, references_file))
+    return BenchData(questions[:limit], prompts, references, (questions_file, prompts_file, references_file))
 
 
 def make_matches(data: BenchData, judge: str, answers: Answers, mode: str, baseline: str | None) -> list[Any]:

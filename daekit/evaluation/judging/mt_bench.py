@@ -59,7 +59,7 @@ def judge_mt_bench(
         folder: written: ``<judge>_single.jsonl`` or ``<judge>_pair.jsonl``, and the calls (``replies.jsonl``...).
         baseline: the model of ``answers`` that the others are compared with (``pairwise-baseline``).
         allow_missing: judgments of a model that may be missing for its scores to be given nonetheless.
-        limit: only the first so many questions.
+        limit: how many questions, from the first on.
         bootstrap: resamples of the intervals.
 
     Raises:

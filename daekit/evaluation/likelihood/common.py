@@ -28,7 +28,7 @@ class Measured:
 
     Attributes:
         values: (domain, source, metric) -> values row by row, as in ``ModelEvaluation``.
-        items: a JSON-able record per row, for who wants to look.
+        items: a JSON-able record per row, written beside the results.
         notes: what a reader must know, without the model's name.
         generated: source -> generated texts.
         rows: (domain, metric, value, low, high, n) of values that come with intervals of their own.

@@ -9,9 +9,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from daekit.data.fingerprint import fingerprint
 from daekit.data.sources import load_rows
-from daekit.errors import UserError
 from daekit.evaluation.evaluate import evaluate_model
-from daekit.evaluation.likelihood.common import Measured
+from daekit.evaluation.likelihood.common import Measured, require_context
 from daekit.evaluation.models import file_fingerprint
 from daekit.evaluation.sets import EvaluationSet, tokenize_rows
 from daekit.models.loading import load_model, load_tokenizer_of
@@ -42,15 +41,11 @@ class Rows:
     def check(self, name: str, tokenizer: Tokenizer, context_length: int | None) -> None:
         """The rows can be tokenised and fit; the reference has the model's tokenizer."""
         rows = self.rows(tokenizer).rows
-        longest = max(len(row.input_ids) for row in rows)
+        lengths = [len(row.input_ids) for row in rows]
+        if self.spec.generate:
+            lengths += [len(row.prompt_ids) + self.spec.max_new_tokens for row in rows if row.prompt_ids is not None]
         remedy = "set max_length and overlong: drop to leave such rows out, or a smaller max_new_tokens"
-        if context_length is not None and self.spec.generate:
-            prompts = [len(row.prompt_ids) for row in rows if row.prompt_ids is not None]
-            longest = max([longest, *(length + self.spec.max_new_tokens for length in prompts)])
-        if context_length is not None and longest > context_length:
-            raise UserError(
-                f"{self.where}: a row needs {longest} tokens, more than the {context_length} of models.{name}; {remedy}"
-            )
+        require_context(name, self.where, max(lengths), context_length, remedy)
         if self.spec.reference is not None:
             require_same(tokenizer, load_tokenizer_of(self.spec.reference), f"{self.where}.reference")
 

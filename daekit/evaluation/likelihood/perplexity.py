@@ -128,7 +128,7 @@ def blocks_of(text: str, size: int, nll_N: np.ndarray, start_N: np.ndarray, skip
     """Sums over blocks of ``size`` characters; a token belongs to the block in which it begins.
 
     Args:
-        nll_N: of each token.
+        nll_N: NLL of each token.
         start_N: the character at which it begins.
         skipped: bytes at the beginning of the text that are not scored.
     """

@@ -86,11 +86,11 @@ def _notes(prepared: Prepared, results: Results) -> list[str]:
         everyone = len(results.evaluations)
         notes += [note if len(models) == everyone else f"{', '.join(models)}: {note}" for note, models in said.items()]
     for questions in prepared.questions.values():
-        for model in prepared.models.values():
-            if cut := questions.store(model, write=False).cut():
-                turns = sum(len(each.turns) for each in questions.conversations)
+        for name, each in prepared.models.items():
+            if cut := questions.store(each, write=False).cut():
+                turns = sum(len(asked.turns) for asked in questions.conversations)
                 notes.append(
-                    f"{questions.name}: {cut} of {turns} answers of {model.name} were cut at max_new_tokens = "
+                    f"{questions.name}: {cut} of {turns} answers of {name} were cut at max_new_tokens = "
                     f"{questions.how.max_new_tokens}, or where the model's context ends."
                 )
     return notes + [note for judged in results.judged.values() for note in judged.notes]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.models.vocabulary import tokenizer_facts
-from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, OutputHead, TeacherOutput
+from daekit.protocol import Batch, FeatureSpec, Member, OutputHead, TeacherOutput
 from daekit.recipe.objective import Objective
 from daekit.teachers.cache.asking import autocast_dtype
 from daekit.teachers.cache.rows import CacheRow, rows_of_batch
@@ -48,8 +48,6 @@ class CachedTeacher:
         Raises:
             UserError: rows that are not in the cache; a corrupt shard; hidden states under another autocast.
         """
-        if capture is not None:
-            raise _no_features()
         device = batch.labels_BT.device
         rows = [row for row in rows_of_batch(batch) if len(row.offsets)]
         self.require_rows(rows)
@@ -98,10 +96,6 @@ class CachedTeacher:
             ]
         return self._heads
 
-    def feature_layers(self, spec: FeatureSpec) -> list[FeatureLayers]:
-        """Refused: queries, keys and the hidden states of layers are not kept."""
-        raise _no_features()
-
     def to(self, device: torch.device) -> CachedTeacher:
         """Nothing to move: outputs are on the device of the batch."""
         return self
@@ -132,7 +126,10 @@ class CachedTeacher:
                 "student is yet to write these. Give the teacher itself, or set on_policy to 0"
             )
         if objective.attention_weight or objective.hidden_weight:
-            raise _no_features()
+            raise UserError(
+                "attention_weight, hidden_weight: a cache keeps a teacher's distributions, not what its layers did (which "
+                "would be 10 to 100 times as large). Set both to 0, or leave `cache` out."
+            )
         kept, directory = self.facts["keep"], self.store.directory
         if kept == "hidden" or not objective.prediction_weight:
             return
@@ -167,10 +164,3 @@ class CachedTeacher:
                 "max_length, or packing that splits rows, make other rows. Write it again with these rows: only they are "
                 "computed."
             )
-
-
-def _no_features() -> UserError:
-    return UserError(
-        "attention_weight, hidden_weight: a cache keeps a teacher's distributions, not what its layers did (queries, keys and "
-        "hidden states of all layers would be 10 to 100 times as large). Set both to 0, or leave `cache` out."
-    )

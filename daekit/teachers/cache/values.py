@@ -7,8 +7,9 @@ of different tokens among the draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,11 @@ class CacheFormat:
             raise UserError(f"draws: {self.draws} is not between 1 and {_MOST_DRAWS}")
         if self.keep == "top_k" and self.k <= len(set(self.forced_ids)) + 1:
             raise UserError(f"k: {self.k} leaves no room beside the label and {len(set(self.forced_ids))} forced tokens")
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> CacheFormat:
+        """The format of the cache with these facts."""
+        return cls(**{each.name: facts[each.name] for each in fields(cls) if each.name in facts})
 
     def facts(self) -> dict[str, object]:
         """What of it decides the values, JSON-able."""

@@ -1,4 +1,4 @@
-"""Where a run writes, and whether there is room for what it will write."""
+"""What a run will write: whether it may, whether there is room, and which checkpoints will lie there in the end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def require_space(root: Path, name: str, arguments: DomainSFTConfig, rows: int, 
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
     whole = trained if adapter else sum(p.numel() * p.element_size() for p in student.parameters())
     states = _ADAM_STATES if arguments.optim.startswith("adamw_torch") else 0  # others keep less: not sure to fail
-    checkpoint = whole + states * trained if checkpoints_of(arguments, rows) else 0
+    checkpoint = whole + states * trained if checkpoints_at_end(arguments, rows) else 0
     if whole + checkpoint > free:
         raise UserError(
             f"{root} has {free / 1e9:.1f} GB free, but stage {name!r} writes a model of {whole / 1e9:.1f} GB and "
@@ -43,7 +43,7 @@ def require_space(root: Path, name: str, arguments: DomainSFTConfig, rows: int, 
         )
 
 
-def checkpoints_of(arguments: DomainSFTConfig, rows: int) -> list[int]:
+def checkpoints_at_end(arguments: DomainSFTConfig, rows: int) -> list[int]:
     """The steps whose checkpoints lie on the disk at the end of a stage that saves by steps."""
     if arguments.save_strategy == "no":
         return []
