@@ -10,14 +10,18 @@ N     loss positions: those that predict a token that carries loss (the label of
 M     the loss positions that one TeacherOutput covers, M <= N
 H     width of the hidden states (teacher and student may differ)
 V     scored columns of the vocabulary, ``len(tokenizer)``
-K     tokens of a sparse distribution, the most likely ones; in attention the keys of a block
+K     tokens of a sparse distribution, the most likely ones; experts of a token; keys of a block of attention
 A, G  heads of the queries, heads of the keys of an attention (G divides A)
-D     width of such a head
-P     positions that are not padding; programs of a kernel
+D     width of such a head; draws of a token
 Q     queries of a block of attention
-O, I  in kernels the block that a program holds (outer) and those that it walks over (inner); L a step of such a walk
+P     positions that are not padding; programs of a kernel
+E, F  experts of a layer, neurons of an MLP; X all of these in a row, W those of a new MLP, U units of any kind
+S     pairs of a token and an expert that it is sent to; tokens drawn for a row
+L     layers; in kernels a step of a walk
+O, I  outputs and inputs of a matrix; in kernels the block that a program holds and those that it walks over
 ====  ==========================================================================================
 
+In the kernel of the prediction loss B is a block of the vocabulary, in ``top_k.py`` the buckets: K tokens and the tail.
 A digit is itself: ``bounds_R1`` has R + 1 entries, ``pairs_R8`` 8 columns, ``ids_1T`` one sequence.
 Everything here is a plain container: no weights are loaded and no loss is computed.
 """
@@ -155,9 +159,9 @@ def packed_lengths(position_ids_1T: Tensor) -> dict[str, Tensor | int]:
     end = torch.tensor([position_ids_1T.shape[1]], device=starts.device)
     cumulative = torch.cat([starts, end]).to(torch.int32)
     lengths = cumulative.diff()
-    longest, documents = int(lengths.max()), torch.arange(lengths.numel(), dtype=torch.int32, device=starts.device)
-    bounds = {"cu_seq_lens_q": cumulative, "cu_seq_lens_k": cumulative, "max_length_q": longest, "max_length_k": longest}
-    return bounds | {"seq_idx": torch.repeat_interleave(documents, lengths)[None]}
+    documents_T = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32, device=starts.device), lengths)
+    found: dict[str, Tensor | int] = {f"cu_seq_lens_{side}": cumulative for side in "qk"}
+    return found | {f"max_length_{side}": int(lengths.max()) for side in "qk"} | {"seq_idx": documents_T[None]}
 
 
 @dataclass(frozen=True)

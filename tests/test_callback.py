@@ -15,6 +15,7 @@ from daekit import EvaluationCallback, load_suite
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.evaluation.likelihood.minimal_pairs import MinimalPairs
+from daekit.recipe.suite import MTBenchSpec
 from tests.helpers import tiny
 from tests.helpers.suite_world import build_world
 from tests.helpers.trainer_world import sft
@@ -130,7 +131,7 @@ def test_what_cannot_be_measured_is_said_before_training(world, tmp_path):
         EvaluationCallback(trainer, suite_of(world, tmp_path), steps=0)
     suite = suite_of(world, tmp_path)
     with pytest.raises(UserError, match="no benchmark without a judge"):
-        EvaluationCallback(trainer, type(suite)(name="x", output_dir="y", benchmarks={}))
+        EvaluationCallback(trainer, suite.model_copy(update={"benchmarks": {"mt": MTBenchSpec(path="questions")}}))
     longer = suite_of(world, tmp_path, text={"type": "perplexity", "texts": {"english": str(world / "text.txt")}})
     with pytest.raises(UserError, match="1024 tokens are more than the 256"):
         EvaluationCallback(trainer, longer)

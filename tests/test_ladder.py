@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -152,3 +153,22 @@ def test_recipes_import_neither_torch_nor_transformers() -> None:
     code = f"import sys, daekit, daekit.recipe; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+SUFFIX = re.compile(r"[a-z][a-z0-9_]*_([A-Z][A-Z0-9]*)_?")
+
+
+def shape_letters(tree: ast.AST) -> set[str]:
+    """The letters of the shape suffixes of all names in a file (``hidden_NH``: N, H)."""
+    names = [getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None) for node in ast.walk(tree)]
+    return {letter for name in names if name and (m := SUFFIX.fullmatch(name)) for letter in m[1] if letter.isalpha()}
+
+
+def test_the_shape_legend_has_every_letter_that_names_use() -> None:
+    import daekit.protocol
+
+    legend = daekit.protocol.__doc__.partition("====  =")[2].rpartition("====  =")[0]
+    known = {letter for line in legend.splitlines() for letter in re.findall(r"(?:^|[,;] )([A-Z])\b", line)}
+    used = {path.name: shape_letters(ast.parse(path.read_text())) for path in FILES}
+    assert {name: letters - known for name, letters in used.items() if letters - known} == {}
+    assert "Z" not in known and shape_letters(ast.parse("def f(x_NZ): y_Q = x_NZ.z_R1")) == {"N", "Z", "Q", "R"}

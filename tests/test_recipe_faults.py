@@ -183,6 +183,11 @@ def test_a_suite_is_read_once(tmp_path: Path) -> None:
     assert load_suite_text(suite_to_yaml(recipe.evaluation.suites[0]), "suite", {"m": "a/b"}).name == "quiz"
 
 
+def test_two_suites_of_one_name(tmp_path: Path) -> None:
+    twice = json.dumps(json.loads(suite_file(tmp_path, SUITE)) * 2)
+    assert set(details(BASE, f"evaluation.suites={twice}")) == {"evaluation.suites.1"}
+
+
 def test_an_error_in_a_suite_names_its_file_and_line(tmp_path: Path) -> None:
     (line,) = errors(BASE, f"evaluation.suites={suite_file(tmp_path, SUITE + 'bach_size: 3')}")
     assert line.startswith(f"{tmp_path}/suite.yaml, line 4: evaluation.suites.0.bach_size: unknown key")

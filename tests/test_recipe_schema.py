@@ -12,6 +12,7 @@ import pytest
 from daekit.cli import main
 from daekit.recipe import load_recipe_text
 from daekit.recipe.json_schema import json_schema
+from daekit.recipe.model import ModelSpec
 from daekit.recipe.objective import Objective
 from daekit.recipe.shipped import shipped_recipes
 from daekit.recipe.validation import Errors
@@ -103,6 +104,14 @@ def test_every_key_is_documented() -> None:
                         undocumented.append(f"{name}.{key}")
     assert undocumented == []
     assert all(each.description for each in Objective.model_fields.values())
+
+
+def test_a_model_may_be_extended_where_its_parts_are_not_known() -> None:
+    class Renamed(ModelSpec):
+        alias: str = ""
+
+    made = Renamed.model_validate({"from": "a/b", "shape": {"hidden_size": 8}})
+    assert made.init is not None and made.init.from_ == ModelSpec(path="a/b")
 
 
 def test_recipes_are_listed_and_copied(

@@ -202,7 +202,7 @@ class RowCollector:
 def _value(row: Mapping[str, Any], theirs: str) -> Any:
     """The value of a column, or a text with the values of the columns that it names in braces; None where one is missing."""
     names = _NAMED.findall(theirs)
-    values = {name: row.get(name) for name in names}
+    values: dict[str, Any] = {name: row.get(name) for name in names}
     if not names or None in values.values():
         return None if names else row.get(theirs)
     for name, value in values.items():

@@ -20,7 +20,6 @@ from daekit.recipe.generated import GeneratedSpec
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.rows import NO_VALIDATION
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, DAEStage, EvaluatedModel, EvaluationSpec, Recipe, StageSpec
-from daekit.recipe.suite import SuiteSpec
 from daekit.recipe.tree import Path
 from daekit.recipe.validation import Errors, Problems, bad_directory, bad_name, dotted, unknown
 
@@ -220,10 +219,10 @@ def _of_evaluation(recipe: Recipe, spec: EvaluationSpec) -> Problems:
         yield "sources", f"the source {name!r} has no validation rows; {NO_VALIDATION} there"
     if not spec.sources and not spec.suites and recipe.sources and len(without) == len(recipe.sources):
         yield (), f"no source has validation rows to evaluate on; {NO_VALIDATION} of a source"
-    suites: list[SuiteSpec] = [suite for suite in spec.suites if suite is not None and suite.name is not None]
-    for suite in suites:
-        if suite is not next(each for each in suites if each.name == suite.name):
-            yield ("suites", spec.suites.index(suite)), f"two suites are named {suite.name!r}, and would write into one folder"
+    seen: dict[str, int] = {}
+    for index, suite in enumerate(spec.suites):
+        if suite is not None and suite.name is not None and seen.setdefault(suite.name, index) != index:
+            yield ("suites", index), f"two suites are named {suite.name!r}, and would write into one folder"
 
 
 def _of_evaluated(recipe: Recipe, model: EvaluatedModel, path: Path, in_suites: bool) -> Problems:

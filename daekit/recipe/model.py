@@ -246,3 +246,6 @@ class StudentSpec(Spec):
         models: dict[tuple[str | int, ...], ModelSpec] = {("from",): self.from_}
         models |= {("with", index): model for index, model in enumerate(self.with_)}
         return {path: model for path, model in models.items() if model is not None}
+
+
+ModelSpec.model_rebuild()  # it names StudentSpec, which classes made of it elsewhere do not know

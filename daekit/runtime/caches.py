@@ -120,6 +120,8 @@ def _is_labels(stage: StageSpec, key: Key) -> bool:
 def _write_missing(sources: _Sources, spec: TeacherSpec, directory: Path, rows: list[CacheRow], state: PartialState) -> None:
     """Write what is missing of one cache; the teacher is loaded only if something is, and freed."""
     name, facts = sources.name, sources.settings(spec) | {"source": sources.of(spec)}
+    # a server is asked about the rows of a shard together, and little is lost when it stops
+    sizes: dict[str, Any] = {"batch_tokens": 10**9, "shard_bytes": 2**22} if spec.server is not None else {}
     if _is_whole(directory, rows, facts):
         if state.is_main_process:
             print(f"[{name}] cache complete, kept: {directory}", flush=True)
@@ -144,9 +146,8 @@ def _write_missing(sources: _Sources, spec: TeacherSpec, directory: Path, rows: 
         device=state.device,
         ranks=(state.process_index, state.num_processes),
         progress=progress,
-        # a server is asked about the rows of a shard together, and little is lost when it stops
-        **({"batch_tokens": 10**9, "shard_bytes": 2**22} if spec.server is not None else {}),
         **facts,
+        **sizes,
     )
     del teacher
     gc.collect()

@@ -67,9 +67,9 @@ class _Difference:
 def _compared(live: dict[str, Tensor], kept: RowValues) -> dict[str, _Difference]:
     if "entry_ids" in live:  # how many draws are other tokens
         where = kept.entries()
-        theirs = _draws(kept.between("entry_ids", *where), kept.between("entry_counts", *where), kept.of("distinct"))
-        ours = _draws(live["entry_ids"], live["entry_counts"], live["distinct"])
-        return {"draws": _Difference((ours - theirs).total(), ours.total())}
+        before = _draws(kept.between("entry_ids", *where), kept.between("entry_counts", *where), kept.of("distinct"))
+        now = _draws(live["entry_ids"], live["entry_counts"], live["distinct"])
+        return {"draws": _Difference((now - before).total(), now.total())}
     same_ids = torch.ones(1, dtype=torch.bool)
     found = {}
     for name, ours in live.items():

@@ -109,10 +109,10 @@ def values_of(form: CacheFormat, output: TeacherOutput, labels_N: Tensor, rows: 
 def _most_likely(form: CacheFormat, output: TeacherOutput, labels_N: Tensor) -> dict[str, Tensor]:
     """The K most likely tokens with label and forced ones, and the log-mass of all others, which is taken before rounding."""
     if output.top_k is not None:
-        tail_M = output.top_k.tail_log_mass_M
-        tail_M = torch.full_like(labels_N, -torch.inf, dtype=torch.float32) if tail_M is None else tail_M
-        ids, log_probs = output.top_k.ids_MK, output.top_k.log_probs_MK
-        return {"ids": ids_to_bytes(ids).cpu(), "log_probs": log_probs.half().cpu(), "tail": tail_M.float().cpu()}
+        sparse, tail_M = output.top_k, output.top_k.tail_log_mass_M
+        tail_M = torch.full_like(labels_N, -torch.inf, dtype=torch.float32) if tail_M is None else tail_M.float()
+        kept = {"ids": ids_to_bytes(sparse.ids_MK), "log_probs": sparse.log_probs_MK.half(), "tail": tail_M}
+        return {name: values.cpu() for name, values in kept.items()}
     vocab_size, positions = output.members[0].head.vocab_size, labels_N.numel()
     k = min(form.k, vocab_size)
     ids, log_probs, tails = [], [], []
