@@ -210,6 +210,7 @@ def write_rows(
             break
         judge.remember(kept)
         counts.add(kept)
+        _require_hope(counts, spec, where)
     if counts.kept != spec.rows and counts.attempts < most:
         author = make_author()
         try:

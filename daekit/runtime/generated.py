@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from daekit.data.prompts import load_prompts, prompts_of
 from daekit.data.responses import render, template_options
@@ -242,6 +243,7 @@ class GeneratedSource:
             )
             return EndpointAuthor(client, spec, lambda text: len(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
         placed = self.models.placed(spec.model)
+        unset_hf_deepspeed_config()  # a stage's config has set it, and the model would be split over the ranks
         model = load_model(placed) if placed.adapter is None else load_continued(placed)
         if not placed.quantization and placed.device_map is None:
             model = model.to(device)  # type: ignore[arg-type]
