@@ -31,7 +31,9 @@ _CALLS_PER_WORKER = 8  # of an endpoint in one batch
 class Author(Protocol):
     """Writes drafts."""
 
-    batch_size: int
+    @property
+    def batch_size(self) -> int:
+        """Attempts that it writes together."""
 
     def write(self, first: int, prompts: Sequence[Prompt]) -> list[Draft]:
         """The attempts ``first``, ``first + 1``..., one for each prompt."""
@@ -59,6 +61,7 @@ class LocalAuthor:
 
     @property
     def batch_size(self) -> int:
+        """See ``Author``."""
         return self.spec.batch_size
 
     def write(self, first: int, prompts: Sequence[Prompt]) -> list[Draft]:
@@ -146,6 +149,7 @@ class EndpointAuthor:
 
     @property
     def batch_size(self) -> int:
+        """See ``Author``."""
         return max(self.spec.batch_size, _CALLS_PER_WORKER * self.spec.concurrency)
 
     def write(self, first: int, prompts: Sequence[Prompt]) -> list[Draft]:
