@@ -1,26 +1,21 @@
-"""The command line: ``daekit check | preview | plan | init | cache | train | eval...``. Heavy imports happen inside."""
+"""The command line: ``daekit check | plan | generate | train | eval | chat...``; what the commands do is in ``commands.py``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.resources
-import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from daekit import __version__
+from daekit import __version__, commands
 from daekit.errors import Stopped, UserError, says_disk_is_full
-from daekit.recipe import Recipe, load_recipe, load_recipe_text, load_suite, parse_models, sharing_notes, to_yaml
 from daekit.recipe.model import Dtype
-from daekit.recipe.trainer_options import default_options
 
 if TYPE_CHECKING:
-    from daekit.generation import Permissions
+    pass
 
 _OVERRIDES_HELP = "settings laid over the recipe: key.sub=value, the value as YAML (stages.kd.trainer.max_steps=10)"
 _STATUS_OF_USER_ERROR = 2
@@ -86,51 +81,54 @@ def _parser() -> argparse.ArgumentParser:
         description="Distil a large language model into a small one, then align it to a domain without forgetting the rest.",
     )
     parser.add_argument("--version", action="version", version=f"daekit {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    check = commands.add_parser("check", help="say what is wrong with a recipe, or show it with every default filled in")
-    check.set_defaults(run=_check)
+    check = parsers.add_parser("check", help="say what is wrong with a recipe, or show it with every default filled in")
+    check.set_defaults(run=commands.check)
     check.add_argument(
         "--deep", action="store_true", help="open everything that a run will need (rows, tokenizers, models, suites), too"
     )
-    preview = commands.add_parser("preview", help="show the first N rows of each source as the model will see them (N: 2)")
-    preview.set_defaults(run=_preview)
-    train = commands.add_parser("train", help="run the stages of a recipe; what is finished is kept, what was stopped resumes")
-    train.set_defaults(run=_train)
-    plan = commands.add_parser("plan", help="say what a recipe needs, before anything is loaded: memory by part, what fits")
-    plan.set_defaults(run=_plan)
+    preview = parsers.add_parser("preview", help="show the first N rows of each source as the model will see them (N: 2)")
+    preview.set_defaults(run=commands.preview)
+    train = parsers.add_parser("train", help="run the stages of a recipe; what is finished is kept, what was stopped resumes")
+    train.set_defaults(run=commands.train)
+    plan = parsers.add_parser("plan", help="say what a recipe needs, before anything is loaded: memory by part, what fits")
+    plan.set_defaults(run=commands.plan)
     plan.add_argument("--gpu", metavar="SIZE", help="memory of one GPU: 80GB, 24GiB (default: this machine's)")
     plan.add_argument("--cpu", metavar="SIZE", help="memory for a run without GPU")
     plan.add_argument("--gpus", metavar="N", type=int, default=1, help="how many, one process each")
     plan.add_argument("--engine", choices=["ddp", "fsdp2", "zero2", "zero3"], help="how they share the work (default: ddp)")
     plan.add_argument("--tflops", metavar="RATE", type=float, help="TFLOP/s of one device, for the time of a step")
     plan.add_argument("--json", action="store_true", help="print JSON")
-    init = commands.add_parser(
+    init = parsers.add_parser(
         "init", help="make the students that a recipe makes from their teachers (search, slicing); no training"
     )
-    init.set_defaults(run=_init)
-    cache = commands.add_parser("cache", help="write what teachers with a cache say about the rows of a recipe; no training")
-    cache.set_defaults(run=_cache)
+    init.set_defaults(run=commands.init)
+    cache = parsers.add_parser("cache", help="write what teachers with a cache say about the rows of a recipe; no training")
+    cache.set_defaults(run=commands.cache)
     cache.add_argument("--check", action="store_true", help="ask the teachers again about some rows, and say what differs")
-    sweep = commands.add_parser(
+    generate = parsers.add_parser("generate", help="write the rows of a recipe's generated sources (or of SOURCE); no training")
+    generate.set_defaults(run=commands.generate)
+    sweep = parsers.add_parser(
         "sweep", help="run a recipe with each combination of settings (key=1e-5,3e-5 seed=0,1), and compare"
     )
-    sweep.set_defaults(run=_sweep)
-    for command in (check, preview, plan, init, cache, train, sweep):
+    sweep.set_defaults(run=commands.sweep)
+    for command in (check, preview, plan, init, cache, generate, train, sweep):
         command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
 
-    _add_eval(commands)
-    _add_looks(commands)
-    merge = commands.add_parser("merge", help="fold a LoRA adapter into its 16-bit base, and compare the two")
-    merge.set_defaults(run=_merge)
+    _add_eval(parsers)
+    _add_chat(parsers)
+    _add_looks(parsers)
+    merge = parsers.add_parser("merge", help="fold a LoRA adapter into its 16-bit base, and compare the two")
+    merge.set_defaults(run=commands.merge)
     merge.add_argument("adapter", metavar="ADAPTER_DIR", help="a directory with adapter_config.json and its safetensors")
     merge.add_argument("out", metavar="OUT", help="the directory to make")
     merge.add_argument("--dtype", default="auto", choices=get_args(Dtype), help="of the result (default: that of the base)")
 
-    quickstart = commands.add_parser("quickstart", help="KD, then DAE, in the small: on embedded data, on a CPU, in minutes")
-    quickstart.set_defaults(run=_quickstart)
+    quickstart = parsers.add_parser("quickstart", help="KD, then DAE, in the small: on embedded data, on a CPU, in minutes")
+    quickstart.set_defaults(run=commands.quickstart)
     quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
-    for command in (init, cache, train, sweep, quickstart):
+    for command in (init, cache, generate, train, sweep, quickstart):
         command.add_argument(
             "--grace",
             metavar="SECONDS",
@@ -138,20 +136,20 @@ def _parser() -> argparse.ArgumentParser:
             default=25.0,
             help="what SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C leave the run to save a checkpoint at its next step (default: 25)",
         )
-    for command in (check, preview, cache, train, sweep):
+    for command in (check, preview, cache, generate, train, sweep):
         _add_permissions(command)
-    for command in (check, preview, plan, init, cache, train, sweep, quickstart):
-        metavar = "key=value" if command is not preview else "[N] key=value"
+    for command in (check, preview, plan, init, cache, generate, train, sweep, quickstart):
+        metavar = {preview: "[N] key=value", generate: "[SOURCE] key=value"}.get(command, "key=value")
         command.add_argument("overrides", metavar=metavar, nargs="*", default=[], help=_OVERRIDES_HELP)
     return parser
 
 
-def _add_looks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    schema = commands.add_parser("schema", help="print the JSON Schema of recipes or suites, by which editors complete them")
-    schema.set_defaults(run=_schema)
+def _add_looks(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    schema = parsers.add_parser("schema", help="print the JSON Schema of recipes or suites, by which editors complete them")
+    schema.set_defaults(run=commands.schema)
     schema.add_argument("kind", nargs="?", choices=["recipe", "suite"], default="recipe")
-    recipes = commands.add_parser("recipes", help="list the recipes that come with daekit, or copy one into this directory")
-    recipes.set_defaults(run=_recipes)
+    recipes = parsers.add_parser("recipes", help="list the recipes that come with daekit, or copy one into this directory")
+    recipes.set_defaults(run=commands.recipes)
     recipes.add_argument("action", nargs="?", choices=["copy"], help="write a recipe here; nothing is overwritten")
     recipes.add_argument("name", nargs="?", metavar="NAME")
 
@@ -167,9 +165,9 @@ def _add_permissions(command: argparse.ArgumentParser) -> None:
     command.add_argument("--allow-http", action="store_true", help="http to other machines: questions and keys go unencrypted")
 
 
-def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("eval", help="measure models with a suite: likelihood benchmarks, MT-Bench, AlpacaEval")
-    command.set_defaults(run=_eval)
+def _add_eval(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = parsers.add_parser("eval", help="measure models with a suite: likelihood benchmarks, MT-Bench, AlpacaEval")
+    command.set_defaults(run=commands.eval)
     command.add_argument("suite", metavar="SUITE", help="a YAML file, such as those in eval/suites")
     command.add_argument(
         "--model",
@@ -194,6 +192,27 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
 
 
+def _add_chat(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = parsers.add_parser("chat", help="ask several models the same, and see their answers side by side")
+    command.set_defaults(run=commands.chat)
+    command.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="a directory, PATH+ADAPTER, a hub id, http(s)://HOST/v1#MODEL, or RUN:STAGE; NAME=MODEL gives it a name",
+    )
+    command.add_argument("--system", metavar="TEXT", help="a system message (default: what the chat template does without one)")
+    command.add_argument("--max-new-tokens", metavar="N", type=_positive_int, default=512, help="of an answer (default: 512)")
+    command.add_argument(
+        "--temperature", metavar="T", type=_not_negative, default=0.0, help="0 (default): the likeliest tokens"
+    )
+    command.add_argument(
+        "--prompts", metavar="FILE", help="answer these (JSONL, Parquet, or .txt with one on each line) instead"
+    )
+    command.add_argument("--output", metavar="FILE", help="with --prompts: where to write Markdown (default: to the terminal)")
+    _add_permissions(command)
+
+
 def _positive_int(text: str) -> int:
     value = int(text)
     if value <= 0:
@@ -208,142 +227,15 @@ def _count(text: str) -> int:
     return value
 
 
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return value
+
+
 def _positive_float(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
     return value
-
-
-def _eval(options: argparse.Namespace) -> None:
-    overrides = list(options.overrides)
-    if options.output is not None:
-        overrides.append(f"output_dir={json.dumps(options.output)}")
-    suite = load_suite(options.suite, parse_models(options.model), overrides)
-
-    from daekit.evaluation.suites import Options, run_suite
-    from daekit.report import format_table
-
-    limits = (options.max_calls, options.max_cost, options.allow_missing, options.score_parser)
-    report = run_suite(suite, Options(options.dry_run, *limits, _permissions(options)))
-    if report is not None:
-        print(f"\n{format_table(report.rows)}\n\nReport: {suite.output_dir}/report.html", flush=True)
-
-
-def _permissions(options: argparse.Namespace) -> Permissions:
-    from daekit.generation.keys import Permissions
-
-    return Permissions(frozenset(options.allow_key_env), options.allow_http)
-
-
-def _check(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, options.overrides)
-    if options.deep:
-        _show_prepared(recipe, 1, _permissions(options))
-        print(f"\n{recipe.name}: everything that the run needs is there")
-        return
-    print(to_yaml(recipe), end="")
-    print("# trainer: what a stage does not set there is, by TRL and daekit:")
-    print("".join(f"#   {key}: {json.dumps(value)}\n" for key, value in default_options().items()), end="")
-    for note in sharing_notes(recipe):
-        print(f"# note: {note}")
-
-
-def _preview(options: argparse.Namespace) -> None:
-    overrides = list(options.overrides)
-    rows = int(overrides.pop(0)) if overrides and overrides[0].isdecimal() else 2
-    _show_prepared(load_recipe(options.recipe, overrides), rows, _permissions(options))
-
-
-def _show_prepared(recipe: Recipe, rows: int, allowed: Permissions) -> None:
-    from daekit.runtime.prepare import prepare
-    from daekit.runtime.preview import preview
-    from daekit.runtime.quiet import quieten
-
-    quieten()
-    print(preview(prepare(recipe, allowed), rows))
-
-
-def _schema(options: argparse.Namespace) -> None:
-    from daekit.recipe.json_schema import json_schema
-
-    print(json.dumps(json_schema(options.kind), indent=1, ensure_ascii=False))
-
-
-def _recipes(options: argparse.Namespace) -> None:
-    from daekit.recipe.shipped import copy_recipe, list_recipes
-
-    if options.action is None:
-        print(list_recipes())
-    elif options.name is None:
-        raise UserError("daekit recipes copy: which one? `daekit recipes` lists their names")
-    else:
-        print("\n".join(f"-> {path}" for path in copy_recipe(options.name, Path())))
-
-
-def _plan(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, options.overrides)
-    if options.tflops is not None and not 0 < options.tflops < float("inf"):
-        raise UserError(f"--tflops {options.tflops}: a rate is positive")
-
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded for a plan
-    from daekit.planning import format_plan, machine_of, plan_json, plan_recipe
-
-    rows = None
-    if any(teacher.cache for stage in recipe.stages.values() for teacher in stage.teachers_by_key().values()):
-        from daekit.runtime.data import stage_rows
-
-        rows = stage_rows(recipe)
-    machine = machine_of(options.gpu, options.cpu, options.gpus, options.engine)
-    plan = plan_recipe(recipe, machine, lambda more: load_recipe(options.recipe, [*options.overrides, *more]), rows=rows)
-    print(json.dumps(plan_json(plan, options.tflops), indent=2) if options.json else format_plan(plan, options.tflops))
-
-
-def _init(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, options.overrides)
-
-    from daekit.runtime.run import init_students
-
-    init_students(recipe, options.grace)
-
-
-def _cache(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, options.overrides)
-    from daekit.runtime.run import cache_teachers
-
-    cache_teachers(recipe, options.grace, _permissions(options), options.check)
-
-
-def _train(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, options.overrides)
-
-    from daekit.planning import announce
-    from daekit.runtime.run import run_recipe
-
-    announce(recipe, reload=lambda more: load_recipe(options.recipe, [*options.overrides, *more]))
-    run_recipe(recipe, options.grace, _permissions(options))
-
-
-def _sweep(options: argparse.Namespace) -> None:
-    from daekit.runtime.sweep import run_sweep, swept_runs
-
-    run_sweep(*swept_runs(options.recipe, options.overrides), options.grace, _permissions(options))
-
-
-def _merge(options: argparse.Namespace) -> None:
-    from daekit.models.merge import save_merged
-
-    print(f"{save_merged(options.adapter, options.out, options.dtype)}\n-> {options.out}")
-
-
-def _quickstart(options: argparse.Namespace) -> None:
-    overrides = list(options.overrides)
-    if options.output_dir is not None:
-        overrides.append(f"output_dir={json.dumps(options.output_dir)}")
-    text = (importlib.resources.files("daekit") / "resources" / "quickstart.yaml").read_text(encoding="utf-8")
-    recipe = load_recipe_text(text, "quickstart.yaml", overrides)
-
-    from daekit.runtime.run import calibration, run_recipe
-
-    print(calibration())
-    run_recipe(recipe, options.grace)

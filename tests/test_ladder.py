@@ -25,6 +25,7 @@ LADDER = [
     {"data", "teachers", "losses", "report"},
     {"trainers", "evaluation", "students"},
     {"runtime", "planning"},
+    {"commands"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -20,6 +20,7 @@ from datasets.table import InMemoryTable
 from daekit.data.builtin import builtin_rows
 from daekit.data.rows import VISION_COLUMNS, RowCollector, take
 from daekit.errors import UserError, first_line
+from daekit.recipe.generated import PromptsSpec
 from daekit.recipe.schema import SourceSpec
 
 BUILTIN = "builtin:"
@@ -56,6 +57,8 @@ def load_source(name: str, spec: SourceSpec, seed: int) -> tuple[Dataset, Datase
             the others, lacks a column or holds a value of the wrong type (the message names its line or row).
     """
     where = f"sources.{name}"
+    if spec.path is None:
+        raise UserError(f"{where}: its rows are written by a model before they can be read: `daekit generate RECIPE`")
     rows = _load(where, spec, spec.path, spec.split, "train", None if spec.holdout else spec.limit)
     if spec.validation is not None:
         return rows, _load(where, spec, spec.validation, "validation", "validation", spec.validation_limit)
@@ -76,6 +79,7 @@ def load_rows(where: str, spec: SourceSpec, limit: int | None) -> Dataset:
     Raises:
         UserError: see ``load_source``; the message begins with ``where``.
     """
+    assert spec.path is not None
     return _load(where, spec, spec.path, spec.split, spec.split, limit)
 
 
@@ -87,14 +91,15 @@ def looks_local(path: str) -> bool:
 def _load(where: str, spec: SourceSpec, path: str, split: str, whole: str, limit: int | None) -> Dataset:
     """Rows of one split. ``whole``: the split that files belong to whose names say nothing."""
     collector = RowCollector(where, spec.columns, spec.chat)
-    for place, row in islice(_placed_rows(where, spec, path, split, whole), limit):
+    for place, row in islice(placed_rows(where, spec, path, split, whole), limit):
         collector.add(row, place)
     if not len(collector):
         raise UserError(f"{where}: {path} (split {split}) has no rows")
     return collector.dataset(spec.domain)
 
 
-def _placed_rows(where: str, spec: SourceSpec, path: str, split: str, whole: str) -> Iterator[PlacedRow]:
+def placed_rows(where: str, spec: SourceSpec | PromptsSpec, path: str, split: str, whole: str) -> Iterator[PlacedRow]:
+    """The rows of one split with their places, unchecked. ``whole``: the split that files belong to whose names say nothing."""
     if path.startswith(BUILTIN):
         rows = builtin_rows(path.removeprefix(BUILTIN), split)
         return ((f"row {number} of {path}", row) for number, row in enumerate(rows, 1))
@@ -191,7 +196,7 @@ def json_lines(where: str, file: Path) -> Iterator[PlacedRow]:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _from_hub(where: str, spec: SourceSpec, path: str, split: str) -> Dataset:
+def _from_hub(where: str, spec: SourceSpec | PromptsSpec, path: str, split: str) -> Dataset:
     try:
         return load_dataset(path, name=spec.name, split=split, revision=spec.revision)
     except (OSError, ValueError, DatasetsError) as error:

@@ -72,6 +72,7 @@ class ChatClient:
             print(f"[{self._who}] {folder}: the last line was torn (the run was killed); its call is sent again", flush=True)
         self._local: LocalChat | None = None
         self._in_a_row = 0
+        self._has_answered = False
 
     def __enter__(self) -> ChatClient:
         return self
@@ -138,7 +139,8 @@ class ChatClient:
         self._caller.resume_at = 0.0  # on the clock of an earlier event loop
         try:
             queue = iter(missing)
-            await self._pilots(endpoint, queue, progress)
+            if not self._has_answered:
+                await self._pilots(endpoint, queue, progress)
             workers = [
                 asyncio.create_task(self._work(endpoint, queue, progress))
                 for _ in range(min(self.spec.concurrency, len(missing)))
@@ -159,6 +161,7 @@ class ChatClient:
             failure = await self._answer(endpoint, key, request)
             progress.step()
             if failure is None:
+                self._has_answered = True
                 self._say_who_answers(key)
                 return
         if not self._store.replies and not self.budget.stopped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,20 +23,24 @@ from daekit.errors import UserError
 from daekit.models.backbone import base_of, frozen_forward
 from daekit.models.vocabulary import vocabulary_size
 
+_NUCLEUS = 1024  # tokens among which the nucleus is sought first
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the answer to one prompt is found.
 
     Attributes:
-        temperature: of the whole distribution (no top-k, no top-p); 0: the most likely token.
+        temperature: of the distribution (no top-k); 0: the most likely token.
         seed: whole numbers that decide what is drawn, whatever else is in the batch.
         max_new_tokens: at most so many tokens for this prompt.
+        top_p: only the likeliest tokens that together have this probability are drawn; 1: all.
     """
 
     max_new_tokens: int
     temperature: float = 0.0
     seed: tuple[int, ...] = (0,)
+    top_p: float = 1.0
 
 
 def generate(
@@ -48,6 +53,8 @@ def generate(
     sampling: Sequence[Sampling] | None = None,
     keep_stop: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    stop: Sequence[int] = (),
+    watch: Callable[[Tensor], bool] | None = None,
 ) -> list[list[int]]:
     """The model's most likely next token, or one drawn as ``sampling`` says, again and again, after each prompt.
 
@@ -62,6 +69,8 @@ def generate(
         sampling: one per prompt; default: all greedy.
         keep_stop: Leave the stop token at the end of an answer that has one.
         progress: called with (prompts done, all of them) after each batch.
+        stop: ids to stop at besides those of tokenizer and model.
+        watch: called after each step with the batch's ids ``[B, T]``, prompt included; true ends the batch.
 
     Returns:
         The generated ids without the prompt, the stop token and padding, in the order of ``prompts``. An answer as long as
@@ -77,7 +86,7 @@ def generate(
                 f"prompt {index} has no tokens: a model needs at least one to start from, for example the BOS token."
             )
     base = base_of(model)
-    stop = stop_token_ids(base, tokenizer)
+    stop = sorted({*stop_token_ids(base, tokenizer), *stop})
     config = _greedy_config(base, tokenizer, stop, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -88,7 +97,7 @@ def generate(
             for start in range(0, len(order), batch_size):
                 indices = order[start : start + batch_size]
                 some = None if sampling is None else [sampling[i] for i in indices]
-                batch = _generate_batch(base, [prompts[i] for i in indices], config, some)
+                batch = _generate_batch(base, [prompts[i] for i in indices], config, some, watch)
                 for index, answer in zip(indices, batch, strict=True):
                     answers[index] = _until(answer, stop, keep_stop)
                 if progress is not None:
@@ -126,7 +135,11 @@ def _greedy_config(
 
 
 def _generate_batch(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, sampling: Sequence[Sampling] | None
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    sampling: Sequence[Sampling] | None,
+    watch: Callable[[Tensor], bool] | None,
 ) -> list[list[int]]:
     width = max(len(prompt) for prompt in prompts)
     input_ids_BT = torch.full((len(prompts), width), config.pad_token_id)
@@ -135,10 +148,11 @@ def _generate_batch(
         input_ids_BT[index, width - len(prompt) :] = torch.tensor(prompt)
         mask_BT[index, width - len(prompt) :] = 1
     device = model.device
-    how = {}
+    criteria = StoppingCriteriaList([] if watch is None else [_Watch(watch)])
+    how: dict[str, Any] = {"stopping_criteria": criteria}
     if sampling is not None:
         how["logits_processor"] = LogitsProcessorList([_Sampler(sampling, width)])
-        how["stopping_criteria"] = StoppingCriteriaList([_LengthLimit(sampling, width)])
+        criteria.append(_LengthLimit(sampling, width))
     # each rank generates its own rows, with whole weights: under ZeRO transformers would wait for the other ranks
     output_BT: Tensor = model.generate(  # type: ignore[operator]
         input_ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=config, synced_gpus=False, **how
@@ -155,6 +169,7 @@ class _Sampler(LogitsProcessor):
         self.width = width
         self.drawn = [row for row, each in enumerate(sampling) if each.temperature > 0]
         self.temperature_D1 = torch.tensor([[sampling[row].temperature] for row in self.drawn], dtype=torch.float64)
+        self.top_p_D1 = torch.tensor([[sampling[row].top_p] for row in self.drawn], dtype=torch.float64)
         longest = max(each.max_new_tokens for each in sampling)
         numbers = [np.random.default_rng(sampling[row].seed).random(longest) for row in self.drawn]
         self.number_DS = torch.tensor(np.array(numbers), dtype=torch.float64)
@@ -170,12 +185,38 @@ class _Sampler(LogitsProcessor):
         step = input_ids.shape[1] - self.width
         rows = torch.tensor(self.drawn, device=scores.device)
         number_D1 = self.number_DS[:, step : step + 1].to(scores.device)
-        cumulative_DV = (scores[rows].double() / self.temperature_D1.to(scores.device)).softmax(-1).cumsum(-1)
+        probability_DV = (scores[rows].double() / self.temperature_D1.to(scores.device)).softmax(-1)
+        cumulative_DV = _nucleus(probability_DV, self.top_p_D1.to(scores.device)).cumsum(-1)
         total_D1 = cumulative_DV[:, -1:]
         below_D1 = torch.minimum(number_D1 * total_D1, torch.nextafter(total_D1, torch.zeros_like(total_D1)))
         token_D1 = torch.searchsorted(cumulative_DV, below_D1, right=True)
         only_DV = torch.full_like(scores[rows], -torch.inf).scatter_(1, token_D1, 0.0)
         return scores.index_copy(0, rows, only_DV)
+
+
+def _nucleus(probability_DV: Tensor, top_p_D1: Tensor) -> Tensor:
+    """The probabilities with 0 for tokens behind the likeliest that together have ``top_p``; rows with 1 as they are."""
+    if bool((top_p_D1 >= 1).all()):
+        return probability_DV
+    top_p_D1 = top_p_D1.where(top_p_D1 < 1, torch.inf)
+    for count in (_NUCLEUS, probability_DV.shape[-1]):  # to sort a whole vocabulary would take as long as the model
+        likeliest = probability_DV.topk(min(count, probability_DV.shape[-1]))
+        before_DK = likeliest.values.cumsum(-1) - likeliest.values
+        if bool(((before_DK[:, -1:] >= top_p_D1) | top_p_D1.isinf()).all()):
+            break
+    kept_DK = likeliest.values.masked_fill(before_DK >= top_p_D1, 0.0)
+    nucleus_DV = torch.zeros_like(probability_DV).scatter_(1, likeliest.indices, kept_DK)
+    return torch.where(top_p_D1.isinf(), probability_DV, nucleus_DV)
+
+
+class _Watch(StoppingCriteria):
+    """Shows every step to a function, which may end the batch."""
+
+    def __init__(self, watch: Callable[[Tensor], bool]) -> None:
+        self.watch = watch
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.full((len(input_ids),), self.watch(input_ids), device=input_ids.device)
 
 
 class _LengthLimit(StoppingCriteria):

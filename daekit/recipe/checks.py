@@ -16,6 +16,7 @@ from daekit.recipe.adapter_config import (
     require_same_base,
     require_shareable,
 )
+from daekit.recipe.generated import GeneratedSpec
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.rows import NO_VALIDATION
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, DAEStage, EvaluatedModel, EvaluationSpec, Recipe, StageSpec
@@ -30,6 +31,9 @@ def check_recipe(recipe: Recipe, errors: Errors) -> None:
         errors.add_all(bad_name(("sources", name), name))
         if name in ("sources", "rows"):
             errors.add_check(("sources", name), "this name is taken by the long form of `data`; choose another")
+    for name, source in (recipe.sources or {}).items():
+        if source is not None and source.generated is not None:
+            errors.add_all(_of_generated(recipe, name, source.generated), ("sources", name, "generated"))
     for name, stage in (recipe.stages or {}).items():
         errors.add_all(bad_name(("stages", name), name))
         if name == STUDENT_AS_IT_WAS:
@@ -43,13 +47,39 @@ def check_recipe(recipe: Recipe, errors: Errors) -> None:
                 if model.config is not None:
                     errors.add_check(("stages", name, *path, "config"), message)
     elif recipe.tokenizer is not None and recipe.tokenizer.train is not None:
-        errors.add_all(unknown(("tokenizer", "train", "sources"), recipe.tokenizer.train.sources, recipe.sources, "source"))
+        train: Path = ("tokenizer", "train", "sources")
+        errors.add_all(unknown(train, recipe.tokenizer.train.sources, recipe.sources, "source"))
+        for name in recipe.tokenizer.train.sources:
+            if (named := recipe.sources.get(name)) is not None and named.generated is not None:
+                errors.add_check(train, f"the rows of {name!r} are not written yet when the tokenizer is trained; leave it out")
     if recipe.evaluation is not None:
         errors.add_all(_of_evaluation(recipe, recipe.evaluation), ("evaluation",))
         for index, suite in enumerate(recipe.evaluation.suites):
             if suite is not None:
                 names = recipe.evaluation.names or evaluated_by_default(recipe)
                 errors.add_all(suite.contradictions(names, recipe.evaluation.baseline), ("evaluation", "suites", index))
+
+
+def _of_generated(recipe: Recipe, name: str, spec: GeneratedSpec) -> Problems:
+    """What is wrong with rows that a model writes: prompts from nowhere, a model that is not there, or comes too late."""
+    model, stages = spec.model, list(recipe.stages or {})
+    if spec.prompts is not None and spec.prompts.source is not None:
+        others = [other for other, source in recipe.sources.items() if source is not None and source.generated is None]
+        yield from unknown(("prompts", "source"), [spec.prompts.source], others, "source that is not generated")
+    if model is None or model.url is not None or model.init is not None or model.config is not None:
+        return
+    if model.adapter is None:
+        yield from of_origin(recipe, model, ("model",), stages, None)
+    for origin in spec.stages():
+        if model.adapter is not None:
+            yield from unknown(("model", "adapter"), [origin], stages, "stage")
+        for user, stage in (recipe.stages or {}).items():
+            used = stage is not None and stage.data is not None and name in (stage.data.sources or ())
+            if used and origin in stages and stages.index(origin) >= stages.index(user):
+                yield (
+                    "model",
+                    f"stage {user!r} trains on this source, and {origin!r} is not complete then; name an earlier stage",
+                )
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -18,6 +19,8 @@ _WATCHING |= {"logging_nan_inf_filter", "logging_strategy", "project", "report_t
 _WATCHING |= {"save_steps", "save_strategy", "save_total_limit"}
 # Where a teacher lies, and how it is reached, does not change what it says.
 _PLACEMENT = ("device_map", "offload", "base_url", "api_key_env", "concurrency", "max_retries", "timeout")
+# Of a generated source: with more rows it goes on; the rest says how attempts are made, not which tokens are drawn.
+_COURSE = {"rows", "attempts", "batch_size", "concurrency"}
 _VALIDATION = ("validation", "validation_split", "validation_limit")
 # With these the training itself looks at the validation rows.
 _SCHEDULES_BY_VALIDATION = ("reduce_lr_on_plateau", "greedy")
@@ -71,7 +74,7 @@ def stage_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
         "seed": recipe.seed,
         "tokenizer": tokenizer,
         "sources": {name: _source(recipe, stage, name) for name in sorted(set(sources))},
-        "stages": {name: stage_key(recipe, name) for name in sorted(_stages_used(stage))},
+        "stages": {name: stage_key(recipe, name) for name in sorted(_stages_used(stage) | _stages_of(recipe, sources))},
     }
 
 
@@ -94,7 +97,25 @@ def student_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
 def _source(recipe: Recipe, stage: StageSpec, name: str) -> dict[str, Any]:
     looks = stage.trainer.get("load_best_model_at_end") or (stage.trainer.get("lr_scheduler_type") in _SCHEDULES_BY_VALIDATION)
     facts = recipe.sources[name].model_dump(mode="json")
+    if recipe.sources[name].generated is not None:
+        facts["generated"] = generated_key(recipe, name) | {"rows": facts["generated"].get("rows")}
     return facts if looks else {key: value for key, value in facts.items() if key not in _VALIDATION}
+
+
+def generated_key(recipe: Recipe, name: str) -> dict[str, Any]:
+    """What of a generated source decides its attempts, one by one: not how many there are, nor how they are made."""
+    spec = recipe.sources[name].generated
+    assert spec is not None
+    facts: dict[str, Any] = _unplaced(spec.model_dump(mode="json", exclude=_COURSE))
+    if spec.prompts.source is not None:
+        facts["source"] = recipe.sources[spec.prompts.source].model_dump(mode="json", exclude=set(_VALIDATION))
+    return facts
+
+
+def _stages_of(recipe: Recipe, sources: Iterable[str]) -> set[str]:
+    """The stages whose results write sources."""
+    specs = [recipe.sources[name].generated for name in sources]
+    return {stage for spec in specs if spec is not None for stage in spec.stages()}
 
 
 def _stages_used(stage: StageSpec) -> set[str]:

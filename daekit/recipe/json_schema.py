@@ -23,6 +23,8 @@ _BOUNDS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", 
 _SHORT: dict[str, list[dict[str, Any]]] = {
     "ModelSpec": [_TEXT, {"$ref": "#/$defs/StudentSpec"}],
     "TeacherSpec": [{"$ref": "#/$defs/ModelSpec"}, {"const": "labels"}],
+    "GeneratorSpec": [_TEXT],
+    "PromptsSpec": [_TEXT],
     "CacheSpec": [{"enum": list(KEEPS)}],
     "TokenizerSpec": [_TEXT],
     "SuiteModelSpec": [_TEXT],
@@ -52,7 +54,7 @@ def json_schema(kind: Literal["recipe", "suite"]) -> dict[str, Any]:
         suites = schema["$defs"]["EvaluationSpec"]["properties"]["suites"]
         suites["items"] = {"anyOf": [_TEXT, suites["items"]]}
     # a model made from its teacher is written as its parts, so `init` is no key
-    for name in ("ModelSpec", "EvaluatedModel"):
+    for name in ("ModelSpec", "EvaluatedModel", "GeneratorSpec"):
         if name in schema["$defs"]:
             del schema["$defs"][name]["anyOf"][-1]["properties"]["init"]
     if kind == "recipe":  # `cache` is written beside the keys of a model

@@ -272,7 +272,8 @@ def resolve(recipe: Recipe) -> Recipe:
 
     The student of a stage that names no model is the stage before; one that continues the adapter of a stage has its base, as
     it was loaded there; ``evaluation.models`` are all stages after the first one's student as it was, where that is loaded
-    from a path; ``evaluation.sources`` all sources with validation rows, ``tokenizer.train.sources`` all sources.
+    from a path; ``evaluation.sources`` all sources with validation rows, ``tokenizer.train.sources`` all that no model
+    writes.
     """
     stages: dict[str, StageSpec] = {}
     before = ""
@@ -291,7 +292,9 @@ def resolve(recipe: Recipe) -> Recipe:
         before = name
     tokenizer, evaluation = recipe.tokenizer, recipe.evaluation
     if tokenizer is not None and tokenizer.train is not None:
-        train = _filled(tokenizer.train, "sources", tuple(recipe.sources))
+        train = _filled(
+            tokenizer.train, "sources", tuple(name for name, source in recipe.sources.items() if source.generated is None)
+        )
         tokenizer = tokenizer.model_copy(update={"train": train})
     if evaluation is not None:
         models = (EvaluatedModel.model_validate(name) for name in evaluated_by_default(recipe))

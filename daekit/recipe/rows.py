@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from daekit.errors import listed, nearest
+from daekit.recipe.generated import GeneratedSpec
 from daekit.recipe.reading import Choice, FilePath, Flag, Number, Spec, Text, Whole, content
 from daekit.recipe.suite import Column
 from daekit.recipe.validation import Problems, bad_name, missing
@@ -20,10 +21,12 @@ class SourceSpec(Spec):
     """Rows of one domain."""
 
     domain: Text = Field(description="The name that decides which teacher these rows follow.")
-    path: FilePath = Field(
+    path: FilePath | None = Field(
+        None,
         description="A JSONL or Parquet file, a directory of them, a hub id, or `builtin:NAME` for the embedded corpora "
-        f"({', '.join(BUILTIN_CORPORA)})."
+        f"({', '.join(BUILTIN_CORPORA)}).",
     )
+    generated: GeneratedSpec | None = Field(None, description="Instead of `path`: a model writes the rows.")
     split: Text = Field("train", description="Split of a hub data set or of a builtin corpus to train on.")
     name: Text | None = Field(None, description="Configuration name of a hub data set.")
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub data set.")
@@ -49,8 +52,16 @@ class SourceSpec(Spec):
         return bool(self.validation or self.validation_split or self.holdout)
 
     def problems(self) -> Problems:
-        """Paths that lead nowhere, and more than one way to get validation rows, or none."""
+        """Rows from nowhere or from two places, paths that lead nowhere, more than one way to get validation rows, or none."""
         yield from bad_name("domain", self.domain, "domain")
+        if self.generated is None and self.path is None:
+            yield "path", "this required key is missing: where the rows lie; or give `generated` for rows that a model writes"
+        elif self.generated is not None:
+            if self.path is not None:
+                yield "generated", "excludes `path`: rows lie there, or a model writes them"
+            for key in ("split", "name", "revision", "validation_split", "columns", "chat"):
+                if self.changed(key):
+                    yield key, "belongs to `path`; the rows of `generated` are as its prompts are"
         for key, path in (("path", self.path), ("validation", self.validation)):
             if path is None or not path.startswith("builtin:"):
                 yield from missing(key, path)

@@ -211,37 +211,38 @@ class _Sources:
         student = self.recipe.stages[self.name].student
         assert student is not None, "a resolved recipe names every student"
         if spec.model is not None:
-            return {"models": [self._contents(spec.model, student)]}
+            return {"models": [contents(self.models, spec.model, student)]}
         if spec.server is not None:
             return {"server": spec.server.model}
         if spec.ensemble:
-            members = [self._contents(member.model, student) for member in spec.ensemble]
+            members = [contents(self.models, member.model, student) for member in spec.ensemble]
             return {"models": members, "weights": [member.weight for member in spec.ensemble], "average": spec.average}
         if student.init is not None:
             made = self.models.folder.student(student_key(self.recipe, self.name)).model
-            return {"models": [self._contents(ModelSpec(path=str(made.resolve())), None)]}
+            return {"models": [contents(self.models, ModelSpec(path=str(made.resolve())))]}
         seed = {"seed": self._seed} if student.config else {}
-        return {"models": [self._contents(student, None) | seed]}
+        return {"models": [contents(self.models, student) | seed]}
 
-    def _contents(self, spec: ModelSpec, student: ModelSpec | None) -> dict[str, Any]:
-        """Facts of one model; an adapter of the student's base has those of the base, too."""
-        placed = self.models.placed(spec)
-        if placed.adapter is not None:
-            adapter = None if placed.adapter == BARE_BASE else _file_hashes(Path(placed.adapter))
-            base = base_spec(placed if student is None else self.models.placed(student))
-            return {"adapter": adapter, "base": self._contents(base, None)}
-        facts: dict[str, Any] = {"dtype": placed.dtype, "quantization": placed.quantization}
-        if placed.config is not None:
-            return facts | {"config": json.loads(json.dumps(placed.config, default=str))}
-        assert placed.path is not None
-        folder = Path(placed.path).expanduser()
-        if not folder.is_dir():
-            return facts | {"files": _hub_commit(placed)}
-        facts["files"] = _file_hashes(folder)
-        if (folder / ADAPTER_CONFIG).is_file():  # it is merged into the base that it names
-            base = read_adapter_config(folder)["base_model_name_or_path"]
-            facts["base"] = self._contents(placed.model_copy(update={"path": base, "revision": None}), None)
-        return facts
+
+def contents(models: ModelBuilder, spec: ModelSpec, student: ModelSpec | None = None) -> dict[str, Any]:
+    """What tells one model from others without loading it; an adapter of the student's base has the facts of the base, too."""
+    placed = models.placed(spec)
+    if placed.adapter is not None:
+        adapter = None if placed.adapter == BARE_BASE else _file_hashes(Path(placed.adapter))
+        base = base_spec(placed if student is None else models.placed(student))
+        return {"adapter": adapter, "base": contents(models, base)}
+    facts: dict[str, Any] = {"dtype": placed.dtype, "quantization": placed.quantization}
+    if placed.config is not None:
+        return facts | {"config": json.loads(json.dumps(placed.config, default=str))}
+    assert placed.path is not None
+    folder = Path(placed.path).expanduser()
+    if not folder.is_dir():
+        return facts | {"files": _hub_commit(placed)}
+    facts["files"] = _file_hashes(folder)
+    if (folder / ADAPTER_CONFIG).is_file():  # it is merged into the base that it names
+        base = read_adapter_config(folder)["base_model_name_or_path"]
+        facts["base"] = contents(models, placed.model_copy(update={"path": base, "revision": None}))
+    return facts
 
 
 def _file_hashes(folder: Path) -> dict[str, str] | None:

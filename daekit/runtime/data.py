@@ -74,13 +74,19 @@ class DataBuilder:
 
     def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
         self.recipe, self.folder = recipe, folder
+        self.written: dict[str, Path] = {}  # generated sources that are complete -> their rows
         self._read: dict[str, tuple[Dataset, Dataset | None]] = {}
         self._tokenized: dict[tuple[str, LossRule], tuple[Dataset, Dataset | None]] = {}
 
     def source(self, name: str) -> tuple[Dataset, Dataset | None]:
         """(training rows, validation rows or None) of a source, as text."""
         if name not in self._read:
-            rows = load_source(name, self.recipe.sources[name], self.recipe.seed)
+            spec = self.recipe.sources[name]
+            if spec.generated is not None:
+                if name not in self.written:
+                    raise UserError(f"sources.{name}: its rows are not written yet; `daekit generate RECIPE` writes them")
+                spec = spec.model_copy(update={"path": str(self.written[name]), "generated": None})
+            rows = load_source(name, spec, self.recipe.seed)
             followed = any(name in stage.data.sources and stage.type != "sft" for stage in self.recipe.stages.values())
             self._read[name] = rows if followed else tuple(_without(TEACHER_PROMPT, part) for part in rows)
         return self._read[name]

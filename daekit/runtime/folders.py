@@ -17,6 +17,10 @@
         model/              the result: weights or adapter, tokenizer, recipe.yaml, provenance.json
         adapter/            the trained adapter, where the result is merged
         stage.json          written last: the stage is complete
+      generated/NAME-KEY/   rows that a model has written for source NAME
+        attempts.jsonl      every attempt; with more rows it goes on
+        rows.jsonl          the rows
+        source.json         who wrote them, and what became of the attempts; written last: the source is complete
       caches/KEY/           what teachers said about the rows, see daekit.teachers.cache
       report/               report.html, report.md, report.json, ...
       suites/NAME/          what a suite of the recipe found
@@ -83,6 +87,10 @@ def lost(root: Path, facts: Path) -> str | None:
     return None
 
 
+def _short_hash(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def _digest(path: Path) -> str | None:
     """Of weights only: other files of a result may be edited."""
     return file_hash(path) if path.suffix == ".safetensors" else None
@@ -107,8 +115,11 @@ class RunFolder:
 
     def student(self, key: Mapping[str, Any]) -> StudentFolder:
         """The folder of a student that is made from a teacher, by the facts that it depends on."""
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-        return StudentFolder(self.root / "students" / digest)
+        return StudentFolder(self.root / "students" / _short_hash(key))
+
+    def generated(self, name: str, key: Mapping[str, Any]) -> Path:
+        """The rows that a model writes for a source, by the facts that they depend on."""
+        return self.root / "generated" / f"{name}-{_short_hash(key)}"
 
     def cache(self, key: str) -> Path:
         """The cache of a teacher, by the facts that it depends on."""

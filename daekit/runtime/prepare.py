@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from daekit.data.mixture import Mixture
 from daekit.data.preparation import DomainCount, fit_to_length
 from daekit.data.rows import form_of
 from daekit.data.teacher_prompts import require_followed
-from daekit.errors import ErrorDetail, UserError, listed
+from daekit.errors import UserError, listed
 from daekit.evaluation.suites import Options
 from daekit.evaluation.suites.prepare import prepare as prepare_suite
 from daekit.generation import Permissions
@@ -32,9 +30,11 @@ from daekit.recipe.model import ModelSpec
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe, StageSpec
 from daekit.recipe.validation import dotted
 from daekit.runtime.caches import domains_of, is_cached
-from daekit.runtime.data import DataBuilder
+from daekit.runtime.data import DataBuilder, LossRule
 from daekit.runtime.disk import checkpoints_at_end, require_space, require_writable
 from daekit.runtime.folders import RunFolder
+from daekit.runtime.found import Found
+from daekit.runtime.generated import GeneratedSource, generated_sources, write_sources
 from daekit.runtime.kept import ahead
 from daekit.runtime.models import ModelBuilder, specs_of
 from daekit.runtime.student import require_cuttable, require_one_process
@@ -43,7 +43,6 @@ from daekit.teachers.cache import rows_of_examples
 from daekit.trainers import DomainSFTConfig, KDConfig
 from daekit.trainers.rollouts import require_prompts
 
-_KEY = re.compile(r"((?:sources|stages|tokenizer|evaluation)\b[\w.-]*|output_dir): (.*)", re.DOTALL)  # of a message
 _NEED_A_MODEL = ("lomo", "adalomo", "galore", "apollo")  # optimizers that transformers makes for a model only
 _ASKING = ("mt_bench", "alpaca_eval")  # benchmarks whose questions go through a chat template
 
@@ -73,7 +72,9 @@ class Prepared:
     """A recipe of which everything has been opened.
 
     Attributes:
-        stages: the stages that are not complete yet.
+        stages: the stages that are not complete yet and whose rows are there.
+        generated: the sources that a model writes.
+        waiting: of the other stages that are not complete: the sources that are to be written before they begin.
         notes: what a user should know before the first step.
     """
 
@@ -82,36 +83,9 @@ class Prepared:
     data: DataBuilder
     models: ModelBuilder
     stages: dict[str, PreparedStage] = field(default_factory=dict)
+    generated: dict[str, GeneratedSource] = field(default_factory=dict)
+    waiting: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-class Found:
-    """Collects errors, so that they are told at once."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._details: dict[ErrorDetail, None] = {}
-
-    @contextmanager
-    def at(self, key: str) -> Iterator[None]:
-        """Note what the block raises, at ``key``; the block ends there."""
-        try:
-            with naming(key):
-                yield
-        except UserError as error:
-            named = _KEY.match(str(error))  # it names its key itself, or not
-            detail = ErrorDetail(named[1], named[2], "") if named else ErrorDetail(key, str(error), "")
-            self._details.setdefault(detail)
-
-    def __bool__(self) -> bool:
-        return bool(self._details)
-
-    def raise_if_any(self) -> None:
-        """Raises: UserError: one message with everything that was found."""
-        lines = [f"{detail.key}: {detail.reason}" for detail in self._details]
-        if lines:
-            many = [f"{self._name}: {len(lines)} errors", *lines]
-            raise UserError(lines[0] if len(lines) == 1 else "\n  ".join(many), self._details)
 
 
 def prepare(recipe: Recipe, allowed: Permissions = Permissions()) -> Prepared:  # noqa: B008 (frozen)
@@ -128,9 +102,11 @@ def prepare(recipe: Recipe, allowed: Permissions = Permissions()) -> Prepared:  
     found.raise_if_any()
     data = DataBuilder(recipe, folder)
     stages = list(ahead(recipe, folder))
-    for name in _sources(recipe, stages):
-        with found.at(f"sources.{name}"):
-            data.source(name)
+    used = _sources(recipe, stages)
+    for name in used:
+        if recipe.sources[name].generated is None:
+            with found.at(f"sources.{name}"):
+                data.source(name)
     if found:  # a tokenizer may be trained on them, and none of what follows would be told about them
         found.raise_if_any()
     with found.at("tokenizer"):
@@ -138,13 +114,47 @@ def prepare(recipe: Recipe, allowed: Permissions = Permissions()) -> Prepared:  
     found.raise_if_any()
     prepared = Prepared(recipe, folder, data, ModelBuilder(folder, data.tokenizer))
     prepared.models.ahead, prepared.models.allowed = frozenset(stages), allowed
+    longest = _prepare_generated(prepared, used, allowed, found)
     for name in stages:
-        _prepare_stage(prepared, name, found)
+        _prepare_stage(prepared, name, longest, found)
     if recipe.evaluation is not None:
         _prepare_evaluation(prepared, recipe.evaluation, allowed, found)
     found.raise_if_any()
     prepared.models.ahead = frozenset()
     return prepared
+
+
+def _prepare_generated(prepared: Prepared, used: list[str], allowed: Permissions, found: Found) -> dict[str, int]:
+    """Read the generated sources that are written, check the others. Returns the tokens of the longest row of those at most."""
+    prepared.generated.update(generated_sources(prepared.recipe, prepared.data, prepared.models, allowed))
+    longest = {}
+    for name in (name for name in used if name in prepared.generated):
+        with found.at(f"sources.{name}"):
+            longest[name] = 0
+            most = prepared.generated[name].check()
+            if prepared.generated[name].find() is None:
+                longest[name] = most
+                prepared.notes.append(f"sources.{name}: its rows are written before the first stage that needs them")
+            else:
+                del longest[name]
+                prepared.data.source(name)
+    return longest
+
+
+def complete_rows(prepared: Prepared, name: str, device: torch.device) -> None:
+    """Write the sources that a stage waits for, now that the stages before it are complete, and prepare its rows.
+
+    Raises:
+        UserError: what ``GeneratedSource.write`` raises; what is wrong with the rows.
+    """
+    waits = prepared.waiting.pop(name, None)
+    if waits is None:
+        return
+    write_sources([prepared.generated[each] for each in waits], device)
+    stage = prepared.recipe.stages[name]
+    arguments = training_arguments(prepared.recipe, name, prepared.folder.stage(name))
+    with naming(f"stages.{name}.data"):
+        prepared.stages[name] = _rows_of(stage, arguments, prepared.data)
 
 
 def _prepare_evaluation(prepared: Prepared, evaluation: EvaluationSpec, allowed: Permissions, found: Found) -> None:
@@ -154,7 +164,9 @@ def _prepare_evaluation(prepared: Prepared, evaluation: EvaluationSpec, allowed:
             _require_checkpoint(prepared, each)
             if each.name != STUDENT_AS_IT_WAS:  # it has been looked at with its stage
                 prepared.models.look_at(each)
-    if evaluation.sources and not found:
+    if not found and all(
+        prepared.recipe.sources[n].generated is None or n in prepared.data.written for n in evaluation.sources
+    ):
         with found.at("evaluation"):
             _ = prepared.data.evaluation_sets
     for index, suite in enumerate(evaluation.suites):
@@ -181,7 +193,7 @@ def _sources(recipe: Recipe, stages: list[str]) -> list[str]:
     return [name for name in recipe.sources if name in used]
 
 
-def _prepare_stage(prepared: Prepared, name: str, found: Found) -> None:
+def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], found: Found) -> None:
     """Everything of one stage; what fails is noted, and what does not need it is still looked at."""
     recipe, data, models = prepared.recipe, prepared.data, prepared.models
     stage, where = recipe.stages[name], f"stages.{name}"
@@ -199,7 +211,8 @@ def _prepare_stage(prepared: Prepared, name: str, found: Found) -> None:
     if stage.student is not None and stage.student.init is not None:
         with found.at(f"{where}.student"):
             require_one_process(recipe, name, prepared.folder)
-            require_cuttable(recipe, name, data, models)
+            if not longest.keys() & {*stage.student.init.calibration.sources}:
+                require_cuttable(recipe, name, data, models)
     student: PreTrainedModel | None = None
     with found.at(f"{where}.student"):
         student = models.without_weights(recipe, name)
@@ -207,6 +220,11 @@ def _prepare_stage(prepared: Prepared, name: str, found: Found) -> None:
         with found.at(f"{where}.lora"), torch.device("meta"):
             student = get_peft_model(student, peft_config(stage.lora, stage.student))
     if arguments is None:
+        return
+    if waits := [source for source in stage.data.sources if source in longest]:
+        prepared.waiting[name] = waits
+        with found.at(f"{where}.data"):
+            _require_room(stage, arguments, data, {source: longest[source] for source in waits})
         return
     ready: PreparedStage | None = None
     with found.at(f"{where}.data"):
@@ -270,6 +288,20 @@ def _rows_of(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder) ->
         require_followed(stage.loss, splits)
     longest = max(len(row) for row in mixture.dataset["input_ids"])
     return PreparedStage(arguments, mixture, validation, counts, validation_counts, min(longest, limit or longest))
+
+
+def _require_room(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder, longest: Mapping[str, int]) -> None:
+    """Check the rows of a stage that are there, and whether those that are still to be written may be too long for it."""
+    splits = arguments.packing and arguments.packing_strategy not in ("bfd", None)
+    limit = None if splits else arguments.max_length
+    for name in stage.data.sources:
+        if name not in longest:
+            fit_to_length(data.tokenized(name, LossRule.of(stage))[0], limit, arguments.overlong, "train")
+        elif limit is not None and longest[name] > limit and arguments.overlong == "error":
+            raise UserError(
+                f"a row of the generated source {name!r} may have {longest[name]:,} tokens (its longest prompt and "
+                f"max_new_tokens), more than trainer.max_length={limit}; lower it, raise max_length, or set overlong"
+            )
 
 
 def _notes(stage: StageSpec, ready: PreparedStage, data: DataBuilder, student: PreTrainedModel | None) -> Iterator[str]:

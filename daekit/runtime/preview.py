@@ -31,7 +31,7 @@ def preview(prepared: Prepared, rows: int = 2, colour: bool | None = None) -> st
             ``NO_COLOR`` is set.
     """
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if colour is None else colour
-    if not prepared.stages:
+    if not prepared.stages and not prepared.waiting:
         return "every stage is complete: nothing will be trained"
     uses = {
         (source, LossRule.of(prepared.recipe.stages[name])): None
@@ -44,6 +44,8 @@ def preview(prepared: Prepared, rows: int = 2, colour: bool | None = None) -> st
         lines += ["", *_source(prepared, source, rule, rows, colour)]
     for name in prepared.stages:
         lines += ["", f"[{name}] {prepared.recipe.stages[name].type}", *stage_lines(prepared, name)]
+    for name, waits in prepared.waiting.items():
+        lines += ["", f"[{name}] {prepared.recipe.stages[name].type}: its rows of {', '.join(waits)} are still to be written"]
     return "\n".join([*lines, *(f"note: {note}" for note in prepared.notes)])
 
 

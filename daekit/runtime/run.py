@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
-from daekit.errors import UserError, says_read_only
+from daekit.errors import UserError, listed, nearest, says_read_only
 from daekit.evaluation.suites import Options, run_suite
 from daekit.files import write_json
 from daekit.generation import Permissions
@@ -21,9 +21,11 @@ from daekit.recipe.suite import SuiteModelSpec
 from daekit.report import format_table, write_report
 from daekit.report.provenance import commit, versions
 from daekit.runtime import DataBuilder, ModelBuilder, RunFolder, build_report, build_student, cache_stage
+from daekit.runtime.found import Found
+from daekit.runtime.generated import find_sources, generated_sources, waits_for, write_sources
 from daekit.runtime.kept import claim
 from daekit.runtime.lock import RunLock
-from daekit.runtime.prepare import Prepared, prepare
+from daekit.runtime.prepare import Prepared, complete_rows, prepare
 from daekit.runtime.quiet import quieten
 from daekit.runtime.signals import GRACE, StopRequest
 from daekit.runtime.stage import free_memory, run_stage
@@ -64,12 +66,15 @@ def run_recipe(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Perm
                 if state.is_main_process:
                     print(f"[{name}] complete, kept", flush=True)
             else:
+                complete_rows(prepared, name, state.device)
                 run_stage(prepared, name, state, stop)
                 free_memory()
             state.wait_for_everyone()
         # the other ranks are done: a barrier would time out while the main process generates answers
         if recipe.evaluation is not None and state.is_main_process:
             if recipe.evaluation.sources:
+                written = [prepared.generated[name] for name in recipe.evaluation.sources if name in prepared.generated]
+                write_sources(written, state.device)
                 _report(prepared, state)
             _suites(recipe, folder, Options(allowed=allowed))
 
@@ -94,6 +99,7 @@ def init_students(recipe: Recipe, grace: float = GRACE) -> None:
         data = DataBuilder(recipe, folder)
         models = ModelBuilder(folder, data.tokenizer)
         data.save_tokenizer()
+        find_sources(recipe, data, models)
         for name in made:
             missing = [used for used in student_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
             if missing:
@@ -157,12 +163,59 @@ def cache_teachers(
             claim(recipe, folder)
             data.save_tokenizer()
         state.wait_for_everyone()
+        find_sources(recipe, data, models)
         for name in cached:
             missing = [used for used in stage_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
             if not missing:
                 cache_stage(recipe, name, folder.stage(name), data, models, check)
             elif state.is_main_process:
                 print(f"[{name}] needs the stage {missing[0]!r}, which is not complete: run the recipe", flush=True)
+
+
+def generate_sources(
+    recipe: Recipe,
+    names: Sequence[str],
+    grace: float = GRACE,
+    allowed: Permissions = Permissions(),  # noqa: B008 (frozen)
+) -> None:
+    """Write the rows of generated sources (``names``; default: all), and train nothing.
+
+    A source whose model comes from a stage of the recipe that is not complete yet is left to ``run_recipe``.
+
+    Raises:
+        UserError: there is no such source; everything that ``GeneratedSource`` raises.
+    """
+    refuse_launch()
+    state = _ranks()
+    quieten()
+    known = [name for name, source in recipe.sources.items() if source.generated is not None]
+    for name in names:
+        if name not in known:
+            raise UserError(f"daekit generate: no generated source {name!r} (there are: {listed(known)}){nearest(name, known)}")
+    if not known:
+        raise UserError(f"{recipe.name}: no source is written by a model (`generated: {{model: ..., prompts: self, rows: N}}`)")
+    folder = RunFolder(Path(recipe.output_dir))
+    with _held(folder, state, grace):
+        data = DataBuilder(recipe, folder)
+        models = ModelBuilder(folder, data.tokenizer)
+        sources, found = generated_sources(recipe, data, models, allowed), Found(recipe.name)
+        possible = [sources[name] for name in names or known if waits_for(sources[name], folder) is None]
+        for source in possible:
+            with found.at(f"sources.{source.name}"):
+                source.check()
+        found.raise_if_any()
+        state.wait_for_everyone()
+        if state.is_main_process:
+            claim(recipe, folder)
+            data.save_tokenizer()
+            for name in names or known:
+                if stage := waits_for(sources[name], folder):
+                    print(f"[{name}] needs the stage {stage!r}, which is not complete: run the recipe", flush=True)
+        state.wait_for_everyone()
+        for source in possible:
+            kept, path = source.find(), source.write(state.device)
+            if kept and state.is_main_process:
+                print(f"[{source.where}] complete, kept: {path}", flush=True)
 
 
 def calibration() -> str:

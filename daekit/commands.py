@@ -1,0 +1,200 @@
+"""What the commands of the command line do. Heavy imports happen inside, so that ``daekit --help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from daekit.errors import UserError
+from daekit.recipe import Recipe, load_recipe, load_recipe_text, load_suite, parse_models, sharing_notes, to_yaml
+from daekit.recipe.trainer_options import default_options
+
+if TYPE_CHECKING:
+    from daekit.generation import Permissions
+
+
+def eval(options: argparse.Namespace) -> None:
+    """Measure models with a suite."""
+    overrides = list(options.overrides)
+    if options.output is not None:
+        overrides.append(f"output_dir={json.dumps(options.output)}")
+    suite = load_suite(options.suite, parse_models(options.model), overrides)
+
+    from daekit.evaluation.suites import Options, run_suite
+    from daekit.report import format_table
+
+    limits = (options.max_calls, options.max_cost, options.allow_missing, options.score_parser)
+    how = Options(options.dry_run, *limits, _permissions(options))
+    report = run_suite(suite, how)
+    if report is not None:
+        print(f"\n{format_table(report.rows)}\n\nReport: {suite.output_dir}/report.html", flush=True)
+
+
+def _permissions(options: argparse.Namespace) -> Permissions:
+    from daekit.generation.keys import Permissions
+
+    return Permissions(frozenset(options.allow_key_env), options.allow_http)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Say what is wrong with a recipe, or show it with every default."""
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.deep:
+        _show_prepared(recipe, 1, _permissions(options))
+        print(f"\n{recipe.name}: everything that the run needs is there")
+        return
+    print(to_yaml(recipe), end="")
+    print("# trainer: what a stage does not set there is, by TRL and daekit:")
+    print("".join(f"#   {key}: {json.dumps(value)}\n" for key, value in default_options().items()), end="")
+    for note in sharing_notes(recipe):
+        print(f"# note: {note}")
+
+
+def preview(options: argparse.Namespace) -> None:
+    """Show the first rows of each source."""
+    overrides = list(options.overrides)
+    rows = int(overrides.pop(0)) if overrides and overrides[0].isdecimal() else 2
+    _show_prepared(load_recipe(options.recipe, overrides), rows, _permissions(options))
+
+
+def _show_prepared(recipe: Recipe, rows: int, allowed: Permissions) -> None:
+    from daekit.runtime.prepare import prepare
+    from daekit.runtime.preview import preview
+    from daekit.runtime.quiet import quieten
+
+    quieten()
+    print(preview(prepare(recipe, allowed), rows))
+
+
+def schema(options: argparse.Namespace) -> None:
+    """Print a JSON Schema."""
+    from daekit.recipe.json_schema import json_schema
+
+    print(json.dumps(json_schema(options.kind), indent=1, ensure_ascii=False))
+
+
+def recipes(options: argparse.Namespace) -> None:
+    """List the recipes of the package, or copy one."""
+    from daekit.recipe.shipped import copy_recipe, list_recipes
+
+    if options.action is None:
+        print(list_recipes())
+    elif options.name is None:
+        raise UserError("daekit recipes copy: which one? `daekit recipes` lists their names")
+    else:
+        print("\n".join(f"-> {path}" for path in copy_recipe(options.name, Path())))
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Say what a recipe needs."""
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.tflops is not None and not 0 < options.tflops < float("inf"):
+        raise UserError(f"--tflops {options.tflops}: a rate is positive")
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded for a plan
+    from daekit.planning import format_plan, machine_of, plan_json, plan_recipe
+
+    rows = None
+    if any(teacher.cache for stage in recipe.stages.values() for teacher in stage.teachers_by_key().values()):
+        from daekit.runtime.data import stage_rows
+
+        rows = stage_rows(recipe)
+    machine = machine_of(options.gpu, options.cpu, options.gpus, options.engine)
+    plan = plan_recipe(recipe, machine, lambda more: load_recipe(options.recipe, [*options.overrides, *more]), rows=rows)
+    print(json.dumps(plan_json(plan, options.tflops), indent=2) if options.json else format_plan(plan, options.tflops))
+
+
+def init(options: argparse.Namespace) -> None:
+    """Make the students that are made from their teachers."""
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from daekit.runtime.run import init_students
+
+    init_students(recipe, options.grace)
+
+
+def cache(options: argparse.Namespace) -> None:
+    """Write the caches of teachers."""
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from daekit.runtime.run import cache_teachers
+
+    cache_teachers(recipe, options.grace, _permissions(options), options.check)
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Write the rows of generated sources."""
+    overrides = list(options.overrides)
+    names = [overrides.pop(0)] if overrides and "=" not in overrides[0] else []
+    recipe = load_recipe(options.recipe, overrides)
+
+    from daekit.runtime.run import generate_sources
+
+    generate_sources(recipe, names, options.grace, _permissions(options))
+
+
+def train(options: argparse.Namespace) -> None:
+    """Run the stages of a recipe."""
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from daekit.planning import announce
+    from daekit.runtime.run import run_recipe
+
+    announce(recipe, reload=lambda more: load_recipe(options.recipe, [*options.overrides, *more]))
+    run_recipe(recipe, options.grace, _permissions(options))
+
+
+def sweep(options: argparse.Namespace) -> None:
+    """Run a recipe with each combination of settings."""
+    from daekit.runtime.sweep import run_sweep, swept_runs
+
+    run_sweep(*swept_runs(options.recipe, options.overrides), options.grace, _permissions(options))
+
+
+def chat(options: argparse.Namespace) -> None:
+    """Chat with several models at once."""
+    models = parse_models(options.models)
+    if options.output is not None and options.prompts is None:
+        raise UserError("--output belongs to --prompts; what is said in a chat is not written")
+
+    from daekit.generation.local import Sampling
+    from daekit.runtime.chat import Chat, answer_prompts, read_prompts, speakers_of, talk
+    from daekit.runtime.quiet import quieten
+
+    quieten()
+    prompts = None if options.prompts is None else read_prompts(options.prompts)
+    how = Sampling(options.max_new_tokens, options.temperature)
+    each = Chat(speakers_of(models, _permissions(options)), how, options.system)
+    if prompts is None:
+        talk(each, sys.stdout)
+    elif options.output is None:
+        answer_prompts(each, prompts, sys.stdout)
+    else:
+        with Path(options.output).expanduser().open("w", encoding="utf-8") as out:
+            answer_prompts(each, prompts, out)
+
+
+def merge(options: argparse.Namespace) -> None:
+    """Fold an adapter into its base."""
+    from daekit.models.merge import save_merged
+
+    print(f"{save_merged(options.adapter, options.out, options.dtype)}\n-> {options.out}")
+
+
+def quickstart(options: argparse.Namespace) -> None:
+    """Run the recipe on embedded data."""
+    overrides = list(options.overrides)
+    if options.output_dir is not None:
+        overrides.append(f"output_dir={json.dumps(options.output_dir)}")
+    text = (importlib.resources.files("daekit") / "resources" / "quickstart.yaml").read_text(encoding="utf-8")
+    recipe = load_recipe_text(text, "quickstart.yaml", overrides)
+
+    from daekit.runtime.run import calibration, run_recipe
+
+    print(calibration())
+    run_recipe(recipe, options.grace)

@@ -1,0 +1,184 @@
+"""A chat with several models at once: one prompt, every model's answer beside the others."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from daekit.data.prompts import load_prompts
+from daekit.errors import UserError, listed
+from daekit.evaluation.models import SuiteModel
+from daekit.generation import Permissions
+from daekit.generation.local import Sampling
+from daekit.generation.stream import EndpointSpeaker, LocalSpeaker, Speaker
+from daekit.recipe.generated import PromptsSpec
+from daekit.recipe.suite import SuiteModelSpec
+from daekit.runtime.columns import display
+
+_HELP = "/reset begins a new conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+@dataclass
+class Chat:
+    """Conversations with several models, in step: each model sees its own answers.
+
+    Attributes:
+        speakers: name -> who answers.
+        system: a system message; None: whatever the chat templates do without one.
+        how: length and temperature of answers.
+    """
+
+    speakers: Mapping[str, Speaker]
+    how: Sampling
+    system: str | None = None
+    said: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new conversation."""
+        start = [{"role": "system", "content": self.system}] if self.system is not None else []
+        self.said = {name: [*start] for name in self.speakers}
+
+    def ask(self, turns: Sequence[Mapping[str, str]], out: TextIO | None) -> dict[str, str]:
+        """Ask every model at the same time; what they say is shown on ``out`` as it comes. Ctrl-C stops the answers.
+
+        Args:
+            turns: what is said next, the last by the user.
+
+        Returns:
+            Name -> answer. One that failed is shown as such, and its model forgets the turn.
+        """
+        names, pieces, stop = list(self.speakers), queue.SimpleQueue[tuple[int, str | None]](), threading.Event()
+        answers: dict[str, str] = {}
+
+        def speak(column: int, name: str) -> None:
+            messages = [*self.said[name], *map(dict, turns)]
+            try:
+                answers[name] = self.speakers[name].answer(messages, self.how, lambda piece: pieces.put((column, piece)), stop)
+                self.said[name] = [*messages, {"role": "assistant", "content": answers[name]}]
+            except UserError as error:
+                answers[name] = f"[no answer: {error}]"
+                pieces.put((column, answers[name]))
+            except Exception as error:  # a defect in one model's thread is shown, and the others go on
+                answers[name] = f"[no answer: {type(error).__name__}: {error}]"
+                pieces.put((column, answers[name]))
+            finally:
+                pieces.put((column, None))
+
+        for column, name in enumerate(names):
+            threading.Thread(target=speak, args=(column, name), daemon=True).start()
+        shown, speaking = None if out is None else display(out, names), len(names)
+        while speaking:
+            try:
+                column, piece = pieces.get()
+            except KeyboardInterrupt:
+                if stop.is_set():
+                    raise
+                stop.set()
+                continue
+            speaking -= piece is None
+            if shown is not None and piece is None:
+                shown.end(column)
+            elif shown is not None and piece is not None:
+                shown.add(column, piece)
+        return {name: answers[name] for name in names}
+
+
+def talk(chat: Chat, out: TextIO) -> None:
+    """Ask for prompts until the user ends."""
+    print(f"{listed(chat.speakers)}. {_HELP}.", file=out, flush=True)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print(file=out)
+            return
+        except KeyboardInterrupt:
+            print(f"\n{_HELP}.", file=out, flush=True)
+            continue
+        if line == "/quit":
+            return
+        if line == "/reset":
+            chat.reset()
+            print("A new conversation.", file=out, flush=True)
+        elif line.startswith("/"):
+            print(f"{_HELP}.", file=out, flush=True)
+        elif line:
+            chat.ask([{"role": "user", "content": line}], out)
+
+
+def answer_prompts(chat: Chat, prompts: Sequence[Sequence[Mapping[str, str]]], out: TextIO) -> None:
+    """Write every model's answer to each prompt, each in a conversation of its own, as Markdown."""
+    out.write(f"# Answers of {listed(chat.speakers)}\n")
+    for number, turns in enumerate(prompts, 1):
+        chat.reset()
+        answers = chat.ask(turns, None)
+        out.write(f"\n## {number}\n\n" + "\n\n".join(f"{turn['role']}:\n\n{_quoted(turn['content'])}" for turn in turns) + "\n")
+        out.writelines(f"\n### {name}\n\n{_quoted(answer)}\n" for name, answer in answers.items())
+        out.flush()
+
+
+def read_prompts(path: str) -> list[list[dict[str, Any]]]:
+    """The prompts of a file: of rows as sources have them (``prompt`` or ``messages``), or of a text file, one on each line.
+
+    Raises:
+        UserError: no such file, no prompts in it.
+    """
+    file = Path(path).expanduser()
+    if file.suffix != ".txt":
+        return [row["prompt"] for row in load_prompts("--prompts", PromptsSpec(path=path, chat=True))]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts: {path} cannot be read ({error})") from error
+    prompts = [[{"role": "user", "content": line.strip()}] for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts: {path} holds no prompts, one on each line")
+    return prompts
+
+
+def speakers_of(models: Mapping[str, str], allowed: Permissions) -> dict[str, Speaker]:
+    """Name -> who answers. ``RUN:STAGE`` is the result of a stage in the output directory of a run.
+
+    Raises:
+        UserError: no model there, or one that cannot chat.
+    """
+    evaluated = {name: SuiteModel(name, _subject(text)) for name, text in models.items()}
+    for name, model in evaluated.items():
+        if not model.is_endpoint:
+            model.require_there()
+            if model.tokenizer.chat_template is None:
+                raise UserError(f"{models[name]}: its tokenizer has no chat template, so it cannot chat")
+        elif model.spec.served_model is None:
+            raise UserError(f"{models[name]}: say which model of the endpoint: {model.spec.url}#MODEL-NAME")
+    speakers: dict[str, Speaker] = {}
+    for name, model in evaluated.items():
+        spec = model.spec
+        if spec.url is not None:
+            speakers[name] = EndpointSpeaker(name, spec.url, str(spec.served_model), spec.api_key_env, allowed)
+        else:
+            speakers[name] = LocalSpeaker(model.model(), model.tokenizer, model.context_length)
+    return speakers
+
+
+def _subject(text: str) -> SuiteModelSpec:
+    run, colon, stage = text.rpartition(":")
+    stages = Path(run).expanduser() / "stages"
+    if not colon or Path(text).expanduser().exists() or not stages.is_dir():
+        return SuiteModelSpec.model_validate(text)
+    name, _, checkpoint = stage.partition("@")
+    folder = stages / name / (checkpoint or "model")
+    if not folder.is_dir():
+        there = sorted(str(path.parent.name) for path in stages.glob("*/model"))
+        raise UserError(f"{text}: there is no {folder} (complete stages: {listed(there)})")
+    return SuiteModelSpec(path=str(folder))
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in text.split("\n"))
