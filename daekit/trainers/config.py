@@ -131,10 +131,9 @@ class KDConfig(DomainSFTConfig):
         """Let the Trainer keep the checkpoint with the highest score."""
         if self.eval_strategy == "no":
             raise UserError(f"select={self.select}: nothing is evaluated; set eval_strategy, and give validation rows")
-        if self.metric_for_best_model not in (None, "selection"):
-            raise UserError(
-                f"metric_for_best_model={self.metric_for_best_model!r}: select chooses the checkpoint; leave it out"
-            )
+        metric: str | None = self.metric_for_best_model  # type: ignore[has-type]
+        if metric not in (None, "selection"):
+            raise UserError(f"metric_for_best_model={metric!r}: select chooses the checkpoint; leave it out")
         self.load_best_model_at_end, self.metric_for_best_model, self.greater_is_better = True, "selection", True
 
     def selection(self) -> Selection | None:
