@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from daekit.errors import UserError
-from daekit.losses import Objective
+from daekit.losses import Objective, prediction_loss
 from daekit.models.features import require_features
+from daekit.protocol import OutputHead
 from daekit.teachers import BASE, CachedTeacher, EnsembleTeacher, LabelTeacher, RoutedTeacher, write_cache
 from daekit.teachers.parts import require_served
 from tests.helpers import tiny
-from tests.helpers.cache_cases import batch_to, long_rows, model_teacher
+from tests.helpers.cache_cases import V, batch_to, long_rows, model_teacher
 from tests.helpers.trainer_world import dae, kd
 
 ROWS = long_rows(8)
@@ -215,7 +216,10 @@ def test_a_batch_without_loss_has_an_empty_output(tmp_path: Path) -> None:
     for keep in ("hidden", "top_k", "sampled"):
         write_cache(model_teacher(), ROWS, tmp_path / keep, keep=keep, k=8)
         (output,) = CachedTeacher(tmp_path / keep).outputs(batch_to([{"input_ids": [9, 8], "labels": [9, -100]}]))
-        assert output.positions_M.numel() == 0 and output.members[0].hidden_MH.shape[0] == 0
+        values = output.members[0].hidden_MH if keep == "hidden" else output.top_k.log_probs_MK  # type: ignore[union-attr]
+        assert output.positions_M.numel() == 0 == len(values)
+        head, no_label = OutputHead(torch.zeros(V, 6), None, V), torch.zeros(0, dtype=torch.long)
+        assert float(prediction_loss(torch.zeros(0, 6), head, no_label, [output], Objective()).loss) == 0.0
 
 
 def test_hidden_states_under_another_autocast(cache: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_run_with_other_teacher_prompts_is_another_run(tmp_path: Path) -> None
     runs = [
         kd(tmp_path, tiny.rows(12).add_column("teacher_prompt", [prompt] * 12)) for prompt in ("w1 w2 ", "w1 w3 ", "w1 w2 ")
     ]
-    facts = [run.run_facts() for run in runs]
+    facts = [run.checkpoints.facts() for run in runs]
     assert facts[0] != facts[1]
     assert facts[0] == facts[2]
 

@@ -56,7 +56,8 @@ def from_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
         # As added tokens they would cut the text before it is normalised: each part would get a prefix space of its own.
         any_of_them = "|".join(re.escape(symbol) for symbol in sorted(own, key=len, reverse=True))
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(any_of_them), behavior="isolated")
-    special = _special_tokens(proto)
+    ids = {f"{role}_token": getattr(proto.trainer_spec, f"{role}_id") for role in ("unk", "bos", "eos", "pad")}
+    special = {name: proto.pieces[index].piece for name, index in ids.items() if index >= 0}
     if "bos_token" in special:
         bos = special["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
@@ -105,14 +106,9 @@ def _model(proto: Any, file: Path) -> models.Model:
     if proto.trainer_spec.model_type == _BPE:
         vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
         unk = proto.pieces[proto.trainer_spec.unk_id].piece
-        return models.BPE(
-            vocabulary,
-            _merges(proto),
-            unk_token=unk,
-            fuse_unk=True,
-            byte_fallback=fallback,
-            ignore_merges=bool(_own_symbols(proto)),  # no merges lead to them: they are taken whole
-        )
+        whole = bool(_own_symbols(proto))  # no merges lead to them: they are taken whole
+        how: Any = {"unk_token": unk, "fuse_unk": True, "byte_fallback": fallback, "ignore_merges": whole}
+        return models.BPE(vocabulary, _merges(proto), **how)
     raise UserError(f"tokenizer.path: {file} is a SentencePiece model of words or characters; only BPE and Unigram are read")
 
 
@@ -123,13 +119,9 @@ def _own_symbols(proto: Any) -> list[str]:
 def _merges(proto: Any) -> list[tuple[str, str]]:
     """All ways to put a piece together from two others, best score first: SentencePiece merges by the score of the result."""
     mergeable = {p.piece: p.score for p in proto.pieces if p.type not in (_CONTROL, _UNUSED)}
-    ranked = []
-    for index, (piece, score) in enumerate(mergeable.items()):
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in mergeable and right in mergeable:
-                ranked.append((-score, index, left, right))
-    return [(left, right) for _, _, left, right in sorted(ranked, key=lambda merge: merge[:2])]
+    ranked = sorted(mergeable, key=lambda piece: -mergeable[piece])  # stable: equal scores stay in the order of their ids
+    pairs = ((piece[:cut], piece[cut:]) for piece in ranked for cut in range(1, len(piece)))
+    return [(left, right) for left, right in pairs if left in mergeable and right in mergeable]
 
 
 def _normalizer(proto: Any) -> normalizers.Normalizer:
@@ -150,9 +142,3 @@ def _decoder(proto: Any) -> decoders.Decoder:
     if proto.normalizer_spec.add_dummy_prefix:
         steps.append(decoders.Strip(content=" ", left=1, right=0))
     return decoders.Sequence(steps)
-
-
-def _special_tokens(proto: Any) -> dict[str, str]:
-    spec = proto.trainer_spec
-    ids = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id, "pad_token": spec.pad_id}
-    return {name: proto.pieces[index].piece for name, index in ids.items() if index >= 0}

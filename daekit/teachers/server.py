@@ -12,7 +12,7 @@ from daekit.errors import UserError
 from daekit.generation.keys import Permissions
 from daekit.generation.prompt_scores import Entry, ScoreClient, ScoreRequest
 from daekit.models.vocabulary import probe_text
-from daekit.protocol import Batch, FeatureSpec, Member, OutputHead, TeacherOutput, TopK
+from daekit.protocol import Batch, FeatureSpec, TeacherOutput, TopK
 from daekit.recipe.judge import JudgeSpec, url_problems
 from daekit.recipe.objective import Objective
 from daekit.teachers.cache.rows import CacheRow, rows_of_batch
@@ -75,9 +75,6 @@ class ServerTeacher:
         """
         device = batch.labels_BT.device
         rows = [row for row in rows_of_batch(batch) if len(row.offsets)]
-        if not rows:  # a rank that asks only because another must
-            head = OutputHead(torch.zeros(self.vocab_size, 1, device=device), None, self.vocab_size)
-            return [TeacherOutput(torch.arange(0, device=device), (Member(torch.zeros(0, 1, device=device), head),))]
         positions_M = torch.arange(batch.labels_N.numel(), device=device)
         return [TeacherOutput(positions_M, (), top_k=self._ask(rows, device))]
 
@@ -90,8 +87,8 @@ class ServerTeacher:
                 named = self._named(scores.entries[offset + 1], label, f"token {offset + 1} of a row ({row})")
                 ids.append([token for token, _ in named])
                 log_probs.append([value for _, value in named])
-        exact_MK = torch.tensor(log_probs, dtype=torch.float64)
-        ids_MK = torch.tensor(ids, device=device)
+        exact_MK = torch.tensor(log_probs, dtype=torch.float64).reshape(-1, self.k)  # also of no row
+        ids_MK = torch.tensor(ids, dtype=torch.long, device=device).reshape(-1, self.k)
         if self.k == self.vocab_size:
             return TopK(ids_MK, exact_MK.log_softmax(-1).float().to(device), 1.0)
         tail_M = (-torch.expm1(exact_MK.logsumexp(-1))).clamp(min=torch.finfo(torch.float32).tiny).log()

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.models.vocabulary import tokenizer_facts
-from daekit.protocol import Batch, FeatureSpec, Member, OutputHead, TeacherOutput
+from daekit.protocol import Batch, FeatureSpec, Member, OutputHead, TeacherOutput, TopK
 from daekit.recipe.objective import Objective
 from daekit.teachers.cache.asking import autocast_dtype
 from daekit.teachers.cache.rows import CacheRow, rows_of_batch
@@ -61,7 +61,9 @@ class CachedTeacher:
                 )
             return [TeacherOutput(positions_M, self._members(values, device), self.facts["average"])]
         if not rows:  # a rank that asks only because another must
-            return [TeacherOutput(positions_M, self._no_member(device))]
+            none_M1 = torch.zeros(0, 1, device=device)
+            nothing = TopK(none_M1.long(), none_M1, self.facts["temperature"], none_M1[:, 0])
+            return [TeacherOutput(positions_M, (), top_k=nothing)]
         vocab_size = self.facts["vocab_size"]
         if self.facts["keep"] == "top_k":
             top_k = read_top_k(values, self.facts["temperature"], vocab_size, device)
@@ -76,10 +78,6 @@ class CachedTeacher:
             empty = torch.empty(0, about["width"], dtype=getattr(torch, self.facts["dtype"][index]))
             members.append(Member(torch.cat(parts or [empty]).to(device), head, about["weight"]))
         return tuple(members)
-
-    def _no_member(self, device: torch.device) -> tuple[Member, ...]:
-        head = OutputHead(torch.zeros(self.facts["vocab_size"], 1, device=device), None, self.facts["vocab_size"])
-        return (Member(torch.zeros(0, 1, device=device), head),)
 
     def _heads_on(self, device: torch.device) -> list[OutputHead]:
         if self._heads is None or self._heads[0].weight.device != device:
