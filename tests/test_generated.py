@@ -387,7 +387,6 @@ def test_a_model_that_never_ends_is_told_after_few_attempts(recipe: Path, change
     message = fails(recipe, change, *arguments)
     assert "none of the first 8 attempts is a row" in message and "max_new_tokens=" in message
     monkeypatch.setattr(runtime_generated, "load_model", None)  # told again without a model
-    monkeypatch.setattr(runtime_generated.GeneratedSource, "_author", None)
     assert message == fails(recipe, change, *arguments)
 
 
