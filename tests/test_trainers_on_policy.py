@@ -262,7 +262,7 @@ def endless_rows() -> Dataset:
         ({"data": tiny.rows(8).to_iterable_dataset(), "max_steps": 2}, "with a stream"),
         ({"teacher": LabelTeacher()}, "on_policy=1: what the student writes has no labels"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )  # fmt: skip
 def test_what_cannot_be_trained_is_told_before_the_first_step(changes: dict[str, Any], says: str, tmp_path: Any) -> None:
     arguments = ON | changes
