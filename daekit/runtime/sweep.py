@@ -28,6 +28,7 @@ from daekit.report.provenance import commit, versions
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.kept import ahead
 from daekit.runtime.prepare import prepare
+from daekit.runtime.quiet import quieten
 from daekit.runtime.run import run_recipe
 from daekit.runtime.signals import GRACE
 
@@ -95,6 +96,7 @@ def run_sweep(root: Path, runs: Sequence[SweptRun], grace: float = GRACE, allowe
         UserError: what ``run_recipe`` raises, of any run.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())
+    quieten()
     for number, run in enumerate(runs, 1):
         if ahead(run.recipe, RunFolder(Path(run.recipe.output_dir))):
             print(f"[sweep] checking run {number} of {len(runs)}: {_label(run.settings)}", flush=True)
