@@ -43,7 +43,8 @@ class LossRule:
     Attributes:
         assistant_only: whether in conversations only what the assistant writes carries loss; None: of messages the response
             does (``daekit.data.responses``).
-        completion_only: whether of prompt and completion only the completion carries loss.
+        completion_only: whether of prompt and completion only the completion carries loss; False: the two are joined to a text
+            or to messages, whose rule then holds.
     """
 
     assistant_only: bool | None = None
