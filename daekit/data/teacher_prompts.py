@@ -139,7 +139,7 @@ def require_followed(objective: Objective, splits_rows: bool) -> None:
         splits_rows: whether packing splits rows over two blocks.
 
     Raises:
-        UserError: losses inside the models; rows that are split.
+        UserError: attention or hidden-state losses; rows that are split.
     """
     for name in ("attention_weight", "hidden_weight"):
         if value := getattr(objective, name):

@@ -47,8 +47,8 @@ def score_rows(
     Columns at and beyond ``vocab_size`` are left out of both softmaxes. Rows are batched by length with right padding.
     Runs in eval mode without gradient; the mode of every module is restored.
 
-    Memory: the hidden states of one batch and ``chunk_size x V`` float32 logits of the model and of each teacher's
-        voice.
+    Memory: the hidden states of one batch and ``chunk_size x V`` float32 logits of the model and of each
+        member of the teacher.
 
     Args:
         model: a causal language model, or a PEFT model around one (with the adapter that is active).
