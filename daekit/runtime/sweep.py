@@ -89,8 +89,8 @@ def run_sweep(root: Path, runs: Sequence[SweptRun], grace: float = GRACE, allowe
     """Run what is not complete yet, and compare. Started again it keeps what is complete and resumes what was stopped.
 
     Everything that any run needs is opened before the first step of the first. A stage whose result depends on nothing that is
-    swept is trained once: the other runs get hard links of its files. Caches and students made from teachers lie in one folder
-    for all.
+    swept is trained once: the other runs get hard links of its files. Caches, generated rows and students made from
+    teachers lie in one folder for all.
 
     Raises:
         UserError: what ``run_recipe`` raises, of any run.
