@@ -118,6 +118,18 @@ def test_the_share_of_rows_is_exact(share: float, tmp_path: Any) -> None:
     assert sum(written) == round(share * 40)
 
 
+def test_each_step_chooses_anew_and_each_row_draws_for_itself(tmp_path: Any) -> None:
+    """Equal prompts and a student that stands still: only the seeds of steps and places tell responses and choices apart."""
+    data = Dataset.from_list([tiny.rows(1)[0]] * 32)
+    trainer = kd(tmp_path, data, learning_rate=0.0, **(ON | {"on_policy_fraction": 0.5}))
+    steps = [[row for batch in step for row in rows_in(batch)] for step in steps_of(trainer)]
+    chosen = [tuple(place for place, (*_, written) in enumerate(step) if written) for step in steps]
+    assert len(steps) == 8 and len(set(chosen)) > 1
+    responses = [[tuple(label for label in labels if label != -100) for _, labels, own in step if own] for step in steps]
+    assert all(len(set(step)) > 1 for step in responses)
+    assert len({tuple(step) for step in responses}) == len(steps)
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 def test_a_teacher_that_is_the_student_gives_loss_0(divergence: str, tmp_path: Any) -> None:
     trainer = dae(
