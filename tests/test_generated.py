@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from daekit.cli import main
+from daekit.data.prompts import load_prompts
 from daekit.errors import UserError
 from daekit.generation import drafts as drafts_module
 from daekit.generation.drafts import Counts, Draft, DraftStore, Judge, NearDuplicates
 from daekit.generation.local import Sampling, generate
 from daekit.generation.user_turn import UserTurn
 from daekit.recipe import load_recipe, stage_key
-from daekit.recipe.generated import GeneratedSpec
+from daekit.recipe.generated import GeneratedSpec, PromptsSpec
 from daekit.runtime import generated as runtime_generated
 from tests.helpers import tiny
 from tests.helpers.judge_server import JudgeServer
@@ -465,15 +466,29 @@ stages:
         ("sources.made.generated.prompts={source: shop, path: x.jsonl}", "must be exactly one of"),
         ("sources.made.generated.prompts={written: bos, max_new_tokens: 9}", "belongs to `written: self`"),
         ("sources.made.generated.prompts={written: self, chat: true}", "belongs to `path`"),
+        (
+            "sources.made.generated.prompts={path: 'builtin:shop', columns: {completion: answer}}",
+            "only prompt and messages are read",
+        ),
         ("sources.made.generated.matching='('", "no regular expression"),
         ("sources.made.generated.near_duplicates=1.5", "must be below 1"),
         ("sources.made.generated.top_p=0", "must be greater than 0"),
+        ("sources.made.holdout=5", "5 of the 5 rows that are written leave none to train on"),
         ("sources.made.chat=true", "belongs to `path`"),
         ("tokenizer={train: {vocab_size: 300, sources: [made]}}", "not written yet when the tokenizer is trained"),
     ],
 )
 def test_what_contradicts_itself_is_told_with_its_key(override: str, reason: str) -> None:
     assert [line for line in errors(SOURCES, override) if reason in line], errors(SOURCES, override)
+
+
+def test_a_prompt_may_be_made_of_several_columns(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"page": "Blue.", "question": "Which?", "number": 3}) + "\n")
+    prompts = load_prompts("here", PromptsSpec(path=str(file), columns={"prompt": "{page}\n\n{question}"}, chat=True))
+    assert prompts == [{"prompt": [{"role": "user", "content": "Blue.\n\nWhich?"}]}]
+    with pytest.raises(UserError, match="here: .*line 1 has 3 as number, which columns sets into a text"):
+        load_prompts("here", PromptsSpec(path=str(file), columns={"prompt": "{number}"}))
 
 
 # ---- served ----------------------------------------------------------------------------------------------------------

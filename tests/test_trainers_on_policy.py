@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from daekit.data.collator import as_batch, collated_rows
 from daekit.errors import UserError
+from daekit.runtime.quiet import quieten
 from daekit.teachers import LabelTeacher
 from tests.helpers import tiny
 from tests.helpers.trainer_world import (
@@ -306,7 +306,7 @@ def test_a_model_that_never_ends_is_told_of(tmp_path: Any, caplog: pytest.LogCap
     with torch.no_grad():
         student.get_output_embeddings().weight[EOS] = 0
         student.model.norm.weight *= 30
-    caplog.set_level(logging.WARNING, logger="daekit.trainers.rollouts")  # a run in this process has silenced daekit
+    quieten()  # as a run does
     trainer = kd(tmp_path, tiny.rows(8), student, max_steps=1, **ON, **GREEDY)
     trainer.train()
     assert "none of the 4 responses" in caplog.text and logged(trainer, "rollout_ended") == [0]
