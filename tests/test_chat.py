@@ -299,7 +299,7 @@ class Terminal:
                 os._exit(99)
         self.seen = ""
 
-    def until(self, pattern: str, seconds: float = 60) -> str:
+    def until(self, pattern: str, seconds: float = 300) -> str:
         """What comes up to a pattern."""
         end, start = time.monotonic() + seconds, self.seen
         while not (found := re.search(pattern, start, re.DOTALL)):

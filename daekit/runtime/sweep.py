@@ -100,8 +100,8 @@ def _require_different(runs: Sequence[SweptRun]) -> None:
         facts = json.dumps(run.recipe.model_dump(exclude={"output_dir"}), sort_keys=True, default=str)
         if (first := seen.setdefault(facts, run)) is not run:
             raise UserError(
-                f"daekit sweep: {_label(first.settings)} and {_label(run.settings)} are the same run; give each value once, and "
-                "sweep only what changes it"
+                f"daekit sweep: {_label(first.settings)} and {_label(run.settings)} are the same run; give each value once, "
+                "and sweep only what changes it"
             )
 
 
