@@ -127,5 +127,6 @@ def test_the_pareto_front_holds_what_no_other_beats_in_both() -> None:
         ]
 
     points = [*rows("a", 1.0, 0.5), *rows("b", 0.5, 0.1), *rows("c", 0.4, 0.2), *rows("d", 1.0, 0.5)]
+    points += rows("e", 1.0, 0.6)  # gains as much as the best and forgets more
     (note,) = pareto_notes(points)
     assert note.endswith(": a; b; d.")
