@@ -32,9 +32,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    subject = SuiteModel("model", SuiteModelSpec(path=str(options.model)))
-    subject.model()
-    runs = {size: run(subject, options, size) for size in (options.batch_size, 1)}
+    suite_model = SuiteModel("model", SuiteModelSpec(path=str(options.model)))
+    suite_model.model()
+    runs = {size: run(suite_model, options, size) for size in (options.batch_size, 1)}
     batched, single = runs[options.batch_size], runs[1]
     facts = {
         "date": datetime.date.today().isoformat(),
@@ -56,14 +56,14 @@ def main() -> None:
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def run(subject: SuiteModel, options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
+def run(suite_model: SuiteModel, options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
     """Greedy answers to all questions."""
     conversations, _ = mt_bench_conversations(options.questions, "questions", options.limit, 0.0)
     how = HowToAnswer(options.max_new_tokens)
     with tempfile.TemporaryDirectory() as folder:
         store = AnswerStore(Path(folder), "model", {})
         start, cpu = time.perf_counter(), time.process_time()
-        answer_all(subject, conversations, how, store, batch_size=batch_size, where="mt_bench")
+        answer_all(suite_model, conversations, how, store, batch_size=batch_size, where="mt_bench")
         times = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     return {"answers": {key: record["choices"][0]["turns"] for key, record in store.records.items()}, **times}
 

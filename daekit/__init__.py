@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         LabelTeacher,
         ModelTeacher,
         RoutedTeacher,
+        ServerTeacher,
         write_cache,
     )
     from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, DomainSFTTrainer, KDConfig, KDTrainer

@@ -8,14 +8,11 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from daekit import __version__, commands
 from daekit.errors import Stopped, UserError, says_disk_is_full
 from daekit.recipe.model import Dtype
-
-if TYPE_CHECKING:
-    pass
 
 _OVERRIDES_HELP = "settings laid over the recipe: key.sub=value, the value as YAML (stages.kd.trainer.max_steps=10)"
 _STATUS_OF_USER_ERROR = 2
@@ -71,7 +68,7 @@ def _complain(message: str) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not so what bitsandbytes says on import of a kernel that daekit does not use."""
+    """Whether a record is to be shown: bitsandbytes complains on import of a kernel that daekit does not use."""
     return "Failed to load CPU gemm_4bit_forward" not in str(record.msg)
 
 

@@ -63,6 +63,14 @@ def test_shares_are_exact(percent: int) -> None:
     assert [use.used for use in mixture.table] == [percent, 100 - percent]
 
 
+def test_rows_that_are_left_over_go_to_the_largest_remainders() -> None:
+    """3.1, 3.3 and 3.6 rows of ten; 2.9, 3.3 and 3.8."""
+    sources = {name: source(name, 10) for name in "abc"}
+    for weights, wanted in (((0.31, 0.33, 0.36), [3, 3, 4]), ((0.29, 0.33, 0.38), [3, 3, 4]), ((0.36, 0.31, 0.33), [4, 3, 3])):
+        mixture = mix(sources, MixtureSpec(sources=("a", "b", "c"), weights=weights, rows=10), 0)
+        assert [use.used for use in mixture.table] == wanted
+
+
 def test_a_list_is_every_row_once_in_a_seeded_order() -> None:
     sources = {"a": source("a", 30), "b": source("b", 20), "unused": source("c", 5)}
     spec = MixtureSpec(sources=("b", "a"))

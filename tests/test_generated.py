@@ -12,22 +12,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from daekit.cli import main
+from daekit.data.prompts import load_prompts
 from daekit.errors import UserError
 from daekit.generation import drafts as drafts_module
 from daekit.generation.drafts import Counts, Draft, DraftStore, Judge, NearDuplicates
 from daekit.generation.local import Sampling, generate
 from daekit.generation.user_turn import UserTurn
 from daekit.recipe import load_recipe, stage_key
-from daekit.recipe.generated import GeneratedSpec
+from daekit.recipe.generated import GeneratedSpec, PromptsSpec
 from daekit.runtime import DataBuilder, ModelBuilder, RunFolder
 from daekit.runtime import generated as runtime_generated
 from daekit.runtime.data import LossRule
 from daekit.runtime.generated import find_sources
 from tests.helpers import tiny
 from tests.helpers.judge_server import JudgeServer
-from tests.helpers.processes import forked
+from tests.helpers.processes import forked, start_ranks, status_of
 from tests.helpers.recipes import errors
 from tests.helpers.score_server import ScoreServer
 
@@ -287,6 +289,24 @@ def test_a_student_is_cut_with_rows_that_are_written_before(recipe: Path, world:
     assert "calibration text too short" in message and len(rows_in(recipe)) == 2
     assert not (recipe.parent / "run" / "students").exists()
     assert main(["train", str(recipe), *(each.replace("TOKENS", "64") for each in arguments)]) == 0
+
+
+@pytest.mark.slow
+def test_two_ranks_write_once_and_train_as_one_process(recipe: Path, world: Path, tmp_path: Path) -> None:
+    trained = ["stages.base.data=[asked]", "stages.base.trainer.optim=sgd", "stages.base.trainer.learning_rate=0.1"]
+    ranks = [f"output_dir={tmp_path}/ranks", "stages.base.trainer.per_device_train_batch_size=1"]
+    outputs = [tmp_path / "0.txt", tmp_path / "1.txt"]
+    started = start_ranks(lambda: main(["train", str(recipe), *trained, *ranks]), outputs)
+    assert [status_of(each) for each in started] == [0, 0], outputs[0].read_text() + outputs[1].read_text()
+    assert ["5 rows of 5 attempts" in output.read_text() for output in outputs] == [True, False]
+    assert main(["train", str(recipe), *trained]) == 0
+    (written,) = (tmp_path / "ranks" / "generated").glob("*/rows.jsonl")
+    assert written.read_bytes() == rows_in(recipe)["asked"]
+    start = load_file(world / "model" / "model.safetensors")
+    one, two = (load_file(tmp_path / name / "stages" / "base" / "model" / "model.safetensors") for name in ("run", "ranks"))
+    moved = sum(float((one[name] - start[name]).norm()) for name in one)
+    apart = sum(float((one[name] - two[name]).norm()) for name in one)
+    assert one.keys() == two.keys() and moved > 0.01 and apart < 1e-4 * moved
 
 
 def test_a_checkpoint_that_the_written_rows_do_not_reach_is_told_before_the_first_step(recipe: Path) -> None:
@@ -558,15 +578,29 @@ stages:
         ("sources.made.generated.prompts={source: shop, path: x.jsonl}", "must be exactly one of"),
         ("sources.made.generated.prompts={written: bos, max_new_tokens: 9}", "belongs to `written: self`"),
         ("sources.made.generated.prompts={written: self, chat: true}", "belongs to `path`"),
+        (
+            "sources.made.generated.prompts={path: 'builtin:shop', columns: {completion: answer}}",
+            "only prompt and messages are read",
+        ),
         ("sources.made.generated.matching='('", "no regular expression"),
         ("sources.made.generated.near_duplicates=1.5", "must be below 1"),
         ("sources.made.generated.top_p=0", "must be greater than 0"),
+        ("sources.made.holdout=5", "5 of the 5 rows that are written leave none to train on"),
         ("sources.made.chat=true", "belongs to `path`"),
         ("tokenizer={train: {vocab_size: 300, sources: [made]}}", "not written yet when the tokenizer is trained"),
     ],
 )
 def test_what_contradicts_itself_is_told_with_its_key(override: str, reason: str) -> None:
     assert [line for line in errors(SOURCES, override) if reason in line], errors(SOURCES, override)
+
+
+def test_a_prompt_may_be_made_of_several_columns(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"page": "Blue.", "question": "Which?", "number": 3}) + "\n")
+    prompts = load_prompts("here", PromptsSpec(path=str(file), columns={"prompt": "{page}\n\n{question}"}, chat=True))
+    assert prompts == [{"prompt": [{"role": "user", "content": "Blue.\n\nWhich?"}]}]
+    with pytest.raises(UserError, match=r"here: .*line 1 has 3 as number, which columns sets into a text"):
+        load_prompts("here", PromptsSpec(path=str(file), columns={"prompt": "{number}"}))
 
 
 # ---- served ----------------------------------------------------------------------------------------------------------

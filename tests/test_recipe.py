@@ -382,6 +382,21 @@ def test_a_named_model_is_what_it_says_wherever_it_is_named() -> None:
     assert other.evaluation is not None and other.evaluation.models[0].path == "some/student"
 
 
+def test_named_models_write_rows_and_build_on_one_another_but_not_on_themselves() -> None:
+    text = BASE.replace("sources:", "models:\n  base: some/student\n  big: {path: some/teacher, dtype: bfloat16}\nsources:", 1)
+    source = "sources.made={domain: general, generated: {model: {path: model:big, dtype: float16}, prompts: self, rows: 5}}"
+    made = load(text, source).sources["made"].generated
+    assert made is not None and (made.model.path, made.model.dtype) == ("some/teacher", "float16")
+    kd = load(
+        text, "models.third={path: model:big, dtype: float16}", "models.fourth=model:third", "stages.kd.teacher=model:fourth"
+    )
+    assert kd.stages["kd"] == load(text, "stages.kd.teacher={path: model:big, dtype: float16}").stages["kd"]
+    assert kd.models["fourth"] == kd.models["third"] and load(to_yaml(kd)) == kd
+    for models in ("{base: model:base}", "{base: {path: model:base}}", "{base: model:big, big: {path: model:base}}"):
+        found = errors(text, f"models={models}", "stages.kd.student=model:base")
+        assert any("stands for itself; give its path" in error for error in found), found
+
+
 def test_a_model_that_is_not_named_is_an_error_where_it_is_used() -> None:
     text = BASE.replace("sources:", "models: {base: some/student}\nsources:", 1)
     (error,) = errors(text, "stages.kd.student=model:bass")

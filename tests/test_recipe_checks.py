@@ -47,6 +47,8 @@ PROVOKED = [
     (["output_dir=''"], "output_dir: must not be empty"),
     # models
     (["stages.kd.student={path: a, stage: b}"], "exactly one of path, stage and config; not path and stage"),
+    (["stages.kd.teacher=label"], "'label' is no model here; did you mean 'labels'?"),
+    (["stages.kd.teacher={path: labels}"], "did you mean 'labels'? (that word alone; a directory is written ./labels)"),
     (["stages.kd.teacher={dtype: auto}"], "stages.kd.teacher: a model needs exactly one"),
     (
         ["stages.kd.teacher={average: probabilities}"],

@@ -14,7 +14,7 @@ from torch import Tensor
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.report import Row
-from daekit.runtime.sweep import pareto_notes, swept_runs
+from daekit.runtime.sweep import _mean, pareto_notes, swept_runs
 from tests.helpers.processes import forked
 from tests.helpers.run_world import during_step
 
@@ -104,11 +104,19 @@ def test_values_between_commas(recipe: Path) -> None:
         (["seed=1,1"], "twice"),
         (["stages.second.trainer.learning_rate=1e-3,often"], "often"),
         (["stages.secund.seed=1,2"], "second"),
+        (["seed=0,1", "stages.second.trainer.learning_rate"], "is not of the form key.sub=value"),
+        (["seed=0,1", "stages.second.trainer.learning_rate="], "learning_rate"),
+        (["stages.second.trainer.learning_rate=1e-3,0.001"], "learning_rate=1e-3 and learning_rate=0.001 are the same run"),
+        (["output_dir=a,b"], "output_dir=a and output_dir=b are the same run"),
     ],
 )
 def test_a_sweep_that_cannot_be_run_is_refused(recipe: Path, overrides: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         swept_runs(str(recipe), overrides)
+
+
+def test_what_no_seed_changes_keeps_the_interval_over_rows() -> None:
+    assert _mean([Row("base", "shop", "nll", 2.0, 1.5, 2.5, 9)] * 3) == (2.0, 1.5, 2.5)
 
 
 def test_the_pareto_front_holds_what_no_other_beats_in_both() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from daekit.data.collator import as_batch, collated_rows
 from daekit.errors import UserError
+from daekit.runtime.quiet import quieten
 from daekit.teachers import LabelTeacher
 from tests.helpers import tiny
 from tests.helpers.trainer_world import (
@@ -116,6 +116,18 @@ def test_the_share_of_rows_is_exact(share: float, tmp_path: Any) -> None:
     trainer = kd(tmp_path, tiny.rows(40), **(ON | {"on_policy_fraction": share, "rollout_buffer": 3}))
     written = [written for step in steps_of(trainer) for batch in step for *_, written in rows_in(batch)]
     assert sum(written) == round(share * 40)
+
+
+def test_each_step_chooses_anew_and_each_row_draws_for_itself(tmp_path: Any) -> None:
+    """Equal prompts and a student that stands still: only the seeds of steps and places tell responses and choices apart."""
+    data = Dataset.from_list([tiny.rows(1)[0]] * 32)
+    trainer = kd(tmp_path, data, learning_rate=0.0, **(ON | {"on_policy_fraction": 0.5}))
+    steps = [[row for batch in step for row in rows_in(batch)] for step in steps_of(trainer)]
+    chosen = [tuple(place for place, (*_, written) in enumerate(step) if written) for step in steps]
+    assert len(steps) == 8 and len(set(chosen)) > 1
+    responses = [[tuple(label for label in labels if label != -100) for _, labels, own in step if own] for step in steps]
+    assert all(len(set(step)) > 1 for step in responses)
+    assert len({tuple(step) for step in responses}) == len(steps)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
@@ -294,7 +306,7 @@ def test_a_model_that_never_ends_is_told_of(tmp_path: Any, caplog: pytest.LogCap
     with torch.no_grad():
         student.get_output_embeddings().weight[EOS] = 0
         student.model.norm.weight *= 30
-    caplog.set_level(logging.WARNING, logger="daekit.trainers.rollouts")  # a run in this process has silenced daekit
+    quieten()  # as a run does
     trainer = kd(tmp_path, tiny.rows(8), student, max_steps=1, **ON, **GREEDY)
     trainer.train()
     assert "none of the 4 responses" in caplog.text and logged(trainer, "rollout_ended") == [0]

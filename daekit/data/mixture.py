@@ -23,7 +23,7 @@ class SourceUse:
     Attributes:
         available: rows that it has.
         used: rows of the mixture that come from it, repetitions counted.
-        share: of the mixture's rows.
+        share: its share of the mixture's rows.
         repeats: how often each of its rows is used on average: 1 is once, below 1 some are left out.
     """
 

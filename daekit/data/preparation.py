@@ -133,8 +133,8 @@ def fit_to_length(
         dataset: The rows.
         max_length: Most tokens of a row; None: any.
         overlong: ``error``, ``truncate`` or ``drop``.
-        name: of the data set, for errors.
-        teacher_max_length: Most tokens of what a teacher that is told more sees of a row; None: ``max_length``.
+        name: Name of the data set, for errors.
+        teacher_max_length: Most tokens that a teacher sees of a row with ``teacher_prompt_ids``; None: ``max_length``.
 
     Raises:
         UserError: a row that is too long when ``overlong`` is ``error``; a domain that loses all its rows.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 
-from daekit.data.rows import RowCollector, form_of
+from daekit.data.rows import RowCollector, RowError, form_of, value_of
 from daekit.data.sources import placed_rows
 from daekit.errors import UserError
 from daekit.recipe.generated import PromptsSpec
@@ -25,7 +25,7 @@ def load_prompts(where: str, spec: PromptsSpec) -> list[dict[str, Any]]:
     assert spec.path is not None
     collector = RowCollector(where, {}, spec.chat)
     for place, row in islice(placed_rows(where, spec, spec.path, spec.split, spec.split), spec.limit):
-        values = {ours: row.get(spec.columns.get(ours, ours)) for ours in ("prompt", "messages")}  # type: ignore[call-overload]
+        values = {ours: _read(row, spec, ours, f"{where}: {place}") for ours in ("prompt", "messages")}
         extras = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key) is not None}
         prompt = values["prompt"]
         if prompt is None and isinstance(values["messages"], list):
@@ -38,6 +38,14 @@ def load_prompts(where: str, spec: PromptsSpec) -> list[dict[str, Any]]:
     if not len(collector):
         raise UserError(f"{where}: {spec.path} (split {spec.split}) has no rows")
     return [_prompt(row) for row in collector.dataset("")]
+
+
+def _read(row: Mapping[str, Any], spec: PromptsSpec, ours: Literal["prompt", "messages"], place: str) -> Any:
+    """The value of one of our columns, which may be made of several."""
+    try:
+        return value_of(row, spec.columns.get(ours, ours))
+    except RowError as error:
+        raise UserError(f"{place} {error}") from None
 
 
 def prompts_of(rows: Dataset, where: str, limit: int | None) -> list[dict[str, Any]]:

@@ -134,7 +134,7 @@ class RowCollector:
         return Features({name: type_ for name, type_ in types.items() if name in self._columns or name == "domain"})
 
     def _check(self, row: Mapping[str, Any]) -> tuple[RowForm, dict[str, Any]]:
-        values = {ours: value for ours, theirs in self._wanted if (value := _value(row, theirs)) is not None}
+        values = {ours: value for ours, theirs in self._wanted if (value := value_of(row, theirs)) is not None}
         for column in VISION_COLUMNS:
             if row.get(column) is not None:
                 raise RowError(f"has {column!r}: vision rows cannot be distilled here; remove them or the column")
@@ -204,7 +204,7 @@ class RowCollector:
         return messages
 
 
-def _value(row: Mapping[str, Any], theirs: str) -> Any:
+def value_of(row: Mapping[str, Any], theirs: str) -> Any:
     """The value of a column, or a text with the values of the columns that it names in braces; None where one is missing."""
     names = _NAMED.findall(theirs)
     values: dict[str, Any] = {name: row.get(name) for name in names}

@@ -53,7 +53,7 @@ class TeacherPrompts:
     """Finds the tokens of ``teacher_prompt`` by comparing a row with the row that its teacher sees, and counts what cannot be.
 
     Args:
-        tokenizer: of both models.
+        tokenizer: the one tokenizer of student and teacher.
         name: what the error calls the rows.
     """
 
@@ -116,8 +116,8 @@ def with_teacher_prompts(
         own: rows as the student sees them.
         seen: the same rows as their teacher sees them.
         given: whether a row has a ``teacher_prompt``.
-        tokenizer: of both.
-        name: of the data set, for errors.
+        tokenizer: the one tokenizer of student and teacher.
+        name: name of the data set, for errors.
 
     Raises:
         UserError: see ``TeacherPrompts``.
@@ -135,11 +135,11 @@ def require_followed(objective: Objective, splits_rows: bool) -> None:
     """Refuse what cannot be had where teacher and student see other tokens.
 
     Args:
-        objective: of the student.
+        objective: the student's.
         splits_rows: whether packing splits rows over two blocks.
 
     Raises:
-        UserError: losses inside the models; rows that are split.
+        UserError: attention or hidden-state losses; rows that are split.
     """
     for name in ("attention_weight", "hidden_weight"):
         if value := getattr(objective, name):
@@ -161,7 +161,7 @@ def pack_with_prompts(pack: Any, rows: Dataset) -> Dataset:
 
     Args:
         pack: packs a data set, without splitting rows.
-        rows: with ``teacher_prompt_ids``.
+        rows: tokenised rows with ``teacher_prompt_ids``.
 
     Returns:
         Packed examples, whose ``teacher_prompt_ids`` are a list per row.

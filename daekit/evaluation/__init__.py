@@ -12,7 +12,7 @@ metric                   better    value
 ``accuracy``             higher    minimal pairs: share of pairs whose good sentence is the likelier; multiple choice: share of
                                    questions whose right answer is the likeliest (also ``_per_token``, ``_per_byte``)
 ``bits_per_byte``        lower     negative log2-likelihood of a text divided by its bytes in UTF-8
-``kl_to_reference``      lower     as ``kl_to_teacher``, to the model that a suite names
+``kl_to_reference``      lower     as ``kl_to_teacher``, to the reference of the dae stages or to the model that a suite names
 ``kl_to_teacher``        lower     KL(teacher || model) on the loss tokens at temperature 1, nats per token
 ``<metric>_gain``        higher    on the domains: how much better than the baseline (``nll``: how much lower)
 ``<metric>_forgetting``  lower     on the reference domains: how much worse than the baseline (``nll``: how much higher)

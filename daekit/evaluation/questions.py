@@ -43,7 +43,7 @@ def mt_bench_conversations(
     Args:
         where: how error messages begin.
         limit: How many conversations are taken, from the first on.
-        temperature: for all categories, instead of FastChat's.
+        temperature: The temperature of all categories, instead of FastChat's.
 
     Raises:
         UserError: the file cannot be read, or a line is no question.

@@ -35,8 +35,8 @@ class Budget:
     """Counts calls, tokens and dollars of one client. Limits hold for it and those ``before`` it together.
 
     Attributes:
-        calls: sent, repeated ones included.
-        retries: of them, those that repeat another.
+        calls: calls that were sent, repeated ones included.
+        retries: those of them that repeat another.
         failed: requests that were given up.
         stopped: the limit that was reached, in words; None while there is none.
     """

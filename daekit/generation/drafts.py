@@ -36,7 +36,7 @@ class Draft(NamedTuple):
     Attributes:
         row: the training row, if it is to be one.
         text: the answer.
-        tokens: that were generated.
+        tokens: number of tokens that were generated.
         fate: ``written``, ``empty``, ``unfinished``, or ``open_turn`` for a user's turn without end.
         differs: whether the text is other tokens than those that were generated, when it is tokenised again.
     """

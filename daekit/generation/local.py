@@ -31,7 +31,7 @@ class Sampling:
     """How the answer to one prompt is found.
 
     Attributes:
-        temperature: of the distribution (no top-k); 0: the most likely token.
+        temperature: temperature of the distribution (no top-k); 0: the most likely token.
         seed: whole numbers that decide what is drawn, whatever else is in the batch.
         max_new_tokens: at most so many tokens for this prompt.
         top_p: only the likeliest tokens that together have this probability are drawn; 1: all.

@@ -34,8 +34,7 @@ def reverse_kl(student_MV: Tensor, teacher_MV: Tensor) -> tuple[Tensor, Tensor]:
     """KL(student || teacher), as in MiniLLM (arXiv 2306.08543) without sampling."""
     log_ratio = torch.sub(student_MV, teacher_MV, out=teacher_MV)
     student = student_MV.exp_()
-    value, grad = _project(student, log_ratio)
-    return value, grad
+    return _project(student, log_ratio)
 
 
 def jsd(beta: float) -> Divergence:

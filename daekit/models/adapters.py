@@ -80,8 +80,8 @@ def load_frozen(model: PeftModel, folder: str | Path, name: str) -> None:
     revisions = config.revision, model.peft_config[model.active_adapter].revision
     require_same_base(folder, str(config.base_model_name_or_path), base.config._name_or_path or "", revisions)
     with torch.device("meta"):
-        skeleton = type(base)(copy.deepcopy(base.config))
-    _require_fits(folder, config, skeleton, quantised=getattr(base, "is_quantized", False))
+        meta_model = type(base)(copy.deepcopy(base.config))
+    _require_fits(folder, config, meta_model, quantised=getattr(base, "is_quantized", False))
     flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     model.add_adapter(name, _without_first_values(config))
     if getattr(base, "is_quantized", False):
@@ -101,8 +101,8 @@ def require_adapters_fit(folders: Iterable[str | Path], base: ModelSpec) -> None
         # trust in an adapter is none in the base that it names, whose config this is
         trusted = base.trust_remote_code and not _is_adapter(base)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-        _require_fits(folder, lora, skeleton, quantised=base.quantization is not None)
+            meta_model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+        _require_fits(folder, lora, meta_model, quantised=base.quantization is not None)
 
 
 def require_targets(model: PreTrainedModel, config: LoraConfig) -> None:
@@ -131,7 +131,7 @@ def require_targets(model: PreTrainedModel, config: LoraConfig) -> None:
             )
 
 
-def _require_fits(folder: str | Path, lora: LoraConfig, skeleton: PreTrainedModel, quantised: bool) -> None:
+def _require_fits(folder: str | Path, lora: LoraConfig, meta_model: PreTrainedModel, quantised: bool) -> None:
     """Compare names and shapes of an adapter's tensors with its base as a model without weights, which is used up.
 
     ``quantised``: the base itself is, or will be, in 4 or 8 bits.
@@ -143,7 +143,7 @@ def _require_fits(folder: str | Path, lora: LoraConfig, skeleton: PreTrainedMode
     require_shareable(folder, read_adapter_config(folder))
     with torch.device("meta"):
         try:
-            adapted = get_peft_model(skeleton, _without_first_values(lora))
+            adapted = get_peft_model(meta_model, _without_first_values(lora))
         except ValueError as error:
             raise UserError(f"{folder}: the adapter does not fit the base ({str(error).splitlines()[0]})") from error
     wrappers = [module for module in adapted.modules() if isinstance(module, ParamWrapper)]
@@ -157,7 +157,7 @@ def _require_fits(folder: str | Path, lora: LoraConfig, skeleton: PreTrainedMode
     for end, module in ends.items():
         if isinstance(module, BaseTunerLayer):
             raise on_an_end(folder, end)
-        if isinstance(module, AuxiliaryTrainingWrapper) and skeleton.config.get_text_config().tie_word_embeddings:
+        if isinstance(module, AuxiliaryTrainingWrapper) and meta_model.config.get_text_config().tie_word_embeddings:
             raise UserError(
                 f"{folder}: the adapter holds {end} of its own (modules_to_save or trainable_token_indices), but this base "
                 "ties embeddings and output head: the other one would not follow. Use an adapter without them."

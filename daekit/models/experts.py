@@ -29,7 +29,7 @@ class QuantisedExperts(nn.Module):
     Args:
         weight_EOI: the weights of E experts, each ``[O, I]`` (or ``[I, O]``, where the layer keeps them transposed).
         bits: 4 or 8.
-        compute_dtype: of the products, outside autocast.
+        compute_dtype: dtype of the matrix products, outside autocast.
     """
 
     codes: Tensor

@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# no pickles; what is missing or of another shape is named, where transformers would fill in random weights
 # what transformers raises for files that hold something else than it takes for granted, null for instance
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
+# no pickles; what is missing or of another shape is named, where transformers would fill in random weights
 ALWAYS = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
 
 
@@ -59,7 +59,7 @@ def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None
     Args:
         spec: exactly one of ``path`` and ``config`` is set.
         tokenizer: gives ``vocab_size`` and special tokens to a model built from a config.
-        seed: of the random weights of a model built from a config.
+        seed: seed of the random weights of a model built from a config.
 
     Raises:
         UserError: no such directory or hub id, corrupt or incomplete weights, an invalid config, a "4bit" model most of

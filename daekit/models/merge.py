@@ -60,9 +60,9 @@ def save_merged(folder: str | Path, out: str | Path, dtype: Dtype = "auto") -> M
     ``out`` comes into being only when the saved model has been read back and compared.
 
     Args:
-        folder: of the adapter.
+        folder: directory that holds the adapter.
         out: a directory that does not exist yet.
-        dtype: of the result; ``auto``: that of the base.
+        dtype: dtype of the result; ``auto``: that of the base.
 
     Raises:
         UserError: ``out`` or ``out.half`` exists, a quantised base, an adapter that does not fit it, a merged model that

@@ -23,9 +23,9 @@ TokenRow = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class RowScores:
-    """Sums over the kept tokens of each of R rows, in the order of the rows."""
+    """Sums over the loss tokens of each of R rows, in the order of the rows."""
 
-    tokens_R: np.ndarray  # int64, kept tokens
+    tokens_R: np.ndarray  # int64, loss tokens
     nll_R: np.ndarray  # float64, negative log-likelihood in nats
     correct_R: np.ndarray  # int64, tokens that are the first choice (the lowest id of equal ones, as greedy decoding takes)
     kl_R: np.ndarray | None  # float64, KL(teacher || model) in nats at temperature 1; None without a teacher
@@ -47,8 +47,8 @@ def score_rows(
     Columns at and beyond ``vocab_size`` are left out of both softmaxes. Rows are batched by length with right padding.
     Runs in eval mode without gradient; the mode of every module is restored.
 
-    Memory: the hidden states of one batch and ``chunk_size x V`` float32 logits of the model and of each teacher's
-        voice.
+    Memory: the hidden states of one batch and ``chunk_size x V`` float32 logits of the model and of each
+        member of the teacher.
 
     Args:
         model: a causal language model, or a PEFT model around one (with the adapter that is active).
@@ -75,7 +75,7 @@ def score_rows(
 def score_tokens(
     model: PreTrainedModel, rows: Sequence[TokenRow], *, vocab_size: int, batch_size: int = 32, chunk_size: int = 256
 ) -> list[np.ndarray]:
-    """The float64 NLL in nats of every kept token of each row, in the order of the tokens; otherwise as ``score_rows``."""
+    """The float64 NLL in nats of every loss token of each row, in the order of the tokens; otherwise as ``score_rows``."""
     rows_of_tokens, values = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.float64)]
     for row_N, scores_N3 in _scores(model, rows, vocab_size, batch_size, None, "", chunk_size):
         rows_of_tokens.append(row_N)
@@ -89,7 +89,7 @@ def score_tokens(
 def _scores(
     model: Any, rows: Sequence[TokenRow], vocab_size: int, batch_size: int, teacher: Any, domain: str, chunk_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``[N]`` the row of each kept token and ``[N, 3]`` float64 scores (see ``_score_chunk``), chunk by chunk, on the CPU."""
+    """``[N]`` the row of each loss token and ``[N, 3]`` float64 scores (see ``_score_chunk``), chunk by chunk, on the CPU."""
     _refuse_prompt_learning(model)
     head = output_head(model, vocab_size)
     for indices, batch in _batches(rows, batch_size, domain, base_of(model).device):

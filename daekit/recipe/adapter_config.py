@@ -107,10 +107,10 @@ def require_same_base(folder: str | Path, adapter_base: str, base: str, revision
     """Compare the base that an adapter names with the one it shall run on.
 
     Args:
-        folder: of the adapter.
+        folder: directory that holds the adapter.
         adapter_base: the base that it names.
         base: the student's.
-        revisions: of both; one that is not known (None) is not compared.
+        revisions: revisions of the adapter's base and of ``base``; one that is not known (None) is not compared.
 
     Raises:
         UserError: another name or another revision.

@@ -117,7 +117,7 @@ def of_origin(recipe: Recipe, model: ModelSpec, path: Path, earlier: list[str], 
     """What is wrong with where a whole model comes from.
 
     Args:
-        recipe: that names it.
+        recipe: the recipe that names it.
         model: the model.
         path: its key path.
         earlier: the stages that it may be a result of.

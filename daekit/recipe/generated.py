@@ -103,6 +103,9 @@ class PromptsSpec(Spec):
         for key in _READING if self.path is None else ():
             if self.changed(key) and not (key == "limit" and self.source is not None):
                 yield key, "belongs to `path`: it would do nothing"
+        for column in self.columns:
+            if column not in ("prompt", "messages"):
+                yield ("columns", column), "would do nothing: of prompts only prompt and messages are read; remove it"
         for key in _OF_SELF if self.written != "self" else ():
             if self.changed(key):
                 yield key, "belongs to `written: self`: it would do nothing"

@@ -49,7 +49,8 @@ def json_schema(kind: Literal["recipe", "suite"]) -> dict[str, Any]:
     if kind == "recipe":
         schema["$defs"]["TrainerOptions"] = trainer_options().model_json_schema()
         each = schema["$defs"]["MixtureSpec"]
-        each["properties"] = {"sources": {"anyOf": _SOURCES}, "rows": each["properties"]["rows"]}
+        sources = {"anyOf": _SOURCES, "description": "Names of sources, or a share of rows for each."}
+        each["properties"] = {"sources": sources, "rows": each["properties"]["rows"]}
         schema["$defs"]["MixtureSpec"] = {"anyOf": [*_SOURCES, each]}
         suites = schema["$defs"]["EvaluationSpec"]["properties"]["suites"]
         suites["items"] = {"anyOf": [_TEXT, suites["items"]]}

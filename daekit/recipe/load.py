@@ -135,25 +135,32 @@ def _put_models(errors: Errors) -> None:
     named = errors.root.child("models")
     models = named.value if named is not None and isinstance(named.value, dict) else {}
 
-    def put(node: Node) -> None:
-        if isinstance(node.value, str) and node.value.startswith(_MODEL):
+    def put(node: Node, within: tuple[str, ...] = ()) -> None:
+        while isinstance(node.value, str) and node.value.startswith(_MODEL):
             name = node.value.removeprefix(_MODEL)
+            if name in within:
+                errors.add_unread(node.path, f"`models.{name}` stands for itself; give its path")
+                break
             if name in models:
+                within = (*within, name)
                 copy = models[name].moved(node.path)
                 node.value, node.text = copy.value, copy.text
             else:
                 there = listed(models) if models else "none"
                 errors.add_unread(node.path, f"`models` names no {name!r} (there are: {there}){nearest(name, models)}")
+                break
         below = node.value.values() if isinstance(node.value, dict) else node.value if isinstance(node.value, list) else ()
         path = node.child("path") if isinstance(node.value, dict) else None
         is_named = path is not None and isinstance(path.value, str)
         for each in below:
-            put(each)
+            put(each, within)
         if is_named and path is not None and isinstance(path.value, dict) and isinstance(node.value, dict):
             more = {key: each for key, each in node.value.items() if key != "path"}
             node.value = {key: each.moved((*node.path, key)) for key, each in path.value.items()} | more
 
-    for part in ("stages", "evaluation", "tokenizer"):
+    for name, model in list(models.items()):
+        put(model, (name,))
+    for part in ("sources", "stages", "evaluation", "tokenizer"):
         if (node := errors.root.child(part)) is not None:
             put(node)
 

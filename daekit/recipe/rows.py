@@ -62,6 +62,9 @@ class SourceSpec(Spec):
             for key in ("split", "name", "revision", "validation_split", "columns", "chat"):
                 if self.changed(key):
                     yield key, "belongs to `path`; the rows of `generated` are as its prompts are"
+            rows = self.generated.rows
+            if self.holdout is not None and rows is not None and self.holdout >= rows:
+                yield "holdout", f"{self.holdout} of the {rows} rows that are written leave none to train on; hold out fewer"
         for key, path in (("path", self.path), ("validation", self.validation)):
             if path is None or not path.startswith("builtin:"):
                 yield from missing(key, path)

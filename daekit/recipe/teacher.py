@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from daekit.errors import listed
+from daekit.errors import listed, nearest
 from daekit.recipe.judge import CallsSpec, url_problems
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.reading import Choice, FilePath, Flag, Number, Spec, Text, Whole
@@ -113,6 +114,16 @@ class TeacherSpec(Spec):
             yield (), "a teacher is exactly one of a model, an ensemble, a served model and labels"
         elif self.changed("average") and not self.ensemble:
             yield "average", "only an ensemble is averaged"
+        if (
+            (path := self.model and self.model.path)
+            and "/" not in path
+            and not Path(path).exists()
+            and nearest(path, ["labels"])
+        ):
+            yield (
+                ("model", "path"),
+                f"{path!r} is no model here{nearest(path, ['labels'])} (that word alone; a directory is written ./{path})",
+            )
         if self.labels and cache is not None:
             yield "cache", "labels are in the rows already; remove it"
         if server is not None and cache is not None and cache.keep not in (None, "top_k"):

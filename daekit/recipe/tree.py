@@ -174,7 +174,7 @@ def read_tree(
     """The tree of one YAML document.
 
     Args:
-        text: of the document.
+        text: the text of the document.
         name: what errors call it.
         note: is told what cannot be read (a key given twice, a tag, a number that is not finite).
         path: where the document lies in a greater one.

@@ -47,9 +47,9 @@ class Errors:
     """Everything that is wrong with one file.
 
     Attributes:
-        name: of the file, the first words of the message.
+        name: the file's name, the first words of the message.
         root: the tree in which places are looked up.
-        paths: of the mappings and fields that are being read, the innermost last.
+        paths: key paths of the mappings and fields that are being read, the innermost last.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Errors:
         """Note what pydantic says of the value at ``path``.
 
         Args:
-            path: of the field.
+            path: key path of the field.
             error: its ``loc`` names members of unions, too, which no file has.
             choices: the values that the field might have, if pydantic does not know all of them.
         """
@@ -165,7 +165,7 @@ def missing(key: Key, path: str | None, local: bool = False, suffixes: tuple[str
     """A path that can only be a local one must exist; others may be hub ids (``name``, ``owner/name``), which nobody looks up.
 
     Args:
-        key: that names it.
+        key: the key that names it.
         path: the path.
         local: whether it cannot be a hub id.
         suffixes: ends of the names of files that no hub id has.

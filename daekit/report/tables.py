@@ -144,9 +144,9 @@ def _best(rows: Sequence[Row]) -> frozenset[str]:
     return frozenset(row.model for row in finite if round(row.value, 12) == best)
 
 
-def format_table(rows: Sequence[Row], metrics: Iterable[str] = HEADLINE) -> str:
+def format_table(rows: Sequence[Row]) -> str:
     """A plain-text table for a terminal: one line per model, one column per domain and metric, with ± half the interval."""
-    table = pivot(rows, metrics)
+    table = pivot(rows)
     head = [["", *(column.heading for column in table.columns)], ["model", *(column.title for column in table.columns)]]
     for at in range(len(table.columns), 1, -1):
         if head[0][at] == head[0][at - 1]:

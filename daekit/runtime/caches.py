@@ -55,8 +55,8 @@ def make_caches(
 
     Args:
         recipe: the recipe.
-        name: of the stage.
-        models: of the run.
+        name: name of the stage.
+        models: the models of the run.
         args: config of the stage's trainer.
         train_dataset: its rows.
         eval_dataset: the rows that it is evaluated on while it trains.

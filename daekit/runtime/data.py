@@ -41,9 +41,10 @@ class LossRule:
     """Which tokens of a row carry loss, by the options of TRL that a stage sets.
 
     Attributes:
-        assistant_only: of conversations: what the assistant writes, instead of everything; None: of messages the response
-            (``daekit.data.responses``).
-        completion_only: of prompt and completion: the completion (default), or with False everything.
+        assistant_only: whether in conversations only what the assistant writes carries loss; None: of messages the response
+            does (``daekit.data.responses``).
+        completion_only: whether of prompt and completion only the completion carries loss; False: the two are joined to a text
+            or to messages, whose rule then holds.
     """
 
     assistant_only: bool | None = None

@@ -50,9 +50,9 @@ class GeneratedSource:
     """One generated source of a run.
 
     Attributes:
-        name: of the source.
-        data: of the run; gives prompts of other sources.
-        models: of the run; says which stages are complete.
+        name: name of the source.
+        data: the rows of the run; gives prompts of other sources.
+        models: the models of the run; says which stages are complete.
     """
 
     recipe: Recipe

@@ -119,7 +119,7 @@ class ModelBuilder:
 
         Args:
             spec: what to load or make.
-            seed: of the random weights of a model made from a config.
+            seed: seed of the random weights of a model made from a config.
 
         Raises:
             UserError: see ``daekit.models.loading``; another tokenizer.
@@ -172,7 +172,7 @@ class ModelBuilder:
             require_adapters_fit(folders, base_spec(self.placed(stage.student)))
 
     def on_base(self, teachers: Mapping[str, Teacher], student: ModelSpec, device: Any) -> dict[str, Any]:
-        """Teachers by domain, outside of a training: adapters speak on the student's base, loaded once for all of them."""
+        """Teachers by domain, outside of a training: adapters run on the student's base, loaded once for all of them."""
         routed = RoutedTeacher(teachers)
         paths = [each for each in leaves(routed) if isinstance(each, AdapterPath)]
         if not paths:
@@ -185,9 +185,9 @@ class ModelBuilder:
             model = get_peft_model(load_model(base_spec(placed)), LoraConfig("CAUSAL_LM", r=1, target_modules="all-linear"))
         if not getattr(base_of(model), "is_quantized", False):  # a quantised one has been placed when it was loaded
             model.to(device)
-        speaking = on_student(routed, model, vocabulary_size(self.tokenizer))
-        assert isinstance(speaking, RoutedTeacher)
-        return speaking.routes
+        completed = on_student(routed, model, vocabulary_size(self.tokenizer))
+        assert isinstance(completed, RoutedTeacher)
+        return completed.routes
 
     def _single(self, spec: ModelSpec) -> Teacher:
         if spec.adapter is not None:

@@ -144,7 +144,7 @@ def _notes(recipe: Recipe, sets: Mapping[str, EvaluationSet], data: DataBuilder)
     if any(isinstance(stage, DAEStage) for stage in recipe.stages.values()):
         yield (
             "KL to reference: how far a model went from the reference of the dae stage, in nats per token. NLL of "
-            "answers that another model has written cannot show forgetting: it falls when a model takes on their manner."
+            "answers that another model has written cannot show forgetting: it falls when a model takes on their style."
         )
     rules = {name: LossRule.of(stage) for name, stage in recipe.stages.items()}
     for name in [name for name, rule in rules.items() if rule != data.report_rule]:

@@ -28,6 +28,7 @@ from daekit.report.provenance import commit, versions
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.kept import ahead
 from daekit.runtime.prepare import prepare
+from daekit.runtime.quiet import quieten
 from daekit.runtime.run import run_recipe
 from daekit.runtime.signals import GRACE
 
@@ -60,7 +61,7 @@ def swept_runs(path: str, overrides: Sequence[str]) -> tuple[Path, list[SweptRun
     Raises:
         UserError: no override has several values; a value twice; a recipe that is wrong with some of them.
     """
-    choices = [(override.partition("=")[0], _values(override.partition("=")[2])) for override in overrides]
+    choices = [_choice(override) for override in overrides]
     several = [key for key, values in choices if len(values) > 1]
     if not several:
         raise UserError(
@@ -72,10 +73,12 @@ def swept_runs(path: str, overrides: Sequence[str]) -> tuple[Path, list[SweptRun
     root, runs = Path(), []
     for combination in itertools.product(*(values for _, values in choices)):
         chosen = [(key, value) for (key, _), value in zip(choices, combination, strict=True)]
-        recipe = load_recipe(path, [f"{key}={value}" for key, value in chosen])
+        pairs = zip(overrides, chosen, strict=True)
+        recipe = load_recipe(path, [f"{key}={value}" if key in several else override for override, (key, value) in pairs])
         settings = {key: value for key, value in chosen if key in several}
         root, name = Path(recipe.output_dir), re.sub(r"[^\w.+-]+", "_", _label(settings))
         runs.append(SweptRun(settings, recipe.model_copy(update={"output_dir": str(root / "runs" / name)})))
+    _require_different(runs)
     folders = [run.recipe.output_dir for run in runs]
     if len(set(folders)) < len(folders):
         raise UserError(
@@ -84,17 +87,36 @@ def swept_runs(path: str, overrides: Sequence[str]) -> tuple[Path, list[SweptRun
     return root, runs
 
 
+def _choice(override: str) -> tuple[str, list[str]]:
+    """(key, values) of an override; one without values is left to ``load_recipe``, which says what is wrong with it."""
+    key, _, text = override.partition("=")
+    return key, _values(text) or [text]
+
+
+def _require_different(runs: Sequence[SweptRun]) -> None:
+    """Two spellings of one value would be counted as two seeds, or two points, of what is one run."""
+    seen: dict[str, SweptRun] = {}
+    for run in runs:
+        facts = json.dumps(run.recipe.model_dump(exclude={"output_dir"}), sort_keys=True, default=str)
+        if (first := seen.setdefault(facts, run)) is not run:
+            raise UserError(
+                f"daekit sweep: {_label(first.settings)} and {_label(run.settings)} are the same run; give each value once, "
+                "and sweep only what changes it"
+            )
+
+
 def run_sweep(root: Path, runs: Sequence[SweptRun], grace: float = GRACE, allowed: Permissions = Permissions()) -> None:  # noqa: B008
     """Run what is not complete yet, and compare. Started again it keeps what is complete and resumes what was stopped.
 
     Everything that any run needs is opened before the first step of the first. A stage whose result depends on nothing that is
-    swept is trained once: the other runs get hard links of its files. Caches and students made from teachers lie in one folder
-    for all.
+    swept is trained once: the other runs get hard links of its files. Caches, generated rows and students made from
+    teachers lie in one folder for all.
 
     Raises:
         UserError: what ``run_recipe`` raises, of any run.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())
+    quieten()
     for number, run in enumerate(runs, 1):
         if ahead(run.recipe, RunFolder(Path(run.recipe.output_dir))):
             print(f"[sweep] checking run {number} of {len(runs)}: {_label(run.settings)}", flush=True)
@@ -233,7 +255,7 @@ def _mean(rows: Sequence[Row]) -> tuple[float, float, float]:
     """(mean, lower and upper end of its interval) over the runs that differ in their seed alone."""
     values = np.array(_values_of(rows))
     mean = float(values.mean())
-    if len(rows) == 1:
-        return mean, rows[0].low, rows[0].high
+    if len(rows) == 1 or (values == values[0]).all():  # no seed has changed it: what is left is chance of the rows
+        return float(values[0]), rows[0].low, rows[0].high
     half = float(stats.t.ppf(_ALL, len(rows) - 1) * values.std(ddof=1) / math.sqrt(len(rows)))
     return mean, mean - half, mean + half

@@ -147,7 +147,7 @@ def require_distribution(trainer: SFTTrainer) -> None:
 
 
 def refuse_reentrant(trainer: SFTTrainer) -> None:
-    """UserError where TRL sets reentrant checkpointing, under which losses that look inside teach nothing."""
+    """UserError where TRL sets reentrant checkpointing, under which attention and hidden-state losses teach nothing."""
     zero3 = trainer.is_deepspeed_enabled and shards_parameters(trainer)
     if zero3 and trainer.args.gradient_checkpointing and isinstance(trainer.model, PeftModel):
         raise UserError(

@@ -52,7 +52,8 @@ DEFAULT_DOMAIN = "general"
 class KDTrainer(SFTTrainer):
     """``trl.SFTTrainer`` whose student follows a teacher's next-token distribution.
 
-    ``loss = (ce_weight * CE + prediction_weight * T^2 * D(teacher, student)) / loss tokens of the global batch`` (nats).
+    ``loss = (ce_weight * CE + prediction_weight * T^2 * D(teacher, student)) / loss tokens of the global batch`` (nats), and
+    attention and hidden-state losses where they have a weight (see ``KDConfig``).
     Rows may have a column ``domain``; without one they all are ``general``; of rows with a column ``teacher_prompt`` the
     teacher sees that in place of the prompt. Logged per domain as true token means over the
     logging window, in nats: ``ce/<domain>``, ``tokens/<domain>``, ``mean_token_accuracy/<domain>``, ``kl/<domain>`` with its

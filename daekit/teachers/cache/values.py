@@ -31,11 +31,11 @@ class CacheFormat:
 
     Attributes:
         keep: ``hidden``, ``top_k`` or ``sampled``.
-        k: of top_k: tokens per loss position, the forced ones among them.
-        draws: of sampled: tokens drawn per loss position.
-        temperature: of top_k: T of the softmax; sampled draws at 1; hidden states have none.
-        seed: of sampled.
-        forced_ids: of top_k: tokens that are kept whatever their probability (end of turn), beside the label.
+        k: with top_k, tokens per loss position, the forced ones among them.
+        draws: with sampled, tokens drawn per loss position.
+        temperature: with top_k, T of the softmax; sampled draws at 1; hidden states have none.
+        seed: with sampled, the seed of the draws.
+        forced_ids: with top_k, tokens that are kept whatever their probability (end of turn), beside the label.
 
     Raises:
         UserError: a value that is out of bounds.

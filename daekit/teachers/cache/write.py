@@ -70,7 +70,7 @@ def write_cache(
     Args:
         teacher: a model, adapter or ensemble; of a routed teacher each part has its own cache.
         rows: tokenised rows (``trainer.train_dataset``), or Batches; see ``rows_of_examples``. Equal rows are kept once.
-        directory: of the cache; made if it is not there.
+        directory: where the cache lies; made if it is not there.
         keep: ``hidden``: hidden states and output head, exact for every divergence and temperature; ``top_k``: the ``k`` most
             likely tokens, with the label and ``forced_ids`` among them, and the log-mass of all others, at ``temperature``;
             ``sampled``: ``draws`` drawn tokens, with ``seed``, for forward KL at temperature 1.
