@@ -86,6 +86,18 @@ def test_a_batch_changes_neither_drawn_nor_greedy_rows():
     assert other[::3] == together[::3] and other != together
 
 
+def test_the_stop_token_ends_an_answer_and_stays_only_where_it_is_wanted():
+    model, tokenizer = tiny.model(seed=5).eval(), tiny.tokenizer()
+    prompts, draws = [[3 + at] for at in range(12)], [Sampling(30, 1.0, (at,)) for at in range(12)]
+    plain, kept = (
+        generate(model, tokenizer, prompts, max_new_tokens=30, sampling=draws, keep_stop=keep) for keep in (False, True)
+    )
+    end = tokenizer.eos_token_id
+    assert 0 < sum(answer[-1] == end for answer in kept) < len(kept)  # some end, some are cut
+    assert plain == [answer[:-1] if answer[-1] == end else answer for answer in kept]
+    assert not any(end in answer for answer in plain)
+
+
 # ---- conversations ---------------------------------------------------------------------------------------------------
 
 

@@ -247,6 +247,13 @@ def test_rows_are_resampled_not_tokens():
     assert high - low > 0.2
 
 
+def test_a_resample_is_a_ratio_of_sums_and_no_mean_of_ratios():
+    """Twenty long rows of value 1 and twenty short ones of value 0: 0.99 by tokens, 0.5 by rows."""
+    values = RowValues(np.repeat([99.0, 0.0], 20), np.repeat([99.0, 1.0], 20))
+    low, high = interval(values, 300, 0)
+    assert 0.9 < low < values.mean < high < 1
+
+
 def test_resamples_are_seeded_and_independent_of_the_block(monkeypatch):
     values = shares(np.random.default_rng(2).random(50))
     assert interval(values, 400, 1) == interval(values, 400, 1) != interval(values, 400, 2)

@@ -157,6 +157,9 @@ def test_rows_that_are_not_the_students_are_an_error() -> None:
     batch, other = batch_of(PADDED, EVERY), batch_of([[0] * 9, [-1, -1, 1, 1, 1, 1, -1, -1, -1], [2] * 7 + [-1, -1]], EVERY)
     with pytest.raises(UserError, match="rows are not the student's"):
         row_pairs(batch.layout, other.layout, torch.arange(len(batch.loss_index_N)))
+    early, late = batch_of(PADDED, {(0, 1), (0, 2)}), batch_of(PADDED, {(0, 2), (0, 3)})  # rows as long, other loss positions
+    with pytest.raises(UserError, match="rows are not the student's"):
+        row_pairs(early.layout, late.layout, torch.arange(2))
 
 
 # ---- two runs under checkpointing ---------------------------------------------------------------------------------------

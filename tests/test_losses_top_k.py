@@ -183,6 +183,20 @@ def test_a_stored_tail_changes_nothing_where_there_is_no_rounding() -> None:
     torch.testing.assert_close(stored.divergence_N, without.divergence_N, rtol=1e-6, atol=1e-8)  # the tail is float32
 
 
+def test_some_positions_of_an_output_keep_their_tails() -> None:
+    """Where CE counts at the labelled positions alone, an output is taken apart; its divergence stays what it is."""
+    case, labelled = sparse_case(4, n=9), torch.tensor([False, True, True, False, False, True, False, True, False])
+    p = reference.teachers(case.members, case.average, 1.0)
+    output = TeacherOutput(torch.arange(9), (), top_k=rounded_top_k(p, 4, torch.float64))
+    head, objective = OutputHead(case.head.weight, None, V), terms_of("reverse_kl", 0.5, ce_weight=0.5).objective
+    whole, some = (
+        prediction_loss(case.hidden, head, case.labels, [output], objective, labelled_N=mask) for mask in (None, labelled)
+    )
+    torch.testing.assert_close(some.divergence_N, whole.divergence_N)
+    expected = objective.prediction_weight * whole.divergence_N.sum() + 0.5 * whole.ce_N[labelled].sum()
+    torch.testing.assert_close(some.loss, expected)
+
+
 def test_rounded_probabilities_and_their_tail_are_a_distribution_again() -> None:
     p = (6 * torch.randn(20, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).softmax(1)
     buckets = bucket_log_probs(

@@ -65,6 +65,12 @@ def test_a_stage_with_a_checkpoint_binds_it(run: Path) -> None:
     assert "learning_rate: 0.01 then, 0.02 now" in said(run, "stages.base.trainer.learning_rate=0.02", status=2)
 
 
+def test_a_finished_stage_of_other_settings_stays_finished(run: Path) -> None:
+    refusal = said(run, "stages.base.trainer.learning_rate=0.02", status=2)
+    assert "was begun with another recipe (stage.trainer.learning_rate: 0.01 then, 0.02 now)" in refusal
+    assert (stage_of(run) / "stage.json").is_file()
+
+
 # ---- a longer run -----------------------------------------------------------------------------------------------------
 
 
