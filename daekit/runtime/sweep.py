@@ -99,8 +99,8 @@ def _require_different(runs: Sequence[SweptRun]) -> None:
         facts = json.dumps(run.recipe.model_dump(exclude={"output_dir"}), sort_keys=True, default=str)
         if (first := seen.setdefault(facts, run)) is not run:
             raise UserError(
-                f"daekit sweep: {_label(first.settings)} and {_label(run.settings)} are the same run; give each value once, and "
-                "sweep only what changes it"
+                f"daekit sweep: {_label(first.settings)} and {_label(run.settings)} are the same run; give each value once, "
+                "and sweep only what changes it"
             )
 
 
@@ -159,11 +159,13 @@ def compared(runs: Sequence[SweptRun]) -> Report | None:
     over = (
         f"means over {seeds} seeds, 95 % intervals of Student's t over them" if seeds > 1 else "one seed, intervals over rows"
     )
+    over_seeds = "Student's t over the seeds, and where no seed changes a value from a bootstrap over rows"
     return Report(
         title=f"{runs[0].recipe.name}: sweep of {listed(runs[0].settings)}",
         rows=tuple(sorted(found, key=lambda row: list(dict.fromkeys(each.model for each in found)).index(row.model))),
         baseline=evaluation.baseline,
         notes=(f"{len(runs)} runs; {over}.", *pareto_notes(found)),
+        intervals=over_seeds if seeds > 1 else "a bootstrap over rows",
         versions=versions(),
         provenance={"commit": commit()},
     )
