@@ -599,7 +599,7 @@ def test_a_prompt_may_be_made_of_several_columns(tmp_path: Path) -> None:
     file.write_text(json.dumps({"page": "Blue.", "question": "Which?", "number": 3}) + "\n")
     prompts = load_prompts("here", PromptsSpec(path=str(file), columns={"prompt": "{page}\n\n{question}"}, chat=True))
     assert prompts == [{"prompt": [{"role": "user", "content": "Blue.\n\nWhich?"}]}]
-    with pytest.raises(UserError, match=r"here: .*line 1 has 3 as number, which columns sets into a text"):
+    with pytest.raises(UserError, match=r"here: .*line 1 has int 3 as number, which columns sets into a text"):
         load_prompts("here", PromptsSpec(path=str(file), columns={"prompt": "{number}"}))
 
 
