@@ -99,13 +99,20 @@ def plan(options: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded for a plan
     from daekit.planning import format_plan, machine_of, plan_json, plan_recipe
 
-    rows = None
+    rows = prompts = None
+    if any(source.generated is not None for source in recipe.sources.values()):
+        from daekit.runtime.generated import prompt_facts
+
+        prompts = prompt_facts(recipe)
     if any(teacher.cache for stage in recipe.stages.values() for teacher in stage.teachers_by_key().values()):
         from daekit.runtime.data import stage_rows
 
         rows = stage_rows(recipe)
     machine = machine_of(options.gpu, options.cpu, options.gpus, options.engine)
-    plan = plan_recipe(recipe, machine, lambda more: load_recipe(options.recipe, [*options.overrides, *more]), rows=rows)
+
+    plan = plan_recipe(
+        recipe, machine, lambda more: load_recipe(options.recipe, [*options.overrides, *more]), rows=rows, prompts=prompts
+    )
     print(json.dumps(plan_json(plan, options.tflops), indent=2) if options.json else format_plan(plan, options.tflops))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import textwrap
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from daekit.cli import main
 from daekit.data.prompts import load_prompts
@@ -21,11 +23,15 @@ from daekit.generation.local import Sampling, generate
 from daekit.generation.user_turn import UserTurn
 from daekit.recipe import load_recipe, stage_key
 from daekit.recipe.generated import GeneratedSpec, PromptsSpec
+from daekit.runtime import DataBuilder, ModelBuilder, RunFolder
 from daekit.runtime import generated as runtime_generated
+from daekit.runtime.data import LossRule
+from daekit.runtime.generated import find_sources
 from tests.helpers import tiny
 from tests.helpers.judge_server import JudgeServer
-from tests.helpers.processes import forked
+from tests.helpers.processes import forked, start_ranks, status_of
 from tests.helpers.recipes import errors
+from tests.helpers.score_server import ScoreServer
 
 # the user's turn opens with a word of its own and ends with the end of text
 TEMPLATE = (
@@ -237,6 +243,82 @@ def test_a_larger_batch_is_the_same_stage_and_another_draw_another(recipe: Path)
         assert stage_key(load_recipe(recipe, [f"sources.own.generated.{change}"]), "base") != key
 
 
+# ---- what a stage is asked once its rows are there -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", ["before", "after"])
+def test_a_disk_that_is_too_small_is_told_before_the_rows_and_once_they_are_there(
+    recipe: Path, full: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(recipe.parent)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: usage._replace(free=1000) if full == "before" or rows_in(recipe) else usage
+    )
+    assert "free some space" in fails(recipe, command="train")
+    assert len(rows_in(recipe)) == (0 if full == "before" else 2)
+    assert not (recipe.parent / "run" / "stages" / "base").exists()
+
+
+def test_a_served_teacher_is_asked_before_the_rows_and_about_the_longest_of_them(recipe: Path, capsys) -> None:
+    with ScoreServer(tiny.model(seed=4), _with(TEMPLATE)) as server:
+        stage = [f"stages.base.{key}" for key in ("type=kd", f"teacher={{base_url: '{server.url}', model: big, k: 5}}")]
+        server.tokenizer = tiny.swapped_tokenizer()
+        assert "its tokenizer is not the student's" in fails(recipe, *stage, command="train") and not rows_in(recipe)
+        assert [type(call["prompt"]) for call in server.calls] == [str]
+        server.tokenizer, server.max_logprobs = _with(TEMPLATE), 3
+        server.calls.clear()
+        message = fails(recipe, *stage, command="train")
+        assert "stages.base.teacher" in message and "max allowed: 3" in message and len(rows_in(recipe)) == 2
+        assert not (recipe.parent / "run" / "stages" / "base").exists()
+        server.max_logprobs = 5
+        assert main(["train", str(recipe), *stage]) == 0
+
+
+def test_what_a_user_should_know_of_written_rows_is_said(recipe: Path, tmp_path: Path, capsys) -> None:
+    tiny.rows(4).remove_columns("domain").to_json(tmp_path / "plain.jsonl")
+    text = recipe.read_text().replace("sources:\n", f"sources:\n  plain: {{domain: shop, path: {tmp_path}/plain.jsonl}}\n")
+    recipe.write_text(text.replace("data: [own, asked]", "data: [own, asked, plain]"))
+    assert main(["train", str(recipe)]) == 0
+    assert "note: stages.base: the prompts of plain are joined as they are" in capsys.readouterr().out
+
+
+def test_a_student_is_cut_with_rows_that_are_written_before(recipe: Path, world: Path) -> None:
+    student = f"{{from: {world}/model, shape: {{num_hidden_layers: 1}}, calibration: {{tokens: TOKENS, sources: [own]}}}}"
+    arguments = ["stages.base.data=[asked]", f"stages.base.student={student}"]
+    message = fails(recipe, *(each.replace("TOKENS", "9000") for each in arguments), command="train")
+    assert "calibration text too short" in message and len(rows_in(recipe)) == 2
+    assert not (recipe.parent / "run" / "students").exists()
+    assert main(["train", str(recipe), *(each.replace("TOKENS", "64") for each in arguments)]) == 0
+
+
+@pytest.mark.slow
+def test_two_ranks_write_once_and_train_as_one_process(recipe: Path, world: Path, tmp_path: Path) -> None:
+    trained = ["stages.base.data=[asked]", "stages.base.trainer.optim=sgd", "stages.base.trainer.learning_rate=0.1"]
+    ranks = [f"output_dir={tmp_path}/ranks", "stages.base.trainer.per_device_train_batch_size=1"]
+    outputs = [tmp_path / "0.txt", tmp_path / "1.txt"]
+    started = start_ranks(lambda: main(["train", str(recipe), *trained, *ranks]), outputs)
+    assert [status_of(each) for each in started] == [0, 0], outputs[0].read_text() + outputs[1].read_text()
+    assert ["5 rows of 5 attempts" in output.read_text() for output in outputs] == [True, False]
+    assert main(["train", str(recipe), *trained]) == 0
+    (written,) = (tmp_path / "ranks" / "generated").glob("*/rows.jsonl")
+    assert written.read_bytes() == rows_in(recipe)["asked"]
+    start = load_file(world / "model" / "model.safetensors")
+    one, two = (load_file(tmp_path / name / "stages" / "base" / "model" / "model.safetensors") for name in ("run", "ranks"))
+    moved = sum(float((one[name] - start[name]).norm()) for name in one)
+    apart = sum(float((one[name] - two[name]).norm()) for name in one)
+    assert one.keys() == two.keys() and moved > 0.01 and apart < 1e-4 * moved
+
+
+def test_a_checkpoint_that_the_written_rows_do_not_reach_is_told_before_the_first_step(recipe: Path) -> None:
+    recipe.write_text(
+        recipe.read_text().replace('save_strategy: "no"', "save_steps: 5").replace("max_steps: 2", "num_train_epochs: 1")
+        + "evaluation: {models: [{name: early, stage: base, checkpoint: 70}], sources: [own]}\n"
+    )
+    message = fails(recipe, "sources.own.holdout=2", command="train")
+    assert "stage 'base' will have no checkpoint-70" in message and "evaluation.models.early" in message
+    assert len(rows_in(recipe)) == 2 and not (recipe.parent / "run" / "stages" / "base").exists()
+
+
 # ---- judged and counted ----------------------------------------------------------------------------------------------
 
 
@@ -311,6 +393,36 @@ def test_rows_of_a_fixed_model_are_counted_in_the_facts(recipe: Path, capsys) ->
 def test_texts_begin_with_nothing(recipe: Path) -> None:
     rows = parsed(write(recipe, "own", "sources.own.generated.prompts=bos", "sources.own.generated.max_new_tokens=40")["own"])
     assert len(rows) == 12 and all(row.keys() == {"text"} and row["text"].strip() for row in rows)
+
+
+@pytest.mark.parametrize("prompts", ["messages", "strings", "bos"])
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_end_of_an_answer_that_was_cut_carries_no_loss(
+    recipe: Path, tmp_path: Path, prompts: str, everything: bool
+) -> None:
+    rule = ["stages.base.trainer.completion_only_loss=false"] if everything else []
+    given = [f"sources.asked.generated.{key}" for key in ("temperature=2", "seed=3", "rows=40", "max_new_tokens=9")]
+    if prompts == "strings":
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"w{at} w9 "}) + "\n" for at in range(5)))
+        given.append(f"sources.asked.generated.prompts={{path: {tmp_path}/prompts.jsonl}}")
+    if prompts == "bos":
+        given.append("sources.asked.generated.prompts=bos")
+    rows = parsed(write(recipe, "asked", *given)["asked"])
+    loaded = load_recipe(recipe, [*given, *rule])
+    data = DataBuilder(loaded, RunFolder(Path(loaded.output_dir)))
+    find_sources(loaded, data, ModelBuilder(data.folder, data.tokenizer))
+    tokenised = data.tokenized("asked", LossRule.of(loaded.stages["base"]))[0]
+    ends = []
+    for row, tokens in zip(rows, tokenised, strict=True):
+        assert row.get("unfinished", True) is True
+        ended = [token for token in tokens["input_ids"] if token == data.tokenizer.eos_token_id]
+        assert tokens["input_ids"][-1] == data.tokenizer.eos_token_id and ended
+        loss = [token for token in tokens["labels"] if token >= 0]
+        ends.append(loss[-1] == data.tokenizer.eos_token_id)
+        words = data.tokenizer.decode([token for token in loss if token != data.tokenizer.eos_token_id])
+        answer = row["text"] if prompts == "bos" else row["completion"]
+        assert words.endswith(answer if isinstance(answer, str) else answer[0]["content"])
+    assert ends == ["unfinished" not in row for row in rows] and len(set(ends)) == 2
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
@@ -487,7 +599,7 @@ def test_a_prompt_may_be_made_of_several_columns(tmp_path: Path) -> None:
     file.write_text(json.dumps({"page": "Blue.", "question": "Which?", "number": 3}) + "\n")
     prompts = load_prompts("here", PromptsSpec(path=str(file), columns={"prompt": "{page}\n\n{question}"}, chat=True))
     assert prompts == [{"prompt": [{"role": "user", "content": "Blue.\n\nWhich?"}]}]
-    with pytest.raises(UserError, match=r"here: .*line 1 has 3 as number, which columns sets into a text"):
+    with pytest.raises(UserError, match=r"here: .*line 1 has int 3 as number, which columns sets into a text"):
         load_prompts("here", PromptsSpec(path=str(file), columns={"prompt": "{number}"}))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from daekit.cli import main
 from daekit.errors import UserError
-from daekit.planning import Machine, Planner, announcement, format_plan, machine_of, plan_recipe
+from daekit.planning import Machine, Planner, announcement, format_plan, machine_of, plan_json, plan_recipe
 from daekit.planning.advice import largest_rows
 from daekit.planning.generation import KEYS_AND_VALUES, TOGETHER
 from daekit.planning.memory import ACTIVATIONS, ADAPTERS, GATHERED, GRADIENTS, OPTIMIZER, OUTPUTS, WEIGHTS
@@ -223,6 +223,51 @@ def test_answers_of_the_report_are_counted() -> None:
     assert "[answers of the report] 2 models" in text and "at most 5 rows each, 70 tokens" in text
     silent = load_recipe_text(RECIPE, "planned.yaml", ["sources.shop.holdout=9", evaluation, "evaluation.generate=false"])
     assert plan_recipe(silent, CPU).answers is None
+
+
+WRITTEN = (
+    "sources.made={domain: general, generated: {model: 'stage:kd', prompts: PROMPTS, max_new_tokens: 10, batch_size: 4ROWS}}"
+)
+MIXED = "stages.dae.data={text: 0.5, shop: 0.3, made: 0.2}"
+
+
+def forward(tokens: int, length: int) -> int:
+    """Of the llama above: two operations per weight and token, and attention to half of the keys."""
+    return 2 * tokens * (6 * (4 * 128 * 128 + 3 * 128 * 256) + 500 * 128) + 2 * tokens * length * 128 * 6
+
+
+def test_rows_that_a_model_writes_are_counted() -> None:
+    own = WRITTEN.replace("PROMPTS", "{written: self, max_new_tokens: 6}").replace("ROWS", ", rows: 40")
+    recipe = load_recipe_text(RECIPE, "planned.yaml", [own, MIXED])
+    whole = plan_recipe(recipe, CPU, prompts=lambda name: (None, 9))
+    (plan,) = whole.generated
+    assert (plan.what, plan.models, plan.rows, plan.new_tokens, plan.attempts) == ("sources.made", ("kd",), 40, 16, 2000)
+    assert plan.key_value_bytes == 4 * (9 + 10) * 6 * 2 * 128 * 4
+    assert plan.operations == forward(40 * 19, 19) + forward(40 * 6, 6)
+    text = format_plan(whole, tflops=1e-6)
+    assert "[sources.made] kd writes 16 tokens a row at most" in text and "40 rows, 640 tokens at most" in text
+    assert f"{plan.operations / 1e6:,.1f} s at 1e-06 TFLOP/s; attempts that are no row come on top, to 2,000" in text
+    assert plan_json(whole, 1e-6)["generated"][0]["seconds"] == pytest.approx(plan.operations / 1e6)
+    assert not plan_recipe(recipe, CPU, only=["dae"]).generated
+
+
+def test_prompts_say_how_many_rows_there_are_or_why_not(tmp_path: Path) -> None:
+    asked = WRITTEN.replace("PROMPTS", "{source: shop}").replace("ROWS", "")
+    recipe = load_recipe_text(RECIPE, "planned.yaml", [asked, MIXED])
+    (plan,) = plan_recipe(recipe, CPU, prompts=lambda name: (7, 20)).generated
+    assert (plan.rows, plan.attempts) == (7, None) and plan.operations == forward(7 * 30, 30)
+
+    def missing(name: str) -> tuple[int, int]:
+        raise UserError("no such file; give another")
+
+    whole = plan_recipe(recipe, CPU, prompts=missing)
+    (plan,) = whole.generated
+    assert (plan.rows, plan.operations, plan.unread) == (None, None, "no such file")
+    assert plan.key_value_bytes == 4 * (64 + 10) * 6 * 2 * 128 * 4
+    assert "how many rows is not known: no such file" in format_plan(whole)
+    served = [asked.replace("'stage:kd'", "'https://host/v1#big'"), MIXED]
+    (plan,) = plan_recipe(load_recipe_text(RECIPE, "planned.yaml", served), CPU, prompts=lambda name: (7, 20)).generated
+    assert (plan.models, plan.rows, plan.key_value_bytes, plan.operations) == (("big",), 7, None, None)
 
 
 # ---- the command, and the run ---

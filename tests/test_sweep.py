@@ -80,6 +80,8 @@ def test_a_sweep_that_was_killed_ends_as_its_runs_one_by_one(recipe: Path, tmp_p
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     other = weights(runs / "learning_rate_0.003_seed_0", "second")
     assert any(not torch.equal(other[key], value) for key, value in weights(swept, "second").items())
+    for page in ("report.md", "report.html"):
+        assert "from Student" in (tmp_path / "out/report" / page).read_text()
     report = json.loads((tmp_path / "out/report/report.json").read_text())
     nll = {row["model"]: row for row in report if row["metric"] == "nll"}
     assert list(nll) == ["base", "second · learning_rate=0.01", "second · learning_rate=0.003"]

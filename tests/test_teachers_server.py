@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from daekit.errors import UserError
 from daekit.losses import Objective, prediction_loss
@@ -139,21 +136,12 @@ def test_what_fails_for_good_is_one_error(fault: str, said: str, server: ScoreSe
         teacher_at(server, max_retries=1, timeout=0.2).outputs(batch_to(long_rows(3, longest=20)))
 
 
-def other_tokenizer() -> PreTrainedTokenizerFast:
-    """The same words under other ids."""
-    text = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
-    vocab = text["model"]["vocab"]
-    vocab["w5"], vocab["w6"] = vocab["w6"], vocab["w5"]
-    core = Tokenizer.from_str(json.dumps(text))
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-
-
 @pytest.mark.parametrize("says_ids", [True, False])
 def test_the_tokenizer_of_the_server_is_compared(says_ids: bool, server: ScoreServer) -> None:
     server.says_ids = says_ids
     rows = list(rows_of_examples(long_rows(3)))
     teacher_at(server).require_served(Objective(), tiny.tokenizer(), rows)
-    server.tokenizer = other_tokenizer()
+    server.tokenizer = tiny.swapped_tokenizer()
     with pytest.raises(UserError, match=r"its tokenizer is not the student's: .*first different at token"):
         teacher_at(server).require_served(Objective(), tiny.tokenizer(), rows)
 
@@ -278,7 +266,7 @@ def test_a_recipe_with_a_live_and_a_cached_server(server: ScoreServer, tmp_path:
 
 def change(server: ScoreServer, what: str) -> None:
     if what == "tokenizer":
-        server.tokenizer = other_tokenizer()
+        server.tokenizer = tiny.swapped_tokenizer()
     elif what == "max_logprobs":
         server.max_logprobs = 5
     elif what == "max_model_len":

@@ -34,6 +34,9 @@ FORM_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 EXTRA_COLUMNS = ("answer", "tools", "chat_template_kwargs", "teacher_prompt")
 COLUMNS = (*(column for columns in FORM_COLUMNS.values() for column in columns), *EXTRA_COLUMNS)
+UNFINISHED = (
+    "unfinished"  # of rows that a model has written: true where its answer was cut; read only where ``columns`` name it
+)
 _NAMED = re.compile(r"\{([^{}]+)\}")  # in a value of ``columns``
 VISION_COLUMNS = ("image", "images", "pixel_values")
 
@@ -77,6 +80,7 @@ class RowCollector:
         self._renamed = columns
         self._chat = chat
         self._wanted = [(column, columns.get(column, column)) for column in COLUMNS]
+        self._wanted += [(UNFINISHED, columns[UNFINISHED])] if UNFINISHED in columns else []
         named = [form for form, needed in FORM_COLUMNS.items() if any(column in columns for column in needed)]
         self._forms = named if len(named) == 1 else list(FORM_COLUMNS)
         self._first: tuple[RowForm, str] | None = None
@@ -125,6 +129,7 @@ class RowCollector:
         conversational = form in ("messages", "conversation pair")
         types = dict.fromkeys(COLUMNS[:4], messages if conversational else STRING)
         types |= {"answer": STRING, "tools": Json(), "chat_template_kwargs": Json(), "domain": STRING}
+        types[UNFINISHED] = Value("bool")
         types["teacher_prompt"] = messages if conversational else STRING
         return Features({name: type_ for name, type_ in types.items() if name in self._columns or name == "domain"})
 
@@ -266,7 +271,7 @@ def _check_characters(name: str, value: Any) -> None:
 
 
 def _check_extras(values: Mapping[str, Any]) -> dict[str, Any]:
-    extras = {column: values[column] for column in ("answer", "tools", "chat_template_kwargs") if column in values}
+    extras = {column: values[column] for column in ("answer", "tools", "chat_template_kwargs", UNFINISHED) if column in values}
     if "answer" in extras:
         _check_string("answer", extras["answer"])
     if isinstance(extras.get("tools"), str):

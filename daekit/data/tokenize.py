@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from daekit.data.responses import ROWS_AT_ONCE, ResponseLabels, render_all, require_markers, template_options
+from daekit.data.responses import ROWS_AT_ONCE, ResponseLabels, render, render_all, require_markers, template_options
+from daekit.data.rows import UNFINISHED
 from daekit.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, teacher_row
 from daekit.errors import UserError
 from daekit.protocol import IGNORE_INDEX
@@ -96,7 +97,25 @@ class _Tokenise:
         ways = list(map(self._way, rows, places))
         if len(set(ways)) > 1:
             return [each for row, place in zip(rows, places, strict=True) for each in self([row], [place])]
-        return list(map(_checked, ways[0](rows, places), rows, places))
+        made = list(map(_checked, ways[0](rows, places), rows, places))
+        return [self._open(*each) if each[1].get(UNFINISHED) else each[0] for each in zip(made, rows, places, strict=True)]
+
+    def _open(self, tokenized: TokenizedRow, row: Row, place: str) -> TokenizedRow:
+        """A row whose answer was cut: what stands behind its last word carries no loss, for its model did not write it."""
+        from trl import is_conversational
+        from trl.data_utils import common_prefix_length
+
+        ids, end = tokenized.input_ids, len(tokenized.input_ids)
+        if is_conversational(row):
+            messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+            template = self.responses.template if "messages" in row and self.responses else self.chat_template
+            options = {**template_options(row), "continue_final_message": True}
+            end = common_prefix_length(
+                render(self.tokenizer, messages, place, template=template, options=options)["input_ids"], ids
+            )
+        while end and ids[end - 1] == self.tokenizer.eos_token_id:  # some tokenizers add one to every text
+            end -= 1
+        return replace(tokenized, labels=tokenized.labels[:end] + [IGNORE_INDEX] * (len(ids) - end))
 
     def _way(self, row: Row, place: str) -> Callable[[Sequence[Row], Sequence[str]], Iterator[TokenizedRow]]:
         """The method for the form of a row."""

@@ -14,7 +14,7 @@ from daekit.errors import UserError
 from daekit.files import append_json_lines, damaged_line, read_json_lines
 from daekit.recipe.generated import GeneratedSpec
 
-Attempt = Mapping[str, Any]  # ``fate``, ``tokens``, ``differs`` and, of a kept one, ``row``
+Attempt = Mapping[str, Any]  # ``fate``, ``tokens``, ``differs``; of a kept one ``row``, and ``unfinished`` if it was cut
 _WORDS = {
     "open_turn": "user turns without end",
     "empty": "empty",
@@ -24,6 +24,7 @@ _WORDS = {
     "duplicate": "duplicates",
     "near_duplicate": "near duplicates",
 }
+UNFINISHED = "unfinished"  # fate of a draft, column of a kept row
 _SHINGLE = 3  # words
 _PERMUTATIONS = 128
 _MISSED = 0.9  # weight of a near duplicate that is missed; one that is found is looked at exactly
@@ -91,7 +92,7 @@ class Judge:
         """The attempt, as it is kept on disk; a kept row counts as one before from now on."""
         attempt = {"fate": self._fate(draft), "tokens": draft.tokens, "differs": draft.differs}
         if attempt["fate"] == "kept":
-            attempt["row"] = draft.row
+            attempt |= {"row": draft.row} | ({UNFINISHED: True} if draft.fate == UNFINISHED else {})
             self.remember(attempt)
         return attempt
 
@@ -166,8 +167,9 @@ class DraftStore:
         self.attempts += attempts
 
     def rows(self, count: int) -> list[dict[str, Any]]:
-        """The first kept rows."""
-        return [dict(attempt["row"]) for attempt in self.attempts if attempt["fate"] == "kept"][:count]
+        """The first kept rows; those whose answer was cut say so (``unfinished``)."""
+        kept = [attempt for attempt in self.attempts if attempt["fate"] == "kept"][:count]
+        return [attempt["row"] | ({UNFINISHED: True} if attempt.get(UNFINISHED) else {}) for attempt in kept]
 
 
 def _identity(row: Mapping[str, Any]) -> str:

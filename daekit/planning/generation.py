@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from daekit.errors import UserError
 from daekit.planning.buffers import head_width
 from daekit.planning.models import ModelPlanner
 from daekit.planning.operations import forward_operations
@@ -14,6 +16,9 @@ from daekit.planning.trace import MicroBatch, Tracer
 from daekit.planning.training import DEFAULTS, Training
 from daekit.recipe.objective import Objective
 from daekit.recipe.schema import EvaluationSpec, Recipe
+
+# the number of prompts of a generated source (None where its model writes them itself), and the tokens of the longest one
+PromptFacts = Callable[[str], tuple[int | None, int]]
 
 TOGETHER = 64  # rows that ``trainers.rollouts`` continues in one batch; a test compares them
 KEYS_AND_VALUES, ACTIVATIONS = "cached keys and values", "activations"
@@ -25,19 +30,58 @@ class WritingPlan:
 
     Attributes:
         what: What they are for: ``answers of the report``.
-        models: Names of the models whose shapes are known.
+        models: Names of the models; of the report's those whose shapes are known.
         rows: Rows that each of them writes at most; None where their number is not known before data are read.
-        new_tokens: Tokens of an answer at most.
-        key_value_bytes: Cached keys and values of a batch with prompts of ``max_length`` tokens, of the model that needs most.
-        operations: Operations of all answers, all of them of that length; None without rows.
+        new_tokens: Tokens that are written for a row at most.
+        key_value_bytes: Cached keys and values of a batch of the longest rows, of the model that needs most; None where no
+            model's shape is known.
+        operations: Operations of all rows, all of them that long; None without rows or a model.
+        attempts: Attempts at most to get the rows; None where each is a row.
+        unread: Why prompts were taken to be ``max_length`` tokens long; empty where they were read.
     """
 
     what: str
     models: tuple[str, ...]
     rows: int | None
     new_tokens: int
-    key_value_bytes: int
+    key_value_bytes: int | None
     operations: float | None
+    attempts: int | None = None
+    unread: str = ""
+
+
+def generated_plans(recipe: Recipe, planner: ModelPlanner, prompts: PromptFacts | None = None) -> tuple[WritingPlan, ...]:
+    """The plans of the sources that models write: of the rows that are wanted, as if every attempt were one.
+
+    Args:
+        prompts: Reads prompts; None: they are not read.
+    """
+    names = [name for name, source in recipe.sources.items() if source.generated is not None]
+    return tuple(_generated_plan(recipe, name, planner, prompts) for name in names)
+
+
+def _generated_plan(recipe: Recipe, name: str, planner: ModelPlanner, prompts: PromptFacts | None) -> WritingPlan:
+    spec, meta = recipe.sources[name].generated, planner.writer(recipe, name)
+    assert spec is not None
+    own_turn = spec.prompts.max_new_tokens if spec.prompts.written == "self" else 0
+    count, unread = None, "the prompts were not read"
+    if prompts is not None:
+        try:
+            count, longest = prompts(name)
+            unread = ""
+        except (UserError, OSError) as error:
+            unread = str(error).split("; ")[0]  # what follows is a remedy
+    if unread:
+        longest = max((DEFAULTS | stage.trainer)["max_length"] or 0 for stage in recipe.stages.values())
+    rows, length = spec.rows or count, longest + spec.max_new_tokens
+    kept = work = None
+    if meta is not None:
+        kept = key_value_bytes(meta.config, spec.batch_size * length, meta.width) * len(meta.layers)
+        if rows is not None:
+            work = forward_operations(meta, rows * length, length) + forward_operations(meta, rows * own_turn, own_turn)
+    who = (str(spec.model.served_model or spec.model.stage or spec.model.adapter or spec.model.path),)
+    attempts = None if spec.rows is None else spec.most_attempts
+    return WritingPlan(f"sources.{name}", who, rows, own_turn + spec.max_new_tokens, kept, work, attempts, unread)
 
 
 def answers_plan(recipe: Recipe, planner: ModelPlanner) -> WritingPlan | None:

@@ -124,6 +124,24 @@ class ModelPlanner:
                 continue
         return found
 
+    def writer(self, recipe: Recipe, source: str) -> MetaModel | None:
+        """The model that writes a source (of an adapter its base); None of one whose shape is not known."""
+        spec, resolver = recipe.sources[source].generated, ModelResolver(recipe)
+        assert spec is not None
+        origin = spec.model.stage or adapter_stage(spec.model.adapter)
+        try:
+            if spec.model.url is not None:
+                return None
+            if origin is not None:
+                return self._tracer(resolver, *student_of(recipe, origin), trained=True).meta
+            if spec.model.adapter is None:
+                return self._tracer(resolver, spec.model, None, trained=False).meta
+            from daekit.models.adapters import base_spec  # imports PEFT
+
+            return self._tracer(resolver, base_spec(spec.model), None, trained=False).meta
+        except UserError:
+            return None
+
     def _loaded(self, resolver: ModelResolver, spec: ModelSpec, who: str, key: str, gpu: bool) -> FrozenModel:
         tracer = self._tracer(resolver, spec, None, trained=False)
         layers = [sum(p.bytes for p in layer) for layer in tracer.meta.layers]

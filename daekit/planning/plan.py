@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from daekit.errors import UserError
 from daekit.planning.advice import Change, changes, cheapest, largest_rows
 from daekit.planning.caches import CachePlan, StageRows, cache_plans
-from daekit.planning.generation import WritingPlan, answers_plan
+from daekit.planning.generation import PromptFacts, WritingPlan, answers_plan, generated_plans
 from daekit.planning.machine import Machine
 from daekit.planning.memory import Memory, StageMemory
 from daekit.planning.models import ModelPlanner, StageModels
@@ -51,11 +51,12 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plans of a recipe's stages on a machine."""
+    """The plans of a recipe's stages on a machine, and of what models write before, between and after them."""
 
     machine: Machine
     stages: tuple[StagePlan, ...]
     answers: WritingPlan | None = None
+    generated: tuple[WritingPlan, ...] = ()
 
 
 Reload = Callable[[Sequence[str]], Recipe]
@@ -139,7 +140,12 @@ def _refuse_split(quantization: str | None, machine: Machine) -> None:
 
 
 def plan_recipe(
-    recipe: Recipe, machine: Machine, reload: Reload | None = None, only: Sequence[str] = (), rows: StageRows | None = None
+    recipe: Recipe,
+    machine: Machine,
+    reload: Reload | None = None,
+    only: Sequence[str] = (),
+    rows: StageRows | None = None,
+    prompts: PromptFacts | None = None,
 ) -> Plan:
     """The plan of a recipe, before anything of it is loaded.
 
@@ -147,8 +153,9 @@ def plan_recipe(
         recipe: A resolved recipe.
         machine: Where it is to run.
         reload: Loads the recipe with further overrides; None for a plan without advice.
-        only: The stages to plan (default: all).
+        only: The stages to plan, and nothing that is written beside them (default: all).
         rows: Reads the tokenised rows of a stage, of those with caches only; None: caches are planned without.
+        prompts: Reads the prompts of a generated source; None: they are taken to be ``max_length`` tokens long.
 
     Raises:
         UserError: See ``Planner.stage``; the message names the stage.
@@ -162,4 +169,7 @@ def plan_recipe(
                 plans.append(planner.advised(recipe, name, reload, rows))
         except UserError as error:
             raise UserError(f"stages.{name}: {error}") from error
-    return Plan(machine, tuple(plans), None if only else answers_plan(recipe, planner.models))
+    if only:
+        return Plan(machine, tuple(plans))
+    generated = generated_plans(recipe, planner.models, prompts)
+    return Plan(machine, tuple(plans), answers_plan(recipe, planner.models), generated)

@@ -18,7 +18,8 @@ def gigabytes(size: float) -> str:
 
 def format_plan(plan: Plan, tflops: float | None = None) -> str:
     """The plan as text; with a rate in TFLOP/s also the time of a step."""
-    parts = [_format_stage(stage, plan.machine, tflops) for stage in plan.stages]
+    parts = [_format_generated(each, tflops) for each in plan.generated]
+    parts += [_format_stage(stage, plan.machine, tflops) for stage in plan.stages]
     return "\n\n".join([*parts, *([_format_answers(plan.answers, tflops)] if plan.answers else [])])
 
 
@@ -27,7 +28,8 @@ def plan_json(plan: Plan, tflops: float | None = None) -> dict[str, Any]:
     machine = plan.machine
     return {
         "machine": {"memory": machine.memory, "gpu": machine.gpu, "count": machine.count, "engine": machine.engine},
-        "answers": plan.answers and asdict(plan.answers),
+        "generated": [_writing_json(each, tflops) for each in plan.generated],
+        "answers": plan.answers and _writing_json(plan.answers, tflops),
         "stages": {stage.name: _stage_json(stage, tflops) for stage in plan.stages},
     }
 
@@ -96,13 +98,36 @@ def _format_cache(cache: CachePlan, machine: Machine, tflops: float | None) -> l
 def _format_answers(answers: WritingPlan, tflops: float | None) -> str:
     lines = [
         f"[{answers.what}] {len(answers.models)} models, {answers.new_tokens:,} tokens each at most",
-        f"    {'cached keys and values':<28}{gigabytes(answers.key_value_bytes):>10}  of one batch at most",
+        _keys_and_values(answers),
     ]
     if answers.rows is not None and answers.operations is not None:
         tokens = len(answers.models) * answers.rows * answers.new_tokens
         work = f"{answers.operations / 1e12:,.1f} TFLOP" + _time(answers.operations, tflops)
         lines.append(f"    at most {answers.rows:,} rows each, {tokens:,} tokens, {work}")
     return "\n".join(lines)
+
+
+def _format_generated(plan: WritingPlan, tflops: float | None) -> str:
+    lines = [f"[{plan.what}] {plan.models[0]} writes {plan.new_tokens:,} tokens a row at most"]
+    if plan.key_value_bytes is not None:  # None of an endpoint, and of a model whose shape is not known
+        lines.append(_keys_and_values(plan))
+    if plan.rows is None:
+        lines.append(f"    how many rows is not known: {plan.unread}")
+        return "\n".join(lines)
+    work = "" if plan.operations is None else f", {plan.operations / 1e12:,.1f} TFLOP" + _time(plan.operations, tflops)
+    more = "" if plan.attempts is None else f"; attempts that are no row come on top, to {plan.attempts:,} together at most"
+    lines.append(f"    {plan.rows:,} rows, {plan.rows * plan.new_tokens:,} tokens at most{work}{more}")
+    if plan.unread:
+        lines.append(f"    with prompts of max_length tokens, for {plan.unread}")
+    return "\n".join(lines)
+
+
+def _keys_and_values(plan: WritingPlan) -> str:
+    return f"    {'cached keys and values':<28}{gigabytes(plan.key_value_bytes or 0):>10}  of one batch at most"
+
+
+def _writing_json(plan: WritingPlan, tflops: float | None) -> dict[str, Any]:
+    return asdict(plan) | {"seconds": plan.operations / (tflops * 1e12) if tflops and plan.operations else None}
 
 
 def _cache_json(cache: CachePlan, tflops: float | None) -> dict[str, Any]:

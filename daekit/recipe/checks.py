@@ -74,11 +74,13 @@ def _of_generated(recipe: Recipe, name: str, spec: GeneratedSpec) -> Problems:
         if model.adapter is not None:
             yield from unknown(("model", "adapter"), [origin], stages, "stage")
         for user, stage in (recipe.stages or {}).items():
+            made = stage.student.init if stage is not None and stage.student is not None else None
             used = stage is not None and stage.data is not None and name in (stage.data.sources or ())
+            used = used or (made is not None and name in made.calibration.sources)
             if used and origin in stages and stages.index(origin) >= stages.index(user):
                 yield (
                     "model",
-                    f"stage {user!r} trains on this source, and {origin!r} is not complete then; name an earlier stage",
+                    f"stage {user!r} uses this source, and {origin!r} is not complete then; name an earlier stage",
                 )
 
 

@@ -72,6 +72,7 @@ class Report:
         seconds: Stage -> wall-clock seconds.
         provenance: Further facts, name -> value (commit, data fingerprints, identities of teachers).
         recipe: The resolved recipe as YAML.
+        intervals: Where the intervals of the first table are from.
     """
 
     title: str
@@ -84,6 +85,7 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     recipe: str = ""
+    intervals: str = "a bootstrap over rows"
 
 
 @dataclass(frozen=True)

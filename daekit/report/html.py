@@ -44,6 +44,7 @@ def _context(report: Report) -> dict[str, Any]:
         "baseline": baseline,
         "sizes": sizes_of(report.rows),
         "notes": report.notes,
+        "intervals": report.intervals,
         "breakdowns": [(each, bars_svg(each, headline.models)) for each in breakdowns(report.rows)],
         "comparison": pivot(report.rows, COMPARISON),
         "gain_plot": baseline and gain_forgetting_svg(report.rows, headline.models, baseline),

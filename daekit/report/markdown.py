@@ -15,7 +15,7 @@ _SHOWN_CHARACTERS = 300
 
 def render_markdown(report: Report, plot: str | None) -> str:
     """The whole report; ``plot`` is the file name of the picture of gain and forgetting beside it."""
-    parts = [f"# {_escape(report.title)}", *_headline(report.rows)]
+    parts = [f"# {_escape(report.title)}", *_headline(report.rows, report.intervals)]
     if report.baseline is not None:
         parts += _comparison(report.rows, report.baseline, plot)
     parts += [part for each in breakdowns(report.rows) for part in _breakdown(each)]
@@ -32,14 +32,14 @@ def render_markdown(report: Report, plot: str | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _headline(rows: Sequence[Row]) -> list[str]:
+def _headline(rows: Sequence[Row], intervals: str) -> list[str]:
     table = pivot(rows)
     if not table.columns:
         return []
     sizes = "; ".join(f"{domain}: n = {n}" for domain, n in sizes_of(rows).items())
     return [
         _matrix(table),
-        f"95 % intervals from a bootstrap over rows ({_escape(sizes)}). Bold: best value of a column. An interval of no width "
+        f"95 % intervals from {intervals} ({_escape(sizes)}). Bold: best value of a column. An interval of no width "
         "means that all rows agree: with n rows the value may still be off by about 3/n.",
     ]
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from daekit.data.mixture import Mixture, mix
 from daekit.data.responses import ResponseLabels
-from daekit.data.rows import form_of
+from daekit.data.rows import UNFINISHED, form_of
 from daekit.data.sources import load_source
 from daekit.data.teacher_prompts import PROMPT_IDS_TYPE, TEACHER_PROMPT
 from daekit.data.tokenize import TokenizedRow, tokenize_each
@@ -86,7 +86,8 @@ class DataBuilder:
             if spec.generated is not None:
                 if name not in self.written:
                     raise UserError(f"sources.{name}: its rows are not written yet; `daekit generate RECIPE` writes them")
-                spec = spec.model_copy(update={"path": str(self.written[name]), "generated": None})
+                columns = {UNFINISHED: UNFINISHED}  # other sources may have a column of that name that says something else
+                spec = spec.model_copy(update={"path": str(self.written[name]), "generated": None, "columns": columns})
             rows = load_source(name, spec, self.recipe.seed)
             followed = any(name in stage.data.sources and stage.type != "sft" for stage in self.recipe.stages.values())
             self._read[name] = rows if followed else tuple(_without(TEACHER_PROMPT, part) for part in rows)

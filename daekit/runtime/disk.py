@@ -27,7 +27,7 @@ def require_writable(root: Path) -> None:
         raise UserError(f"{root} cannot be made: {nearest} is no directory that may be written to; choose another")
 
 
-def require_space(root: Path, name: str, arguments: DomainSFTConfig, rows: int, student: PreTrainedModel) -> None:
+def require_space(root: Path, name: str, arguments: DomainSFTConfig, student: PreTrainedModel) -> None:
     """Room for the result and one checkpoint, without which the stage is sure to fail, and a word where all do not fit."""
     nearest = next(path for path in (root, *root.absolute().parents) if path.exists())
     free = shutil.disk_usage(nearest).free
@@ -35,7 +35,7 @@ def require_space(root: Path, name: str, arguments: DomainSFTConfig, rows: int, 
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
     whole = trained if adapter else sum(p.numel() * p.element_size() for p in student.parameters())
     states = _ADAM_STATES if arguments.optim.startswith("adamw_torch") else 0  # others keep less: not sure to fail
-    checkpoint = whole + states * trained if checkpoints_at_end(arguments, rows) else 0
+    checkpoint = whole + states * trained if arguments.save_strategy != "no" else 0
     if whole + checkpoint > free:
         raise UserError(
             f"{root} has {free / 1e9:.1f} GB free, but stage {name!r} writes a model of {whole / 1e9:.1f} GB and "

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -117,7 +117,7 @@ class GeneratedSource:
         elif self.is_possible and self._base.path is not None:
             config_of(self._base)
             require_files(self._base.path)
-        longest = self._longest_prompt() + spec.max_new_tokens + _END
+        longest = self.longest_prompt() + spec.max_new_tokens + _END
         context = getattr(self._config, "max_position_embeddings", None) if self._config is not None else None
         if context is not None and longest - _END > context:
             raise UserError(
@@ -210,7 +210,12 @@ class GeneratedSource:
     def _config(self) -> PreTrainedConfig | None:
         return None if self.spec.model.url is not None else self.models.config(self.recipe, self.spec.model)
 
-    def _longest_prompt(self) -> int:
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt, a user turn that the model writes included.
+
+        Raises:
+            UserError: prompts that cannot be read or rendered, a template without a user's turn to open.
+        """
         spec = self.spec.prompts
         if spec.written == "bos":
             return len(self._start())
@@ -275,6 +280,18 @@ def generated_sources(
     """The generated sources of a recipe."""
     names = [name for name, source in recipe.sources.items() if source.generated is not None]
     return {name: GeneratedSource(recipe, name, data, models, allowed) for name in names}
+
+
+def prompt_facts(recipe: Recipe) -> Callable[[str], tuple[int | None, int]]:
+    """A function that gives the number of prompts of a generated source and the tokens of the longest."""
+
+    def facts(name: str) -> tuple[int | None, int]:
+        folder = RunFolder(Path(recipe.output_dir))
+        data = DataBuilder(recipe, folder)
+        source = GeneratedSource(recipe, name, data, ModelBuilder(folder, data.tokenizer))
+        return None if source.spec.prompts.written is not None else len(source.prompts), source.longest_prompt()
+
+    return facts
 
 
 def find_sources(recipe: Recipe, data: DataBuilder, models: ModelBuilder) -> None:

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import get_peft_model
 from transformers import PreTrainedModel, Trainer
@@ -38,8 +39,8 @@ from daekit.runtime.generated import GeneratedSource, generated_sources, write_s
 from daekit.runtime.kept import ahead
 from daekit.runtime.models import ModelBuilder, specs_of
 from daekit.runtime.student import require_cuttable, require_one_process
-from daekit.runtime.trainer import naming, peft_config, training_arguments
-from daekit.teachers.cache import rows_of_examples
+from daekit.runtime.trainer import peft_config, training_arguments
+from daekit.teachers.cache import CacheRow, rows_of_examples
 from daekit.trainers import DomainSFTConfig, KDConfig
 from daekit.trainers.rollouts import require_prompts
 
@@ -142,33 +143,31 @@ def _prepare_generated(prepared: Prepared, used: list[str], allowed: Permissions
 
 
 def complete_rows(prepared: Prepared, name: str, device: torch.device) -> None:
-    """Write the sources that a stage waits for, now that the stages before it are complete, and prepare its rows.
+    """Write the sources that a stage waits for, now that the stages before it are complete, and prepare it as ``prepare`` does.
 
     Raises:
-        UserError: what ``GeneratedSource.write`` raises; what is wrong with the rows.
+        UserError: what ``GeneratedSource.write`` raises; everything that is found with the rows there.
     """
     waits = prepared.waiting.pop(name, None)
     if waits is None:
         return
     write_sources([prepared.generated[each] for each in waits], device)
-    stage = prepared.recipe.stages[name]
-    arguments = training_arguments(prepared.recipe, name, prepared.folder.stage(name))
-    with naming(f"stages.{name}.data"):
-        prepared.stages[name] = _rows_of(stage, arguments, prepared.data)
+    recipe, found, known = prepared.recipe, Found(prepared.recipe.name), len(prepared.notes)
+    _prepare_stage(prepared, name, {}, found)
+    for user, stage in recipe.stages.items():
+        for key, spec in specs_of(stage):
+            with found.at(f"stages.{user}.{key}"):
+                _require_checkpoint(prepared, spec)
+    if recipe.evaluation is not None:
+        _prepare_report(prepared, recipe.evaluation, found)
+    found.raise_if_any()
+    for note in prepared.notes[known:] if PartialState().is_main_process else ():
+        print(f"note: {note}", flush=True)
 
 
 def _prepare_evaluation(prepared: Prepared, evaluation: EvaluationSpec, allowed: Permissions, found: Found) -> None:
-    """The report's models and rows, and the suites."""
-    for each in evaluation.models:
-        with found.at(f"evaluation.models.{each.name}"):
-            _require_checkpoint(prepared, each)
-            if each.name != STUDENT_AS_IT_WAS:  # it has been looked at with its stage
-                prepared.models.look_at(each)
-    if not found and all(
-        prepared.recipe.sources[n].generated is None or n in prepared.data.written for n in evaluation.sources
-    ):
-        with found.at("evaluation"):
-            _ = prepared.data.evaluation_sets
+    """The report and the suites."""
+    _prepare_report(prepared, evaluation, found)
     for index, suite in enumerate(evaluation.suites):
         with found.at(f"evaluation.suites.{index}"):
             prepare_suite(suite, Options(allowed=allowed))
@@ -180,17 +179,32 @@ def _prepare_evaluation(prepared: Prepared, evaluation: EvaluationSpec, allowed:
                 )
 
 
+def _prepare_report(prepared: Prepared, evaluation: EvaluationSpec, found: Found) -> None:
+    """The report's models, and its rows if they are all written."""
+    for each in evaluation.models:
+        with found.at(f"evaluation.models.{each.name}"):
+            _require_checkpoint(prepared, each)
+            if each.name != STUDENT_AS_IT_WAS:  # it has been looked at with its stage
+                prepared.models.look_at(each)
+    if not found and all(name not in prepared.generated or name in prepared.data.written for name in evaluation.sources):
+        with found.at("evaluation"):
+            _ = prepared.data.evaluation_sets
+
+
 def _sources(recipe: Recipe, stages: list[str]) -> list[str]:
     """The sources that stages, tokenizer and report read, in the order of the file."""
-    used = {name for stage in stages for name in recipe.stages[stage].data.sources}
+    used = {name for stage in stages for name in _sources_of(recipe.stages[stage])}
     if recipe.evaluation is not None:
         used |= {*recipe.evaluation.sources}
     if recipe.tokenizer is not None and recipe.tokenizer.train is not None:
         used |= {*recipe.tokenizer.train.sources}
-    for stage in (recipe.stages[name] for name in stages):
-        if stage.student is not None and stage.student.init is not None:
-            used |= {*stage.student.init.calibration.sources}
     return [name for name in recipe.sources if name in used]
+
+
+def _sources_of(stage: StageSpec) -> dict[str, None]:
+    """The sources that a stage trains on, and those that its student is cut with."""
+    init = stage.student.init if stage.student is not None else None
+    return dict.fromkeys([*stage.data.sources, *(init.calibration.sources if init is not None else ())])
 
 
 def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], found: Found) -> None:
@@ -221,10 +235,14 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
             student = get_peft_model(student, peft_config(stage.lora, stage.student))
     if arguments is None:
         return
-    if waits := [source for source in stage.data.sources if source in longest]:
+    if student is not None:
+        with found.at("output_dir"):
+            require_space(prepared.folder.root, name, arguments, student)
+    if waits := [source for source in _sources_of(stage) if source in longest]:
         prepared.waiting[name] = waits
         with found.at(f"{where}.data"):
             _require_room(stage, arguments, data, {source: longest[source] for source in waits})
+        _ask_servers(prepared, name, None, found)
         return
     ready: PreparedStage | None = None
     with found.at(f"{where}.data"):
@@ -233,23 +251,22 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
         prepared.stages[name] = ready
         _ask_servers(prepared, name, ready, found)
         prepared.notes.extend(f"{where}: {note}" for note in _notes(stage, ready, data, student))
-        if student is not None:
-            with found.at("output_dir"):
-                require_space(prepared.folder.root, name, arguments, len(ready.mixture.dataset), student)
 
 
-def _ask_servers(prepared: Prepared, name: str, ready: PreparedStage, found: Found) -> None:
-    """Ask each served teacher of a stage about the longest row that follows it, unless its cache is there."""
+def _ask_servers(prepared: Prepared, name: str, ready: PreparedStage | None, found: Found) -> None:
+    """Ask each served teacher without a cache about its tokenizer and, once rows are ``ready``, the longest that follows it."""
     recipe, models = prepared.recipe, prepared.models
     stage = recipe.stages[name]
     for key, spec in stage.teachers_by_key().items():
         if spec.server is None or is_cached(recipe, name, models, spec):
             continue
-        rows = ready.mixture.dataset.with_format("numpy")
-        domains = domains_of(recipe, name, key, list(dict.fromkeys(ready.mixture.dataset["domain"])))
-        whole = (row for row in rows if row["domain"] in domains and len(row["input_ids"]) <= ready.longest)
+        rows: Iterable[CacheRow] = ()
+        if ready is not None:
+            domains, longest = domains_of(recipe, name, key, list(ready.counts)), ready.longest
+            mine = (row for row in ready.mixture.dataset.with_format("numpy") if row["domain"] in domains)
+            rows = rows_of_examples(row for row in mine if len(row["input_ids"]) <= longest)
         with found.at(f"stages.{name}.{dotted(key)}"):
-            models.served(spec).require_served(stage.loss, models.tokenizer, rows_of_examples(whole))
+            models.served(spec).require_served(stage.loss, models.tokenizer, rows)
 
 
 def _require_usable(arguments: DomainSFTConfig) -> None:

@@ -161,11 +161,13 @@ def compared(runs: Sequence[SweptRun]) -> Report | None:
     over = (
         f"means over {seeds} seeds, 95 % intervals of Student's t over them" if seeds > 1 else "one seed, intervals over rows"
     )
+    over_seeds = "Student's t over the seeds, and where no seed changes a value from a bootstrap over rows"
     return Report(
         title=f"{runs[0].recipe.name}: sweep of {listed(runs[0].settings)}",
         rows=tuple(sorted(found, key=lambda row: list(dict.fromkeys(each.model for each in found)).index(row.model))),
         baseline=evaluation.baseline,
         notes=(f"{len(runs)} runs; {over}.", *pareto_notes(found)),
+        intervals=over_seeds if seeds > 1 else "a bootstrap over rows",
         versions=versions(),
         provenance={"commit": commit()},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -26,6 +27,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def swapped_tokenizer() -> PreTrainedTokenizerFast:
+    """The same words, two of them under other ids."""
+    text = json.loads(tokenizer().backend_tokenizer.to_str())
+    vocab = text["model"]["vocab"]
+    vocab["w5"], vocab["w6"] = vocab["w6"], vocab["w5"]
+    core = Tokenizer.from_str(json.dumps(text))
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def model(kind: str = "mistral", seed: int = 0, hidden: int = 32, **fields: Any) -> PreTrainedModel:
