@@ -293,3 +293,8 @@ def test_the_options_read_from_source_are_the_fields_of_sft_config() -> None:
     fields = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
     options = trainer_options.trainer_options()
     assert {*options.model_fields, *options.ELSEWHERE} >= fields >= {*options.model_fields}
+
+
+def test_a_model_whose_name_no_file_system_takes_is_left_to_the_run() -> None:
+    recipe = load(BASE, f"stages.kd.teacher={'x' * 5000}")
+    assert [teacher.model and teacher.model.path for teacher in recipe.stages["kd"].teachers_by_key().values()] == ["x" * 5000]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
@@ -114,16 +114,10 @@ class TeacherSpec(Spec):
             yield (), "a teacher is exactly one of a model, an ensemble, a served model and labels"
         elif self.changed("average") and not self.ensemble:
             yield "average", "only an ensemble is averaged"
-        if (
-            (path := self.model and self.model.path)
-            and "/" not in path
-            and not Path(path).exists()
-            and nearest(path, ["labels"])
-        ):
-            yield (
-                ("model", "path"),
-                f"{path!r} is no model here{nearest(path, ['labels'])} (that word alone; a directory is written ./{path})",
-            )
+        path = (self.model and self.model.path) or ""
+        if "/" not in path and (meant := nearest(path, ["labels"])) and not os.path.exists(path):
+            message = f"{path!r} is no model here{meant} (that word alone; a directory is written ./{path})"
+            yield ("model", "path"), message
         if self.labels and cache is not None:
             yield "cache", "labels are in the rows already; remove it"
         if server is not None and cache is not None and cache.keep not in (None, "top_k"):
