@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 from collections.abc import Mapping
@@ -10,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.data.responses import render
@@ -19,6 +17,7 @@ from daekit.files import directory_hashes
 from daekit.generation.local import device
 from daekit.models.identity import fingerprint
 from daekit.models.loading import adapter_config, load_model, load_tokenizer_of, merge_adapter
+from daekit.models.placement import free_memory
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from daekit.recipe.schema import ModelSpec
 from daekit.recipe.suite import SuiteModelSpec
@@ -87,9 +86,7 @@ class SuiteModel:
     def free(self) -> None:
         """Forget the weights."""
         self._model = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:

@@ -1,7 +1,8 @@
-"""Models on other devices than the student: a device map, and what crosses over for the loss."""
+"""Models on other devices than the student: a device map, what crosses over for the loss; and memory that is given back."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -85,3 +86,10 @@ def moved(value: Any, device: torch.device) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
     return value
+
+
+def free_memory() -> None:
+    """Give back what nobody refers to any more: a trainer and its model refer to each other in circles, and would stay."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

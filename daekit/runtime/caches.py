@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import time
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from datasets import Dataset
@@ -21,6 +19,7 @@ from transformers.utils import cached_file
 from daekit.errors import UserError
 from daekit.files import directory_hashes
 from daekit.models.adapters import base_spec
+from daekit.models.placement import free_memory
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Teacher
 from daekit.recipe import student_key
@@ -150,9 +149,7 @@ def _write_missing(sources: _Sources, spec: TeacherSpec, directory: Path, rows: 
         **sizes,
     )
     del teacher
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
 
 
 def _is_whole(directory: Path, rows: list[CacheRow], facts: Mapping[str, Any]) -> bool:

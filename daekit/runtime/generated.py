@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import time
@@ -29,6 +28,7 @@ from daekit.generation.user_turn import UserTurn
 from daekit.generation.writing import Author, EndpointAuthor, LocalAuthor, Prompt, write_rows
 from daekit.models.adapters import base_spec, config_of, load_continued
 from daekit.models.loading import load_model, load_tokenizer_of
+from daekit.models.placement import free_memory
 from daekit.models.vocabulary import differences
 from daekit.recipe import generated_key
 from daekit.recipe.adapter_config import ADAPTER_CONFIG
@@ -143,9 +143,7 @@ class GeneratedSource:
         prompts = [] if self.spec.prompts.written is not None else self.prompts
         store = DraftStore(self._home / "attempts.jsonl")
         counts = write_rows(partial(self._author, device), prompts, self.spec, store, self.where)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         return self._finish(store, counts, time.perf_counter() - start)
 
     def _finish(self, store: DraftStore, counts: Counts, seconds: float) -> Path:

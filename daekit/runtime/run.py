@@ -15,6 +15,7 @@ from daekit.errors import UserError, listed, nearest, says_read_only
 from daekit.evaluation.suites import Options, run_suite
 from daekit.files import write_json
 from daekit.generation import Permissions
+from daekit.models.placement import free_memory
 from daekit.recipe import stage_key, student_key
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluatedModel, ModelSpec, Recipe
 from daekit.recipe.suite import SuiteModelSpec
@@ -28,7 +29,7 @@ from daekit.runtime.lock import RunLock
 from daekit.runtime.prepare import Prepared, complete_rows, prepare
 from daekit.runtime.quiet import quieten
 from daekit.runtime.signals import GRACE, StopRequest
-from daekit.runtime.stage import free_memory, run_stage
+from daekit.runtime.stage import run_stage
 from daekit.trainers.distributed import refuse_launch
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import time
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from daekit.data.mixture import Mixture
 from daekit.files import write_json
 from daekit.models.loading import load_model
+from daekit.models.placement import free_memory
 from daekit.models.sharded import shape_of
 from daekit.recipe import sharing_notes, stage_key, to_yaml
 from daekit.recipe.schema import ModelSpec, Recipe
@@ -72,13 +71,6 @@ def run_stage(prepared: Prepared, name: str, state: PartialState, stop: StopRequ
         files = listed(stage.root, [stage.model, stage.adapter])
         write_json(stage.done, facts | provenance | {"files": files})
         print(f"[{name}] complete in {facts['seconds']:.0f} s -> {stage.model}", flush=True)
-
-
-def free_memory() -> None:
-    """A trainer and its model refer to each other in circles: without this a teacher would stay on the GPU."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _make_student(
