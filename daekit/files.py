@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -47,6 +48,11 @@ def file_hash(path: Path, *, sync: bool = False) -> str:
         if sync:
             os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def facts_hash(facts: Any) -> str:
+    """SHA-256 (64 hexadecimal digits) of JSON-able facts, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def directory_hashes(directory: Path, endings: tuple[str, ...]) -> dict[str, str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import cached_file
 
 from daekit.errors import UserError
-from daekit.files import directory_hashes
+from daekit.files import directory_hashes, facts_hash
 from daekit.models.adapters import base_spec
 from daekit.models.placement import free_memory
 from daekit.models.vocabulary import vocabulary_size
@@ -175,8 +174,7 @@ class _Sources:
         if spec.cache.path is not None:
             return Path(spec.cache.path)
         precision = self.recipe.stages[self.name].trainer.get("bf16")  # a frozen model runs under the student's autocast
-        facts = json.dumps([self.of(spec), self.settings(spec), precision], sort_keys=True)
-        return self.models.folder.cache(hashlib.sha256(facts.encode()).hexdigest()[:12])
+        return self.models.folder.cache(facts_hash([self.of(spec), self.settings(spec), precision])[:12])
 
     def settings(self, spec: TeacherSpec) -> dict[str, Any]:
         """The arguments of ``write_cache`` that decide the values."""

@@ -28,7 +28,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from typing import Any
 import yaml
 
 from daekit.errors import UserError
-from daekit.files import file_hash
+from daekit.files import facts_hash, file_hash
 from daekit.trainers import checkpoint
 
 
@@ -87,10 +86,6 @@ def lost(root: Path, facts: Path) -> str | None:
     return None
 
 
-def _short_hash(key: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def _digest(path: Path) -> str | None:
     """Of weights only: other files of a result may be edited."""
     return file_hash(path) if path.suffix == ".safetensors" else None
@@ -115,11 +110,11 @@ class RunFolder:
 
     def student(self, key: Mapping[str, Any]) -> StudentFolder:
         """The folder of a student that is made from a teacher, by the facts that it depends on."""
-        return StudentFolder(self.root / "students" / _short_hash(key))
+        return StudentFolder(self.root / "students" / facts_hash(key)[:12])
 
     def generated(self, name: str, key: Mapping[str, Any]) -> Path:
         """The rows that a model writes for a source, by the facts that they depend on."""
-        return self.root / "generated" / f"{name}-{_short_hash(key)}"
+        return self.root / "generated" / f"{name}-{facts_hash(key)[:12]}"
 
     def cache(self, key: str) -> Path:
         """The cache of a teacher, by the facts that it depends on."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -20,7 +19,7 @@ from daekit.data.prompts import load_prompts, prompts_of
 from daekit.data.responses import render, template_options
 from daekit.errors import UserError
 from daekit.evaluation.models import tokenizer_fingerprint
-from daekit.files import file_hash, write_json, write_whole
+from daekit.files import facts_hash, file_hash, write_json, write_whole
 from daekit.generation import ChatClient, Permissions
 from daekit.generation.drafts import Counts, DraftStore, NearDuplicates
 from daekit.generation.keys import endpoint_key
@@ -264,7 +263,7 @@ class GeneratedSource:
             facts["spec"].pop("model")  # what it is counts, not where it lies
         facts["tokenizer"] = tokenizer_fingerprint(self.tokenizer)
         if self.spec.prompts.written is None:
-            facts["prompts"] = hashlib.sha256(json.dumps(self.prompts, sort_keys=True).encode()).hexdigest()
+            facts["prompts"] = facts_hash(self.prompts)
         return facts
 
     @cached_property

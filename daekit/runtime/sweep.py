@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -20,6 +19,7 @@ from accelerate import PartialState
 from scipy import stats
 
 from daekit.errors import UserError, listed
+from daekit.files import facts_hash
 from daekit.generation import Permissions
 from daekit.recipe import load_recipe, stage_key
 from daekit.recipe.schema import Recipe
@@ -130,7 +130,7 @@ def run_sweep(root: Path, runs: Sequence[SweptRun], grace: float = GRACE, allowe
         state.wait_for_everyone()
         run_recipe(run.recipe, grace, allowed)
         folder = RunFolder(Path(run.recipe.output_dir))
-        done = {_digest(run.recipe, name): folder.stage(name).root for name in run.recipe.stages} | done
+        done = {facts_hash(stage_key(run.recipe, name)): folder.stage(name).root for name in run.recipe.stages} | done
     report = compared(runs) if state.is_main_process else None
     if report is not None:
         write_report(root / "report", report)
@@ -220,7 +220,7 @@ def _link_stages(recipe: Recipe, done: Mapping[str, Path]) -> None:
     """Give a run the stages that another has completed and that depend on the same facts, as hard links."""
     folder = RunFolder(Path(recipe.output_dir))
     for name in recipe.stages:
-        stage, theirs = folder.stage(name), done.get(_digest(recipe, name))
+        stage, theirs = folder.stage(name), done.get(facts_hash(stage_key(recipe, name)))
         if theirs is None or stage.is_begun or theirs == stage.root:
             continue
         shutil.rmtree(stage.root, ignore_errors=True)
@@ -235,10 +235,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copy2(source, target)
-
-
-def _digest(recipe: Recipe, name: str) -> str:
-    return hashlib.sha256(json.dumps(stage_key(recipe, name), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _rows(path: Path) -> list[Row]:
