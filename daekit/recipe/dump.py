@@ -87,7 +87,7 @@ def student_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
     used = {model.stage for model in (init.from_, *init.with_)}
     return {
         "student": stage.student.model_dump(mode="json"),
-        "seed": recipe.seed if stage.seed is None else stage.seed,
+        "seed": recipe.seed_of(stage_name),
         "tokenizer": facts["tokenizer"],
         "sources": {name: _source(recipe, stage, name) for name in init.calibration.sources},
         "stages": {name: key for name, key in facts["stages"].items() if name in used},

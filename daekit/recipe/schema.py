@@ -139,6 +139,11 @@ class Recipe(Spec):
         names = list(self.stages)
         return names[: names.index(name)]
 
+    def seed_of(self, name: str) -> int:
+        """The seed of a stage: its own, or that of the recipe."""
+        seed = self.stages[name].seed
+        return self.seed if seed is None else seed
+
     def base_of(self, name: str) -> ModelSpec | None:
         """The model whose weights a LoRA stage leaves as they are; None where the recipe cannot say."""
         stage = self.stages[name]

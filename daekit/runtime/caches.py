@@ -184,18 +184,13 @@ class _Sources:
             forced = [] if end is None or spec.server is not None else [end]
             return {"keep": "top_k", "k": spec.cache.k, "temperature": stage.loss.temperature, "forced_ids": forced}
         if spec.cache.keep == "sampled":
-            return {"keep": "sampled", "draws": spec.cache.draws, "seed": self._seed}
+            return {"keep": "sampled", "draws": spec.cache.draws, "seed": self.recipe.seed_of(self.name)}
         return {"keep": "hidden"}
-
-    @property
-    def _seed(self) -> int:
-        seed = self.recipe.stages[self.name].seed
-        return self.recipe.seed if seed is None else seed
 
     def live(self, spec: TeacherSpec, device: Any) -> Teacher:
         """The teacher itself, loaded; the reference without a model is the student as the stage finds it."""
         if spec.is_student:
-            student = self.models.student(self.recipe, self.name, self._seed)
+            student = self.models.student(self.recipe, self.name, self.recipe.seed_of(self.name))
             return ModelTeacher(student, vocabulary_size(self.models.tokenizer), "reference")
         student_spec = self.recipe.stages[self.name].student
         assert student_spec is not None, "a resolved recipe names every student"
@@ -215,7 +210,7 @@ class _Sources:
         if student.init is not None:
             made = self.models.folder.student(student_key(self.recipe, self.name)).model
             return {"models": [contents(self.models, ModelSpec(path=str(made.resolve())))]}
-        seed = {"seed": self._seed} if student.config else {}
+        seed = {"seed": self.recipe.seed_of(self.name)} if student.config else {}
         return {"models": [contents(self.models, student) | seed]}
 
 

@@ -75,8 +75,8 @@ def build_report(
 def _model(recipe: Recipe, spec: EvaluatedModel, models: ModelBuilder) -> PreTrainedModel:
     if spec.name != STUDENT_AS_IT_WAS:
         return models.model(spec)
-    first, stage = next(iter(recipe.stages.items()))
-    return models.student(recipe, first, recipe.seed if stage.seed is None else stage.seed)
+    first = next(iter(recipe.stages))
+    return models.student(recipe, first, recipe.seed_of(first))
 
 
 def _teachers(

@@ -83,9 +83,9 @@ def build_student(
         return home
     home.facts.unlink(missing_ok=True)  # of a student whose files have been lost
     home.root.mkdir(parents=True, exist_ok=True)
-    start, seed = time.perf_counter(), recipe.stages[name].seed
+    start = time.perf_counter()
     rows = partial(calibration_rows, recipe, spec.init.calibration, data, models.tokenizer)
-    maker = _Maker(name, spec.init, home, recipe.seed if seed is None else seed, rows, vocabulary_size(models.tokenizer))
+    maker = _Maker(name, spec.init, home, recipe.seed_of(name), rows, vocabulary_size(models.tokenizer))
     teacher, *others = (models.model(each, recipe.seed).to(device) for each in (spec.init.from_, *spec.init.with_))
     student = maker.make(teacher, others)
     sizes = {"parameters": student.num_parameters(), "teacher_parameters": maker.teacher_parameters}

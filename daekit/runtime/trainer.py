@@ -106,7 +106,7 @@ def training_arguments(recipe: Recipe, name: str, folder: StageFolder) -> Domain
     stage = recipe.stages[name]
     arguments: dict[str, Any] = {
         "output_dir": str(folder.root),
-        "seed": recipe.seed if stage.seed is None else stage.seed,
+        "seed": recipe.seed_of(name),
         "run_name": f"{recipe.name}/{folder.root.name}",
         "disable_tqdm": True,  # ProgressCallback says more
         "overlong": stage.overlong,
