@@ -19,9 +19,9 @@ from daekit.evaluation.suites import Options, run_suite
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.load import load_suite_text, parse_models
 from daekit.recipe.suite import SuiteModelSpec
+from daekit.report import read_rows
 from tests.helpers import tiny
 from tests.helpers.judge_server import JudgeServer
-from tests.helpers.reports import rows_of
 from tests.helpers.shared_data import DATA
 from tests.helpers.suite_world import build_world, save
 
@@ -34,7 +34,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def by_key(path: Path) -> dict[tuple[str, str, str], float]:
-    return {(row.model, row.domain, row.metric): row.value for row in rows_of(path / "report.json")}
+    return {(row.model, row.domain, row.metric): row.value for row in read_rows((path / "report.json").read_text())}
 
 
 def test_several_models_in_one_report(world, capsys):

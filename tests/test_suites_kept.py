@@ -18,9 +18,9 @@ from daekit.evaluation.models import file_fingerprint, tokenizer_fingerprint
 from daekit.evaluation.suites import run_suite
 from daekit.generation.local_chat import model_fingerprint
 from daekit.recipe.load import load_suite_text, parse_models
+from daekit.report import read_rows
 from tests.helpers import tiny
 from tests.helpers.judge_server import JudgeServer
-from tests.helpers.reports import rows_of
 from tests.helpers.suite_world import build_world, save
 
 
@@ -54,7 +54,7 @@ def test_a_reference_trained_again_is_measured_again(world, tmp_path):
 
     def distance() -> float:
         run_suite(suite)
-        rows = rows_of(tmp_path / "out" / "report.json")
+        rows = read_rows((tmp_path / "out" / "report.json").read_text())
         (row,) = [row for row in rows if row.metric == "kl_to_reference"]
         return row.value
 

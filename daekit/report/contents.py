@@ -117,6 +117,15 @@ def rows_json(rows: Sequence[Row]) -> str:
     return json.dumps(entries, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
+def read_rows(text: str) -> list[Row]:
+    """The rows that ``rows_json`` has written; null is NaN again."""
+    entries: list[dict[str, Any]] = json.loads(text)
+    filled: list[dict[str, Any]] = [
+        {key: math.nan if value is None else value for key, value in entry.items()} for entry in entries
+    ]
+    return [Row(**entry) for entry in filled]
+
+
 def samples_jsonl(samples: Sequence[Sample]) -> str:
     """One JSON object per line and sample."""
     return "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from daekit.files import facts_hash
 from daekit.generation import Permissions
 from daekit.recipe import load_recipe, stage_key
 from daekit.recipe.schema import Recipe
-from daekit.report import Report, Row, format_table, write_report
+from daekit.report import Report, Row, format_table, read_rows, write_report
 from daekit.report.provenance import commit, versions
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.kept import ahead
@@ -148,7 +147,7 @@ def compared(runs: Sequence[SweptRun]) -> Report | None:
         return None
     measured: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
     for run in runs:
-        for row in _rows(Path(run.recipe.output_dir) / "report" / "report.json"):
+        for row in read_rows((Path(run.recipe.output_dir) / "report" / "report.json").read_text(encoding="utf-8")):
             of_knobs = measured.setdefault((row.model, row.domain, row.metric), {})
             of_knobs.setdefault(_label(run.knobs), []).append(row)
     varied = {key[0] for key, of_knobs in measured.items() if len({_values_of(rows) for rows in of_knobs.values()}) > 1}
@@ -235,14 +234,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copy2(source, target)
-
-
-def _rows(path: Path) -> list[Row]:
-    entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    filled: list[dict[str, Any]] = [
-        {key: math.nan if value is None else value for key, value in each.items()} for each in entries
-    ]
-    return [Row(**each) for each in filled]
 
 
 def _values_of(rows: Sequence[Row]) -> tuple[float, ...]:
