@@ -9,6 +9,7 @@ import pty
 import random
 import re
 import select
+import signal
 import sys
 import threading
 import time
@@ -282,6 +283,46 @@ def test_what_cannot_chat_is_told(folder: Path, arguments: list[str], reason: st
     assert reason in capsys.readouterr().err
 
 
+class Endless:
+    """Says words until it is stopped."""
+
+    def answer(self, messages: Sequence[Any], how: Sampling, say: Callable[[str], None], stop: threading.Event) -> str:
+        said = 0
+        while not stop.is_set() and said < 5_000:
+            say("word ")
+            said += 1
+            time.sleep(0.001)
+        return "word " * said
+
+
+class Interrupted(io.StringIO):
+    """Gets Ctrl-C while something is written to it for the ``at``-th time."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def write(self, text: str) -> int:
+        self.at -= 1
+        if self.at == 0:
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_ctrl_c_stops_the_answers_also_while_one_is_printed(at: int) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        chat = Chat({"a": Endless(), "b": Endless()}, Sampling(8, 0.0))
+        answers = chat.ask(turn("go"), out := Interrupted(at))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert {answers[name].count("word") < 5_000 for name in "ab"} == {True}
+    assert out.getvalue().count("word") == sum(text.count("word") for text in answers.values())
+    assert [chat.said[name][-1]["content"] for name in "ab"] == [answers[name] for name in "ab"]
+
+
 # ---- a real terminal -------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +356,13 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self.file, text.encode())
 
+    def interrupt(self) -> None:
+        """Ctrl-C until something comes: one between the prompt of ``input`` and its wait for a key is seen with the next."""
+        ready = False
+        while not ready:
+            self.send("\x03")
+            ready = bool(select.select([self.file], [], [], 2.0)[0])
+
     def status(self) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
 
@@ -332,7 +380,7 @@ def test_on_a_terminal(folder: Path, columns: int) -> None:
     terminal.send("w5 w6\n")
     again = terminal.until(r"\n> ")
     assert screen_of(again.replace("\r\n", "\n"), 20)[1:] == screen_of(answer.replace("\r\n", "\n"), 20)[1:]
-    terminal.send("\x03")
+    terminal.interrupt()
     terminal.until(r"Ctrl-D ends.*> ")
     terminal.send("/quit\n")
     assert terminal.status() == 0

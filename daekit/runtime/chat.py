@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import queue
+import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 from daekit.data.prompts import load_prompts
@@ -71,23 +74,38 @@ class Chat:
             finally:
                 pieces.put((column, None))
 
-        for column, name in enumerate(names):
-            threading.Thread(target=speak, args=(column, name), daemon=True).start()
-        shown, speaking = None if out is None else display(out, names), len(names)
-        while speaking:
-            try:
+        with _stopped_by_interrupt(stop):
+            for column, name in enumerate(names):
+                threading.Thread(target=speak, args=(column, name), daemon=True).start()
+            shown, speaking = None if out is None else display(out, names), len(names)
+            while speaking:
                 column, piece = pieces.get()
-            except KeyboardInterrupt:
-                if stop.is_set():
-                    raise
-                stop.set()
-                continue
-            speaking -= piece is None
-            if shown is not None and piece is None:
-                shown.end(column)
-            elif shown is not None and piece is not None:
-                shown.add(column, piece)
+                speaking -= piece is None
+                if shown is not None and piece is None:
+                    shown.end(column)
+                elif shown is not None and piece is not None:
+                    shown.add(column, piece)
         return {name: answers[name] for name in names}
+
+
+@contextmanager
+def _stopped_by_interrupt(stop: threading.Event) -> Iterator[None]:
+    """While inside, Ctrl-C sets ``stop``, whatever it falls into; a second one is KeyboardInterrupt."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield  # nobody is to be interrupted, or this thread cannot be
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def talk(chat: Chat, out: TextIO) -> None:
