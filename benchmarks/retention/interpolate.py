@@ -2,7 +2,8 @@
 
     python benchmarks/retention/interpolate.py RUN/stages/expert/model --weights 0.25 0.5 0.75 --out DIR
 
-LoRA adds (alpha / r) B A to a weight, so W + w (W' - W) is the same adapter with B scaled by w: exact, for matrices A and B alone.
+LoRA adds (alpha / r) B A to a weight, so W + w (W' - W) is the same adapter with B scaled by w: exact, where A and B are all that
+is trained.
 """
 
 from __future__ import annotations
