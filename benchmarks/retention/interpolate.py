@@ -2,8 +2,7 @@
 
     python benchmarks/retention/interpolate.py RUN/stages/expert/model --weights 0.25 0.5 0.75 --out DIR
 
-LoRA adds (alpha / r) B A to a weight, so W + w (W' - W) is the same adapter with B scaled by w: exact, where A and B are all that
-is trained.
+LoRA adds (alpha / r) B A to a weight W: W + w (W' - W) is the same adapter with B scaled by w: exact, where only A and B are trained.
 """
 
 from __future__ import annotations
