@@ -2,8 +2,8 @@
 
     python benchmarks/retention/interpolate.py RUN/stages/expert/model --weights 0.25 0.5 0.75 --out DIR
 
-LoRA adds (alpha / r) B A to a weight W, so W + w (W' - W) is the same adapter with B scaled by w. That is exact where nothing but A
-and B is trained.
+LoRA adds (alpha / r) B A to a weight W, so W + w (W' - W) is the same adapter with B scaled by w. That is exact where nothing
+but A and B is trained.
 """
 
 from __future__ import annotations
