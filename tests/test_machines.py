@@ -119,7 +119,7 @@ def test_the_ranks_of_a_killed_agent_save_and_end_all(agent: int, tmp_path: Path
     assert statuses(started)[1 - agent] != 0
     wait_for(lambda: all(map(is_gone, ranks)), 30)
     print(f"agent {agent} killed: all ended after {time.monotonic() - begun:.1f} s")
-    assert checkpoints(tmp_path) == ["checkpoint-4"]
+    assert checkpoints(tmp_path)[-1] == "checkpoint-4"
     assert f"rank {agent}: its launcher was killed" in said(tmp_path)
     goes_on(tmp_path, straight)
 
@@ -134,7 +134,7 @@ def test_a_machine_that_is_lost_ends_the_other(machine: int, tmp_path: Path, str
     assert statuses(started)[1 - machine] != 0
     wait_for(lambda: all(map(is_gone, ranks)), 30)
     print(f"machine {machine} lost: the other ended after {time.monotonic() - begun:.1f} s")
-    assert checkpoints(tmp_path) == ["checkpoint-3"]
+    assert checkpoints(tmp_path)[-1] == "checkpoint-3"
     goes_on(tmp_path, straight)
 
 
