@@ -2,7 +2,8 @@
 
     python benchmarks/retention/plot.py RUN/report/report.json [SUITE/report.json ...] --plot retention.png
 
-Reads the rows of reports (``daekit train``, and ``daekit eval`` of the interpolated weights), prints the table as Markdown and draws it.
+Reads the rows of reports (of ``daekit train``, and of ``daekit eval`` for the weights between), prints the table as Markdown
+and draws it.
 """
 
 from __future__ import annotations
@@ -46,12 +47,9 @@ def main() -> None:
         figures |= {(row["model"], row["domain"], row["metric"]): row for row in json.loads(report.read_text())}
     present = {model for model, _, _ in figures}
     methods = {method: [model for model in models if model in present] for method, models in METHODS.items()}
-    print(
-        "| model | domain: gain in NLL | domain: ROUGE-L | KL: "
-        + " | KL: ".join(NAMES[kind] for kind in KINDS)
-        + " |\n|"
-        + "---|" * 7
-    )
+    columns = ["model", "domain: gain in NLL", "domain: ROUGE-L", *(f"KL: {NAMES[kind]}" for kind in KINDS)]
+    print(f"| {' | '.join(columns)} |
+|{'---|' * len(columns)}")
     for model in dict.fromkeys(model for models in methods.values() for model in models):
         cells = [_cell(figures, model, "ecommerce", "nll_gain"), _cell(figures, model, "ecommerce", "rouge_l")]
         print(f"| `{model}` | " + " | ".join(cells + [_cell(figures, model, kind, "kl_to_reference") for kind in KINDS]) + " |")
