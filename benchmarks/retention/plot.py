@@ -48,8 +48,7 @@ def main() -> None:
     present = {model for model, _, _ in figures}
     methods = {method: [model for model in models if model in present] for method, models in METHODS.items()}
     columns = ["model", "domain: gain in NLL", "domain: ROUGE-L", *(f"KL: {NAMES[kind]}" for kind in KINDS)]
-    print(f"| {' | '.join(columns)} |
-|{'---|' * len(columns)}")
+    print("| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), sep="\n")
     for model in dict.fromkeys(model for models in methods.values() for model in models):
         cells = [_cell(figures, model, "ecommerce", "nll_gain"), _cell(figures, model, "ecommerce", "rouge_l")]
         print(f"| `{model}` | " + " | ".join(cells + [_cell(figures, model, kind, "kl_to_reference") for kind in KINDS]) + " |")
