@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from daekit.models.backbone import base_of
+from daekit.models.placement import free_memory
 from daekit.models.quantized_loading import reading_unmapped
 
 Load = Callable[[], tuple[PreTrainedModel, Any]]
@@ -78,6 +79,7 @@ def read_parts(model: nn.Module) -> None:
     load: Load = base.daekit_unread.load
     del base.daekit_unread
     read_into(base, load)
+    free_memory()
 
 
 def read_into(base: PreTrainedModel, load: Load) -> tuple[PreTrainedModel, Any]:

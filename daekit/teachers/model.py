@@ -11,7 +11,7 @@ from daekit.models.heads import output_head
 from daekit.models.identity import fingerprint
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.offload import LayerOffload
-from daekit.models.placement import hold_ends, input_device, moved
+from daekit.models.placement import free_memory, hold_ends, input_device, moved
 from daekit.models.split_loading import waits
 from daekit.models.start_checks import require_plain_head
 from daekit.models.vocabulary import require_same
@@ -77,6 +77,7 @@ class ModelTeacher:
         if self._identity is None and waits(self.model):
             sharding.split(self.model)
             require_plain_head(self.model, self._vocab_size)
+            free_memory()
             self._identity = self.identity()
         elif self._identity is None:
             self._identity = self.identity()

@@ -16,6 +16,7 @@ from trl.trainer.utils import create_model_from_path
 
 from daekit.errors import UserError
 from daekit.models.loading import ALWAYS, load_tokenizer_of, load_whole
+from daekit.models.placement import free_memory
 from daekit.models.split_loading import give_back_pieces, read_parts, waits
 from daekit.models.start_checks import require_plain_head, require_rows_apart
 from daekit.models.vocabulary import require_same, vocabulary_size
@@ -85,6 +86,7 @@ def read_student(trainer: Any) -> None:
     read_parts(trainer.model)
     look_at_student(trainer)
     give_back_pieces(trainer.model)
+    free_memory()
     trainer.checkpoints.student_is_read()
 
 
