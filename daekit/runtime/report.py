@@ -148,7 +148,7 @@ def _notes(recipe: Recipe, sets: Mapping[str, EvaluationSet], data: DataBuilder)
         )
     rules = {name: LossRule.of(stage) for name, stage in recipe.stages.items()}
     for name in [name for name, rule in rules.items() if rule != data.report_rule]:
-        yield f"Stage {name} was trained on other tokens than those that are scored here (assistant_only_loss)."
+        yield f"Stage {name} was trained on other tokens than are scored here (assistant_only_loss, completion_only_loss)."
 
 
 def _reference_domains(recipe: Recipe) -> list[str]:
