@@ -21,6 +21,7 @@ from daekit.errors import UserError, says_disk_is_full
 from daekit.files import write_json
 from daekit.models.identity import hash_tensors
 from daekit.models.sharded import shape_of
+from daekit.models.split_loading import waits
 from daekit.trainers import checkpoint
 from daekit.trainers.distributed import distribution_of
 from daekit.trainers.distributed_state import optimizer_files
@@ -81,11 +82,18 @@ class Checkpoints(TrainerCallback):
             problem = checkpoint.corruption(folder)
             if problem:
                 raise UserError(f"{folder}: cannot be resumed: {problem}")
-        checkpoint.require_same_run(folder, self.facts())
+        if not waits(self.trainer.model):  # else once it is read
+            checkpoint.require_same_run(folder, self.facts())
         needed = optimizer_files(self.trainer)
         if not list(folder.glob(needed)):
             raise UserError(f"{folder}: has no {needed} (save_only_model?), so the run cannot go on from it")
         return folder
+
+    def student_is_read(self) -> None:
+        """What is done when the weights of a student that waited on the disk are there, before those of a checkpoint."""
+        facts = self.facts()
+        if self.resumed is not None:
+            checkpoint.require_same_run(self.resumed, facts)
 
     def save(self, folder: Path, write: Callable[[], None]) -> None:
         """Save by ``write``, the Trainer's own way, commit, then remove older ones; UserError where the disk is full."""

@@ -103,8 +103,35 @@ def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
         changes["teacher"] = four_bits(tiny.model(seed=2, hidden=64), folder / case)
     if "4bit-student" in case:
         student = four_bits(tiny.model(seed=1, hidden=64), folder / case)
+    if "read" in case:
+        student, places = str(folder_of(folder) / ("tied" if "tied" in case else "student")), folder_of(folder)
+        if "bf16" in case:
+            changes["model_init_kwargs"] = {"dtype": "bfloat16"}
+        if case.startswith("kd"):
+            changes["teacher"] = str(places / "expert")
+        else:
+            changes["teachers"] = {"shop": str(places / "expert")}
+            changes.setdefault("reference", str(places / "mixture"))
     method = kd if case.startswith("kd") else dae
     return method(folder, rows(case), student, **changes)
+
+
+def write_models(folder: Path) -> None:
+    """Checkpoints of several shards, under the names of the hub, for the cases that read their models."""
+    models = {
+        "student": tiny.model(seed=1),
+        "tied": tiny.model(seed=1, tie_word_embeddings=True),
+        "expert": tiny.model(seed=2, hidden=48, tie_word_embeddings=True),
+        "mixture": tiny.model("mixtral", seed=4),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / "models" / name, max_shard_size="20KB")
+        tiny.tokenizer().save_pretrained(folder / "models" / name)
+
+
+def folder_of(folder: Path) -> Path:
+    """Where ``write_models`` has put them for a run in ``folder`` or below."""
+    return next(place / "models" for place in (folder, *folder.parents) if (place / "models").is_dir())
 
 
 def four_bits(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
