@@ -17,7 +17,7 @@ from daekit.models.loading import load_model
 from daekit.recipe import load_recipe
 from daekit.recipe.schema import ModelSpec
 from daekit.runtime.run import run_recipe
-from tests.helpers.ddp_run import CASES, ENVIRONMENT, RECIPE, SAME, require_same, train
+from tests.helpers.ddp_run import CASES, ENVIRONMENT, RECIPE, SAME, require_same, train, write_models
 from tests.helpers.trainer_world import relative
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +50,11 @@ def run(engine: str, cases: list[str], folder: Path) -> None:
     launch(engine, str(ROOT / "tests" / "helpers" / "engine_run.py"), engine, str(folder), json.dumps(cases))
 
 
+def run_reading(engine: str, cases: list[str], folder: Path) -> None:
+    write_models(folder)
+    run(engine, cases, folder)
+
+
 def compare(engine: str, cases: list[str], folder: Path) -> None:
     run(engine, cases, folder)
     for case in cases:
@@ -58,7 +63,8 @@ def compare(engine: str, cases: list[str], folder: Path) -> None:
 
 
 def test_fsdp2_equals_one_process(tmp_path: Path) -> None:
-    compare("fsdp2", ["dae-inside-checkpointing-one-domain-per-rank"], tmp_path)
+    write_models(tmp_path)
+    compare("fsdp2", ["dae-inside-checkpointing-one-domain-per-rank", "dae-read"], tmp_path)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.models.experts import PROJECTIONS, is_experts_layer
-from daekit.models.loading import UNREADABLE, adapter_config, first_line, load_model
+from daekit.models.loading import UNREADABLE, adapter_config, first_line, load_model, say_whole
 from daekit.models.restore import ADAPTER_WEIGHTS, restore_adapter
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, on_an_end, read_adapter_config, require_same_base, require_shareable
 from daekit.recipe.schema import ModelSpec
@@ -47,8 +47,10 @@ def base_spec(spec: ModelSpec) -> ModelSpec:
     return spec.model_copy(update={"adapter": None, **base})
 
 
-def load_continued(spec: ModelSpec) -> PeftModel:
+def load_continued(spec: ModelSpec, split: bool = False) -> PeftModel:
     """A student that goes on with the adapter ``spec.adapter``, trainable, on its base in the quantisation of ``spec``.
+
+    ``split`` as in ``load_model``.
 
     Raises:
         UserError: before the base is loaded: an adapter of another base, incomplete, or of a kind that is not supported; then
@@ -60,9 +62,24 @@ def load_continued(spec: ModelSpec) -> PeftModel:
     config = lora_config_of(spec.adapter)
     config.inference_mode = False
     config.revision = base.revision
-    model = get_peft_model(load_model(base), _without_first_values(config))
+    config = _without_first_values(config)
+    reason = reads_base(config) if split else None
+    if reason:
+        say_whole(base.path, reason)
+    model = get_peft_model(load_model(base, split=split and reason is None), config)
     restore_adapter(model, Path(spec.adapter).expanduser(), "default")
     return model
+
+
+def reads_base(config: PeftConfig) -> str | None:
+    """What of a new adapter is made of its base's weights, so that they have to be there; None: nothing."""
+    if not isinstance(config, LoraConfig):
+        return f"an adapter of type {config.peft_type}"
+    if config.modules_to_save or config.trainable_token_indices:
+        return "its adapter holds a copy of some of its weights"
+    if config.use_dora or config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        return "its adapter begins with its weights (DoRA, init_lora_weights)"
+    return None
 
 
 def load_frozen(model: PeftModel, folder: str | Path, name: str) -> None:

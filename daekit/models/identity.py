@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from daekit.models.sharded import gathered
+from daekit.models.sharded import shape_of, values_at
 
 _SAMPLES = 64
 
@@ -30,9 +30,8 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """The hash behind ``fingerprint`` over any named tensors. A collective where they are sharded."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        with gathered(tensor) as whole:
-            flat = whole.flatten()
-            index = torch.linspace(0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
-            values = flat[index.to(flat.device)].double().tolist()
-            digest.update(repr((name, tuple(whole.shape), str(whole.dtype), values)).encode())
+        shape = shape_of(tensor)
+        index = torch.linspace(0, max(shape.numel() - 1, 0), min(_SAMPLES, shape.numel()), dtype=torch.float64).long()
+        values = values_at(tensor, index).tolist()
+        digest.update(repr((name, tuple(shape), str(tensor.dtype), values)).encode())
     return digest.hexdigest()[:16]

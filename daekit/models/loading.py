@@ -39,6 +39,7 @@ from daekit.models.quantization import (
 )
 from daekit.models.quantized_loading import reading_unmapped
 from daekit.models.restore import restore_weights
+from daekit.models.split_loading import CannotWaitError, waiting_model
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from daekit.recipe.schema import ModelSpec
@@ -53,32 +54,46 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, Recursio
 ALWAYS = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
 
 
-def load_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0) -> PreTrainedModel:
+def load_model(
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0, split: bool = False
+) -> PreTrainedModel:
     """Load or build the model of ``spec`` (its ``stage`` already resolved to a path).
 
     Args:
         spec: exactly one of ``path`` and ``config`` is set.
         tokenizer: gives ``vocab_size`` and special tokens to a model built from a config.
         seed: seed of the random weights of a model built from a config.
+        split: FSDP2 is about to split it: leave its weights on the disk until then (``split_loading.py``), where that can be.
 
     Raises:
         UserError: no such directory or hub id, corrupt or incomplete weights, an invalid config, a "4bit" model most of
             whose weights stay in 16 bits.
     """
     if spec.config is not None:
+        if split:
+            say_whole(f"a {spec.config.get('model_type')} model", "its weights are random, and the same ones on every rank")
         return _from_config(spec, tokenizer, seed)
     assert spec.path is not None, "a recipe's stages are resolved before their models are loaded"
     directory = Path(spec.path).expanduser()
     if (directory / ADAPTER_CONFIG).is_file():
+        if split:
+            say_whole(spec.path, "an adapter is merged into its base")
         return _merged_adapter(directory, spec)
-    return _from_pretrained(spec)
+    return _from_pretrained(spec, split)
 
 
-def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
+def say_whole(path: object, reason: object) -> None:
+    """Tell the user, once per machine, that every rank reads a model whole although it is split."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{path}: read whole by each rank ({reason})", flush=True)
+
+
+def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any], split: bool = False) -> PreTrainedModel:
     """``load(path, **arguments)``, which is ``from_pretrained`` or takes its arguments; no weight is left to chance.
 
-    With ``quantization_config`` of bitsandbytes experts are quantised, too, while they are read. A checkpoint that was saved in
-    4 or 8 bits is looked at in the same way.
+    With ``split`` its weights stay on the disk until FSDP2 has split it (see ``load_model``). With ``quantization_config`` of
+    bitsandbytes experts are quantised, too, while they are read; a checkpoint that was saved in 4 or 8 bits is looked at in the
+    same way.
 
     Raises:
         UserError: no model there, a pickle, unreadable weights, a missing shard, missing weights or weights of another shape; a
@@ -93,6 +108,14 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
             "base and give trust_remote_code there, or leave it out."
         )
     config = arguments.get("quantization_config")
+    reason = _why_whole(path, arguments) if split else "not split"
+    if reason is None:
+        try:
+            return waiting_model(lambda: _read(load, path, arguments))[0]
+        except CannotWaitError as error:
+            reason = str(error)
+    if split:
+        say_whole(path, reason)
     if isinstance(config, BitsAndBytesConfig):
         if method := quantised_by(path, revision):
             raise UserError(
@@ -101,9 +124,9 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
             )
         require_supported(config, rank_device(), path)
         with reading_unmapped():
-            model = _load_whole(load, path, {**arguments, "quantization_config": with_experts(config)})
+            model, _ = _read(load, path, {**arguments, "quantization_config": with_experts(config)})
     else:
-        model = _load_whole(load, path, arguments)
+        model, _ = _read(load, path, arguments)
     if isinstance(getattr(model.config, "quantization_config", None), BitsAndBytesConfig):  # ours, or that of the checkpoint
         line = require_quantised(model, path)
         require_whole_blocks(model, path)
@@ -111,6 +134,15 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
             print(line, flush=True)
         keep_four_bit_weights(model)
     return model
+
+
+def _why_whole(path: str, arguments: Mapping[str, Any]) -> str | None:
+    """Why a model has to be read whole, as far as arguments of ``from_pretrained`` and its config tell; None: it can wait."""
+    if arguments.get("quantization_config") is not None or quantised_by(path, arguments.get("revision")):
+        return "it is quantised"
+    if arguments.get("device_map") is not None:
+        return "it is offloaded or has a device_map"
+    return "trust_remote_code" if arguments.get("trust_remote_code") else None
 
 
 def quantised_by(path: str, revision: str | None) -> str | None:
@@ -123,10 +155,11 @@ def quantised_by(path: str, revision: str | None) -> str | None:
     return str(settings.get("quant_method")) if settings else None
 
 
-def _load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
+def _read(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
+    """``load(path, **arguments)``: the model and transformers' loading info, or UserError."""
     try:
         model, info = load(path, **arguments, **ALWAYS)
-    except UserError:
+    except (UserError, CannotWaitError):
         raise
     except UNREADABLE as error:
         raise UserError(
@@ -137,7 +170,7 @@ def _load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any
     if broken:
         some = "; ".join(f"{len(keys)} {what.replace('_', ' ')} such as {keys[0]}" for what, keys in broken.items())
         raise UserError(f"{path}: the checkpoint does not fill the model: {some}. It is incomplete or of another model.")
-    return model
+    return model, info
 
 
 def require_shards(directory: Path) -> None:
@@ -206,7 +239,7 @@ def _refuse_unknown(fields: dict[str, Any], config: PreTrainedConfig) -> None:
             raise UserError(f"config of a {config.model_type} model: {key}={fields[key]!r} is not a field of it.{hint}")
 
 
-def _from_pretrained(spec: ModelSpec) -> PreTrainedModel:
+def _from_pretrained(spec: ModelSpec, split: bool) -> PreTrainedModel:
     arguments: dict[str, Any] = {"dtype": _DTYPES.get(spec.dtype, "auto")}
     if spec.attn_implementation:
         arguments["attn_implementation"] = spec.attn_implementation
@@ -219,7 +252,7 @@ def _from_pretrained(spec: ModelSpec) -> PreTrainedModel:
         require_devices(spec.device_map, str(spec.path))
         arguments["device_map"] = device_map_of(spec.device_map)
     arguments |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    model = load_whole(AutoModelForCausalLM.from_pretrained, str(spec.path), arguments)
+    model = load_whole(AutoModelForCausalLM.from_pretrained, str(spec.path), arguments, split)
     if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
         raise UserError(
             f"{spec.path}: device_map={spec.device_map} leaves some of it on the disk, as it does not fit in memory. "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -93,3 +95,5 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError, OSError):  # glibc keeps freed blocks of up to 32 MB, other libraries do not
+        ctypes.CDLL(None).malloc_trim(0)

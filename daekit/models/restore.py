@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.models.sharded import assign, is_sharded, shape_of, whole
+from daekit.models.split_loading import can_read_parts, give_back_pieces, read_into
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -21,8 +24,8 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
     """Load the weights saved in ``folder`` into ``model`` in place; dtypes stay those of the model.
 
     The Trainer's own way (``load_state_dict(strict=False)``) leaves the experts of a Mixtral as they are, because they are
-    saved under other names than they live under; ``from_pretrained`` knows the conversion. Needs host memory for a second
-    copy of the student while it loads.
+    saved under other names than they live under; ``from_pretrained`` knows the conversion. Under FSDP2 each rank reads its
+    part; elsewhere this needs host memory for a second copy of the student while it loads.
 
     Raises:
         UserError: the weights are missing or unreadable; one of them is missing, left over or of another shape.
@@ -31,8 +34,10 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
         restore_adapter(model, folder, model.active_adapter)
         return
     base = base_of(model)
-    try:
-        loaded, info = type(base).from_pretrained(
+    give_back_pieces(model)
+
+    def load() -> Any:
+        return type(base).from_pretrained(
             folder,
             config=base.config,
             dtype="auto",
@@ -40,10 +45,16 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
             ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
         )
+
+    in_parts = can_read_parts() and any(isinstance(parameter, DTensor) for parameter in base.parameters())
+    try:
+        loaded, info = read_into(base, load) if in_parts else load()
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: its weights cannot be read ({error})") from error
     if wrong := {what: sorted(map(str, keys)) for what, keys in info.items() if keys and what.endswith("_keys")}:
         raise UserError(f"{folder}: its weights do not fit the student: {wrong}")
+    if in_parts:
+        return
     if any(map(is_sharded, base.parameters())):
         _assign_all(base, loaded)
     else:

@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from daekit.protocol import OutputHead
 
@@ -50,6 +51,21 @@ def whole(parameter: Tensor) -> Tensor:
     """A copy of a parameter in host memory, gathered as by ``gathered``."""
     with gathered(parameter) as tensor:
         return tensor.cpu().clone()
+
+
+def values_at(parameter: Tensor, index: Tensor) -> Tensor:
+    """Float64 values at flat positions of a parameter; a collective where it is sharded. Parts of FSDP2's are not gathered."""
+    if not (isinstance(parameter, DTensor) and parameter.placements == (Shard(0),)):
+        with gathered(parameter) as tensor:
+            return tensor.flatten()[index.to(tensor.device)].double()
+    mesh, local = parameter.device_mesh, parameter._local_tensor.detach().flatten()
+    rows = -(-parameter.shape[0] // mesh.size())
+    here = index.to(local.device) - mesh.get_local_rank() * rows * (parameter.numel() // parameter.shape[0])
+    mine = (here >= 0) & (here < local.numel())
+    bits = torch.zeros(len(index), dtype=torch.int64, device=local.device)  # a sum of floats would lose the sign of zero
+    bits[mine] = local[here[mine]].double().view(torch.int64)
+    dist.all_reduce(bits, group=mesh.get_group())
+    return bits.view(torch.float64)
 
 
 def is_sharded(parameter: Tensor) -> bool:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from daekit.errors import UserError
 from daekit.models.backbone import backbone_of, base_of, can_run, frozen_forward
 from daekit.models.heads import head_logits, output_head
+from daekit.models.sharded import whole_heads
 from daekit.protocol import packed_lengths
 
 _TOKENS = 16
@@ -43,17 +44,22 @@ def require_plain_head(model: PreTrainedModel, vocab_size: int) -> None:
         compared = [(hidden, theirs)]
         noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
         noise *= hidden.float().pow(2).mean().sqrt().to(hidden.dtype)
-        largest = head_logits(noise[0], output_head(model, size)).abs().max()
+        largest = _logits(model, noise[0], size).abs().max()
         noise = torch.stack([noise, noise * (_HIGH / largest.clamp(min=0.1))])
         compared += [_run_head(model, ids, size, replacement) for replacement in noise]
         for states, logits in compared:
-            ours = head_logits(states[0], output_head(model, size)).to(logits.device)
+            ours = _logits(model, states[0], size).to(logits.device)
             allowed = 2e-2 if states.dtype.itemsize < 4 else 1e-4
             if not (ours - logits).abs().max() <= allowed * logits.abs().max():
                 raise UserError(
                     f"{type(base).__name__}: its logits are not its output head applied to its last hidden states, "
                     "so a loss on hidden states would not be a loss on its distribution. This architecture is not supported."
                 )
+
+
+def _logits(model: nn.Module, states_TH: Tensor, size: int) -> Tensor:
+    with whole_heads([output_head(model, size)]) as heads:
+        return head_logits(states_TH, heads[0])
 
 
 def require_rows_apart(model: nn.Module, who: str) -> None:

@@ -43,9 +43,9 @@ class ModelBuilder:
             return spec
         return ModelSpec(path=str(self.folder.student(student_key(recipe, name)).model.resolve()))
 
-    def student(self, recipe: Recipe, name: str, seed: int) -> PreTrainedModel:
+    def student(self, recipe: Recipe, name: str, seed: int, split: bool = False) -> PreTrainedModel:
         """The model that a stage begins with."""
-        return self.model(self.start_of(recipe, name), seed)
+        return self.model(self.start_of(recipe, name), seed, split)
 
     def look_at(self, spec: ModelSpec) -> None:
         """Whether a model can be loaded, as far as its config, tokenizer and the headers of its files say; once for each.
@@ -112,7 +112,7 @@ class ModelBuilder:
         stage = self.folder.stage(origin)  # a stage whose result is merged keeps its adapter beside it
         return spec.model_copy(update={"adapter": str((stage.adapter if stage.adapter.is_dir() else stage.model).resolve())})
 
-    def model(self, spec: ModelSpec, seed: int = 0) -> PreTrainedModel | PeftModel:
+    def model(self, spec: ModelSpec, seed: int = 0, split: bool = False) -> PreTrainedModel | PeftModel:
         """Load or make a model, or a base with the adapter that its stage continues.
 
         Its tokenizer is compared with the run's before its weights are loaded.
@@ -120,6 +120,7 @@ class ModelBuilder:
         Args:
             spec: what to load or make.
             seed: seed of the random weights of a model made from a config.
+            split: FSDP2 is about to split it, see ``load_model``.
 
         Raises:
             UserError: see ``daekit.models.loading``; another tokenizer.
@@ -128,17 +129,20 @@ class ModelBuilder:
         base = base_spec(placed)
         if base.path is not None:
             require_same(self.tokenizer, load_tokenizer_of(base), base.path)
-        return load_model(placed, self.tokenizer, seed) if placed.adapter is None else load_continued(placed)
+        return load_model(placed, self.tokenizer, seed, split) if placed.adapter is None else load_continued(placed, split)
 
-    def teacher(self, spec: TeacherSpec) -> Teacher:
-        """A teacher or an ensemble of teachers, frozen; labels. Whether it is cached does not matter here."""
+    def teacher(self, spec: TeacherSpec, split: bool = False) -> Teacher:
+        """A teacher or an ensemble of teachers, frozen; labels. Whether it is cached does not matter here.
+
+        ``split``: a trainer is about to split its models over the ranks, see ``load_model``.
+        """
         if spec.labels:
             return LabelTeacher()
         if spec.model is not None:
-            return self._single(spec.model)
+            return self._single(spec.model, split)
         if spec.server is not None:
             return self.served(spec)
-        members = [self._single(member.model) for member in spec.ensemble]
+        members = [self._single(member.model, split) for member in spec.ensemble]
         return EnsembleTeacher(members, [member.weight for member in spec.ensemble], spec.average)
 
     def served(self, spec: TeacherSpec) -> ServerTeacher:
@@ -147,9 +151,9 @@ class ModelBuilder:
         options = dict(spec.server) | ({} if spec.cache is None else {"k": spec.cache.k})
         return ServerTeacher(vocab_size=vocabulary_size(self.tokenizer), allowed=self.allowed, **options)
 
-    def teachers(self, specs: Mapping[str, TeacherSpec]) -> dict[str, Teacher]:
+    def teachers(self, specs: Mapping[str, TeacherSpec], split: bool = False) -> dict[str, Teacher]:
         """Domain -> teacher; one object for equal specs, so that a teacher of two domains is loaded once and runs once."""
-        loaded = {text: self.teacher(spec) for text, spec in {repr(spec): spec for spec in specs.values()}.items()}
+        loaded = {text: self.teacher(spec, split) for text, spec in {repr(spec): spec for spec in specs.values()}.items()}
         return {domain: loaded[repr(spec)] for domain, spec in specs.items()}
 
     def require_adapters_fit(self, stage: StageSpec) -> None:
@@ -189,11 +193,11 @@ class ModelBuilder:
         assert isinstance(completed, RoutedTeacher)
         return completed.routes
 
-    def _single(self, spec: ModelSpec) -> Teacher:
+    def _single(self, spec: ModelSpec, split: bool) -> Teacher:
         if spec.adapter is not None:
             return BASE if spec.adapter == BARE_BASE else AdapterPath(self.placed(spec).adapter)
         name = spec.stage or spec.path or "teacher"
-        return ModelTeacher(self.model(spec), vocabulary_size(self.tokenizer), name, offload=spec.offload)
+        return ModelTeacher(self.model(spec, split=split), vocabulary_size(self.tokenizer), name, offload=spec.offload)
 
 
 def specs_of(stage: StageSpec) -> Iterator[tuple[str, ModelSpec]]:

@@ -25,6 +25,7 @@ from daekit.trainers import (
     KDConfig,
     KDTrainer,
 )
+from daekit.trainers.distributed import reads_parts
 from daekit.trainers.progress import ProgressCallback
 
 
@@ -90,14 +91,17 @@ def _trainer_of(
     models.require_adapters_fit(stage)
     given = common["args"], common["train_dataset"], common["eval_dataset"]
     caches = make_caches(recipe, name, models, *given, held_out_rows(recipe, name, data))
-    student = models.student(recipe, name, common["args"].seed)
+    args, split = common["args"], stage.type != "sft" and reads_parts(common["args"])
+    student = models.student(recipe, name, args.seed, reads_parts(args, student=True, adapter=common["peft_config"]))
     if stage.type == "sft":
         return DomainSFTTrainer(student, **common)
     if stage.type == "kd":
-        return KDTrainer(student, caches.get(("teacher",)) or models.teacher(stage.teacher), **common)
+        return KDTrainer(student, caches.get(("teacher",)) or models.teacher(stage.teacher, split), **common)
     live = {domain: spec for domain, spec in stage.teachers.items() if ("teachers", domain) not in caches}
-    teachers: dict[str, Any] = models.teachers(live) | {str(key[1]): c for key, c in caches.items() if key[0] == "teachers"}
-    reference = caches.get(("reference",)) or (models.teacher(stage.reference) if stage.reference else None)
+    teachers: dict[str, Any] = models.teachers(live, split) | {
+        str(key[1]): c for key, c in caches.items() if key[0] == "teachers"
+    }
+    reference = caches.get(("reference",)) or (models.teacher(stage.reference, split) if stage.reference else None)
     return DAETrainer(student, teachers, reference, **common)
 
 

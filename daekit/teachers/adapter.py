@@ -19,7 +19,8 @@ from daekit.models.backbone import add_on_hidden, base_of, frozen_forward
 from daekit.models.features import layers_of, states_and_features
 from daekit.models.heads import output_head
 from daekit.models.identity import hash_tensors
-from daekit.models.sharded import whole
+from daekit.models.sharded import is_sharded, whole
+from daekit.models.split_loading import waits
 from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, TeacherOutput
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers.sharding import Sharding
@@ -166,8 +167,9 @@ class AdapterTeacher:
         return self
 
     def shard(self, sharding: Sharding) -> None:
-        """Nothing to split: the weights are split with the student's. The fingerprint is taken before."""
-        self._identity = self.identity()
+        """Nothing to split: the weights are split with the student's. The fingerprint is taken before, if they are there."""
+        if not waits(self.model):
+            self._identity = self.identity()
 
     def identity(self) -> dict[str, object]:
         """Fingerprints of the adapter (None: the bare base) and of the base without any adapter."""
@@ -177,7 +179,10 @@ class AdapterTeacher:
         learnt = {id(parameter) for parameters in adapters.values() for parameter in parameters.values()}
         base = hash_tensors((name, p) for name, p in base_of(self.model).named_parameters() if id(p) not in learnt)
         weights = None if self.adapter is None else hash_tensors(adapters[self.adapter].items())
-        return {"kind": "adapter", "weights": weights, "base": base}
+        found: dict[str, object] = {"kind": "adapter", "weights": weights, "base": base}
+        if any(map(is_sharded, self.model.parameters())):  # gathered once; these weights do not change
+            self._identity = found
+        return found
 
 
 def current_outputs(model: PeftModel, batch: Batch, vocab_size: int, capture: FeatureSpec | None = None) -> list[TeacherOutput]:

@@ -11,7 +11,8 @@ from daekit.models.heads import output_head
 from daekit.models.identity import fingerprint
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.offload import LayerOffload
-from daekit.models.placement import hold_ends, input_device, moved
+from daekit.models.placement import free_memory, hold_ends, input_device, moved
+from daekit.models.split_loading import waits
 from daekit.models.start_checks import require_plain_head
 from daekit.models.vocabulary import require_same
 from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, OutputHead, TeacherOutput
@@ -40,14 +41,20 @@ class ModelTeacher:
         add_on_hidden(model)
         self._vocab_size = vocab_size
         self._identity: dict[str, object] | None = None
-        require_plain_head(model, vocab_size)  # also finds a head that is too narrow, here and not in the first step
+        if not waits(model):
+            require_plain_head(model, vocab_size)  # also finds a head that is too narrow, here and not in the first step
 
     @classmethod
-    def from_pretrained(cls, path: str, student_tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> ModelTeacher:
-        """Load a teacher from a directory or hub id; its tokenizer is compared before its weights are loaded."""
+    def from_pretrained(
+        cls, path: str, student_tokenizer: PreTrainedTokenizerBase, vocab_size: int, split: bool = False
+    ) -> ModelTeacher:
+        """Load a teacher from a directory or hub id; its tokenizer is compared before its weights are loaded.
+
+        With ``split`` its weights are read when a trainer splits it over the ranks (``load_model``).
+        """
         spec = ModelSpec(path=path)
         require_same(student_tokenizer, load_tokenizer_of(spec), path)
-        return cls(load_model(spec), vocab_size, path)
+        return cls(load_model(spec, split=split), vocab_size, path)
 
     def frozen_models(self) -> list[tuple[str, PreTrainedModel]]:
         """See ``TeacherOfModels``."""
@@ -63,8 +70,16 @@ class ModelTeacher:
         return self
 
     def shard(self, sharding: Sharding) -> None:
-        """Split the model, once, unless a device map or offloading has placed it; its fingerprint is taken before."""
-        if self._identity is None:
+        """Split the model, once, unless a device map or offloading has placed it; its fingerprint is taken before.
+
+        One that waits on the disk is read then, and only after that looked at.
+        """
+        if self._identity is None and waits(self.model):
+            sharding.split(self.model)
+            require_plain_head(self.model, self._vocab_size)
+            free_memory()
+            self._identity = self.identity()
+        elif self._identity is None:
             self._identity = self.identity()
             if self._offload or getattr(self.model, "hf_device_map", None):
                 self.to(sharding.device)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from daekit.models.backbone import decoder_layers
+from daekit.models.split_loading import read_parts, waits
 from daekit.protocol import IGNORE_INDEX, Batch, Teacher, packed_lengths
 
 
@@ -37,12 +38,16 @@ class Sharding:
     def split(self, model: PreTrainedModel) -> None:
         """Leave a part of a frozen model on each rank, in place and rounded as the student is; a quantised one stays as it is.
 
+        Of one that waits on the disk each rank then reads its part.
+
         bitsandbytes packs its weights into bytes whose scales belong to whole matrices, so they are not cut into parts.
         """
         if getattr(model, "is_quantized", False):
             return
         if self._fsdp:
             self._split_fsdp(model)
+            if waits(model):
+                read_parts(model)
             return
         config = self._accelerator.state.deepspeed_plugin.deepspeed_config
         # DeepSpeed casts the student to bf16 itself, where DDP has autocast and FSDP2 its policy

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.models.backbone import base_of, frozen_copy
+from daekit.models.split_loading import another, waits
 from daekit.protocol import Teacher
 from daekit.teachers import AdapterTeacher, ModelTeacher, OnStudent, RoutedTeacher, unknown_domain
 from daekit.trainers.config import DAEConfig
+from daekit.trainers.distributed import reads_parts
 from daekit.trainers.given import as_teacher, tokenizer_of
 from daekit.trainers.kd import KDTrainer
 
@@ -58,8 +60,9 @@ class DAETrainer(KDTrainer):
         _check_domains(teachers, reference_domains, [train_dataset, *others])
         tokenizer = processing_class or tokenizer_of(model, args)
         given = dict(teachers) | dict.fromkeys(reference_domains, _StudentAsItStands() if reference is None else reference)
+        split = args is not None and reads_parts(args)
         # a teacher of several domains is loaded once, and runs once per batch
-        loaded = {each: as_teacher(each, tokenizer, model) for each in dict.fromkeys(given.values())}
+        loaded = {each: as_teacher(each, tokenizer, model, split) for each in dict.fromkeys(given.values())}
         self._domains = list(given)
         routed = RoutedTeacher({domain: loaded[each] for domain, each in given.items()})
         super().__init__(model, routed, args, train_dataset, tokenizer, **sft_arguments)
@@ -75,7 +78,8 @@ class _StudentAsItStands(OnStudent):
         """A copy of its adapter on the same base, or of the whole model."""
         if isinstance(student, PeftModel):
             return AdapterTeacher.copy_of_active(student, "daekit_reference", vocab_size)
-        return ModelTeacher(frozen_copy(base_of(student)), vocab_size, "reference")
+        base = base_of(student)
+        return ModelTeacher(another(base) if waits(base) else frozen_copy(base), vocab_size, "reference")
 
 
 def _check_domains(teachers: Mapping[str, object], reference_domains: list[str], datasets: list[Any]) -> None:

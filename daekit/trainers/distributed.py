@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_deepspeed_available, str_to_bool
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainingArguments
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from daekit.errors import UserError
+from daekit.models.adapters import reads_base
+from daekit.models.loading import say_whole
 
 _RANK = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # set by a launcher of ranks
 
@@ -113,6 +116,34 @@ def _refuse_fsdp(args: TrainingArguments) -> None:
             "fsdp_cpu_ram_efficient_loading: true is not supported: only the first rank would hold the weights of student and "
             "teachers when they are checked and frozen. Set it to false."
         )
+
+
+def reads_parts(args: SFTConfig, student: bool = False, adapter: PeftConfig | None = None) -> bool:
+    """Whether each rank shall read its own part of the models from the disk (``split_loading.py``): under FSDP2.
+
+    Where something stands against it, the user is told so.
+
+    Args:
+        args: the trainer's.
+        student: whether it is about the student, which its trainer puts more on than a teacher.
+        adapter: that the trainer will put on the student.
+    """
+    if not _asks_for_fsdp(args) or args.world_size == 1:
+        return False
+    plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
+    reasons: dict[str, Any] = {"fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy)}
+    if student:
+        compiles = args.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO") != "NO"
+        reasons |= {
+            "fsdp_activation_checkpointing": plugin.activation_checkpointing,
+            "torch_compile": compiles,
+            "chat_template_path": args.chat_template_path,
+            str(adapter and reads_base(adapter)): adapter is not None and reads_base(adapter),
+        }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        say_whole("the student" if student else "teachers", found[0])
+    return not found
 
 
 def _refuse_deepspeed(args: TrainingArguments) -> None:

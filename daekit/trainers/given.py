@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +16,9 @@ from trl.trainer.utils import create_model_from_path
 
 from daekit.errors import UserError
 from daekit.models.loading import ALWAYS, load_tokenizer_of, load_whole
-from daekit.models.start_checks import require_rows_apart
+from daekit.models.placement import free_memory
+from daekit.models.split_loading import give_back_pieces, read_parts, waits
+from daekit.models.start_checks import require_plain_head, require_rows_apart
 from daekit.models.vocabulary import require_same, vocabulary_size
 from daekit.protocol import Teacher
 from daekit.recipe.schema import ModelSpec
@@ -26,8 +29,10 @@ from daekit.teachers.sharding import Sharding, shard_teacher
 logger = logging.getLogger(__name__)
 
 
-def load_student(path: str, args: SFTConfig, quantization_config: Any = None) -> PreTrainedModel:
+def load_student(path: str, args: SFTConfig, quantization_config: Any = None, split: bool = False) -> PreTrainedModel:
     """Load a student as SFTTrainer does (``args.model_init_kwargs``; float32 unless told otherwise), and whole.
+
+    With ``split`` its weights are read when FSDP2 has split it (``read_student``).
 
     Raises:
         UserError: weights that are missing, of another shape, or a pickle; ``quantization_config`` given twice.
@@ -46,7 +51,43 @@ def load_student(path: str, args: SFTConfig, quantization_config: Any = None) ->
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         arguments["device_map"] = None  # "auto" would spread the student over the devices of the other ranks
     arguments.setdefault("trust_remote_code", args.trust_remote_code)
-    return load_whole(create_model_from_path, path, arguments)
+    return load_whole(create_model_from_path, path, arguments, split)
+
+
+def look_at_student(trainer: Any) -> None:
+    """Try the student on a few tokens, unless its weights wait on the disk; then it is done once they are read.
+
+    Raises:
+        UserError: NaN, a head of another kind, packed rows that it does not keep apart.
+    """
+    if waits(trainer.model):
+        return
+    require_plain_head(trainer.model, trainer.vocab_size)
+    if trainer.padding_free:
+        require_rows_apart(trainer.model, "student")
+
+
+def make_room(trainer: Any) -> None:
+    """Before FSDP2 splits a student that waits on the disk: accelerate would fill a whole copy in float32."""
+    if waits(trainer.model) and trainer.accelerator.mixed_precision != "no":
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.data = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+
+
+def read_student(trainer: Any) -> None:
+    """Read the rank's part of a student that FSDP2 has split, and look at it as at any other; nothing of one that is there.
+
+    Raises:
+        UserError: see ``look_at_student``; a resumed checkpoint of another student.
+    """
+    if not waits(trainer.model):
+        return
+    read_parts(trainer.model)
+    look_at_student(trainer)
+    give_back_pieces(trainer.model)
+    free_memory()
+    trainer.checkpoints.student_is_read()
 
 
 def tokenizer_of(model: Any, args: SFTConfig | None = None) -> PreTrainedTokenizerBase:
@@ -71,15 +112,18 @@ def name_of(model: Any) -> str:
 
 
 def as_teacher(
-    teacher: str | Path | PreTrainedModel | PeftModel | Teacher, tokenizer: PreTrainedTokenizerBase, student: Any = None
+    teacher: str | Path | PreTrainedModel | PeftModel | Teacher,
+    tokenizer: PreTrainedTokenizerBase,
+    student: Any = None,
+    split: bool = False,
 ) -> Teacher:
-    """A Teacher from whatever names one: a path or hub id, a model; a Teacher as it is.
+    """A Teacher from whatever names one: a path or hub id, a model; a Teacher as it is. ``split`` as in ``load_model``.
 
     Raises:
         UserError: another tokenizer, the student's own model, or something that is no teacher.
     """
     if isinstance(teacher, str | Path):
-        return ModelTeacher.from_pretrained(str(teacher), tokenizer, vocabulary_size(tokenizer))
+        return ModelTeacher.from_pretrained(str(teacher), tokenizer, vocabulary_size(tokenizer), split)
     if isinstance(teacher, PreTrainedModel | PeftModel):
         if isinstance(student, nn.Module) and {*map(id, teacher.parameters())} & {*map(id, student.parameters())}:
             raise UserError("the teacher is the student itself: as a frozen teacher it could not be trained. Load it twice.")

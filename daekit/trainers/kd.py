@@ -26,17 +26,26 @@ from daekit.data.responses import require_markers
 from daekit.errors import UserError
 from daekit.models.backbone import add_on_hidden
 from daekit.models.restore import restore_weights
-from daekit.models.start_checks import require_plain_head, require_rows_apart
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.models.vocabulary import known_ids, vocabulary_size
 from daekit.protocol import Teacher
 from daekit.teachers.parts import frozen_models, require_on_student
 from daekit.trainers.config import DomainSFTConfig, KDConfig
 from daekit.trainers.data import RowPreparation
-from daekit.trainers.distributed import require_distribution, require_wrapped, rounding
+from daekit.trainers.distributed import reads_parts, require_distribution, require_wrapped, rounding
 from daekit.trainers.distributed_state import load_foreign_optimizer, reading_safely, save_fsdp_state
 from daekit.trainers.features import FeatureLosses
-from daekit.trainers.given import as_teacher, completed_teacher, load_student, name_of, spec_of, tokenizer_of
+from daekit.trainers.given import (
+    as_teacher,
+    completed_teacher,
+    load_student,
+    look_at_student,
+    make_room,
+    name_of,
+    read_student,
+    spec_of,
+    tokenizer_of,
+)
 from daekit.trainers.loss import counted, divergence_metric, divided, summed_losses, teacher_outputs
 from daekit.trainers.projections import Projections, forget_projections, without_projections
 from daekit.trainers.ranks import drawn
@@ -101,12 +110,13 @@ class KDTrainer(SFTTrainer):
         if args.assistant_only_loss and args.chat_template_path is None:
             require_markers(tokenizer)
         if teacher is not None:
-            teacher = as_teacher(teacher, tokenizer, student=model)
+            teacher = as_teacher(teacher, tokenizer, student=model, split=isinstance(teacher, str | Path) and reads_parts(args))
             spec = spec_of(model, args) if isinstance(model, str) else None
             require_on_student(teacher, isinstance(model, PeftModel) or sft_arguments.get("peft_config") is not None, spec)
         size, init_kwargs = vocabulary_size(tokenizer), args.model_init_kwargs
         if isinstance(model, str):
-            model = load_student(model, args, sft_arguments.pop("quantization_config", None))
+            split = reads_parts(args, student=True, adapter=sft_arguments.get("peft_config"))
+            model = load_student(model, args, sft_arguments.pop("quantization_config", None), split)
             args = copy.copy(args)
             args.model_init_kwargs = None  # used; SFTTrainer would say that they are not
         refuse_adapter(model, sft_arguments.get("peft_config"))
@@ -143,10 +153,8 @@ class KDTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self.vocab_size = vocabulary_size(self.processing_class)
         add_on_hidden(self.model)
-        require_plain_head(self.model, self.vocab_size)
+        look_at_student(self)
         require_balancing_loss(self)
-        if self.padding_free:
-            require_rows_apart(self.model, "student")
 
     @property
     def _projections(self) -> Projections | None:
@@ -310,13 +318,16 @@ class KDTrainer(SFTTrainer):
             super()._load_rng_state(checkpoint)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        make_room(self)
         with reading_safely(self):
             prepared = super()._prepare_for_training(*args, **kwargs)
+        read_student(self)
         if self.checkpoints.resumed is not None and self._projections is not None:
             self._projections.load(self.checkpoints.resumed)
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        read_student(self)  # the base of an adapter is not in a checkpoint
         restore_weights(model or self.model, student_folder(self.model, Path(resume_from_checkpoint)))
 
     def _load_best_model(self) -> None:

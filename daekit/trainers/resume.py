@@ -20,6 +20,7 @@ from daekit.errors import UserError, says_disk_is_full
 from daekit.files import write_json
 from daekit.models.identity import hash_tensors
 from daekit.models.sharded import shape_of
+from daekit.models.split_loading import waits
 from daekit.trainers import checkpoint
 from daekit.trainers.distributed_state import optimizer_files
 from daekit.trainers.machines import by_main, require_same, require_shared
@@ -59,7 +60,8 @@ class Checkpoints(TrainerCallback):
         output_dir = Path(args.output_dir)
         require_shared(output_dir)
         self.resumed = self._resumable(output_dir, resume) if resume else None
-        require_same(self.facts)
+        if not waits(trainer.model):
+            require_same(self.facts)
         if args.should_save:
             checkpoint.clear_partial(output_dir)
             self._start = checkpoint.start_of(self.resumed, output_dir)
@@ -75,7 +77,8 @@ class Checkpoints(TrainerCallback):
         """The checkpoint to resume from; the main process hashes its files, which for a large student takes a while."""
         folder = by_main(lambda: self._whole(output_dir, wanted))
         keep_global_batch(self.trainer, folder, checkpoint.facts_of(folder)["batch"])
-        checkpoint.require_same_run(folder, self.facts())
+        if not waits(self.trainer.model):  # else once it is read
+            checkpoint.require_same_run(folder, self.facts())
         needed = optimizer_files(self.trainer)
         if not list(folder.glob(needed)):
             raise UserError(f"{folder}: has no {needed} (save_only_model?), so the run cannot go on from it")
@@ -91,6 +94,13 @@ class Checkpoints(TrainerCallback):
         if problem := checkpoint.corruption(folder):
             raise UserError(f"{folder}: cannot be resumed: {problem}")
         return folder
+
+    def student_is_read(self) -> None:
+        """What is done when the weights of a student that waited on the disk are there, before those of a checkpoint."""
+        facts = self.facts()
+        require_same(lambda: facts)
+        if self.resumed is not None:
+            checkpoint.require_same_run(self.resumed, facts)
 
     def save(self, folder: Path, write: Callable[[], None]) -> None:
         """Save by ``write``, the Trainer's own way, commit, then remove older ones; UserError where the disk is full."""

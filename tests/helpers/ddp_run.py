@@ -48,19 +48,22 @@ CASES += [
 
 ON_POLICY = {"on_policy_fraction": 0.5, "max_new_tokens": 8, "rollout_buffer": 2}
 CASES += ["kd-on-policy", "dae-on-policy-lora-reference", "kd-normalize-rows"]
+TOLD = ["kd-told", "dae-told", "kd-told-packed", "dae-told-packed", "dae-told-lora-reference"]
 
 
 def rows(case: str) -> Dataset:
     """Eight rows of unequal lengths, in the order in which rank r gets rows r*2, r*2+1 of every global batch of four."""
-    made = []
-    for index in range(8):
-        length = 4 + (index * 7) % 9
+    made: list[dict[str, Any]] = []
+    for index in range(32 if "packed" in case else 8):
+        length = (5, 7)[index // 2 % 2] if "packed" in case else 4 + (index * 7) % 9  # a block of 12 has one row of each
         ids = [3 + (5 * index + step) % 40 for step in range(length)]
         ids += [tiny.WORDS.index("</s>")] if "on-policy" in case else []
         second_rank = index % 4 >= 2
         domain = ("shop", "general")[second_rank if "one-domain-per-rank" in case else index % 2]
         prompt = len(ids) if "one-rank-all-masked" in case and second_rank else 1 + index % 3
         made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "domain": domain})
+        if "told" in case:  # two rows of three have a prompt of its own length for their teacher
+            made[-1]["teacher_prompt_ids"] = [3 + (3 * index + step) % 40 for step in range(index % 3 * 4)]
     return Dataset.from_list(made)
 
 
@@ -84,6 +87,10 @@ def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
         changes["reference"] = None
     if "on-policy" in case:
         changes |= ON_POLICY
+    if "told" in case:
+        changes["eval_dataset"] = rows(case).select(range(7))
+    if "packed" in case:
+        changes |= dict(packing=True, packing_strategy="bfd", eval_packing=False, max_length=12)
     if "normalize" in case:
         changes["normalize"] = "rows"
     changes |= options
@@ -96,8 +103,35 @@ def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
         changes["teacher"] = four_bits(tiny.model(seed=2, hidden=64), folder / case)
     if "4bit-student" in case:
         student = four_bits(tiny.model(seed=1, hidden=64), folder / case)
+    if "read" in case:
+        student, places = str(folder_of(folder) / ("tied" if "tied" in case else "student")), folder_of(folder)
+        if "bf16" in case:
+            changes["model_init_kwargs"] = {"dtype": "bfloat16"}
+        if case.startswith("kd"):
+            changes["teacher"] = str(places / "expert")
+        else:
+            changes["teachers"] = {"shop": str(places / "expert")}
+            changes.setdefault("reference", str(places / "mixture"))
     method = kd if case.startswith("kd") else dae
     return method(folder, rows(case), student, **changes)
+
+
+def write_models(folder: Path) -> None:
+    """Checkpoints of several shards, under the names of the hub, for the cases that read their models."""
+    models = {
+        "student": tiny.model(seed=1),
+        "tied": tiny.model(seed=1, tie_word_embeddings=True),
+        "expert": tiny.model(seed=2, hidden=48, tie_word_embeddings=True),
+        "mixture": tiny.model("mixtral", seed=4),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / "models" / name, max_shard_size="20KB")
+        tiny.tokenizer().save_pretrained(folder / "models" / name)
+
+
+def folder_of(folder: Path) -> Path:
+    """Where ``write_models`` has put them for a run in ``folder`` or below."""
+    return next(place / "models" for place in (folder, *folder.parents) if (place / "models").is_dir())
 
 
 def four_bits(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -21,8 +21,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from daekit.models import loading
 from daekit.models.sharded import is_sharded, whole
-from daekit.trainers import config, distributed
+from daekit.models.split_loading import waits
+from daekit.trainers import config, dae, distributed, kd
 from daekit.trainers import data as trainer_data
 from tests.helpers.ddp_run import trainer_of
 
@@ -81,6 +83,7 @@ def connect(args: Any) -> None:
 def run(engine: str, case: str, folder: Path) -> None:
     unset_hf_deepspeed_config()  # of the case before: with ZeRO-3 random weights would be other ones
     trainer = trainer_of(case, folder, 2)
+    assert waits(trainer.model) == (engine == "fsdp2" and "read" in case)
     trainer.train()
     require_engine(engine, trainer)
     metrics = trainer.evaluate()
@@ -88,6 +91,42 @@ def run(engine: str, case: str, folder: Path) -> None:
     rank = trainer.args.process_index
     result = {"weights": whole_weights(trainer.model), "history": history, "metrics": metrics}
     torch.save(result, folder / f"{case}-2-{rank}.pt")
+
+
+def run_twice(engine: str, case: str, folder: Path) -> None:
+    """Models that each rank reads its part of, and the same ones read whole: the same training, to the bit."""
+    results: list[dict[str, Any]] = []
+    for whole_models in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            waiting = spy(patch)
+            for module in (kd, dae) if whole_models else ():
+                patch.setattr(module, "reads_parts", lambda *_, **__: False)
+            output = folder / case / str(whole_models)
+            saving = dict(save_strategy="steps", save_steps=2, max_steps=4, optim="adamw_torch")
+            trainer = trainer_of(case, output, 2, bf16="bf16" in case, **saving)
+            assert waits(trainer.model) != whole_models
+            trainer.train()
+            require_engine(engine, trainer)
+            assert not waits(trainer.model) and bool(waiting) != whole_models
+            history = [entry for entry in trainer.state.log_history if "kl" in entry]
+            result = {"weights": whole_weights(trainer.model), "history": history, "facts": trainer.checkpoints.facts()}
+            results.append(result)
+    parts, wholes = results
+    assert torch.equal(parts["weights"], wholes["weights"]), case
+    assert parts["history"] == wholes["history"] and parts["facts"] == wholes["facts"], case
+
+
+def spy(patch: pytest.MonkeyPatch) -> list[Any]:
+    """The models that were made to wait for their weights."""
+    made: list[Any] = []
+    original = loading.waiting_model
+
+    def noted(load: Any) -> Any:
+        made.append(original(load))
+        return made[-1]
+
+    patch.setattr(loading, "waiting_model", noted)
+    return made
 
 
 def run_resumed(engine: str, case: str, folder: Path) -> None:
@@ -127,7 +166,7 @@ if __name__ == "__main__":
         patch.setattr(transformers.Trainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset))
         patch.setattr(config, "connect", connect)
         for name in json.loads(sys.argv[3]):
-            each = {"resumed": run_resumed, "rounded": run_rounded}.get(name.rsplit("-", 1)[-1], run)
+            each = {"resumed": run_resumed, "rounded": run_rounded, "twice": run_twice}.get(name.rsplit("-", 1)[-1], run)
             each(sys.argv[1], name, Path(sys.argv[2]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -1,0 +1,199 @@
+"""Models that FSDP2 splits before they are read: each rank then reads its own part of every tensor from the disk.
+
+``waiting_model`` makes the model with memory that nobody has touched (the system gives it no page), so that adapters, hooks
+and FSDP2 can be put on it as on any other; ``read_parts`` fills what FSDP2 has left of it on this rank. transformers' loader
+does the reading, renaming and fusing; it knows how to read a part of a tensor where the parameter is a DTensor.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers.core_model_loading as conversion
+import transformers.modeling_utils as library
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from daekit.models.backbone import base_of
+from daekit.models.placement import free_memory
+from daekit.models.quantized_loading import reading_unmapped
+
+Load = Callable[[], tuple[PreTrainedModel, Any]]
+_SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers reads ahead as fast as it can, which would be a second copy
+
+
+class CannotWaitError(Exception):
+    """Why a model has to be read whole."""
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """How the weights of a model are read; the model has it as an attribute until they are."""
+
+    load: Load
+
+
+def can_read_parts() -> bool:
+    """Whether this version of transformers reads parts of tensors."""
+    return importlib.util.find_spec("transformers.distributed.sharding_utils") is not None
+
+
+def waits(model: nn.Module) -> bool:
+    """Whether a model, or the base of a PEFT model, has not been read yet: its values mean nothing."""
+    return hasattr(base_of(model), "daekit_unread")
+
+
+def waiting_model(load: Load) -> tuple[PreTrainedModel, Any]:
+    """What ``load`` returns, with parameters of the right shapes and dtypes that have not been read.
+
+    Args:
+        load: calls ``from_pretrained`` with ``output_loading_info``; it is called again when the model is read.
+
+    Raises:
+        CannotWaitError: something of the model cannot be read in parts.
+    """
+    if not can_read_parts():
+        raise CannotWaitError("this transformers reads no parts of tensors")
+    with _replacing_weights(_allocate):
+        model, info = load()
+    model.daekit_unread = _Unread(load)
+    return model, info
+
+
+def another(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model once more, waiting like the first."""
+    return waiting_model(model.daekit_unread.load)[0]
+
+
+def read_parts(model: nn.Module) -> None:
+    """Read this rank's parts of a waiting model that FSDP2 has split. Every rank does it, without waiting for the others."""
+    base = base_of(model)
+    load: Load = base.daekit_unread.load
+    del base.daekit_unread
+    read_into(base, load)
+    free_memory()
+
+
+def read_into(base: PreTrainedModel, load: Load) -> tuple[PreTrainedModel, Any]:
+    """Read this rank's parts of what ``load`` loads into a model that FSDP2 has split; returns what ``load`` does, emptied.
+
+    Other tensors of ``base`` (adapters, projections) stay as they are.
+    """
+    # tied ones under both names, for the loader ties them last; PEFT puts a layer of its own around one that it adapts
+    named = base.named_parameters(remove_duplicate=False)
+    targets = {".".join(part for part in name.split(".") if part != "base_layer"): p for name, p in named}
+    with _replacing_weights(lambda *given: _read(targets, *given)), reading_unmapped(), _synchronous():
+        return load()
+
+
+def give_back_pieces(model: nn.Module) -> None:
+    """Split again what FSDP2 leaves whole after a forward that no backward follows; what is copied there would be lost."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+# ---- in transformers' loader --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _replacing_weights(load_weights: Callable[..., Any]) -> Iterator[None]:
+    """Inside, ``from_pretrained`` calls ``load_weights(original, model, state_dict, files, config)`` to read the files."""
+    original = library.PreTrainedModel._load_pretrained_model
+
+    def replaced(*given: Any) -> Any:
+        return load_weights(original, *given)
+
+    library.PreTrainedModel._load_pretrained_model = staticmethod(replaced)
+    try:
+        yield
+    finally:
+        library.PreTrainedModel._load_pretrained_model = staticmethod(original)
+
+
+def _allocate(original: Callable[..., Any], model: PreTrainedModel, _: Any, files: list[str], config: Any) -> Any:
+    """Let the loader convert tensors without values, which tells names, shapes and dtypes; then take memory for them."""
+    headers: dict[str, Tensor] = {}
+    for file in files:
+        headers |= library.load_state_dict(file, map_location="meta")
+    result = original(model, headers, None, replace(config, device_map={"": "meta"}))
+    missing = result[0].missing_keys
+    stored = {name for name, _ in model.named_buffers()} - {name for name, _ in model.named_non_persistent_buffers()}
+    if stored:
+        raise CannotWaitError(f"its checkpoint holds buffers, such as {sorted(stored)[0]}")
+    for one, other in model.all_tied_weights_keys.items():
+        if one not in missing and other not in missing:
+            raise CannotWaitError(f"{one} and {other} are one tensor, and its checkpoint holds both")
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    fresh: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 2 and parameter.shape[0] < world:
+            raise CannotWaitError(f"{name} has fewer experts than there are ranks")
+        if name not in missing:
+            fresh[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+            fresh[id(parameter)]._is_hf_initialized = True  # type: ignore[attr-defined]
+    _exchange(model, fresh)
+    return result
+
+
+def _read(targets: Mapping[str, Tensor], original: Callable[..., Any], model: PreTrainedModel, *given: Any) -> Any:
+    """Give a model without weights the split of ``targets``, and let the loader read it; each part goes to its target."""
+    _exchange(model, {id(p): _like(targets[name], p) for name, p in model.named_parameters()})
+    put = conversion.set_param_for_module
+
+    def put_and_move(owner: nn.Module, name: str, value: Tensor, *more: Any) -> None:
+        put(owner, name, value, *more)  # compares shapes
+        module, _, leaf = name.rpartition(".")
+        module_of = owner.get_submodule(module)
+        read = getattr(module_of, leaf)
+        target = targets.get(name)
+        if isinstance(read, DTensor) and not read._local_tensor.is_meta:
+            if target is not None:
+                with torch.no_grad():
+                    target._local_tensor.copy_(read._local_tensor)  # type: ignore[attr-defined]
+            empty = _like(read, read)
+            empty._is_hf_initialized = True  # type: ignore[attr-defined]
+            setattr(module_of, leaf, empty)
+
+    conversion.set_param_for_module = put_and_move
+    try:
+        return original(model, *given)
+    finally:
+        conversion.set_param_for_module = put
+
+
+def _like(split: Tensor, parameter: Tensor) -> nn.Parameter:
+    """A parameter without memory, in the dtype of ``parameter`` and split like ``split``."""
+    assert isinstance(split, DTensor), "FSDP2 has split every parameter"
+    local = torch.empty(split._local_tensor.shape, dtype=parameter.dtype, device="meta")
+    shape = {"shape": split.shape, "stride": split.stride()}
+    return nn.Parameter(DTensor.from_local(local, split.device_mesh, split.placements, run_check=False, **shape))
+
+
+def _exchange(model: nn.Module, fresh: Mapping[int, nn.Parameter]) -> None:
+    """Put new parameters in the places of old ones, whose identities are the keys; shared ones stay shared."""
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if id(old) in fresh:
+                module._parameters[name] = fresh[id(old)]
+
+
+@contextmanager
+def _synchronous() -> Iterator[None]:
+    before = os.environ.get(_SYNCHRONOUS)
+    os.environ[_SYNCHRONOUS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SYNCHRONOUS]
+        else:
+            os.environ[_SYNCHRONOUS] = before
