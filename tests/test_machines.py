@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from daekit.errors import UserError
+from daekit.recipe import load_recipe
+from daekit.runtime import run as runner
 from daekit.trainers import machines
 from tests.helpers.processes import forked, start_ranks, status_of
 from tests.helpers.run_world import assert_same_run, checkpoints, train
@@ -198,3 +200,11 @@ def test_rows_and_models_are_compared_between_machines_and_not_within_one(tmp_pa
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     assert on_two(action, tmp_path, LOCAL_WORLD_SIZE="1") == [0, 0], (tmp_path / "1.txt").read_text()
+
+
+def test_ranks_wait_as_long_as_the_most_patient_stage_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(runner, "connected", told.append)
+    for overrides in ([], ["stages.base.trainer.ddp_timeout=77"]):
+        runner.processes_of(load_recipe(Path(recipe(tmp_path)), overrides))
+    assert told == [None, 77]

@@ -51,7 +51,7 @@ def run_recipe(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Perm
         Stopped: a signal came.
     """
     refuse_launch()
-    state = _ranks(recipe)
+    state = processes_of(recipe)
     quieten()
     folder = RunFolder(Path(recipe.output_dir))
     with _held(folder, state, grace) as stop:
@@ -86,7 +86,7 @@ def init_students(recipe: Recipe, grace: float = GRACE) -> None:
 
     A student whose teacher is a stage of the recipe that is not complete yet is left to ``run_recipe``.
     """
-    state = _ranks(recipe)
+    state = processes_of(recipe)
     quieten()
     if state.num_processes > 1:
         raise UserError(
@@ -151,7 +151,7 @@ def cache_teachers(
     A stage whose models come from a stage of the recipe that is not complete yet is left to ``run_recipe``.
     """
     refuse_launch()
-    state = _ranks(recipe)
+    state = processes_of(recipe)
     quieten()
     folder = RunFolder(Path(recipe.output_dir))
     cached = [name for name, stage in recipe.stages.items() if any(each.cache for each in stage.teachers_by_key().values())]
@@ -189,7 +189,7 @@ def generate_sources(
         UserError: there is no such source; everything that ``GeneratedSource`` raises.
     """
     refuse_launch()
-    state = _ranks(recipe)
+    state = processes_of(recipe)
     quieten()
     known = [name for name, source in recipe.sources.items() if source.generated is not None]
     for name in names:
@@ -236,7 +236,7 @@ def calibration() -> str:
     )
 
 
-def _ranks(recipe: Recipe) -> PartialState:
+def processes_of(recipe: Recipe) -> PartialState:
     """The processes of this run, which wait for each other as long as the most patient of its stages says."""
     patience = [stage.trainer["ddp_timeout"] for stage in recipe.stages.values() if "ddp_timeout" in stage.trainer]
     return connected(max(patience, default=None))
