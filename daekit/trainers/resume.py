@@ -60,7 +60,7 @@ class Checkpoints(TrainerCallback):
         output_dir = Path(args.output_dir)
         require_shared(output_dir)
         self.resumed = self._resumable(output_dir, resume) if resume else None
-        if not waits(trainer.model):
+        if not waits(trainer.model):  # else once it is read
             require_same(self.facts)
         if args.should_save:
             checkpoint.clear_partial(output_dir)
@@ -77,12 +77,19 @@ class Checkpoints(TrainerCallback):
         """The checkpoint to resume from; the main process hashes its files, which for a large student takes a while."""
         folder = by_main(lambda: self._whole(output_dir, wanted))
         keep_global_batch(self.trainer, folder, checkpoint.facts_of(folder)["batch"])
-        if not waits(self.trainer.model):  # else once it is read
+        if not waits(self.trainer.model):
             checkpoint.require_same_run(folder, self.facts())
         needed = optimizer_files(self.trainer)
         if not list(folder.glob(needed)):
             raise UserError(f"{folder}: has no {needed} (save_only_model?), so the run cannot go on from it")
         return folder
+
+    def student_is_read(self) -> None:
+        """What is done when the weights of a student that waited on the disk are there, before those of a checkpoint."""
+        facts = self.facts()
+        require_same(lambda: facts)
+        if self.resumed is not None:
+            checkpoint.require_same_run(self.resumed, facts)
 
     def _whole(self, output_dir: Path, wanted: str | bool) -> Path:
         if wanted is True:
@@ -94,13 +101,6 @@ class Checkpoints(TrainerCallback):
         if problem := checkpoint.corruption(folder):
             raise UserError(f"{folder}: cannot be resumed: {problem}")
         return folder
-
-    def student_is_read(self) -> None:
-        """What is done when the weights of a student that waited on the disk are there, before those of a checkpoint."""
-        facts = self.facts()
-        require_same(lambda: facts)
-        if self.resumed is not None:
-            checkpoint.require_same_run(self.resumed, facts)
 
     def save(self, folder: Path, write: Callable[[], None]) -> None:
         """Save by ``write``, the Trainer's own way, commit, then remove older ones; UserError where the disk is full."""
