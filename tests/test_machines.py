@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from daekit.errors import UserError
+from daekit.errors import Stopped, UserError
 from daekit.recipe import load_recipe
 from daekit.runtime import run as runner
+from daekit.runtime.signals import StopRequest
 from daekit.trainers import machines
-from tests.helpers.processes import forked, start_ranks, status_of
+from tests.helpers.processes import forked, start, start_ranks, status_of
 from tests.helpers.run_world import assert_same_run, checkpoints, train
 
 ROOT = Path(__file__).parents[1]
@@ -200,6 +201,27 @@ def test_rows_and_models_are_compared_between_machines_and_not_within_one(tmp_pa
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     assert on_two(action, tmp_path, LOCAL_WORLD_SIZE="1") == [0, 0], (tmp_path / "1.txt").read_text()
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_rank_whose_launcher_is_gone_stops_and_a_process_of_its_own_goes_on(ranks: str, tmp_path: Path) -> None:
+    def rank() -> None:
+        try:
+            with StopRequest():
+                (tmp_path / "begun").touch()
+                time.sleep(4)
+            (tmp_path / "went on").touch()
+        except Stopped as stop:
+            (tmp_path / f"stopped by {stop.status - 128}").touch()
+
+    def launcher() -> None:
+        start(rank, tmp_path / "said.txt", WORLD_SIZE=ranks)
+        wait_for((tmp_path / "begun").exists)
+
+    assert forked(launcher) == 0
+    ends = {"1": "went on", "2": f"stopped by {signal.SIGTERM}"}
+    wait_for((tmp_path / ends[ranks]).exists, 20)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_ranks_wait_as_long_as_the_most_patient_stage_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,7 @@ def engine_environment(engine: str) -> dict[str, str]:
     config = Path(__file__).parents[2] / "recipes" / "accelerate" / f"{engine}.yaml"
     words = ["--config_file", str(config), "--num_processes", "2", "--main_process_port", "0", "script.py"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    args.deepspeed_fields_from_accelerate_config = ""  # which the launcher adds here
     told = prepare_deepspeed_cmd_env(args)[1] if engine.startswith("zero") else prepare_multi_gpu_env(args)
     return {name: value for name, value in told.items() if name.startswith(("FSDP", "ACCELERATE"))}
 
