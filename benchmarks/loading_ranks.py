@@ -7,7 +7,8 @@ Of the time between the imports and that step this measures, above the level aft
     peak of a rank   its highest resident memory (mapped pages of files count)
     peak in sum      the highest sum of the ranks' proportional memory (PSS: a page that n ranks share counts 1/n in each)
 
-and the same without files: the anonymous memory that the system cannot take back.
+and the same without files: the anonymous memory that the system cannot take back. glibc is told to return what is freed
+(MALLOC_MMAP_THRESHOLD_): by itself it keeps freed blocks of up to 32 MB, of which aligned ones are not used again.
 """
 
 from __future__ import annotations
@@ -89,15 +90,19 @@ def measure(engine: str, ranks: int, name: str, folder: Path) -> dict[str, Any]:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     launcher += ["--num_processes", str(ranks), "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     with open(out / "log", "w") as log:
         process = subprocess.Popen([*launcher, __file__, "--run", name, str(out)], stdout=log, stderr=log, env=environment)
-        highest = watch(process, out, ranks)
+        try:
+            highest = watch(process, out, ranks)
+        finally:
+            process.terminate()  # its launcher ends the ranks
     if process.returncode:
         sys.exit((out / "log").read_text()[-4000:])
     found = [json.loads((out / f"{index}.json").read_text()) for index in range(ranks)]
     levels = {key: sum(each["level"][key] for each in found) for key in highest}
     row = {"engine": engine, "ranks": ranks, "name": name, "seconds": max(each["seconds"] for each in found)}
-    row |= {"rank_peak_gib": [each["peak_gib"] for each in found], "rank_level_gib": [each["level_gib"] for each in found]}
+    row |= {"rank_peak_gib": [each["peak_gib"] for each in found], "rank_held_gib": [each["held_gib"] for each in found]}
     row |= {f"sum_{key}_gib": (highest[key] - levels[key]) / GIB for key in highest}
     row |= {f"level_{key}_gib": levels[key] / GIB for key in levels}
     peaks = ", ".join(f"{peak:.2f}" for peak in row["rank_peak_gib"])

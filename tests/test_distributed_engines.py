@@ -30,6 +30,9 @@ ENGINES = [
 ]
 SHARDED = ENGINES[1:]
 FOUR_BITS = ["kd-4bit-teacher"]
+READ = ["dae-read", "dae-read-reference", "dae-read-lora-reference", "kd-read-lora", "kd-read-tied-checkpointing"]
+READ += ["kd-read-bf16", "dae-read-reference-bf16", "dae-read-lora-reference-bf16"]
+READ_RESUMED = ["kd-read-resumed", "dae-read-lora-reference-resumed"]
 RESUMED = ["kd-resumed", "kd-sgd-resumed", "kd-inside-resumed", "dae-reference-resumed", "dae-lora-reference-resumed"]
 
 
@@ -74,6 +77,16 @@ def test_every_case_equals_one_process(engine: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_fsdp2_models_read_in_parts_train_as_whole_ones(tmp_path: Path) -> None:
+    run_reading("fsdp2", [f"{case}-twice" for case in READ], tmp_path)  # asserts there
+
+
+@pytest.mark.slow
+def test_fsdp2_loads_the_best_student(tmp_path: Path) -> None:
+    run("fsdp2", ["kd-best"], tmp_path)  # asserts there
+
+
+@pytest.mark.slow
 def test_fsdp2_refuses_that_the_student_writes(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="under FSDP2: each token that the student writes would gather every layer"):
         run("fsdp2", ["kd-on-policy"], tmp_path)
@@ -98,8 +111,8 @@ def test_a_reference_rounds_as_the_student(engine: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", SHARDED)
 def test_a_resumed_run_is_the_straight_one(engine: str, tmp_path: Path) -> None:
-    run(engine, RESUMED, tmp_path)
-    for case in RESUMED:
+    run_reading(engine, RESUMED + READ_RESUMED, tmp_path)
+    for case in RESUMED + READ_RESUMED:
         first, second = (torch.load(tmp_path / f"{case}-resumed-{rank}.pt") for rank in (0, 1))
         for rank in (first, second):
             assert torch.equal(rank["straight"], rank["resumed"]), case
