@@ -69,9 +69,7 @@ class StageMemory:
         """Weights, optimizer, the process itself and, where micro-batches accumulate, gradients."""
         parts: Counter[str] = Counter()
         for parameter in self.student.parameters():
-            width = self._master_width if parameter.trained else 0
-            size = max(parameter.bytes, parameter.values * width) // self.machine.shards("weights")
-            parts[ADAPTERS if parameter.adapter else WEIGHTS] += size
+            parts[ADAPTERS if parameter.adapter else WEIGHTS] += self._split(parameter)
         for model in self.models.frozen:
             part = ADAPTERS if model.adapter else f"{model.name} weights"
             parts[part] += model.bytes if model.adapter else model.bytes // self._teacher_shards(model)
@@ -83,6 +81,14 @@ class StageMemory:
         parts[GATHERED] = self._gathered
         parts[CONTEXT if self.machine.gpu else LIBRARIES] = self.machine.overhead
         return parts
+
+    def split_bytes(self, meta: MetaModel) -> int:
+        """A device's part of the weights of a model that FSDP2 splits, adapters left out."""
+        return sum(self._split(parameter) for parameter in meta.parameters() if not parameter.adapter)
+
+    def _split(self, parameter: Parameter) -> int:
+        width = self._master_width if parameter.trained else 0
+        return max(parameter.bytes, parameter.values * width) // self.machine.shards("weights")
 
     @cached_property
     def _master_width(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from daekit.errors import UserError
 from daekit.planning.meta_model import MetaModel
 from daekit.planning.resolve import ModelResolver
 from daekit.planning.trace import Tracer
-from daekit.recipe.adapter_config import BARE_BASE, adapter_stage, read_adapter_config
+from daekit.recipe.adapter_config import ADAPTER_CONFIG, BARE_BASE, adapter_stage, read_adapter_config
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, CacheSpec, LoraSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
 
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -26,6 +27,7 @@ class FrozenModel:
         teacher: The key of the recipe that it belongs to; the members of an ensemble share one, and run on the same rows.
         adapter: Whether it is an adapter on the student's base.
         movable: Whether ``device_map`` may put part of it on another device.
+        in_parts: Whether each rank reads its part of it where FSDP2 splits it.
     """
 
     name: str
@@ -34,6 +36,7 @@ class FrozenModel:
     teacher: str
     adapter: bool = False
     movable: bool = False
+    in_parts: bool = False
 
     @property
     def meta(self) -> MetaModel:
@@ -57,6 +60,7 @@ class StageModels:
     student: Tracer
     frozen: tuple[FrozenModel, ...]
     cached: tuple[CachedTeacherModels, ...] = ()  # they are not in memory while the student trains
+    student_in_parts: bool = False  # see ``FrozenModel``
 
     @property
     def teachers(self) -> list[list[FrozenModel]]:
@@ -106,7 +110,7 @@ class ModelPlanner:
             own = sum(p.bytes for p in student.meta.parameters() if p.adapter)
             copy = FrozenModel("reference", student, own, "reference", adapter=True)
             frozen.append(copy if lora is not None else self._loaded(resolver, spec, "reference", "reference", gpu))
-        return StageModels(student, tuple(frozen), tuple(cached))
+        return StageModels(student, tuple(frozen), tuple(cached), in_parts(spec, lora))
 
     def evaluated(self, recipe: Recipe) -> dict[str, MetaModel]:
         """Name -> each model of the report whose shape is known; adapters count as their base."""
@@ -153,7 +157,7 @@ class ModelPlanner:
             return FrozenModel(who, tracer, 0, key)
         # transformers spreads the model over the devices that it finds; one that a mapping spreads counts as a whole
         movable = isinstance(spec.device_map, dict) or spec.device_map in _MAPS
-        return FrozenModel(who, tracer, ends + sum(layers), key, movable=movable)
+        return FrozenModel(who, tracer, ends + sum(layers), key, movable=movable, in_parts=in_parts(spec))
 
     def _adapter_bytes(self, recipe: Recipe, resolver: ModelResolver, base: ModelSpec, adapter: str) -> int:
         """Bytes of an adapter on the student's base; 0 for the base itself."""
@@ -169,6 +173,13 @@ class ModelPlanner:
         if key not in self._tracers:
             self._tracers[key] = Tracer(MetaModel(resolved, lora, trained))
         return self._tracers[key]
+
+
+def in_parts(spec: ModelSpec, lora: LoraSpec | None = None) -> bool:
+    """Whether each rank reads its part of a model under FSDP2, as far as a recipe tells; see ``models/split_loading.py``."""
+    merged = spec.path is not None and (Path(spec.path).expanduser() / ADAPTER_CONFIG).is_file()
+    placed = spec.quantization or spec.offload or spec.device_map is not None or spec.trust_remote_code
+    return not (placed or merged or spec.config is not None or (lora is not None and lora.use_dora))
 
 
 def student_of(recipe: Recipe, name: str) -> tuple[ModelSpec, LoraSpec | None]:

@@ -9,6 +9,7 @@ from daekit.errors import UserError
 from daekit.planning.advice import Change, changes, cheapest, largest_rows
 from daekit.planning.caches import CachePlan, StageRows, cache_plans
 from daekit.planning.generation import PromptFacts, WritingPlan, answers_plan, generated_plans
+from daekit.planning.loading import host_bytes
 from daekit.planning.machine import Machine
 from daekit.planning.memory import Memory, StageMemory
 from daekit.planning.models import ModelPlanner, StageModels
@@ -29,6 +30,7 @@ class StagePlan:
         memory: The phase that needs most memory, per device.
         static: Bytes that it needs however short its rows are: weights, gradients and optimizer, without teachers that may be
             put elsewhere.
+        host: Bytes of the host that the processes of one machine take together while they load; all are on one machine here.
         fits: Whether the peak is within the device's memory.
         operations: Floating-point operations of one optimizer step on one device.
         caches: What the caches of its teachers take.
@@ -41,6 +43,7 @@ class StagePlan:
     training: Training
     memory: Memory
     static: int
+    host: int
     fits: bool
     operations: float
     caches: tuple[CachePlan, ...] = ()
@@ -84,7 +87,7 @@ class Planner:
             static += memory.gradients
         static -= sum(model.bytes for model in memory.models.frozen if model.movable)
         fits, caches = peak.total <= self.machine.memory, cache_plans(memory, rows)
-        return StagePlan(name, memory.training, peak, static, fits, step_operations(memory), caches)
+        return StagePlan(name, memory.training, peak, static, host_bytes(memory), fits, step_operations(memory), caches)
 
     def advised(self, recipe: Recipe, name: str, reload: Reload, rows: StageRows | None = None) -> StagePlan:
         """The plan of a stage, with the largest batch that fits and the changes that would make it fit.

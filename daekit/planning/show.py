@@ -40,6 +40,7 @@ def _stage_json(stage: StagePlan, tflops: float | None) -> dict[str, Any]:
         "total": stage.memory.total,
         "phase": stage.memory.phase,
         "fits": stage.fits,
+        "host_while_loading": stage.host,
         "largest_per_device_train_batch_size": stage.largest_rows,
         "operations_per_step": stage.operations,
         "caches": {cache.teacher: _cache_json(cache, tflops) for cache in stage.caches},
@@ -64,6 +65,10 @@ def _format_stage(stage: StagePlan, machine: Machine, tflops: float | None) -> s
         f"    {'planned peak':<28}{gigabytes(stage.memory.total):>10}  of {gigabytes(machine.memory)}: {verdict} "
         f"(highest: {stage.memory.phase})"
     )
+    if machine.count > 1:
+        lines.append(
+            f"    {'host while loading':<28}{gigabytes(stage.host):>10}  of a machine that runs all {machine.count} processes"
+        )
     if stage.largest_rows is not None:
         largest = stage.largest_rows or "none: not even 1"
         lines.append(f"    largest per_device_train_batch_size that fits: {largest}")
