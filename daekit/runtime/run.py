@@ -50,7 +50,7 @@ def run_recipe(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Perm
             models or settings.
         Stopped: a signal came.
     """
-    state, folder = _ranks(recipe), RunFolder(Path(recipe.output_dir))
+    state, folder = processes_of(recipe), RunFolder(Path(recipe.output_dir))
     with _held(folder, state, grace) as stop:
         prepared = prepare(recipe, allowed)
         _claim(prepared.data, state, [f"note: {note}" for note in prepared.notes])
@@ -77,7 +77,7 @@ def init_students(recipe: Recipe, grace: float = GRACE) -> None:
 
     A student whose teacher is a stage of the recipe that is not complete yet is left to ``run_recipe``.
     """
-    state, folder = _ranks(recipe), RunFolder(Path(recipe.output_dir))
+    state, folder = processes_of(recipe), RunFolder(Path(recipe.output_dir))
     if state.num_processes > 1:
         raise UserError(
             f"daekit init: makes students in one process, and {state.num_processes} were launched; run it without a launcher"
@@ -138,7 +138,7 @@ def cache_teachers(
 
     A stage whose models come from a stage of the recipe that is not complete yet is left to ``run_recipe``.
     """
-    state, folder = _ranks(recipe), RunFolder(Path(recipe.output_dir))
+    state, folder = processes_of(recipe), RunFolder(Path(recipe.output_dir))
     cached = [name for name, stage in recipe.stages.items() if any(each.cache for each in stage.teachers_by_key().values())]
     if not cached:
         raise UserError(f"{recipe.name}: no teacher has a cache (`teacher: {{path: ..., cache: hidden}}`)")
@@ -169,7 +169,7 @@ def generate_sources(
     Raises:
         UserError: there is no such source; everything that ``GeneratedSource`` raises.
     """
-    state, folder = _ranks(recipe), RunFolder(Path(recipe.output_dir))
+    state, folder = processes_of(recipe), RunFolder(Path(recipe.output_dir))
     known = [name for name, source in recipe.sources.items() if source.generated is not None]
     for name in names:
         if name not in known:
@@ -209,7 +209,7 @@ def calibration() -> str:
     )
 
 
-def _ranks(recipe: Recipe) -> PartialState:
+def processes_of(recipe: Recipe) -> PartialState:
     """The processes of this run, which wait for each other as long as the most patient of its stages says."""
     refuse_launch()
     quieten()

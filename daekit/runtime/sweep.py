@@ -26,9 +26,8 @@ from daekit.runtime.folders import RunFolder
 from daekit.runtime.kept import ahead
 from daekit.runtime.prepare import prepare
 from daekit.runtime.quiet import quieten
-from daekit.runtime.run import run_recipe
+from daekit.runtime.run import processes_of, run_recipe
 from daekit.runtime.signals import GRACE
-from daekit.trainers.machines import connected
 
 SEPARATOR = " · "  # between a model and its settings in the comparison
 _SHARED = ("caches", "students", "generated")  # folders of a run whose entries are named by their content
@@ -113,7 +112,7 @@ def run_sweep(root: Path, runs: Sequence[SweptRun], grace: float = GRACE, allowe
     Raises:
         UserError: what ``run_recipe`` raises, of any run.
     """
-    state = connected()
+    state = processes_of(runs[0].recipe)
     quieten()
     waiting = [run for run in runs if ahead(run.recipe, RunFolder(Path(run.recipe.output_dir)))]
     for run in waiting[1:]:  # the first is prepared when it begins; the rows of all would not lie in memory together
