@@ -120,7 +120,10 @@ def measure(engine: str, ranks: int, name: str, folder: Path) -> dict[str, Any]:
     row = {"engine": engine, "ranks": ranks, "name": name, "seconds": max(each["seconds"] for each in found)}
     row |= {"rank_peak_gib": [each["peak_gib"] for each in found], "rank_held_gib": [each["held_gib"] for each in found]}
     row |= {f"sum_{key}_gib": value / GIB for key, value in highest.items()}
-    row |= {"level_sum_gib": sum(each["level"]["Pss"] for each in found) / GIB, "planned_gib": planned(engine, ranks, folder)}
+    row |= {
+        "level_sum_gib": sum(each["level"]["Pss"] for each in found) / GIB,
+        "planned_gib": planned("zero3" if name == "whole" else engine, ranks, folder),
+    }
     peaks = ", ".join(f"{peak:.2f}" for peak in row["rank_peak_gib"])
     print(
         f"{engine} {ranks} ranks {name:<6} peak of each rank {peaks} GiB; in sum {row['sum_Pss_gib']:.2f} GiB (without files "
@@ -132,7 +135,7 @@ def measure(engine: str, ranks: int, name: str, folder: Path) -> dict[str, Any]:
 
 
 def planned(engine: str, ranks: int, folder: Path) -> float:
-    """What `daekit plan` says of a machine's host memory, in GiB."""
+    """What `daekit plan` says of a machine's host memory, in GiB; it takes ZeRO-3 to read everything on every rank."""
     command = [sys.executable, "-m", "daekit", "plan", str(folder / "recipe.yaml"), "--cpu", "8GB", "--gpus", str(ranks)]
     done = subprocess.run([*command, "--engine", engine, "--json"], capture_output=True, text=True, check=True, cwd=ROOT)
     return float(json.loads(done.stdout)["stages"]["kd"]["host_while_loading"]) / GIB

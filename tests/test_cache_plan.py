@@ -46,6 +46,28 @@ def test_bytes_on_the_disk_are_as_planned_within_two_percent(cache: str, keep: d
     assert heads == (V * 48 * torch.float32.itemsize if not keep else 0)
 
 
+def test_drawn_tokens_are_a_range_until_some_lie_there(tmp_path: Path) -> None:
+    """How many of the draws differ, only the teacher's own distributions tell."""
+    rows, path = make_rows(3, 60, 60), tmp_path / "drawn"
+    keep = f"stages.kd.teacher={{{CONFIG}, dtype: float32, cache: {{keep: sampled, draws: 9, path: {path}}}}}"
+    mixture = "stages.kd.data={sources: {text: 1}, rows: 10}"
+
+    def planned() -> tuple[Any, str]:
+        whole = plan_recipe(load_recipe_text(RECIPE, "planned.yaml", [keep, mixture]), CPU)
+        return whole.stages[0].caches[0], format_plan(whole)
+
+    before, text = planned()
+    assert before.drawn == (5, 37) and "between 5 and 37" in text
+    write_cache(model_teacher(), rows, path, keep="sampled", draws=9)
+    store = CachedTeacher(path).store
+    after, text = planned()
+    assert before.drawn[0] < after.token_bytes < before.drawn[1] and after.drawn is None and "between" not in text
+    values = sum(shard.bytes for shard in store.shards) - 32 * len(rows)
+    assert after.token_bytes == pytest.approx(values / store.tokens, rel=0.02)
+    other = plan(keep.replace("draws: 9", "draws: 8")).caches[0]
+    assert other.drawn == (5, 33)  # those of other draws say nothing
+
+
 def test_the_plan_names_each_cache_once() -> None:
     ensemble = f"{{ensemble: [{{model: {{{CONFIG}}}, weight: 0.5}}, {{model: {{{CONFIG}}}, weight: 0.5}}], cache: hidden}}"
     overrides = [

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from daekit.recipe import load_recipe
 from daekit.runtime.run import run_recipe
-from tests.helpers.ddp_run import CASES, ENVIRONMENT, LAUNCHER, RECIPE, SAME, compare
+from tests.helpers.ddp_run import CASES, ENVIRONMENT, LAUNCHER, RECIPE, SAME, TOLD, compare, rows, trainer_of
 from tests.helpers.trainer_world import relative
 
 
@@ -37,6 +37,15 @@ def test_a_recipe_runs_on_two_ranks_as_on_one(tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / world / "stages/aligned/model/model.safetensors") for world in ("1", "2"))
     assert all(relative(two[name], tensor) < SAME for name, tensor in one.items())
     assert (tmp_path / "2" / "report" / "report.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_where_teachers_are_told_more(tmp_path: Path) -> None:
+    """Padded and packed, some rows with a prompt of their own length and some without."""
+    compare(TOLD, tmp_path)
+    packs = trainer_of("kd-told-packed", tmp_path, 1).train_dataset
+    assert len(packs) == 16 and all(len(lengths) == 2 for lengths in packs["seq_lengths"])
+    assert {len(row["teacher_prompt_ids"]) for row in rows("kd-told")} == {0, 4, 8}
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_trl_private_names() -> None:
         ],
         sft_trainer: ["DataCollatorForLanguageModeling", "add_fused_lm_head", "create_model_from_path"],
         transformers.modeling_utils: ["safe_open", "load_state_dict"],  # daekit/models: quantized_loading.py, split_loading.py
-        transformers.PreTrainedModel: ["_load_pretrained_model", "named_non_persistent_buffers", "all_tied_weights_keys"],
+        transformers.PreTrainedModel: ["_load_pretrained_model", "named_non_persistent_buffers"],
         transformers.core_model_loading: ["set_param_for_module", "convert_and_load_state_dict_in_model"],
         transformers.quantizers.quantizers_utils: ["get_module_from_name", "should_convert_module"],
         transformers.models.mixtral.modeling_mixtral: ["load_balancing_loss_func"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from daekit.planning.models import CachedTeacherModels
 from daekit.planning.operations import forward_operations
 from daekit.planning.trace import MicroBatch
 from daekit.planning.training import DEFAULTS
-from daekit.recipe.schema import DAEStage, StageSpec
+from daekit.recipe.schema import CacheSpec, StageSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,12 +47,15 @@ class CachePlan:
 
     Attributes:
         teacher: The key of the recipe, ``teachers.shop``.
-        token_bytes: Bytes on the disk per loss token of the rows; of drawn tokens an estimate.
+        token_bytes: Bytes on the disk per loss token of the rows; of drawn tokens measured, or an estimate within ``drawn``.
         head_bytes: Bytes of the output heads, once.
         making: The memory of one device while it is made; of a served teacher without the server's.
         counts: Its rows; None where not even their number is known, for the reason in ``unread``.
         size: Bytes on the disk; None without counts.
         operations: Operations of making it, on all devices together; None without counts.
+        drawn: Of drawn tokens that were not measured: the least and the most bytes per loss token. How many of the draws differ
+            follows from how sure the teacher is, which only its forward pass tells.
+        reported: Whether the report loads the teacher, to measure KL on rows that the cache does not hold.
     """
 
     teacher: str
@@ -63,14 +66,17 @@ class CachePlan:
     counts: RowCounts | None
     size: int | None
     operations: float | None
+    drawn: tuple[int, int] | None = None
+    reported: bool = False
 
 
-def cache_plans(memory: StageMemory, rows: StageRows | None) -> tuple[CachePlan, ...]:
+def cache_plans(memory: StageMemory, rows: StageRows | None, measured: Collection[str]) -> tuple[CachePlan, ...]:
     """The plans of the caches that a stage reads.
 
     Args:
         memory: The plan of the stage.
         rows: Reads its rows; None: they are not read.
+        measured: Keys of the teachers that the report loads.
     """
     if not memory.models.cached:
         return ()
@@ -81,7 +87,8 @@ def cache_plans(memory: StageMemory, rows: StageRows | None) -> tuple[CachePlan,
             read = _fitted(memory.stage, *rows(memory.stage))
         except UserError as error:
             reason = str(error).split("; ")[0]  # what follows is a remedy
-    return tuple(_plan(memory, each, read, reason) for each in memory.models.cached)
+    plans = (_plan(memory, each, read, reason) for each in memory.models.cached)
+    return tuple(replace(plan, reported=plan.teacher in measured) for plan in plans)
 
 
 def _fitted(stage: StageSpec, train: Dataset, validation: Dataset | None) -> tuple[Dataset, Dataset | None]:
@@ -108,13 +115,17 @@ def _plan(
     form = CacheFormat(spec.keep, spec.k, spec.draws)
     batch, heads = _batch(memory), [tracer.meta.head for tracer in cached.members]
     widths = [each.shape[1] * tracer.cost(batch).hidden_width for each, tracer in zip(heads, cached.members, strict=True)]
-    token_bytes = form.token_bytes(widths)
+    token_bytes, drawn = form.token_bytes(widths), None
+    if spec.keep == "sampled":
+        measured = _measured(spec)
+        token_bytes = measured or token_bytes
+        drawn = None if measured else (form.drawn_bytes(1), form.drawn_bytes(form.draws))
     head_bytes = sum(head.numel() * head.element_size() for head in heads) if spec.keep == "hidden" else 0
     counts = _estimate(memory.stage, memory.training.teacher_length, reason)
     if read is not None:
-        domains = _domains(memory.stage, cached.key)
+        key = tuple(cached.key.split("."))
         rows = (row for part in read if part is not None for row in part.with_format("numpy"))
-        counts = _count(row for row in rows if not domains or str(row["domain"]) in domains)
+        counts = _count(row for row in rows if memory.stage.domains_of(key, [str(row["domain"])]))
     size = operations = None
     if counts is not None:
         bounds = 16 if spec.keep == "sampled" else 8
@@ -124,14 +135,21 @@ def _plan(
         with_head = 0 if spec.keep == "hidden" else counts.loss_tokens
         operations -= 2 * (counts.tokens - with_head) * sum(head.numel() for head in heads)
     making = _making(memory, cached, batch, sum(widths), head_bytes, size)
-    return CachePlan(cached.key, token_bytes, head_bytes, making, reason, counts, size, operations)
+    return CachePlan(cached.key, token_bytes, head_bytes, making, reason, counts, size, operations, drawn)
 
 
-def _domains(stage: StageSpec, key: str) -> tuple[str, ...]:
-    """The domains whose rows follow a teacher; empty for all."""
-    if not isinstance(stage, DAEStage):
-        return ()
-    return (key.removeprefix("teachers."),) if key.startswith("teachers.") else stage.reference_domains
+def _measured(spec: CacheSpec) -> int | None:
+    """Bytes per loss token of the drawn tokens that lie at the path of a cache already; None where there are none."""
+    from daekit.teachers.cache.rows import KEY_BYTES
+    from daekit.teachers.cache.store import CacheStore
+
+    try:
+        store = CacheStore(spec.path or "", mending=True)
+    except UserError:
+        return None
+    if (store.facts.get("keep"), store.facts.get("draws")) != ("sampled", spec.draws) or not store.tokens:
+        return None
+    return round((store.size - len(store.index) * (KEY_BYTES + 16)) / store.tokens)
 
 
 def _count(examples: Iterable[Mapping[str, Any]]) -> RowCounts:

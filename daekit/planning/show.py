@@ -86,17 +86,27 @@ def _time(operations: float, tflops: float | None) -> str:
 
 def _format_cache(cache: CachePlan, machine: Machine, tflops: float | None) -> list[str]:
     counts, per_token, work = cache.counts, f"{cache.token_bytes:,} bytes per loss token", ""
+    if cache.drawn is not None:
+        least, most = cache.drawn
+        per_token = (
+            f"about {per_token}, between {least} and {most} by how many of the draws differ, which depends on the teacher"
+        )
     if counts is None or cache.size is None or cache.operations is None:
         lines = [f"    {cache.teacher}: read from a cache of {per_token}; its size is not known: {cache.unread}"]
     else:
         how = f"{counts.rows:,} rows, {counts.loss_tokens:,} loss tokens, {per_token}"
         if counts.estimated:
-            how = f"at most: as if each of {counts.rows:,} rows had max_length tokens, for {counts.estimated}"
+            how = f"at most: as if each of {counts.rows:,} rows had max_length tokens, for {counts.estimated}; {per_token}"
         lines = [f"    {cache.teacher}: read from a cache of {gigabytes(cache.size)} on the disk ({how})"]
         if cache.operations:  # a server does its own
             work = f", {cache.operations / 1e12:,.1f} TFLOP" + _time(cache.operations / machine.count, tflops)
     fits = "" if cache.making.total <= machine.memory else ", which does not fit"
     lines.append(f"        made before the student is loaded, with {gigabytes(cache.making.total)} of memory{fits}{work}")
+    if cache.reported:
+        weights = gigabytes(cache.making.parts.get("teacher weights", 0))
+        lines.append(
+            f"        the report loads it, too ({weights} of weights), for KL on validation rows, which no cache holds"
+        )
     return lines
 
 
@@ -138,10 +148,12 @@ def _writing_json(plan: WritingPlan, tflops: float | None) -> dict[str, Any]:
 def _cache_json(cache: CachePlan, tflops: float | None) -> dict[str, Any]:
     return {
         "bytes_per_loss_token": cache.token_bytes,
+        "bytes_per_loss_token_between": cache.drawn,
         "heads": cache.head_bytes,
         "bytes": cache.size,
         "rows": cache.counts and asdict(cache.counts),
         "making": {"parts": cache.making.parts, "total": cache.making.total},
+        "loaded_by_report": cache.reported,
         "operations": cache.operations,
         "seconds": cache.operations / (tflops * 1e12) if tflops and cache.operations else None,
     }

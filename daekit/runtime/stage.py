@@ -19,7 +19,7 @@ from daekit.recipe import sharing_notes, stage_key, to_yaml
 from daekit.recipe.schema import ModelSpec, Recipe
 from daekit.report.provenance import commit, versions
 from daekit.runtime.data import DataBuilder
-from daekit.runtime.folders import RunFolder, StageFolder, listed, read_file
+from daekit.runtime.folders import RunFolder, StageFolder, files_of, read_file
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.preflight import compare_experts
 from daekit.runtime.prepare import Prepared
@@ -28,6 +28,7 @@ from daekit.runtime.signals import SaveOnSignal, StopRequest
 from daekit.runtime.student import build_student
 from daekit.runtime.trainer import build_trainer
 from daekit.trainers import KDTrainer
+from daekit.trainers.machines import by_main
 
 
 def run_stage(prepared: Prepared, name: str, state: PartialState, stop: StopRequest) -> None:
@@ -48,7 +49,7 @@ def run_stage(prepared: Prepared, name: str, state: PartialState, stop: StopRequ
     trainer.add_callback(SaveOnSignal(stop))
     if state.is_main_process:
         print(_heading(prepared, name, trainer), flush=True)
-    resume = bool(stage.checkpoints)
+    resume = by_main(lambda: bool(stage.checkpoints))
     preflight, lines = compare_experts(recipe, name, stage, data, trainer)
     if state.is_main_process and preflight:
         write_json(stage.preflight, preflight)
@@ -68,7 +69,7 @@ def run_stage(prepared: Prepared, name: str, state: PartialState, stop: StopRequ
             facts["preflight"] = read_file(stage.preflight, delete=stage.preflight)
         (stage.model / "recipe.yaml").write_text(to_yaml(recipe))
         write_json(stage.model / "provenance.json", provenance)
-        files = listed(stage.root, [stage.model, stage.adapter])
+        files = files_of(stage.root, [stage.model, stage.adapter])
         write_json(stage.done, facts | provenance | {"files": files})
         print(f"[{name}] complete in {facts['seconds']:.0f} s -> {stage.model}", flush=True)
 

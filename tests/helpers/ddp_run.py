@@ -48,19 +48,22 @@ CASES += [
 
 ON_POLICY = {"on_policy_fraction": 0.5, "max_new_tokens": 8, "rollout_buffer": 2}
 CASES += ["kd-on-policy", "dae-on-policy-lora-reference", "kd-normalize-rows"]
+TOLD = ["kd-told", "dae-told", "kd-told-packed", "dae-told-packed", "dae-told-lora-reference"]
 
 
 def rows(case: str) -> Dataset:
     """Eight rows of unequal lengths, in the order in which rank r gets rows r*2, r*2+1 of every global batch of four."""
-    made = []
-    for index in range(8):
-        length = 4 + (index * 7) % 9
+    made: list[dict[str, Any]] = []
+    for index in range(32 if "packed" in case else 8):
+        length = (5, 7)[index // 2 % 2] if "packed" in case else 4 + (index * 7) % 9  # a block of 12 has one row of each
         ids = [3 + (5 * index + step) % 40 for step in range(length)]
         ids += [tiny.WORDS.index("</s>")] if "on-policy" in case else []
         second_rank = index % 4 >= 2
         domain = ("shop", "general")[second_rank if "one-domain-per-rank" in case else index % 2]
         prompt = len(ids) if "one-rank-all-masked" in case and second_rank else 1 + index % 3
         made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "domain": domain})
+        if "told" in case:  # two rows of three have a prompt of its own length for their teacher
+            made[-1]["teacher_prompt_ids"] = [3 + (3 * index + step) % 40 for step in range(index % 3 * 4)]
     return Dataset.from_list(made)
 
 
@@ -84,6 +87,10 @@ def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
         changes["reference"] = None
     if "on-policy" in case:
         changes |= ON_POLICY
+    if "told" in case:
+        changes["eval_dataset"] = rows(case).select(range(7))
+    if "packed" in case:
+        changes |= dict(packing=True, packing_strategy="bfd", eval_packing=False, max_length=12)
     if "normalize" in case:
         changes["normalize"] = "rows"
     changes |= options

@@ -83,7 +83,12 @@ class CacheFormat:
         """
         if self.keep == "hidden":
             return sum(widths)
-        return 5 * self.k + 4 if self.keep == "top_k" else 1 + 4 * max(1, self.draws // 4)
+        return 5 * self.k + 4 if self.keep == "top_k" else self.drawn_bytes(max(1, self.draws // 4))
+
+    @staticmethod
+    def drawn_bytes(different: int) -> int:
+        """Bytes of a loss position at which so many different tokens were drawn: their number, an id and a count of each."""
+        return 1 + 4 * different
 
 
 def values_of(form: CacheFormat, output: TeacherOutput, labels_N: Tensor, rows: Sequence[CacheRow]) -> list[dict[str, Tensor]]:
