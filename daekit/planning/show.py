@@ -39,6 +39,7 @@ def _stage_json(stage: StagePlan, tflops: float | None) -> dict[str, Any]:
         "parts": stage.memory.parts,
         "total": stage.memory.total,
         "phase": stage.memory.phase,
+        "not_counted": list(stage.training.uncounted),
         "fits": stage.fits,
         "largest_per_device_train_batch_size": stage.largest_rows,
         "operations_per_step": stage.operations,
@@ -64,6 +65,8 @@ def _format_stage(stage: StagePlan, machine: Machine, tflops: float | None) -> s
         f"    {'planned peak':<28}{gigabytes(stage.memory.total):>10}  of {gigabytes(machine.memory)}: {verdict} "
         f"(highest: {stage.memory.phase})"
     )
+    if training.uncounted:
+        lines.append(f"    planned as if without {' and '.join(training.uncounted)}, whose memory is not counted")
     if stage.largest_rows is not None:
         largest = stage.largest_rows or "none: not even 1"
         lines.append(f"    largest per_device_train_batch_size that fits: {largest}")

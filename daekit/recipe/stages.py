@@ -159,6 +159,11 @@ class _Distillation(_Stage):
         """What its teachers cannot be asked for."""
         yield from super().problems()
         loss = self.loss
+        for path, model in self.models().items() if loss.attention_weight else ():
+            kind = model.attn_implementation
+            if kind is not None and kind != "sdpa" and "flash" not in kind and path[:2] != ("student", "from"):
+                remedy = "use one of them, or set loss.attention_weight to 0"
+                yield (*path, "attn_implementation"), f"{kind}: the attention loss sees sdpa and flash_attention only; {remedy}"
         if self.select is not None and self.trainer.get("eval_strategy", "no") == "no":
             yield "select", "needs evaluations while the stage trains; set trainer.eval_strategy, eval_steps and save_steps"
         for key, teacher in self.teachers_by_key().items():

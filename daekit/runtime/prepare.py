@@ -219,7 +219,7 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
     for key, spec in specs_of(stage):
         with found.at(f"{where}.{key}"):
             _require_checkpoint(prepared, spec)
-            models.look_at(spec)
+            models.look_at(spec, stage if key.startswith("student") else None)
     with found.at(where):
         models.require_adapters_fit(stage)
     if stage.student is not None and stage.student.init is not None:
