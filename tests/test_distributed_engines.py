@@ -80,7 +80,7 @@ def test_fsdp2_refuses_that_the_student_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [ENGINES[0], ENGINES[2]])
+@pytest.mark.parametrize("engine", ENGINES[:3])
 def test_a_four_bit_student_that_each_rank_holds(engine: str, tmp_path: Path) -> None:
     case = "kd-4bit-student-lora"
     run(engine, [case], tmp_path)

@@ -153,7 +153,7 @@ def stored_settings(path: str, revision: str | None) -> dict[str, Any]:
     """How the weights of a model were quantised before they were saved; empty for others, and for no model."""
     try:
         return settings_of(PreTrainedConfig.get_config_dict(path, revision=revision)[0])
-    except (OSError, ValueError):  # whoever loads it says so
+    except UNREADABLE:  # whoever loads it says so
         return {}
 
 

@@ -136,6 +136,18 @@ def require_whole_blocks(model: nn.Module, path: str) -> None:
             )
 
 
+def pack_as(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the bytes of 4-bit weights pass for values of a floating dtype (``bnb_4bit_quant_storage``), without a copy.
+
+    FSDP2 and accelerate split floating parameters only, and cast those of another dtype than their policy's: bits would be lost.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if getattr(weight, "quant_state", None) is not None:
+            weight.data = weight.data.flatten().view(dtype)[:, None]
+            weight.quant_storage = module.quant_storage = dtype
+
+
 def keep_four_bit_weights(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference on a CPU that knows AVX512-BF16.
 

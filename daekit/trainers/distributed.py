@@ -20,7 +20,9 @@ from trl import SFTConfig, SFTTrainer
 
 from daekit.errors import UserError
 from daekit.models.adapters import reads_base
+from daekit.models.experts import QuantisedExperts
 from daekit.models.loading import say_whole
+from daekit.models.quantization import pack_as
 
 _RANK = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # set by a launcher of ranks
 
@@ -171,10 +173,21 @@ def require_distribution(trainer: SFTTrainer) -> None:
                 "launch --config_file` and a file of recipes/accelerate/, without --cpu."
             )
     if shards_parameters(trainer) and getattr(trainer.model, "is_quantized", False):
+        _pack_quantised(trainer)
+
+
+def _pack_quantised(trainer: SFTTrainer) -> None:
+    """Make the packed weights of a 4-bit student ones that FSDP2 splits; UserError for what nobody can split."""
+    experts = any(isinstance(module, QuantisedExperts) for module in trainer.model.modules())
+    kind = "experts in 4 or 8 bits" if experts else None if getattr(trainer.model, "is_loaded_in_4bit", False) else "8 bits"
+    if kind is not None or trainer.is_deepspeed_enabled:
         raise UserError(
-            "a quantised student cannot be split over ranks by FSDP or ZeRO-3: launch with recipes/accelerate/ddp.yaml or "
-            "zero2.yaml, where each rank holds its 4-bit weights whole, or train it in 16 bits"
+            f"a student with {kind or 'quantised weights'} cannot be split over ranks by "
+            f"{'ZeRO-3' if trainer.is_deepspeed_enabled else 'FSDP2'}: launch with recipes/accelerate/ddp.yaml or zero2.yaml, "
+            "where each rank holds its quantised weights whole, or train it in 16 bits"
         )
+    policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy
+    pack_as(trainer.model, (policy and policy.param_dtype) or torch.float32)
 
 
 def refuse_reentrant(trainer: SFTTrainer) -> None:
