@@ -74,6 +74,16 @@ def collated_rows(inputs: Mapping[str, Any]) -> Iterator[tuple[list[int], list[i
         yield ids_BT[here_BT].tolist(), labels_BT[here_BT].tolist(), domain
 
 
+def without_loss(inputs: dict[str, Any], own: int) -> None:
+    """Take the loss from the examples of a collated dictionary beyond the first ``own``, and their numbers, which become -1."""
+    labels_BT, row_BT = inputs["labels"], inputs[_ROW]
+    for row, example in enumerate(inputs[EXAMPLES]):
+        if example >= own:
+            labels_BT = labels_BT.masked_fill(row_BT == row, IGNORE_INDEX)
+    inputs["labels"] = labels_BT
+    inputs[EXAMPLES] = tuple(example if example < own else -1 for example in inputs[EXAMPLES])
+
+
 def _without_first_tokens(labels_BT: Tensor, row_BT: Tensor) -> Tensor:
     """The first token of a row is predicted by nothing: what stands before it is padding (on the left) or another row."""
     starts = torch.ones_like(row_BT, dtype=torch.bool)

@@ -174,8 +174,9 @@ def _like(split: Tensor, parameter: Tensor) -> nn.Parameter:
     """A parameter without memory, in the dtype of ``parameter`` and split like ``split``."""
     assert isinstance(split, DTensor), "FSDP2 has split every parameter"
     local = torch.empty(split._local_tensor.shape, dtype=parameter.dtype, device="meta")
-    shape = {"shape": split.shape, "stride": split.stride()}
-    return nn.Parameter(DTensor.from_local(local, split.device_mesh, split.placements, run_check=False, **shape))
+    mesh, placements = split.device_mesh, split.placements
+    whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=split.shape, stride=split.stride())
+    return nn.Parameter(whole)
 
 
 def _exchange(model: nn.Module, fresh: Mapping[int, nn.Parameter]) -> None:

@@ -31,6 +31,7 @@ from daekit.runtime.quiet import quieten
 from daekit.runtime.signals import GRACE, StopRequest
 from daekit.runtime.stage import run_stage
 from daekit.trainers.distributed import refuse_launch
+from daekit.trainers.machines import by_main, connected, require_shared
 
 
 def run_recipe(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Permissions()) -> None:  # noqa: B008 (frozen)
@@ -50,7 +51,7 @@ def run_recipe(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Perm
         Stopped: a signal came.
     """
     refuse_launch()
-    state = _ranks()
+    state = _ranks(recipe)
     quieten()
     folder = RunFolder(Path(recipe.output_dir))
     with _held(folder, state, grace) as stop:
@@ -63,7 +64,7 @@ def run_recipe(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Perm
                 print(f"note: {note}", flush=True)
         state.wait_for_everyone()
         for name in recipe.stages:
-            if folder.stage(name).done.is_file():
+            if by_main(folder.stage(name).done.is_file):
                 if state.is_main_process:
                     print(f"[{name}] complete, kept", flush=True)
             else:
@@ -85,7 +86,7 @@ def init_students(recipe: Recipe, grace: float = GRACE) -> None:
 
     A student whose teacher is a stage of the recipe that is not complete yet is left to ``run_recipe``.
     """
-    state = _ranks()
+    state = _ranks(recipe)
     quieten()
     if state.num_processes > 1:
         raise UserError(
@@ -121,6 +122,7 @@ def _held(folder: RunFolder, state: PartialState, grace: float) -> Iterator[Stop
     if state.is_main_process:
         lock.acquire()
     state.wait_for_everyone()
+    require_shared(folder.root)
     try:
         with StopRequest(grace, before_end=lock.release) as stop:
             yield stop
@@ -149,7 +151,7 @@ def cache_teachers(
     A stage whose models come from a stage of the recipe that is not complete yet is left to ``run_recipe``.
     """
     refuse_launch()
-    state = _ranks()
+    state = _ranks(recipe)
     quieten()
     folder = RunFolder(Path(recipe.output_dir))
     cached = [name for name, stage in recipe.stages.items() if any(each.cache for each in stage.teachers_by_key().values())]
@@ -187,7 +189,7 @@ def generate_sources(
         UserError: there is no such source; everything that ``GeneratedSource`` raises.
     """
     refuse_launch()
-    state = _ranks()
+    state = _ranks(recipe)
     quieten()
     known = [name for name, source in recipe.sources.items() if source.generated is not None]
     for name in names:
@@ -234,9 +236,10 @@ def calibration() -> str:
     )
 
 
-def _ranks() -> PartialState:
-    """The processes of this run; on a CPU they are one run only if it is told so (the trainers' configs do the same)."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+def _ranks(recipe: Recipe) -> PartialState:
+    """The processes of this run, which wait for each other as long as the most patient of its stages says."""
+    patience = [stage.trainer["ddp_timeout"] for stage in recipe.stages.values() if "ddp_timeout" in stage.trainer]
+    return connected(max(patience, default=None))
 
 
 def _report(prepared: Prepared, state: PartialState) -> None:

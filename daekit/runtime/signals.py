@@ -21,6 +21,7 @@ from daekit.errors import Stopped
 
 GRACE = 25.0  # seconds; torchrun kills its processes 30 s after it has passed a signal on
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
+_LOOK = 1.0  # seconds between two looks after the launcher
 _SAME_REQUEST = 1.0  # seconds: a scheduler signals a whole job, and the launcher passes on what its processes have got already
 _PEER, _END = 255, 0  # no numbers of signals
 
@@ -43,6 +44,8 @@ class StopRequest:
         self.signum = 0
         self.is_saving = False
         self._process = os.getpid()
+        # a launcher that is killed leaves its ranks behind: they would go on, and hold the machine, with nobody to end them
+        self._launcher = os.getppid() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -114,8 +117,13 @@ class StopRequest:
         asked = end = float("inf")
         while True:
             wait = None if end == float("inf") else max(end - time.monotonic(), 0)
+            if self._launcher is not None:
+                wait = _LOOK if wait is None else min(wait, _LOOK)
             if not select.select([self._reader], [], [], wait)[0]:
-                self._end_now(self.signum, f"nothing was saved within {self.grace:g} s (--grace)")
+                if time.monotonic() >= end:
+                    self._end_now(self.signum, f"nothing was saved within {self.grace:g} s (--grace)")
+                self._look_after_launcher()
+                continue
             for number in self._reader.recv(64):
                 if number == _END:
                     return
@@ -129,6 +137,13 @@ class StopRequest:
                 if end == float("inf"):
                     end = now + self.grace
                     self._announce(number)
+
+    def _look_after_launcher(self) -> None:
+        """Stop as for SIGTERM where the launcher of this rank is gone."""
+        if self._launcher not in (None, os.getppid()):
+            self._launcher = None
+            print(f"[stop] rank {os.environ.get('RANK', '0')}: its launcher was killed", flush=True)
+            os.kill(self._process, signal.SIGTERM)
 
     def _announce(self, number: int) -> None:
         if self.is_saving and os.environ.get("RANK", "0") == "0":

@@ -28,6 +28,7 @@ from daekit.runtime.signals import SaveOnSignal, StopRequest
 from daekit.runtime.student import build_student
 from daekit.runtime.trainer import build_trainer
 from daekit.trainers import KDTrainer
+from daekit.trainers.machines import by_main
 
 
 def run_stage(prepared: Prepared, name: str, state: PartialState, stop: StopRequest) -> None:
@@ -48,7 +49,7 @@ def run_stage(prepared: Prepared, name: str, state: PartialState, stop: StopRequ
     trainer.add_callback(SaveOnSignal(stop))
     if state.is_main_process:
         print(_heading(prepared, name, trainer), flush=True)
-    resume = bool(stage.checkpoints)
+    resume = by_main(lambda: bool(stage.checkpoints))
     preflight, lines = compare_experts(recipe, name, stage, data, trainer)
     if state.is_main_process and preflight:
         write_json(stage.preflight, preflight)

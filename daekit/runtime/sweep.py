@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from accelerate import PartialState
 from scipy import stats
 
 from daekit.errors import UserError, listed
@@ -30,6 +28,7 @@ from daekit.runtime.prepare import prepare
 from daekit.runtime.quiet import quieten
 from daekit.runtime.run import run_recipe
 from daekit.runtime.signals import GRACE
+from daekit.trainers.machines import connected
 
 SEPARATOR = " · "  # between a model and its settings in the comparison
 _SHARED = ("caches", "students", "generated")  # folders of a run whose entries are named by their content
@@ -114,7 +113,7 @@ def run_sweep(root: Path, runs: Sequence[SweptRun], grace: float = GRACE, allowe
     Raises:
         UserError: what ``run_recipe`` raises, of any run.
     """
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = connected()
     quieten()
     for number, run in enumerate(runs, 1):
         if ahead(run.recipe, RunFolder(Path(run.recipe.output_dir))):

@@ -93,9 +93,15 @@ def start_of(resumed: Path | None, output_dir: Path) -> int:
     return 1 + max((int(manifest["start"]) for manifest in manifests if manifest), default=0)
 
 
+def facts_of(folder: Path) -> dict[str, Any]:
+    """The facts of the run that a whole checkpoint belongs to."""
+    facts: dict[str, Any] = (_manifest(folder) or {"run": {}})["run"]
+    return facts
+
+
 def require_same_run(folder: Path, run: dict[str, Any]) -> None:
     """Refuse to resume a checkpoint of another run: say which facts differ."""
-    before = (_manifest(folder) or {"run": {}})["run"]
+    before = facts_of(folder)
     now = json.loads(json.dumps(run))
     different = [
         f"{key}: {_short(before.get(key))} then, {_short(now.get(key))} now"

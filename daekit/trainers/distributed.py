@@ -216,12 +216,6 @@ def shards_parameters(trainer: SFTTrainer) -> bool:
     return trainer.is_fsdp_enabled
 
 
-def distribution_of(trainer: SFTTrainer) -> str:
-    """How the run is distributed, in one word: a checkpoint of one way cannot be resumed under another."""
-    kind: str = trainer.accelerator.distributed_type.value
-    return f"{kind} ZeRO-{trainer.accelerator.state.deepspeed_plugin.zero_stage}" if trainer.is_deepspeed_enabled else kind
-
-
 def rounding(accelerator: Accelerator) -> AbstractContextManager[Any]:
     """What the student's forward runs in: autocast, or nothing where FSDP2 or DeepSpeed rounds the weights themselves."""
     by_weights = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)

@@ -8,7 +8,7 @@ folder ``global_step*`` of its own files, one or two per rank. All are written b
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from trl import SFTTrainer
 
-_STATELESS, _SCHEDULER = "optimizer.pt", "scheduler.pt"
+_NUMBERED, _NAMED, _SCHEDULER = "optimizer.pt", "optimizer.bin", "scheduler.pt"
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
@@ -25,7 +25,7 @@ def optimizer_files(trainer: SFTTrainer) -> str:
     """The pattern of what holds the optimizer's state in a checkpoint of this trainer."""
     if trainer.is_deepspeed_enabled:
         return "global_step*/*_optim_states.pt"
-    return "optimizer.*" if trainer.is_fsdp_enabled else _STATELESS
+    return "optimizer.*"
 
 
 def save_fsdp_state(trainer: SFTTrainer, folder: Path) -> None:
@@ -34,18 +34,41 @@ def save_fsdp_state(trainer: SFTTrainer, folder: Path) -> None:
         plugin = trainer.accelerator.state.fsdp_plugin
         save_fsdp_optimizer(plugin, trainer.accelerator, trainer.optimizer, trainer.model, str(folder))
     elif trainer.args.should_save:  # SGD without momentum: torch could not put nothing back together
-        torch.save(trainer.optimizer.state_dict(), folder / _STATELESS)
+        torch.save(trainer.optimizer.state_dict(), folder / _NUMBERED)
     if trainer.args.should_save:
         torch.save(trainer.lr_scheduler.state_dict(), folder / _SCHEDULER)
 
 
-def load_stateless(trainer: SFTTrainer, folder: Path) -> bool:
-    """Read back an optimizer without state that FSDP2 trained, and its scheduler; False if this is another one."""
-    if not (trainer.is_fsdp_enabled and (folder / _STATELESS).is_file()):
+def load_foreign_optimizer(trainer: SFTTrainer, folder: Path) -> bool:
+    """Read what the Trainer does not: an optimizer without state, and what FSDP2 reads of DDP or DDP of FSDP2.
+
+    Returns:
+        False where it is the Trainer's own; otherwise the scheduler is read, too.
+    """
+    numbered, named = folder / _NUMBERED, folder / _NAMED
+    if trainer.is_deepspeed_enabled or (named if trainer.is_fsdp_enabled else numbered).is_file():
         return False
-    trainer.optimizer.load_state_dict(torch.load(folder / _STATELESS, weights_only=True))
+    saved = torch.load(numbered if trainer.is_fsdp_enabled else named, map_location="cpu", weights_only=True)
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    order = [names[id(parameter)] for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    if not trainer.is_fsdp_enabled:
+        trainer.optimizer.load_state_dict(_renamed(saved, {name: number for number, name in enumerate(order)}))
+    elif saved["state"]:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        by_name, how = _renamed(saved, dict(enumerate(order))), StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(trainer.model, trainer.optimizer.optimizer, by_name, options=how)
+    else:
+        trainer.optimizer.load_state_dict(saved)
     trainer.lr_scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
     return True
+
+
+def _renamed(saved: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+    """The state of an optimizer whose parameters have other names."""
+    state = {names[key]: value for key, value in saved["state"].items()}
+    groups = [group | {"params": [names[key] for key in group["params"]]} for group in saved["param_groups"]]
+    return {"state": state, "param_groups": groups}
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from daekit.trainers.compiled import compile_layers
 from daekit.trainers.config import DomainSFTConfig, KDConfig
 from daekit.trainers.data import RowPreparation
 from daekit.trainers.distributed import reads_parts, require_distribution, require_wrapped, rounding
-from daekit.trainers.distributed_state import load_stateless, reading_safely, save_fsdp_state
+from daekit.trainers.distributed_state import load_foreign_optimizer, reading_safely, save_fsdp_state
 from daekit.trainers.features import FeatureLosses
 from daekit.trainers.given import (
     as_teacher,
@@ -50,6 +50,7 @@ from daekit.trainers.given import (
 )
 from daekit.trainers.loss import counted, divergence_metric, divided, summed_losses, teacher_outputs
 from daekit.trainers.projections import Projections, forget_projections, without_projections
+from daekit.trainers.ranks import drawn
 from daekit.trainers.resume import Checkpoints, student_folder
 from daekit.trainers.rollouts import Rollouts
 from daekit.trainers.router import keeping_router_settings, require_balancing_loss, router_inputs
@@ -184,10 +185,11 @@ class KDTrainer(SFTTrainer):
         self._signature_columns = list(dict.fromkeys([*columns, "domain", TEACHER_PROMPT_IDS]))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The micro-batches of the next step, and what their loss is divided by; see ``rollouts.py``."""
+        """The micro-batches of the next step, and what their loss is divided by; see ``ranks.py`` and ``rollouts.py``."""
         if self.rollouts is None:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = self.rollouts.batches(epoch_iterator, num_batches)
+            batches = drawn(self, epoch_iterator, num_batches)
+        else:
+            batches = self.rollouts.batches(epoch_iterator, num_batches)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
@@ -255,7 +257,9 @@ class KDTrainer(SFTTrainer):
             self._total_train_tokens += self.token_metrics.pop_tokens(self.accelerator)
             logs["num_tokens"] = self._total_train_tokens
         if "train_loss" in logs:  # over all steps; after a resume the Trainer divides by the new ones
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+            # what was not logged before the end is this rank's own
+            total = torch.tensor(self._total_loss_scalar, dtype=torch.float64, device=self.args.device)
+            logs["train_loss"] = self.accelerator.gather(total).mean().item() / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -308,12 +312,16 @@ class KDTrainer(SFTTrainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not load_stateless(self, Path(checkpoint)):
+        if checkpoint is None or not load_foreign_optimizer(self, Path(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.checkpoints.save_accumulators(Path(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if not self.checkpoints.restarts_random_numbers():
+            super()._load_rng_state(checkpoint)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         make_room(self)

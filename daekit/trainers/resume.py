@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,8 +22,9 @@ from daekit.models.identity import hash_tensors
 from daekit.models.sharded import shape_of
 from daekit.models.split_loading import waits
 from daekit.trainers import checkpoint
-from daekit.trainers.distributed import distribution_of
 from daekit.trainers.distributed_state import optimizer_files
+from daekit.trainers.machines import by_main, require_same, require_shared
+from daekit.trainers.ranks import keep_global_batch, order_facts, ranks_of, read_states, restart_random_numbers, states_file
 
 _OPTIMIZATION = (
     *("optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay", "max_grad_norm"),
@@ -58,7 +58,10 @@ class Checkpoints(TrainerCallback):
         """Run a training; yields the checkpoint to resume from. See ``KDTrainer.train`` for what is refused."""
         trainer, args = self.trainer, self.trainer.args
         output_dir = Path(args.output_dir)
+        require_shared(output_dir)
         self.resumed = self._resumable(output_dir, resume) if resume else None
+        if not waits(trainer.model):  # else once it is read
+            require_same(self.facts)
         if args.should_save:
             checkpoint.clear_partial(output_dir)
             self._start = checkpoint.start_of(self.resumed, output_dir)
@@ -71,18 +74,10 @@ class Checkpoints(TrainerCallback):
             args.save_total_limit = self._keep
 
     def _resumable(self, output_dir: Path, wanted: str | bool) -> Path:
-        """The checkpoint to resume from; its files are hashed once, which for a large student takes a while."""
-        if wanted is True:
-            newest = checkpoint.newest(output_dir)
-            if newest is None:
-                raise UserError(f"{output_dir}: holds no checkpoint to resume from; train without resume_from_checkpoint")
-            folder = newest
-        else:
-            folder = Path(str(wanted))
-            problem = checkpoint.corruption(folder)
-            if problem:
-                raise UserError(f"{folder}: cannot be resumed: {problem}")
-        if not waits(self.trainer.model):  # else once it is read
+        """The checkpoint to resume from; the main process hashes its files, which for a large student takes a while."""
+        folder = by_main(lambda: self._whole(output_dir, wanted))
+        keep_global_batch(self.trainer, folder, checkpoint.facts_of(folder)["batch"])
+        if not waits(self.trainer.model):
             checkpoint.require_same_run(folder, self.facts())
         needed = optimizer_files(self.trainer)
         if not list(folder.glob(needed)):
@@ -92,8 +87,20 @@ class Checkpoints(TrainerCallback):
     def student_is_read(self) -> None:
         """What is done when the weights of a student that waited on the disk are there, before those of a checkpoint."""
         facts = self.facts()
+        require_same(lambda: facts)
         if self.resumed is not None:
             checkpoint.require_same_run(self.resumed, facts)
+
+    def _whole(self, output_dir: Path, wanted: str | bool) -> Path:
+        if wanted is True:
+            newest = checkpoint.newest(output_dir)
+            if newest is None:
+                raise UserError(f"{output_dir}: holds no checkpoint to resume from; train without resume_from_checkpoint")
+            return newest
+        folder = Path(str(wanted))
+        if problem := checkpoint.corruption(folder):
+            raise UserError(f"{folder}: cannot be resumed: {problem}")
+        return folder
 
     def save(self, folder: Path, write: Callable[[], None]) -> None:
         """Save by ``write``, the Trainer's own way, commit, then remove older ones; UserError where the disk is full."""
@@ -131,15 +138,14 @@ class Checkpoints(TrainerCallback):
         facts = {
             "trainer": type(trainer).__name__,
             "student": self._student_facts(),
-            "distributed": distribution_of(trainer),
+            "zero_stage": trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None,
             "data": self._data_facts(),
             "seed": [args.seed, args.data_seed],
-            "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size],
             "end": _end(args, sees_end=bool(trainer.loss_objective.on_policy)),  # the last buffer ends there
             "bf16": bool(args.bf16),
             "router_aux_loss_coef": trainer.router_aux_loss_coef,
         }
-        facts |= {name: getattr(args, name) for name in _OPTIMIZATION}
+        facts |= order_facts(trainer) | {name: getattr(args, name) for name in _OPTIMIZATION}
         facts |= {f"objective.{name}": value for name, value in trainer.loss_objective.model_dump().items()}
         if isinstance(trainer.model, PeftModel):  # what changes what the adapter computes or how it learns
             config = trainer.model.peft_config[trainer.model.active_adapter]
@@ -178,11 +184,12 @@ class Checkpoints(TrainerCallback):
         sums = {name: getattr(trainer, f"_{name}") for name in _SUMS} | {"tr_loss": trainer._tr_loss.item()}
         sums |= {"aux_loss": trainer._metrics["train"].get("aux_loss")}
         sums |= {"rollouts": trainer.rollouts and trainer.rollouts.state()}
-        write_json(self._accumulators_file(folder), trainer.token_metrics.state() | sums)
+        write_json(states_file(folder, trainer.args.process_index), trainer.token_metrics.state() | sums)
 
     def _load_accumulators(self, folder: Path) -> None:
         """Go on from there: the Trainer would begin a new window, and log other values than a straight run."""
-        trainer, state = self.trainer, json.loads(self._accumulators_file(folder).read_text())
+        trainer = self.trainer
+        state = read_states(folder, trainer.args.process_index, trainer.args.world_size)
         trainer.token_metrics.load(state)
         trainer._tr_loss = torch.tensor(state["tr_loss"], device=trainer.args.device)
         for name in _SUMS:
@@ -192,8 +199,13 @@ class Checkpoints(TrainerCallback):
         if state["aux_loss"]:
             trainer._metrics["train"]["aux_loss"] = state["aux_loss"]
 
-    def _accumulators_file(self, folder: Path) -> Path:
-        return folder / f"daekit_state_{self.trainer.args.process_index}.json"
+    def restarts_random_numbers(self) -> bool:
+        """Whether the random states of the checkpoint are of other ranks; then those of now have been begun anew."""
+        args = self.trainer.args
+        if self.resumed is None or ranks_of(self.resumed) == args.world_size:
+            return False
+        restart_random_numbers(args, self.trainer.state.global_step)
+        return True
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Load the accumulators at the one moment between the Trainer's reset of its sums and its first step."""

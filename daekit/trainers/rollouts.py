@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from fractions import Fraction
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.models.utils import unwrap_model_for_generation
 
-from daekit.data.collator import FOR_TEACHER, ON_POLICY, collated_rows
+from daekit.data.collator import EXAMPLES, FOR_TEACHER, ON_POLICY, collated_rows
 from daekit.errors import UserError
 from daekit.generation.local import Sampling, generate, stop_token_ids
 from daekit.metrics import TokenMeans
@@ -36,6 +35,7 @@ from daekit.models.teacher_view import TEACHER_PROMPT_IDS, first_loss
 from daekit.protocol import IGNORE_INDEX
 from daekit.trainers.config import KDConfig
 from daekit.trainers.distributed import rounding, shards_parameters
+from daekit.trainers.ranks import drawn, global_batch
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,6 @@ class Rollouts:
             )
         self._stop = stop_token_ids(base_of(trainer.model), trainer.processing_class)
         require_prompts(trainer.train_dataset, args, trainer.processing_class, self._stop)
-        self._rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._responses: dict[int, dict[int, list[int]]] = {}  # step -> place in the global batch -> token ids
         self._until = 0  # the first step whose responses are not written yet
         self._waiting: deque[Any] = deque()  # micro-batches that have been read ahead
@@ -88,9 +87,10 @@ class Rollouts:
 
     def chosen(self, step: int) -> list[int]:
         """The places of the on-policy rows in the global batch of a step: over all steps exactly the share that is wanted."""
-        share = Fraction(str(self.objective.on_policy)) * self._rows
+        rows = global_batch(self.trainer.args)  # of now: a resumed training may have set it anew
+        share = Fraction(str(self.objective.on_policy)) * rows
         count = math.floor((step + 1) * share) - math.floor(step * share)
-        drawn = np.random.default_rng([self.trainer.args.seed, _CHOICE, step]).permutation(self._rows)[:count]
+        drawn = np.random.default_rng([self.trainer.args.seed, _CHOICE, step]).permutation(rows)[:count]
         return sorted(drawn.tolist())
 
     def pop_metrics(self) -> dict[str, float]:
@@ -105,17 +105,19 @@ class Rollouts:
         return {"until": self._until, "responses": responses, "means": self._means.state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state()``."""
+        """Go on from ``state()``, or from the responses of more ranks than this one."""
         self._until = state["until"]
+        args = self.trainer.args
         for step, place, ids in state["responses"]:
-            self._responses.setdefault(step, {})[place] = ids
+            if place // args.per_device_train_batch_size % args.world_size == args.process_index:
+                self._responses.setdefault(step, {})[place] = ids
         self._means.load(state["means"])
 
     def _next(self, count: int) -> list[Any]:
         """So many micro-batches, fewer at the end of the epoch: those that wait, then those of the epoch."""
         assert self._epoch is not None
         waiting = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
-        return [*waiting, *islice(self._epoch, count - len(waiting))]
+        return [*waiting, *drawn(self.trainer, self._epoch, count - len(waiting))]
 
     def _place(self, micro: int, row: int) -> int:
         """Where a row of a micro-batch of this rank lies in the global batch: as in the one batch of one process."""
@@ -134,7 +136,7 @@ class Rollouts:
         for number, batch in enumerate(self._waiting):
             at, micro = step + number // every, number % every
             for row, (ids, labels, _) in enumerate(collated_rows(batch)):
-                if (place := self._place(micro, row)) in chosen[at]:
+                if (place := self._place(micro, row)) in chosen[at] and batch[EXAMPLES][row] >= 0:
                     prompts[at, place] = ids[: last_response(labels)]
         start = time.perf_counter()
         responses = self._continued(prompts)
@@ -204,7 +206,8 @@ class Rollouts:
         domains = tuple(batch["domains"][row] for row, place in enumerate(places) if place in responses)
         for name, values in (("rollout_length", lengths), ("rollout_ended", ended)):
             self._means.add(name, torch.tensor(values), torch.arange(len(values)), domains)
-        return self.trainer.data_collator(examples) | {ON_POLICY: tuple(place in responses for place in places)}
+        written = tuple(place in responses for place in places)
+        return self.trainer.data_collator(examples) | {ON_POLICY: written, EXAMPLES: batch[EXAMPLES]}
 
 
 def last_response(labels: list[int] | np.ndarray) -> int:

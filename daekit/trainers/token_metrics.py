@@ -41,7 +41,10 @@ class TokenMetrics:
             if batch.labelled_N is not None and name not in _OF_LABELS:
                 self._add(mode, f"{name}_on_policy", values[name], counted_N & ~batch.labelled_N, batch)
         if mode == "train":
-            self._new_tokens = self._new_tokens.to(batch.row_BT.device) + (batch.row_BT >= 0).sum()
+            real_BT = batch.row_BT >= 0
+            if not all(counted_R):
+                real_BT = real_BT & torch.tensor(counted_R, device=real_BT.device)[batch.row_BT.clamp(min=0)]
+            self._new_tokens = self._new_tokens.to(real_BT.device) + real_BT.sum()
 
     def _add(self, mode: str, name: str, value_N: Tensor, wanted_N: Tensor, batch: Batch) -> None:
         value_N, row_N = value_N.detach()[wanted_N], batch.row_N[wanted_N]
@@ -80,9 +83,11 @@ class TokenMetrics:
 
 
 def counted_rows(trainer: Any, examples: tuple[int, ...], mode: str) -> list[bool]:
-    """Which rows of a batch count: not those that a distributed evaluation repeats to fill its last batch."""
+    """Which rows of a batch count: not those that ranks repeat to fill the last batch of a data set."""
     state = trainer.accelerator.gradient_state
-    if mode == "train" or trainer.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder == 0:
+    if mode == "train":
+        return [example >= 0 for example in examples]
+    if trainer.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder == 0:
         return [True] * len(examples)
     if state.remainder < 0:  # its length is not known, or rows that do not fill a batch are left out
         refuse_shared_stream(trainer.args, mode)

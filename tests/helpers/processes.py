@@ -9,7 +9,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 
 def start(action: Callable[[], int | None], output: Path | None = None, **environment: str) -> int:
@@ -51,11 +53,20 @@ def forked(action: Callable[[], int | None], output: Path | None = None) -> int:
     return status_of(start(action, output))
 
 
-def start_ranks(action: Callable[[], int | None], outputs: list[Path]) -> list[int]:
+def engine_environment(engine: str) -> dict[str, str]:
+    """What ``accelerate launch`` tells its processes of an engine, by the configuration that ships."""
+    config = Path(__file__).parents[2] / "recipes" / "accelerate" / f"{engine}.yaml"
+    words = ["--config_file", str(config), "--num_processes", "2", "--main_process_port", "0", "script.py"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    told = prepare_deepspeed_cmd_env(args)[1] if engine.startswith("zero") else prepare_multi_gpu_env(args)
+    return {name: value for name, value in told.items() if name.startswith(("FSDP", "ACCELERATE"))}
+
+
+def start_ranks(action: Callable[[], int | None], outputs: list[Path], **environment: str) -> list[int]:
     """Start one process per output file, which find each other as the ranks of one launch (gloo, on the CPU)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     world = str(len(outputs))
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world} | environment
     return [start(action, output, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank, output in enumerate(outputs)]
