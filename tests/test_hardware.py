@@ -297,5 +297,7 @@ def test_compiled_layers(backend: str, changes: dict[str, Any], tmp_path: Path) 
 def test_layers_that_are_not_compiled(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="torch_compile=True: attention and hidden states are caught by hooks"):
         kd(tmp_path, mixed_rows(), torch_compile=True, hidden_weight=1.0)
+    with pytest.raises(UserError, match="torch_compile=True: was not tried with on-policy"):
+        kd(tmp_path, mixed_rows(), torch_compile=True, on_policy_fraction=0.5, max_new_tokens=4)
     with pytest.raises(UserError, match="torch_compile=True: a teacher or the reference is an adapter"):
         dae(tmp_path, mixed_rows(), reference=None, peft_config=lora(), torch_compile=True)

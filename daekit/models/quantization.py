@@ -139,7 +139,7 @@ def require_whole_blocks(model: nn.Module, path: str) -> None:
 def pack_as(model: nn.Module, dtype: torch.dtype) -> None:
     """Let the bytes of 4-bit weights pass for values of a floating dtype (``bnb_4bit_quant_storage``), without a copy.
 
-    FSDP2 and accelerate split floating parameters only, and cast those of another dtype than their policy's: bits would be lost.
+    accelerate leaves bytes out of what FSDP2 splits, and FSDP2 casts floats of another dtype than its policy's.
     """
     for module in model.modules():
         weight = getattr(module, "weight", None)

@@ -26,6 +26,7 @@ class FrozenModel:
         teacher: The key of the recipe that it belongs to; the members of an ensemble share one, and run on the same rows.
         adapter: Whether it is an adapter on the student's base.
         movable: Whether ``device_map`` may put part of it on another device.
+        whole: Whether each device holds it whole, whatever the engine.
     """
 
     name: str
@@ -34,6 +35,7 @@ class FrozenModel:
     teacher: str
     adapter: bool = False
     movable: bool = False
+    whole: bool = False
 
     @property
     def meta(self) -> MetaModel:
@@ -153,7 +155,7 @@ class ModelPlanner:
             return FrozenModel(who, tracer, 0, key)
         # transformers spreads the model over the devices that it finds; one that a mapping spreads counts as a whole
         movable = isinstance(spec.device_map, dict) or spec.device_map in _MAPS
-        return FrozenModel(who, tracer, ends + sum(layers), key, movable=movable)
+        return FrozenModel(who, tracer, ends + sum(layers), key, movable=movable, whole=spec.whole)
 
     def _adapter_bytes(self, recipe: Recipe, resolver: ModelResolver, base: ModelSpec, adapter: str) -> int:
         """Bytes of an adapter on the student's base; 0 for the base itself."""

@@ -96,7 +96,7 @@ class _Stage(Spec):
             if model is not self.student:
                 yield from self._of_another(path, model)
         student = self.student or ModelSpec()
-        for key in ("device_map", "offload"):
+        for key in ("device_map", "offload", "whole"):
             if getattr(student, key):
                 yield ("student", key), "belongs to a teacher; a student is trained on the devices of `accelerate launch`"
         if student.quantization is not None and not self.is_lora:

@@ -210,7 +210,8 @@ class ModelBuilder:
         if spec.adapter is not None:
             return BASE if spec.adapter == BARE_BASE else AdapterPath(self.placed(spec).adapter)
         name = spec.stage or spec.path or "teacher"
-        return ModelTeacher(self.model(spec, split=split), vocabulary_size(self.tokenizer), name, offload=spec.offload)
+        model = self.model(spec, split=split and not spec.whole)
+        return ModelTeacher(model, vocabulary_size(self.tokenizer), name, offload=spec.offload, whole=spec.whole)
 
 
 def specs_of(stage: StageSpec) -> Iterator[tuple[str, ModelSpec]]:

@@ -49,15 +49,28 @@ class Sharding:
             if waits(model):
                 read_parts(model)
             return
-        config = self._accelerator.state.deepspeed_plugin.deepspeed_config
-        # DeepSpeed casts the student to bf16 itself, where DDP has autocast and FSDP2 its policy
-        dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else next(model.parameters()).dtype
         if self.splits:
-            _split_zero3(model, config, dtype)
+            config = self._accelerator.state.deepspeed_plugin.deepspeed_config
+            _split_zero3(model, config, self._rounded or next(model.parameters()).dtype)
         else:
-            model.to(self.device)  # type: ignore[arg-type]
-            for parameter in model.parameters():  # not the buffers: frequencies of rotary positions stay exact
-                parameter.data = parameter.data.to(dtype)
+            self.hold(model)
+
+    def hold(self, model: PreTrainedModel) -> None:
+        """Leave a frozen model whole on this rank, rounded as the student is; a quantised one as it is."""
+        if getattr(model, "is_quantized", False):
+            return
+        model.to(self.device)  # type: ignore[arg-type]
+        for parameter in model.parameters():  # not the buffers: frequencies of rotary positions stay exact
+            parameter.data = parameter.data.to(self._rounded or parameter.dtype)
+
+    @property
+    def _rounded(self) -> torch.dtype | None:
+        """The dtype that the student's weights are cast to: by FSDP2's policy, by DeepSpeed itself (DDP has autocast)."""
+        if self._fsdp:
+            policy = self._accelerator.state.fsdp_plugin.mixed_precision_policy
+            return policy and policy.param_dtype
+        config = self._accelerator.state.deepspeed_plugin.deepspeed_config
+        return torch.bfloat16 if config.get("bf16", {}).get("enabled") else None
 
     def somewhere(self, wanted: Sequence[bool]) -> list[bool]:
         """Which of these is wanted on any rank. A collective call."""

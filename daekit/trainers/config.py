@@ -135,6 +135,11 @@ class KDConfig(DomainSFTConfig):
                 "torch_compile=True: attention and hidden states are caught by hooks that each step hangs into the layers, and "
                 "a layer that is compiled looks for no new hooks. Leave it out, or set attention_weight and hidden_weight to 0."
             )
+        if self.torch_compile and self.on_policy_fraction:
+            raise UserError(
+                "torch_compile=True: was not tried with on-policy rows, for which layers would be compiled for each length of "
+                "a response. Leave it out, or set on_policy_fraction (on_policy) to 0."
+            )
         self._refuse_lengths()
 
     def _select_best(self) -> None:
