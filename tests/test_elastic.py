@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import run_world
+from tests.helpers.processes import forked
 from tests.helpers.ranks_world import KillAtStep, on_ranks, results, said, train
+from tests.helpers.run_world import during_step
 from tests.helpers.trainer_world import relative
 
 SAME = 1e-5  # what rounding may do
@@ -94,3 +98,19 @@ def test_fsdp2_on_four_ranks(tmp_path: Path) -> None:
     leg(2, "dense", tmp_path / "run", kill=4, engine="fsdp2")
     leg(4, "dense", tmp_path / "run", engine="fsdp2")
     assert_same(results(tmp_path / "run", 4)[0], expected)
+
+
+def test_a_recipe_goes_on_on_one_process_and_says_how(tmp_path: Path) -> None:
+    options = [f"stages.base.trainer.{each}" for each in ("save_steps=2", "optim=sgd", "learning_rate=0.5")]
+
+    def train_until_step_4() -> int:
+        during_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        return run_world.train(tmp_path / "run", *options)
+
+    expected, run = tmp_path / "straight", tmp_path / "run"
+    assert on_ranks(2, lambda: run_world.train(expected, *options), expected) == [0, 0], said(expected)
+    assert on_ranks(2, train_until_step_4, run) == [KILLED, KILLED], said(run)
+    assert forked(lambda: run_world.train(run, *options), run / "said-1.txt") == 0, said(run)
+    assert "on 1 a step trains on the same 8 rows with per_device_train_batch_size=4" in said(run)
+    ours, theirs = run_world.weights(run), run_world.weights(expected)
+    assert all(relative(ours[name], tensor) < SAME for name, tensor in theirs.items())

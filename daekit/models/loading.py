@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +41,7 @@ from daekit.models.quantized_loading import reading_unmapped
 from daekit.models.restore import restore_weights
 from daekit.models.split_loading import CannotWaitError, waiting_model
 from daekit.models.vocabulary import vocabulary_size
+from daekit.progress import rank
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from daekit.recipe.schema import ModelSpec
 
@@ -85,7 +85,7 @@ def load_model(
 
 def say_whole(path: object, reason: object) -> None:
     """Tell the user, once per machine, that every rank reads a model whole although it is split."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if rank(local=True) == 0:
         print(f"{path}: read whole by each rank ({reason})", flush=True)
 
 
@@ -134,7 +134,7 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
     if isinstance(getattr(model.config, "quantization_config", None), BitsAndBytesConfig):  # ours, or that of the checkpoint
         line = require_quantised(model, path)
         require_whole_blocks(model, path)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if rank(local=True) == 0:
             print(line, flush=True)
         keep_four_bit_weights(model)
     return model

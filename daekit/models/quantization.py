@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from daekit.errors import UserError
 from daekit.models.experts import QuantisedExperts
 from daekit.models.quantized_loading import EIGHT_BITS, FOUR_BITS
+from daekit.progress import rank
 from daekit.recipe.schema import ModelSpec
 
 _MOSTLY = 0.5
@@ -67,10 +67,10 @@ def rank_device() -> torch.device:
     """The device of this process: its own GPU where there are some."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if devices > 1 and rank >= devices:
-        raise UserError(f"process {rank} of this machine has no GPU: there are {devices}; launch at most that many processes")
-    return torch.device("cuda", rank if devices > 1 else 0)  # a launcher may show each process its own GPU only
+    local, devices = rank(local=True), torch.cuda.device_count()
+    if devices > 1 and local >= devices:
+        raise UserError(f"process {local} of this machine has no GPU: there are {devices}; launch at most that many processes")
+    return torch.device("cuda", local if devices > 1 else 0)  # a launcher may show each process its own GPU only
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from daekit.planning.meta_model import MetaModel
 from daekit.planning.resolve import ModelResolver
 from daekit.planning.trace import Tracer
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage, read_adapter_config
-from daekit.recipe.schema import STUDENT_AS_IT_WAS, CacheSpec, LoraSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.schema import STUDENT_AS_IT_WAS, CacheSpec, LoraSpec, ModelSpec, Recipe, TeacherSpec
+from daekit.recipe.validation import dotted
 
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _SAME_GPU = ("0", "cuda", "cuda:0")  # the GPU of the first process
@@ -89,12 +90,14 @@ class ModelPlanner:
         student = self._tracer(resolver, spec, lora, trained=True)
         frozen, cached = [], []
         seen: set[str] = set()
-        for key, teacher in teachers_of(stage):
+        for key, teacher in ((dotted(path), each) for path, each in stage.teachers_by_key().items()):
             if repr(teacher) in seen:  # the run loads equal teachers once
                 continue
             seen.add(repr(teacher))
             if teacher.cache is not None:
-                models = [spec] if teacher.is_student else [each for _, each in _members(key, teacher)]  # none of a server
+                models = (
+                    [spec] if teacher.kind == "student" else [each for _, each in _members(key, teacher)]
+                )  # none of a server
                 members = [student if each.adapter else self._tracer(resolver, each, None, trained=False) for each in models]
                 cached.append(CachedTeacherModels(key, teacher.cache, tuple(members)))
                 continue
@@ -205,14 +208,8 @@ def lora_of(recipe: Recipe, adapter: str) -> LoraSpec | None:
     )
 
 
-def teachers_of(stage: StageSpec) -> list[tuple[str, TeacherSpec]]:
-    """(key below the stage, teacher) of every teacher that a stage names: ``teachers.shop``, ``teacher``, ``reference``."""
-    return [(".".join(map(str, key)), teacher) for key, teacher in stage.teachers_by_key().items()]
-
-
 def _members(key: str, teacher: TeacherSpec) -> list[tuple[str, ModelSpec]]:
     """(name in the plan, model) of a teacher, or of every member of an ensemble."""
     label = key.replace("teachers.", "teacher ", 1)
-    if teacher.model is not None:
-        return [(label, teacher.model)]
-    return [(f"{label} {index}", member.model) for index, member in enumerate(teacher.ensemble, start=1)]
+    models = enumerate(teacher.models().values(), start=1)
+    return [(f"{label} {index}" if teacher.kind == "ensemble" else label, model) for index, model in models]

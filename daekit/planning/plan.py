@@ -15,6 +15,7 @@ from daekit.planning.models import ModelPlanner, StageModels
 from daekit.planning.operations import step_operations
 from daekit.planning.training import Training, training_of
 from daekit.recipe.schema import Recipe
+from daekit.recipe.validation import dotted
 
 _SHARDS = (2, 4, 8, 16, 32)
 
@@ -83,7 +84,8 @@ class Planner:
         if memory.training.accumulation == 1:
             static += memory.gradients
         static -= sum(model.bytes for model in memory.models.frozen if model.movable)
-        fits, caches = peak.total <= self.machine.memory, cache_plans(memory, rows)
+        fits = peak.total <= self.machine.memory
+        caches = cache_plans(memory, rows, {dotted(key) for key in recipe.measured_teachers(name)})
         return StagePlan(name, memory.training, peak, static, fits, step_operations(memory), caches)
 
     def advised(self, recipe: Recipe, name: str, reload: Reload, rows: StageRows | None = None) -> StagePlan:

@@ -100,6 +100,11 @@ def _format_cache(cache: CachePlan, machine: Machine, tflops: float | None) -> l
             work = f", {cache.operations / 1e12:,.1f} TFLOP" + _time(cache.operations / machine.count, tflops)
     fits = "" if cache.making.total <= machine.memory else ", which does not fit"
     lines.append(f"        made before the student is loaded, with {gigabytes(cache.making.total)} of memory{fits}{work}")
+    if cache.reported:
+        weights = gigabytes(cache.making.parts.get("teacher weights", 0))
+        lines.append(
+            f"        the report loads it, too ({weights} of weights), for KL on validation rows, which no cache holds"
+        )
     return lines
 
 
@@ -146,6 +151,7 @@ def _cache_json(cache: CachePlan, tflops: float | None) -> dict[str, Any]:
         "bytes": cache.size,
         "rows": cache.counts and asdict(cache.counts),
         "making": {"parts": cache.making.parts, "total": cache.making.total},
+        "loaded_by_report": cache.reported,
         "operations": cache.operations,
         "seconds": cache.operations / (tflops * 1e12) if tflops and cache.operations else None,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,14 +149,14 @@ class ModelBuilder:
 
         ``split``: a trainer is about to split its models over the ranks, see ``load_model``.
         """
-        if spec.labels:
+        if spec.kind == "labels":
             return LabelTeacher()
-        if spec.model is not None:
-            return self._single(spec.model, split)
-        if spec.server is not None:
+        if spec.kind == "server":
             return self.served(spec)
-        members = [self._single(member.model, split) for member in spec.ensemble]
-        return EnsembleTeacher(members, [member.weight for member in spec.ensemble], spec.average)
+        models = [self._single(model, split) for model in spec.models().values()]
+        if spec.kind == "model":
+            return models[0]
+        return EnsembleTeacher(models, [member.weight for member in spec.ensemble], spec.average)
 
     def served(self, spec: TeacherSpec) -> ServerTeacher:
         """A teacher on another machine; of a cache, it is asked for as many tokens as that keeps."""
@@ -178,8 +178,8 @@ class ModelBuilder:
         assert stage.student is not None, "a resolved recipe names every student"
         named = {
             spec.adapter: self.placed(spec).adapter
-            for key, spec in specs_of(stage)
-            if key != "student" and spec.adapter not in (None, BARE_BASE) and self.is_there(spec)
+            for key, spec in stage.models().items()
+            if key != ("student",) and spec.adapter not in (None, BARE_BASE) and self.is_there(spec)
         }
         folders = [folder for folder in named.values() if folder is not None]
         for folder in folders:
@@ -212,21 +212,6 @@ class ModelBuilder:
         name = spec.stage or spec.path or "teacher"
         model = self.model(spec, split=split and not spec.whole)
         return ModelTeacher(model, vocabulary_size(self.tokenizer), name, offload=spec.offload, whole=spec.whole)
-
-
-def specs_of(stage: StageSpec) -> Iterator[tuple[str, ModelSpec]]:
-    """Every model that a stage names, with its key below the stage."""
-    if stage.student is not None:
-        yield "student", stage.student
-        if stage.student.init is not None:
-            yield "student.from", stage.student.init.from_
-            yield from ((f"student.with.{place}", each) for place, each in enumerate(stage.student.init.with_))
-    for path, teacher in stage.teachers_by_key().items():
-        key = ".".join(map(str, path))
-        if teacher.model is not None:
-            yield key, teacher.model
-        for place, member in enumerate(teacher.ensemble):
-            yield f"{key}.ensemble.{place}.model", member.model
 
 
 def require_files(path: str) -> None:

@@ -19,7 +19,8 @@ _MESSAGES = (
 def quieten() -> None:
     """One line per log: progress bars of a second each and warnings of libraries about themselves go."""
     logging.getLogger("daekit").setLevel(logging.ERROR)  # the heading of a stage says what became of its rows
-    logging.getLogger("daekit.trainers.rollouts").setLevel(logging.WARNING)  # known while it trains only
+    for known_in_training_only in ("ranks", "rollouts"):
+        logging.getLogger(f"daekit.trainers.{known_in_training_only}").setLevel(logging.WARNING)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     for module in ("transformers", "peft", "trl", "torch", "bitsandbytes"):

@@ -26,9 +26,8 @@ from daekit.runtime.folders import RunFolder
 from daekit.runtime.kept import ahead
 from daekit.runtime.prepare import prepare
 from daekit.runtime.quiet import quieten
-from daekit.runtime.run import run_recipe
+from daekit.runtime.run import processes_of, run_recipe
 from daekit.runtime.signals import GRACE
-from daekit.trainers.machines import connected
 
 SEPARATOR = " · "  # between a model and its settings in the comparison
 _SHARED = ("caches", "students", "generated")  # folders of a run whose entries are named by their content
@@ -113,12 +112,12 @@ def run_sweep(root: Path, runs: Sequence[SweptRun], grace: float = GRACE, allowe
     Raises:
         UserError: what ``run_recipe`` raises, of any run.
     """
-    state = connected()
+    state = processes_of(runs[0].recipe)
     quieten()
-    for number, run in enumerate(runs, 1):
-        if ahead(run.recipe, RunFolder(Path(run.recipe.output_dir))):
-            print(f"[sweep] checking run {number} of {len(runs)}: {_label(run.settings)}", flush=True)
-            prepare(run.recipe, allowed)
+    waiting = [run for run in runs if ahead(run.recipe, RunFolder(Path(run.recipe.output_dir)))]
+    for run in waiting[1:]:  # the first is prepared when it begins; the rows of all would not lie in memory together
+        print(f"[sweep] checking run {runs.index(run) + 1} of {len(runs)}: {_label(run.settings)}", flush=True)
+        prepare(run.recipe, allowed)
     done: dict[str, Path] = {}
     for number, run in enumerate(runs, 1):
         if state.is_main_process:

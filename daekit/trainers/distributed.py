@@ -165,6 +165,12 @@ def require_distribution(trainer: SFTTrainer) -> None:
     parallel = accelerator.parallelism_config
     if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
         raise UserError("context and sequence parallelism are not supported: the loss needs whole sequences on each rank")
+    loading = accelerator.dataloader_config
+    if accelerator.num_processes > 1 and (loading.split_batches or not loading.even_batches):
+        raise UserError(
+            f"accelerator_config: split_batches={loading.split_batches}, even_batches={loading.even_batches}: the rows that a "
+            "rank trains on would not be those that are counted and logged. Leave both at their defaults (False, True)."
+        )
     asked = {DistributedType.FSDP: _asks_for_fsdp(args), DistributedType.DEEPSPEED: _asks_for_deepspeed(args)}
     for kind, name in ((DistributedType.FSDP, "FSDP"), (DistributedType.DEEPSPEED, "DeepSpeed")):
         if asked[kind] and accelerator.distributed_type != kind:
