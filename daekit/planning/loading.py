@@ -21,7 +21,8 @@ def host_bytes(memory: StageMemory) -> int:
     machine, count = memory.machine, memory.machine.count
     models = [(model.meta, model.in_parts) for model in memory.models.frozen if not model.adapter]
     models.append((memory.student, memory.models.student_in_parts))  # split last
-    whole, parts = [], []
+    whole: list[MetaModel] = []
+    parts: list[MetaModel] = []
     for meta, in_parts in models:
         (parts if in_parts and _splits(meta, machine) else whole).append(meta)
     everything = sum(map(_stored, whole))
