@@ -1,13 +1,15 @@
 """Host memory while several ranks load a student and its teacher: each its own part, or (``whole``) each everything.
 
 A Mixtral teacher and a Mistral student of random weights are written in several shards to a temporary folder (deleted
-afterwards). The ranks are started by ``accelerate launch`` over gloo; each makes a KDTrainer and stops before its first step.
-Of the time between the imports and that step this measures, above the level after the imports,
+afterwards). The ranks are started by ``accelerate launch`` over gloo; they run a recipe and stop before its first step. Of the
+time between the imports and that step this measures
 
-    peak of a rank   its highest resident memory (mapped pages of files count)
-    peak in sum      the highest sum of the ranks' proportional memory (PSS: a page that n ranks share counts 1/n in each)
+    peak of a rank   its highest resident memory above the level after the imports (mapped pages of files count)
+    in sum           the highest sum of the ranks' proportional memory (PSS: a page that n ranks share counts 1/n in each),
+                     which is what `daekit plan` plans
 
-and the same without files: the anonymous memory that the system cannot take back.
+and the same without files: the anonymous memory that the system cannot take back. glibc is told to return what is freed
+(MALLOC_MMAP_THRESHOLD_): by itself it keeps freed blocks of up to 32 MB, of which aligned ones are not used again.
 """
 
 from __future__ import annotations
@@ -31,6 +33,20 @@ ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 TEACHER = dict(hidden_size=1024, intermediate_size=2048, num_hidden_layers=10, num_local_experts=8)  # 1.2 GB in bfloat16
 STUDENT = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12)  # 0.36 GB in bfloat16
+RECIPE = """\
+name: loading
+output_dir: FOLDER/run
+tokenizer: {path: FOLDER/student}
+sources: {text: {domain: general, path: FOLDER/rows.jsonl}}
+stages:
+  kd:
+    type: kd
+    student: {path: FOLDER/student, dtype: float32}
+    teacher: {path: FOLDER/teacher}
+    data: [text]
+    trainer: {use_cpu: true, max_steps: 1, per_device_train_batch_size: 1, max_length: 32, optim: sgd, save_strategy: "no",
+              gradient_checkpointing: false}
+"""
 SMALL = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4)
 
 
@@ -76,6 +92,8 @@ def write_models(folder: Path, small: bool) -> dict[str, float]:
     config = MistralConfig(**(SMALL if small else STUDENT), vocab_size=1000, num_attention_heads=16, num_key_value_heads=8)
     student = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     student.save_pretrained(folder / "student", max_shard_size="80MB")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(16, domains=("general",))))
+    (folder / "recipe.yaml").write_text(RECIPE.replace("FOLDER", str(folder)))
     for name in ("student", "teacher"):
         tiny.tokenizer().save_pretrained(folder / name)
     return {"teacher_gib": teacher / GIB, "student_gib": student.num_parameters() * 4 / GIB}
@@ -89,24 +107,38 @@ def measure(engine: str, ranks: int, name: str, folder: Path) -> dict[str, Any]:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     launcher += ["--num_processes", str(ranks), "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     with open(out / "log", "w") as log:
         process = subprocess.Popen([*launcher, __file__, "--run", name, str(out)], stdout=log, stderr=log, env=environment)
-        highest = watch(process, out, ranks)
+        try:
+            highest = watch(process, out, ranks)
+        finally:
+            process.terminate()  # its launcher ends the ranks
     if process.returncode:
         sys.exit((out / "log").read_text()[-4000:])
     found = [json.loads((out / f"{index}.json").read_text()) for index in range(ranks)]
-    levels = {key: sum(each["level"][key] for each in found) for key in highest}
     row = {"engine": engine, "ranks": ranks, "name": name, "seconds": max(each["seconds"] for each in found)}
-    row |= {"rank_peak_gib": [each["peak_gib"] for each in found], "rank_level_gib": [each["level_gib"] for each in found]}
-    row |= {f"sum_{key}_gib": (highest[key] - levels[key]) / GIB for key in highest}
-    row |= {f"level_{key}_gib": levels[key] / GIB for key in levels}
+    row |= {"rank_peak_gib": [each["peak_gib"] for each in found], "rank_held_gib": [each["held_gib"] for each in found]}
+    row |= {f"sum_{key}_gib": value / GIB for key, value in highest.items()}
+    row |= {
+        "level_sum_gib": sum(each["level"]["Pss"] for each in found) / GIB,
+        "planned_gib": planned("zero3" if name == "whole" else engine, ranks, folder),
+    }
     peaks = ", ".join(f"{peak:.2f}" for peak in row["rank_peak_gib"])
     print(
-        f"{engine} {ranks} ranks {name:<6} peak of each rank {peaks} GiB; in sum {row['sum_Pss_gib']:.2f} GiB, of it "
-        f"{row['sum_Pss_Anon_gib']:.2f} without files; {row['seconds']:.0f} s (levels: {row['level_Pss_gib']:.2f} GiB in sum)",
+        f"{engine} {ranks} ranks {name:<6} peak of each rank {peaks} GiB; in sum {row['sum_Pss_gib']:.2f} GiB (without files "
+        f"{row['sum_Pss_Anon_gib']:.2f}, before {row['level_sum_gib']:.2f}), planned {row['planned_gib']:.2f}; "
+        f"{row['seconds']:.0f} s",
         flush=True,
     )
     return row
+
+
+def planned(engine: str, ranks: int, folder: Path) -> float:
+    """What `daekit plan` says of a machine's host memory, in GiB; it takes ZeRO-3 to read everything on every rank."""
+    command = [sys.executable, "-m", "daekit", "plan", str(folder / "recipe.yaml"), "--cpu", "8GB", "--gpus", str(ranks)]
+    done = subprocess.run([*command, "--engine", engine, "--json"], capture_output=True, text=True, check=True, cwd=ROOT)
+    return float(json.loads(done.stdout)["stages"]["kd"]["host_while_loading"]) / GIB
 
 
 def watch(process: subprocess.Popen[bytes], out: Path, ranks: int) -> dict[str, int]:
@@ -138,42 +170,34 @@ def resident(key: str) -> float:
 
 
 def rank(name: str, out: Path) -> None:
-    """One rank: load, and stop before the first step."""
-    from transformers import MistralForCausalLM, MixtralForCausalLM, TrainerCallback  # noqa: F401
-    from trl import SFTTrainer  # noqa: F401
+    """One rank: run the recipe, and stop before the first step."""
+    from accelerate import PartialState
 
-    from daekit import KDConfig, KDTrainer
-    from daekit.trainers import kd
-    from tests.helpers import tiny
+    from daekit.recipe import load_recipe
+    from daekit.runtime import trainer as building
+    from daekit.runtime.run import run_recipe
+    from daekit.trainers import KDTrainer
 
     if name == "whole":
-        kd.reads_parts = lambda *_, **__: False  # type: ignore[attr-defined]
-    args = KDConfig(
-        str(out / "run"), use_cpu=True, report_to="none", disable_tqdm=True, per_device_train_batch_size=1, max_steps=1,
-        optim="sgd", save_strategy="no", gradient_checkpointing=False, max_length=16,
-    )  # fmt: skip
+        building.reads_parts = lambda *_, **__: False  # type: ignore[attr-defined]
+    index = PartialState(cpu=True).process_index
+    recipe = load_recipe(out.parent / "recipe.yaml", [f"output_dir={out / 'run'}"])
     torch.distributed.barrier()
-    index = args.process_index
     level, level_gib = rollup("self"), resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest level begins anew
     (out / f"{index}.pid").write_text(str(os.getpid()))
     start = time.perf_counter()
 
-    class Stop(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            found = {"level": level, "level_gib": level_gib, "peak_gib": resident("VmHWM") - level_gib}
-            found |= {"held_gib": resident("VmRSS") - level_gib, "seconds": time.perf_counter() - start}
-            torch.distributed.barrier()
-            (out / f"{index}.json").write_text(json.dumps(found))
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
-            os._exit(0)
+    def stop(*_: Any, **__: Any) -> None:
+        found = {"level": level, "level_gib": level_gib, "peak_gib": resident("VmHWM") - level_gib}
+        found |= {"held_gib": resident("VmRSS") - level_gib, "seconds": time.perf_counter() - start}
+        torch.distributed.barrier()
+        (out / f"{index}.json").write_text(json.dumps(found))
+        torch.distributed.barrier()
+        os._exit(0)
 
-    models = out.parent
-    trainer = KDTrainer(
-        str(models / "student"), str(models / "teacher"), args, tiny.rows(16), tiny.tokenizer(), callbacks=[Stop()]
-    )
-    trainer.train()
+    KDTrainer.training_step = stop  # type: ignore[method-assign]
+    run_recipe(recipe)
 
 
 if __name__ == "__main__":

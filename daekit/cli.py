@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import get_args
 
 from daekit import __version__, commands
 from daekit.errors import Stopped, UserError, says_disk_is_full
+from daekit.progress import rank
 from daekit.recipe.model import Dtype
 
 _OVERRIDES_HELP = "settings laid over the recipe: key.sub=value, the value as YAML (stages.kd.trainer.max_steps=10)"
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(f"daekit: error: the disk is full ({error}). Free some space; the same command goes on.")
         return _STATUS_OF_USER_ERROR
     except Stopped as stop:
-        if os.environ.get("RANK", "0") == "0":
+        if rank() == 0:
             print(f"daekit: {stop}", file=sys.stderr, flush=True)
         return stop.status
     except KeyboardInterrupt:
@@ -60,10 +60,9 @@ def _complain(message: str) -> None:
 
     A rank that is still there after a while has an error that the main process does not know of.
     """
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
+    if rank() != 0:
         time.sleep(_PATIENCE)
-        message = f"[rank {rank}] {message}"
+        message = f"[rank {rank()}] {message}"
     print(message, file=sys.stderr, flush=True)
 
 

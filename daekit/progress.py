@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
-
-from tqdm import tqdm
+from typing import Any
 
 ProgressFunction = Callable[[int, int], None]  # (done, total), called as often as is convenient
 _EVERY = 30.0  # seconds between two lines where there is no terminal
+
+
+def rank(local: bool = False) -> int:
+    """The number of this process among those of a launcher (``local``: on this machine); 0 without one."""
+    return int(os.environ.get("LOCAL_RANK" if local else "RANK", "0"))
 
 
 class Progress:
@@ -22,7 +27,7 @@ class Progress:
 
     def __init__(self, label: str, unit: str) -> None:
         self.label, self.unit = label, unit
-        self._bar: tqdm | None = None
+        self._bar: Any = None
         self._start: tuple[float, int] | None = None
         self._said = time.monotonic()
         self._part = ""
@@ -31,6 +36,8 @@ class Progress:
         """Show that ``done`` of ``total`` units are done."""
         if sys.stderr.isatty():
             if self._bar is None:
+                from tqdm import tqdm
+
                 self._bar = tqdm(total=total, initial=done, desc=self._label(), unit=f" {self.unit}", leave=False)
             self._bar.update(done - self._bar.n)
             return
@@ -49,6 +56,8 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line above the bar; it counts as a sign of life."""
+        from tqdm import tqdm  # the command line imports this file, and answers at once
+
         tqdm.write(line)
         sys.stdout.flush()
         self._said = time.monotonic()

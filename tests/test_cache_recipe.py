@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from daekit.errors import UserError
+from daekit.planning import plan_recipe
 from daekit.recipe import load_recipe_text, stage_key, to_yaml
 from daekit.recipe.schema import Recipe
 from daekit.runtime.run import cache_teachers, run_recipe
 from daekit.teachers import CachedTeacher, ModelTeacher
 from tests.helpers.cache_world import build_world, recipe_text
+from tests.helpers.planning import CPU
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,32 @@ def test_equal_teachers_share_a_directory_and_a_path_is_shared_between_recipes(
     again = f"stages.dae.teachers.shop={{path: {world}/base, cache: hidden}}"
     run_recipe(recipe(world, tmp_path / "three", again))
     assert len(list((tmp_path / "three" / "caches").iterdir())) == 2  # base for general and shop rows, and the reference
+
+
+@pytest.mark.parametrize("measured", ["kd", "dae"])
+def test_the_report_loads_what_it_measures_and_says_so(
+    measured: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """KL to a teacher on rows that its cache does not hold; a teacher whose domain has no such rows is not loaded."""
+    reference = f"stages.dae.reference={{path: {world}/base, cache: hidden}}"
+    loaded_for = {
+        "kd": ["stages.kd.teacher", "stages.dae.reference"],
+        "dae": ["stages.dae.teachers.shop", "stages.dae.reference"],
+    }
+    made = models_loaded(monkeypatch)
+    whole = recipe(world, tmp_path, reference, f"evaluation={{models: [{measured}], generate: false}}")
+    run_recipe(whole)
+    out = capsys.readouterr().out
+    said = [line.split()[1].rstrip(":") for line in out.splitlines() if "loaded to measure KL" in line]
+    assert sorted(said) == sorted(loaded_for[measured])
+    written, report = ["base", "expert"], {"kd": ["base", "base"], "dae": ["expert", "base"]}
+    assert made[len(written) :] == report[measured] and sorted(made[: len(written)]) == sorted(written)
+    planned = {
+        f"stages.{s.name}.{cache.teacher}" for s in plan_recipe(whole, CPU).stages for cache in s.caches if cache.reported
+    }
+    assert planned == set(loaded_for[measured])
+    nothing = recipe(world, tmp_path, reference)
+    assert not any(cache.reported for s in plan_recipe(nothing, CPU).stages for cache in s.caches)
 
 
 @pytest.mark.parametrize("other", ["path: WORLD/expert", "path: WORLD/base, dtype: bfloat16"])

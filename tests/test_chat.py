@@ -271,6 +271,7 @@ def test_answers_to_prompts_are_written_as_markdown(tmp_path: Path, folder: Path
         (["FOLDER/one", "--output", "x.md"], "belongs to --prompts"),
         (["FOLDER/one", "--prompts", "FOLDER/none.txt"], "cannot be read"),
         (["FOLDER/silent"], "no chat template"),
+        (["FOLDER/nowhere"], "there is no directory FOLDER/nowhere; give a directory, a hub id, RUN:STAGE or https"),
     ],
 )
 def test_what_cannot_chat_is_told(folder: Path, arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,7 +281,7 @@ def test_what_cannot_chat_is_told(folder: Path, arguments: list[str], reason: st
         tokenizer.save_pretrained(folder / "silent")
         tiny.model().save_pretrained(folder / "silent")
     assert main(["chat", *(text.replace("FOLDER", str(folder)) for text in arguments)]) == 2
-    assert reason in capsys.readouterr().err
+    assert reason.replace("FOLDER", str(folder)) in capsys.readouterr().err
 
 
 class Endless:

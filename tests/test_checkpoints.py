@@ -434,7 +434,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 
 def test_a_model_without_its_optimizer_is_not_resumed(tmp_path: Path) -> None:
     build("dense", tmp_path, max_steps=3, lr_scheduler_type="constant", save_only_model=True).train()
-    with pytest.raises(UserError, match=r"optimizer\.pt"):
+    with pytest.raises(UserError, match=r"no optimizer"):
         build("dense", tmp_path, max_steps=6, lr_scheduler_type="constant").train(resume_from_checkpoint=True)
 
 

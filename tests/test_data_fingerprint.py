@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daekit.data.fingerprint import fingerprint
+from daekit.data.fingerprint import data_fingerprint
 
 MESSAGES = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], [{"role": "user", "content": "ç"}]]
 ROWS: dict[str, list[Any]] = {
@@ -29,26 +29,26 @@ ROWS: dict[str, list[Any]] = {
 def test_storage_does_not_matter(tmp_path: Path) -> None:
     rows = {key: values * 5500 for key, values in ROWS.items()}
     dataset = Dataset.from_dict(rows)
-    expected = fingerprint(dataset)
+    expected = data_fingerprint(dataset)
     half = len(dataset) // 2
     halves = [dataset.select(range(half)), dataset.select(range(half, len(dataset)))]
-    assert fingerprint(concatenate_datasets(halves)) == expected
+    assert data_fingerprint(concatenate_datasets(halves)) == expected
     backwards = list(range(len(dataset)))[::-1]
-    assert fingerprint(dataset.select(backwards)) != expected
-    assert fingerprint(dataset.select(backwards).select(backwards)) == expected
-    assert fingerprint(dataset.select_columns(dataset.column_names[::-1])) == expected
+    assert data_fingerprint(dataset.select(backwards)) != expected
+    assert data_fingerprint(dataset.select(backwards).select(backwards)) == expected
+    assert data_fingerprint(dataset.select_columns(dataset.column_names[::-1])) == expected
     dataset.save_to_disk(tmp_path / "saved", num_shards=3)
-    assert fingerprint(Dataset.load_from_disk(tmp_path / "saved")) == expected
-    assert fingerprint(dataset.cast_column("text", Value("large_string")).cast_column("n", Value("int16"))) == expected
+    assert data_fingerprint(Dataset.load_from_disk(tmp_path / "saved")) == expected
+    assert data_fingerprint(dataset.cast_column("text", Value("large_string")).cast_column("n", Value("int16"))) == expected
     sliced = Dataset(pa.concat_tables([dataset.data.table.slice(0, 7), dataset.data.table.slice(7)]))
-    assert fingerprint(sliced) == expected
+    assert data_fingerprint(sliced) == expected
 
 
 def test_another_process_gives_the_same() -> None:
-    imports = "from datasets import Dataset; from daekit.data.fingerprint import fingerprint"
-    code = f"{imports}; print(fingerprint(Dataset.from_dict({ROWS!r})))"
+    imports = "from datasets import Dataset; from daekit.data.fingerprint import data_fingerprint"
+    code = f"{imports}; print(data_fingerprint(Dataset.from_dict({ROWS!r})))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.split()[-1] == fingerprint(Dataset.from_dict(ROWS))
+    assert out.stdout.split()[-1] == data_fingerprint(Dataset.from_dict(ROWS))
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,14 @@ def test_another_process_gives_the_same() -> None:
     ],
 )
 def test_any_changed_value_shows(column: str, values: list[Any]) -> None:
-    assert fingerprint(Dataset.from_dict(ROWS | {column: values})) != fingerprint(Dataset.from_dict(ROWS))
+    assert data_fingerprint(Dataset.from_dict(ROWS | {column: values})) != data_fingerprint(Dataset.from_dict(ROWS))
 
 
 def test_neighbours_do_not_run_into_one_another() -> None:
-    assert fingerprint(Dataset.from_dict({"a": ["ab", "c"]})) != fingerprint(Dataset.from_dict({"a": ["a", "bc"]}))
-    assert fingerprint(Dataset.from_dict({"a": [[1, 2], [3]]})) != fingerprint(Dataset.from_dict({"a": [[1], [2, 3]]}))
+    assert data_fingerprint(Dataset.from_dict({"a": ["ab", "c"]})) != data_fingerprint(Dataset.from_dict({"a": ["a", "bc"]}))
+    assert data_fingerprint(Dataset.from_dict({"a": [[1, 2], [3]]})) != data_fingerprint(
+        Dataset.from_dict({"a": [[1], [2, 3]]})
+    )
 
 
 def test_a_slice_is_its_rows() -> None:
@@ -84,13 +86,15 @@ def test_a_slice_is_its_rows() -> None:
     texts = [f"row {i}" for i in range(20)]
     whole = Dataset.from_dict({"t": texts, "l": [[i] for i in range(20)]}).cast_column("t", Value("large_string"))
     part = whole.select(range(5, 9))
-    assert fingerprint(part) == fingerprint(Dataset.from_dict({"t": texts[5:9], "l": [[i] for i in range(5, 9)]}))
+    assert data_fingerprint(part) == data_fingerprint(Dataset.from_dict({"t": texts[5:9], "l": [[i] for i in range(5, 9)]}))
 
 
 def test_column_names_count() -> None:
-    assert fingerprint(Dataset.from_dict({"a": ["x"], "b": ["y"]})) != fingerprint(Dataset.from_dict({"a": ["y"], "b": ["x"]}))
-    assert fingerprint(Dataset.from_dict({"a": ["x"]})) != fingerprint(Dataset.from_dict({"b": ["x"]}))
-    assert fingerprint(Dataset.from_dict({"a": ["x"]})) != fingerprint(Dataset.from_dict({"a": ["x", None]}))
+    assert data_fingerprint(Dataset.from_dict({"a": ["x"], "b": ["y"]})) != data_fingerprint(
+        Dataset.from_dict({"a": ["y"], "b": ["x"]})
+    )
+    assert data_fingerprint(Dataset.from_dict({"a": ["x"]})) != data_fingerprint(Dataset.from_dict({"b": ["x"]}))
+    assert data_fingerprint(Dataset.from_dict({"a": ["x"]})) != data_fingerprint(Dataset.from_dict({"a": ["x", None]}))
 
 
 texts = st.lists(st.none() | st.text(max_size=4), max_size=6)
@@ -101,12 +105,12 @@ texts = st.lists(st.none() | st.text(max_size=4), max_size=6)
 def test_equal_only_for_equal_rows(a: list[str | None], b: list[str | None]) -> None:
     """Neighbouring strings must not run into one another, nor nulls into empty strings."""
     make = [Dataset(pa.table({"t": pa.array(values, pa.string())})) for values in (a, b)]
-    assert (fingerprint(make[0]) == fingerprint(make[1])) == (a == b)
+    assert (data_fingerprint(make[0]) == data_fingerprint(make[1])) == (a == b)
 
 
 def test_json_columns() -> None:
     features = Features({"m": List(Json())})
     one, two = ([[{"a": 1}, {"b": value}]] for value in ("x", "y"))
     first = Dataset.from_dict({"m": one}, features=features)
-    assert fingerprint(first) == fingerprint(Dataset.from_dict({"m": one}, features=features))
-    assert fingerprint(first) != fingerprint(Dataset.from_dict({"m": two}, features=features))
+    assert data_fingerprint(first) == data_fingerprint(Dataset.from_dict({"m": one}, features=features))
+    assert data_fingerprint(first) != data_fingerprint(Dataset.from_dict({"m": two}, features=features))

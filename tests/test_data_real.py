@@ -7,7 +7,7 @@ import time
 import pytest
 from sentencepiece import SentencePieceProcessor
 
-from daekit.data.fingerprint import fingerprint
+from daekit.data.fingerprint import data_fingerprint
 from daekit.data.mixture import mix
 from daekit.data.sources import load_source
 from daekit.data.tokenizer import load_tokenizer, source_texts, train_tokenizer
@@ -26,7 +26,7 @@ def test_both_sources_load_fast_and_mix() -> None:
     assert held is not None and (len(general), len(held)) == (70168, 2000)
     assert seconds < 4, f"{seconds:.1f} s for 72,168 rows"
     begin = time.process_time()
-    assert len(fingerprint(general)) == 32
+    assert len(data_fingerprint(general)) == 32
     assert general.data.nbytes / (time.process_time() - begin) > 100e6
     shop, _ = load_source("shop", SourceSpec(domain="ecommerce", path=str(DATA / "ecommerce/train.jsonl")), 0)
     mixture = mix({"general": general, "shop": shop}, MixtureSpec(sources=("general", "shop"), weights=(0.75, 0.25)), 0)

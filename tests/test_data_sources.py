@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 
 from daekit.data.builtin import builtin_rows
-from daekit.data.fingerprint import fingerprint
+from daekit.data.fingerprint import data_fingerprint
 from daekit.data.rows import form_of
 from daekit.data.sources import load_source
 from daekit.errors import UserError
@@ -139,7 +139,7 @@ def test_builtin_corpora() -> None:
     assert train.to_list() == expected
     assert validation is not None and len(validation) == len(builtin_rows("shop", "validation"))
     by_split = load("builtin:shop", validation_split="validation")[1]
-    assert by_split is not None and fingerprint(by_split) == fingerprint(validation)
+    assert by_split is not None and data_fingerprint(by_split) == data_fingerprint(validation)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

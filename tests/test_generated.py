@@ -21,12 +21,14 @@ from daekit.generation import drafts as drafts_module
 from daekit.generation.drafts import Counts, Draft, DraftStore, Judge, NearDuplicates
 from daekit.generation.local import Sampling, generate
 from daekit.generation.user_turn import UserTurn
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.recipe import load_recipe, stage_key
 from daekit.recipe.generated import GeneratedSpec, PromptsSpec
 from daekit.runtime import DataBuilder, ModelBuilder, RunFolder
 from daekit.runtime import generated as runtime_generated
 from daekit.runtime.data import LossRule
 from daekit.runtime.generated import find_sources
+from daekit.runtime.prepare import prepare
 from tests.helpers import tiny
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.processes import forked, start_ranks, status_of
@@ -604,6 +606,23 @@ def test_a_prompt_may_be_made_of_several_columns(tmp_path: Path) -> None:
 
 
 # ---- served ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", ["{source: given}", "{path: FOLDER/given.jsonl}"])
+def test_what_a_teacher_is_told_beside_a_prompt_is_kept(recipe: Path, world: Path, tmp_path: Path, of: str) -> None:
+    user, answer = ({"role": role, "content": "w7"} for role in ("user", "assistant"))
+    told = [{"role": "user", "content": "w8 w9"}]
+    given = [{"prompt": [user], "completion": [answer], "teacher_prompt": told}, {"prompt": [user], "completion": [answer]}]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    overrides = [
+        f"sources.given={{domain: shop, path: {tmp_path}/given.jsonl}}",
+        f"sources.asked.generated.prompts={of.replace('FOLDER', str(tmp_path))}",
+        f"stages.base={{type: kd, student: {world}/model, teacher: {world}/model, data: [asked], trainer: {{max_length: 96}}}}",
+    ]
+    rows = parsed(write(recipe, "asked", *overrides)["asked"])
+    assert [row.get("teacher_prompt") for row in rows] == [told, None]
+    trained = prepare(load_recipe(recipe, overrides)).stages["base"].mixture.dataset
+    assert sorted(len(row) > 0 for row in trained[TEACHER_PROMPT_IDS]) == [False, True]
 
 
 def test_an_endpoint_writes_and_is_asked_once(recipe: Path, capsys) -> None:

@@ -46,6 +46,27 @@ def test_twice_the_tokens_take_twice_the_activations(key: str, checkpointing: st
     assert all(twice[part] == once[part] for part in (WEIGHTS, OPTIMIZER, "teacher weights"))
 
 
+def test_host_memory_while_loading() -> None:
+    """FSDP2: each rank has its part, and in hand a part of one layer (on a CPU two whole layers); elsewhere everything."""
+    models = (PATH.format("kd"), "stages.kd.teacher={path: Qwen/Qwen2.5-0.5B, dtype: bfloat16}")
+
+    def host(engine: Any, count: int, *more: str, gpu: bool = True) -> int:
+        process = 10**9 if gpu else 500_000_000
+        return plan(*models, *more, machine=Machine(80 * 10**9, gpu, count, engine)).host - count * process
+
+    student = plan(*models, machine=GPU).memory.parts[WEIGHTS]  # in float32
+    teacher = student // 2
+    assert host("ddp", 4) == pytest.approx(4 * (student + teacher) + student, rel=1e-6)
+    assert host("fsdp2", 4) < 0.1 * student  # and what has been read is on the GPUs
+    on_cpus = host("fsdp2", 4, gpu=False)
+    assert student + teacher < on_cpus < 2 * student + teacher < host("zero3", 4, gpu=False)
+    for whole in ("quantization: 4bit", "offload: true", "trust_remote_code: true"):
+        read_whole = f"stages.kd.teacher={{path: Qwen/Qwen2.5-0.5B, {whole}}}"
+        assert host("fsdp2", 8, read_whole) - host("fsdp2", 4, read_whole) > teacher  # on each of four more ranks
+    text = format_plan(plan_recipe(load_recipe_text(RECIPE, "planned.yaml"), Machine(8 * 10**9, count=2, engine="fsdp2")))
+    assert "host while loading" in text and "of a machine that runs all 2 processes" in text
+
+
 def test_the_process_itself_takes_memory() -> None:
     """Five runs of the trainers measured 0.70 to 0.80 GB beyond their tensors; see ``planning/machine.py``."""
     assert parts(phase="the loss")["interpreter and libraries"] == pytest.approx(0.75e9, abs=0.05e9)

@@ -191,6 +191,18 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], str, str]] = {
         "stages.expert.lora",
         "query",
     ),
+    "teacher that is the student": (
+        nothing,
+        ["stages.cut={type: kd, student: OUT/base, teacher: OUT/./base, data: [chat], trainer: {max_length: 64}}"],
+        "stages.cut: teacher",
+        "the student follows itself",
+    ),
+    "teachers that are the student's own base": (
+        nothing,
+        ["stages.aligned.teachers.shop.adapter=base", "stages.aligned.reference={adapter: base}"],
+        "stages.aligned: teachers",
+        "the student follows itself",
+    ),
     "options that do not go together": (
         nothing,
         ["stages.expert.trainer.logging_steps=0"],
@@ -230,6 +242,28 @@ def test_what_is_wrong_is_said_in_one_sentence_before_any_training(what: str, wo
     message = str(error.value)
     assert any(re.search(rf"(^|\s){re.escape(key)}", line) and says in line for line in message.splitlines()), message
     assert sorted(world.rglob("*")) == before
+
+
+def test_a_student_that_follows_itself_and_something_else_is_trained(world: Path) -> None:
+    own = "stages.cut={type: kd, student: OUT/base, teacher: OUT/base, data: [chat], trainer: {max_length: 64}}"
+    for more in ("stages.cut.loss.ce_weight=0.5", "stages.cut.teacher={path: OUT/base, quantization: 4bit}"):
+        prepare(recipe(world, own, more))
+    rows = [json.loads(line) for line in (world / "general.jsonl").read_text().splitlines()]
+    put("general.jsonl", *[row | {"teacher_prompt": "w1 w2 "} for row in rows])(world)
+    prepare(recipe(world, own))
+
+
+def test_an_sft_stage_does_not_look_at_a_teacher_prompt(world: Path) -> None:
+    """What a kd stage cannot follow is no error of the sft stage that has the same rows."""
+    rows = [json.loads(line) for line in (world / "shop.jsonl").read_text().splitlines()]
+    merged = [row | {"teacher_prompt": "w1 w2"} for row in rows]  # without its space the response is another word
+    put("shop.jsonl", *merged)(world)
+    told = "stages.cut={type: kd, student: OUT/base, teacher: OUT/teacher, data: [shop], trainer: {max_length: 64}}"
+    with pytest.raises(UserError, match="rows with a teacher_prompt cannot be followed") as error:
+        prepare(recipe(world, told, "evaluation=null"))
+    assert {each.key for each in error.value.details} == {"sources.shop"}
+    alone = "stages={expert: {type: sft, student: OUT/base, data: [shop], trainer: {max_length: 64}}}"
+    assert "teacher" not in preview(prepare(recipe(world, alone, "evaluation=null")))
 
 
 def test_all_that_is_wrong_is_said_at_once(world: Path) -> None:

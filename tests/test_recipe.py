@@ -406,3 +406,12 @@ def test_a_model_that_is_not_named_is_an_error_where_it_is_used() -> None:
     )
     (error,) = errors(BASE.replace("teacher: some/teacher", "teacher: model:base"))
     assert "line 10: stages.kd.teacher: `models` names no 'base' (there are: none)" in error
+
+
+def test_what_is_wrong_with_a_named_model_is_told_once_where_it_is_named() -> None:
+    text = BASE.replace("sources:", "models: {base: {path: /no/where, dtype: float23}}\nsources:", 1)
+    uses = "stages.kd.student=model:base", "stages.kd.teacher=model:base", "stages.dae.reference=model:base"
+    (error,) = errors(text, *uses)
+    assert "models.base.dtype: float23 is not one of" in error
+    (error,) = errors(text.replace(", dtype: float23", ""), *uses, "stages.dae.student={path: model:base}")
+    assert "models.base: '/no/where' does not exist" in error

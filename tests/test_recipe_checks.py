@@ -45,6 +45,18 @@ PROVOKED = [
     (["stages.a b={type: sft, data: [shop]}"], "stages.a b: the name 'a b' may hold letters"),
     (["name=''"], "name: must not be empty"),
     (["output_dir=''"], "output_dir: must not be empty"),
+    # columns and domains that are known before a row is read
+    (["sources.shop.columns={prompt: '{page'}"], "sources.shop.columns.prompt: '{page' has a brace without its other"),
+    (["sources.shop.columns={prompt: 'page}'}"], "sources.shop.columns.prompt: 'page}' has a brace without its other"),
+    (["sources.shop.columns={prompt: '{a}{b'}"], "sources.shop.columns.prompt: '{a}{b' has a brace without its other"),
+    (
+        ["stages.dae.select={gain: ecomerce, forgetting: {ecommerce: 1}}", "stages.dae.trainer={eval_strategy: epoch}"],
+        "stages.dae.select.gain: 'ecomerce' has no validation rows in this stage (there are: ecommerce); did you mean",
+    ),
+    (
+        ["stages.dae.select={gain: ecommerce, forgetting: {ce/general: 1}}", "stages.dae.trainer={eval_strategy: epoch}"],
+        "stages.dae.select.forgetting.ce/general: 'general' has no validation rows",
+    ),
     # models
     (["stages.kd.student={path: a, stage: b}"], "exactly one of path, stage and config; not path and stage"),
     (["stages.kd.teacher=label"], "'label' is no model here; did you mean 'labels'?"),

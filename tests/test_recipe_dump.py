@@ -129,7 +129,11 @@ def recipes(draw: st.DrawFn) -> Recipe:
         path=paths.filter(lambda text: not text.startswith("builtin:")),
         split=texts,
         limit=st.none() | counts,
-        columns=st.dictionaries(st.sampled_from(["prompt", "text"]), texts, max_size=2),
+        columns=st.dictionaries(
+            st.sampled_from(["prompt", "text"]),
+            texts.filter(lambda text: not {*"{}"} & {*text}) | st.just("{a} {b}"),
+            max_size=2,
+        ),
         **{key: st.just(value) for key, value in validation.items()},
     )
     sources = draw(st.dictionaries(st.sampled_from(["one", "no", "3", "null"]), source, min_size=1))

@@ -14,6 +14,7 @@ import yaml
 
 from daekit.cli import main
 from daekit.errors import UserError
+from daekit.evaluation import suites
 from daekit.evaluation.models import SuiteModel, file_fingerprint
 from daekit.evaluation.suites import Options, run_suite
 from daekit.recipe.judge import JudgeSpec
@@ -338,6 +339,22 @@ def test_alpaca_eval_on_a_local_set(world, tmp_path, capsys):
 def test_options_reach_every_judge(tmp_path):
     judge = Options(max_calls=3, score_parser="fastchat").judge(JudgeSpec(model="m", base_url="http://x/v1", max_cost=None))
     assert (judge.max_calls, judge.score_parser, judge.max_cost) == (3, "fastchat", None)
+
+
+def test_what_is_prepared_is_what_runs_with_models_that_come_later(world, tmp_path):
+    """As a recipe's suite, whose models are trained in between: its files are not read again."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"sentence_good": "w1 w2", "sentence_bad": "w2 w1"}\n' * 3)
+    benchmarks = {"p": {"type": "minimal_pairs", "path": str(pairs)}}
+    text = yaml.safe_dump({"name": "s", "output_dir": str(tmp_path / "out"), "benchmarks": benchmarks})
+    prepared = suites.prepare(load_suite_text(text, "s", need_models=False), Options())
+    pairs.unlink()
+    models = {name: SuiteModelSpec(path=str(world / name)) for name in ("one", "two")}
+    report = suites.run_prepared(prepared.with_models(models))
+    assert {(row.model, row.n) for row in report.rows if row.metric == "accuracy"} == {("one", 3), ("two", 3)}
+    assert prepared.models == {}
+    with pytest.raises(UserError, match=r"models\.no: no model could be found"):
+        prepared.with_models({"no": SuiteModelSpec(path=str(tmp_path / "out"))})
 
 
 def test_a_damaged_result_is_told(world, tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from datasets import Dataset, concatenate_datasets
 from trl import SFTConfig, SFTTrainer
 
 from daekit.errors import UserError
+from daekit.recipe import load_recipe_text
+from daekit.runtime import DataBuilder, RunFolder
 from tests.helpers import tiny
 from tests.helpers.trainer_world import Twin, dae, in_float64, kd, logged, options
 
@@ -142,3 +146,17 @@ def test_a_domain_that_loses_all_its_rows_is_an_error(tmp_path: Any) -> None:
     data = Dataset.from_list([{"text": "w1 " * 20, "domain": "shop"}, {"text": "w3 " * 4, "domain": "general"}])
     with pytest.raises(UserError, match="'shop' loses all its 1 rows"):
         dae(tmp_path, data, max_length=8, overlong="drop")
+
+
+@pytest.mark.parametrize(("form", "mask"), FORMS_AND_MASKS[:-1])
+def test_a_recipe_trains_on_the_tokens_that_a_script_trains_on(form: str, mask: dict[str, bool], tmp_path: Path) -> None:
+    rows(form).filter(lambda row: row["domain"] == "shop").remove_columns("domain").to_json(tmp_path / "rows.jsonl")
+    text = "{name: a, output_dir: %s/run, tokenizer: %s/tokenizer, sources: {s: {domain: shop, path: %s/rows.jsonl}}, stages: {"
+    text += "s: {type: sft, student: {config: {model_type: mistral}}, data: [s], trainer: %s}}}"
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    recipe = load_recipe_text(text % (tmp_path, tmp_path, tmp_path, json.dumps(mask)), "a.yaml")
+    found = DataBuilder(recipe, RunFolder(tmp_path / "run")).mixture(recipe.stages["s"]).dataset
+    wanted = [row for row in prepared_by_trl(form, tuple(mask.items())) if row["domain"] == "shop"]
+    assert sorted((row["input_ids"], row["labels"]) for row in found) == sorted(
+        (row["input_ids"], row["labels"]) for row in wanted
+    )

@@ -45,7 +45,9 @@ def test_trl_private_names() -> None:
             "_get_num_items_in_batch",
         ],
         sft_trainer: ["DataCollatorForLanguageModeling", "add_fused_lm_head", "create_model_from_path"],
-        transformers.modeling_utils: ["safe_open"],  # daekit/models/quantized_loading.py
+        transformers.modeling_utils: ["safe_open", "load_state_dict"],  # daekit/models: quantized_loading.py, split_loading.py
+        transformers.PreTrainedModel: ["_load_pretrained_model", "named_non_persistent_buffers"],
+        transformers.core_model_loading: ["set_param_for_module", "convert_and_load_state_dict_in_model"],
         transformers.quantizers.quantizers_utils: ["get_module_from_name", "should_convert_module"],
         transformers.models.mixtral.modeling_mixtral: ["load_balancing_loss_func"],
         trl.chat_template_utils: ["get_training_chat_template", "has_generation_markers"],

@@ -11,7 +11,7 @@ from datasets import Dataset
 _ROWS_PER_BATCH = 10_000
 
 
-def fingerprint(dataset: Dataset) -> str:
+def data_fingerprint(dataset: Dataset) -> str:
     """Content hash (XXH3, 128 bits, hex) of the rows in their order.
 
     Equal rows in equal order give equal hashes, whatever their chunks, index mappings, caches, the order of their columns or

@@ -13,6 +13,7 @@ from daekit.data.sources import placed_rows
 from daekit.errors import UserError
 from daekit.recipe.generated import PromptsSpec
 
+_KEPT = ("tools", "chat_template_kwargs", "teacher_prompt")  # of a row beside its prompt
 _ANSWER = {"role": "assistant", "content": "-"}  # stands for the answer, so that a prompt is checked as a row is
 
 
@@ -26,7 +27,7 @@ def load_prompts(where: str, spec: PromptsSpec) -> list[dict[str, Any]]:
     collector = RowCollector(where, {}, spec.chat)
     for place, row in islice(placed_rows(where, spec, spec.path, spec.split, spec.split), spec.limit):
         values = {ours: _read(row, spec, ours, f"{where}: {place}") for ours in ("prompt", "messages")}
-        extras = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key) is not None}
+        extras = {key: row[key] for key in _KEPT if row.get(key) is not None}
         prompt = values["prompt"]
         if prompt is None and isinstance(values["messages"], list):
             prompt = _asked(values["messages"])
@@ -67,5 +68,4 @@ def _asked(messages: list[Any]) -> list[Any]:
 
 def _prompt(row: Mapping[str, Any]) -> dict[str, Any]:
     prompt = row["prompt"] if row.get("prompt") is not None else _asked(row["messages"])
-    extras = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
-    return {"prompt": prompt, **extras}
+    return {"prompt": prompt, **{key: row[key] for key in _KEPT if row.get(key)}}

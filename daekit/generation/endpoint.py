@@ -1,17 +1,18 @@
-"""One call to an OpenAI-compatible endpoint, and what its failure means."""
+"""One call to an OpenAI-compatible endpoint, answered at once or piece by piece, and what its failure means."""
 
 from __future__ import annotations
 
 import email.utils
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 import httpx
 
 from daekit.errors import UserError
-from daekit.generation.calls import ChatRequest
+from daekit.generation.calls import ChatRequest, clean_text, read_reply
 from daekit.generation.keys import is_maskable, masked
 from daekit.recipe.judge import JudgeSpec
 
@@ -64,6 +65,29 @@ class Endpoint:
             PassingFailure, RefusedRequest: See there.
             UserError: No call can succeed (a wrong key or URL, a redirect, no such model, nothing left to spend).
         """
+        async with self._posted(request) as response:
+            return self._without_key(await _body(response))
+
+    async def pieces(self, request: ChatRequest) -> AsyncGenerator[str, None]:
+        """The answer to a request with ``stream``, piece by piece; of an endpoint that does not stream, as one piece.
+
+        Raises:
+            PassingFailure, RefusedRequest, UserError: see ``send``.
+        """
+        async with self._posted(request) as response:
+            if not response.headers.get("content-type", "").startswith("text/event-stream"):
+                reply = read_reply(await _body(response), 0.0)
+                if reply is None:
+                    raise RefusedRequest("no answer can be read in its reply")
+                yield self._without_key(reply.text)
+                return
+            async for line in response.aiter_lines():
+                if piece := _piece(line):
+                    yield self._without_key(piece)
+
+    @asynccontextmanager
+    async def _posted(self, request: ChatRequest) -> AsyncIterator[httpx.Response]:
+        """The response to one attempt, once it says that it is a success; see ``send``."""
         question = {"model": self._spec.model, **request.question()}
         if self._spec.token_limit != "max_tokens" and "max_tokens" in question:
             question[self._spec.token_limit] = question.pop("max_tokens")
@@ -75,14 +99,13 @@ class Endpoint:
             async with self._client.stream(
                 "POST", f"{self._url}/{request.path}", content=content, headers={"Content-Type": "application/json"}
             ) as response:
-                body = await _body(response)
+                if not response.is_success:
+                    raise self._failure(response.status_code, await _body(response), response.headers)
+                yield response
         except httpx.LocalProtocolError as error:  # its message may quote a header
             raise RefusedRequest(f"the request cannot be sent ({type(error).__name__})") from None
         except (httpx.TransportError, httpx.DecodingError) as error:  # time-outs too
             raise PassingFailure(self._clean(f"{type(error).__name__}: {error}")) from None
-        if response.is_success:
-            return self._without_key(body)
-        raise self._failure(response.status_code, body, response.headers)
 
     def _failure(self, status: int, body: str, headers: Mapping[str, str]) -> Exception:
         said = f"HTTP {status}: {self._clean(body)}"
@@ -125,6 +148,17 @@ class Endpoint:
             if self._key in spelled:
                 return masked(spelled, self._key)
         return body
+
+
+def _piece(line: str) -> str:
+    """The text in a line of server-sent events; none in usage alone, or a comment of the endpoint's own."""
+    if not line.startswith("data:") or (data := line.removeprefix("data:").strip()) == "[DONE]":
+        return ""
+    try:
+        piece = json.loads(data)["choices"][0]["delta"].get("content")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return ""
+    return clean_text(piece) if isinstance(piece, str) else ""
 
 
 async def _body(response: httpx.Response) -> str:

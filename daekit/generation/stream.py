@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import httpx
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
-from daekit.generation.calls import Message, clean_text, read_reply
-from daekit.generation.keys import Permissions, endpoint_key, masked
+from daekit.generation.caller import run
+from daekit.generation.calls import ChatRequest, Message
+from daekit.generation.endpoint import Endpoint, PassingFailure, RefusedRequest
+from daekit.generation.keys import Permissions, endpoint_key
 from daekit.generation.local import Sampling, generate
 from daekit.generation.local_chat import encode_chat
+from daekit.recipe.judge import JudgeSpec
 
 Say = Callable[[str], None]
-_TIMEOUT = 120.0  # seconds without a piece
-_SHOWN = 300  # characters of an endpoint's message
 _PART = "\N{REPLACEMENT CHARACTER}"  # at the end of a text: bytes of a letter that is not whole yet
 
 
@@ -83,47 +83,26 @@ class EndpointSpeaker:
     """
 
     def __init__(self, where: str, url: str, model: str, key_variable: str | None, allowed: Permissions) -> None:
-        self._url, self._model = f"{url.rstrip('/')}/chat/completions", model
+        self._who, self._spec = where, JudgeSpec(base_url=url, model=model, api_key_env=key_variable, concurrency=1)
         self._key = endpoint_key(where, url, key_variable, allowed)
 
     def answer(self, messages: Sequence[Message], how: Sampling, say: Say, stop: threading.Event) -> str:
         """See ``Speaker``."""
-        body: dict[str, Any] = {"model": self._model, "messages": [dict(message) for message in messages], "stream": True}
-        body |= {"max_tokens": how.max_new_tokens, "temperature": how.temperature, "seed": how.seed[0]}
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        said = []
+        parameters = {"stream": True, "max_tokens": how.max_new_tokens, "temperature": how.temperature, "seed": how.seed[0]}
         try:
-            with (
-                httpx.Client(timeout=_TIMEOUT, headers=headers, follow_redirects=False) as client,
-                client.stream("POST", self._url, json=body) as response,
-            ):
-                for piece in self._pieces(response):
+            return run(self._answer(ChatRequest(messages, parameters), say, stop))
+        except (PassingFailure, RefusedRequest) as error:
+            raise UserError(f"{self._who} at {self._spec.endpoint}: {error}") from None
+
+    async def _answer(self, request: ChatRequest, say: Say, stop: threading.Event) -> str:
+        endpoint, said = Endpoint(self._who, self._spec, self._key), []
+        try:
+            async with aclosing(endpoint.pieces(request)) as pieces:
+                async for piece in pieces:
                     said.append(piece)
                     say(piece)
                     if stop.is_set():
                         break
-        except httpx.HTTPError as error:
-            raise UserError(f"{self._url}: {type(error).__name__}: {masked(str(error), self._key)[:_SHOWN]}") from None
+        finally:
+            await endpoint.close()
         return "".join(said)
-
-    def _pieces(self, response: httpx.Response) -> Iterator[str]:
-        """The texts of server-sent events; of an endpoint that does not stream, its whole answer."""
-        if not response.is_success:
-            message = masked(response.read().decode(errors="replace"), self._key)[:_SHOWN]
-            raise UserError(f"{self._url}: HTTP {response.status_code}: {' '.join(message.split())}")
-        if not response.headers.get("content-type", "").startswith("text/event-stream"):
-            reply = read_reply(response.read().decode(errors="replace"), 0.0)
-            if reply is None:
-                raise UserError(f"{self._url}: no answer can be read in its reply")
-            yield reply.text
-            return
-        for line in response.iter_lines():
-            data = line.removeprefix("data:").strip()
-            if not line.startswith("data:") or data == "[DONE]":
-                continue
-            try:
-                piece = json.loads(data)["choices"][0]["delta"].get("content")
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-                continue  # usage alone, or a comment of the endpoint's own
-            if isinstance(piece, str) and piece:
-                yield clean_text(piece)

@@ -22,7 +22,7 @@ from daekit.generation.user_turn import UserTurn
 from daekit.progress import clock
 from daekit.recipe.generated import GeneratedSpec
 
-Prompt = Mapping[str, Any]  # a row without its answer: ``prompt``, and ``tools`` and ``chat_template_kwargs`` where given
+Prompt = Mapping[str, Any]  # a row without its answer: ``prompt``, and what else is given (``tools``, ``teacher_prompt``...)
 _EVERY = 10.0  # seconds between two lines of progress
 _HOPELESS = 200  # attempts; if none of so many is a row, none will be
 _CALLS_PER_WORKER = 8  # of an endpoint in one batch

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from daekit.errors import UserError
 from daekit.models.experts import QuantisedExperts
 from daekit.models.quantized_loading import EIGHT_BITS, FOUR_BITS
+from daekit.progress import rank
 from daekit.recipe.schema import ModelSpec
 
 _MOSTLY = 0.5
@@ -67,10 +68,10 @@ def rank_device() -> torch.device:
     """The device of this process: its own GPU where there are some."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if devices > 1 and rank >= devices:
-        raise UserError(f"process {rank} of this machine has no GPU: there are {devices}; launch at most that many processes")
-    return torch.device("cuda", rank if devices > 1 else 0)  # a launcher may show each process its own GPU only
+    local, devices = rank(local=True), torch.cuda.device_count()
+    if devices > 1 and local >= devices:
+        raise UserError(f"process {local} of this machine has no GPU: there are {devices}; launch at most that many processes")
+    return torch.device("cuda", local if devices > 1 else 0)  # a launcher may show each process its own GPU only
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,19 @@ def require_whole_blocks(model: nn.Module, path: str) -> None:
                 "bitsandbytes would dequantise them with the scales of other blocks. Load this model without quantization, or "
                 "on a GPU."
             )
+
+
+def pack_as(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the bytes of 4-bit weights pass for values of a floating dtype (``bnb_4bit_quant_storage``), without a copy.
+
+    accelerate leaves bytes out of what FSDP2 splits, and FSDP2 casts floats of another dtype than its policy's.
+    """
+    module: Any
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and getattr(weight, "quant_state", None) is not None:
+            weight.data = weight.data.flatten().view(dtype)[:, None]
+            weight.quant_storage = module.quant_storage = dtype
 
 
 def keep_four_bit_weights(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ Where ``can_run`` says no, nothing is checked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,20 +37,24 @@ def require_plain_head(model: PreTrainedModel, vocab_size: int) -> None:
         return
     base = base_of(model)
     size = output_head(model, vocab_size).vocab_size
-    ids = torch.arange(_TOKENS, device=base.device)[None] % size
-    with frozen_forward(model):
-        hidden, theirs = _run_head(model, ids, size)
-        _require_finite(model, hidden, theirs)
-        compared = [(hidden, theirs)]
-        noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
-        noise *= hidden.float().pow(2).mean().sqrt().to(hidden.dtype)
-        largest = _logits(model, noise[0], size).abs().max()
-        noise = torch.stack([noise, noise * (_HIGH / largest.clamp(min=0.1))])
-        compared += [_run_head(model, ids, size, replacement) for replacement in noise]
-        for states, logits in compared:
-            ours = _logits(model, states[0], size).to(logits.device)
-            allowed = 2e-2 if states.dtype.itemsize < 4 else 1e-4
-            if not (ours - logits).abs().max() <= allowed * logits.abs().max():
+    ids = (torch.arange(_TOKENS, device=base.device) % size).expand(3, -1)
+
+    def with_noise(hidden_3TH: Tensor) -> Tensor:
+        """The states of the first row, and noise of their size and of the size that gives high logits."""
+        noise_TH = torch.randn(hidden_3TH.shape[1:], generator=torch.Generator().manual_seed(0)).to(hidden_3TH)
+        noise_TH *= hidden_3TH[0].float().pow(2).mean().sqrt().to(hidden_3TH.dtype)
+        largest = _logits(model, noise_TH, size).abs().max()
+        return torch.stack([hidden_3TH[0], noise_TH, noise_TH * (_HIGH / largest.clamp(min=0.1))])
+
+    with frozen_forward(model), _last_hidden_states(model, with_noise) as seen:  # one forward: split models are gathered once
+        logits_3TV = model(input_ids=ids, use_cache=False).logits[..., :size]
+        if not seen:
+            raise UserError(f"{type(base).__name__}: its forward does not run its own layers; is it a copy of a wrapped model?")
+        _require_finite(model, seen[-1][0], logits_3TV[0])
+        for states_TH, logits_TV in zip(seen[-1], logits_3TV, strict=True):
+            ours_TV = _logits(model, states_TH, size).to(logits_TV.device)
+            allowed = 2e-2 if states_TH.dtype.itemsize < 4 else 1e-4
+            if not (ours_TV - logits_TV).abs().max() <= allowed * logits_TV.abs().max():
                 raise UserError(
                     f"{type(base).__name__}: its logits are not its output head applied to its last hidden states, "
                     "so a loss on hidden states would not be a loss on its distribution. This architecture is not supported."
@@ -110,25 +114,13 @@ def _hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
     return model(**inputs, on_hidden=lambda outputs: outputs.last_hidden_state[0])
 
 
-def _run_head(model: PreTrainedModel, ids: Tensor, size: int, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``[1, T, H]`` last hidden states and ``[T, V]`` the model's own logits; of ``states`` where they are given."""
-    with _last_hidden_states(model, states) as seen:
-        logits = model(input_ids=ids, use_cache=False).logits[0, :, :size]
-    if not seen:
-        raise UserError(
-            f"{type(base_of(model)).__name__}: its forward does not run its own layers; is it a copy of a wrapped model?"
-        )
-    return seen[-1], logits
-
-
 @contextmanager
-def _last_hidden_states(model: nn.Module, states: Tensor | None) -> Iterator[list[Tensor]]:
-    """Show what the backbone hands to the rest of the model, or hand over ``states`` in its place."""
+def _last_hidden_states(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Change what the backbone hands to the rest of the model, and show what it got."""
     seen: list[Tensor] = []
 
     def hook(_: nn.Module, __: Any, outputs: Any) -> None:
-        if states is not None:
-            outputs["last_hidden_state"] = states.to(outputs["last_hidden_state"].device)
+        outputs["last_hidden_state"] = change(outputs["last_hidden_state"])
         seen.append(outputs["last_hidden_state"])
 
     backbone = backbone_of(base_of(model))

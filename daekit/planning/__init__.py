@@ -2,14 +2,12 @@
 
 from daekit.planning.announcement import announce
 from daekit.planning.machine import Machine, machine_of, this_machine
-from daekit.planning.plan import Plan, Planner, StagePlan, plan_recipe
+from daekit.planning.plan import Planner, plan_recipe
 from daekit.planning.show import format_plan, plan_json
 
 __all__ = [
     "Machine",
-    "Plan",
     "Planner",
-    "StagePlan",
     "announce",
     "format_plan",
     "machine_of",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 
 from daekit.errors import UserError
-from daekit.planning.models import teachers_of
 from daekit.planning.training import Training
 from daekit.recipe.schema import ModelSpec, StageSpec
+from daekit.recipe.validation import dotted
 
 _MOST_ROWS = 4096
 _OTHER_WEIGHTS = ("LoRA", "QLoRA")
@@ -128,11 +128,5 @@ def _smaller_batch(prefix: str, training: Training, rows: int) -> Change:
 
 def _teacher_models(stage: StageSpec) -> list[tuple[str, ModelSpec]]:
     """(its key below the stage, the model) of every teacher that is loaded, and of every member of an ensemble."""
-    found = []
-    for path, teacher in teachers_of(stage):
-        if teacher.cache is not None:  # it is not in memory
-            continue
-        if teacher.model is not None:
-            found.append((path, teacher.model))
-        found += [(f"{path}.ensemble.{index}.model", member.model) for index, member in enumerate(teacher.ensemble)]
-    return found
+    loaded = {key: teacher for key, teacher in stage.teachers_by_key().items() if teacher.cache is None}
+    return [(dotted((*key, *below)), model) for key, teacher in loaded.items() for below, model in teacher.models().items()]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from daekit.errors import UserError
 from daekit.planning.machine import Machine, this_machine
 from daekit.planning.plan import Reload, plan_recipe
 from daekit.planning.show import format_plan, gigabytes
+from daekit.progress import rank
 from daekit.recipe.schema import Recipe
 
 # the planned static memory is less than 10% off the measured one (benchmarks/results), so that a refusal is certain
@@ -48,5 +48,5 @@ def _announce(recipe: Recipe, name: str, machine: Machine, reload: Reload) -> No
 
 
 def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         print(line, flush=True)

@@ -17,7 +17,6 @@ from daekit.planning.models import FrozenModel, StageModels
 from daekit.planning.trace import MicroBatch, ModelCost, peak_bytes
 from daekit.planning.training import Training
 from daekit.protocol import FeatureSpec, OutputHead
-from daekit.recipe.objective import Objective
 from daekit.recipe.schema import StageSpec
 
 _BLOCK_SCORES = 2**20  # as in daekit.losses.attention_blocks
@@ -144,14 +143,7 @@ class Buffers:
     def _chunk_bytes(self, step: int, columns: int, members: int) -> int:
         """Temporaries of one chunk on a CPU, measured on the loss itself."""
         loss = self.stage.loss
-        objective = Objective(
-            ce_weight=loss.ce_weight or 1.0 * (not members),
-            prediction_weight=loss.prediction_weight,
-            divergence=loss.divergence,
-            beta=loss.beta,
-            skew_alpha=loss.skew_alpha,
-            temperature=loss.temperature,
-        )
+        objective = loss.model_copy(update={"ce_weight": loss.ce_weight or 1.0 * (not members)})
         dtype = torch.bfloat16 if self.compute_width == 2 else torch.float32
         with FakeTensorMode():
             student = torch.empty(step, columns, dtype=dtype)

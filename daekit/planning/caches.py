@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from daekit.planning.models import CachedTeacherModels
 from daekit.planning.operations import forward_operations
 from daekit.planning.trace import MicroBatch
 from daekit.planning.training import DEFAULTS
-from daekit.recipe.schema import CacheSpec, DAEStage, StageSpec
+from daekit.recipe.schema import CacheSpec, StageSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,6 +55,7 @@ class CachePlan:
         operations: Operations of making it, on all devices together; None without counts.
         drawn: Of drawn tokens that were not measured: the least and the most bytes per loss token. How many of the draws differ
             follows from how sure the teacher is, which only its forward pass tells.
+        reported: Whether the report loads the teacher, to measure KL on rows that the cache does not hold.
     """
 
     teacher: str
@@ -66,14 +67,16 @@ class CachePlan:
     size: int | None
     operations: float | None
     drawn: tuple[int, int] | None = None
+    reported: bool = False
 
 
-def cache_plans(memory: StageMemory, rows: StageRows | None) -> tuple[CachePlan, ...]:
+def cache_plans(memory: StageMemory, rows: StageRows | None, measured: Collection[str]) -> tuple[CachePlan, ...]:
     """The plans of the caches that a stage reads.
 
     Args:
         memory: The plan of the stage.
         rows: Reads its rows; None: they are not read.
+        measured: Keys of the teachers that the report loads.
     """
     if not memory.models.cached:
         return ()
@@ -84,7 +87,8 @@ def cache_plans(memory: StageMemory, rows: StageRows | None) -> tuple[CachePlan,
             read = _fitted(memory.stage, *rows(memory.stage))
         except UserError as error:
             reason = str(error).split("; ")[0]  # what follows is a remedy
-    return tuple(_plan(memory, each, read, reason) for each in memory.models.cached)
+    plans = (_plan(memory, each, read, reason) for each in memory.models.cached)
+    return tuple(replace(plan, reported=plan.teacher in measured) for plan in plans)
 
 
 def _fitted(stage: StageSpec, train: Dataset, validation: Dataset | None) -> tuple[Dataset, Dataset | None]:
@@ -119,9 +123,9 @@ def _plan(
     head_bytes = sum(head.numel() * head.element_size() for head in heads) if spec.keep == "hidden" else 0
     counts = _estimate(memory.stage, memory.training.teacher_length, reason)
     if read is not None:
-        domains = _domains(memory.stage, cached.key)
+        key = tuple(cached.key.split("."))
         rows = (row for part in read if part is not None for row in part.with_format("numpy"))
-        counts = _count(row for row in rows if not domains or str(row["domain"]) in domains)
+        counts = _count(row for row in rows if memory.stage.domains_of(key, [str(row["domain"])]))
     size = operations = None
     if counts is not None:
         bounds = 16 if spec.keep == "sampled" else 8
@@ -146,13 +150,6 @@ def _measured(spec: CacheSpec) -> int | None:
     if (store.facts.get("keep"), store.facts.get("draws")) != ("sampled", spec.draws) or not store.tokens:
         return None
     return round((store.size - len(store.index) * (KEY_BYTES + 16)) / store.tokens)
-
-
-def _domains(stage: StageSpec, key: str) -> tuple[str, ...]:
-    """The domains whose rows follow a teacher; empty for all."""
-    if not isinstance(stage, DAEStage):
-        return ()
-    return (key.removeprefix("teachers."),) if key.startswith("teachers.") else stage.reference_domains
 
 
 def _count(examples: Iterable[Mapping[str, Any]]) -> RowCounts:

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from daekit.errors import UserError
+from daekit.progress import rank
 
 Engine = Literal["none", "ddp", "fsdp2", "zero2", "zero3"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -82,7 +83,7 @@ def this_machine(cpu: bool = False) -> Machine:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return Machine(_host_memory() // local, gpu=False, count=count, engine=_engine(count))
     # the run itself refuses more ranks than devices
-    device = min(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() - 1)
+    device = min(rank(local=True), torch.cuda.device_count() - 1)
     return Machine(torch.cuda.mem_get_info(device)[0], gpu=True, count=count, engine=_engine(count))
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from daekit.errors import UserError
 from daekit.planning.meta_model import MetaModel
 from daekit.planning.resolve import ModelResolver
 from daekit.planning.trace import Tracer
-from daekit.recipe.adapter_config import BARE_BASE, adapter_stage, read_adapter_config
-from daekit.recipe.schema import STUDENT_AS_IT_WAS, CacheSpec, LoraSpec, ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.adapter_config import ADAPTER_CONFIG, BARE_BASE, adapter_stage, read_adapter_config
+from daekit.recipe.schema import STUDENT_AS_IT_WAS, CacheSpec, LoraSpec, ModelSpec, Recipe, TeacherSpec
+from daekit.recipe.validation import dotted
 
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _SAME_GPU = ("0", "cuda", "cuda:0")  # the GPU of the first process
@@ -26,6 +28,8 @@ class FrozenModel:
         teacher: The key of the recipe that it belongs to; the members of an ensemble share one, and run on the same rows.
         adapter: Whether it is an adapter on the student's base.
         movable: Whether ``device_map`` may put part of it on another device.
+        in_parts: Whether each rank reads its part of it where FSDP2 splits it.
+        whole: Whether each device holds it whole, whatever the engine.
     """
 
     name: str
@@ -34,6 +38,8 @@ class FrozenModel:
     teacher: str
     adapter: bool = False
     movable: bool = False
+    in_parts: bool = False
+    whole: bool = False
 
     @property
     def meta(self) -> MetaModel:
@@ -57,6 +63,7 @@ class StageModels:
     student: Tracer
     frozen: tuple[FrozenModel, ...]
     cached: tuple[CachedTeacherModels, ...] = ()  # they are not in memory while the student trains
+    student_in_parts: bool = False  # see ``FrozenModel``
 
     @property
     def teachers(self) -> list[list[FrozenModel]]:
@@ -87,12 +94,14 @@ class ModelPlanner:
         student = self._tracer(resolver, spec, lora, trained=True)
         frozen, cached = [], []
         seen: set[str] = set()
-        for key, teacher in teachers_of(stage):
+        for key, teacher in ((dotted(path), each) for path, each in stage.teachers_by_key().items()):
             if repr(teacher) in seen:  # the run loads equal teachers once
                 continue
             seen.add(repr(teacher))
             if teacher.cache is not None:
-                models = [spec] if teacher.is_student else [each for _, each in _members(key, teacher)]  # none of a server
+                models = (
+                    [spec] if teacher.kind == "student" else [each for _, each in _members(key, teacher)]
+                )  # none of a server
                 members = [student if each.adapter else self._tracer(resolver, each, None, trained=False) for each in models]
                 cached.append(CachedTeacherModels(key, teacher.cache, tuple(members)))
                 continue
@@ -106,7 +115,7 @@ class ModelPlanner:
             own = sum(p.bytes for p in student.meta.parameters() if p.adapter)
             copy = FrozenModel("reference", student, own, "reference", adapter=True)
             frozen.append(copy if lora is not None else self._loaded(resolver, spec, "reference", "reference", gpu))
-        return StageModels(student, tuple(frozen), tuple(cached))
+        return StageModels(student, tuple(frozen), tuple(cached), in_parts(spec, lora))
 
     def evaluated(self, recipe: Recipe) -> dict[str, MetaModel]:
         """Name -> each model of the report whose shape is known; adapters count as their base."""
@@ -153,7 +162,8 @@ class ModelPlanner:
             return FrozenModel(who, tracer, 0, key)
         # transformers spreads the model over the devices that it finds; one that a mapping spreads counts as a whole
         movable = isinstance(spec.device_map, dict) or spec.device_map in _MAPS
-        return FrozenModel(who, tracer, ends + sum(layers), key, movable=movable)
+        parts = in_parts(spec) and not spec.whole
+        return FrozenModel(who, tracer, ends + sum(layers), key, movable=movable, in_parts=parts, whole=spec.whole)
 
     def _adapter_bytes(self, recipe: Recipe, resolver: ModelResolver, base: ModelSpec, adapter: str) -> int:
         """Bytes of an adapter on the student's base; 0 for the base itself."""
@@ -169,6 +179,13 @@ class ModelPlanner:
         if key not in self._tracers:
             self._tracers[key] = Tracer(MetaModel(resolved, lora, trained))
         return self._tracers[key]
+
+
+def in_parts(spec: ModelSpec, lora: LoraSpec | None = None) -> bool:
+    """Whether each rank reads its part of a model under FSDP2, as far as a recipe tells; see ``models/split_loading.py``."""
+    merged = spec.path is not None and (Path(spec.path).expanduser() / ADAPTER_CONFIG).is_file()
+    placed = spec.quantization or spec.offload or spec.device_map is not None or spec.trust_remote_code
+    return not (placed or merged or spec.config is not None or (lora is not None and lora.use_dora))
 
 
 def student_of(recipe: Recipe, name: str) -> tuple[ModelSpec, LoraSpec | None]:
@@ -203,14 +220,8 @@ def lora_of(recipe: Recipe, adapter: str) -> LoraSpec | None:
     )
 
 
-def teachers_of(stage: StageSpec) -> list[tuple[str, TeacherSpec]]:
-    """(key below the stage, teacher) of every teacher that a stage names: ``teachers.shop``, ``teacher``, ``reference``."""
-    return [(".".join(map(str, key)), teacher) for key, teacher in stage.teachers_by_key().items()]
-
-
 def _members(key: str, teacher: TeacherSpec) -> list[tuple[str, ModelSpec]]:
     """(name in the plan, model) of a teacher, or of every member of an ensemble."""
     label = key.replace("teachers.", "teacher ", 1)
-    if teacher.model is not None:
-        return [(label, teacher.model)]
-    return [(f"{label} {index}", member.model) for index, member in enumerate(teacher.ensemble, start=1)]
+    models = enumerate(teacher.models().values(), start=1)
+    return [(f"{label} {index}" if teacher.kind == "ensemble" else label, model) for index, model in models]

@@ -9,12 +9,14 @@ from daekit.errors import UserError
 from daekit.planning.advice import Change, changes, cheapest, largest_rows
 from daekit.planning.caches import CachePlan, StageRows, cache_plans
 from daekit.planning.generation import PromptFacts, WritingPlan, answers_plan, generated_plans
+from daekit.planning.loading import host_bytes
 from daekit.planning.machine import Machine
 from daekit.planning.memory import Memory, StageMemory
 from daekit.planning.models import ModelPlanner, StageModels
 from daekit.planning.operations import step_operations
 from daekit.planning.training import Training, training_of
 from daekit.recipe.schema import Recipe
+from daekit.recipe.validation import dotted
 
 _SHARDS = (2, 4, 8, 16, 32)
 
@@ -29,6 +31,7 @@ class StagePlan:
         memory: The phase that needs most memory, per device.
         static: Bytes that it needs however short its rows are: weights, gradients and optimizer, without teachers that may be
             put elsewhere.
+        host: Bytes of the host that the processes of one machine take together while they load; all are on one machine here.
         fits: Whether the peak is within the device's memory.
         operations: Floating-point operations of one optimizer step on one device.
         caches: What the caches of its teachers take.
@@ -41,6 +44,7 @@ class StagePlan:
     training: Training
     memory: Memory
     static: int
+    host: int
     fits: bool
     operations: float
     caches: tuple[CachePlan, ...] = ()
@@ -83,8 +87,9 @@ class Planner:
         if memory.training.accumulation == 1:
             static += memory.gradients
         static -= sum(model.bytes for model in memory.models.frozen if model.movable)
-        fits, caches = peak.total <= self.machine.memory, cache_plans(memory, rows)
-        return StagePlan(name, memory.training, peak, static, fits, step_operations(memory), caches)
+        fits, host = peak.total <= self.machine.memory, host_bytes(memory)
+        caches = cache_plans(memory, rows, {dotted(key) for key in recipe.measured_teachers(name)})
+        return StagePlan(name, memory.training, peak, static, host, fits, step_operations(memory), caches)
 
     def advised(self, recipe: Recipe, name: str, reload: Reload, rows: StageRows | None = None) -> StagePlan:
         """The plan of a stage, with the largest batch that fits and the changes that would make it fit.
@@ -116,9 +121,9 @@ class Planner:
         return StageMemory(stage, models, training_of(stage, name, self.machine), self.machine)
 
     def _shards(self, recipe: Recipe, name: str) -> int | None:
-        """The smallest number of devices on which it fits with FSDP2; None for a quantised student, which is not split."""
+        """The smallest number of devices on which it fits with FSDP2; None for a student in 8 bits, which is not split."""
         student = recipe.stages[name].student
-        if not self.machine.gpu or self.machine.engine in ("fsdp2", "zero3") or (student and student.quantization):
+        if not self.machine.gpu or self.machine.engine in ("fsdp2", "zero3") or (student and student.quantization == "8bit"):
             return None
         one = self.machine
         for count in _SHARDS:
@@ -132,7 +137,7 @@ class Planner:
 
 
 def _refuse_split(quantization: str | None, machine: Machine) -> None:
-    if quantization is not None and machine.shards("weights") > 1:
+    if quantization is not None and machine.shards("weights") > 1 and quantization != "4bit":
         raise UserError(
             f"student.quantization={quantization}: {machine.engine} cannot split quantised weights; plan with "
             "--engine ddp or zero2, where each device holds them whole, or without quantization"

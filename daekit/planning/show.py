@@ -39,7 +39,9 @@ def _stage_json(stage: StagePlan, tflops: float | None) -> dict[str, Any]:
         "parts": stage.memory.parts,
         "total": stage.memory.total,
         "phase": stage.memory.phase,
+        "not_counted": list(stage.training.uncounted),
         "fits": stage.fits,
+        "host_while_loading": stage.host,
         "largest_per_device_train_batch_size": stage.largest_rows,
         "operations_per_step": stage.operations,
         "caches": {cache.teacher: _cache_json(cache, tflops) for cache in stage.caches},
@@ -64,6 +66,12 @@ def _format_stage(stage: StagePlan, machine: Machine, tflops: float | None) -> s
         f"    {'planned peak':<28}{gigabytes(stage.memory.total):>10}  of {gigabytes(machine.memory)}: {verdict} "
         f"(highest: {stage.memory.phase})"
     )
+    if machine.count > 1:
+        lines.append(
+            f"    {'host while loading':<28}{gigabytes(stage.host):>10}  of a machine that runs all {machine.count} processes"
+        )
+    if training.uncounted:
+        lines.append(f"    planned as if without {' and '.join(training.uncounted)}, whose memory is not counted")
     if stage.largest_rows is not None:
         largest = stage.largest_rows or "none: not even 1"
         lines.append(f"    largest per_device_train_batch_size that fits: {largest}")
@@ -97,6 +105,11 @@ def _format_cache(cache: CachePlan, machine: Machine, tflops: float | None) -> l
             work = f", {cache.operations / 1e12:,.1f} TFLOP" + _time(cache.operations / machine.count, tflops)
     fits = "" if cache.making.total <= machine.memory else ", which does not fit"
     lines.append(f"        made before the student is loaded, with {gigabytes(cache.making.total)} of memory{fits}{work}")
+    if cache.reported:
+        weights = gigabytes(cache.making.parts.get("teacher weights", 0))
+        lines.append(
+            f"        the report loads it, too ({weights} of weights), for KL on validation rows, which no cache holds"
+        )
     return lines
 
 
@@ -143,6 +156,7 @@ def _cache_json(cache: CachePlan, tflops: float | None) -> dict[str, Any]:
         "bytes": cache.size,
         "rows": cache.counts and asdict(cache.counts),
         "making": {"parts": cache.making.parts, "total": cache.making.total},
+        "loaded_by_report": cache.reported,
         "operations": cache.operations,
         "seconds": cache.operations / (tflops * 1e12) if tflops and cache.operations else None,
     }

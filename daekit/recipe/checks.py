@@ -109,8 +109,16 @@ def _of_stage(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
     if stage.student is not None and stage.student.init is not None:
         calibration = stage.student.init.calibration.sources
         yield from unknown(("student", "calibration", "sources"), calibration, recipe.sources, "source")
+    names = stage.data.sources or () if stage.data is not None else ()
+    rows = [recipe.sources.get(source) for source in names] if recipe.sources else []
+    # with an unknown source, or one that could not be read, nobody knows which domains have rows
+    known = [source for source in rows if source is not None and source.domain is not None]
+    complete = len(rows) > 0 and len(known) == len(rows)
+    if stage.type != "sft" and stage.select is not None and complete:
+        watched = {source.domain for source in known if source.has_validation}
+        yield from ((("select", *key), message) for key, message in stage.select.unwatched(watched))
     if isinstance(stage, DAEStage) and stage.data is not None and stage.teachers:
-        yield from _of_domains(recipe, stage)
+        yield from _of_domains(stage, {source.domain for source in known}, complete)
 
 
 def of_origin(recipe: Recipe, model: ModelSpec, path: Path, earlier: list[str], name: str | None) -> Problems:
@@ -175,12 +183,8 @@ def _of_adapter(recipe: Recipe, name: str, model: ModelSpec) -> Iterator[str]:
             yield str(error)
 
 
-def _of_domains(recipe: Recipe, stage: DAEStage) -> Problems:
+def _of_domains(stage: DAEStage, domains: set[str], complete: bool) -> Problems:
     """Each domain of the rows has exactly one teacher; each teacher has rows. A typo must never follow the reference."""
-    rows = [recipe.sources.get(source) for source in stage.data.sources or ()] if recipe.sources else []
-    domains = {source.domain for source in rows if source is not None and source.domain is not None}
-    # With an unknown source, or one that could not be read, nobody knows which domains have rows.
-    complete = len(rows) > 0 and all(source is not None and source.domain is not None for source in rows)
     covered = [*stage.teachers, *stage.reference_domains]
     for domain in sorted(domains.difference(covered)):
         otherwise = f"name one here, or list the domain under reference_domains (now: {listed(stage.reference_domains)})"

@@ -18,7 +18,7 @@ _WATCHING = {"disable_tqdm", "log_level", "log_level_replica", "log_on_each_node
 _WATCHING |= {"logging_nan_inf_filter", "logging_strategy", "project", "report_to", "run_name"}
 _WATCHING |= {"save_steps", "save_strategy", "save_total_limit"}
 # Where a teacher lies, and how it is reached, does not change what it says.
-_PLACEMENT = ("device_map", "offload", "base_url", "api_key_env", "concurrency", "max_retries", "timeout")
+_PLACEMENT = ("device_map", "offload", "whole", "base_url", "api_key_env", "concurrency", "max_retries", "timeout")
 # Of a generated source: with more rows it goes on; the rest says how attempts are made, not which tokens are drawn.
 _COURSE = {"rows", "attempts", "batch_size", "concurrency"}
 _VALIDATION = ("validation", "validation_split", "validation_limit")
@@ -74,7 +74,7 @@ def stage_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:
         "seed": recipe.seed,
         "tokenizer": tokenizer,
         "sources": {name: _source(recipe, stage, name) for name in sorted(set(sources))},
-        "stages": {name: stage_key(recipe, name) for name in sorted(_stages_used(stage) | _stages_of(recipe, sources))},
+        "stages": {name: stage_key(recipe, name) for name in _stages_used(recipe, stage, sources)},
     }
 
 
@@ -112,16 +112,11 @@ def generated_key(recipe: Recipe, name: str) -> dict[str, Any]:
     return facts
 
 
-def _stages_of(recipe: Recipe, sources: Iterable[str]) -> set[str]:
-    """The stages whose results write sources."""
-    specs = [recipe.sources[name].generated for name in sources]
-    return {stage for spec in specs if spec is not None for stage in spec.stages()}
-
-
-def _stages_used(stage: StageSpec) -> set[str]:
-    """Names of the stages whose results a stage starts from or follows."""
-    named = [name for model in stage.models().values() for name in (model.stage, adapter_stage(model.adapter))]
-    return {name for name in named if name is not None}
+def _stages_used(recipe: Recipe, stage: StageSpec, sources: Iterable[str]) -> list[str]:
+    """Names of the stages whose results a stage starts from or follows, or that write its sources."""
+    named = {name for model in stage.models().values() for name in (model.stage, adapter_stage(model.adapter))}
+    written = {name for source in sources if (spec := recipe.sources[source].generated) is not None for name in spec.stages()}
+    return sorted({name for name in named if name is not None} | written)
 
 
 def _unplaced(facts: Any) -> Any:

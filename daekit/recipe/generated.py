@@ -12,7 +12,7 @@ from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
 from daekit.recipe.judge import url_problems
 from daekit.recipe.model import ModelSpec, StudentSpec  # noqa: F401 (pydantic looks the names of ModelSpec up here)
 from daekit.recipe.reading import Choice, FilePath, Flag, Number, Spec, Text, Whole
-from daekit.recipe.suite import Column, SuiteModelSpec
+from daekit.recipe.suite import Column, ServedModelSpec, SuiteModelSpec
 from daekit.recipe.validation import Problems, missing
 
 _OWN_WORDS = ("self", "bos")
@@ -20,17 +20,11 @@ _READING = ("split", "name", "revision", "columns", "chat", "limit")
 _OF_SELF = ("temperature", "top_p", "max_new_tokens")
 
 
-class GeneratorSpec(ModelSpec):
+class GeneratorSpec(ServedModelSpec, ModelSpec):
     """The model that writes: a path, a hub id, ``stage:NAME``, an adapter on its base, or an endpoint.
 
     A plain text ``https://HOST/v1#MODEL`` is short for ``{url: ..., served_model: ...}``, any other for a model.
     """
-
-    url: Text | None = Field(None, description="Base URL of an OpenAI-compatible endpoint that writes instead.")
-    served_model: Text | None = Field(None, description="The model's name at the endpoint.")
-    api_key_env: Text | None = Field(
-        None, description="Environment variable that holds the endpoint's key (default: OPENAI_API_KEY at OpenAI, else none)."
-    )
 
     @classmethod
     def expand(cls, value: Any) -> Any:
@@ -49,8 +43,8 @@ class GeneratorSpec(ModelSpec):
                     yield key, "belongs to an endpoint (url)"
             if self.init is not None or self.config is not None:
                 yield (), "random weights, or parts of a teacher, have nothing to write; give a path or a stage"
-            if self.offload:
-                yield "offload", "belongs to a teacher in training; use device_map or quantization"
+            for key in [key for key in ("offload", "whole") if getattr(self, key)]:
+                yield key, "belongs to a teacher in training; use device_map or quantization"
             if self.adapter == BARE_BASE:
                 yield "adapter", "the base is a model of its own here; give its path"
             return

@@ -69,11 +69,11 @@ def load_suite(
     Args:
         path: the file.
         models: name -> model as ``--model`` names it, added to those of the file before the overrides.
-        overrides: ``key.sub=value``, laid over the file in this order.
+        overrides: as of ``load_recipe``.
         need_models: whether a suite without any model is an error.
 
     Raises:
-        UserError: the file cannot be read, or something in it is wrong; the message names every error, with its line.
+        UserError: see ``load_recipe``.
     """
     return load_suite_text(read_file(path, "suite"), str(path), models, overrides, need_models)
 
@@ -143,7 +143,7 @@ def _put_models(errors: Errors) -> None:
                 break
             if name in models:
                 within = (*within, name)
-                copy = models[name].moved(node.path)
+                copy, errors.copies[node.path] = models[name].moved(node.path), ("models", name)
                 node.value, node.text = copy.value, copy.text
             else:
                 there = listed(models) if models else "none"
@@ -156,6 +156,7 @@ def _put_models(errors: Errors) -> None:
             put(each, within)
         if is_named and path is not None and isinstance(path.value, dict) and isinstance(node.value, dict):
             more = {key: each for key, each in node.value.items() if key != "path"}
+            errors.copies[node.path] = errors.copies[path.path]
             node.value = {key: each.moved((*node.path, key)) for key, each in path.value.items()} | more
 
     for name, model in list(models.items()):

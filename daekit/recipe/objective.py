@@ -6,14 +6,15 @@ A recipe's ``loss:``, the trainers' ``KDConfig`` and the loss functions all have
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from daekit.errors import UserError, listed, nearest
 from daekit.recipe.reading import Choice, Number, Spec, Text, Whole, as_plain
-from daekit.recipe.validation import Problems
+from daekit.recipe.tree import Path
+from daekit.recipe.validation import Problems, dotted
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv"]
 DIVERGENCES: tuple[str, ...] = get_args(DivergenceName)
@@ -141,11 +142,16 @@ class Selection(Spec):
     patience: Whole | None = Field(default=None, ge=1)
     """End the training after so many evaluations that bring nothing better; null: train to the end."""
 
+    def unwatched(self, domains: Collection[str]) -> Iterator[tuple[Path, str]]:
+        """(key, message) of each domain without validation rows."""
+        named: list[tuple[Path, str]] = [(("gain",), self.gain or "")]
+        named += [(("forgetting", name), name.rpartition("/")[2]) for name in self.forgetting or ()]
+        for key, domain in named:
+            if domain not in domains:
+                have = f"{listed(sorted(domains))}){nearest(domain, domains)}"
+                yield key, f"{domain!r} has no validation rows in this stage (there are: {have}; give it some, or name another"
+
     def require_domains(self, domains: Collection[str]) -> None:
         """UserError for a domain without validation rows."""
-        for domain in (self.gain, *(name.rpartition("/")[2] for name in self.forgetting)):
-            if domain not in domains:
-                raise UserError(
-                    f"select: {domain!r} has no validation rows among those of the training (there are: {listed(domains)})"
-                    f"{nearest(domain, domains)}; give it some, or name another domain"
-                )
+        for key, message in self.unwatched(domains):
+            raise UserError(f"select.{dotted(key)}: {message}")

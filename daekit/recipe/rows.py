@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -65,6 +66,10 @@ class SourceSpec(Spec):
             rows = self.generated.rows
             if self.holdout is not None and rows is not None and self.holdout >= rows:
                 yield "holdout", f"{self.holdout} of the {rows} rows that are written leave none to train on; hold out fewer"
+        for column, theirs in self.columns.items():
+            rest = re.sub(r"\{[^{}]+\}", "", theirs)
+            if rest.count("{") != rest.count("}") or (rest == theirs and "{" in rest):
+                yield ("columns", column), f"{theirs!r} has a brace without its other; a column is named so: {{page}}"
         for key, path in (("path", self.path), ("validation", self.validation)):
             if path is None or not path.startswith("builtin:"):
                 yield from missing(key, path)

@@ -18,6 +18,7 @@ from daekit.recipe.rows import BUILTIN_CORPORA, MixtureSpec, SourceSpec, Tokeniz
 from daekit.recipe.stages import LARGEST_SEED, STAGES, DAEStage, KDStage, LoraSpec, SFTStage, StageSpec
 from daekit.recipe.suite import Column, SuiteSpec
 from daekit.recipe.teacher import CacheSpec, TeacherSpec, WeightedModelSpec
+from daekit.recipe.tree import Path
 
 __all__ = [
     "BUILTIN_CORPORA",
@@ -143,6 +144,21 @@ class Recipe(Spec):
         """The seed of a stage: its own, or that of the recipe."""
         seed = self.stages[name].seed
         return self.seed if seed is None else seed
+
+    def measured_teachers(self, name: str) -> dict[Path, TeacherSpec]:
+        """The teachers of a stage that the report of a resolved recipe loads, cached or not, by their keys.
+
+        KL to them is measured on validation rows, and a cache holds rows of the training.
+        """
+        report, stage = self.evaluation, self.stages[name]
+        if report is None or not report.sources:
+            return {}
+        domains = {self.sources[source].domain for source in report.sources}
+        is_measured = any(model.is_stage and model.name == name for model in report.models)
+        alone = [each.type for each in self.stages.values()].count("dae") == 1  # its reference is that of all models
+        asked = {("teacher",), *(("teachers", domain) for domain in domains), ("reference",)} if is_measured else set()
+        asked |= {("reference",)} if alone else set()
+        return {key: each for key, each in stage.teachers_by_key().items() if key in asked and each.has_models}
 
     def base_of(self, name: str) -> ModelSpec | None:
         """The model whose weights a LoRA stage leaves as they are; None where the recipe cannot say."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, ValidationInfo
 
 from daekit.errors import listed
-from daekit.recipe.adapter_config import BARE_BASE
+from daekit.recipe.adapter_config import BARE_BASE, same_base
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.objective import Objective, Selection
 from daekit.recipe.reading import Choice, Flag, Number, Spec, Text, Whole
@@ -76,6 +77,10 @@ class _Stage(Spec):
         """Key path below the stage -> every teacher that it names, the reference last."""
         return {}
 
+    def domains_of(self, key: Path, present: Iterable[str]) -> list[str]:
+        """Of the domains that have rows those whose rows follow the teacher at a key."""
+        return list(present)
+
     def models(self) -> dict[Path, ModelSpec]:
         """Key path below the stage -> every model that it names."""
         models: dict[Path, ModelSpec] = {("student",): self.student} if self.student is not None else {}
@@ -96,7 +101,7 @@ class _Stage(Spec):
             if model is not self.student:
                 yield from self._of_another(path, model)
         student = self.student or ModelSpec()
-        for key in ("device_map", "offload"):
+        for key in ("device_map", "offload", "whole"):
             if getattr(student, key):
                 yield ("student", key), "belongs to a teacher; a student is trained on the devices of `accelerate launch`"
         if student.quantization is not None and not self.is_lora:
@@ -155,37 +160,36 @@ class _Distillation(_Stage):
         None, description="Keep the checkpoint that gained most among those that forgot little; default: the last one."
     )
 
+    @property
+    def follows_itself(self) -> bool:
+        """Whether every teacher is the student that the stage begins with: then nothing is learned of them."""
+        student = self.student or ModelSpec()
+        named = [spec for spec in self.teachers_by_key().values() if spec.kind != "student"]
+        return all(spec.model is not None and self._is_student(spec.model, student) for spec in named)
+
+    def _is_student(self, model: ModelSpec, student: ModelSpec) -> bool:
+        if model.adapter is not None:
+            return model.adapter == (BARE_BASE if self.lora is not None else student.adapter)
+        same = ("dtype", "quantization", "adapter", "init", "config", "revision", "stage", "checkpoint")
+        if model.config is not None or any(getattr(model, key) != getattr(student, key) for key in same):
+            return False
+        return same_base(model.path, student.path) if model.path and student.path else model.path == student.path
+
     def problems(self) -> Problems:
         """What its teachers cannot be asked for."""
         yield from super().problems()
         loss = self.loss
+        for path, model in self.models().items() if loss.attention_weight else ():
+            kind = model.attn_implementation
+            if kind is not None and kind != "sdpa" and "flash" not in kind and path[:2] != ("student", "from"):
+                remedy = "use one of them, or set loss.attention_weight to 0"
+                yield (*path, "attn_implementation"), f"{kind}: the attention loss sees sdpa and flash_attention only; {remedy}"
         if self.select is not None and self.trainer.get("eval_strategy", "no") == "no":
             yield "select", "needs evaluations while the stage trains; set trainer.eval_strategy, eval_steps and save_steps"
         for key, teacher in self.teachers_by_key().items():
-            what = "labels" if teacher.labels else "a server" if teacher.server else "a cache" if teacher.cache else None
-            named = f"{what} ({dotted(key)})"
-            if what is not None and loss.on_policy:
-                has = "no teacher that could score" if teacher.labels else "what its teacher said of rows that were there, not"
-                message = f"{named} has {has} what the student is yet to write; set it to 0, or give the teacher itself"
-                yield ("loss", "on_policy"), message
-            if teacher.server is not None and loss.temperature != 1.0:
-                message = f"{named} sends log-probabilities at temperature 1, and a tail cannot be tempered; set it to 1"
-                yield ("loss", "temperature"), message
-            drawn = teacher.cache is not None and teacher.cache.keep == "sampled" and teacher.server is None
-            if (drawn or teacher.labels) and (loss.divergence != "forward_kl" or loss.temperature != 1.0):
-                wrong = "divergence" if loss.divergence != "forward_kl" else "temperature"
-                what = f"drawn tokens of {named}" if drawn else named
-                yield ("loss", wrong), f"{what} give forward_kl at temperature 1 only; use it"
-            if teacher.is_student and teacher.cache is not None and key != ("reference",):
+            yield from ((("loss", wrong), message) for wrong, message in teacher.cannot(loss, dotted(key)))
+            if teacher.kind == "student" and teacher.cache is not None and key != ("reference",):
                 yield key, "only a reference is the student itself; a teacher is a model, an ensemble or labels"
-            for weight in [name for name in ("attention_weight", "hidden_weight") if getattr(loss, name)]:
-                if what is not None:
-                    has = "no layers" if teacher.labels else "distributions alone, not what layers did"
-                    or_else = ", or leave `cache` out" if what == "a cache" else ""
-                    yield ("loss", weight), f"{named} has {has}; set it to 0{or_else}"
-                elif teacher.ensemble:
-                    message = f"an ensemble ({dotted(key)}) has no attention or hidden states of its own; set {weight} to 0"
-                    yield ("loss", weight), f"{message}, or name one model"
         if loss.on_policy and self.trainer.get("packing"):
             remedy = "set padding_free, or loss.on_policy to 0"
             yield ("trainer", "packing"), f"lays rows into blocks before the student has written responses; {remedy}"
@@ -241,6 +245,11 @@ class DAEStage(_Distillation):
         if self.reference is not None:
             found["reference",] = self.reference
         return {key: each for key, each in found.items() if each is not None}
+
+    def domains_of(self, key: Path, present: Iterable[str]) -> list[str]:
+        """See the base class."""
+        mine = key[1:] if key[0] == "teachers" else self.reference_domains
+        return [domain for domain in present if domain in mine]
 
     def problems(self) -> Problems:
         """See the base class; the rows of a domain follow one teacher."""

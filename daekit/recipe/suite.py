@@ -25,7 +25,21 @@ Column = Literal["messages", "prompt", "completion", "text", "answer"]
 Prefix = Literal["auto", "bos", "eos", "none"]
 
 
-class SuiteModelSpec(LoadingSpec):
+class ServedModelSpec(Spec):
+    """The keys of a model that is asked over HTTP."""
+
+    url: Text | None = Field(
+        None, description="Base URL of an OpenAI-compatible endpoint; it tells no likelihood of given text."
+    )
+    served_model: Text | None = Field(None, description="The model's name at the endpoint.")
+    api_key_env: Text | None = Field(
+        None,
+        description="Environment variable that holds the endpoint's key (default: OPENAI_API_KEY at OpenAI's own hosts, "
+        "elsewhere none).",
+    )
+
+
+class SuiteModelSpec(ServedModelSpec, LoadingSpec):
     """A model to measure: a directory, a directory + adapter, a hub id, or an OpenAI-compatible endpoint.
 
     In YAML and for ``--model`` a plain text is short: ``PATH_OR_HUB_ID`` (a directory that holds a LoRA adapter is loaded
@@ -36,15 +50,6 @@ class SuiteModelSpec(LoadingSpec):
 
     path: Text | None = Field(None, description="Hub id or directory.")
     adapter: Text | None = Field(None, description="Directory of a LoRA adapter to merge into `path`.")
-    url: Text | None = Field(
-        None, description="Base URL of an endpoint, which can answer, but tells no likelihood of a given text."
-    )
-    served_model: Text | None = Field(None, description="The model's name at the endpoint.")
-    api_key_env: Text | None = Field(
-        None,
-        description="Environment variable that holds the endpoint's key (default: OPENAI_API_KEY at OpenAI's own hosts, "
-        "elsewhere none).",
-    )
 
     @classmethod
     def expand(cls, value: Any) -> Any:

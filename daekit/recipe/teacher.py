@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
@@ -10,6 +11,7 @@ from pydantic import Field
 from daekit.errors import listed, nearest
 from daekit.recipe.judge import CallsSpec, url_problems
 from daekit.recipe.model import ModelSpec
+from daekit.recipe.objective import Objective
 from daekit.recipe.reading import Choice, FilePath, Flag, Number, Spec, Text, Whole
 from daekit.recipe.validation import Problems
 
@@ -72,6 +74,9 @@ class WeightedModelSpec(Spec):
     weight: Number = Field(gt=0, description="Its weight; the weights of an ensemble sum to 1.")
 
 
+Kind = Literal["model", "ensemble", "server", "labels", "student"]
+
+
 class TeacherSpec(Spec):
     """One teacher: a model, an ensemble of several, a model that is served elsewhere, or the labels.
 
@@ -106,6 +111,43 @@ class TeacherSpec(Spec):
         below = {key: each for key, each in value.items() if key in own and key != "cache"}
         return {key: each for key, each in value.items() if key not in below} | ({kind: below} if below else {})
 
+    @property
+    def kind(self) -> Kind:
+        """What it is; the student as the stage finds it only a reference with a cache can be.
+
+        Objects of each kind are made in ``runtime/models.py``; a cache tells them apart in ``runtime/caches.py``; all else
+        asks the properties below, or looks at ``models``.
+        """
+        if self.labels:
+            return "labels"
+        return "server" if self.server else "ensemble" if self.ensemble else "model" if self.model else "student"
+
+    @property
+    def has_models(self) -> bool:
+        """Whether it has weights here, and with them a distribution over all tokens for any text; cached or not."""
+        return self.kind in ("model", "ensemble", "student")
+
+    def cannot(self, loss: Objective, name: str) -> Iterator[tuple[str, str]]:
+        """What of an objective it has nothing for, by the keys of ``loss``; ``name`` is its own key."""
+        kind, cached = self.kind, self.cache is not None
+        what = {"labels": "labels", "server": "a server"}.get(kind, "a cache" if cached else None)
+        named, drawn = f"{what} ({name})", self.cache is not None and self.cache.keep == "sampled" and kind != "server"
+        if what is not None and loss.on_policy:
+            has = "no teacher that could score" if kind == "labels" else "what its teacher said of rows that were there, not"
+            yield "on_policy", f"{named} has {has} what the student is yet to write; set it to 0, or give the teacher itself"
+        if kind == "server" and loss.temperature != 1.0:
+            yield "temperature", f"{named} sends log-probabilities at temperature 1, and a tail cannot be tempered; set it to 1"
+        if (drawn or kind == "labels") and (loss.divergence != "forward_kl" or loss.temperature != 1.0):
+            wrong = "divergence" if loss.divergence != "forward_kl" else "temperature"
+            yield wrong, f"{'drawn tokens of ' if drawn else ''}{named} give forward_kl at temperature 1 only; use it"
+        for weight in [name for name in ("attention_weight", "hidden_weight") if getattr(loss, name)]:
+            if what is not None:
+                has = "no layers" if kind == "labels" else "distributions alone, not what layers did"
+                yield weight, f"{named} has {has}; set it to 0{', or leave `cache` out' if what == 'a cache' else ''}"
+            elif kind == "ensemble":
+                has = f"an ensemble ({name}) has no attention or hidden states of its own"
+                yield weight, f"{has}; set {weight} to 0, or name one model"
+
     def problems(self) -> Problems:
         """Neither one model, nor several, nor the labels; weights that are no mean."""
         cache, server = self.cache, self.server
@@ -135,17 +177,10 @@ class TeacherSpec(Spec):
         models |= {("ensemble", at, "model"): member.model for at, member in enumerate(self.ensemble) if member is not None}
         return {path: model for path, model in models.items() if model is not None}
 
-    @property
-    def is_student(self) -> bool:
-        """Whether it is the student as the stage finds it, which only a reference with a cache can be."""
-        return self.model is None and self.server is None and not self.ensemble and not self.labels
-
     def compact(self, dumped: dict[str, Any]) -> Any:
         """A model alone is written without its key, labels as that word."""
-        if self.labels:
-            return "labels"
-        kept = {"cache": dumped["cache"]} if self.cache else {}
-        for kind in ("model", "server"):
-            if getattr(self, kind):
-                return dumped[kind] | kept
-        return {key: dumped[key] for key in ("ensemble", "average") if self.ensemble} | kept
+        kind, kept = self.kind, {"cache": dumped["cache"]} if self.cache else {}
+        if kind in ("model", "server"):
+            return dumped[kind] | kept
+        ensemble = {key: dumped[key] for key in ("ensemble", "average") if kind == "ensemble"}
+        return "labels" if kind == "labels" else ensemble | kept

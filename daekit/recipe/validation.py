@@ -50,12 +50,14 @@ class Errors:
         name: the file's name, the first words of the message.
         root: the tree in which places are looked up.
         paths: key paths of the mappings and fields that are being read, the innermost last.
+        copies: key path of a value -> that of the named model that stands in its place; what is wrong with it is told there.
     """
 
     name: str
     root: Node = field(default_factory=lambda: Node(None, Place()))
     found: list[tuple[Place, Path, str]] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
+    copies: dict[Path, Path] = field(default_factory=dict)
     _unread: set[Path] = field(default_factory=set)
 
     def add(self, path: Path, message: str, place: Place | None = None) -> None:
@@ -129,11 +131,17 @@ class Errors:
                 nouns = nouns if len(nouns) == 1 else [noun.partition(" (")[0] for noun in nouns]
                 self.add_unread(where, f"wants {' or '.join(nouns)}, not {self.root.locate(where).show()}")
 
+    def _originals(self, path: Path) -> list[Path]:
+        """The keys of named models whose copy lies at ``path`` or above it, continued to what lies there."""
+        return [(*named, *path[len(copy) :]) for copy, named in self.copies.items() if path[: len(copy)] == copy]
+
     def raise_if_any(self) -> None:
         """Raises: UserError: one message with every error, in the order of the file, overrides last."""
         if not self.found:
             return
-        ordered = sorted(self.found, key=lambda each: (each[0].override is not None, each[0].file or "", each[0].line or 0))
+        told = {(path, message) for _, path, message in self.found}
+        once = [each for each in self.found if not any((path, each[2]) in told for path in self._originals(each[1]))]
+        ordered = sorted(once, key=lambda each: (each[0].override is not None, each[0].file or "", each[0].line or 0))
         lines = [f"  {place}{dotted(path)}{': ' if path else ''}{message}" for place, path, message in ordered]
         count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
         details = [ErrorDetail(dotted(path), message, str(place).rstrip(": ")) for place, path, message in ordered]

@@ -1,7 +1,7 @@
 """From a recipe to live objects: the only room that knows both."""
 
 from daekit.runtime.data import DataBuilder
-from daekit.runtime.folders import RunFolder, StageFolder, read_file
+from daekit.runtime.folders import RunFolder
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.report import build_report
 from daekit.runtime.student import build_student
@@ -11,10 +11,8 @@ __all__ = [
     "DataBuilder",
     "ModelBuilder",
     "RunFolder",
-    "StageFolder",
     "build_report",
     "build_student",
     "build_trainer",
     "cache_stage",
-    "read_file",
 ]

@@ -16,14 +16,15 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import cached_file
 
 from daekit.errors import UserError
-from daekit.files import directory_hashes, facts_hash
+from daekit.evaluation.models import file_fingerprint
+from daekit.files import facts_hash
 from daekit.models.adapters import base_spec
 from daekit.models.placement import free_memory
 from daekit.models.vocabulary import vocabulary_size
 from daekit.protocol import Teacher
 from daekit.recipe import student_key
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, BARE_BASE, read_adapter_config
-from daekit.recipe.schema import DAEStage, ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.schema import ModelSpec, Recipe, TeacherSpec
 from daekit.runtime.models import ModelBuilder
 from daekit.teachers import CachedTeacher, ModelTeacher, write_cache
 from daekit.teachers.cache import CacheRow, CacheStore, check_cache, require_facts, rows_of_examples
@@ -80,7 +81,7 @@ def make_caches(
     state = PartialState()
     for directory in dict.fromkeys(directories.values()):
         keys = [key for key, other in directories.items() if other == directory]  # equal teachers share it
-        domains = {domain for key in keys for domain in domains_of(recipe, name, key, list(rows_of))}
+        domains = {domain for key in keys for domain in stage.domains_of(key, rows_of)}
         rows = [row for domain in rows_of if domain in domains for row in rows_of[domain]]
         with rounding(trainer.accelerator):
             _write_missing(sources, kept[keys[0]], directory, rows, state)
@@ -90,8 +91,9 @@ def make_caches(
         state.wait_for_everyone()
     if trainer.is_deepspeed_enabled:
         AcceleratorState._reset_state()  # or it would refuse the stage's own trainer
-    frozen = [*stage.teachers_by_key(), *([("reference",)] if stage.type == "dae" else [])]
-    if state.is_main_process and all(key in kept or _is_labels(stage, key) for key in frozen):
+    live = {key: spec.kind for key, spec in stage.teachers_by_key().items() if key not in kept}
+    live |= {("reference",): "student"} if stage.type == "dae" and stage.reference is None else {}
+    if state.is_main_process and set(live.values()) <= {"labels"}:
         print(f"[{name}] every frozen model is read from its cache: none is loaded", flush=True)
     caches = {directory: CachedTeacher(directory, models.tokenizer) for directory in dict.fromkeys(directories.values())}
     return {key: caches[directory] for key, directory in directories.items()}
@@ -102,24 +104,11 @@ def is_cached(recipe: Recipe, name: str, models: ModelBuilder, spec: TeacherSpec
     return spec.cache is not None and (_Sources(recipe, name, models).directory(spec) / MANIFEST).is_file()
 
 
-def domains_of(recipe: Recipe, name: str, key: Key, present: list[str]) -> list[str]:
-    """The domains whose rows follow a teacher."""
-    stage = recipe.stages[name]
-    if not isinstance(stage, DAEStage):
-        return present
-    return [str(key[1])] if key[0] == "teachers" else list(stage.reference_domains)
-
-
-def _is_labels(stage: StageSpec, key: Key) -> bool:
-    spec = stage.teachers_by_key().get(key)
-    return spec is not None and spec.labels
-
-
 def _write_missing(sources: _Sources, spec: TeacherSpec, directory: Path, rows: list[CacheRow], state: PartialState) -> None:
     """Write what is missing of one cache; the teacher is loaded only if something is, and freed."""
     name, facts = sources.name, sources.settings(spec) | {"source": sources.of(spec)}
     # a server is asked about the rows of a shard together, and little is lost when it stops
-    sizes: dict[str, Any] = {"batch_tokens": 10**9, "shard_bytes": 2**22} if spec.server is not None else {}
+    sizes: dict[str, Any] = {"batch_tokens": 10**9, "shard_bytes": 2**22} if spec.kind == "server" else {}
     if _is_whole(directory, rows, facts):
         if state.is_main_process:
             print(f"[{name}] cache complete, kept: {directory}", flush=True)
@@ -181,7 +170,7 @@ class _Sources:
         assert spec.cache is not None
         stage, end = self.recipe.stages[self.name], self.models.tokenizer.eos_token_id
         if spec.cache.keep == "top_k":
-            forced = [] if end is None or spec.server is not None else [end]
+            forced = [] if end is None or spec.kind == "server" else [end]
             return {"keep": "top_k", "k": spec.cache.k, "temperature": stage.loss.temperature, "forced_ids": forced}
         if spec.cache.keep == "sampled":
             return {"keep": "sampled", "draws": spec.cache.draws, "seed": self.recipe.seed_of(self.name)}
@@ -189,7 +178,7 @@ class _Sources:
 
     def live(self, spec: TeacherSpec, device: Any) -> Teacher:
         """The teacher itself, loaded; the reference without a model is the student as the stage finds it."""
-        if spec.is_student:
+        if spec.kind == "student":
             student = self.models.student(self.recipe, self.name, self.recipe.seed_of(self.name))
             return ModelTeacher(student, vocabulary_size(self.models.tokenizer), "reference")
         student_spec = self.recipe.stages[self.name].student
@@ -200,13 +189,12 @@ class _Sources:
         """What tells a teacher from others without loading it: contents of its files, precision, quantisation, weights."""
         student = self.recipe.stages[self.name].student
         assert student is not None, "a resolved recipe names every student"
-        if spec.model is not None:
-            return {"models": [contents(self.models, spec.model, student)]}
         if spec.server is not None:
             return {"server": spec.server.model}
-        if spec.ensemble:
-            members = [contents(self.models, member.model, student) for member in spec.ensemble]
-            return {"models": members, "weights": [member.weight for member in spec.ensemble], "average": spec.average}
+        if spec.kind != "student":
+            facts = {"models": [contents(self.models, model, student) for model in spec.models().values()]}
+            more = {"weights": [member.weight for member in spec.ensemble], "average": spec.average} if spec.ensemble else {}
+            return facts | more
         if student.init is not None:
             made = self.models.folder.student(student_key(self.recipe, self.name)).model
             return {"models": [contents(self.models, ModelSpec(path=str(made.resolve())))]}
@@ -218,7 +206,7 @@ def contents(models: ModelBuilder, spec: ModelSpec, student: ModelSpec | None = 
     """What tells one model from others without loading it; an adapter of the student's base has the facts of the base, too."""
     placed = models.placed(spec)
     if placed.adapter is not None:
-        adapter = None if placed.adapter == BARE_BASE else _file_hashes(Path(placed.adapter))
+        adapter = None if placed.adapter == BARE_BASE else file_fingerprint(Path(placed.adapter))
         base = base_spec(placed if student is None else models.placed(student))
         return {"adapter": adapter, "base": contents(models, base)}
     facts: dict[str, Any] = {"dtype": placed.dtype, "quantization": placed.quantization}
@@ -228,16 +216,11 @@ def contents(models: ModelBuilder, spec: ModelSpec, student: ModelSpec | None = 
     folder = Path(placed.path).expanduser()
     if not folder.is_dir():
         return facts | {"files": _hub_commit(placed)}
-    facts["files"] = _file_hashes(folder)
+    facts["files"] = file_fingerprint(folder)
     if (folder / ADAPTER_CONFIG).is_file():  # it is merged into the base that it names
         base = read_adapter_config(folder)["base_model_name_or_path"]
         facts["base"] = contents(models, placed.model_copy(update={"path": base, "revision": None}))
     return facts
-
-
-def _file_hashes(folder: Path) -> dict[str, str] | None:
-    """File -> hash of all of it: a training may have changed no more than one layer."""
-    return directory_hashes(folder, (".safetensors", "config.json"))
 
 
 def _hub_commit(spec: ModelSpec) -> str:

@@ -20,6 +20,7 @@ from daekit.generation.local import Sampling
 from daekit.generation.stream import EndpointSpeaker, LocalSpeaker, Speaker
 from daekit.recipe.generated import PromptsSpec
 from daekit.recipe.suite import SuiteModelSpec
+from daekit.recipe.validation import missing
 from daekit.runtime.columns import display
 
 _HELP = "/reset begins a new conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -189,7 +190,13 @@ def _subject(text: str) -> SuiteModelSpec:
     run, colon, stage = text.rpartition(":")
     stages = Path(run).expanduser() / "stages"
     if not colon or Path(text).expanduser().exists() or not stages.is_dir():
-        return SuiteModelSpec.model_validate(text)
+        spec = SuiteModelSpec.model_validate(text)
+        for path in (spec.path, spec.adapter):
+            if any(missing((), path)):
+                raise UserError(
+                    f"{text}: there is no directory {path}; give a directory, a hub id, RUN:STAGE or https://HOST/v1#MODEL"
+                )
+        return spec
     name, _, checkpoint = stage.partition("@")
     folder = stages / name / (checkpoint or "model")
     if not folder.is_dir():

@@ -91,7 +91,7 @@ def display(out: TextIO, names: Sequence[str]) -> Columns | Stack:
 
 
 def printable(text: str) -> str:
-    """What a model says must not steer the terminal."""
+    """What a model or a row says must not steer the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "    " if c == "\t" else ascii(c)[1:-1] for c in text)
 
 

@@ -43,8 +43,8 @@ class LossRule:
     Attributes:
         assistant_only: whether in conversations only what the assistant writes carries loss; None: of messages the response
             does (``daekit.data.responses``).
-        completion_only: whether of prompt and completion only the completion carries loss; False: the two are joined to a text
-            or to messages, whose rule then holds.
+        completion_only: whether of prompt and completion only the completion carries loss; False: all of both does, or, with
+            ``assistant_only``, all that the assistant writes.
     """
 
     assistant_only: bool | None = None
@@ -57,10 +57,9 @@ class LossRule:
 
     def describe(self, form: str, tokenizer: PreTrainedTokenizerBase) -> str:
         """What carries loss in rows of a form, in words."""
-        conversation = form == "messages" or (form == "conversation pair" and not self.completion_only)
-        if conversation and self.assistant_only is None:
+        if form == "messages" and self.assistant_only is None:
             return ResponseLabels.of(tokenizer).description
-        if conversation:
+        if form == "messages" or (form == "conversation pair" and not self.completion_only):
             return "what the assistant writes" if self.assistant_only else "every token, the user's and the system's too"
         if form == "text" or not self.completion_only:
             return "every token"
@@ -77,7 +76,7 @@ class DataBuilder:
         self.recipe, self.folder = recipe, folder
         self.written: dict[str, Path] = {}  # generated sources that are complete -> their rows
         self._read: dict[str, tuple[Dataset, Dataset | None]] = {}
-        self._tokenized: dict[tuple[str, LossRule], tuple[Dataset, Dataset | None]] = {}
+        self._tokenized: dict[tuple[str, LossRule, bool], tuple[Dataset, Dataset | None]] = {}
 
     def source(self, name: str) -> tuple[Dataset, Dataset | None]:
         """(training rows, validation rows or None) of a source, as text."""
@@ -89,19 +88,32 @@ class DataBuilder:
                 columns = {UNFINISHED: UNFINISHED}  # other sources may have a column of that name that says something else
                 spec = spec.model_copy(update={"path": str(self.written[name]), "generated": None, "columns": columns})
             rows = load_source(name, spec, self.recipe.seed)
-            followed = any(name in stage.data.sources and stage.type != "sft" for stage in self.recipe.stages.values())
-            self._read[name] = rows if followed else tuple(_without(TEACHER_PROMPT, part) for part in rows)
+            self._read[name] = rows if self._is_followed(name) else _without(TEACHER_PROMPT, rows)
         return self._read[name]
 
-    def tokenized(self, name: str, rule: LossRule) -> tuple[Dataset, Dataset | None]:
+    def _is_followed(self, name: str) -> bool:
+        """Whether a teacher sees the rows of a source, or those that are written to its prompts."""
+        written = {other: spec.generated for other, spec in self.recipe.sources.items() if spec.generated is not None}
+        names = {name, *(other for other, spec in written.items() if spec.prompts.source == name)}
+        return any(stage.type != "sft" and names & {*stage.data.sources} for stage in self.recipe.stages.values())
+
+    def tokenized(self, name: str, rule: LossRule, told: bool = True) -> tuple[Dataset, Dataset | None]:
         """The same as ``input_ids`` and ``labels`` (-100 where a token carries no loss) with their ``domain``.
+
+        Args:
+            name: name of the source.
+            rule: which tokens carry loss.
+            told: whether a teacher sees them; without one a ``teacher_prompt`` is not looked at.
 
         Raises:
             UserError: a row that cannot be tokenised, or that the chat template refuses.
         """
-        key = name, rule
+        training, validation = self.source(name)
+        told = told and TEACHER_PROMPT in training.column_names
+        key = name, rule, told
         if key not in self._tokenized:
-            training, validation = self.source(name)
+            if not told:
+                training, validation = _without(TEACHER_PROMPT, (training, validation))
             self._tokenized[key] = (
                 self._tokens(training, f"sources.{name}: training row", rule),
                 None if validation is None else self._tokens(validation, f"sources.{name}: validation row", rule),
@@ -118,9 +130,8 @@ class DataBuilder:
         return concatenate_datasets(parts) if parts else None
 
     def _for_stage(self, name: str, stage: StageSpec) -> tuple[Any, Any]:
-        """Tokenised rows of a source; without what a teacher alone would see where there is no teacher."""
-        parts = self.tokenized(name, LossRule.of(stage))
-        return parts if stage.type != "sft" else tuple(_without(TEACHER_PROMPT_IDS, part) for part in parts)
+        """Tokenised rows of a source, as a stage trains on them."""
+        return self.tokenized(name, LossRule.of(stage), stage.type != "sft")
 
     @cached_property
     def evaluation_sets(self) -> dict[str, EvaluationSet]:
@@ -211,7 +222,8 @@ class DataBuilder:
         needed = rows.select_columns([column for column in rows.column_names if column not in ("answer", "domain")])
         whole = not rule.completion_only and form != "messages"
         texts: Iterable[Mapping[str, Any]] = map(_joined, needed) if whole else needed
-        tokenized = tokenize_each(texts, self.tokenizer, where, rule.assistant_only, prompts=False)
+        assistant_only = rule.assistant_only if form == "messages" else bool(rule.assistant_only)
+        tokenized = tokenize_each(texts, self.tokenizer, where, assistant_only, prompts=False)
         return as_dataset(tokenized, rows[0]["domain"])
 
 
@@ -246,9 +258,9 @@ def _lists(values: array[int], offsets: array[int]) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat)
 
 
-def _without(column: str, rows: Any) -> Any:
-    """Rows without a column that they may have; None as it is."""
-    return rows.remove_columns(column) if rows is not None and column in rows.column_names else rows
+def _without(column: str, parts: tuple[Dataset, Dataset | None]) -> Any:
+    """Rows for training and validation without a column that they may have."""
+    return tuple(rows.remove_columns(column) if rows is not None and column in rows.column_names else rows for rows in parts)
 
 
 def _joined(row: Mapping[str, Any]) -> dict[str, Any]:

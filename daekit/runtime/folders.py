@@ -56,7 +56,7 @@ def read_file(path: Path, delete: Path) -> Any:
     return content
 
 
-def listed(root: Path, folders: Sequence[Path]) -> dict[str, list[Any]]:
+def files_of(root: Path, folders: Sequence[Path]) -> dict[str, list[Any]]:
     """The files of a result, for ``lost`` to compare: path -> size in bytes and, of weights, the hash of the content."""
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(root)): [path.stat().st_size, _digest(path)] for path in files}

@@ -165,7 +165,9 @@ class GeneratedSource:
         else:
             prompts = load_prompts(where, spec)
         served = self.spec.model.url is not None
-        if served and not all(isinstance(prompt["prompt"], list) and len(prompt) == 1 for prompt in prompts):
+        if served and not all(
+            isinstance(prompt["prompt"], list) and not prompt.keys() & {"tools", "chat_template_kwargs"} for prompt in prompts
+        ):
             raise UserError(f"{where}: an endpoint answers messages without tools; set `chat: true`, or give rows of messages")
         if self.spec.rows is not None and self.spec.rows > len(prompts) and self.spec.temperature == 0:
             raise UserError(

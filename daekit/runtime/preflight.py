@@ -41,7 +41,7 @@ def held_out_rows(recipe: Recipe, name: str, data: DataBuilder) -> dict[str, lis
     if validation is None or not isinstance(stage, DAEStage):
         return {}
     longest = stage.trainer.get("max_length", 1024)
-    return {domain: _some(validation, domain, longest) for domain, each in stage.teachers.items() if not each.labels}
+    return {domain: _some(validation, domain, longest) for domain, each in stage.teachers.items() if each.kind != "labels"}
 
 
 def _some(rows: Dataset, domain: str, longest: int | None) -> list[Row]:
@@ -65,7 +65,7 @@ def compare_experts(
         return {}, []
     found: dict[str, Any] = {}
     start = time.perf_counter()
-    for domain in [domain for domain, each in spec.teachers.items() if not each.labels]:
+    for domain in [domain for domain, each in spec.teachers.items() if each.kind != "labels"]:
         why = _not_scored(trainer, rows_of.get(domain, []))
         found[domain] = {"not_scored": why} if why else _compare(trainer, spec, domain, rows_of[domain], start)
     return found, [line for domain, figures in found.items() for line in _lines(name, domain, figures)]
@@ -83,7 +83,7 @@ def _compare(trainer: KDTrainer, spec: DAEStage, domain: str, rows: Sequence[Row
         "expert": routes[domain].outputs,
         "student": lambda batch: current_outputs(trainer.model, batch, trainer.vocab_size),
     }
-    if spec.reference is not None and not spec.reference.is_student and not spec.reference.labels:
+    if spec.reference is not None and spec.reference.kind not in ("student", "labels"):
         asked["reference"] = routes[spec.reference_domains[0]].outputs
     scores: dict[str, list[tuple[float, int]]] = {who: [] for who in asked}
     reasons: dict[str, str] = {}

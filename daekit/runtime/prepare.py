@@ -5,67 +5,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from peft import get_peft_model
-from transformers import PreTrainedModel, Trainer
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.optimization import get_scheduler
 
-from daekit.data.mixture import Mixture
-from daekit.data.preparation import DomainCount, fit_to_length
-from daekit.data.rows import form_of
-from daekit.data.teacher_prompts import require_followed
 from daekit.errors import UserError, listed
-from daekit.evaluation.suites import Options
-from daekit.evaluation.suites.prepare import prepare as prepare_suite
+from daekit.evaluation import suites
 from daekit.generation import Permissions
-from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe, StageSpec
 from daekit.recipe.validation import dotted
-from daekit.runtime.caches import domains_of, is_cached
-from daekit.runtime.data import DataBuilder, LossRule
+from daekit.runtime.caches import is_cached
+from daekit.runtime.data import DataBuilder
 from daekit.runtime.disk import checkpoints_at_end, require_space, require_writable
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.found import Found
 from daekit.runtime.generated import GeneratedSource, generated_sources, write_sources
 from daekit.runtime.kept import ahead
-from daekit.runtime.models import ModelBuilder, specs_of
+from daekit.runtime.models import ModelBuilder
+from daekit.runtime.stage_rows import (
+    PreparedStage,
+    notes_on,
+    require_other_teacher,
+    require_room,
+    require_usable,
+    rows_of,
+)
 from daekit.runtime.student import require_cuttable, require_one_process
 from daekit.runtime.trainer import peft_config, training_arguments
 from daekit.teachers.cache import CacheRow, rows_of_examples
-from daekit.trainers import DomainSFTConfig, KDConfig
-from daekit.trainers.rollouts import require_prompts
+from daekit.trainers import DomainSFTConfig
 
-_NEED_A_MODEL = ("lomo", "adalomo", "galore", "apollo")  # optimizers that transformers makes for a model only
 _ASKING = ("mt_bench", "alpaca_eval")  # benchmarks whose questions go through a chat template
-
-
-@dataclass(frozen=True)
-class PreparedStage:
-    """What a stage trains on.
-
-    Attributes:
-        arguments: config of its trainer.
-        mixture: its training rows, tokenised.
-        validation: rows that it is evaluated on while it trains.
-        counts: what the length policy does to the training rows, per domain; ``validation_counts`` the same.
-        longest: tokens of its longest training row.
-    """
-
-    arguments: DomainSFTConfig
-    mixture: Mixture
-    validation: Dataset | None
-    counts: dict[str, DomainCount]
-    validation_counts: dict[str, DomainCount]
-    longest: int
 
 
 @dataclass(frozen=True)
@@ -76,6 +53,7 @@ class Prepared:
         stages: the stages that are not complete yet and whose rows are there.
         generated: the sources that a model writes.
         waiting: of the other stages that are not complete: the sources that are to be written before they begin.
+        suites: the suites of the report, which measure its models once they are trained.
         notes: what a user should know before the first step.
     """
 
@@ -86,6 +64,7 @@ class Prepared:
     stages: dict[str, PreparedStage] = field(default_factory=dict)
     generated: dict[str, GeneratedSource] = field(default_factory=dict)
     waiting: dict[str, list[str]] = field(default_factory=dict)
+    suites: list[suites.Prepared] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -155,8 +134,8 @@ def complete_rows(prepared: Prepared, name: str, device: torch.device) -> None:
     recipe, found, known = prepared.recipe, Found(prepared.recipe.name), len(prepared.notes)
     _prepare_stage(prepared, name, {}, found)
     for user, stage in recipe.stages.items():
-        for key, spec in specs_of(stage):
-            with found.at(f"stages.{user}.{key}"):
+        for key, spec in stage.models().items():
+            with found.at(f"stages.{user}.{dotted(key)}"):
                 _require_checkpoint(prepared, spec)
     if recipe.evaluation is not None:
         _prepare_report(prepared, recipe.evaluation, found)
@@ -170,7 +149,8 @@ def _prepare_evaluation(prepared: Prepared, evaluation: EvaluationSpec, allowed:
     _prepare_report(prepared, evaluation, found)
     for index, suite in enumerate(evaluation.suites):
         with found.at(f"evaluation.suites.{index}"):
-            prepare_suite(suite, Options(allowed=allowed))
+            place = {"output_dir": str(prepared.folder.suite(suite.name)), "baseline": suite.baseline or evaluation.baseline}
+            prepared.suites.append(suites.prepare(suite.model_copy(update=place), suites.Options(allowed=allowed)))
             asking = [name for name, benchmark in suite.benchmarks.items() if benchmark.type in _ASKING]
             if asking and prepared.data.tokenizer.chat_template is None:
                 raise UserError(
@@ -215,11 +195,11 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
     with found.at(f"{where}.trainer"):
         arguments = training_arguments(recipe, name, prepared.folder.stage(name))
         unset_hf_deepspeed_config()  # they have set it, and ZeRO-3 would split models that have no weights here
-        _require_usable(arguments)
-    for key, spec in specs_of(stage):
-        with found.at(f"{where}.{key}"):
+        require_usable(arguments)
+    for key, spec in stage.models().items():
+        with found.at(f"{where}.{dotted(key)}"):
             _require_checkpoint(prepared, spec)
-            models.look_at(spec)
+            models.look_at(spec, stage if key[0] == "student" else None)
     with found.at(where):
         models.require_adapters_fit(stage)
     if stage.student is not None and stage.student.init is not None:
@@ -241,16 +221,18 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
     if waits := [source for source in _sources_of(stage) if source in longest]:
         prepared.waiting[name] = waits
         with found.at(f"{where}.data"):
-            _require_room(stage, arguments, data, {source: longest[source] for source in waits})
+            require_room(stage, arguments, data, {source: longest[source] for source in waits})
         _ask_servers(prepared, name, None, found)
         return
     ready: PreparedStage | None = None
     with found.at(f"{where}.data"):
-        ready = _rows_of(stage, arguments, data)
+        ready = rows_of(stage, arguments, data)
     if ready is not None:
+        with found.at(where):
+            require_other_teacher(stage, ready)
         prepared.stages[name] = ready
         _ask_servers(prepared, name, ready, found)
-        prepared.notes.extend(f"{where}: {note}" for note in _notes(stage, ready, data, student))
+        prepared.notes.extend(f"{where}: {note}" for note in notes_on(stage, ready, data, student))
 
 
 def _ask_servers(prepared: Prepared, name: str, ready: PreparedStage | None, found: Found) -> None:
@@ -258,80 +240,15 @@ def _ask_servers(prepared: Prepared, name: str, ready: PreparedStage | None, fou
     recipe, models = prepared.recipe, prepared.models
     stage = recipe.stages[name]
     for key, spec in stage.teachers_by_key().items():
-        if spec.server is None or is_cached(recipe, name, models, spec):
+        if spec.kind != "server" or is_cached(recipe, name, models, spec):
             continue
         rows: Iterable[CacheRow] = ()
         if ready is not None:
-            domains, longest = domains_of(recipe, name, key, list(ready.counts)), ready.longest
+            domains, longest = stage.domains_of(key, ready.counts), ready.longest
             mine = (row for row in ready.mixture.dataset.with_format("numpy") if row["domain"] in domains)
             rows = rows_of_examples(row for row in mine if len(row["input_ids"]) <= longest)
         with found.at(f"stages.{name}.{dotted(key)}"):
             models.served(spec).require_served(stage.loss, models.tokenizer, rows)
-
-
-def _require_usable(arguments: DomainSFTConfig) -> None:
-    """What transformers would say of options when the training begins: trackers, optimizer, scheduler."""
-    get_reporting_integration_callbacks(arguments.report_to)
-    if not arguments.optim.startswith(_NEED_A_MODEL):
-        Trainer.get_optimizer_cls_and_kwargs(arguments)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    get_scheduler(
-        arguments.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=0,
-        num_training_steps=1,
-        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
-    )
-
-
-def _rows_of(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder) -> PreparedStage:
-    mixture = data.mixture(stage)
-    splits = arguments.packing and arguments.packing_strategy not in ("bfd", None)
-    limit = None if splits else arguments.max_length
-    teacher_limit = None if stage.type == "sft" else stage.teacher_max_length
-    rows, counts = fit_to_length(mixture.dataset, limit, arguments.overlong, "train", teacher_limit)
-    if isinstance(arguments, KDConfig) and arguments.on_policy_fraction:
-        require_prompts(rows, arguments, data.tokenizer, None)
-    watched = arguments.eval_strategy != "no"
-    validation = data.validation(stage) if watched else None
-    if watched and validation is None:
-        raise UserError("eval_strategy needs validation rows; give `validation`, `validation_split` or `holdout` of a source")
-    validation_counts = {}
-    if validation is not None:
-        validation_counts = fit_to_length(validation, limit, arguments.overlong, "eval", teacher_limit)[1]
-    if isinstance(arguments, KDConfig) and (selection := arguments.selection()) is not None:
-        selection.require_domains(validation_counts)
-    if any(rows is not None and TEACHER_PROMPT_IDS in rows.column_names for rows in (mixture.dataset, validation)):
-        require_followed(stage.loss, splits)
-    longest = max(len(row) for row in mixture.dataset["input_ids"])
-    return PreparedStage(arguments, mixture, validation, counts, validation_counts, min(longest, limit or longest))
-
-
-def _require_room(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder, longest: Mapping[str, int]) -> None:
-    """Check the rows of a stage that are there, and whether those that are still to be written may be too long for it."""
-    splits = arguments.packing and arguments.packing_strategy not in ("bfd", None)
-    limit = None if splits else arguments.max_length
-    for name in stage.data.sources:
-        if name not in longest:
-            fit_to_length(data.tokenized(name, LossRule.of(stage))[0], limit, arguments.overlong, "train")
-        elif limit is not None and longest[name] > limit and arguments.overlong == "error":
-            raise UserError(
-                f"a row of the generated source {name!r} may have {longest[name]:,} tokens (its longest prompt and "
-                f"max_new_tokens), more than trainer.max_length={limit}; lower it, raise max_length, or set overlong"
-            )
-
-
-def _notes(stage: StageSpec, ready: PreparedStage, data: DataBuilder, student: PreTrainedModel | None) -> Iterator[str]:
-    forms = {name: form_of(data.source(name)[0]) for name in stage.data.sources}
-    plain = [name for name, form in forms.items() if form == "prompt+completion"]
-    if plain and any(form in ("messages", "conversation pair") for form in forms.values()):
-        yield (
-            f"the prompts of {', '.join(plain)} are joined as they are, other sources hold conversations; for a chat model set "
-            f"sources.{plain[0]}.chat: true"
-        )
-    knows = student and getattr(student.config.get_text_config(), "max_position_embeddings", None)
-    if knows and ready.longest > knows:
-        yield f"its longest row has {ready.longest} tokens, more than the {knows} positions that the student was made for"
 
 
 def _require_checkpoint(prepared: Prepared, spec: ModelSpec) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from daekit.data.preparation import DomainCount
 from daekit.data.rows import form_of
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS, as_teacher_sees, is_told_more
+from daekit.runtime.columns import printable
 from daekit.runtime.data import LossRule
 from daekit.runtime.prepare import Prepared, PreparedStage
 
@@ -33,15 +34,15 @@ def preview(prepared: Prepared, rows: int = 2, colour: bool | None = None) -> st
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if colour is None else colour
     if not prepared.stages and not prepared.waiting:
         return "every stage is complete: nothing will be trained"
-    uses = {
-        (source, LossRule.of(prepared.recipe.stages[name])): None
-        for name in prepared.stages
-        for source in prepared.recipe.stages[name].data.sources
-    }
+    uses: dict[tuple[str, LossRule], bool] = {}  # whether a teacher sees the rows
+    for stage in (prepared.recipe.stages[name] for name in prepared.stages):
+        for source in stage.data.sources:
+            use = source, LossRule.of(stage)
+            uses[use] = uses.get(use, False) or stage.type != "sft"
     marked = "green" if colour else f"{_MARKS[0]}so{_MARKS[1]}"
     lines = [f"What carries loss is {marked}."]
-    for source, rule in uses:
-        lines += ["", *_source(prepared, source, rule, rows, colour)]
+    for (source, rule), told in uses.items():
+        lines += ["", *_source(prepared, source, rule, told, rows, colour)]
     for name in prepared.stages:
         lines += ["", f"[{name}] {prepared.recipe.stages[name].type}", *stage_lines(prepared, name)]
     for name, waits in prepared.waiting.items():
@@ -88,8 +89,8 @@ def _counted(ready: PreparedStage, what: str, counts: Mapping[str, DomainCount])
         yield "; ".join([f"    {what}{domain}: {count.rows:,} rows, {count.loss_tokens:,} loss tokens ({share})", *lost])
 
 
-def _source(prepared: Prepared, source: str, rule: LossRule, rows: int, colour: bool) -> Iterator[str]:
-    tokens, form = prepared.data.tokenized(source, rule)[0], form_of(prepared.data.source(source)[0])
+def _source(prepared: Prepared, source: str, rule: LossRule, told: bool, rows: int, colour: bool) -> Iterator[str]:
+    tokens, form = prepared.data.tokenized(source, rule, told)[0], form_of(prepared.data.source(source)[0])
     lengths = np.array([len(ids) for ids in tokens["input_ids"]])
     yield (
         f"{source} ({prepared.recipe.sources[source].domain}): {len(tokens):,} training rows of {form}; tokens "
@@ -97,10 +98,10 @@ def _source(prepared: Prepared, source: str, rule: LossRule, rows: int, colour: 
         f"{rule.describe(form, prepared.data.tokenizer)}"
     )
     if TEACHER_PROMPT_IDS in tokens.column_names:
-        told = [len(as_teacher_sees(row)["input_ids"]) for row in tokens if is_told_more(row)]
+        seen = [len(as_teacher_sees(row)["input_ids"]) for row in tokens if is_told_more(row)]
         yield (
-            f"    teachers see {len(told):,} rows with a teacher_prompt instead of the prompt; tokens {min(told):,} / "
-            f"{int(np.median(told)):,} / {max(told):,}"
+            f"    teachers see {len(seen):,} rows with a teacher_prompt instead of the prompt; tokens {min(seen):,} / "
+            f"{int(np.median(seen)):,} / {max(seen):,}"
         )
     for name, ready in prepared.stages.items():
         limit = ready.arguments.max_length
@@ -110,9 +111,9 @@ def _source(prepared: Prepared, source: str, rule: LossRule, rows: int, colour: 
         yield f"--- row {number + 1} of {source} ({lengths[number]} tokens)"
         yield _shown(tokens[number], prepared.data.tokenizer, colour)
         if is_told_more(tokens[number]):
-            seen = as_teacher_sees(tokens[number])
-            yield f"--- row {number + 1} of {source} as its teacher sees it ({len(seen['input_ids'])} tokens)"
-            yield _shown(seen, prepared.data.tokenizer, colour)
+            row = as_teacher_sees(tokens[number])
+            yield f"--- row {number + 1} of {source} as its teacher sees it ({len(row['input_ids'])} tokens)"
+            yield _shown(row, prepared.data.tokenizer, colour)
 
 
 def _shown(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
@@ -132,12 +133,7 @@ def _pieces(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Itera
         # decoded as a part of the whole, for a stretch alone would lose the space before it
         part = text.removeprefix(done) if text.startswith(done) else tokenizer.decode(stretch)
         done = text
-        yield _short(_printable(part)), loss
-
-
-def _printable(text: str) -> str:
-    """Rows must not steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+        yield _short(printable(part)), loss
 
 
 def _short(text: str) -> str:

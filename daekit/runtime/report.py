@@ -13,6 +13,7 @@ from daekit.progress import Progress
 from daekit.protocol import Teacher
 from daekit.recipe.adapter_config import BARE_BASE
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, DAEStage, EvaluatedModel, KDStage, ModelSpec, Recipe, TeacherSpec
+from daekit.recipe.validation import dotted
 from daekit.report import Report
 from daekit.runtime.data import DataBuilder, LossRule
 from daekit.runtime.folders import RunFolder
@@ -34,6 +35,10 @@ def build_report(
     spec = recipe.evaluation
     assert spec is not None
     sets = data.evaluation_sets
+    for name in recipe.stages:
+        for key in (key for key, teacher in recipe.measured_teachers(name).items() if teacher.cache is not None):
+            why = "loaded to measure KL to it on validation rows, for its cache holds rows of the training"
+            print(f"[report] stages.{name}.{dotted(key)}: {why}", flush=True)
     evaluations: list[ModelEvaluation] = []
     for each in spec.models:
         print(f"[report] evaluating {each.name}", flush=True)
@@ -94,7 +99,7 @@ def _teachers(
         assert name is not None
         specs = stage.teachers | dict.fromkeys((*stage.reference_domains, _REFERENCE), _reference_of(recipe, name, models))
     # KL to labels is their NLL; a server says too little
-    specs = {domain: spec for domain, spec in specs.items() if not (spec.labels or spec.server)}
+    specs = {domain: spec for domain, spec in specs.items() if spec.has_models}
     if specs:
         assert stage is not None and stage.student is not None, "a resolved recipe names every student"
         named = {domain: specs[domain] for domain in (*domains, _REFERENCE) if domain in specs}
@@ -113,7 +118,7 @@ def _reference_of(recipe: Recipe, name: str, models: ModelBuilder) -> TeacherSpe
     """The reference of a dae stage: the one that it names, or its student before the stage."""
     stage = recipe.stages[name]
     assert isinstance(stage, DAEStage) and stage.student is not None
-    if stage.reference is not None and not stage.reference.is_student:
+    if stage.reference is not None and stage.reference.kind != "student":
         return stage.reference
     on_base = ModelSpec(adapter=stage.student.adapter or BARE_BASE)
     return TeacherSpec(model=on_base if stage.is_lora else models.start_of(recipe, name))
@@ -123,11 +128,7 @@ def _shared_reference(recipe: Recipe, models: ModelBuilder) -> tuple[TeacherSpec
     """(reference, the student whose base it may be an adapter of) of all dae stages; None if there is none, or several."""
     names = [name for name, stage in recipe.stages.items() if isinstance(stage, DAEStage)]
     found = [(_reference_of(recipe, name, models), models.start_of(recipe, name)) for name in names]
-    return (
-        found[0]
-        if found and all(each == found[0] for each in found) and not (found[0][0].labels or found[0][0].server)
-        else None
-    )
+    return found[0] if found and all(each == found[0] for each in found) and found[0][0].has_models else None
 
 
 def _expert_notes(done: Mapping[str, Any]) -> Iterator[str]:

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 
 from daekit.errors import UserError, listed, nearest, says_read_only
-from daekit.evaluation.suites import Options, run_suite
+from daekit.evaluation.suites import run_prepared
 from daekit.files import write_json
 from daekit.generation import Permissions
 from daekit.models.placement import free_memory
@@ -50,19 +50,10 @@ def run_recipe(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Perm
             models or settings.
         Stopped: a signal came.
     """
-    refuse_launch()
-    state = processes_of(recipe)
-    quieten()
-    folder = RunFolder(Path(recipe.output_dir))
+    state, folder = processes_of(recipe), RunFolder(Path(recipe.output_dir))
     with _held(folder, state, grace) as stop:
         prepared = prepare(recipe, allowed)
-        state.wait_for_everyone()
-        if state.is_main_process:
-            claim(recipe, folder)
-            prepared.data.save_tokenizer()
-            for note in prepared.notes:
-                print(f"note: {note}", flush=True)
-        state.wait_for_everyone()
+        _claim(prepared.data, state, [f"note: {note}" for note in prepared.notes])
         for name in recipe.stages:
             if by_main(folder.stage(name).done.is_file):
                 if state.is_main_process:
@@ -78,7 +69,7 @@ def run_recipe(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Perm
                 written = [prepared.generated[name] for name in recipe.evaluation.sources if name in prepared.generated]
                 write_sources(written, state.device)
                 _report(prepared, state)
-            _suites(recipe, folder, Options(allowed=allowed))
+            _suites(prepared)
 
 
 def init_students(recipe: Recipe, grace: float = GRACE) -> None:
@@ -86,21 +77,18 @@ def init_students(recipe: Recipe, grace: float = GRACE) -> None:
 
     A student whose teacher is a stage of the recipe that is not complete yet is left to ``run_recipe``.
     """
-    state = processes_of(recipe)
-    quieten()
+    state, folder = processes_of(recipe), RunFolder(Path(recipe.output_dir))
     if state.num_processes > 1:
         raise UserError(
             f"daekit init: makes students in one process, and {state.num_processes} were launched; run it without a launcher"
         )
-    folder = RunFolder(Path(recipe.output_dir))
     made = [name for name, stage in recipe.stages.items() if stage.student is not None and stage.student.init is not None]
     if not made:
         raise UserError(f"{recipe.name}: no stage makes its student from a teacher (`student: {{from: TEACHER, ...}}`)")
     with _held(folder, state, grace):
-        claim(recipe, folder)
         data = DataBuilder(recipe, folder)
         models = ModelBuilder(folder, data.tokenizer)
-        data.save_tokenizer()
+        _claim(data, state)
         find_sources(recipe, data, models)
         for name in made:
             missing = [used for used in student_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
@@ -150,10 +138,7 @@ def cache_teachers(
 
     A stage whose models come from a stage of the recipe that is not complete yet is left to ``run_recipe``.
     """
-    refuse_launch()
-    state = processes_of(recipe)
-    quieten()
-    folder = RunFolder(Path(recipe.output_dir))
+    state, folder = processes_of(recipe), RunFolder(Path(recipe.output_dir))
     cached = [name for name, stage in recipe.stages.items() if any(each.cache for each in stage.teachers_by_key().values())]
     if not cached:
         raise UserError(f"{recipe.name}: no teacher has a cache (`teacher: {{path: ..., cache: hidden}}`)")
@@ -161,11 +146,7 @@ def cache_teachers(
         data = DataBuilder(recipe, folder)
         models = ModelBuilder(folder, data.tokenizer)
         models.allowed = allowed
-        state.wait_for_everyone()
-        if state.is_main_process:
-            claim(recipe, folder)
-            data.save_tokenizer()
-        state.wait_for_everyone()
+        _claim(data, state)
         find_sources(recipe, data, models)
         for name in cached:
             missing = [used for used in stage_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
@@ -188,16 +169,13 @@ def generate_sources(
     Raises:
         UserError: there is no such source; everything that ``GeneratedSource`` raises.
     """
-    refuse_launch()
-    state = processes_of(recipe)
-    quieten()
+    state, folder = processes_of(recipe), RunFolder(Path(recipe.output_dir))
     known = [name for name, source in recipe.sources.items() if source.generated is not None]
     for name in names:
         if name not in known:
             raise UserError(f"daekit generate: no generated source {name!r} (there are: {listed(known)}){nearest(name, known)}")
     if not known:
         raise UserError(f"{recipe.name}: no source is written by a model (`generated: {{model: ..., prompts: self, rows: N}}`)")
-    folder = RunFolder(Path(recipe.output_dir))
     with _held(folder, state, grace):
         data = DataBuilder(recipe, folder)
         models = ModelBuilder(folder, data.tokenizer)
@@ -207,14 +185,9 @@ def generate_sources(
             with found.at(f"sources.{source.name}"):
                 source.check()
         found.raise_if_any()
-        state.wait_for_everyone()
-        if state.is_main_process:
-            claim(recipe, folder)
-            data.save_tokenizer()
-            for name in names or known:
-                if stage := waits_for(sources[name], folder):
-                    print(f"[{name}] needs the stage {stage!r}, which is not complete: run the recipe", flush=True)
-        state.wait_for_everyone()
+        stages = {name: waits_for(sources[name], folder) for name in names or known}
+        wait = "which is not complete: run the recipe"
+        _claim(data, state, [f"[{name}] needs the stage {stage!r}, {wait}" for name, stage in stages.items() if stage])
         for source in possible:
             kept, path = source.find(), source.write(state.device)
             if kept and state.is_main_process:
@@ -238,8 +211,21 @@ def calibration() -> str:
 
 def processes_of(recipe: Recipe) -> PartialState:
     """The processes of this run, which wait for each other as long as the most patient of its stages says."""
+    refuse_launch()
+    quieten()
     patience = [stage.trainer["ddp_timeout"] for stage in recipe.stages.values() if "ddp_timeout" in stage.trainer]
     return connected(max(patience, default=None))
+
+
+def _claim(data: DataBuilder, state: PartialState, notes: Sequence[str] = ()) -> None:
+    """Once every rank has checked what it needs: the output directory is the recipe's, and holds its tokenizer."""
+    state.wait_for_everyone()
+    if state.is_main_process:
+        claim(data.recipe, data.folder)
+        data.save_tokenizer()
+        for note in notes:
+            print(note, flush=True)
+    state.wait_for_everyone()
 
 
 def _report(prepared: Prepared, state: PartialState) -> None:
@@ -261,19 +247,14 @@ def _report(prepared: Prepared, state: PartialState) -> None:
     print(f"\n{format_table(report.rows)}\n\nReport: {folder.report / 'report.html'}", flush=True)
 
 
-def _suites(recipe: Recipe, folder: RunFolder, options: Options) -> None:
+def _suites(prepared: Prepared) -> None:
     """The suites of the recipe, each on the results of its stages and whatever models it names itself."""
-    assert recipe.evaluation is not None
-    evaluated = {each.name: _suite_model(recipe, each, folder) for each in recipe.evaluation.models}
-    for suite in recipe.evaluation.suites:
-        update = {
-            "models": evaluated | suite.models,
-            "output_dir": str(folder.suite(suite.name)),
-            "baseline": suite.baseline or recipe.evaluation.baseline,
-        }
-        report = run_suite(suite.model_copy(update=update), options)
-        assert report is not None  # no dry run
-        print(f"\n{format_table(report.rows)}\n\nSuite: {folder.suite(suite.name) / 'report.html'}", flush=True)
+    evaluation = prepared.recipe.evaluation
+    assert evaluation is not None
+    evaluated = {each.name: _suite_model(prepared.recipe, each, prepared.folder) for each in evaluation.models}
+    for suite in prepared.suites:
+        report = run_prepared(suite.with_models(evaluated))
+        print(f"\n{format_table(report.rows)}\n\nSuite: {suite.folder / 'report.html'}", flush=True)
 
 
 def _suite_model(recipe: Recipe, model: EvaluatedModel, folder: RunFolder) -> SuiteModelSpec:

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from daekit.errors import Stopped
+from daekit.progress import rank
 
 GRACE = 25.0  # seconds; torchrun kills its processes 30 s after it has passed a signal on
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
@@ -146,7 +147,7 @@ class StopRequest:
             os.kill(self._process, signal.SIGTERM)
 
     def _announce(self, number: int) -> None:
-        if self.is_saving and os.environ.get("RANK", "0") == "0":
+        if self.is_saving and rank() == 0:
             name = "another rank was told to stop" if number == _PEER else signal.Signals(number).name
             print(
                 f"[stop] {name}: a checkpoint is saved at the next step boundary, within {self.grace:g} s; a second signal "

@@ -19,7 +19,7 @@ from daekit.recipe import sharing_notes, stage_key, to_yaml
 from daekit.recipe.schema import ModelSpec, Recipe
 from daekit.report.provenance import commit, versions
 from daekit.runtime.data import DataBuilder
-from daekit.runtime.folders import RunFolder, StageFolder, listed, read_file
+from daekit.runtime.folders import RunFolder, StageFolder, files_of, read_file
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.preflight import compare_experts
 from daekit.runtime.prepare import Prepared
@@ -69,7 +69,7 @@ def run_stage(prepared: Prepared, name: str, state: PartialState, stop: StopRequ
             facts["preflight"] = read_file(stage.preflight, delete=stage.preflight)
         (stage.model / "recipe.yaml").write_text(to_yaml(recipe))
         write_json(stage.model / "provenance.json", provenance)
-        files = listed(stage.root, [stage.model, stage.adapter])
+        files = files_of(stage.root, [stage.model, stage.adapter])
         write_json(stage.done, facts | provenance | {"files": files})
         print(f"[{name}] complete in {facts['seconds']:.0f} s -> {stage.model}", flush=True)
 

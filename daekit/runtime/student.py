@@ -22,7 +22,7 @@ from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe import student_key
 from daekit.recipe.schema import CalibrationSpec, Recipe, StudentSearchSpec, StudentSpec
 from daekit.runtime.data import DataBuilder
-from daekit.runtime.folders import RunFolder, StudentFolder, listed
+from daekit.runtime.folders import RunFolder, StudentFolder, files_of
 from daekit.runtime.models import ModelBuilder
 from daekit.students import (
     Evolution,
@@ -96,7 +96,7 @@ def build_student(
     student.save_pretrained(half)
     models.tokenizer.save_pretrained(half)
     half.rename(home.model)
-    write_json(home.facts, facts | {"files": listed(home.root, [home.model])})  # last: the student is complete
+    write_json(home.facts, facts | {"files": files_of(home.root, [home.model])})  # last: the student is complete
     print(
         f"[{name}] student made from its teacher: {sizes['parameters']:,} of {sizes['teacher_parameters']:,} parameters, in "
         f"{facts['seconds']:.0f} s -> {home.root}",

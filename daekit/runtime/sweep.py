@@ -114,10 +114,10 @@ def run_sweep(root: Path, runs: Sequence[SweptRun], grace: float = GRACE, allowe
     """
     state = processes_of(runs[0].recipe)
     quieten()
-    for number, run in enumerate(runs, 1):
-        if ahead(run.recipe, RunFolder(Path(run.recipe.output_dir))):
-            print(f"[sweep] checking run {number} of {len(runs)}: {_label(run.settings)}", flush=True)
-            prepare(run.recipe, allowed)
+    waiting = [run for run in runs if ahead(run.recipe, RunFolder(Path(run.recipe.output_dir)))]
+    for run in waiting[1:]:  # the first is prepared when it begins; the rows of all would not lie in memory together
+        print(f"[sweep] checking run {runs.index(run) + 1} of {len(runs)}: {_label(run.settings)}", flush=True)
+        prepare(run.recipe, allowed)
     done: dict[str, Path] = {}
     for number, run in enumerate(runs, 1):
         if state.is_main_process:

@@ -1,11 +1,11 @@
 """Makes a student from its teacher: a part of it, given or searched for, or a mixture of MoE experts."""
 
-from daekit.students.experts import ExpertScores, measure_experts
+from daekit.students.experts import measure_experts
 from daekit.students.figure import search_svg
 from daekit.students.importance import Importance, at_random, choose, first_n, measure_importance, sort_teacher
 from daekit.students.moe import dense_to_mixtral, fewer_experts, mixtral_to_dense
 from daekit.students.norms import fit_norms
-from daekit.students.search import Round, SearchResult, read_log, run_search
+from daekit.students.search import Round, read_log, run_search
 from daekit.students.selection import Selection
 from daekit.students.shapes import Shape, count_parameters
 from daekit.students.slicing import slice_model, view_model
@@ -14,10 +14,8 @@ from daekit.students.strategies import Evolution, Strategy, draw, evolve, grid
 
 __all__ = [
     "Evolution",
-    "ExpertScores",
     "Importance",
     "Round",
-    "SearchResult",
     "Selection",
     "Shape",
     "Space",

@@ -3,14 +3,13 @@
 from daekit.teachers.adapter import BASE, AdapterPath, AdapterTeacher, OnStudent
 from daekit.teachers.cache import CachedTeacher, write_cache
 from daekit.teachers.ensemble import EnsembleTeacher
-from daekit.teachers.labels import LABELS, LabelTeacher
+from daekit.teachers.labels import LabelTeacher
 from daekit.teachers.model import ModelTeacher
 from daekit.teachers.routed import RoutedTeacher, unknown_domain
 from daekit.teachers.server import ServerTeacher
 
 __all__ = [
     "BASE",
-    "LABELS",
     "AdapterPath",
     "AdapterTeacher",
     "CachedTeacher",

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from daekit.data.fingerprint import fingerprint as data_fingerprint
+from daekit.data.fingerprint import data_fingerprint
 from daekit.errors import UserError, says_disk_is_full
 from daekit.files import write_json
 from daekit.models.identity import hash_tensors

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
@@ -53,7 +54,8 @@ def require_engine(engine: str, trainer: Any) -> None:
         assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
     splits = engine in ("fsdp2", "zero3")
     for model in (trainer.model, *teacher_models(trainer.teacher)):
-        if getattr(model, "is_quantized", False):
+        packed = getattr(model, "is_quantized", False) and engine != "fsdp2"
+        if model is not trainer.model and (packed or getattr(trainer.teacher, "_whole", False)):
             assert not any(map(is_sharded, model.parameters()))  # whole on each rank
             continue
         matrices = [is_split(p) for p in model.parameters() if p.ndim > 1 or hasattr(p, "ds_id")]
@@ -116,6 +118,24 @@ def run_twice(engine: str, case: str, folder: Path) -> None:
     assert parts["history"] == wholes["history"] and parts["facts"] == wholes["facts"], case
 
 
+def run_best(engine: str, case: str, folder: Path) -> None:
+    """The worst checkpoint is called the best one, and loaded at the end: these weights are saved, and are those that run."""
+    unset_hf_deepspeed_config()
+    output = folder / case
+    saving = dict(save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True)
+    best = dict(metric_for_best_model="eval_kl", greater_is_better=True, save_only_model=False)
+    trainer = trainer_of(case, output, 2, max_steps=2, **saving, **best)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    value = trainer.evaluate()["eval_kl"]
+    trainer.save_model(str(output / "model"))
+    first = next(entry["eval_kl"] for entry in trainer.state.log_history if "eval_kl" in entry)
+    assert value == pytest.approx(first), (value, first)
+    if trainer.args.should_save:
+        saved, wanted = (load_file(output / name / "model.safetensors") for name in ("model", "checkpoint-1"))
+        assert all(torch.equal(saved[name], tensor) for name, tensor in wanted.items())
+
+
 def spy(patch: pytest.MonkeyPatch) -> list[Any]:
     """The models that were made to wait for their weights."""
     made: list[Any] = []
@@ -166,7 +186,9 @@ if __name__ == "__main__":
         patch.setattr(transformers.Trainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset))
         patch.setattr(config, "connect", connect)
         for name in json.loads(sys.argv[3]):
-            each = {"resumed": run_resumed, "rounded": run_rounded, "twice": run_twice}.get(name.rsplit("-", 1)[-1], run)
+            each = {"resumed": run_resumed, "rounded": run_rounded, "twice": run_twice, "best": run_best}.get(
+                name.rsplit("-", 1)[-1], run
+            )
             each(sys.argv[1], name, Path(sys.argv[2]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -14,8 +14,8 @@ from daekit.evaluation.evaluate import SEED
 from daekit.evaluation.intervals import RowValues, interval
 from daekit.evaluation.judging import annotators
 from daekit.evaluation.judging.annotators import OFFICIAL_ANNOTATOR, OFFICIAL_COUNT, Annotator, Messages, Outputs, Unreadable
-from daekit.evaluation.judging.result import Judged, Missing, describe, hash_of, not_comparable, other_judge, withhold
-from daekit.files import file_hash, write_whole
+from daekit.evaluation.judging.result import Judged, Missing, describe, not_comparable, other_judge, withhold
+from daekit.files import facts_hash, file_hash, write_whole
 from daekit.generation.budget import estimate
 from daekit.generation.calls import CHARACTERS_PER_TOKEN, ChatRequest, Estimate
 from daekit.generation.client import ChatClient, identity, require_sound
@@ -75,10 +75,10 @@ def judge_alpaca_eval(
     rows, lacks, refusals = withhold(_NAME, scores, missing, allow_missing, client.budget.stopped)
     manifest = describe(client, _NAME, bootstrap, everything) | {
         "annotator": {"name": chosen.name, "made_for": chosen.model, "parameters": chosen.parameters},
-        "prompts": {chosen.name: hash_of(chosen.template_text)},
+        "prompts": {chosen.name: facts_hash(chosen.template_text)},
         "instructions": len(reference),
         "data": {"reference_outputs": file_hash(reference_outputs)},
-        "answers": {model: hash_of(list(its)) for model, its in aligned.items()},
+        "answers": {model: facts_hash(list(its)) for model, its in aligned.items()},
     }
     return Judged(rows, [*notes, *lacks, *client.notes(everything)], refusals, manifest, verdicts)
 

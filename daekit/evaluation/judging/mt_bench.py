@@ -12,9 +12,9 @@ from typing import Any, Literal
 from daekit.errors import UserError
 from daekit.evaluation.judging import fastchat
 from daekit.evaluation.judging.fastchat import BenchData, Record
-from daekit.evaluation.judging.result import Judged, Missing, describe, hash_of, not_comparable, other_judge, withhold
+from daekit.evaluation.judging.result import Judged, Missing, describe, not_comparable, other_judge, withhold
 from daekit.evaluation.judging.scores import HIGHEST, LOWEST, is_rated, pair_rows, single_rows, strictly
-from daekit.files import file_hash, write_whole
+from daekit.files import facts_hash, file_hash, write_whole
 from daekit.generation.budget import estimate
 from daekit.generation.calls import CHARACTERS_PER_TOKEN, ChatRequest, Estimate
 from daekit.generation.client import ChatClient, identity, require_sound
@@ -87,9 +87,9 @@ def judge_mt_bench(
         "baseline": baseline,
         "questions": len(data.questions),
         "data": {file.name: file_hash(file) for file in data.files},
-        "prompts": {name: hash_of(prompt) for name, prompt in data.prompts.items()},
+        "prompts": {name: facts_hash(prompt) for name, prompt in data.prompts.items()},
         "answers": {
-            model: hash_of([(number, record["choices"][0]["turns"]) for number, record in its.items()])
+            model: facts_hash([(number, record["choices"][0]["turns"]) for number, record in its.items()])
             for model, its in by_question.items()
         },
     }

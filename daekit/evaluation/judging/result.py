@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,11 +107,6 @@ def describe(client: ChatClient, benchmark: str, bootstrap: int, requests: Seque
         "bootstrap": {"rounds": bootstrap, "seed": SEED},
         "versions": versions(_PACKAGES),
     }
-
-
-def hash_of(value: Any) -> str:
-    """The hash of a plain value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def other_judge(spec: JudgeSpec, official: str) -> dict[str, bool]:

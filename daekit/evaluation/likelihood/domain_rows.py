@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from daekit.data.fingerprint import fingerprint
+from daekit.data.fingerprint import data_fingerprint
 from daekit.data.sources import load_rows
 from daekit.evaluation.evaluate import evaluate_model
 from daekit.evaluation.likelihood.common import Measured, require_context
@@ -33,7 +33,7 @@ class Rows:
         same = ("path", "split", "name", "revision", "columns", "chat")
         source = SourceSpec(domain=self.domain, **{key: getattr(spec, key) for key in same})
         self.dataset = load_rows(self.where, source, spec.limit)
-        self.data = {Path(spec.path).name: fingerprint(self.dataset)}
+        self.data = {Path(spec.path).name: data_fingerprint(self.dataset)}
         if spec.reference is not None and spec.reference.path is not None:
             for file, digest in (file_fingerprint(Path(spec.reference.path).expanduser()) or {}).items():
                 self.data[f"reference/{file}"] = digest  # it may be trained again under the same name

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from daekit.evaluation.questions import Conversation, alpaca_conversations, mt_b
 from daekit.generation import Permissions
 from daekit.generation.keys import endpoint_key
 from daekit.recipe.judge import JudgeSpec
-from daekit.recipe.suite import AlpacaEvalSpec, MTBenchSpec, SuiteSpec
+from daekit.recipe.suite import AlpacaEvalSpec, MTBenchSpec, SuiteModelSpec, SuiteSpec
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,29 @@ class Prepared:
         """Where everything is written."""
         return Path(self.suite.output_dir)
 
+    def with_models(self, specs: Mapping[str, SuiteModelSpec]) -> Prepared:
+        """The same inputs for further models, which are looked at, before those that it has; nothing is read again.
+
+        Raises:
+            UserError: a model that is not there, or does not fit a benchmark.
+        """
+        models = {name: SuiteModel(name, spec) for name, spec in specs.items()}
+        for model in models.values():
+            if model.spec.url is None:
+                model.require_there()
+            else:
+                endpoint_key(f"models.{model.name}", model.spec.url, model.spec.api_key_env, self.options.allowed)
+            for benchmark in self.benchmarks.values():
+                benchmark.check(model.name, model.tokenizer, model.context_length)
+            for each in self.questions.values():
+                require_answerable(model, each.conversations, each.how, each.where)
+        together = models | self.models
+        for name, benchmark in self.benchmarks.items():
+            if isinstance(benchmark, Rows) and benchmark.spec.overlong == "drop" and together:
+                _require_same_rows(name, benchmark, list(together.values()))
+        suite = self.suite.model_copy(update={"models": {name: model.spec for name, model in together.items()}})
+        return replace(self, suite=suite, models=together)
+
 
 def prepare(suite: SuiteSpec, options: Options) -> Prepared:
     """Read the inputs and look at the models.
@@ -103,7 +127,6 @@ def prepare(suite: SuiteSpec, options: Options) -> Prepared:
     Raises:
         UserError: a broken input, a model that is not there, one that does not fit a benchmark.
     """
-    models = {name: SuiteModel(name, spec) for name, spec in suite.models.items()}
     benchmarks: dict[str, Benchmark] = {}
     questions: dict[str, Questions] = {}
     for name, spec in suite.benchmarks.items():
@@ -111,22 +134,11 @@ def prepare(suite: SuiteSpec, options: Options) -> Prepared:
             questions[name] = _questions(name, spec, suite, options)
         else:
             benchmarks[name] = likelihood_benchmark(name, spec)
-    for model in models.values():
-        if model.spec.url is None:
-            model.require_there()
-        else:
-            endpoint_key(f"models.{model.name}", model.spec.url, model.spec.api_key_env, options.allowed)
-        for benchmark in benchmarks.values():
-            benchmark.check(model.name, model.tokenizer, model.context_length)
-        for each in questions.values():
-            require_answerable(model, each.conversations, each.how, each.where)
-    for name, benchmark in benchmarks.items():
-        if isinstance(benchmark, Rows) and benchmark.spec.overlong == "drop":
-            _require_same_rows(name, benchmark, list(models.values()))
+    prepared = Prepared(suite, options, {}, benchmarks, questions).with_models(suite.models)
     for each in questions.values():
         if each.judge is not None and each.judge.base_url is not None:
             endpoint_key("judge", each.judge.base_url, each.judge.api_key_env, options.allowed)
-    return Prepared(suite, options, models, benchmarks, questions)
+    return prepared
 
 
 def _require_same_rows(name: str, benchmark: Rows, models: list[SuiteModel]) -> None:

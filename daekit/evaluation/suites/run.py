@@ -28,21 +28,28 @@ from daekit.report.provenance import versions
 
 
 def run_suite(suite: SuiteSpec, options: Options = Options()) -> Report | None:  # noqa: B008 (frozen)
-    """Measure every model of a suite and write the report into its ``output_dir``.
-
-    What was measured, answered or judged before is kept; a run that was stopped goes on. A refused suite writes nothing.
+    """Measure every model of a suite and write the report into its ``output_dir``; a refused suite writes nothing.
 
     Returns:
         The report; None for a dry run.
 
     Raises:
-        UserError: see ``prepare``; the output directory holds another suite; a score is withheld because judgments are missing
-            (everything else is written first).
+        UserError: see ``prepare`` and ``run_prepared``.
     """
     prepared = prepare(suite, options)
     if options.dry_run:
         _say_what_would_be_done(prepared)
         return None
+    return run_prepared(prepared)
+
+
+def run_prepared(prepared: Prepared) -> Report:
+    """Measure every model of a prepared suite. What was measured, answered or judged before is kept; a stopped run goes on.
+
+    Raises:
+        UserError: the output directory holds another suite; a score is withheld because judgments are missing (everything else
+            is written first).
+    """
     _require_own_folder(prepared)
     for questions in prepared.questions.values():
         _estimate(prepared, questions)  # a judge that cannot be asked is found out before hours of answers

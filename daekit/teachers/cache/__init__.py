@@ -2,7 +2,7 @@
 
 from daekit.teachers.cache.cached import CachedTeacher
 from daekit.teachers.cache.check import check_cache
-from daekit.teachers.cache.rows import CacheRow, rows_of_batch, rows_of_examples
+from daekit.teachers.cache.rows import CacheRow, rows_of_examples
 from daekit.teachers.cache.store import CacheStore, require_facts
 from daekit.teachers.cache.write import write_cache
 
@@ -12,7 +12,6 @@ __all__ = [
     "CachedTeacher",
     "check_cache",
     "require_facts",
-    "rows_of_batch",
     "rows_of_examples",
     "write_cache",
 ]
