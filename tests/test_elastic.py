@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -110,7 +111,12 @@ def test_a_recipe_goes_on_on_one_process_and_says_how(tmp_path: Path) -> None:
     expected, run = tmp_path / "straight", tmp_path / "run"
     assert on_ranks(2, lambda: run_world.train(expected, *options), expected) == [0, 0], said(expected)
     assert on_ranks(2, train_until_step_4, run) == [KILLED, KILLED], said(run)
-    assert forked(lambda: run_world.train(run, *options), run / "said-1.txt") == 0, said(run)
+
+    def train_alone() -> int:
+        logging.basicConfig(force=True)  # as where pytest does not catch what is logged
+        return run_world.train(run, *options)
+
+    assert forked(train_alone, run / "said-1.txt") == 0, said(run)
     assert "on 1 a step trains on the same 8 rows with per_device_train_batch_size=4" in said(run)
     ours, theirs = run_world.weights(run), run_world.weights(expected)
     assert all(relative(ours[name], tensor) < SAME for name, tensor in theirs.items())
