@@ -135,6 +135,20 @@ def test_random_numbers_depend_on_step_and_rank_alone() -> None:
         torch.set_rng_state(before)
 
 
+def test_a_checkpoint_of_other_ranks_begins_them_anew(tmp_path: Path) -> None:
+    made, before = kd(tmp_path, tiny.rows(8)), torch.get_rng_state()
+    try:
+        made.checkpoints.resumed, made.state.global_step = checkpoint(tmp_path, {}, {}), 5
+        made._load_rng_state(str(tmp_path))
+        found = torch.rand(())
+        ranks.restart_random_numbers(made.args, 5)
+        assert torch.rand(()) == found
+        made.checkpoints.resumed = None
+        assert not made.checkpoints.restarts_random_numbers()
+    finally:
+        torch.set_rng_state(before)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("rows", [1, 7, 12, 14])
 def test_each_row_of_an_epoch_carries_loss_once_on_any_number_of_ranks(rows: int, world: int, tmp_path: Path) -> None:
