@@ -202,7 +202,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
         shapes = [replace(base, T=300, layers=layers, kept=kept) for layers, kept in ((1, 1.0), (2, 0.25))]
     elif cuda:
         large = replace(base, A=32, G=8, D=128)
-        shapes = [replace(large, T=T, kept=kept) for T in (4096, 16_384) for kept in (1.0, 0.25)]
+        shapes = [replace(large, T=T, kept=kept) for kept in (1.0, 0.25) for T in (4096, 16_384)]
     else:
         lengths = (1024, 2048, 4096, 8192)
         shapes = [replace(base, T=T, layers=n, kept=kept) for n in (1, 6) for kept in (1.0, 0.25) for T in lengths]

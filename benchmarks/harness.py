@@ -1,7 +1,8 @@
 """Contestants of a case, each in a fresh process, in turn: seconds, extra memory, and whether all computed the same.
 
 A script lists its cases and calls ``main``. The parent starts itself once per contestant with ``--run CASE NAME``; that child
-builds the inputs, measures, and prints one line of JSON.
+builds the inputs, measures, and prints one line of JSON. With ``--resume`` a case whose rows are in the JSON file is not run
+again, and ``--until`` begins no further case after a moment: what a time limit cuts off, the next call goes on with.
 """
 
 from __future__ import annotations
@@ -27,6 +28,19 @@ from measure import Work, measure, settled_level, warm_up_libraries
 
 OURS = "ours"
 _PACKAGES = ("daekit", "torch", "transformers", "trl", "liger_kernel", "triton")
+LEFT = 3  # exit status: nothing failed, but cases are left for another call
+_ASIDE = (
+    "json",
+    "only",
+    "run",
+    "resume",
+    "until",
+    "first",
+    "device",
+    "dtype",
+    "threads",
+    "repeats",
+)  # change no row, or are facts
 _DISTURBED = 1.25  # slower than this times the fastest product of the run: somebody else used the machine
 _COLUMNS = (
     f"{'case':<44} {'name':<22} {'seconds':>9} {'held MB':>9} {'peak MB':>9} {'time/ours':>10} {'mem/ours':>9} {'all/ours':>9}"
@@ -60,7 +74,7 @@ def main(
     cases_of: Callable[[argparse.Namespace], Sequence[Case]],
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> None:
-    """The command line of a benchmark; ends with status 1 if a contestant failed or computed something else."""
+    """The command line of a benchmark; ends with status 1 if a contestant failed or computed something else, or ``LEFT``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on the CPU, bfloat16 on a GPU")
@@ -69,12 +83,17 @@ def main(
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--small", action="store_true", help="sizes that run in a second: does everything work?")
     parser.add_argument("--json", type=Path, help="write the results here, rewritten after each case")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep cases that the JSON file holds of this machine and versions"
+    )
+    parser.add_argument("--until", type=float, metavar="SECONDS", help="begin no case after this moment (seconds since 1970)")
+    parser.add_argument("--first", type=int, metavar="N", help="run the first N cases only")
     parser.add_argument("--run", nargs=2, metavar=("CASE", "NAME"), help="one contestant, in this process; prints JSON")
     if add_arguments:
         add_arguments(parser)
     options = parser.parse_args()
     _complete(options)
-    cases = [case for case in cases_of(options) if options.only in case.name]
+    cases = [case for case in cases_of(options) if options.only in case.name][: options.first]
     if options.run:
         print(json.dumps(_run_here(options, cases)))
     else:
@@ -116,11 +135,19 @@ def _run_here(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, A
 
 def _run_all(options: argparse.Namespace, cases: Sequence[Case]) -> int:
     facts = machine_facts(options)
+    results = _kept(options, facts, cases)
+    todo = [case for case in cases if case.name not in {row["case"] for row in results}]
+    if len(todo) < len(cases):
+        print(f"{len(cases) - len(todo)} of {len(cases)} cases are in {options.json} already")
+    if not todo:
+        return 0
     print(f"{facts['machine']}; {facts['dtype']}; {facts['date']}\n{calibration(options.device)}\n{facts['versions']}")
     print(f"\n{_COLUMNS}", flush=True)
-    results: list[dict[str, Any]] = []
     sound, fastest = True, math.inf
-    for case in cases:
+    for number, case in enumerate(todo):
+        if options.until is not None and time.time() >= options.until:
+            print(f"left, for the time is over: {', '.join(case.name for case in todo[number:])}")
+            return LEFT if sound else 1
         rows: list[dict[str, Any]] = []
         for name in case.contestants:
             row = _row(case, name, _run_child(case, name))
@@ -135,8 +162,29 @@ def _run_all(options: argparse.Namespace, cases: Sequence[Case]) -> int:
         results += [row | facts for row in rows]
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
+            half = options.json.with_name(options.json.name + ".half")
+            half.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
+            half.replace(options.json)
     return 0 if sound else 1
+
+
+def _kept(options: argparse.Namespace, facts: dict[str, Any], cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """The rows in the JSON file that another call of the same machine, versions and options would give, of whole cases.
+
+    A case of which a contestant failed or computed something else is not kept. Cases that this call does not ask for are.
+    """
+    if not options.resume or options.json is None or not options.json.is_file():
+        return []
+    rows = [row for row in json.loads(options.json.read_text()) if _same(row, facts)]
+    broken = {row["case"] for row in rows if row.get("failed") or row["agrees"] is False}
+    for case in cases:
+        if {row["name"] for row in rows if row["case"] == case.name} != set(case.contestants):
+            broken.add(case.name)
+    return [row for row in rows if row["case"] not in broken]
+
+
+def _same(row: dict[str, Any], facts: dict[str, Any]) -> bool:
+    return all(row.get(name) == value for name, value in facts.items() if name != "date")
 
 
 def _run_child(case: Case, name: str) -> dict[str, Any]:
@@ -203,6 +251,7 @@ def machine_facts(options: argparse.Namespace) -> dict[str, Any]:
         "device": options.device.type,
         "dtype": str(options.dtype).removeprefix("torch."),
         "repeats": options.repeats,
+        "options": {name: value for name, value in vars(options).items() if name not in _ASIDE},
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "versions": versions,
     }

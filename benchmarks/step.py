@@ -217,7 +217,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
         sizes = [replace(base, T=64, V=500, layers=2, student_H=64, teacher_H=96)]
     elif options.device.type == "cuda":
         large = replace(base, V=128_256, A=32, G=8, layers=16, student_H=2048, teacher_H=3072)
-        sizes = [replace(large, T=T) for T in (2048, 4096)]
+        sizes = [replace(large, T=T) for T in (4096, 2048)]
     else:
         # the narrower the models, the more of the step is the losses'
         sizes = [base, replace(base, student_H=256, teacher_H=384)]

@@ -29,10 +29,11 @@ ENGINES = [
     pytest.param("zero3", marks=needs_deepspeed),
 ]
 SHARDED = ENGINES[1:]
-FOUR_BITS = ["kd-4bit-teacher"]
 READ = ["dae-read", "dae-read-reference", "dae-read-lora-reference", "kd-read-lora", "kd-read-tied-checkpointing"]
 READ += ["kd-read-bf16", "dae-read-reference-bf16", "dae-read-lora-reference-bf16"]
 READ_RESUMED = ["kd-read-resumed", "dae-read-lora-reference-resumed"]
+FOUR_BITS = ["kd-4bit-teacher", "kd-4bit-experts", "kd-whole-teacher"]
+RESUMED_IN_FOUR_BITS = "kd-4bit-student-lora-resumed"
 RESUMED = ["kd-resumed", "kd-sgd-resumed", "kd-inside-resumed", "dae-reference-resumed", "dae-lora-reference-resumed"]
 
 
@@ -93,13 +94,31 @@ def test_fsdp2_refuses_that_the_student_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [ENGINES[0], ENGINES[2]])
-def test_a_four_bit_student_that_each_rank_holds(engine: str, tmp_path: Path) -> None:
-    case = "kd-4bit-student-lora"
-    run(engine, [case], tmp_path)
-    train(case, tmp_path, 1)
-    one, two = (torch.load(tmp_path / f"{case}-{name}.pt")["weights"] for name in ("1-0", "2-0"))
-    assert relative(two, one) < 0.01  # TRL trains its adapter in bfloat16
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_four_bit_student(engine: str, tmp_path: Path) -> None:
+    cases = ["kd-4bit-student-lora", "kd-4bit-student-lora-bf16"]
+    run(engine, cases, tmp_path)
+    for case, rounding in zip(cases, (1e-5, 5e-3), strict=True):
+        train(case, tmp_path, 1)
+        one, two = (torch.load(tmp_path / f"{case}-{name}.pt") for name in ("1-0", "2-0"))
+        assert relative(two["weights"], one["weights"]) < 0.01  # TRL trains its adapter in bfloat16
+        for ours, theirs in zip(two["history"], one["history"], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=rounding), case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_four_bit_student_resumes(engine: str, tmp_path: Path) -> None:
+    run(engine, [RESUMED_IN_FOUR_BITS], tmp_path)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{RESUMED_IN_FOUR_BITS}-resumed-{rank}.pt")
+        assert torch.equal(found["straight"], found["resumed"]) and found["straight history"] == found["resumed history"]
+
+
+@pytest.mark.slow
+def test_experts_of_a_four_bit_student_are_not_split(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="a student with quantised experts cannot be trained under FSDP2, ZeRO-3"):
+        run("fsdp2", ["kd-4bit-student-lora-mixtral"], tmp_path)
 
 
 @pytest.mark.slow

@@ -70,11 +70,19 @@ def test_a_domain_of_any_name_keeps_its_teacher(domain: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_a_quantised_student_is_not_split(engine: Any) -> None:
-    with pytest.raises(UserError, match=f"student.quantization=4bit: {engine} cannot split quantised weights"):
-        plan(*QLORA, machine=dataclasses.replace(TWO, engine=engine))
+def test_a_student_in_8_bits_is_not_split(engine: Any) -> None:
+    with pytest.raises(UserError, match=f"student.quantization=8bit: {engine} cannot split quantised weights"):
+        plan(*QLORA, "stages.kd.student.quantization=8bit", machine=dataclasses.replace(TWO, engine=engine))
     one, two = (plan(*QLORA, machine=dataclasses.replace(GPU, count=n, engine=e)) for n, e in ((1, "none"), (2, "zero2")))
     assert one.memory.parts[WEIGHTS] == two.memory.parts[WEIGHTS]
+
+
+def test_fsdp2_splits_four_bits_but_not_their_scales() -> None:
+    one, two = (plan(*QLORA, machine=machine).memory.parts for machine in (GPU, dataclasses.replace(TWO, engine="fsdp2")))
+    assert 0.5 < two[WEIGHTS] / one[WEIGHTS] < 0.52
+    packed = "stages.kd.teacher={path: Qwen/Qwen2.5-0.5B, quantization: 4bit%s}"
+    split, whole = (plan(*QLORA, packed % more, machine=TWO).memory.parts["teacher weights"] for more in ("", ", whole: true"))
+    assert 0.5 < split / whole < 0.52
 
 
 def test_fsdp2_keeps_whole_gradients_while_micro_batches_accumulate() -> None:

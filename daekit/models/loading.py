@@ -25,6 +25,7 @@ from transformers.modeling_utils import set_zero3_state
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, find_adapter_config_file
 
 from daekit.errors import UserError
+from daekit.models.hardware import in_one_dtype, require_readable, settings_of
 from daekit.models.placement import device_map_of, require_devices
 from daekit.models.quantization import (
     bits_of,
@@ -108,7 +109,8 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
             "base and give trust_remote_code there, or leave it out."
         )
     config = arguments.get("quantization_config")
-    reason = _why_whole(path, arguments) if split else "not split"
+    settings = stored_settings(path, revision)
+    reason = _why_whole(settings, arguments) if split else "not split"
     if reason is None:
         try:
             return waiting_model(lambda: _read(load, path, arguments))[0]
@@ -117,16 +119,18 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
     if split:
         say_whole(path, reason)
     if isinstance(config, BitsAndBytesConfig):
-        if method := quantised_by(path, revision):
+        if settings:
             raise UserError(
-                f"{path}: its weights are quantised already ({method}), and their own settings would win over "
-                f"quantization={bits_of(config)}. Leave quantization out, or give the unquantised model."
+                f"{path}: its weights are quantised already ({settings.get('quant_method')}), and their own settings would win "
+                f"over quantization={bits_of(config)}. Leave quantization out, or give the unquantised model."
             )
         require_supported(config, rank_device(), path)
         with reading_unmapped():
             model, _ = _read(load, path, {**arguments, "quantization_config": with_experts(config)})
     else:
+        require_readable(settings, path)
         model, _ = _read(load, path, arguments)
+        in_one_dtype(model, settings)
     if isinstance(getattr(model.config, "quantization_config", None), BitsAndBytesConfig):  # ours, or that of the checkpoint
         line = require_quantised(model, path)
         require_whole_blocks(model, path)
@@ -136,23 +140,21 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
     return model
 
 
-def _why_whole(path: str, arguments: Mapping[str, Any]) -> str | None:
+def _why_whole(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
     """Why a model has to be read whole, as far as arguments of ``from_pretrained`` and its config tell; None: it can wait."""
-    if arguments.get("quantization_config") is not None or quantised_by(path, arguments.get("revision")):
+    if arguments.get("quantization_config") is not None or settings:
         return "it is quantised"
     if arguments.get("device_map") is not None:
         return "it is offloaded or has a device_map"
     return "trust_remote_code" if arguments.get("trust_remote_code") else None
 
 
-def quantised_by(path: str, revision: str | None) -> str | None:
-    """The method that the weights of a model were quantised with before they were saved; None for others, and for no model."""
+def stored_settings(path: str, revision: str | None) -> dict[str, Any]:
+    """How the weights of a model were quantised before they were saved; empty for others, and for no model."""
     try:
-        fields, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
-    except (OSError, ValueError):  # whoever loads it says so
-        return None
-    settings = fields.get("quantization_config")
-    return str(settings.get("quant_method")) if settings else None
+        return settings_of(PreTrainedConfig.get_config_dict(path, revision=revision)[0])
+    except UNREADABLE:  # whoever loads it says so
+        return {}
 
 
 def _read(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
@@ -161,6 +163,8 @@ def _read(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> 
         model, info = load(path, **arguments, **ALWAYS)
     except (UserError, CannotWaitError):
         raise
+    except ImportError as error:  # FlashAttention, for instance
+        raise UserError(f"{path}: the model could not be loaded ({' '.join(str(error).split())})") from error
     except UNREADABLE as error:
         raise UserError(
             f"{path}: the model could not be loaded ({first_line(error)}). "
@@ -225,7 +229,7 @@ def _from_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, see
         raise UserError(f"config of a {model_type} model: {' '.join(str(error).split())}") from error
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
+    except (ImportError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"config of a {model_type} model: {first_line(error)}") from error
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.models.adapters import base_spec, lora_config_of
-from daekit.models.loading import load_model, load_tokenizer_of, quantised_by
+from daekit.models.loading import load_model, load_tokenizer_of, stored_settings
 from daekit.models.restore import restore_adapter
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.schema import Dtype, ModelSpec
@@ -107,10 +107,10 @@ def save_merged(folder: str | Path, out: str | Path, dtype: Dtype = "auto") -> M
 
 
 def _require_unquantised(base: ModelSpec, folder: str | Path) -> None:
-    if method := quantised_by(str(base.path), base.revision):
+    if settings := stored_settings(str(base.path), base.revision):
         raise UserError(
-            f"{base.path}: is quantised ({method}); an adapter is merged into the 16-bit base. If you have that, name it in "
-            f"base_model_name_or_path of {folder}/adapter_config.json."
+            f"{base.path}: is quantised ({settings.get('quant_method')}); an adapter is merged into the 16-bit base. If you "
+            f"have that, name it in base_model_name_or_path of {folder}/adapter_config.json."
         )
 
 

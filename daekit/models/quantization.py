@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -134,6 +135,19 @@ def require_whole_blocks(model: nn.Module, path: str) -> None:
                 "bitsandbytes would dequantise them with the scales of other blocks. Load this model without quantization, or "
                 "on a GPU."
             )
+
+
+def pack_as(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the bytes of 4-bit weights pass for values of a floating dtype (``bnb_4bit_quant_storage``), without a copy.
+
+    accelerate leaves bytes out of what FSDP2 splits, and FSDP2 casts floats of another dtype than its policy's.
+    """
+    module: Any
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and getattr(weight, "quant_state", None) is not None:
+            weight.data = weight.data.flatten().view(dtype)[:, None]
+            weight.quant_storage = module.quant_storage = dtype
 
 
 def keep_four_bit_weights(model: nn.Module) -> None:

@@ -70,9 +70,10 @@ class StageMemory:
         parts: Counter[str] = Counter()
         for parameter in self.student.parameters():
             parts[ADAPTERS if parameter.adapter else WEIGHTS] += self._split(parameter)
+        parts[WEIGHTS] += _kept_whole(self.student, self.machine.shards("weights"))
         for model in self.models.frozen:
-            part = ADAPTERS if model.adapter else f"{model.name} weights"
-            parts[part] += model.bytes if model.adapter else model.bytes // self._teacher_shards(model)
+            part, shards = ADAPTERS if model.adapter else f"{model.name} weights", self._teacher_shards(model)
+            parts[part] += model.bytes if model.adapter else model.bytes // shards + _kept_whole(model.meta, shards)
         parts[OPTIMIZER] = self._optimizer[0]
         if self.training.accumulation > 1:
             parts[GRADIENTS] = max(self.gradients, self._unreduced)
@@ -96,8 +97,10 @@ class StageMemory:
         return 4 if self.machine.engine == "fsdp2" and self.training.autocast is not None else 0
 
     def _teacher_shards(self, model: FrozenModel) -> int:
-        """The parts that a frozen model is split into; a quantised one stays whole on each device."""
-        return 1 if model.meta.spec.quantization else self.machine.shards("teachers")
+        """The parts that a frozen model is split into; of quantised ones FSDP2 splits 4 bits, the others stay whole."""
+        four_bits = model.meta.spec.quantization == "4bit" and self.machine.engine == "fsdp2"
+        splits = not model.whole and (model.meta.spec.quantization is None or four_bits)
+        return self.machine.shards("teachers") if splits else 1
 
     @cached_property
     def _trained(self) -> list[Parameter]:
@@ -138,7 +141,10 @@ class StageMemory:
         width = 2 if self.training.autocast is not None else 4
 
         def layer(meta: MetaModel, trained_only: bool = False) -> int:
-            return max(sum(p.values * width for p in each if p.trained or not trained_only) for each in meta.layers)
+            return max(
+                sum(p.bytes if p.bytes < p.values else p.values * width for p in each if p.trained or not trained_only)
+                for each in meta.layers
+            )
 
         ends = sum(p.values * width for p in self.student.outside)
         sharded = [m.meta for m in self.models.frozen if not m.adapter and self._teacher_shards(m) > 1]
@@ -240,3 +246,9 @@ class StageMemory:
     def _cached(self) -> int:
         """Copies of weights that only autocast's cache holds."""
         return sum(layer.cached for layer in self._cost.layers)
+
+
+def _kept_whole(meta: MetaModel, shards: int) -> int:
+    """What each device holds of 4-bit weights beside its part of the packed bytes: the scales of the others."""
+    scales = sum(p.bytes - p.values // 2 for p in meta.parameters() if p.bytes < p.values)
+    return scales - scales // shards

@@ -29,6 +29,7 @@ class FrozenModel:
         adapter: Whether it is an adapter on the student's base.
         movable: Whether ``device_map`` may put part of it on another device.
         in_parts: Whether each rank reads its part of it where FSDP2 splits it.
+        whole: Whether each device holds it whole, whatever the engine.
     """
 
     name: str
@@ -38,6 +39,7 @@ class FrozenModel:
     adapter: bool = False
     movable: bool = False
     in_parts: bool = False
+    whole: bool = False
 
     @property
     def meta(self) -> MetaModel:
@@ -160,7 +162,8 @@ class ModelPlanner:
             return FrozenModel(who, tracer, 0, key)
         # transformers spreads the model over the devices that it finds; one that a mapping spreads counts as a whole
         movable = isinstance(spec.device_map, dict) or spec.device_map in _MAPS
-        return FrozenModel(who, tracer, ends + sum(layers), key, movable=movable, in_parts=in_parts(spec))
+        parts = in_parts(spec) and not spec.whole
+        return FrozenModel(who, tracer, ends + sum(layers), key, movable=movable, in_parts=parts, whole=spec.whole)
 
     def _adapter_bytes(self, recipe: Recipe, resolver: ModelResolver, base: ModelSpec, adapter: str) -> int:
         """Bytes of an adapter on the student's base; 0 for the base itself."""

@@ -121,9 +121,9 @@ class Planner:
         return StageMemory(stage, models, training_of(stage, name, self.machine), self.machine)
 
     def _shards(self, recipe: Recipe, name: str) -> int | None:
-        """The smallest number of devices on which it fits with FSDP2; None for a quantised student, which is not split."""
+        """The smallest number of devices on which it fits with FSDP2; None for a student in 8 bits, which is not split."""
         student = recipe.stages[name].student
-        if not self.machine.gpu or self.machine.engine in ("fsdp2", "zero3") or (student and student.quantization):
+        if not self.machine.gpu or self.machine.engine in ("fsdp2", "zero3") or (student and student.quantization == "8bit"):
             return None
         one = self.machine
         for count in _SHARDS:
@@ -137,7 +137,7 @@ class Planner:
 
 
 def _refuse_split(quantization: str | None, machine: Machine) -> None:
-    if quantization is not None and machine.shards("weights") > 1:
+    if quantization is not None and machine.shards("weights") > 1 and quantization != "4bit":
         raise UserError(
             f"student.quantization={quantization}: {machine.engine} cannot split quantised weights; plan with "
             "--engine ddp or zero2, where each device holds them whole, or without quantization"

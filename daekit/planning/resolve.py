@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from daekit.errors import UserError
+from daekit.models.hardware import settings_of
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, adapter_stage, read_adapter_config
 from daekit.recipe.schema import ModelSpec, Recipe, StudentSpec
@@ -58,7 +59,8 @@ class ModelResolver:
         config, own = self._config_and_dtype(spec)
         dtype = _DTYPES.get(spec.dtype, own)
         attention = "sdpa" if spec.attn_implementation and "flash" in spec.attn_implementation else spec.attn_implementation
-        return ResolvedModel(config, dtype, spec.quantization, _DTYPES.get(spec.dtype, torch.bfloat16), attention)
+        quantization = spec.quantization or _stored_quantization(config, spec)
+        return ResolvedModel(config, dtype, quantization, _DTYPES.get(spec.dtype, torch.bfloat16), attention)
 
     def _config_and_dtype(self, spec: ModelSpec) -> tuple[PreTrainedConfig, torch.dtype]:
         """(config, the dtype that ``auto`` stands for)."""
@@ -113,6 +115,15 @@ class ModelResolver:
         from daekit.data.tokenizer import load_tokenizer  # imports datasets
 
         return {"vocab_size": vocabulary_size(load_tokenizer(tokenizer)), **fields}
+
+
+def _stored_quantization(config: PreTrainedConfig, spec: ModelSpec) -> str | None:
+    """How a checkpoint that was quantised before it was saved lies in memory; UserError where that is not known."""
+    settings = settings_of(config)
+    if settings and settings.get("quant_method") != "bitsandbytes":
+        method = settings.get("quant_method")
+        raise UserError(f"{spec.path or spec.stage}: is quantised already ({method}); the memory of that is not planned")
+    return ("8bit" if settings.get("load_in_8bit") else "4bit") if settings else None
 
 
 def _units(shape: Shape) -> int:

@@ -39,6 +39,7 @@ def _stage_json(stage: StagePlan, tflops: float | None) -> dict[str, Any]:
         "parts": stage.memory.parts,
         "total": stage.memory.total,
         "phase": stage.memory.phase,
+        "not_counted": list(stage.training.uncounted),
         "fits": stage.fits,
         "host_while_loading": stage.host,
         "largest_per_device_train_batch_size": stage.largest_rows,
@@ -69,6 +70,8 @@ def _format_stage(stage: StagePlan, machine: Machine, tflops: float | None) -> s
         lines.append(
             f"    {'host while loading':<28}{gigabytes(stage.host):>10}  of a machine that runs all {machine.count} processes"
         )
+    if training.uncounted:
+        lines.append(f"    planned as if without {' and '.join(training.uncounted)}, whose memory is not counted")
     if stage.largest_rows is not None:
         largest = stage.largest_rows or "none: not even 1"
         lines.append(f"    largest per_device_train_batch_size that fits: {largest}")

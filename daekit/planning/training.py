@@ -47,6 +47,7 @@ class Training:
         teacher_length: The same of what teachers see of rows with a ``teacher_prompt``.
         flat: Whether rows are laid end to end, without padding.
         attention_mask: Whether attention is given a mask of its own.
+        uncounted: Options that change the memory, and that the plan does not count.
     """
 
     rows: int
@@ -58,6 +59,7 @@ class Training:
     teacher_length: int
     flat: bool
     attention_mask: bool
+    uncounted: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -89,11 +91,12 @@ def training_of(stage: StageSpec, name: str, machine: Machine) -> Training:
         teacher_length=max(options["max_length"], (stage.type != "sft" and stage.teacher_max_length) or 0),
         flat=flat,
         attention_mask=not flash and (rows > 1 or flat),
+        uncounted=tuple(name for name in ("activation_offloading", "torch_compile") if options.get(name)),
     )
 
 
 def optimizer_bytes(optim: str, parameters: Iterable[Parameter], gpu: bool) -> tuple[int, int]:
-    """(bytes of the states, the most bytes that a step needs besides); paged states lie in the host's memory.
+    """(bytes of the states, the most bytes that a step needs besides); paged states of a GPU lie in the host's memory.
 
     Raises:
         UserError: The optimizer is none of those whose states are known here.
@@ -113,7 +116,7 @@ def optimizer_bytes(optim: str, parameters: Iterable[Parameter], gpu: bool) -> t
     else:
         known = sorted(["adafactor", *_STATES, *_STATES_32, *_STATES_8])
         raise UserError(f"optim={optim!r}: the memory of its states is not known; known are {', '.join(known)}")
-    return (0 if optim != name else states), 0
+    return (0 if gpu and optim != name else states), 0
 
 
 def _state_8(parameter: Parameter) -> int:

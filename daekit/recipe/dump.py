@@ -18,7 +18,7 @@ _WATCHING = {"disable_tqdm", "log_level", "log_level_replica", "log_on_each_node
 _WATCHING |= {"logging_nan_inf_filter", "logging_strategy", "project", "report_to", "run_name"}
 _WATCHING |= {"save_steps", "save_strategy", "save_total_limit"}
 # Where a teacher lies, and how it is reached, does not change what it says.
-_PLACEMENT = ("device_map", "offload", "base_url", "api_key_env", "concurrency", "max_retries", "timeout")
+_PLACEMENT = ("device_map", "offload", "whole", "base_url", "api_key_env", "concurrency", "max_retries", "timeout")
 # Of a generated source: with more rows it goes on; the rest says how attempts are made, not which tokens are drawn.
 _COURSE = {"rows", "attempts", "batch_size", "concurrency"}
 _VALIDATION = ("validation", "validation_split", "validation_limit")

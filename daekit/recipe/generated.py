@@ -43,8 +43,8 @@ class GeneratorSpec(ServedModelSpec, ModelSpec):
                     yield key, "belongs to an endpoint (url)"
             if self.init is not None or self.config is not None:
                 yield (), "random weights, or parts of a teacher, have nothing to write; give a path or a stage"
-            if self.offload:
-                yield "offload", "belongs to a teacher in training; use device_map or quantization"
+            for key in [key for key in ("offload", "whole") if getattr(self, key)]:
+                yield key, "belongs to a teacher in training; use device_map or quantization"
             if self.adapter == BARE_BASE:
                 yield "adapter", "the base is a model of its own here; give its path"
             return

@@ -123,6 +123,11 @@ class ModelSpec(LoadingSpec):
         description="Of a teacher: its layers stay in host memory and are brought to the student's device one by one, the next "
         "while one runs; the device holds two of them at most.",
     )
+    whole: Flag = Field(
+        False,
+        description="Of a teacher under FSDP2 and ZeRO-3: whole on each device, where its layers need not be gathered, instead "
+        "of split.",
+    )
     init: StudentSpec | None = Field(None, description="A student made from its teacher; written as `from`.")
 
     @classmethod
@@ -147,6 +152,8 @@ class ModelSpec(LoadingSpec):
             yield "offload", "excludes device_map: it brings the layers to the student's device"
         if self.offload and self.quantization == "8bit":
             yield "offload", "does not work with quantization: 8bit, whose weights stay out of reach; use 4bit or none"
+        if self.whole and (self.offload or self.device_map is not None):
+            yield "whole", "excludes offload and device_map, which place the model already"
         if self.device_map is not None and self.config is not None:
             yield "device_map", "a model made from a config is made where the student is; remove it"
         elif self.device_map is not None and not self.device_map:
@@ -231,7 +238,7 @@ class StudentSpec(Spec):
         for path, model in self.models().items():
             if model.quantization is not None:
                 yield (*path, "quantization"), "a student cannot be made of quantised weights; load them in 16 bits (remove it)"
-            for key in ("device_map", "offload"):
+            for key in ("device_map", "offload", "whole"):
                 if getattr(model, key):
                     yield (*path, key), "a student is cut from a teacher that lies on one device as a whole; remove it"
             if model.adapter is not None:

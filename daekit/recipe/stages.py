@@ -101,7 +101,7 @@ class _Stage(Spec):
             if model is not self.student:
                 yield from self._of_another(path, model)
         student = self.student or ModelSpec()
-        for key in ("device_map", "offload"):
+        for key in ("device_map", "offload", "whole"):
             if getattr(student, key):
                 yield ("student", key), "belongs to a teacher; a student is trained on the devices of `accelerate launch`"
         if student.quantization is not None and not self.is_lora:
@@ -179,6 +179,11 @@ class _Distillation(_Stage):
         """What its teachers cannot be asked for."""
         yield from super().problems()
         loss = self.loss
+        for path, model in self.models().items() if loss.attention_weight else ():
+            kind = model.attn_implementation
+            if kind is not None and kind != "sdpa" and "flash" not in kind and path[:2] != ("student", "from"):
+                remedy = "use one of them, or set loss.attention_weight to 0"
+                yield (*path, "attn_implementation"), f"{kind}: the attention loss sees sdpa and flash_attention only; {remedy}"
         if self.select is not None and self.trainer.get("eval_strategy", "no") == "no":
             yield "select", "needs evaluations while the stage trains; set trainer.eval_strategy, eval_steps and save_steps"
         for key, teacher in self.teachers_by_key().items():

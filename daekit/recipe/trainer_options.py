@@ -44,10 +44,14 @@ ONLY_VALUE: dict[str, tuple[Any, str]] = {
     "neftune_noise_alpha": (None, "noise on the student's embeddings would change the objective silently"),
     "average_tokens_across_devices": (True, "the loss would be a mean of means; every token counts the same in daekit"),
     "fp16": (False, "the loss has its gradients before the GradScaler scales them: they would underflow; use bf16"),
+    "use_liger_kernel": (
+        False,
+        "daekit has its own loss, which never makes logits of the whole batch, and Liger's other kernels replace layers of the "
+        "teachers' family, too; they were not tried",
+    ),
     "truncation_mode": ("keep_start", "rows are cut at their end, and counted when they are"),
 }
 _ONLY_VALUE_IN_RECIPES = ONLY_VALUE | {
-    "use_liger_kernel": (False, "daekit has its own loss, which never makes logits of the whole batch"),
     "logging_nan_inf_filter": (False, "it would hide a loss that is not finite behind the last good one"),
     "save_only_model": (False, "a stage that is stopped could not resume without its optimizer"),
     "ignore_data_skip": (False, "a stage that is resumed would train on other rows than one that was not stopped"),

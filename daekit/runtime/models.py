@@ -15,7 +15,9 @@ from daekit.errors import UserError
 from daekit.generation import Permissions
 from daekit.models.adapters import base_spec, config_of, load_continued, require_adapters_fit
 from daekit.models.backbone import base_of
+from daekit.models.hardware import require_attention, require_gradient, require_readable, require_trainable, settings_of
 from daekit.models.loading import load_model, load_tokenizer_of, require_shards
+from daekit.models.quantization import rank_device
 from daekit.models.vocabulary import require_same, vocabulary_size
 from daekit.protocol import Teacher
 from daekit.recipe import student_key
@@ -47,23 +49,34 @@ class ModelBuilder:
         """The model that a stage begins with."""
         return self.model(self.start_of(recipe, name), seed, split)
 
-    def look_at(self, spec: ModelSpec) -> None:
+    def look_at(self, spec: ModelSpec, student: StageSpec | None = None) -> None:
         """Whether a model can be loaded, as far as its config, tokenizer and the headers of its files say; once for each.
+
+        ``student``: the stage whose student it is, or is made of.
 
         The result of a stage that is not complete is not there yet: it follows from the models of that stage.
 
         Raises:
-            UserError: no model there, broken files, another tokenizer, a config that makes no model.
+            UserError: no model there, broken files, another tokenizer, a config that makes no model; an attention or a
+                quantised checkpoint that this machine cannot run, or that cannot be trained.
         """
-        if repr(spec) in self._looked_at or not self.is_there(spec):
+        key = repr((spec, student is None))
+        if key in self._looked_at or not self.is_there(spec):
             return
-        self._looked_at.add(repr(spec))
+        self._looked_at.add(key)
         if spec.config is not None:
             with torch.device("meta"):
                 load_model(spec, self.tokenizer)
         base = base_spec(self.placed(spec))
         if base.path is not None:
-            config_of(base)
+            config = config_of(base)
+            settings = settings_of(config)
+            require_readable(settings, base.path)
+            if student is not None:
+                require_trainable(settings, base.path, student.is_lora and not (student.lora and student.lora.merge))
+                require_gradient(spec.attn_implementation, rank_device(), base.path)
+            if spec.attn_implementation is not None:
+                require_attention(config, spec.attn_implementation, base.path, base.trust_remote_code)
             require_files(base.path)
             require_same(self.tokenizer, load_tokenizer_of(base), base.path)
 
@@ -197,7 +210,8 @@ class ModelBuilder:
         if spec.adapter is not None:
             return BASE if spec.adapter == BARE_BASE else AdapterPath(self.placed(spec).adapter)
         name = spec.stage or spec.path or "teacher"
-        return ModelTeacher(self.model(spec, split=split), vocabulary_size(self.tokenizer), name, offload=spec.offload)
+        model = self.model(spec, split=split and not spec.whole)
+        return ModelTeacher(model, vocabulary_size(self.tokenizer), name, offload=spec.offload, whole=spec.whole)
 
 
 def require_files(path: str) -> None:

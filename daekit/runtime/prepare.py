@@ -199,7 +199,7 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
     for key, spec in stage.models().items():
         with found.at(f"{where}.{dotted(key)}"):
             _require_checkpoint(prepared, spec)
-            models.look_at(spec)
+            models.look_at(spec, stage if key[0] == "student" else None)
     with found.at(where):
         models.require_adapters_fit(stage)
     if stage.student is not None and stage.student.init is not None:

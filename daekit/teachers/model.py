@@ -29,12 +29,15 @@ class ModelTeacher:
         name: Name of the teacher in errors and provenance.
         offload: keep its layers in host memory, see ``daekit.models.offload``; else it may be on other devices than the
             student (``device_map``), and its outputs are moved to the student's.
+        whole: each rank holds it whole, where FSDP2 or ZeRO-3 would split it.
     """
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, name: str = "teacher", offload: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, vocab_size: int, name: str = "teacher", offload: bool = False, whole: bool = False
+    ) -> None:
         self.model = model.requires_grad_(False).eval()
         self.name = name
-        self._offload = offload
+        self._offload, self._whole = offload, whole
         self.layers: LayerOffload | None = None  # once it is offloaded
         self._head_there: OutputHead | None = None
         hold_ends(model)
@@ -81,8 +84,12 @@ class ModelTeacher:
             self._identity = self.identity()
         elif self._identity is None:
             self._identity = self.identity()
-            if self._offload or getattr(self.model, "hf_device_map", None):
+            # quantisation has placed it where it is quantised, which is no wish of the user's
+            placed = getattr(self.model, "hf_device_map", None) and not getattr(self.model, "is_quantized", False)
+            if self._offload or placed:
                 self.to(sharding.device)
+            elif self._whole:
+                sharding.hold(self.model)
             else:
                 sharding.split(self.model)
 

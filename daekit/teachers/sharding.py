@@ -36,28 +36,41 @@ class Sharding:
         self.splits = self._fsdp or accelerator.state.deepspeed_plugin.zero_stage == 3
 
     def split(self, model: PreTrainedModel) -> None:
-        """Leave a part of a frozen model on each rank, in place and rounded as the student is; a quantised one stays as it is.
+        """Leave a part of a frozen model on each rank, in place and rounded as the student is.
 
-        Of one that waits on the disk each rank then reads its part.
-
-        bitsandbytes packs its weights into bytes whose scales belong to whole matrices, so they are not cut into parts.
+        Of one that waits on the disk each rank then reads its part. Of one in 4 bits FSDP2 splits the packed bytes, and each
+        rank holds all scales; it is not rounded. One in 8 bits, and a quantised one under ZeRO-3, stays whole on each rank.
         """
-        if getattr(model, "is_quantized", False):
+        quantised = getattr(model, "is_quantized", False)
+        if quantised and not (self._fsdp and getattr(model, "is_loaded_in_4bit", False)):
             return
         if self._fsdp:
-            self._split_fsdp(model)
+            self._split_fsdp(model, exact=quantised)
             if waits(model):
                 read_parts(model)
             return
-        config = self._accelerator.state.deepspeed_plugin.deepspeed_config
-        # DeepSpeed casts the student to bf16 itself, where DDP has autocast and FSDP2 its policy
-        dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else next(model.parameters()).dtype
         if self.splits:
-            _split_zero3(model, config, dtype)
+            config = self._accelerator.state.deepspeed_plugin.deepspeed_config
+            _split_zero3(model, config, self._rounded or next(model.parameters()).dtype)
         else:
-            model.to(self.device)  # type: ignore[arg-type]
-            for parameter in model.parameters():  # not the buffers: frequencies of rotary positions stay exact
-                parameter.data = parameter.data.to(dtype)
+            self.hold(model)
+
+    def hold(self, model: PreTrainedModel) -> None:
+        """Leave a frozen model whole on this rank, rounded as the student is; a quantised one as it is."""
+        if getattr(model, "is_quantized", False):
+            return
+        model.to(self.device)  # type: ignore[arg-type]
+        for parameter in model.parameters():  # not the buffers: frequencies of rotary positions stay exact
+            parameter.data = parameter.data.to(self._rounded or parameter.dtype)
+
+    @property
+    def _rounded(self) -> torch.dtype | None:
+        """The dtype that the student's weights are cast to: by FSDP2's policy, by DeepSpeed itself (DDP has autocast)."""
+        if self._fsdp:
+            policy = self._accelerator.state.fsdp_plugin.mixed_precision_policy
+            return policy and policy.param_dtype
+        config = self._accelerator.state.deepspeed_plugin.deepspeed_config
+        return torch.bfloat16 if config.get("bf16", {}).get("enabled") else None
 
     def somewhere(self, wanted: Sequence[bool]) -> list[bool]:
         """Which of these is wanted on any rank. A collective call."""
@@ -65,7 +78,7 @@ class Sharding:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return [bool(vote) for vote in votes.tolist()]
 
-    def _split_fsdp(self, model: PreTrainedModel) -> None:
+    def _split_fsdp(self, model: PreTrainedModel, exact: bool) -> None:
         """One unit per layer, and one of what is left; TRL's ``prepare_fsdp`` makes one of the whole model."""
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -73,7 +86,8 @@ class Sharding:
         mesh = self._accelerator.torch_device_mesh
         options: dict[str, Any] = {
             "mesh": None if mesh is None else mesh[tuple(self._accelerator.parallelism_config.fsdp_dim_names)],
-            "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),  # it rounds as the student does
+            # it rounds as the student does
+            "mp_policy": MixedPrecisionPolicy() if exact else plugin.mixed_precision_policy or MixedPrecisionPolicy(),
             "offload_policy": plugin.cpu_offload,
             "reshard_after_forward": True,  # also the root, whose default is to stay whole
         }

@@ -61,6 +61,11 @@ class DomainSFTConfig(SFTConfig):
         super().__post_init__()
         connect(self)
         self._refuse_changed_objectives()
+        if self.activation_offloading and (self.use_cpu or torch.accelerator.current_accelerator() is None):
+            raise UserError(
+                "activation_offloading=True: activations are kept in host memory while they wait for the backward pass, but "
+                "this training is on the CPU, where they are already. Leave it out."
+            )
         if self.overlong not in OVERLONG:
             raise UserError(f"overlong: {self.overlong!r} is unknown; choose one of {', '.join(OVERLONG)}")
 
@@ -124,6 +129,16 @@ class KDConfig(DomainSFTConfig):
             raise UserError(
                 "gradient_checkpointing_kwargs={'selective': True}: it does not let the second run of a layer compute "
                 "the gradient of the attention loss. Leave it out, or set attention_weight to 0."
+            )
+        if self.torch_compile and (self.attention_weight or self.hidden_weight):
+            raise UserError(
+                "torch_compile=True: attention and hidden states are caught by hooks that each step hangs into the layers, and "
+                "a layer that is compiled looks for no new hooks. Leave it out, or set attention_weight and hidden_weight to 0."
+            )
+        if self.torch_compile and self.on_policy_fraction:
+            raise UserError(
+                "torch_compile=True: was not tried with on-policy rows, for which layers would be compiled for each length of "
+                "a response. Leave it out, or set on_policy_fraction (on_policy) to 0."
             )
         self._refuse_lengths()
 

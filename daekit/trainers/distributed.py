@@ -20,7 +20,9 @@ from trl import SFTConfig, SFTTrainer
 
 from daekit.errors import UserError
 from daekit.models.adapters import reads_base
+from daekit.models.experts import QuantisedExperts
 from daekit.models.loading import say_whole
+from daekit.models.quantization import pack_as
 
 _RANK = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # set by a launcher of ranks
 
@@ -176,11 +178,31 @@ def require_distribution(trainer: SFTTrainer) -> None:
                 f"{name} was asked for, but the processes run as {accelerator.distributed_type.value}: launch with `accelerate "
                 "launch --config_file` and a file of recipes/accelerate/, without --cpu."
             )
-    if shards_parameters(trainer) and getattr(trainer.model, "is_quantized", False):
-        raise UserError(
-            "a quantised student cannot be split over ranks by FSDP or ZeRO-3: launch with recipes/accelerate/ddp.yaml or "
-            "zero2.yaml, where each rank holds its 4-bit weights whole, or train it in 16 bits"
-        )
+    if getattr(trainer.model, "is_quantized", False):
+        _split_quantised(trainer)
+
+
+def _split_quantised(trainer: SFTTrainer) -> None:
+    """Make the packed weights of a 4-bit student ones that FSDP2 splits (ZeRO-3 splits bytes as they are).
+
+    Raises:
+        UserError: what no engine splits; scales of experts, which are parameters that DeepSpeed and FSDP2 would round.
+    """
+    experts = any(isinstance(module, QuantisedExperts) for module in trainer.model.modules())
+    rounds = trainer.is_deepspeed_enabled and trainer.args.bf16
+    if shards_parameters(trainer) and not getattr(trainer.model, "is_loaded_in_4bit", False):
+        wrong = "other quantised weights than bitsandbytes' 4 bits cannot be split over ranks by FSDP2 and ZeRO-3"
+    elif experts and (rounds or shards_parameters(trainer)):
+        wrong = "quantised experts cannot be trained under FSDP2, ZeRO-3 and, with bf16, ZeRO-2, which would round their scales"
+    else:
+        if trainer.is_fsdp_enabled:
+            policy = trainer.accelerator.state.fsdp_plugin.mixed_precision_policy
+            pack_as(trainer.model, (policy and policy.param_dtype) or torch.float32)
+        return
+    raise UserError(
+        f"a student with {wrong}: launch with recipes/accelerate/ddp.yaml, where each rank holds its weights whole, or train "
+        "it in 16 bits"
+    )
 
 
 def refuse_reentrant(trainer: SFTTrainer) -> None:

@@ -24,12 +24,14 @@ from trl import SFTTrainer
 from daekit.data.collator import EXAMPLES, DomainCollator, as_batch
 from daekit.data.responses import require_markers
 from daekit.errors import UserError
-from daekit.models.backbone import add_on_hidden
+from daekit.models.backbone import add_on_hidden, base_of
+from daekit.models.hardware import require_gradient
 from daekit.models.restore import restore_weights
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.models.vocabulary import known_ids, vocabulary_size
 from daekit.protocol import Teacher
 from daekit.teachers.parts import frozen_models, require_on_student
+from daekit.trainers.compiled import compile_layers
 from daekit.trainers.config import DomainSFTConfig, KDConfig
 from daekit.trainers.data import RowPreparation
 from daekit.trainers.distributed import reads_parts, require_distribution, require_wrapped, rounding
@@ -140,6 +142,8 @@ class KDTrainer(SFTTrainer):
         if self.selection is not None:
             self.selection.require_domains(self.data_counts.get("eval", {}))
             self.add_callback(Select(self.selection, divergence_metric(self.loss_objective)))
+        if args.torch_compile:
+            compile_layers(self)
 
     def _complete_student(self) -> None:
         """Add what the loss needs, undo what TRL has set, and try the student on a few tokens."""
@@ -148,6 +152,8 @@ class KDTrainer(SFTTrainer):
             student = self.model.active_adapter
             self.model.save_pretrained = functools.partial(self.model.save_pretrained, selected_adapters=[student])
         require_distribution(self)
+        attention = base_of(self.model).config.get_text_config()._attn_implementation
+        require_gradient(attention, self.accelerator.device, name_of(self.model))
         self.data_collator = DomainCollator(self.data_collator)  # type: ignore[has-type]
         # so that the Trainer counts the loss tokens of the global batch, whatever loss the student's class declares
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True

@@ -33,6 +33,8 @@ def refuse_arguments(model: Any, teacher: Any, args: Any, train_dataset: Any, ar
         )
     if arguments.get("compute_loss_func") is not None:
         raise UserError("compute_loss_func is not supported: the loss is the trainer's own, set by its config")
+    if not isinstance(model, PeftModel) and arguments.get("peft_config") is None:
+        _refuse_requantised(model)
     configs = [arguments.get("peft_config"), *(model.peft_config.values() if isinstance(model, PeftModel) else ())]
     if any(isinstance(config, PromptLearningConfig) for config in configs):
         raise UserError("prompt-learning PEFT is not supported: virtual tokens have no counterpart in a teacher; use LoRA")
@@ -40,6 +42,16 @@ def refuse_arguments(model: Any, teacher: Any, args: Any, train_dataset: Any, ar
         return  # SFTTrainer says what it wants
     if {"image", "images"} & first_row(train_dataset, "train").keys():
         raise UserError("the train data set has images: vision data is not supported; use a text-only data set")
+
+
+def _refuse_requantised(model: Any) -> None:
+    """A model that was dequantised when it was loaded: transformers would round its trained weights when it saves them."""
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    if any(type(step).__name__.endswith("Dequantize") for each in conversions for step in getattr(each, "operations", ())):
+        raise UserError(
+            f"{model.config.name_or_path}: was loaded from quantised weights: what is trained would be rounded to them again "
+            "when it is saved. Give a peft_config, or the 16-bit model."
+        )
 
 
 def _refuse_without_teacher(objective: Objective) -> None:

@@ -82,7 +82,8 @@ def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
     if "inside" in case:
         changes |= INSIDE
     if "lora" in case:
-        changes["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        targets = ["q_proj", "v_proj"] if "mixtral" in case else ["q_proj", "down_proj"]
+        changes["peft_config"] = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
     if "reference" in case:
         changes["reference"] = None
     if "on-policy" in case:
@@ -98,11 +99,19 @@ def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
         changes["max_grad_norm"] = 0.5
     if "ensemble" in case:
         changes["teacher"] = ensemble()
-    student: Any = tiny.model(kind, seed=1, tie_word_embeddings="tied" in case)
+    student: Any = tiny.model(kind, seed=1, hidden=64 if "8bit-optimizer" in case else 32, tie_word_embeddings="tied" in case)
+    if "8bit-optimizer" in case:
+        changes |= {"optim": "adamw_bnb_8bit", "learning_rate": 1e-3}
+    if "bf16" in case:
+        changes["bf16"] = True
+    if "whole-teacher" in case:
+        changes["teacher"] = ModelTeacher(tiny.model(seed=2, hidden=48), V, whole=True)
+    if "4bit-experts" in case:
+        changes["teacher"] = four_bits(tiny.model("mixtral", seed=2, hidden=64), folder / case)
     if "4bit-teacher" in case:
         changes["teacher"] = four_bits(tiny.model(seed=2, hidden=64), folder / case)
     if "4bit-student" in case:
-        student = four_bits(tiny.model(seed=1, hidden=64), folder / case)
+        student = four_bits(tiny.model(kind, seed=1, hidden=64), folder / case)
     if "read" in case:
         student, places = str(folder_of(folder) / ("tied" if "tied" in case else "student")), folder_of(folder)
         if "bf16" in case:

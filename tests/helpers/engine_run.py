@@ -54,7 +54,8 @@ def require_engine(engine: str, trainer: Any) -> None:
         assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
     splits = engine in ("fsdp2", "zero3")
     for model in (trainer.model, *teacher_models(trainer.teacher)):
-        if getattr(model, "is_quantized", False):
+        packed = getattr(model, "is_quantized", False) and engine != "fsdp2"
+        if model is not trainer.model and (packed or getattr(trainer.teacher, "_whole", False)):
             assert not any(map(is_sharded, model.parameters()))  # whole on each rank
             continue
         matrices = [is_split(p) for p in model.parameters() if p.ndim > 1 or hasattr(p, "ds_id")]
