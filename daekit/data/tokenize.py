@@ -159,7 +159,8 @@ class _Tokenise:
             for whole in wholes:
                 ids = whole["input_ids"]
                 whole["labels"] = _marked(ids, whole) if self.assistant_only_loss else list(ids)
-        chosen = [at for at, row in enumerate(rows) if self.prompts and _is_answered(row["messages"])]
+        said = [row["messages"] for row in rows]
+        chosen = [at for at, each in enumerate(said) if self.prompts and len(each) > 1 and each[-1]["role"] == "assistant"]
         asked = [rows[at]["messages"][:-1] for at in chosen]
         prompts = self._rendered(asked, [rows[at] for at in chosen], [places[at] for at in chosen], add_generation_prompt=True)
         prompt_of = dict(zip(chosen, prompts, strict=True))
@@ -209,10 +210,6 @@ def _with_teacher_prompts(
 
 def _marked(labels: Sequence[int], whole: Mapping[str, list[int]]) -> list[int]:
     return [label if mark else IGNORE_INDEX for label, mark in zip(labels, whole["assistant_masks"], strict=True)]
-
-
-def _is_answered(messages: Sequence[Row]) -> bool:
-    return len(messages) > 1 and messages[-1]["role"] == "assistant"
 
 
 def _shown(messages: Sequence[Row]) -> str:

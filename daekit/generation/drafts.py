@@ -141,7 +141,8 @@ class NearDuplicates:
     def __contains__(self, text: str) -> bool:
         shingles = _shingles(text)
         candidates: Iterable[int] = self._index.query(self._sketch(shingles))
-        return any(_jaccard(shingles, self._shingles[at]) >= self._threshold for at in candidates)
+        found = (self._shingles[at] for at in candidates)
+        return any(len(shingles & other) / len(shingles | other) >= self._threshold for other in found)
 
     def _sketch(self, shingles: set[bytes]) -> Any:
         sketch = self._hash(_PERMUTATIONS)
@@ -186,7 +187,3 @@ def _text(row: Mapping[str, Any]) -> str:
 def _shingles(text: str) -> set[bytes]:
     words = text.lower().split()
     return {" ".join(words[at : at + _SHINGLE]).encode() for at in range(max(len(words) - _SHINGLE + 1, 1))}
-
-
-def _jaccard(one: set[bytes], other: set[bytes]) -> float:
-    return len(one & other) / len(one | other)

@@ -99,7 +99,8 @@ def generate(
                 some = None if sampling is None else [sampling[i] for i in indices]
                 batch = _generate_batch(base, [prompts[i] for i in indices], config, some, watch)
                 for index, answer in zip(indices, batch, strict=True):
-                    answers[index] = _until(answer, stop, keep_stop)
+                    end = next((at + keep_stop for at, token in enumerate(answer) if token in stop), len(answer))
+                    answers[index] = answer[:end]
                 if progress is not None:
                     progress(min(start + batch_size, len(order)), len(order))
     finally:
@@ -227,11 +228,6 @@ class _LengthLimit(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         return input_ids.shape[1] >= self.end_B.to(input_ids.device)
-
-
-def _until(answer: list[int], stop: Sequence[int], keep_stop: bool) -> list[int]:
-    end = next((at + keep_stop for at, token in enumerate(answer) if token in stop), len(answer))
-    return answer[:end]
 
 
 def device() -> torch.device:

@@ -47,7 +47,8 @@ def largest_rows(total: Callable[[int], int], memory: int, near: int = 2) -> int
 def changes(stage: StageSpec, name: str, training: Training, gpu: bool) -> list[Change]:
     """Changes that may make a stage fit, the cheapest first."""
     prefix = f"stages.{name}"
-    found = [_smaller_batch(prefix, training, rows) for rows in _divisors(training.rows)]
+    divisors = [rows for rows in range(training.rows // 2, 0, -1) if training.rows % rows == 0]
+    found = [_smaller_batch(prefix, training, rows) for rows in divisors]
     if not training.checkpointing:
         found.append(Change("gradient checkpointing", (f"{prefix}.trainer.gradient_checkpointing=true",)))
     unquantised = [
@@ -111,11 +112,6 @@ def _fits(fits: Callable[[Sequence[str]], bool], options: Sequence[Change]) -> b
         return fits([override for option in options for override in option.overrides])
     except UserError:  # a change that this recipe does not allow
         return False
-
-
-def _divisors(rows: int) -> list[int]:
-    """Smaller batches that divide this one, the largest first."""
-    return [smaller for smaller in range(rows // 2, 0, -1) if rows % smaller == 0]
 
 
 def _smaller_batch(prefix: str, training: Training, rows: int) -> Change:

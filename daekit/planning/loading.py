@@ -21,10 +21,8 @@ def host_bytes(memory: StageMemory) -> int:
     machine, count = memory.machine, memory.machine.count
     models = [(model.meta, model.in_parts) for model in memory.models.frozen if not model.adapter]
     models.append((memory.student, memory.models.student_in_parts))  # split last
-    whole: list[MetaModel] = []
-    parts: list[MetaModel] = []
-    for meta, in_parts in models:
-        (parts if in_parts and _splits(meta, machine) else whole).append(meta)
+    parts = [meta for meta, in_parts in models if in_parts and _splits(meta, machine)]
+    whole = [meta for meta, in_parts in models if not (in_parts and _splits(meta, machine))]
     everything = sum(map(_stored, whole))
     peak = everything + max(map(_stored, whole), default=0) // count
     held = everything

@@ -29,7 +29,7 @@ from daekit.evaluation import EvaluationSet, tokenize_rows
 from daekit.models.adapters import base_spec
 from daekit.models.loading import load_tokenizer_of
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS
-from daekit.recipe.schema import Recipe, SourceSpec, StageSpec
+from daekit.recipe.schema import Recipe, StageSpec
 from daekit.runtime.folders import RunFolder, read_file
 
 _TRAINED_ON = "trained_on.json"
@@ -209,7 +209,10 @@ class DataBuilder:
     def _tokenizer_facts(self) -> dict[str, Any]:
         spec = self.recipe.tokenizer
         assert spec is not None and spec.train is not None
-        facts: dict[str, Any] = {name: _training(self.recipe.sources[name]) for name in spec.train.sources}
+        facts: dict[str, Any] = {}
+        for name in spec.train.sources:  # the part of each that decides its training rows
+            source = self.recipe.sources[name].model_dump(mode="json")
+            facts[name] = {key: value for key, value in source.items() if not key.startswith("validation")}
         return facts | {"train": spec.train.model_dump(mode="json")}
 
     def _tokens(self, rows: Dataset, where: str, rule: LossRule) -> Dataset:
@@ -270,8 +273,3 @@ def _joined(row: Mapping[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
     together = row["prompt"] + row["completion"]
     return rest | ({"text": together} if isinstance(together, str) else {"messages": together})
-
-
-def _training(source: SourceSpec) -> dict[str, object]:
-    """The part of a source's spec that decides its training rows."""
-    return {key: value for key, value in source.model_dump(mode="json").items() if not key.startswith("validation")}

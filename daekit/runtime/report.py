@@ -72,7 +72,11 @@ def build_report(
         notes=(*_expert_notes(done), *_notes(recipe, sets, data)),
         versions=provenance["versions"],
         seconds={name: facts["seconds"] for name, facts in done.items()},
-        provenance={key: _text(value) for key, value in provenance.items() if key != "versions"},
+        provenance={
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in provenance.items()
+            if key != "versions"
+        },
         recipe=folder.recipe.read_text(),
     )
 
@@ -156,7 +160,3 @@ def _reference_domains(recipe: Recipe) -> list[str]:
     """Where a change is forgetting: the reference domains of the recipe's dae stages, by default ``general``."""
     domains = [domain for stage in recipe.stages.values() if stage.type == "dae" for domain in stage.reference_domains]
     return domains or ["general"]
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
