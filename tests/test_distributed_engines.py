@@ -116,12 +116,6 @@ def test_a_four_bit_student_resumes(engine: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_experts_of_a_four_bit_student_are_not_split(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="a student with quantised experts cannot be trained under FSDP2, ZeRO-3"):
-        run("fsdp2", ["kd-4bit-student-lora-mixtral"], tmp_path)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_reference_rounds_as_the_student(engine: str, tmp_path: Path) -> None:
     run(engine, ["dae-reference-rounded", "dae-lora-reference-rounded"], tmp_path)  # asserts there

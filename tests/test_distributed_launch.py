@@ -21,8 +21,10 @@ from daekit.errors import UserError
 from daekit.losses import Objective, prediction_loss
 from daekit.models.backbone import hidden_at_loss_positions
 from daekit.models.heads import output_head
+from daekit.models.loading import load_model
 from daekit.protocol import Batch
 from daekit.recipe import load_recipe
+from daekit.recipe.schema import ModelSpec
 from daekit.runtime.run import run_recipe
 from daekit.teachers import EnsembleTeacher, ModelTeacher, RoutedTeacher
 from daekit.teachers.sharding import one_token
@@ -30,7 +32,6 @@ from daekit.trainers import KDConfig
 from daekit.trainers.distributed_state import reading_safely
 from tests.helpers import tiny
 from tests.helpers.batches import collate, make_rows
-from tests.helpers.ddp_run import four_bits
 from tests.helpers.trainer_world import V, kd, options, sft
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
@@ -97,12 +98,22 @@ def test_fsdp_that_is_not(clean: Any, tmp_path: Path) -> None:
         sft(tmp_path, tiny.rows(4))
 
 
-def test_a_quantised_student_that_would_be_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    student = four_bits(tiny.model(hidden=64), tmp_path)
+@pytest.mark.parametrize(("kind", "bits"), [("mistral", "8bit"), ("mixtral", "4bit")])
+def test_a_quantised_student_that_nobody_splits(kind: str, bits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.model(kind, hidden=64).save_pretrained(tmp_path)
+    student = load_model(ModelSpec(path=str(tmp_path), quantization=bits, dtype="float32"))
     lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     monkeypatch.setattr("daekit.trainers.distributed.shards_parameters", lambda trainer: True)
-    with pytest.raises(UserError, match=r"(?s)a quantised student cannot be split .*zero2.yaml"):
+    reason = "other quantised weights than" if bits == "8bit" else "quantised experts cannot be trained under FSDP2"
+    with pytest.raises(UserError, match=f"a student with {reason} .*ddp.yaml"):
         sft(tmp_path, tiny.rows(4), student, peft_config=lora)
+
+
+def test_an_optimizer_that_fsdp2_cannot_split(clean: Any, tmp_path: Path) -> None:
+    KDConfig(**options(tmp_path, optim="paged_adamw_8bit"))
+    fsdp_environment(clean)
+    with pytest.raises(UserError, match="optim: paged_adamw_8bit is of bitsandbytes, which cannot step"):
+        KDConfig(**options(tmp_path, optim="paged_adamw_8bit"))
 
 
 def test_evaluation_before_the_training(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from trl.trainer import sft_trainer
 
 from daekit.errors import UserError
 from daekit.models.loading import load_model
+from daekit.models.quantization import pack_as
 from daekit.planning import format_plan, machine_of, plan_recipe
 from daekit.recipe import load_recipe_text
 from daekit.recipe.schema import ModelSpec
@@ -198,6 +199,20 @@ def test_the_plan_says_what_it_does_not_count(base: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_that_pass_for_floats(dtype: torch.dtype, base: Path) -> None:
+    """What FSDP2 is given to split computes what it did as bytes."""
+    steps = []
+    for packed in (False, True):
+        student = load_model(ModelSpec(path=str(base), quantization="4bit", dtype="float32"))
+        if packed:
+            pack_as(student, dtype)
+            assert student.model.layers[0].mlp.up_proj.weight.dtype == dtype
+        torch.manual_seed(0)
+        steps.append(first_step(base, student, peft_config=lora(init_lora_weights=False)))
+    require_same(*steps, 0.0)
+
+
 # ---- dtypes and optimizers ---------------------------------------------------------------------------------------------
 
 
@@ -274,7 +289,7 @@ def test_what_needs_a_gpu_or_touches_the_loss(base: Path) -> None:
         ("aot_eager", {}),
         ("aot_eager", {"gradient_checkpointing": True}),
         ("aot_eager", {"peft_config": lora(init_lora_weights=False)}),
-        ("aot_eager", {"bf16": True, "padding_free": True}),
+        ("aot_eager", {"bf16": True, "packing": True}),
         ("inductor", {}),
     ],
 )

@@ -25,6 +25,7 @@ from daekit.models.loading import say_whole
 from daekit.models.quantization import pack_as
 
 _RANK = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # set by a launcher of ranks
+_BITSANDBYTES = ("bnb", "8bit", "32bit", "paged", "lion", "ademamix")  # in the names of its optimizers
 
 
 def refuse_launch(deepspeed: bool = False) -> None:
@@ -107,6 +108,12 @@ def _refuse_fsdp(args: TrainingArguments) -> None:
     version = int(settings.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
     if version != 2:
         raise UserError(f"fsdp_version: {version} is not supported, it is deprecated in torch; set fsdp_version: 2")
+    optim = str(args.optim)
+    if "torch" not in optim and any(part in optim for part in _BITSANDBYTES):
+        raise UserError(
+            f"optim: {optim} is of bitsandbytes, which cannot step on parameters that FSDP2 has split. Use adamw_torch, or "
+            "launch with recipes/accelerate/ddp.yaml."
+        )
     plugin = FullyShardedDataParallelPlugin(**settings)
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         raise UserError(

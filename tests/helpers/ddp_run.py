@@ -82,8 +82,7 @@ def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
     if "inside" in case:
         changes |= INSIDE
     if "lora" in case:
-        targets = ["q_proj", "v_proj"] if "mixtral" in case else ["q_proj", "down_proj"]
-        changes["peft_config"] = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+        changes["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     if "reference" in case:
         changes["reference"] = None
     if "on-policy" in case:
@@ -111,7 +110,7 @@ def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
     if "4bit-teacher" in case:
         changes["teacher"] = four_bits(tiny.model(seed=2, hidden=64), folder / case)
     if "4bit-student" in case:
-        student = four_bits(tiny.model(kind, seed=1, hidden=64), folder / case)
+        student = four_bits(tiny.model(seed=1, hidden=64), folder / case)
     if "read" in case:
         student, places = str(folder_of(folder) / ("tied" if "tied" in case else "student")), folder_of(folder)
         if "bf16" in case:
