@@ -62,9 +62,9 @@ def test_all_stages_run_on_one_base(
     for room in ("daekit.models.adapters", "daekit.runtime.models"):
         original = __import__(room, fromlist=["load_model"]).load_model
 
-        def load(spec, *arguments, original=original):  # type: ignore[no-untyped-def]
+        def load(spec, *arguments, original=original, **how):  # type: ignore[no-untyped-def]
             loads.append((str(spec.path).rsplit("/", 2)[-2], spec.quantization))
-            return original(spec, *arguments)
+            return original(spec, *arguments, **how)
 
         monkeypatch.setattr(f"{room}.load_model", load)
     run_recipe(recipe(tmp_path, "evaluation=null"))

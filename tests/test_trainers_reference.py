@@ -189,7 +189,7 @@ def test_one_teacher_of_several_domains_is_loaded_and_asked_once(tmp_path: Any, 
     tiny.model(seed=3).save_pretrained(tmp_path / "expert")
     tiny.tokenizer().save_pretrained(tmp_path / "expert")
     loads = []
-    monkeypatch.setattr("daekit.teachers.model.load_model", lambda spec: loads.append(spec.path) or tiny.model(seed=3))
+    monkeypatch.setattr("daekit.teachers.model.load_model", lambda spec, **_: loads.append(spec.path) or tiny.model(seed=3))
     data = tiny.rows(12, domains=("general", "shop", "books"))
     trainer = dae(tmp_path, data, teachers=dict.fromkeys(("shop", "books"), str(tmp_path / "expert")))
     assert loads == [str(tmp_path / "expert")]

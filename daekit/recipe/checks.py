@@ -19,7 +19,7 @@ from daekit.recipe.adapter_config import (
 from daekit.recipe.generated import GeneratedSpec
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.rows import NO_VALIDATION
-from daekit.recipe.schema import STUDENT_AS_IT_WAS, DAEStage, EvaluatedModel, EvaluationSpec, Recipe, StageSpec
+from daekit.recipe.schema import STUDENT_AS_IT_WAS, DAEStage, EvaluatedModel, EvaluationSpec, KDStage, Recipe, StageSpec
 from daekit.recipe.tree import Path
 from daekit.recipe.validation import Errors, Problems, bad_directory, bad_name, dotted, unknown
 
@@ -114,7 +114,7 @@ def _of_stage(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
     # with an unknown source, or one that could not be read, nobody knows which domains have rows
     known = [source for source in rows if source is not None and source.domain is not None]
     complete = len(rows) > 0 and len(known) == len(rows)
-    if stage.type != "sft" and stage.select is not None and complete:
+    if isinstance(stage, KDStage | DAEStage) and stage.select is not None and complete:
         watched = {source.domain for source in known if source.has_validation}
         yield from ((("select", *key), message) for key, message in stage.select.unwatched(watched))
     if isinstance(stage, DAEStage) and stage.data is not None and stage.teachers:

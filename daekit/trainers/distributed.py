@@ -108,7 +108,7 @@ def _refuse_fsdp(args: TrainingArguments) -> None:
     version = int(settings.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
     if version != 2:
         raise UserError(f"fsdp_version: {version} is not supported, it is deprecated in torch; set fsdp_version: 2")
-    optim = str(args.optim)
+    optim = str(getattr(args.optim, "value", args.optim))
     if "torch" not in optim and any(part in optim for part in _BITSANDBYTES):
         raise UserError(
             f"optim: {optim} is of bitsandbytes, which cannot step on parameters that FSDP2 has split. Use adamw_torch, or "
