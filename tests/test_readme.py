@@ -98,6 +98,7 @@ PLACES = {
     "sources": (),
     "stages": (),
     "evaluation": (),
+    "trainer": ("stages", "kd"),
     "teacher": ("stages", "kd"),
     "student": ("stages", "kd"),
     "teachers": ("stages", "dae"),
