@@ -37,9 +37,9 @@ def models_loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     init = ModelTeacher.__init__
 
-    def counting(self: ModelTeacher, model: Any, vocab_size: int, name: str = "teacher", offload: bool = False) -> None:
+    def counting(self: ModelTeacher, model: Any, vocab_size: int, name: str = "teacher", **more: Any) -> None:
         made.append(Path(name).name)
-        init(self, model, vocab_size, name, offload)
+        init(self, model, vocab_size, name, **more)
 
     monkeypatch.setattr(ModelTeacher, "__init__", counting)
     return made
