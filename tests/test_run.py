@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from daekit.errors import UserError
 from daekit.recipe import load_recipe_text
+from daekit.recipe.objective import Objective
 from daekit.recipe.schema import ModelSpec, Recipe, TeacherSpec
 from daekit.runtime.run import calibration, run_recipe
 
@@ -124,7 +125,9 @@ def test_a_merged_stage_is_a_plain_model(tmp_path: Path) -> None:
 def test_an_adapter_on_an_adapter_keeps_both(tmp_path: Path) -> None:
     small = recipe(tmp_path / "run")
     teachers = {"shop": TeacherSpec(model=ModelSpec(stage="teacher"))}
-    first = small.stages["aligned"].model_copy(update={"student": ModelSpec(stage="teacher"), "teachers": teachers})
+    loss = Objective(ce_weight=1.0)  # its teachers are the student itself
+    changes = {"student": ModelSpec(stage="teacher"), "teachers": teachers, "loss": loss}
+    first = small.stages["aligned"].model_copy(update=changes)
     second = first.model_copy(update={"student": ModelSpec(stage="first")})
     stages = {"teacher": small.stages["teacher"], "first": first, "second": second}
     run_recipe(small.model_copy(update={"stages": stages, "evaluation": None}))
