@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import get_args
 
 from daekit import __version__, commands
+from daekit.environment import rank
 from daekit.errors import Stopped, UserError, says_disk_is_full
-from daekit.progress import rank
 from daekit.recipe.model import Dtype
 
 _OVERRIDES_HELP = "settings laid over the recipe: key.sub=value, the value as YAML (stages.kd.trainer.max_steps=10)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -10,11 +9,6 @@ from typing import Any
 
 ProgressFunction = Callable[[int, int], None]  # (done, total), called as often as is convenient
 _EVERY = 30.0  # seconds between two lines where there is no terminal
-
-
-def rank(local: bool = False) -> int:
-    """The number of this process among those of a launcher (``local``: on this machine); 0 without one."""
-    return int(os.environ.get("LOCAL_RANK" if local else "RANK", "0"))
 
 
 class Progress:

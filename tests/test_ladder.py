@@ -17,7 +17,7 @@ PACKAGE = Path(daekit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # a room imports from lower steps only; rooms of one step never meet
 LADDER = [
-    {"errors", "progress"},
+    {"environment", "errors", "progress"},
     {"files"},
     {"recipe", "protocol", "metrics"},
     {"models"},

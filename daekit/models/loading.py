@@ -24,6 +24,7 @@ from transformers import (
 from transformers.modeling_utils import set_zero3_state
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, find_adapter_config_file
 
+from daekit.environment import rank
 from daekit.errors import UserError
 from daekit.models.hardware import in_one_dtype, require_readable, settings_of
 from daekit.models.placement import device_map_of, require_devices
@@ -41,7 +42,6 @@ from daekit.models.quantized_loading import reading_unmapped
 from daekit.models.restore import restore_weights
 from daekit.models.split_loading import CannotWaitError, waiting_model
 from daekit.models.vocabulary import vocabulary_size
-from daekit.progress import rank
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from daekit.recipe.schema import ModelSpec
 

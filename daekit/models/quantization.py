@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from daekit.environment import rank
 from daekit.errors import UserError
 from daekit.models.experts import QuantisedExperts
 from daekit.models.quantized_loading import EIGHT_BITS, FOUR_BITS
-from daekit.progress import rank
 from daekit.recipe.schema import ModelSpec
 
 _MOSTLY = 0.5

@@ -8,7 +8,6 @@ does the reading, renaming and fusing; it knows how to read a part of a tensor w
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from daekit.environment import variable
 from daekit.models.backbone import base_of
 from daekit.models.placement import free_memory
 from daekit.models.quantized_loading import reading_unmapped
@@ -90,7 +90,7 @@ def read_into(base: PreTrainedModel, load: Load) -> tuple[PreTrainedModel, Any]:
     # tied ones under both names, for the loader ties them last; PEFT puts a layer of its own around one that it adapts
     named = base.named_parameters(remove_duplicate=False)
     targets = {".".join(part for part in name.split(".") if part != "base_layer"): p for name, p in named}
-    with _replacing_weights(lambda *given: _read(targets, *given)), reading_unmapped(), _synchronous():
+    with _replacing_weights(lambda *given: _read(targets, *given)), reading_unmapped(), variable(_SYNCHRONOUS, "1"):
         return load()
 
 
@@ -185,16 +185,3 @@ def _exchange(model: nn.Module, fresh: Mapping[int, nn.Parameter]) -> None:
         for name, old in module._parameters.items():
             if id(old) in fresh:
                 module._parameters[name] = fresh[id(old)]
-
-
-@contextmanager
-def _synchronous() -> Iterator[None]:
-    before = os.environ.get(_SYNCHRONOUS)
-    os.environ[_SYNCHRONOUS] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_SYNCHRONOUS]
-        else:
-            os.environ[_SYNCHRONOUS] = before

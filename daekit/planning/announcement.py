@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from daekit.environment import rank
 from daekit.errors import UserError
 from daekit.planning.machine import Machine, this_machine
 from daekit.planning.plan import Reload, plan_recipe
 from daekit.planning.show import format_plan, gigabytes
-from daekit.progress import rank
 from daekit.recipe.schema import Recipe
 
 # the planned static memory is less than 10% off the measured one (benchmarks/results), so that a refusal is certain

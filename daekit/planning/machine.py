@@ -12,8 +12,8 @@ from typing import Literal
 import psutil
 import torch
 
+from daekit.environment import rank, ranks_here
 from daekit.errors import UserError
-from daekit.progress import rank
 
 Engine = Literal["none", "ddp", "fsdp2", "zero2", "zero3"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -80,8 +80,7 @@ def this_machine(cpu: bool = False) -> Machine:
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if cpu or not torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return Machine(_host_memory() // local, gpu=False, count=count, engine=_engine(count))
+        return Machine(_host_memory() // ranks_here(), gpu=False, count=count, engine=_engine(count))
     # the run itself refuses more ranks than devices
     device = min(rank(local=True), torch.cuda.device_count() - 1)
     return Machine(torch.cuda.mem_get_info(device)[0], gpu=True, count=count, engine=_engine(count))

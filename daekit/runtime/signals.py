@@ -17,8 +17,8 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from daekit.environment import rank
 from daekit.errors import Stopped
-from daekit.progress import rank
 
 GRACE = 25.0  # seconds; torchrun kills its processes 30 s after it has passed a signal on
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
@@ -143,7 +143,7 @@ class StopRequest:
         """Stop as for SIGTERM where the launcher of this rank is gone."""
         if self._launcher not in (None, os.getppid()):
             self._launcher = None
-            print(f"[stop] rank {os.environ.get('RANK', '0')}: its launcher was killed", flush=True)
+            print(f"[stop] rank {rank()}: its launcher was killed", flush=True)
             os.kill(self._process, signal.SIGTERM)
 
     def _announce(self, number: int) -> None:

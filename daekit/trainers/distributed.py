@@ -18,6 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from daekit.environment import ranks_here
 from daekit.errors import UserError
 from daekit.models.adapters import reads_base
 from daekit.models.experts import QuantisedExperts
@@ -38,7 +39,7 @@ def refuse_launch(deepspeed: bool = False) -> None:
         UserError: more ranks than devices, one process where several were asked for, or DeepSpeed that is not there.
     """
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = ranks_here()
     on_cpus, deepspeed = _asked("ACCELERATE_USE_CPU"), deepspeed or _asked("ACCELERATE_USE_DEEPSPEED")
     if devices and ranks > devices and not on_cpus:
         raise UserError(
@@ -143,11 +144,12 @@ def reads_parts(args: SFTConfig, student: bool = False, adapter: PeftConfig | No
     reasons: dict[str, Any] = {"fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy)}
     if student:
         compiles = args.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO") != "NO"
+        base_is_read = adapter and reads_base(adapter)
         reasons |= {
             "fsdp_activation_checkpointing": plugin.activation_checkpointing,
             "torch_compile": compiles,
             "chat_template_path": args.chat_template_path,
-            str(adapter and reads_base(adapter)): adapter is not None and reads_base(adapter),
+            str(base_is_read): base_is_read,
         }
     found = [reason for reason, holds in reasons.items() if holds]
     if found:

@@ -7,7 +7,6 @@ folder ``global_step*`` of its own files, one or two per rank. All are written b
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,9 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from trl import SFTTrainer
 
+from daekit.environment import variable
+
 _NUMBERED, _NAMED, _SCHEDULER = "optimizer.pt", "optimizer.bin", "scheduler.pt"
-_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def optimizer_files(trainer: SFTTrainer) -> str:
@@ -77,16 +77,8 @@ def reading_safely(trainer: SFTTrainer) -> Iterator[None]:
     if not trainer.is_deepspeed_enabled:
         yield
         return
-    before = os.environ.get(_FORCE)
-    os.environ[_FORCE] = "1"
-    try:
-        with torch.serialization.safe_globals(_deepspeed_classes()):
-            yield
-    finally:
-        if before is None:
-            del os.environ[_FORCE]
-        else:
-            os.environ[_FORCE] = before
+    with variable("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1"), torch.serialization.safe_globals(_deepspeed_classes()):
+        yield
 
 
 def _deepspeed_classes() -> list[Any]:

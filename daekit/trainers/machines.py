@@ -6,7 +6,6 @@ directory, must be one directory: file systems that machines share may show it l
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from daekit.environment import ranks_here
 from daekit.errors import UserError
 from daekit.files import facts_hash
 
@@ -76,7 +76,7 @@ def require_shared(output_dir: Path) -> None:
 
 def require_same(read: Callable[[], Mapping[str, Any]]) -> None:
     """Raise UserError on every rank where the processes of several machines ``read`` different facts. A collective call."""
-    if PartialState().num_processes == int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+    if PartialState().num_processes == ranks_here():
         return
     found = _gathered((socket.gethostname(), {key: facts_hash(value) for key, value in read().items()}))
     for rank, (host, theirs) in enumerate(found):
