@@ -20,6 +20,7 @@ from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.recipe.schema import StageSpec
 from daekit.runtime.data import DataBuilder, LossRule
 from daekit.trainers import DomainSFTConfig, KDConfig
+from daekit.trainers.config import cuts_rows
 from daekit.trainers.rollouts import require_prompts
 
 _NEED_A_MODEL = ("lomo", "adalomo", "galore", "apollo")  # optimizers that transformers makes for a model only
@@ -48,7 +49,7 @@ class PreparedStage:
 def rows_of(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder) -> PreparedStage:
     """The rows of a stage under its length policy, and what they are refused for."""
     mixture = data.mixture(stage)
-    splits = arguments.packing and arguments.packing_strategy not in ("bfd", None)
+    splits = cuts_rows(arguments, arguments.packing)
     limit = None if splits else arguments.max_length
     teacher_limit = None if stage.type == "sft" else stage.teacher_max_length
     rows, counts = fit_to_length(mixture.dataset, limit, arguments.overlong, "train", teacher_limit)
@@ -97,8 +98,7 @@ def require_other_teacher(stage: StageSpec, ready: PreparedStage) -> None:
 
 def require_room(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder, longest: Mapping[str, int]) -> None:
     """Check the rows of a stage that are there, and whether those that are still to be written may be too long for it."""
-    splits = arguments.packing and arguments.packing_strategy not in ("bfd", None)
-    limit = None if splits else arguments.max_length
+    limit = None if cuts_rows(arguments, arguments.packing) else arguments.max_length
     for name in stage.data.sources:
         if name not in longest:
             rows = data.tokenized(name, LossRule.of(stage), stage.type != "sft")[0]

@@ -28,6 +28,11 @@ def _setting(name: str, choices: Sequence[str] = ()) -> Any:
     return _option(setting.default, setting.description or "", choices)
 
 
+def cuts_rows(args: SFTConfig, packing: bool) -> bool:
+    """Whether rows that are packed are cut in two where a block ends; the strategy None is TRL's bfd."""
+    return packing and args.packing_strategy not in ("bfd", None)
+
+
 @dataclass
 class DomainSFTConfig(SFTConfig):
     """SFTConfig for rows that have a domain.
@@ -162,7 +167,7 @@ class KDConfig(DomainSFTConfig):
                 "before the student has written their responses. Set padding_free=True, which wastes no padding either, or "
                 "on_policy_fraction (on_policy) to 0."
             )
-        if self.normalize == "rows" and self.packing and self.packing_strategy not in ("bfd", None):
+        if self.normalize == "rows" and cuts_rows(self, self.packing):
             raise UserError(
                 f"packing_strategy={self.packing_strategy!r} cuts rows in two, and normalize='rows' would count each piece as "
                 "a row. Use packing_strategy='bfd', or normalize='tokens'."

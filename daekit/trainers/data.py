@@ -31,12 +31,10 @@ from daekit.data.teacher_prompts import (
 from daekit.errors import UserError
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.models.vocabulary import vocabulary_size
-from daekit.trainers.config import KDConfig
+from daekit.trainers.config import KDConfig, cuts_rows
 from daekit.trainers.validation import refuse_shared_stream
 
 logger = logging.getLogger(__name__)
-
-_WHOLE_ROWS = ("bfd", None)  # packing strategies that never split a row over two blocks; None is TRL's bfd
 
 
 class RowPreparation:
@@ -84,8 +82,7 @@ class RowPreparation:
             return self._tokenised(trl, rows, tokenizer, args, formatting_func, name)
 
         dataset = _with_teacher_prompts(tokenise, dataset, tokenizer, args, packing, name)
-        whole_rows = not packing or args.packing_strategy in _WHOLE_ROWS
-        limit = args.max_length if whole_rows else None
+        limit = None if cuts_rows(args, packing) else args.max_length
         if isinstance(dataset, IterableDataset):
             dataset = fit_stream_to_length(dataset, limit, args.overlong, name)
         else:
@@ -179,7 +176,7 @@ def _with_teacher_prompts(
     columns = dataset.column_names or first_row(dataset, name).keys()
     if not isinstance(args, KDConfig) or not {TEACHER_PROMPT, TEACHER_PROMPT_IDS} & set(columns):
         return tokenise(dataset, name)  # labels alone: nobody is told more
-    require_followed(args.objective(), packing and args.packing_strategy not in _WHOLE_ROWS)
+    require_followed(args.objective(), cuts_rows(args, packing))
     if isinstance(dataset, IterableDataset):
         raise UserError(
             f"the {name} data set is a stream with teacher_prompt, whose rows cannot be compared before the first step. Give a "
