@@ -14,6 +14,7 @@ from daekit.planning.operations import forward_operations
 from daekit.planning.trace import MicroBatch
 from daekit.planning.training import DEFAULTS
 from daekit.recipe.schema import CacheSpec, StageSpec
+from daekit.recipe.validation import dotted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -123,9 +124,9 @@ def _plan(
     head_bytes = sum(head.numel() * head.element_size() for head in heads) if spec.keep == "hidden" else 0
     counts = _estimate(memory.stage, memory.training.teacher_length, reason)
     if read is not None:
-        key = tuple(cached.key.split("."))
-        rows = (row for part in read if part is not None for row in part.with_format("numpy"))
-        counts = _count(row for row in rows if memory.stage.domains_of(key, [str(row["domain"])]))
+        parts = [part for part in read if part is not None]
+        domains = memory.stage.domains_of(cached.key, {str(domain) for part in parts for domain in part.unique("domain")})
+        counts = _count(row for part in parts for row in part.with_format("numpy") if str(row["domain"]) in domains)
     size = operations = None
     if counts is not None:
         bounds = 16 if spec.keep == "sampled" else 8
@@ -135,7 +136,7 @@ def _plan(
         with_head = 0 if spec.keep == "hidden" else counts.loss_tokens
         operations -= 2 * (counts.tokens - with_head) * sum(head.numel() for head in heads)
     making = _making(memory, cached, batch, sum(widths), head_bytes, size)
-    return CachePlan(cached.key, token_bytes, head_bytes, making, reason, counts, size, operations, drawn)
+    return CachePlan(dotted(cached.key), token_bytes, head_bytes, making, reason, counts, size, operations, drawn)
 
 
 def _measured(spec: CacheSpec) -> int | None:

@@ -11,6 +11,7 @@ from daekit.planning.resolve import ModelResolver
 from daekit.planning.trace import Tracer
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, BARE_BASE, adapter_stage, read_adapter_config
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, CacheSpec, LoraSpec, ModelSpec, Recipe, TeacherSpec
+from daekit.recipe.tree import Path as KeyPath
 from daekit.recipe.validation import dotted
 
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -51,7 +52,7 @@ class FrozenModel:
 class CachedTeacherModels:
     """A teacher that is read from a cache: its key below the stage, what is kept, the models that make it."""
 
-    key: str
+    key: KeyPath
     cache: CacheSpec
     members: tuple[Tracer, ...]
 
@@ -94,16 +95,15 @@ class ModelPlanner:
         student = self._tracer(resolver, spec, lora, trained=True)
         frozen, cached = [], []
         seen: set[str] = set()
-        for key, teacher in ((dotted(path), each) for path, each in stage.teachers_by_key().items()):
+        for path, teacher in stage.teachers_by_key().items():
+            key = dotted(path)
             if repr(teacher) in seen:  # the run loads equal teachers once
                 continue
             seen.add(repr(teacher))
             if teacher.cache is not None:
-                models = (
-                    [spec] if teacher.kind == "student" else [each for _, each in _members(key, teacher)]
-                )  # none of a server
+                models = [spec] if teacher.kind == "student" else list(teacher.models().values())  # none of a server
                 members = [student if each.adapter else self._tracer(resolver, each, None, trained=False) for each in models]
-                cached.append(CachedTeacherModels(key, teacher.cache, tuple(members)))
+                cached.append(CachedTeacherModels(path, teacher.cache, tuple(members)))
                 continue
             for who, each in _members(key, teacher):
                 if each.adapter is not None:

@@ -25,7 +25,6 @@ from daekit.report.provenance import commit, versions
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.kept import ahead
 from daekit.runtime.prepare import prepare
-from daekit.runtime.quiet import quieten
 from daekit.runtime.run import processes_of, run_recipe
 from daekit.runtime.signals import GRACE
 
@@ -113,7 +112,6 @@ def run_sweep(root: Path, runs: Sequence[SweptRun], grace: float = GRACE, allowe
         UserError: what ``run_recipe`` raises, of any run.
     """
     state = processes_of(runs[0].recipe)
-    quieten()
     waiting = [run for run in runs if ahead(run.recipe, RunFolder(Path(run.recipe.output_dir)))]
     for run in waiting[1:]:  # the first is prepared when it begins; the rows of all would not lie in memory together
         print(f"[sweep] checking run {runs.index(run) + 1} of {len(runs)}: {_label(run.settings)}", flush=True)

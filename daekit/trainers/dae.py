@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -60,7 +61,8 @@ class DAETrainer(KDTrainer):
         _check_domains(teachers, reference_domains, [train_dataset, *others])
         tokenizer = processing_class or tokenizer_of(model, args)
         given = dict(teachers) | dict.fromkeys(reference_domains, _StudentAsItStands() if reference is None else reference)
-        split = args is not None and reads_parts(args)
+        read_here = any(isinstance(each, str | Path) for each in given.values())  # what was loaded before is said already
+        split = args is not None and read_here and reads_parts(args)
         # a teacher of several domains is loaded once, and runs once per batch
         loaded = {each: as_teacher(each, tokenizer, model, split) for each in dict.fromkeys(given.values())}
         self._domains = list(given)
