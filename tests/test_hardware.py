@@ -14,6 +14,7 @@ from trl.trainer import sft_trainer
 
 from daekit.errors import UserError
 from daekit.models.loading import load_model
+from daekit.models.quantization import pack_as
 from daekit.planning import format_plan, machine_of, plan_recipe
 from daekit.recipe import load_recipe_text
 from daekit.recipe.schema import ModelSpec
@@ -199,6 +200,25 @@ def test_the_plan_says_what_it_does_not_count(base: Path) -> None:
     assert "planned as if without activation_offloading, whose memory is not counted" in format_plan(
         plan_recipe(recipe, machine)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_that_pass_for_floats(dtype: torch.dtype, base: Path) -> None:
+    """What FSDP2 is given to split computes what it did as bytes."""
+    steps = []
+    for packed in (False, True):
+        student = load_model(ModelSpec(path=str(base), quantization="4bit", dtype="float32"))
+        if packed:
+            pack_as(student, dtype)
+            assert student.model.layers[0].mlp.up_proj.weight.dtype == dtype
+        torch.manual_seed(0)
+        trainer = kd(base, mixed_rows(), student, ce_weight=0.5, peft_config=lora(init_lora_weights=False))
+        loss, _ = loss_and_gradient(trainer, micro_batches(trainer, 8))
+        # of what is trained: the packed weights have none, and as floats there are fewer of them
+        trained = [p for _, p in sorted(trainer.model.named_parameters()) if p.requires_grad]
+        steps.append((loss, torch.cat([p.grad.double().flatten() for p in trained])))
+    assert steps[0][1].norm() > 0
+    require_same(*steps, 0.0)
 
 
 # ---- dtypes and optimizers ---------------------------------------------------------------------------------------------
