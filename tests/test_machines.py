@@ -105,6 +105,17 @@ def lingering(folder: Path) -> tuple[list[Popen], list[int]]:
     return started, [int(each.read_text()) for each in reached]
 
 
+def lose(machine: int, started: list[Popen], ranks: list[int], rank_too: bool) -> float:
+    """Kill the agent of a machine, and its rank if asked; the seconds until every process of the run has ended."""
+    started[machine].kill()
+    if rank_too:
+        os.kill(ranks[machine], signal.SIGKILL)
+    begun = time.monotonic()
+    assert statuses(started)[1 - machine] != 0
+    wait_for(lambda: all(map(is_gone, ranks)), 30)
+    return time.monotonic() - begun
+
+
 def goes_on(folder: Path, straight: Path) -> None:
     again = agents(folder, "-m", "daekit", "train", recipe(folder), "stages.base.trainer.save_steps=3")
     assert statuses(again) == [0, 0], said(folder)
@@ -117,11 +128,7 @@ def goes_on(folder: Path, straight: Path) -> None:
 def test_the_ranks_of_a_killed_agent_save_and_end_all(agent: int, tmp_path: Path, straight: Path) -> None:
     """Without its agent a rank would go on, and nobody could end it."""
     started, ranks = lingering(tmp_path)
-    started[agent].kill()
-    begun = time.monotonic()
-    assert statuses(started)[1 - agent] != 0
-    wait_for(lambda: all(map(is_gone, ranks)), 30)
-    print(f"agent {agent} killed: all ended after {time.monotonic() - begun:.1f} s")
+    print(f"agent {agent} killed: all ended after {lose(agent, started, ranks, rank_too=False):.1f} s")
     assert checkpoints(tmp_path)[-1] == "checkpoint-4"
     assert f"rank {agent}: its launcher was killed" in said(tmp_path)
     goes_on(tmp_path, straight)
@@ -131,12 +138,7 @@ def test_the_ranks_of_a_killed_agent_save_and_end_all(agent: int, tmp_path: Path
 @pytest.mark.parametrize("machine", [0, 1])
 def test_a_machine_that_is_lost_ends_the_other(machine: int, tmp_path: Path, straight: Path) -> None:
     started, ranks = lingering(tmp_path)
-    started[machine].kill()
-    os.kill(ranks[machine], signal.SIGKILL)
-    begun = time.monotonic()
-    assert statuses(started)[1 - machine] != 0
-    wait_for(lambda: all(map(is_gone, ranks)), 30)
-    print(f"machine {machine} lost: the other ended after {time.monotonic() - begun:.1f} s")
+    print(f"machine {machine} lost: the other ended after {lose(machine, started, ranks, rank_too=True):.1f} s")
     assert checkpoints(tmp_path)[-1] == "checkpoint-3"
     goes_on(tmp_path, straight)
 
