@@ -1,4 +1,4 @@
-"""The rows of the studies of generated rows.
+"""The rows of the studies of generated rows, of retention and of KD on SmolLM2.
 
     python benchmarks/generated/rows.py --out ROWS [--data DATA]
 
@@ -7,7 +7,8 @@ questions in the student's own style, ``covered.jsonl`` (the same three) and ``u
 
 With DATA, a directory with ecommerce/ and general/ (train.jsonl, validation.jsonl, a column ``category`` in general) and
 novels/ (text files), also those of SmolLM2: ``shop``, ``dolly`` to train on, ``shop-held-out``, ``dolly-held-out``, and
-``gsm8k``, ``induction``, ``novels``, which nobody trains on.
+``gsm8k``, ``induction``, ``novels``, which nobody trains on there; and for KD running text of the novels, ``text``, with
+``text-held-out`` of four books that ``text`` does not hold.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from daekit.data.builtin import builtin_rows
 
 COVERED = re.compile(r"plus|^add|in order|^sort|begin and end|first and the last")  # add, sort, ends
 LONGEST = 600  # characters of a row that SmolLM2 is measured on: under 256 tokens
+HELD_OUT = ("ENG18450_Disraeli", "ENG18610_Eliot", "ENG18830_Broughton", "ENG19010_Mason")  # books
+PIECE, PIECES = 1000, 10  # characters of a row of text; rows of each book that is held out
 
 
 def main() -> None:
@@ -50,7 +53,8 @@ def _small() -> dict[str, list[dict[str, str]]]:
 def _real(data: Path) -> dict[str, list[dict[str, str]]]:
     general, held_out = _read(data / "general" / "train.jsonl"), _read(data / "general" / "validation.jsonl")
     rng = random.Random(0)
-    texts = [path.read_text(errors="replace") for path in sorted((data / "novels").glob("*.txt"))]
+    books = {path.stem: path.read_text(errors="replace") for path in sorted((data / "novels").glob("*.txt"))}
+    texts = list(books.values())
     starts = [rng.randrange(len(text) // 2) for text in texts]
     return {
         "shop": _pairs(_read(data / "ecommerce" / "train.jsonl")),
@@ -64,7 +68,19 @@ def _real(data: Path) -> dict[str, list[dict[str, str]]]:
             {"text": " ".join(text[start:].split(" ", 1)[1][:LONGEST].split())}
             for text, start in zip(texts, starts, strict=True)
         ],
+        **_running_text(books),
     }
+
+
+def _running_text(books: dict[str, str]) -> dict[str, list[dict[str, str]]]:
+    rows = {}
+    for name, text in books.items():
+        words = " ".join(text.split())
+        rows[name] = [{"text": words[start : start + PIECE]} for start in range(0, len(words) - PIECE, PIECE)]
+    training = [row for name, pieces in rows.items() if name not in HELD_OUT for row in pieces]
+    random.Random(1).shuffle(training)
+    held_out = [row for name in HELD_OUT for row in rows[name][:: len(rows[name]) // PIECES][:PIECES]]
+    return {"text": training, "text-held-out": held_out}
 
 
 def _pairs(rows: list[dict[str, Any]], shuffled: random.Random | None = None) -> list[dict[str, str]]:
