@@ -14,7 +14,7 @@ from torch import Tensor
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.report import Row
-from daekit.runtime.sweep import _mean, pareto_notes, swept_runs
+from daekit.runtime.sweep import mean_over_seeds, pareto_notes, swept_runs
 from tests.helpers.processes import forked
 from tests.helpers.run_world import during_step
 
@@ -118,7 +118,7 @@ def test_a_sweep_that_cannot_be_run_is_refused(recipe: Path, overrides: list[str
 
 
 def test_what_no_seed_changes_keeps_the_interval_over_rows() -> None:
-    assert _mean([Row("base", "shop", "nll", 2.0, 1.5, 2.5, 9)] * 3) == (2.0, 1.5, 2.5)
+    assert mean_over_seeds([Row("base", "shop", "nll", 2.0, 1.5, 2.5, 9)] * 3) == (2.0, 1.5, 2.5)
 
 
 def test_the_pareto_front_holds_what_no_other_beats_in_both() -> None:

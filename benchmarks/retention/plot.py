@@ -1,20 +1,22 @@
 """Gain on the domain against forgetting elsewhere, a curve for each method.
 
-    python benchmarks/retention/plot.py RUN/report/report.json [SUITE/report.json ...] --plot retention.png
+    python benchmarks/retention/plot.py RUN/report/report.json [ANOTHER_SEED/report/report.json ...] --plot retention.png
 
-Reads the rows of reports (of ``daekit train``, and of ``daekit eval`` for the weights between), prints the table as Markdown
-and draws it.
+Reads the rows of the reports of one or more seeds, prints the table as Markdown and draws it: means over the seeds of a
+contestant, with 95% intervals of Student's t over them; of one seed alone, those over rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from daekit.report import Row, read_rows
 from daekit.report.figures import COLOURS, new_figure, style_axes
+from daekit.runtime.sweep import mean_over_seeds
 
 TEXT = "#222222"
+LOWEST = 1e-3  # nats: an interval over three seeds may reach below zero, which no logarithm shows
 KINDS = ("general", "gsm8k", "induction", "novels")
 NAMES = {
     "general": "Dolly (trained on)",
@@ -33,7 +35,7 @@ METHODS = {
     "expert, restored": ["restore"],
 }
 
-Figures = dict[tuple[str, str, str], dict[str, float]]
+Figures = dict[tuple[str, str, str], list[Row]]  # of each seed
 
 
 def main() -> None:
@@ -44,34 +46,39 @@ def main() -> None:
     arguments = parser.parse_args()
     figures: Figures = {}
     for report in arguments.reports:
-        figures |= {(row["model"], row["domain"], row["metric"]): row for row in json.loads(report.read_text())}
+        for row in read_rows(report.read_text()):
+            figures.setdefault((row.model, row.domain, row.metric), []).append(row)
     present = {model for model, _, _ in figures}
     methods = {method: [model for model in models if model in present] for method, models in METHODS.items()}
-    columns = ["model", "domain: gain in NLL", "domain: ROUGE-L", *(f"KL: {NAMES[kind]}" for kind in KINDS)]
+    columns = ["model", "seeds", "domain: gain in NLL", "domain: ROUGE-L", *(f"KL: {NAMES[kind]}" for kind in KINDS)]
     print("| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), sep="\n")
     for model in dict.fromkeys(model for models in methods.values() for model in models):
-        cells = [_cell(figures, model, "ecommerce", "nll_gain"), _cell(figures, model, "ecommerce", "rouge_l")]
+        seeds = str(len(figures[model, "ecommerce", "nll_gain"]))
+        cells = [seeds, _cell(figures, model, "ecommerce", "nll_gain"), _cell(figures, model, "ecommerce", "rouge_l")]
         print(f"| `{model}` | " + " | ".join(cells + [_cell(figures, model, kind, "kl_to_reference") for kind in KINDS]) + " |")
     draw(figures, {method: models for method, models in methods.items() if models}, arguments.plot)
 
 
 def _cell(figures: Figures, model: str, domain: str, metric: str) -> str:
-    row = figures.get((model, domain, metric))
-    return "" if row is None else f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+    rows = figures.get((model, domain, metric))
+    if rows is None:
+        return ""
+    value, low, high = mean_over_seeds(rows)
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def draw(figures: Figures, methods: dict[str, list[str]], target: Path) -> None:
-    """One panel for each kind of rows: right is better, low is better; the lines are 95% intervals over rows."""
+    """One panel for each kind of rows: right is better, low is better; the lines are 95% intervals."""
     figure = new_figure(13, 3.8, TEXT)
     axes = figure.subplots(1, len(KINDS))
     for ax, kind in zip(axes, KINDS, strict=True):
         style_axes(ax, TEXT)
         for colour, (method, models) in zip(COLOURS, methods.items(), strict=False):
-            gains = [figures[model, "ecommerce", "nll_gain"]["value"] for model in models]
-            rows = [figures[model, kind, "kl_to_reference"] for model in models]
-            values = [row["value"] for row in rows]
+            gains = [mean_over_seeds(figures[model, "ecommerce", "nll_gain"])[0] for model in models]
+            points = [mean_over_seeds(figures[model, kind, "kl_to_reference"]) for model in models]
+            values, lows, highs = zip(*points, strict=True)
             ax.plot(gains, values, "-o", color=colour, label=method, markersize=5, linewidth=1.2)
-            ax.vlines(gains, [row["low"] for row in rows], [row["high"] for row in rows], color=colour, linewidth=1)
+            ax.vlines(gains, [max(low, LOWEST) for low in lows], highs, color=colour, linewidth=1)
         ax.set_yscale("log")
         ax.set_title(NAMES[kind], fontsize=10, color=TEXT)
         ax.set_xlabel("gain on the domain, nats per token", color=TEXT)

@@ -151,7 +151,7 @@ def compared(runs: Sequence[SweptRun]) -> Report | None:
     for (model, domain, metric), of_knobs in measured.items():
         for knobs, rows in list(of_knobs.items())[: None if model in varied else 1]:
             name = f"{model}{SEPARATOR}{knobs}" if model in varied and knobs else model
-            found.append(Row(name, domain, metric, *_mean(rows), rows[0].n))
+            found.append(Row(name, domain, metric, *mean_over_seeds(rows), rows[0].n))
     seeds = len({tuple(value for key, value in run.settings.items() if _is_seed(key)) for run in runs})
     over = (
         f"means over {seeds} seeds, 95 % intervals of Student's t over them" if seeds > 1 else "one seed, intervals over rows"
@@ -236,7 +236,7 @@ def _values_of(rows: Sequence[Row]) -> tuple[float, ...]:
     return tuple(row.value for row in rows)
 
 
-def _mean(rows: Sequence[Row]) -> tuple[float, float, float]:
+def mean_over_seeds(rows: Sequence[Row]) -> tuple[float, float, float]:
     """(mean, lower and upper end of its interval) over the runs that differ in their seed alone."""
     values = np.array(_values_of(rows))
     mean = float(values.mean())
