@@ -2,7 +2,7 @@
 
 A Mixtral teacher and a Mistral student of random weights are written in several shards to a temporary folder (deleted
 afterwards). The ranks are started by ``accelerate launch`` over gloo; they run a recipe and stop before its first step. Of the
-time between the imports and that step this measures
+time between the imports and that step (under ZeRO-3 DeepSpeed's optimizer is made before it) this measures
 
     peak of a rank   its highest resident memory above the level after the imports (mapped pages of files count)
     in sum           the highest sum of the ranks' proportional memory (PSS: a page that n ranks share counts 1/n in each),
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--names", nargs="+", default=["parts", "whole"], choices=["parts", "whole"])
     parser.add_argument("--small", action="store_true", help="models of a few MB: does everything work?")
-    parser.add_argument("--folder", type=Path, help="where the models are written for the time being")
+    parser.add_argument("--folder", help="where the models are written for the time being")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--run", nargs=2, metavar=("NAME", "FOLDER"), help="be one rank")
     options = parser.parse_args()
@@ -173,13 +174,17 @@ def rank(name: str, out: Path) -> None:
     """One rank: run the recipe, and stop before the first step."""
     from accelerate import PartialState
 
+    from daekit.models import zero3_loading
     from daekit.recipe import load_recipe
+    from daekit.runtime import models as loading
     from daekit.runtime import trainer as building
     from daekit.runtime.run import run_recipe
     from daekit.trainers import KDTrainer
 
     if name == "whole":
         building.reads_parts = lambda *_, **__: False  # type: ignore[attr-defined]
+        zero3_loading.can_read_parts = lambda: False  # type: ignore[attr-defined]
+        loading.in_own_dtype = nullcontext  # type: ignore[attr-defined, assignment]
     index = PartialState(cpu=True).process_index
     recipe = load_recipe(out.parent / "recipe.yaml", [f"output_dir={out / 'run'}"])
     torch.distributed.barrier()

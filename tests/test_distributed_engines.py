@@ -78,8 +78,16 @@ def test_every_case_equals_one_process(engine: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fsdp2_models_read_in_parts_train_as_whole_ones(tmp_path: Path) -> None:
-    run_reading("fsdp2", [f"{case}-twice" for case in READ], tmp_path)  # asserts there
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_models_read_in_parts_train_as_whole_ones(engine: str, tmp_path: Path) -> None:
+    run_reading(engine, [f"{case}-twice" for case in READ], tmp_path)  # asserts there
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_zero3_reads_a_teacher_in_its_own_dtype(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    compare("zero3", ["kd-read-half-teacher"], tmp_path)  # in float32 it would say something else than in one process
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ from daekit.models.quantized_loading import reading_unmapped
 from daekit.models.restore import restore_weights
 from daekit.models.split_loading import CannotWaitError, waiting_model
 from daekit.models.vocabulary import vocabulary_size
+from daekit.models.zero3_loading import each_rank_reading
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from daekit.recipe.schema import ModelSpec
 
@@ -160,7 +161,8 @@ def stored_settings(path: str, revision: str | None) -> dict[str, Any]:
 def _read(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
     """``load(path, **arguments)``: the model and transformers' loading info, or UserError."""
     try:
-        model, info = load(path, **arguments, **ALWAYS)
+        with each_rank_reading():
+            model, info = load(path, **arguments, **ALWAYS)
     except (UserError, CannotWaitError):
         raise
     except ImportError as error:  # FlashAttention, for instance

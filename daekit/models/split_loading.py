@@ -62,7 +62,7 @@ def waiting_model(load: Load) -> tuple[PreTrainedModel, Any]:
     """
     if not can_read_parts():
         raise CannotWaitError("this transformers reads no parts of tensors")
-    with _replacing_weights(_allocate):
+    with replacing_weights(_allocate):
         model, info = load()
     model.daekit_unread = _Unread(load)
     return model, info
@@ -90,7 +90,12 @@ def read_into(base: PreTrainedModel, load: Load) -> tuple[PreTrainedModel, Any]:
     # tied ones under both names, for the loader ties them last; PEFT puts a layer of its own around one that it adapts
     named = base.named_parameters(remove_duplicate=False)
     targets = {".".join(part for part in name.split(".") if part != "base_layer"): p for name, p in named}
-    with _replacing_weights(lambda *given: _read(targets, *given)), reading_unmapped(), variable(_SYNCHRONOUS, "1"):
+
+    def keep(name: str, part: Tensor) -> None:
+        if name in targets:
+            targets[name]._local_tensor.copy_(part)  # type: ignore[attr-defined]
+
+    with replacing_weights(lambda *given: read_tensors(lambda name, p: _like(targets[name], p), keep, *given)):
         return load()
 
 
@@ -105,7 +110,7 @@ def give_back_pieces(model: nn.Module) -> None:
 
 
 @contextmanager
-def _replacing_weights(load_weights: Callable[..., Any]) -> Iterator[None]:
+def replacing_weights(load_weights: Callable[..., Any]) -> Iterator[None]:
     """Inside, ``from_pretrained`` calls ``load_weights(original, model, state_dict, files, config)`` to read the files."""
     original = library.PreTrainedModel._load_pretrained_model
 
@@ -125,6 +130,8 @@ def _allocate(original: Callable[..., Any], model: PreTrainedModel, _: Any, file
     for file in files:
         headers |= library.load_state_dict(file, map_location="meta")
     result = original(model, headers, None, replace(config, device_map={"": "meta"}))
+    if mixes_rows(config):
+        raise CannotWaitError("its checkpoint is converted in a way that mixes rows of tensors")
     missing = result[0].missing_keys
     stored = {name for name, _ in model.named_buffers()} - {name for name, _ in model.named_non_persistent_buffers()}
     if stored:
@@ -140,32 +147,50 @@ def _allocate(original: Callable[..., Any], model: PreTrainedModel, _: Any, file
         if name not in missing:
             fresh[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
             fresh[id(parameter)]._is_hf_initialized = True  # type: ignore[attr-defined]
-    _exchange(model, fresh)
+    exchange(model, fresh)
     return result
 
 
-def _read(targets: Mapping[str, Tensor], original: Callable[..., Any], model: PreTrainedModel, *given: Any) -> Any:
-    """Give a model without weights the split of ``targets``, and let the loader read it; each part goes to its target."""
-    _exchange(model, {id(p): _like(targets[name], p) for name, p in model.named_parameters()})
+def mixes_rows(config: Any) -> bool:
+    """Whether a rank's rows of a parameter may come of others of the checkpoint, which transformers' loader does not see."""
+    converters = [each for each in config.weight_mapping or [] if isinstance(each, conversion.WeightConverter)]
+    steps = [step for converter in converters for step in converter.operations]
+    return not all(isinstance(step, conversion.MergeModulelist) or getattr(step, "dim", 0) > 0 for step in steps)
+
+
+def read_tensors(
+    empty: Callable[[str, nn.Parameter], nn.Parameter],
+    keep: Callable[[str, Tensor], None],
+    original: Callable[..., Any],
+    model: PreTrainedModel,
+    *given: Any,
+) -> Any:
+    """Let transformers' loader read a model parameter by parameter, without ever holding it.
+
+    Args:
+        empty: the parameter without memory that the loader shall see in place of one; a DTensor where a part is to be read.
+        keep: takes the values that were read for the parameter of a name, which are gone afterwards.
+        original: what ``replacing_weights`` replaces, with ``model`` and what else it was given.
+    """
+    exchange(model, {id(p): empty(name, p) for name, p in model.named_parameters()})
     put = conversion.set_param_for_module
 
-    def put_and_move(owner: nn.Module, name: str, value: Tensor, *more: Any) -> None:
+    def put_and_keep(owner: nn.Module, name: str, value: Tensor, *more: Any) -> None:
         put(owner, name, value, *more)  # compares shapes
         module, _, leaf = name.rpartition(".")
-        module_of = owner.get_submodule(module)
-        read = getattr(module_of, leaf)
-        target = targets.get(name)
-        if isinstance(read, DTensor) and not read._local_tensor.is_meta:
-            if target is not None:
-                with torch.no_grad():
-                    target._local_tensor.copy_(read._local_tensor)  # type: ignore[attr-defined]
-            empty = _like(read, read)
-            empty._is_hf_initialized = True  # type: ignore[attr-defined]
-            setattr(module_of, leaf, empty)
+        read = owner.get_submodule(module)._parameters.get(leaf)  # buffers stay there
+        values = read._local_tensor if isinstance(read, DTensor) else read
+        if read is not None and not values.is_meta:
+            with torch.no_grad():
+                keep(name, values)
+            gone = _like(read, read) if isinstance(read, DTensor) else nn.Parameter(torch.empty_like(read, device="meta"))
+            gone._is_hf_initialized = True  # type: ignore[attr-defined]
+            owner.get_submodule(module)._parameters[leaf] = gone
 
-    conversion.set_param_for_module = put_and_move
+    conversion.set_param_for_module = put_and_keep
     try:
-        return original(model, *given)
+        with reading_unmapped(), variable(_SYNCHRONOUS, "1"):
+            return original(model, *given)
     finally:
         conversion.set_param_for_module = put
 
@@ -179,7 +204,7 @@ def _like(split: Tensor, parameter: Tensor) -> nn.Parameter:
     return nn.Parameter(whole)
 
 
-def _exchange(model: nn.Module, fresh: Mapping[int, nn.Parameter]) -> None:
+def exchange(model: nn.Module, fresh: Mapping[int, nn.Parameter]) -> None:
     """Put new parameters in the places of old ones, whose identities are the keys; shared ones stay shared."""
     for module in model.modules():
         for name, old in module._parameters.items():

@@ -15,6 +15,7 @@ from daekit.models.placement import free_memory, hold_ends, input_device, moved
 from daekit.models.split_loading import waits
 from daekit.models.start_checks import require_plain_head
 from daekit.models.vocabulary import require_same
+from daekit.models.zero3_loading import in_own_dtype
 from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Member, OutputHead, TeacherOutput
 from daekit.recipe.schema import ModelSpec
 from daekit.teachers.sharding import Sharding
@@ -57,7 +58,8 @@ class ModelTeacher:
         """
         spec = ModelSpec(path=path)
         require_same(student_tokenizer, load_tokenizer_of(spec), path)
-        return cls(load_model(spec, split=split), vocab_size, path)
+        with in_own_dtype():
+            return cls(load_model(spec, split=split), vocab_size, path)
 
     def frozen_models(self) -> list[tuple[str, PreTrainedModel]]:
         """See ``TeacherOfModels``."""

@@ -116,7 +116,7 @@ def trainer_of(case: str, folder: Path, world: int, **options: Any) -> Any:
         if "bf16" in case:
             changes["model_init_kwargs"] = {"dtype": "bfloat16"}
         if case.startswith("kd"):
-            changes["teacher"] = str(places / "expert")
+            changes["teacher"] = str(places / ("half" if "half-teacher" in case else "expert"))
         else:
             changes["teachers"] = {"shop": str(places / "expert")}
             changes.setdefault("reference", str(places / "mixture"))
@@ -131,6 +131,7 @@ def write_models(folder: Path) -> None:
         "tied": tiny.model(seed=1, tie_word_embeddings=True),
         "expert": tiny.model(seed=2, hidden=48, tie_word_embeddings=True),
         "mixture": tiny.model("mixtral", seed=4),
+        "half": tiny.model(seed=2, hidden=48).bfloat16(),
     }
     for name, model in models.items():
         model.save_pretrained(folder / "models" / name, max_shard_size="20KB")
