@@ -123,7 +123,7 @@ def measure(engine: str, ranks: int, name: str, folder: Path) -> dict[str, Any]:
     row |= {f"sum_{key}_gib": value / GIB for key, value in highest.items()}
     row |= {
         "level_sum_gib": sum(each["level"]["Pss"] for each in found) / GIB,
-        "planned_gib": planned("zero3" if name == "whole" else engine, ranks, folder),
+        "planned_gib": planned("ddp" if name == "whole" else engine, ranks, folder),
     }
     peaks = ", ".join(f"{peak:.2f}" for peak in row["rank_peak_gib"])
     print(
@@ -136,7 +136,7 @@ def measure(engine: str, ranks: int, name: str, folder: Path) -> dict[str, Any]:
 
 
 def planned(engine: str, ranks: int, folder: Path) -> float:
-    """What `daekit plan` says of a machine's host memory, in GiB; it takes ZeRO-3 to read everything on every rank."""
+    """What `daekit plan` says of a machine's host memory, in GiB; under DDP every rank reads everything."""
     command = [sys.executable, "-m", "daekit", "plan", str(folder / "recipe.yaml"), "--cpu", "8GB", "--gpus", str(ranks)]
     done = subprocess.run([*command, "--engine", engine, "--json"], capture_output=True, text=True, check=True, cwd=ROOT)
     return float(json.loads(done.stdout)["stages"]["kd"]["host_while_loading"]) / GIB

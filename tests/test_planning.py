@@ -47,7 +47,7 @@ def test_twice_the_tokens_take_twice_the_activations(key: str, checkpointing: st
 
 
 def test_host_memory_while_loading() -> None:
-    """FSDP2: each rank has its part, and in hand a part of one layer (on a CPU two whole layers); elsewhere everything."""
+    """FSDP2 and ZeRO-3: each rank has its part, and in hand a part of one layer (on a CPU more); elsewhere everything."""
     models = (PATH.format("kd"), "stages.kd.teacher={path: Qwen/Qwen2.5-0.5B, dtype: bfloat16}")
 
     def host(engine: Any, count: int, *more: str, gpu: bool = True) -> int:
@@ -59,7 +59,12 @@ def test_host_memory_while_loading() -> None:
     assert host("ddp", 4) == pytest.approx(4 * (student + teacher) + student, rel=1e-6)
     assert host("fsdp2", 4) < 0.1 * student  # and what has been read is on the GPUs
     on_cpus = host("fsdp2", 4, gpu=False)
-    assert student + teacher < on_cpus < 2 * student + teacher < host("zero3", 4, gpu=False)
+    assert student + teacher < on_cpus < 2 * student + teacher
+    assert host("zero3", 4) < 0.3 * student  # the embedding, a part of it on each rank
+    # DeepSpeed's copy of the weights, its gradients and both states of AdamW are made before the first step
+    assert host("zero3", 4, gpu=False) == pytest.approx(student + teacher + 4 * student, rel=0.01)
+    sgd = host("zero3", 4, "stages.kd.trainer.optim=sgd", gpu=False)
+    assert student + teacher + 2 * student <= sgd < host("zero3", 4, gpu=False) - student  # it has no states
     for whole in ("quantization: 4bit", "offload: true", "trust_remote_code: true"):
         read_whole = f"stages.kd.teacher={{path: Qwen/Qwen2.5-0.5B, {whole}}}"
         assert host("fsdp2", 8, read_whole) - host("fsdp2", 4, read_whole) > teacher  # on each of four more ranks

@@ -14,9 +14,10 @@ _PROCESS, _GPU_PROCESS = 500_000_000, 1_000_000_000
 def host_bytes(memory: StageMemory) -> int:
     """Bytes of all processes of a machine together, at the moment of loading that needs most.
 
-    What each rank reads whole lies there once per rank, and the files of the model that is being read once more. Of what FSDP2
-    splits first each rank holds its part (on a GPU: none) and what it has in hand: two layers that are gathered to look at the
-    model (on a GPU: the parts of one layer).
+    What each rank reads whole lies there once per rank, and the files of the model that is being read once more. Of what FSDP2 and
+    ZeRO-3 split first each rank holds its part (on a GPU: none) and what it has in hand: two layers that are gathered to look
+    at the model (ZeRO-3: a parameter, as it is made and gathered; on a GPU: the parts of one layer). On a CPU DeepSpeed's
+    optimizer is there before the first step.
     """
     machine, count = memory.machine, memory.machine.count
     models = [(model.meta, model.in_parts) for model in memory.models.frozen if not model.adapter]
@@ -27,18 +28,21 @@ def host_bytes(memory: StageMemory) -> int:
     peak = everything + max(map(_stored, whole), default=0) // count
     held = everything
     for meta in parts:
-        layer = max(sum(p.bytes for p in each) for each in meta.layers)
+        units = [[p] for p in meta.parameters()] if machine.engine == "zero3" else meta.layers
+        largest = max(sum(p.bytes for p in unit) for unit in units)
         if not machine.gpu:
             held += memory.split_bytes(meta)
-        peak = max(peak, held + (layer // count if machine.gpu else 2 * layer))
+        peak = max(peak, held + (largest // count if machine.gpu else 2 * largest))
+    if machine.engine == "zero3" and not machine.gpu:
+        peak = max(peak, held + memory.deepspeed_start)
     return count * (peak + (_GPU_PROCESS if machine.gpu else _PROCESS))
 
 
 def _splits(meta: MetaModel, machine: Machine) -> bool:
-    """Whether ranks read parts here: not where one of them would have no expert."""
+    """Whether ranks read parts here: not where FSDP2 would leave one of them without an expert."""
     config = meta.spec.config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or machine.count
-    return machine.engine == "fsdp2" and experts >= machine.count
+    return machine.engine == "zero3" or (machine.engine == "fsdp2" and experts >= machine.count)
 
 
 def _stored(meta: MetaModel) -> int:

@@ -84,7 +84,7 @@ class StageMemory:
         return parts
 
     def split_bytes(self, meta: MetaModel) -> int:
-        """A device's part of the weights of a model that FSDP2 splits, adapters left out."""
+        """A device's part of the weights of a model that FSDP2 or ZeRO-3 splits, adapters left out."""
         return sum(self._split(parameter) for parameter in meta.parameters() if not parameter.adapter)
 
     def _split(self, parameter: Parameter) -> int:
@@ -116,6 +116,14 @@ class StageMemory:
             states = 12 * sum(p.values for p in trained)
         shards = self.machine.shards("optimizer")
         return states // shards, step // shards
+
+    @property
+    def deepspeed_start(self) -> int:
+        """What DeepSpeed holds beside the weights when ZeRO-3 begins: copies and gradients in float32, and the states."""
+        states, _ = optimizer_bytes(self.training.optim, self.student.parameters(), self.machine.gpu)
+        values = sum(p.values for p in self._trained)
+        states = int(states * 4 * values / max(sum(p.values * p.width for p in self._trained), 1))
+        return (8 * values + states) // self.machine.shards("optimizer")
 
     @cached_property
     def gradients(self) -> int:
