@@ -18,7 +18,7 @@ import transformers.modeling_utils as library
 from torch import Tensor, nn
 from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
 from daekit.models.split_loading import can_read_parts, exchange, mixes_rows, read_tensors, replacing_weights
 
@@ -61,6 +61,19 @@ def in_own_dtype() -> Iterator[None]:
         yield
     finally:
         PreTrainedModel.get_init_context = classmethod(context)  # type: ignore[method-assign]
+
+
+@contextmanager
+def without_zero3() -> Iterator[None]:
+    """Inside, models are loaded as without ZeRO-3: whole on each rank, or where a device map says."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    kept = reference and reference()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if kept is not None:
+            deepspeed.set_hf_deepspeed_config(kept)
 
 
 def _read(original: Callable[..., Any], model: PreTrainedModel, _: Any, files: Any, config: Any, *more: Any) -> Any:

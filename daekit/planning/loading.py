@@ -14,9 +14,9 @@ _PROCESS, _GPU_PROCESS = 500_000_000, 1_000_000_000
 def host_bytes(memory: StageMemory) -> int:
     """Bytes of all processes of a machine together, at the moment of loading that needs most.
 
-    What each rank reads whole lies there once per rank, and the files of the model that is being read once more. Of what FSDP2 and
-    ZeRO-3 split first each rank holds its part (on a GPU: none) and what it has in hand: two layers that are gathered to look
-    at the model (ZeRO-3: a parameter, as it is made and gathered; on a GPU: the parts of one layer). On a CPU DeepSpeed's
+    What each rank reads whole lies there once per rank, and the files of the model that is being read once more. Of what FSDP2
+    and ZeRO-3 split first each rank holds its part (on a GPU: none) and what it has in hand: two layers that are gathered to
+    look at the model (ZeRO-3: a parameter, as it is made and gathered; on a GPU: the parts of one layer). On a CPU DeepSpeed's
     optimizer is there before the first step.
     """
     machine, count = memory.machine, memory.machine.count

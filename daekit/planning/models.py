@@ -182,7 +182,7 @@ class ModelPlanner:
 
 
 def in_parts(spec: ModelSpec, lora: LoraSpec | None = None) -> bool:
-    """Whether each rank reads its part of a model under FSDP2 and ZeRO-3, as far as a recipe tells; see ``models/split_loading.py``."""
+    """Whether each rank reads its part of a model under FSDP2 and ZeRO-3, as far as a recipe tells."""
     merged = spec.path is not None and (Path(spec.path).expanduser() / ADAPTER_CONFIG).is_file()
     placed = spec.quantization or spec.offload or spec.device_map is not None or spec.trust_remote_code
     return not (placed or merged or spec.config is not None or (lora is not None and lora.use_dora))

@@ -19,7 +19,7 @@ from daekit.models.hardware import require_attention, require_gradient, require_
 from daekit.models.loading import load_model, load_tokenizer_of, require_shards
 from daekit.models.quantization import rank_device
 from daekit.models.vocabulary import require_same, vocabulary_size
-from daekit.models.zero3_loading import in_own_dtype
+from daekit.models.zero3_loading import in_own_dtype, without_zero3
 from daekit.protocol import Teacher
 from daekit.recipe import student_key
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
@@ -211,7 +211,8 @@ class ModelBuilder:
         if spec.adapter is not None:
             return BASE if spec.adapter == BARE_BASE else AdapterPath(self.placed(spec).adapter)
         name = spec.stage or spec.path or "teacher"
-        with in_own_dtype():
+        placed = spec.whole or spec.offload or spec.device_map is not None
+        with without_zero3() if placed else in_own_dtype():
             model = self.model(spec, split=split and not spec.whole)
         return ModelTeacher(model, vocabulary_size(self.tokenizer), name, offload=spec.offload, whole=spec.whole)
 

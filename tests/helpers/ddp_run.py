@@ -197,7 +197,8 @@ stages:
     data: [skills]
     trainer: &trainer {max_steps: 2, per_device_train_batch_size: 4, logging_steps: 1, gradient_checkpointing: false,
                        optim: sgd, learning_rate: 0.1}
-  aligned: {type: dae, teachers: {shop: "stage:student"}, data: {shop: 0.5, skills: 0.5}, loss: {ce_weight: 1},
+  aligned: {type: dae, teachers: {shop: "stage:student"}, reference: {stage: student, whole: true},
+            data: {shop: 0.5, skills: 0.5}, loss: {ce_weight: 1},
             trainer: *trainer}
 evaluation: {models: [aligned], max_new_tokens: 2}
 """

@@ -20,7 +20,7 @@ from daekit.models import zero3_loading
 from daekit.models.loading import load_model
 from daekit.models.restore import restore_weights
 from daekit.models.sharded import is_sharded, whole
-from daekit.models.zero3_loading import in_own_dtype
+from daekit.models.zero3_loading import in_own_dtype, without_zero3
 from daekit.recipe.schema import ModelSpec
 from tests.helpers import tiny
 
@@ -99,6 +99,8 @@ def main(folder: Path) -> None:
             with in_own_dtype():
                 assert same(load_model(ModelSpec(path=str(folder / name), dtype="bfloat16")), halves[name]), name
             assert load_model(ModelSpec(path=str(folder / name), dtype="bfloat16")).lm_head.weight.dtype == torch.float32
+        with without_zero3():
+            assert not any(map(is_sharded, load_model(ModelSpec(path=str(folder / "tied"))).parameters()))
         with pytest.raises(UserError, match=r"1 missing keys such as model\.norm\.weight; 1 mismatched keys such as .*lm_head"):
             load_model(ModelSpec(path=str(folder / "lacking")))
         ours = peak(lambda: load_model(ModelSpec(path=str(folder / "large"))))
