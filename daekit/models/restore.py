@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.models.sharded import assign, is_sharded, shape_of, whole
-from daekit.models.split_loading import can_read_parts, give_back_pieces, read_into
+from daekit.models.split_loading import CannotWaitError, can_read_parts, give_back_pieces, read_into
 from daekit.models.zero3_loading import each_rank_reading
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -50,7 +50,11 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
     in_parts = can_read_parts() and any(isinstance(parameter, DTensor) for parameter in base.parameters())
     try:
         with each_rank_reading():
-            loaded, info = read_into(base, load) if in_parts else load()
+            try:
+                loaded, info = read_into(base, load) if in_parts else load()
+            except CannotWaitError:
+                in_parts = False
+                loaded, info = load()
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: its weights cannot be read ({error})") from error
     if wrong := {what: sorted(map(str, keys)) for what, keys in info.items() if keys and what.endswith("_keys")}:

@@ -86,6 +86,9 @@ def read_into(base: PreTrainedModel, load: Load) -> tuple[PreTrainedModel, Any]:
     """Read this rank's parts of what ``load`` loads into a model that FSDP2 has split; returns what ``load`` does, emptied.
 
     Other tensors of ``base`` (adapters, projections) stay as they are.
+
+    Raises:
+        CannotWaitError: the checkpoint has to be read whole.
     """
     # tied ones under both names, for the loader ties them last; PEFT puts a layer of its own around one that it adapts
     named = base.named_parameters(remove_duplicate=False)
@@ -95,7 +98,11 @@ def read_into(base: PreTrainedModel, load: Load) -> tuple[PreTrainedModel, Any]:
         if name in targets:
             targets[name]._local_tensor.copy_(part)  # type: ignore[attr-defined]
 
-    with replacing_weights(lambda *given: read_tensors(lambda name, p: _like(targets[name], p), keep, *given)):
+    def read(original: Callable[..., Any], model: PreTrainedModel, state: Any, files: Any, config: Any, *more: Any) -> Any:
+        _refuse_mixed_rows(config)
+        return read_tensors(lambda name, p: _like(targets[name], p), keep, original, model, state, files, config, *more)
+
+    with replacing_weights(read):
         return load()
 
 
@@ -130,8 +137,7 @@ def _allocate(original: Callable[..., Any], model: PreTrainedModel, _: Any, file
     for file in files:
         headers |= library.load_state_dict(file, map_location="meta")
     result = original(model, headers, None, replace(config, device_map={"": "meta"}))
-    if mixes_rows(config):
-        raise CannotWaitError("its checkpoint is converted in a way that mixes rows of tensors")
+    _refuse_mixed_rows(config)
     missing = result[0].missing_keys
     stored = {name for name, _ in model.named_buffers()} - {name for name, _ in model.named_non_persistent_buffers()}
     if stored:
@@ -158,6 +164,11 @@ def mixes_rows(config: Any) -> bool:
     return not all(isinstance(step, conversion.MergeModulelist) or getattr(step, "dim", 0) > 0 for step in steps)
 
 
+def _refuse_mixed_rows(config: Any) -> None:
+    if mixes_rows(config):
+        raise CannotWaitError("its checkpoint is converted in a way that mixes rows of tensors")
+
+
 def read_tensors(
     empty: Callable[[str, nn.Parameter], nn.Parameter],
     keep: Callable[[str, Tensor], None],
@@ -180,7 +191,7 @@ def read_tensors(
         module, _, leaf = name.rpartition(".")
         read = owner.get_submodule(module)._parameters.get(leaf)  # buffers stay there
         values = read._local_tensor if isinstance(read, DTensor) else read
-        if read is not None and not values.is_meta:
+        if read is not None and values is not None and not values.is_meta:
             with torch.no_grad():
                 keep(name, values)
             gone = _like(read, read) if isinstance(read, DTensor) else nn.Parameter(torch.empty_like(read, device="meta"))

@@ -82,7 +82,9 @@ def _read(original: Callable[..., Any], model: PreTrainedModel, _: Any, files: A
     if not all(map(_is_plain_part, targets.values())):
         return original(model, None, files, config, *more)
     by_rows = not mixes_rows(config)
-    mesh = DeviceMesh.from_group(dist.GroupMember.WORLD, "cpu")  # nothing is sent over it
+    ranks = dist.GroupMember.WORLD
+    assert ranks is not None, "zero.Init has connected them"
+    mesh = DeviceMesh.from_group(ranks, "cpu")  # nothing is sent over it
 
     def keep(name: str, values: Tensor) -> None:
         _fill(targets[name], values)
