@@ -151,3 +151,12 @@ def test_domains_are_required_or_filled_in() -> None:
         require_domains(Dataset.from_list([{"domain": "shop"}, {"domain": None}]), "train", "general")
     with pytest.raises(UserError, match="row 0: domain is 1"):
         require_domains(Dataset.from_list([{"domain": 1}]), "train", None)
+
+
+def test_a_prompt_that_leaves_no_room_for_a_response_is_left_out_and_counted() -> None:
+    rows = [("shop", [False] * prompt + [True]) for prompt in (1, 2, 3, 4, 9)]
+    kept, counts = fit_to_length(tokenised(rows), 6, "drop", "train", max_new_tokens=3)
+    assert [len(ids) for ids in kept["input_ids"]] == [2, 3, 4]
+    assert (counts["shop"].rows, counts["shop"].crowded, counts["shop"].dropped) == (3, 1, 1)
+    assert fit_to_length(tokenised(rows), 6, "drop", "train")[1]["shop"].crowded == 0
+    assert fit_to_length(tokenised(rows), 6, "truncate", "train", max_new_tokens=3)[1]["shop"].crowded == 0

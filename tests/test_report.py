@@ -238,7 +238,27 @@ def test_gain_and_forgetting_are_drawn_for_metrics_that_say_something():
     assert drawn_metrics([*both("exact_match", 0.5), *both("nll", 1.0)]) == ["exact_match", "nll"]
     assert drawn_metrics([*both("exact_match", 0.0), *both("token_accuracy", 0.1)]) == ["token_accuracy"]
     assert drawn_metrics(both("exact_match", 0.0)) == ["exact_match"]
+    nothing_to_forget = [both("exact_match", 0.5)[0], Row("dae", "g", "exact_match_forgetting", 0.0, 0.0, 0.0, 9)]
+    assert drawn_metrics([*nothing_to_forget, *both("token_accuracy", 0.1)]) == ["token_accuracy"]
+    assert drawn_metrics(nothing_to_forget) == ["exact_match"]
     assert drawn_metrics(both("nll", 1.0)[:1]) == []
+
+
+def test_a_model_that_takes_on_the_style_of_general_rows_is_drawn_at_its_kl():
+    def rows(drift_of_baseline):
+        drifts = {"kd": drift_of_baseline, "dae": 0.01, "sft": 0.23}
+        nll = [("dae", 0.97, 0.006), ("sft", 0.95, -0.24)]
+        compared = [
+            Row(m, d, f"nll_{k}", v, v, v, 9) for m, g, f in nll for d, k, v in (("s", "gain", g), ("g", "forgetting", f))
+        ]
+        return compared + [Row(m, d, "kl_to_reference", v, v, v, 9) for m, v in drifts.items() for d in ("s", "g")]
+
+    def xs(figure):
+        (ax,) = figure.axes
+        return [bars.lines[0].get_xydata()[0].tolist()[0] for bars in ax.containers]
+
+    assert xs(gain_forgetting_figure(rows(0.0), ("kd", "dae", "sft"), "kd", "#000000")) == [0.01, 0.23]
+    assert xs(gain_forgetting_figure(rows(0.5), ("kd", "dae", "sft"), "kd", "#000000")) == [0.006, -0.24], "another reference"
 
 
 def test_models_stand_at_their_forgetting_and_gain():

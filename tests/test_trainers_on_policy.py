@@ -283,6 +283,19 @@ def test_what_cannot_be_trained_is_told_before_the_first_step(changes: dict[str,
         kd(tmp_path, tiny.rows(8) if data is None else data, **arguments)
 
 
+def test_prompts_without_room_for_a_response_are_left_out_where_that_was_asked(tmp_path: Any) -> None:
+    """A longer max_length lets longer rows in, so without this no max_length could be large enough."""
+    rows = [[*range(5, 5 + prompt), 5, EOS] for prompt in (2, 3, 4, 5, 3, 2)]
+    data = Dataset.from_list(
+        [{"input_ids": ids, "labels": [-100] * (len(ids) - 2) + ids[-2:], "domain": "shop"} for ids in rows]
+    )
+    with pytest.raises(UserError, match=r"2 of 6 training rows have a prompt longer than .*overlong: drop"):
+        kd(tmp_path, data, **ON | {"max_length": 15})
+    trainer = kd(tmp_path, data, **ON | {"max_length": 15, "overlong": "drop"})
+    assert sorted(len(ids) for ids in trainer.train_dataset["input_ids"]) == [4, 4, 5, 5]
+    trainer.train()
+
+
 def test_probabilities_that_are_no_numbers_are_an_error(tmp_path: Any) -> None:
     for how in ({}, GREEDY):
         trainer = kd(tmp_path, tiny.rows(8), **ON, **how)

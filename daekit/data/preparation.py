@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from daekit.errors import UserError
-from daekit.models.teacher_view import TEACHER_PROMPT_IDS, first_loss, is_told_more
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS, first_loss, is_told_more, last_response
 from daekit.protocol import IGNORE_INDEX
 
 OVERLONG = ("error", "truncate", "drop")
@@ -41,6 +41,7 @@ class DomainCount:
         loss_tokens: tokens of those rows that have a loss.
         truncated: rows that were cut at ``max_length``.
         dropped: rows left out because they were longer (``overlong: drop``).
+        crowded: rows left out because their prompt leaves no room for what the student writes (``overlong: drop``).
         emptied: rows left out because the cut took their whole response.
         blank: rows left out because they had nothing to predict to begin with.
     """
@@ -49,6 +50,7 @@ class DomainCount:
     loss_tokens: int
     truncated: int
     dropped: int
+    crowded: int
     emptied: int
     blank: int
 
@@ -123,7 +125,12 @@ def require_values(dataset: Dataset | IterableDataset, name: str, text_field: st
 
 
 def fit_to_length(
-    dataset: Dataset, max_length: int | None, overlong: str, name: str, teacher_max_length: int | None = None
+    dataset: Dataset,
+    max_length: int | None,
+    overlong: str,
+    name: str,
+    teacher_max_length: int | None = None,
+    max_new_tokens: int = 0,
 ) -> tuple[Dataset, dict[str, DomainCount]]:
     """Apply the policy for overlong rows to tokenised rows (``input_ids``, ``labels``, ``domain``) and count.
 
@@ -135,6 +142,8 @@ def fit_to_length(
         overlong: ``error``, ``truncate`` or ``drop``.
         name: Name of the data set, for errors.
         teacher_max_length: Most tokens that a teacher sees of a row with ``teacher_prompt_ids``; None: ``max_length``.
+        max_new_tokens: Tokens that the student may write behind the prompt of a row. Where a prompt leaves less, ``drop`` leaves
+            the row out; whoever writes refuses it otherwise.
 
     Raises:
         UserError: a row that is too long when ``overlong`` is ``error``; a domain that loses all its rows.
@@ -153,14 +162,19 @@ def fit_to_length(
         raise UserError(_overlong_message(domains, np.where(long, sizes["length"] + more, 0), long, what, name))
     blank = sizes["loss"] == 0
     dropped = long & ~blank if overlong == "drop" else np.zeros_like(long)
+    crowded = np.zeros_like(long)
+    if overlong == "drop" and max_new_tokens:
+        answered = ~(blank | dropped)
+        crowded[answered] = _prompts(dataset.select(np.flatnonzero(answered))) > limits[answered] - max_new_tokens
     emptied = long & ~blank & ~dropped & (sizes["loss_within"] == 0)
-    stay = ~(blank | dropped | emptied)
+    stay = ~(blank | dropped | crowded | emptied)
     counts = {
         domain: DomainCount(
             rows=int((stay & mine).sum()),
             loss_tokens=int(sizes["loss_within"][stay & mine].sum()),
             truncated=int((long & stay & mine).sum()),
             dropped=int((dropped & mine).sum()),
+            crowded=int((crowded & mine).sum()),
             emptied=int((emptied & mine).sum()),
             blank=int((blank & mine).sum()),
         )
@@ -172,6 +186,7 @@ def fit_to_length(
             raise UserError(
                 f"the {name} data set: domain {domain!r} loses all its {int((domains == domain).sum())} rows "
                 f"({count.blank} have nothing to predict, {count.dropped} are longer than max_length={max_length}, "
+                f"{count.crowded} leave no room for max_new_tokens={max_new_tokens}, "
                 f"{count.emptied} lose their whole response at max_length={max_length}). Raise max_length or mend the rows."
             )
     if not stay.all():
@@ -228,6 +243,11 @@ def _told_more(dataset: Dataset) -> np.ndarray:
             if is_told_more(row):
                 more[place] = len(row[TEACHER_PROMPT_IDS]) - first_loss(row["labels"])
     return more
+
+
+def _prompts(dataset: Dataset) -> np.ndarray:
+    """Per row: tokens before its last response."""
+    return np.array([last_response(row["labels"]) for row in dataset.select_columns("labels").with_format("numpy")])
 
 
 def _measure(dataset: Dataset, limits: np.ndarray) -> dict[str, np.ndarray]:

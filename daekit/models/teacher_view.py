@@ -52,3 +52,11 @@ def as_teacher_sees(example: Mapping[str, Any]) -> dict[str, Any]:
 def first_loss(labels: Any) -> int:
     """Place of the first token that carries loss: not the first of the row, which is predicted by nothing."""
     return 1 + int(np.argmax(np.asarray(labels)[1:] != IGNORE_INDEX))
+
+
+def last_response(labels: Any) -> int:
+    """Where the last stretch of tokens that carry loss begins; what comes before is the prompt of a rollout."""
+    carries = np.asarray(labels) != IGNORE_INDEX
+    last = int(carries.nonzero()[0][-1])
+    before = (~carries[:last]).nonzero()[0]
+    return int(before[-1]) + 1 if len(before) else 0

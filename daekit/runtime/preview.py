@@ -80,6 +80,7 @@ def _counted(ready: PreparedStage, what: str, counts: Mapping[str, DomainCount])
     fates = {
         "truncated": f"cut at max_length={limit}",
         "dropped": f"left out, longer than max_length={limit}",
+        "crowded": f"left out, no room for max_new_tokens={ready.arguments.objective().max_new_tokens} behind the prompt",
         "emptied": f"left out, no loss token within max_length={limit}",
         "blank": "left out, nothing to predict",
     }

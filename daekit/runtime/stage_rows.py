@@ -20,7 +20,7 @@ from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.recipe.schema import StageSpec
 from daekit.runtime.data import DataBuilder, LossRule
 from daekit.trainers import DomainSFTConfig, KDConfig
-from daekit.trainers.config import cuts_rows
+from daekit.trainers.config import cuts_rows, written_tokens
 from daekit.trainers.rollouts import require_prompts
 
 _NEED_A_MODEL = ("lomo", "adalomo", "galore", "apollo")  # optimizers that transformers makes for a model only
@@ -52,7 +52,7 @@ def rows_of(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder) -> 
     splits = cuts_rows(arguments, arguments.packing)
     limit = None if splits else arguments.max_length
     teacher_limit = None if stage.type == "sft" else stage.teacher_max_length
-    rows, counts = fit_to_length(mixture.dataset, limit, arguments.overlong, "train", teacher_limit)
+    rows, counts = fit_to_length(mixture.dataset, limit, arguments.overlong, "train", teacher_limit, written_tokens(arguments))
     if isinstance(arguments, KDConfig) and arguments.on_policy_fraction:
         require_prompts(rows, arguments, data.tokenizer, None)
     watched = arguments.eval_strategy != "no"

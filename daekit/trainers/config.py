@@ -84,6 +84,12 @@ class DomainSFTConfig(SFTConfig):
         return Objective(ce_weight=1.0, prediction_weight=0.0)
 
 
+def written_tokens(args: DomainSFTConfig) -> int:
+    """Tokens that the student may write behind a prompt of a training row; 0 where it writes none."""
+    objective = args.objective()
+    return objective.max_new_tokens if objective.on_policy else 0
+
+
 _RENAMED = {"on_policy": "on_policy_fraction"}  # of ``Objective`` -> of KDConfig, among the arguments of a whole training
 
 

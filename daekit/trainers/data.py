@@ -31,7 +31,7 @@ from daekit.data.teacher_prompts import (
 from daekit.errors import UserError
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.models.vocabulary import vocabulary_size
-from daekit.trainers.config import KDConfig, cuts_rows
+from daekit.trainers.config import KDConfig, cuts_rows, written_tokens
 from daekit.trainers.validation import refuse_shared_stream
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,8 @@ class RowPreparation:
             dataset = fit_stream_to_length(dataset, limit, args.overlong, name)
         else:
             teacher_limit = args.teacher_max_length if isinstance(args, KDConfig) else None
-            dataset, self.counts[name] = fit_to_length(dataset, limit, args.overlong, name, teacher_limit)
+            written = written_tokens(args) if name == "train" else 0
+            dataset, self.counts[name] = fit_to_length(dataset, limit, args.overlong, name, teacher_limit, written)
             self._log_counts(name)
         if packing:
             return self._pack_by_domain(trl, dataset, tokenizer, args, name)
@@ -160,7 +161,7 @@ class RowPreparation:
 
     def _log_counts(self, name: str) -> None:
         for domain, count in self.counts[name].items():
-            lost = {what: n for what in ("truncated", "dropped", "emptied", "blank") if (n := getattr(count, what))}
+            lost = {what: n for what in ("truncated", "dropped", "crowded", "emptied", "blank") if (n := getattr(count, what))}
             level = logging.WARNING if lost else logging.INFO
             logger.log(level, "%s, %s: %d rows, %d loss tokens %s", name, domain, count.rows, count.loss_tokens, lost or "")
 

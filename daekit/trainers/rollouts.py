@@ -31,7 +31,7 @@ from daekit.errors import UserError
 from daekit.generation.local import Sampling, generate, stop_token_ids
 from daekit.metrics import TokenMeans
 from daekit.models.backbone import base_of
-from daekit.models.teacher_view import TEACHER_PROMPT_IDS, first_loss
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS, first_loss, last_response
 from daekit.protocol import IGNORE_INDEX
 from daekit.trainers.config import KDConfig
 from daekit.trainers.distributed import rounding, shards_parameters
@@ -210,14 +210,6 @@ class Rollouts:
         return self.trainer.data_collator(examples) | {ON_POLICY: written, EXAMPLES: batch[EXAMPLES]}
 
 
-def last_response(labels: list[int] | np.ndarray) -> int:
-    """Where the last stretch of tokens that carry loss begins; what comes before is the prompt."""
-    carries = np.asarray(labels) != IGNORE_INDEX
-    last = int(carries.nonzero()[0][-1])
-    before = (~carries[:last]).nonzero()[0]
-    return int(before[-1]) + 1 if len(before) else 0
-
-
 def require_prompts(dataset: Dataset, args: KDConfig, tokenizer: PreTrainedTokenizerBase, stop: list[int] | None) -> None:
     """Whether the student can write a response to every row of a tokenised data set.
 
@@ -239,7 +231,8 @@ def require_prompts(dataset: Dataset, args: KDConfig, tokenizer: PreTrainedToken
             raise UserError(
                 f"max_new_tokens={args.max_new_tokens}: {long.sum()} of {len(told)} rows have a teacher_prompt of more "
                 f"than teacher_max_length (default: max_length) - max_new_tokens = {limit - args.max_new_tokens} tokens (the "
-                f"longest is row {told.argmax()} with {told.max()}). Raise teacher_max_length, or leave those rows out."
+                f"longest is row {told.argmax()} with {told.max()}). Raise teacher_max_length, or leave those rows out with "
+                "overlong: drop."
             )
     starts, ends, last = [], stop is None, 0
     for row in columns:
@@ -262,7 +255,7 @@ def require_prompts(dataset: Dataset, args: KDConfig, tokenizer: PreTrainedToken
         raise UserError(
             f"max_new_tokens={args.max_new_tokens}: {int((found > room).sum())} of {len(found)} training rows have a prompt "
             f"longer than max_length - max_new_tokens = {room} tokens (the longest is row {at} with {found[at]}). Raise "
-            "max_length, lower max_new_tokens, or leave those rows out."
+            "max_length, lower max_new_tokens, or leave those rows out with overlong: drop."
         )
     if not ends:
         raise UserError(
