@@ -142,8 +142,8 @@ def fit_to_length(
         overlong: ``error``, ``truncate`` or ``drop``.
         name: Name of the data set, for errors.
         teacher_max_length: Most tokens that a teacher sees of a row with ``teacher_prompt_ids``; None: ``max_length``.
-        max_new_tokens: Tokens that the student may write behind the prompt of a row. Where a prompt leaves less, ``drop`` leaves
-            the row out; whoever writes refuses it otherwise.
+        max_new_tokens: Tokens that the student may write behind a prompt. A row whose prompt leaves less is left out with
+            ``drop``; whoever writes refuses it otherwise.
 
     Raises:
         UserError: a row that is too long when ``overlong`` is ``error``; a domain that loses all its rows.
