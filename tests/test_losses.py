@@ -28,6 +28,24 @@ def test_float32_equals_the_twin(name: str, parameter: float, temperature: float
     check(make_case(n=23).to(torch.float32), terms, 1e-5, upstream=0.37)
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "top_k"])
+@pytest.mark.parametrize("features", [{}, dict(bias=True, scale=2.0, softcap=3.0)], ids=["plain", "softcap"])
+@pytest.mark.parametrize(("name", "parameter"), DIVERGENCES)
+def test_a_few_rows_at_a_time_are_all_rows_to_the_bit(
+    name: str, parameter: float, features: dict[str, Any], sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vocabularies of these tests are so small that all rows go at once; here one row of each thread does."""
+    case, terms = make_case(n=23, **features).to(torch.float32), terms_of(name, parameter, temperature=2.0, chunk_tokens=17)
+    if sparse:
+        case = replace(case, ids=torch.stack([torch.randperm(V)[:4] for _ in range(23)]))
+    whole = ours(case, terms)
+    monkeypatch.setattr("daekit.losses.chunk._BLOCK_VALUES", 1)
+    few = ours(case, terms)
+    for mine, theirs in zip([*vars(few[0]).values(), *few[1]], [*vars(whole[0]).values(), *whole[1]], strict=True):
+        assert mine is theirs is None or torch.equal(mine, theirs)
+    check(case, terms, 1e-5)
+
+
 def test_cross_entropy_alone_needs_no_output() -> None:
     case = replace(make_case(n=23), members=[]).to(torch.float32)
     terms = make_terms(ce_weight=1.0, prediction_weight=0.0, temperature=2.0, chunk_tokens=4)

@@ -18,11 +18,15 @@ from daekit.recipe.objective import Objective
 Values = tuple[Tensor, Tensor, Tensor]
 Compare = Callable[[Tensor], tuple[Tensor, Tensor]]
 
+# Logits of each thread that go through all passes together, 1 MB in float32. CPU milliseconds of a divergence, 512 tokens of a
+# vocabulary of 32,000, one thread: jsd whole 315, by 64 tokens 206, 16 163, 8 159, 4 166, 1 204; forward KL whole 74, by 8 41.
+_BLOCK_VALUES = 2**18
+
 
 def chunk_losses_on(device: torch.device, dtype: torch.dtype) -> Callable[..., Values]:
     """``chunk_losses`` for a device: a Triton kernel on CUDA (but for float64), torch elsewhere; the same result."""
     if device.type != "cuda" or dtype == torch.float64:
-        return chunk_losses
+        return _dense_by_rows
     from daekit.losses.kernels import prediction as kernels  # needs triton
 
     return kernels.chunk_losses
@@ -85,6 +89,31 @@ def chunk_losses(
             grad_logits.mul_(capped.div_(softcap).square_().neg_().add_(1))
         student_MV.copy_(_scaled_(grad_logits, head.scale))
     return ce_M, divergence_M, correct_M
+
+
+def by_rows(student_MV: Tensor, part: Callable[[slice], Values]) -> Values:
+    """What ``part`` says of all rows, asked for a few at a time: these stay in a CPU's cache while all passes go over them."""
+    tokens, vocabulary = student_MV.shape
+    threads = torch.get_num_threads()
+    step = max(threads, threads * _BLOCK_VALUES // vocabulary) if student_MV.device.type == "cpu" else tokens
+    blocks = [slice(start, start + step) for start in range(0, tokens, step)] or [slice(0, 0)]
+    ce_M, divergence_M, correct_M = (torch.cat(parts) for parts in zip(*map(part, blocks), strict=True))
+    return ce_M, divergence_M, correct_M
+
+
+def _dense_by_rows(
+    student_MV: Tensor,
+    teacher_MV: Tensor | None,
+    labels_M: Tensor,
+    objective: Objective,
+    head: OutputHead,
+    wants_gradient: bool,
+) -> Values:
+    def part(rows: slice) -> Values:
+        teacher = None if teacher_MV is None else teacher_MV[rows]
+        return chunk_losses(student_MV[rows], teacher, labels_M[rows], objective, head, wants_gradient)
+
+    return by_rows(student_MV, part)
 
 
 def _log_softmax_(logits: Tensor, temperature: float) -> Tensor:

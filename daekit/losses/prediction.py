@@ -3,7 +3,7 @@
 Logits exist for one chunk of tokens at a time, in both models. The gradient with respect to the hidden states and the head
 is computed in the forward pass, while the chunk's logits are there, so that nothing of size N x V outlives its chunk.
 Memory beyond the inputs: N x H for the gradient of the hidden states, V x H for that of the head if it is trained (float32
-where several chunks are summed), the heads in the compute dtype where they have another, and about ``4 x chunk x V`` floats of
+where several chunks are summed), the heads in the compute dtype where they have another, and about ``2 x chunk x V`` floats of
 work space.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from daekit.errors import UserError
-from daekit.losses.chunk import Values, chunk_losses, chunk_losses_on
+from daekit.losses.chunk import Values, by_rows, chunk_losses, chunk_losses_on
 from daekit.losses.divergences import divergence_of
 from daekit.losses.top_k import bucket_log_probs, bucketed
 from daekit.models.heads import common_columns, compute_dtype, in_dtype, project, teacher_logits
@@ -196,7 +196,15 @@ class _Chunks:
             buckets = bucket_log_probs(output, self.head.vocab_size, self.objective, self.exact)
 
             def sparse(student: Tensor, labels: Tensor, rows: slice) -> Values:
-                return chunk_losses(student, lambda s: bucketed(divergence, s, ids[rows], buckets[rows]), labels, *how)
+                ids_MK, buckets_MK = ids[rows], buckets[rows]
+
+                def part(few: slice) -> Values:
+                    def compare(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+                        return bucketed(divergence, log_probs, ids_MK[few], buckets_MK[few])
+
+                    return chunk_losses(student[few], compare, labels[few], *how)
+
+                return by_rows(student, part)
 
             return sparse
         members = tuple(replace(m, head=in_dtype(m.head, compute_dtype(m.hidden_MH))) for m in output.members)

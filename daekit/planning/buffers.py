@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from daekit.losses.chunk import chunk_losses
+from daekit.losses.chunk import chunk_losses_on
 from daekit.losses.prediction import tokens_per_chunk
 from daekit.models.features import layers_of
 from daekit.planning.machine import Machine
@@ -151,7 +151,8 @@ class Buffers:
             labels = torch.zeros(step, dtype=torch.long)
             head = OutputHead(student, None, columns)
             given = [t for t in (student, teacher, labels) if t is not None]
-            return peak_bytes(lambda: chunk_losses(student, teacher, labels, objective, head, True), given)
+            losses = chunk_losses_on(student.device, dtype)
+            return peak_bytes(lambda: losses(student, teacher, labels, objective, head, True), given)
 
 
 def gradient_bytes(weight: Tensor) -> int:
