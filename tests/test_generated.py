@@ -581,6 +581,10 @@ stages:
         ("sources.made.generated.prompts={written: bos, max_new_tokens: 9}", "belongs to `written: self`"),
         ("sources.made.generated.prompts={written: self, chat: true}", "belongs to `path`"),
         (
+            "sources.made.generated.prompts='builtin:shopp'",
+            "is not an embedded corpus (skills, chat and shop); did you mean 'shop'",
+        ),
+        (
             "sources.made.generated.prompts={path: 'builtin:shop', columns: {completion: answer}}",
             "only prompt and messages are read",
         ),

@@ -93,6 +93,10 @@ def test_all_errors_at_once() -> None:
         ("models.on.dtype=float32", "models has no 'on'; did you mean 'one'?"),
         ("benchmarks.pairs.path=nowhere", "'nowhere' does not exist"),
         ("benchmarks.pairs.limit=0", "must be greater than 0"),
+        (
+            "benchmarks.rows={type: rows, domain: shop, path: 'builtin:shopp'}",
+            "is not an embedded corpus (skills, chat and shop)",
+        ),
         ("benchmarks.text.stride=1024", "must be less than window"),
         ("benchmarks.text.texts={}", "texts: must not be empty"),
         ("benchmarks.text.texts={pairs: .}", "is also that of 'pairs'"),

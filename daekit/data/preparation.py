@@ -168,27 +168,20 @@ def fit_to_length(
         crowded[answered] = _prompts(dataset.select(np.flatnonzero(answered))) > limits[answered] - max_new_tokens
     emptied = long & ~blank & ~dropped & (sizes["loss_within"] == 0)
     stay = ~(blank | dropped | crowded | emptied)
+    left_out = {"dropped": dropped, "crowded": crowded, "emptied": emptied, "blank": blank}
     counts = {
         domain: DomainCount(
             rows=int((stay & mine).sum()),
             loss_tokens=int(sizes["loss_within"][stay & mine].sum()),
             truncated=int((long & stay & mine).sum()),
-            dropped=int((dropped & mine).sum()),
-            crowded=int((crowded & mine).sum()),
-            emptied=int((emptied & mine).sum()),
-            blank=int((blank & mine).sum()),
+            **{fate: int((rows & mine).sum()) for fate, rows in left_out.items()},
         )
         for domain in dict.fromkeys(domains)
         for mine in [domains == domain]
     }
     for domain, count in counts.items():
         if count.rows == 0:
-            raise UserError(
-                f"the {name} data set: domain {domain!r} loses all its {int((domains == domain).sum())} rows "
-                f"({count.blank} have nothing to predict, {count.dropped} are longer than max_length={max_length}, "
-                f"{count.crowded} leave no room for max_new_tokens={max_new_tokens}, "
-                f"{count.emptied} lose their whole response at max_length={max_length}). Raise max_length or mend the rows."
-            )
+            raise _nothing_left(name, domain, int((domains == domain).sum()), count, max_length, max_new_tokens)
     if not stay.all():
         dataset = dataset.select(np.flatnonzero(stay))
     if (long & stay).any():
@@ -279,6 +272,17 @@ def _overlong_message(domains: np.ndarray, lengths: np.ndarray, long: np.ndarray
         f"the {name} data set: {int(long.sum())} of {len(lengths)} rows have more than {limit} "
         f"({per_domain}; the longest is row {worst} with {int(lengths[worst])}). "
         f"Raise {limit.split('=')[0]}, or set overlong to 'truncate' or 'drop'."
+    )
+
+
+def _nothing_left(
+    name: str, domain: str, rows: int, count: DomainCount, max_length: int | None, max_new_tokens: int
+) -> UserError:
+    room = f"{count.crowded} leave no room for max_new_tokens={max_new_tokens}, " if count.crowded else ""
+    return UserError(
+        f"the {name} data set: domain {domain!r} loses all its {rows} rows ({count.blank} have nothing to predict, "
+        f"{count.dropped} are longer than max_length={max_length}, {room}{count.emptied} lose their whole response at "
+        f"max_length={max_length}). Raise max_length or mend the rows."
     )
 
 

@@ -13,7 +13,7 @@ from daekit.recipe.judge import url_problems
 from daekit.recipe.model import ModelSpec, StudentSpec  # noqa: F401 (pydantic looks the names of ModelSpec up here)
 from daekit.recipe.reading import Choice, FilePath, Flag, Number, Spec, Text, Whole
 from daekit.recipe.suite import Column, ServedModelSpec, SuiteModelSpec
-from daekit.recipe.validation import Problems, missing
+from daekit.recipe.validation import Problems, missing_rows
 
 _OWN_WORDS = ("self", "bos")
 _READING = ("split", "name", "revision", "columns", "chat", "limit")
@@ -92,8 +92,7 @@ class PromptsSpec(Spec):
         ways = [key for key in ("written", "source", "path") if getattr(self, key) is not None]
         if len(ways) != 1:
             yield (), f"must be exactly one of self, bos, {{path: ...}} and {{source: ...}}, not {listed(ways)}"
-        if self.path is not None and not self.path.startswith("builtin:"):
-            yield from missing("path", self.path)
+        yield from missing_rows("path", self.path)
         for key in _READING if self.path is None else ():
             if self.changed(key) and not (key == "limit" and self.source is not None):
                 yield key, "belongs to `path`: it would do nothing"

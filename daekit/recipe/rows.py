@@ -7,15 +7,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from daekit.errors import listed, nearest
+from daekit.errors import listed
 from daekit.recipe.generated import GeneratedSpec
 from daekit.recipe.reading import Choice, FilePath, Flag, Number, Spec, Text, Whole, content
 from daekit.recipe.suite import Column
-from daekit.recipe.validation import Problems, bad_name, missing
+from daekit.recipe.validation import BUILTIN_CORPORA, Problems, bad_name, missing, missing_rows
 
 NO_VALIDATION = "give `validation`, `validation_split` or `holdout`"
 SourceColumn = Literal[Column, "teacher_prompt"]
-BUILTIN_CORPORA = ("skills", "chat", "shop")  # the embedded corpora that ``path: builtin:NAME`` may name
 
 
 class SourceSpec(Spec):
@@ -70,12 +69,8 @@ class SourceSpec(Spec):
             rest = re.sub(r"\{[^{}]+\}", "", theirs)
             if rest.count("{") != rest.count("}") or (rest == theirs and "{" in rest):
                 yield ("columns", column), f"{theirs!r} has a brace without its other; a column is named so: {{page}}"
-        for key, path in (("path", self.path), ("validation", self.validation)):
-            if path is None or not path.startswith("builtin:"):
-                yield from missing(key, path)
-            elif (name := path.removeprefix("builtin:")) not in BUILTIN_CORPORA:
-                hint = nearest(name, BUILTIN_CORPORA)
-                yield key, f"{path!r} is not an embedded corpus ({listed(BUILTIN_CORPORA)}){hint}"
+        yield from missing_rows("path", self.path)
+        yield from missing_rows("validation", self.validation)
         ways = [key for key in ("validation", "validation_split", "holdout") if getattr(self, key) is not None]
         if len(ways) > 1:
             yield ways[-1], f"{listed(ways)} exclude each other; set all but one to null (or leave them out)"

@@ -14,14 +14,13 @@ from daekit.errors import UserError
 from daekit.recipe.adapter_config import adapter_stage, read_adapter_config
 from daekit.recipe.model import CalibrationSpec, Dtype, ModelSpec, Quantization, StudentSearchSpec, StudentSpec
 from daekit.recipe.reading import ByType, FilePath, Flag, Spec, Text, Whole, content
-from daekit.recipe.rows import BUILTIN_CORPORA, MixtureSpec, SourceSpec, TokenizerSpec, TokenizerTraining
+from daekit.recipe.rows import MixtureSpec, SourceSpec, TokenizerSpec, TokenizerTraining
 from daekit.recipe.stages import LARGEST_SEED, STAGES, DAEStage, KDStage, LoraSpec, SFTStage, StageSpec
 from daekit.recipe.suite import Column, SuiteSpec
 from daekit.recipe.teacher import CacheSpec, TeacherSpec, WeightedModelSpec
 from daekit.recipe.tree import Path
 
 __all__ = [
-    "BUILTIN_CORPORA",
     "STUDENT_AS_IT_WAS",
     "CacheSpec",
     "CalibrationSpec",

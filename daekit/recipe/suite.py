@@ -17,7 +17,7 @@ from daekit.errors import listed, nearest
 from daekit.recipe.judge import JudgeSpec, url_problems
 from daekit.recipe.model import LoadingSpec, ModelSpec
 from daekit.recipe.reading import ByType, Choice, FilePath, Flag, Free, Number, Spec, Text, Whole
-from daekit.recipe.validation import Problems, bad_name, missing, unknown
+from daekit.recipe.validation import Problems, bad_name, missing, missing_rows, unknown
 
 Column = Literal["messages", "prompt", "completion", "text", "answer"]
 # What stands before a text of which every token is scored: a model says nothing about the first token of nothing.
@@ -186,8 +186,7 @@ class RowsSpec(BenchmarkSpec):
 
     def problems(self) -> Problems:
         """Rows or a reference that are not there."""
-        if self.path is not None and not self.path.startswith("builtin:"):
-            yield from missing("path", self.path)
+        yield from missing_rows("path", self.path)
         yield from bad_name("domain", self.domain, "domain", dots=True)
         if self.reference is not None and self.reference.path is None:
             yield "reference", "the reference needs the path of a model"

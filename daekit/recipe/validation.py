@@ -151,6 +151,7 @@ class Errors:
 # ---- names and paths, before anything is opened ----------------------------------------------------------------------
 
 DATA_FILES = (".jsonl", ".json", ".ndjson", ".parquet")
+BUILTIN_CORPORA = ("skills", "chat", "shop")  # the embedded corpora that ``path: builtin:NAME`` may name
 _NAME, _DOTTED_NAME = re.compile(r"[\w-]+"), re.compile(r"\w[\w.-]*")
 _LONGEST_NAME = 100  # bytes; a file system takes 255, and checkpoints, shards and temporary files add to it
 
@@ -183,6 +184,14 @@ def missing(key: Key, path: str | None, local: bool = False, suffixes: tuple[str
     elif path is not None and (local or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(suffixes)):
         found = os.path.exists(os.path.expanduser(path))
         yield from (() if found else [(key, f"{path[:200]!r} does not exist; correct it, or override this key")])
+
+
+def missing_rows(key: Key, path: str | None) -> Problems:
+    """A path of rows leads somewhere, or names an embedded corpus that there is."""
+    if path is None or not path.startswith("builtin:"):
+        yield from missing(key, path)
+    elif (name := path.removeprefix("builtin:")) not in BUILTIN_CORPORA:
+        yield key, f"{path!r} is not an embedded corpus ({listed(BUILTIN_CORPORA)}){nearest(name, BUILTIN_CORPORA)}"
 
 
 def bad_directory(key: Key, path: str | None) -> Problems:
