@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,17 +102,9 @@ def by_rows(student_MV: Tensor, part: Callable[[slice], Values]) -> Values:
     return ce_M, divergence_M, correct_M
 
 
-def _dense_by_rows(
-    student_MV: Tensor,
-    teacher_MV: Tensor | None,
-    labels_M: Tensor,
-    objective: Objective,
-    head: OutputHead,
-    wants_gradient: bool,
-) -> Values:
+def _dense_by_rows(student_MV: Tensor, teacher_MV: Tensor | None, labels_M: Tensor, *how: Any) -> Values:
     def part(rows: slice) -> Values:
-        teacher = None if teacher_MV is None else teacher_MV[rows]
-        return chunk_losses(student_MV[rows], teacher, labels_M[rows], objective, head, wants_gradient)
+        return chunk_losses(student_MV[rows], None if teacher_MV is None else teacher_MV[rows], labels_M[rows], *how)
 
     return by_rows(student_MV, part)
 

@@ -52,15 +52,15 @@ def drawn_metrics(rows: Sequence[Row]) -> list[str]:
     return [*shares[:1], *(metric for metric in metrics if metric == "nll")]
 
 
-def _forgetting(rows: Sequence[Row], metric: str, baseline: str) -> dict[str, list[Row]]:
-    """Model -> its forgetting; in nats it is the KL to the baseline, where that is the reference, for the NLL of answers that
-    another has written falls when a model takes on their style."""
+def _forgetting(rows: Sequence[Row], metric: str, baseline: str) -> tuple[str, dict[str, list[Row]]]:
+    """(what is drawn, model -> its forgetting); in nats it is the KL to the baseline, where that is the reference, for the NLL
+    of answers that another has written falls when a model takes on their style."""
     losses = _top_level(rows, f"{metric}_forgetting")
     domains = {row.domain for of_model in losses.values() for row in of_model}
     measured = _top_level([row for row in rows if row.domain in domains], "kl_to_reference")
     if metric == "nll" and measured.keys() > losses.keys() and not any(row.value for row in measured.get(baseline, [])):
-        return measured
-    return losses
+        return "KL to the baseline", measured
+    return "forgetting", losses
 
 
 def gain_forgetting_figure(rows: Sequence[Row], models: Sequence[str], baseline: str, text: str) -> Figure | None:
@@ -82,8 +82,7 @@ def _draw(
 ) -> list[tuple[float, float, str, str]]:
     """Draw the points of one metric; returns (x, y, name, colour) of each."""
     gains = _top_level(rows, f"{metric}_gain")
-    losses = _forgetting(rows, metric, baseline)
-    drift = any(row.metric == "kl_to_reference" for of_model in losses.values() for row in of_model)
+    title, losses = _forgetting(rows, metric, baseline)
     pairs = [(m, g, f) for m in models for g in gains.get(m, []) for f in losses.get(m, [])]
     several = len({(g.domain, f.domain) for _, g, f in pairs}) > 1
     scale, unit = (1.0, "nats per token") if metric == "nll" else (100.0, "percentage points")
@@ -102,7 +101,7 @@ def _draw(
     style_axes(ax, text)
     ax.margins(0.14)
     ax.set_title(metric_title(metric), fontsize=11, loc="left", color=text)
-    ax.set_xlabel(f"{'KL to the baseline' if drift else 'forgetting'} on {_names(losses)} ({unit})   ← less is better")
+    ax.set_xlabel(f"{title} on {_names(losses)} ({unit})   ← less is better")
     ax.set_ylabel(f"gain on {_names(gains)} ({unit})   more is better →")
     return marks
 
