@@ -27,8 +27,8 @@ from tests.helpers.attention_cases import EVERY, PACKED, PADDED, SOME, Side, bat
 def test_equals_whole_maps(
     rows: list[list[int]], kept: set[tuple[int, int]], windows: Any, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_blocks, "_BLOCK_VALUES", block)
-    monkeypatch.setattr(attention_blocks, "_SHORTEST_BLOCK", 2)
+    monkeypatch.setattr(attention_blocks, "BLOCK_VALUES", block)
+    monkeypatch.setattr(attention_blocks, "SHORTEST_BLOCK", 2)
     batch = batch_of(rows, kept)
     student, teacher = make_side(batch, 0, window=windows[0]), make_side(batch, 1, window=windows[1])
     check(student, teacher, torch.float64, 1e-12, upstream=0.37)

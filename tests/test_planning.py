@@ -102,6 +102,8 @@ def test_losses_inside_the_model_keep_queries_keys_and_hidden_states() -> None:
     assert attention - base == tokens * layers * 2 * 96 * four_bytes
     hidden = parts("stages.kd.loss.hidden_weight=1", phase="the loss")[OUTPUTS]
     assert hidden - base == tokens * layers * 96 * four_bytes
+    deeper = ("stages.kd.teacher.config.num_hidden_layers=8", "stages.kd.loss={hidden_weight: 1, hidden_layers: [[0, 7]]}")
+    assert parts(*deeper, phase="the loss")[OUTPUTS] - base == tokens * 96 * four_bytes, "pairs reach below the student"
 
 
 def test_lora_trains_the_adapter_alone() -> None:

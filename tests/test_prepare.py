@@ -203,6 +203,34 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], str, str]] = {
         "stages.aligned: teachers",
         "the student follows itself",
     ),
+    "layers that are not there": (
+        nothing,
+        ["stages.cut.loss={attention_weight: 1, attention_layers: [[0, 9]]}"],
+        "stages.cut.loss",
+        "the student has 1 layers, the teacher 2",
+    ),
+    "heads of another number": (
+        nothing,
+        ["stages.cut.student.shape={num_attention_heads: 2, num_key_value_heads: 1}", "stages.cut.loss.attention_weight=1"],
+        "stages.cut.loss",
+        "attention heads, its teacher 4",
+    ),
+    "origin of a student that was not cut": (
+        nothing,
+        ["stages.cut.student=OUT/base", "stages.cut.loss={hidden_weight: 1, hidden_layers: origin}"],
+        "stages.cut.loss",
+        "was not made from a teacher",
+    ),
+    "origin of a student of another teacher": (
+        nothing,
+        [
+            "stages.cut.teacher={config: {model_type: mistral, num_hidden_layers: 5, hidden_size: 32}}",
+            "stages.cut.loss={hidden_weight: 1, hidden_layers: origin}",
+            "tokenizer=OUT/base",
+        ],
+        "stages.cut.loss",
+        "cut to 1 of its teacher's 2 layers, but has 1, and is compared with a teacher of 5",
+    ),
     "options that do not go together": (
         nothing,
         ["stages.expert.trainer.logging_steps=0"],
@@ -300,6 +328,21 @@ def test_what_is_prepared_is_what_is_trained(world: Path, capsys: pytest.Capture
     lines = [line for line in preview(ready, 0).splitlines() if line.startswith("    shop")]
     assert len(lines) == 4 and all(line in said for line in lines)
     assert not prepare(small).stages and "nothing will be trained" in preview(prepare(small))
+
+
+def test_a_cut_student_is_compared_with_the_layers_that_it_was_cut_from(world: Path) -> None:
+    """Its only layer is the teacher's first: ``uniform`` would compare it with the last."""
+    ends = {}
+    for choice in ("origin", "[[0, 0]]", "uniform"):
+        out = world / f"run-{len(ends)}"
+        loss = f"stages.cut.loss={{attention_weight: 1, hidden_weight: 1, attention_layers: {choice}, hidden_layers: {choice}}}"
+        cut = recipe(world, f"output_dir={out}", loss, "stages.cut.student.importance=first")
+        run_recipe(cut.model_copy(update={"stages": {"cut": cut.stages["cut"]}, "evaluation": None}))
+        ends[choice] = load_file(out / "stages/cut/model/model.safetensors")
+        config = json.loads((out / "stages/cut/model/config.json").read_text())
+        assert config["daekit_origin"] == {"layers": [0], "of": 2}, "what is trained on says so, too"
+    assert all(torch.equal(ends["origin"][name], ends["[[0, 0]]"][name]) for name in ends["origin"])
+    assert not all(torch.equal(ends["origin"][name], ends["uniform"][name]) for name in ends["origin"])
 
 
 def test_sources_of_other_forms_are_mixed_each_as_it_is(world: Path) -> None:

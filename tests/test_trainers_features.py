@@ -153,7 +153,7 @@ def test_match_layers(choice: Any, depths: tuple[int, int], pairs: dict[int, int
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("first_2", "choose uniform, last_K"),
+        ("first_2", "choose uniform, origin, last_K"),
         ("last_4", "student's layer -1 on teacher's layer 1 does not exist"),
         (((0, 5),), "the student has 3 layers, the teacher 5"),
         (((0, 1), (0, 2)), "named twice"),

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from daekit.protocol import AttentionLayer
 
-_BLOCK_VALUES = 2**20  # scores per block and model
-_SHORTEST_BLOCK = 32  # queries: each block goes over all keys before it. 8,192 tokens, 8 heads: 16 3.48 s, 32 3.09, 64 3.03
+BLOCK_VALUES = 2**20  # scores per block and model
+SHORTEST_BLOCK = 32  # queries: each block goes over all keys before it. 8,192 tokens, 8 heads: 16 3.48 s, 32 3.09, 64 3.03
 
 
 def attention_kl_(
@@ -34,7 +34,7 @@ def attention_kl_(
         row = _Row(student, teacher, first_n, first_m, places, length)
         offsets = offset_N[first_n : first_n + count].cpu()
         grad_key = torch.zeros_like(row.student_key)
-        size = max(_SHORTEST_BLOCK, _BLOCK_VALUES // (student.query_NAD.shape[1] * length))
+        size = max(SHORTEST_BLOCK, BLOCK_VALUES // (student.query_NAD.shape[1] * length))
         for start in range(0, count, size):
             queries = slice(start, min(start + size, count))
             at = slice(first_n + queries.start, first_n + queries.stop)

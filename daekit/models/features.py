@@ -29,7 +29,10 @@ from daekit.protocol import (
     LayerChoice,
     Teacher,
 )
+from daekit.recipe.objective import Objective
 
+# in the config of a student made from its teacher: {"layers": those that its own were, "of": how many the teacher has}
+ORIGIN = "daekit_origin"
 _LAST = re.compile(r"^last_([1-9]\d*)$")
 # what configs call layers with softmax attention; "hybrid": Zamba's, a state-space layer with attention in it
 _SOFTMAX_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
@@ -37,17 +40,30 @@ _SOFTMAX_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "a
 _NO_PLAIN_SOFTMAX = {"gpt_oss": "attention sinks", "bloom": "position biases (ALiBi)", "mpt": "position biases (ALiBi)"}
 
 
+def feature_spec(objective: Objective, student: PreTrainedConfig) -> FeatureSpec | None:
+    """What an objective compares a student with besides distributions; None if nothing."""
+    if not (objective.attention_weight or objective.hidden_weight):
+        return None
+    return FeatureSpec(
+        student.get_text_config(),
+        attention=objective.attention_layers if objective.attention_weight else None,
+        hidden=objective.hidden_layers if objective.hidden_weight else None,
+        relation_heads=objective.attention_relation_heads,
+    )
+
+
 def layers_of(spec: FeatureSpec, teacher: PreTrainedConfig) -> FeatureLayers:
     """The layers of a teacher that a spec means.
 
     Raises:
-        UserError: layers that do not exist; other numbers of heads without relation heads; an attention implementation
-            that cannot be captured.
+        UserError: layers that do not exist; ``origin`` of a student that was not cut from this teacher; other numbers of heads
+            without relation heads; an attention implementation that cannot be captured, if one has been chosen.
     """
     ours, theirs = spec.student, teacher.get_text_config()
     depths = ours.num_hidden_layers, theirs.num_hidden_layers
+    layers = [_origin(ours, depths[1]) if choice == "origin" else choice for choice in (spec.attention, spec.hidden)]
     attention: Mapping[int, int] = {}
-    if spec.attention is not None:
+    if layers[0] is not None:
         for who, config in (("teacher", theirs), ("student", ours)):
             _require_softmax(who, config)
         if spec.relation_heads is None:
@@ -55,14 +71,28 @@ def layers_of(spec: FeatureSpec, teacher: PreTrainedConfig) -> FeatureLayers:
         else:
             for who, config in (("student", ours), ("teacher", theirs)):
                 require_divisible(who, config, spec.relation_heads)
-        if isinstance(spec.attention, str):
+        if isinstance(layers[0], str):
             mine, yours = softmax_layers(ours), softmax_layers(theirs)
-            pairs = match_layers(spec.attention, len(mine), len(yours))
+            pairs = match_layers(layers[0], len(mine), len(yours))
             attention = {mine[student]: yours[teacher] for student, teacher in pairs.items()}
         else:
-            attention = match_layers(spec.attention, *depths)
-    hidden = match_layers(spec.hidden, *depths) if spec.hidden is not None else {}
+            attention = match_layers(layers[0], *depths)
+    hidden = match_layers(layers[1], *depths) if layers[1] is not None else {}
     return FeatureLayers(attention, hidden, theirs.hidden_size)
+
+
+def _origin(student: PreTrainedConfig, depth: int) -> LayerChoice:
+    """The pairs of a student's layers and those that they were cut from; ``depth``: its teacher's layers."""
+    origin = getattr(student, ORIGIN, None)
+    remedy = "choose uniform, last_K (last_4), or pairs of a student's and a teacher's layer"
+    if origin is None:
+        raise UserError(f"layers origin: the student was not made from a teacher (no {ORIGIN} in its config); {remedy}")
+    if (len(origin["layers"]), origin["of"]) != (student.num_hidden_layers, depth):
+        raise UserError(
+            f"layers origin: the student was cut to {len(origin['layers'])} of its teacher's {origin['of']} layers, but has "
+            f"{student.num_hidden_layers}, and is compared with a teacher of {depth}; {remedy}"
+        )
+    return tuple(enumerate(origin["layers"]))
 
 
 def softmax_layers(config: PreTrainedConfig) -> list[int]:
@@ -86,7 +116,8 @@ def _require_softmax(who: str, config: PreTrainedConfig) -> None:
             f"{who} ({config.model_type}): its attention has {found}, so its weights are not the causal softmax of scaled "
             "scores that the attention loss compares, whatever attn_implementation. Set attention_weight to 0 for this model."
         )
-    capturing_function(config._attn_implementation, f"{who} ({config.model_type})")
+    if config._attn_implementation is not None:  # of a model that is loaded, not of a config alone
+        capturing_function(config._attn_implementation, f"{who} ({config.model_type})")
 
 
 def match_layers(choice: LayerChoice, student: int, teacher: int) -> dict[int, int]:
@@ -106,7 +137,7 @@ def match_layers(choice: LayerChoice, student: int, teacher: int) -> dict[int, i
     elif last is not None:
         pairs = [(student - back, teacher - back) for back in range(int(last.group(1)), 0, -1)]
     elif isinstance(choice, str) or not choice:
-        raise UserError(f"layers {choice!r}: choose uniform, last_K (last_4), or pairs of a student's and a teacher's layer")
+        raise UserError(f"layers {choice!r}: choose uniform, origin, last_K (last_4), or pairs [student's, teacher's]")
     else:
         pairs = [(int(ours), int(theirs)) for ours, theirs in choice]
     for ours, theirs in pairs:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from daekit.losses.attention_blocks import BLOCK_VALUES, SHORTEST_BLOCK
 from daekit.losses.chunk import chunk_losses_on
 from daekit.losses.prediction import tokens_per_chunk
-from daekit.models.features import layers_of
+from daekit.models.features import feature_spec, layers_of
 from daekit.planning.machine import Machine
 from daekit.planning.models import FrozenModel, StageModels
 from daekit.planning.trace import MicroBatch, ModelCost, peak_bytes
@@ -19,8 +20,6 @@ from daekit.planning.training import Training
 from daekit.protocol import FeatureSpec, OutputHead
 from daekit.recipe.schema import StageSpec
 
-_BLOCK_SCORES = 2**20  # as in daekit.losses.attention_blocks
-_SHORTEST_BLOCK = 16
 _TILE = 2**22  # values of the head's gradient that are summed at a time
 
 
@@ -66,23 +65,16 @@ class Buffers:
 
     @cached_property
     def _feature_spec(self) -> FeatureSpec | None:
-        loss = self.stage.loss
-        if self.stage.type == "sft" or not (loss.attention_weight or loss.hidden_weight):
-            return None
-        return FeatureSpec(
-            self.student.config,
-            attention=loss.attention_layers if loss.attention_weight else None,  # type: ignore[arg-type]
-            hidden=loss.hidden_layers if loss.hidden_weight else None,  # type: ignore[arg-type]
-            relation_heads=loss.attention_relation_heads,
-        )
+        return None if self.stage.type == "sft" else feature_spec(self.stage.loss, self.student.config)
 
     @cached_property
     def feature_layers(self) -> tuple[int, int]:
         """(layers of the student whose attention is compared, layers whose hidden states are)."""
         if self._feature_spec is None:
             return 0, 0
-        layers = layers_of(self._feature_spec, self.student.config)
-        return len(layers.attention), len(layers.hidden)
+        teachers = [each.meta.config for members in self.models.teachers for each in members]
+        layers = [layers_of(self._feature_spec, config) for config in teachers or [self.student.config]]
+        return len({n for each in layers for n in each.attention}), len({n for each in layers for n in each.hidden})
 
     @cached_property
     def teacher_outputs(self) -> tuple[int, int]:
@@ -111,7 +103,7 @@ class Buffers:
         if not self.feature_layers[0] or self.machine.gpu:
             return 0
         row = self.student.config.num_attention_heads * self.training.length
-        return 4 * 4 * max(_BLOCK_SCORES, _SHORTEST_BLOCK * row)
+        return 4 * 4 * max(BLOCK_VALUES, SHORTEST_BLOCK * row)
 
     @cached_property
     def loss(self) -> tuple[int, int]:

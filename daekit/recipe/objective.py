@@ -19,7 +19,7 @@ from daekit.recipe.validation import Problems, dotted
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv"]
 DIVERGENCES: tuple[str, ...] = get_args(DivergenceName)
 WEIGHTS = ("ce_weight", "prediction_weight", "attention_weight", "hidden_weight")
-_LAYERS = re.compile(r"uniform|last_[1-9][0-9]{0,4}")
+_LAYERS = re.compile(r"uniform|origin|last_[1-9][0-9]{0,4}")
 
 
 def _known_layers(written: Any) -> Any:
@@ -29,7 +29,9 @@ def _known_layers(written: Any) -> Any:
     else:
         known = isinstance(choice, list | tuple) and len(choice) > 0 and all(map(_is_pair, choice))
     if not known:
-        raise ValueError("choose uniform, last_K (last_4), or pairs [[student's layer, teacher's layer], ...], counted from 0")
+        raise ValueError(
+            "choose uniform, origin, last_K (last_4), or pairs [[student's layer, teacher's layer], ...], counted from 0"
+        )
     return choice
 
 
@@ -68,8 +70,9 @@ class Objective(Spec):
     temperature: Number = Field(default=1.0, gt=0)
     """T, which divides the logits of both models; D is multiplied by T^2, but for tv."""
     attention_layers: LayerChoice = "uniform"
-    """Layers whose attention is compared: uniform (all of the student's, spread over the teacher's), last_K (the last K of
-    both), or pairs [student's layer, teacher's layer], counted from 0."""
+    """Layers whose attention is compared: uniform (all of the student's, spread over the teacher's), origin (each with the
+    layer that it was cut from, of a student that daekit made from this teacher), last_K (the last K of both), or pairs
+    [student's layer, teacher's layer], counted from 0."""
     attention_relation_heads: Whole | None = Field(default=None, ge=1)
     """Compare attention in so many relation heads (MiniLMv2, arXiv 2012.15828); null: one head to one head."""
     hidden_loss: Annotated[Literal["cosine", "mse"], Choice] = "cosine"

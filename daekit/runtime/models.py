@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from daekit.errors import UserError
 from daekit.generation import Permissions
 from daekit.models.adapters import base_spec, config_of, load_continued, require_adapters_fit
 from daekit.models.backbone import base_of
+from daekit.models.features import feature_spec, layers_of
 from daekit.models.hardware import require_attention, require_gradient, require_readable, require_trainable, settings_of
 from daekit.models.loading import load_model, load_tokenizer_of, require_shards
 from daekit.models.quantization import rank_device
@@ -25,6 +27,8 @@ from daekit.recipe import student_key
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
 from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.runtime.folders import RunFolder
+from daekit.students import Shape, choose, first_n
+from daekit.students.slicing import student_config
 from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, LabelTeacher, ModelTeacher, RoutedTeacher, ServerTeacher
 from daekit.teachers.parts import leaves, on_student
 
@@ -82,12 +86,20 @@ class ModelBuilder:
             require_same(self.tokenizer, load_tokenizer_of(base), base.path)
 
     def config(self, recipe: Recipe, spec: ModelSpec) -> PreTrainedConfig | None:
-        """The config of a model, also of a result that is not there yet; None of a student that is made from its teacher."""
-        if spec.stage is not None and not self.is_there(spec):
-            student = recipe.stages[spec.stage].student
+        """The config of a model, also of a result that is not there yet; None of a student made of experts, or searched.
+
+        Of a student that is to be cut from its teacher: which of the layers it keeps is not known yet.
+        """
+        origin = spec.stage or adapter_stage(spec.adapter)
+        if origin is not None and not self.is_there(spec):
+            student = recipe.stages[origin].student
             return None if student is None else self.config(recipe, student)
         if spec.init is not None:
-            return None
+            teacher = self.config(recipe, spec.init.from_)
+            if teacher is None or not spec.init.shape or spec.init.dense is not None:
+                return None
+            shape = replace(Shape.of(teacher), **spec.init.shape)
+            return student_config(teacher, choose(teacher, first_n(teacher), shape))
         if spec.config is not None:
             return AutoConfig.for_model(**spec.config)
         return config_of(base_spec(self.placed(spec)))
@@ -188,6 +200,22 @@ class ModelBuilder:
                 require_same(self.tokenizer, load_tokenizer_of(ModelSpec(path=folder)), folder)
         if folders and self.is_there(stage.student):
             require_adapters_fit(folders, base_spec(self.placed(stage.student)))
+
+    def require_comparable(self, recipe: Recipe, name: str) -> None:
+        """Compare the layers and heads of a stage's student with its teachers', as attention and hidden-state losses will.
+
+        Raises:
+            UserError: see ``layers_of``.
+        """
+        stage = recipe.stages[name]
+        assert stage.student is not None, "a resolved recipe names every student"
+        config = self.config(recipe, stage.student)
+        features = feature_spec(stage.loss, config) if config is not None and stage.type != "sft" else None
+        for key, spec in stage.models().items() if features is not None else ():
+            # an adapter's layers are those of the student's base
+            teacher = self.config(recipe, spec) if key[0] != "student" and spec.adapter is None else None
+            if features is not None and teacher is not None:
+                layers_of(features, teacher)
 
     def on_base(self, teachers: Mapping[str, Teacher], student: ModelSpec, device: Any) -> dict[str, Any]:
         """Teachers by domain, outside of a training: adapters run on the student's base, loaded once for all of them."""

@@ -213,6 +213,9 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
     if student is not None and stage.lora is not None:
         with found.at(f"{where}.lora"), torch.device("meta"):
             student = get_peft_model(student, peft_config(stage.lora, stage.student))
+    if not found:  # the configs can be read
+        with found.at(f"{where}.loss"):
+            models.require_comparable(recipe, name)
     if arguments is None:
         return
     if student is not None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from daekit.errors import UserError
 from daekit.evaluation import tokenize_rows
 from daekit.files import write_json
+from daekit.models.features import ORIGIN
 from daekit.models.identity import fingerprint
 from daekit.models.scoring import TokenRow
 from daekit.models.vocabulary import vocabulary_size
@@ -88,6 +89,9 @@ def build_student(
     maker = _Maker(name, spec.init, home, recipe.seed_of(name), rows, vocabulary_size(models.tokenizer))
     teacher, *others = (models.model(each, recipe.seed).to(device) for each in (spec.init.from_, *spec.init.with_))
     student = maker.make(teacher, others)
+    if "layers" not in maker.facts:  # all of them: what the teacher's config says is of the teacher's own origin
+        depth = student.config.num_hidden_layers
+        setattr(student.config, ORIGIN, {"layers": list(range(depth)), "of": depth})
     sizes = {"parameters": student.num_parameters(), "teacher_parameters": maker.teacher_parameters}
     facts = {"stage": name, **sizes, **maker.facts, "seconds": round(time.perf_counter() - start, 1)}
     half = home.model.with_suffix(".half")

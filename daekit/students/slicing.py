@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from daekit.errors import UserError
+from daekit.models.features import ORIGIN
 from daekit.students.families import Family, family_of
 from daekit.students.selection import Selection, require_valid
 from daekit.students.shapes import Shape, rotated
@@ -92,7 +93,7 @@ def require_plain(model: PreTrainedModel) -> Family:
 
 
 def student_config(config: PreTrainedConfig, selection: Selection) -> PreTrainedConfig:
-    """The config of the student: the teacher's, with other sizes and lists per layer."""
+    """The config of the student: the teacher's, with other sizes and lists per layer, and which of its layers these are."""
     shape, student = selection.shape, copy.deepcopy(config)
     sizes = {
         "num_hidden_layers": shape.num_hidden_layers,
@@ -108,6 +109,7 @@ def student_config(config: PreTrainedConfig, selection: Selection) -> PreTrained
     if layer_types is not None:
         student.layer_types = [layer_types[layer] for layer in selection.layers]
     student.name_or_path = ""
+    setattr(student, ORIGIN, {"layers": list(selection.layers), "of": config.num_hidden_layers})
     student.validate()
     return student
 

@@ -18,12 +18,13 @@ from daekit.models.backbone import base_of, checkpointed_layers
 from daekit.models.features import (
     attention_at_loss_positions,
     capture_hidden,
+    feature_spec,
     require_attention,
     require_capturable,
     require_features,
     require_hidden,
 )
-from daekit.protocol import AttentionLayer, Batch, FeatureLayers, Features, FeatureSpec, Teacher, TeacherOutput
+from daekit.protocol import AttentionLayer, Batch, FeatureLayers, Features, Teacher, TeacherOutput
 from daekit.recipe.objective import Objective
 from daekit.trainers.distributed import refuse_reentrant
 from daekit.trainers.projections import Projections
@@ -46,12 +47,9 @@ class FeatureLosses:
         self.hidden_metric = f"hidden_{objective.hidden_loss}"
         self.weights = {ATTENTION_METRIC: objective.attention_weight, self.hidden_metric: objective.hidden_weight}
         config = base_of(model).config.get_text_config()
-        self.spec = FeatureSpec(
-            config,
-            attention=objective.attention_layers if objective.attention_weight else None,
-            hidden=objective.hidden_layers if objective.hidden_weight else None,
-            relation_heads=objective.attention_relation_heads,
-        )
+        spec = feature_spec(objective, config)
+        assert spec is not None, "the objective compares features"
+        self.spec = spec
         layers = require_features(teacher).feature_layers(self.spec)
         self.attention_layers = {layer for each in layers for layer in each.attention}
         self.hidden_layers = {layer for each in layers for layer in each.hidden}
