@@ -12,13 +12,13 @@ from daekit.errors import UserError
 ADAPTER_CONFIG = "adapter_config.json"
 _HIGHEST_RANK = 2**16
 BARE_BASE = "base"  # as an ``adapter``: the student's base with its adapter off
-_STAGE = "stage:"
+STAGE = "stage:"
 _KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")  # first values that leave the weights of the base as they are
 
 
 def adapter_stage(adapter: str | None) -> str | None:
     """NAME of ``stage:NAME``; None for anything else."""
-    return adapter.removeprefix(_STAGE).strip() if adapter is not None and adapter.startswith(_STAGE) else None
+    return adapter.removeprefix(STAGE).strip() if adapter is not None and adapter.startswith(STAGE) else None
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from daekit.errors import listed
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
 from daekit.recipe.judge import url_problems
 from daekit.recipe.model import ModelSpec, StudentSpec  # noqa: F401 (pydantic looks the names of ModelSpec up here)
-from daekit.recipe.reading import Choice, FilePath, Flag, Number, Spec, Text, Whole
+from daekit.recipe.reading import Choice, FilePath, Flag, Number, Seed, Spec, Text, Whole
 from daekit.recipe.suite import Column, ServedModelSpec, SuiteModelSpec
 from daekit.recipe.validation import Problems, missing_rows
 
@@ -118,7 +118,7 @@ class GeneratedSpec(Spec):
     temperature: Number = Field(1.0, ge=0, description="Tokens are drawn at this temperature; 0: the most likely ones.")
     top_p: Number = Field(1.0, gt=0, le=1, description="Draw among the likeliest tokens that together have this probability.")
     max_new_tokens: Whole = Field(256, gt=0, description="Tokens of an answer at most.")
-    seed: Whole = Field(0, ge=0, le=2**32 - 1, description="Of what is drawn; it and an attempt's number decide its tokens.")
+    seed: Seed = Field(0, description="Of what is drawn; it and an attempt's number decide its tokens.")
     keep_unfinished: Flag = Field(False, description="Keep answers that max_new_tokens has cut.")
     min_tokens: Whole = Field(1, gt=0, description="Drop answers of fewer tokens.")
     near_duplicates: Number | None = Field(

@@ -15,7 +15,7 @@ from daekit.recipe.model import ModelSpec
 from daekit.recipe.reading import Spec
 from daekit.recipe.schema import EvaluatedModel, Recipe, StageSpec
 from daekit.recipe.suite import SuiteModelSpec, SuiteSpec
-from daekit.recipe.tree import Node, Path, Place, read_file
+from daekit.recipe.tree import DEEPEST, Node, Path, Place, read_file
 from daekit.recipe.validation import Errors, bad_directory, dotted, is_name
 
 S = TypeVar("S", bound=Spec)
@@ -23,7 +23,6 @@ _SUITES: Path = ("evaluation", "suites")
 _MODEL = "model:"
 # The mappings whose keys are the user's own names: a misspelt one must not make a new entry.
 _NAMED = (("sources",), ("stages",), ("benchmarks",), ("models",))
-_DEEPEST = 40  # keys of a path
 
 
 def load_recipe(path: str | FilePath, overrides: Sequence[str] = ()) -> Recipe:
@@ -220,7 +219,7 @@ def apply_overrides(errors: Errors, overrides: Sequence[str]) -> None:
             errors.add((), "is not of the form key.sub=value", place)
         elif not text.strip():
             errors.add((), "has no value; write null to unset a key", place)
-        elif len(names) > _DEEPEST:
+        elif len(names) > DEEPEST:
             errors.add((), f"has {len(names)} keys; nothing lies so deep", place)
         else:
             try:

@@ -9,13 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from daekit.errors import listed
-from daekit.recipe.adapter_config import same_base
+from daekit.recipe.adapter_config import STAGE, same_base
 from daekit.recipe.reading import Choice, FilePath, Flag, Free, Number, Spec, Text, Whole
 from daekit.recipe.validation import Problems, missing
 
 Quantization = Literal["4bit", "8bit"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-STAGE = "stage:"
 _CHECKPOINT = "@checkpoint-"
 Size = Literal[
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"

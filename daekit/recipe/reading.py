@@ -16,6 +16,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     GetCoreSchemaHandler,
     Strict,
     ValidationError,
@@ -66,6 +67,7 @@ def as_plain(value: Any) -> Any:
 # The types of scalars in a schema: each takes what YAML writes so, and nothing else.
 Text = Annotated[str, BeforeValidator(content)]
 Whole = Annotated[int, Strict(), BeforeValidator(as_whole)]
+Seed = Annotated[Whole, Field(ge=0, le=2**32 - 1)]  # of numpy
 Number = Annotated[float, Strict(), BeforeValidator(as_plain)]
 Flag = Annotated[bool, Strict(), BeforeValidator(as_plain)]
 Free = Annotated[dict[str, Any], BeforeValidator(as_plain)]

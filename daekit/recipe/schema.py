@@ -13,9 +13,9 @@ from pydantic import Field
 from daekit.errors import UserError
 from daekit.recipe.adapter_config import adapter_stage, read_adapter_config
 from daekit.recipe.model import CalibrationSpec, Dtype, ModelSpec, Quantization, StudentSearchSpec, StudentSpec
-from daekit.recipe.reading import ByType, FilePath, Flag, Spec, Text, Whole, content
+from daekit.recipe.reading import ByType, FilePath, Flag, Seed, Spec, Text, Whole, content
 from daekit.recipe.rows import MixtureSpec, SourceSpec, TokenizerSpec, TokenizerTraining
-from daekit.recipe.stages import LARGEST_SEED, STAGES, DAEStage, KDStage, LoraSpec, SFTStage, StageSpec
+from daekit.recipe.stages import STAGES, DAEStage, KDStage, LoraSpec, SFTStage, StageSpec
 from daekit.recipe.suite import Column, SuiteSpec
 from daekit.recipe.teacher import CacheSpec, TeacherSpec, WeightedModelSpec
 from daekit.recipe.tree import Path
@@ -130,7 +130,7 @@ class Recipe(Spec):
     stages: dict[str, Annotated[StageSpec, ByType(STAGES)]] = Field(
         min_length=1, description="Name -> stage, in the order in which they run."
     )
-    seed: Whole = Field(0, ge=0, le=LARGEST_SEED, description="Of data order, initial weights and dropout of every stage.")
+    seed: Seed = Field(0, description="Of data order, initial weights and dropout of every stage.")
     tokenizer: TokenizerSpec | None = Field(None, description="Default: that of the first student.")
     evaluation: EvaluationSpec | None = Field(None, description="The report; without it there is none.")
 

@@ -11,14 +11,12 @@ from daekit.errors import listed
 from daekit.recipe.adapter_config import BARE_BASE, same_base
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.objective import Objective, Selection
-from daekit.recipe.reading import Choice, Flag, Number, Spec, Text, Whole
+from daekit.recipe.reading import Choice, Flag, Number, Seed, Spec, Text, Whole
 from daekit.recipe.rows import MixtureSpec
 from daekit.recipe.teacher import TeacherSpec
 from daekit.recipe.trainer_options import read_trainer_options
 from daekit.recipe.tree import Path
 from daekit.recipe.validation import Errors, Problems, dotted
-
-LARGEST_SEED = 2**32 - 1  # of numpy
 
 
 class LoraSpec(Spec):
@@ -60,10 +58,8 @@ class _Stage(Spec):
     data: MixtureSpec = Field(description="The rows.")
     student: ModelSpec | None = Field(None, description="The model to train; default: the result of the stage before.")
     lora: LoraSpec | None = Field(None, description="Train an adapter on the student.")
-    seed: Whole | None = Field(
+    seed: Seed | None = Field(
         None,
-        ge=0,
-        le=LARGEST_SEED,
         description="Of this stage alone (two teachers from scratch that shall differ); default: the seed of the recipe.",
     )
     overlong: Annotated[Literal["error", "truncate", "drop"], Choice] = Field(

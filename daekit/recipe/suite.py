@@ -16,7 +16,7 @@ from pydantic import Field
 from daekit.errors import listed, nearest
 from daekit.recipe.judge import JudgeSpec, url_problems
 from daekit.recipe.model import LoadingSpec, ModelSpec
-from daekit.recipe.reading import ByType, Choice, FilePath, Flag, Free, Number, Spec, Text, Whole
+from daekit.recipe.reading import ByType, Choice, FilePath, Flag, Free, Number, Seed, Spec, Text, Whole
 from daekit.recipe.validation import Problems, bad_name, missing, missing_rows, unknown
 
 Column = Literal["messages", "prompt", "completion", "text", "answer"]
@@ -283,7 +283,7 @@ class SuiteSpec(Spec):
     )
     batch_size: Whole = Field(32, gt=0, description="Rows per forward pass.")
     bootstrap: Whole = Field(1000, gt=0, description="Resamples of the intervals.")
-    seed: Whole = Field(0, ge=0, le=2**32 - 1, description="Of sampled answers.")
+    seed: Seed = Field(0, description="Of sampled answers.")
 
     def contradictions(self, others: Sequence[str] = (), inherited: str | None = None) -> Problems:
         """Everything that refers to nothing, or cannot be measured.

@@ -30,7 +30,7 @@ _FLOAT = re.compile(
 _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 # A file with more values, or deeper ones, is a mistake or an attack (aliases of aliases): a recipe has a few hundred, six deep.
 _MOST_NODES = 20_000
-_DEEPEST = 40
+DEEPEST = 40
 _LARGEST_FILE = 4 * 2**20  # bytes
 _SHOWN = 80  # characters of a value in a message
 _HALF = "holds half of a character (a lone surrogate), which no file can hold; write the character itself"
@@ -116,7 +116,7 @@ class Loader(yaml.SafeLoader):
 
     def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:
         """Stop at once where brackets are nested too deeply: PyYAML looks ahead, which takes seconds there."""
-        if self.flow_level > _DEEPEST:
+        if self.flow_level > DEEPEST:
             raise RecursionError
         super().fetch_flow_collection_start(TokenClass)
 
@@ -211,7 +211,7 @@ class _Reader:
     def read(self, node: yaml.Node, path: Path, above: tuple[yaml.Node, ...], place: Place) -> Node:
         if any(node is other for other in above):
             raise UserError(f"{self.name}: {self.place(node)}an anchor contains an alias of itself")
-        if len(above) > _DEEPEST:
+        if len(above) > DEEPEST:
             raise RecursionError
         self.one_more()
         above = (*above, node)
