@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from daekit.evaluation.sets import EvaluationSet
 from daekit.generation.local import generate
 from daekit.models.scoring import score_rows
 from daekit.recipe.schema import EvaluationSpec
+from daekit.teachers import ModelTeacher
 from tests.helpers import tiny
 
 USER, ANSWER = {"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7 w8 w9"}
@@ -349,6 +351,27 @@ def test_every_metric_of_a_whole_evaluation(measured):
     assert rows["shop", "exact_match"].value == pytest.approx(1 / 9)
     assert all(row.low <= row.value <= row.high for row in rows.values())
     assert {row.n for (domain, _), row in rows.items() if domain == "shop"} == {9}
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_kl_to_a_reference_is_the_same_with_a_teacher_beside_it_and_without(taught, measured):
+    """Without one the model runs once for both; a teacher's own prompt changes neither its likelihood nor that KL."""
+    prompt = (lambda row: row.prompt_ids[:1] + row.prompt_ids) if taught else lambda row: None
+    told = {
+        name: replace(each, rows=tuple(replace(row, teacher_prompt_ids=prompt(row)) for row in each.rows))
+        for name, each in measured.sets.items()
+        if name == "catalogue"
+    }
+    spec = EvaluationSpec(generate=False, batch_size=4)
+    reference, teacher = ModelTeacher(tiny.model(seed=2), len(tiny.WORDS)), ModelTeacher(measured.teacher, len(tiny.WORDS))
+    found = [
+        evaluate_model("kd", measured.model, tiny.tokenizer(), told, spec=spec, teachers=teachers, reference=reference).values
+        for teachers in ({}, {"shop": teacher}, {"shop": reference})
+    ]
+    assert set(found[0]) == set(found[1]) - {("shop", "catalogue", "kl_to_teacher")}
+    for key, values in found[0].items():
+        assert all(np.array_equal(values.total_R, other[key].total_R) for other in found[1:]), key
+    assert found[0]["shop", "catalogue", "kl_to_reference"].mean > 0
 
 
 def test_samples_of_a_whole_evaluation(measured):

@@ -30,10 +30,11 @@ class EvaluationSet:
     left_out: tuple[int, ...] = ()
 
     def fingerprint(self) -> str:
-        """A hash of the tokens of all rows and of which of them are scored."""
+        """A hash of all that is measured on the rows: tokens, which of them are scored, prompts, right answers."""
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(repr((list(row.input_ids), list(row.labels))).encode())
+            prompts = [None if ids is None else list(ids) for ids in (row.prompt_ids, row.teacher_prompt_ids)]
+            digest.update(repr((list(row.input_ids), list(row.labels), *prompts, row.reference, row.answer)).encode())
         return digest.hexdigest()[:16]
 
     def notes(self, source: str) -> list[str]:

@@ -23,6 +23,7 @@
         source.json         who wrote them, and what became of the attempts; written last: the source is complete
       caches/KEY/           what teachers said about the rows, see daekit.teachers.cache
       report/               report.html, report.md, report.json, ...
+        measured/KEY.json   what was measured of one model, row by row, by the facts that it depends on
       suites/NAME/          what a suite of the recipe found
 """
 
@@ -119,6 +120,10 @@ class RunFolder:
     def cache(self, key: str) -> Path:
         """The cache of a teacher, by the facts that it depends on."""
         return self.root / "caches" / key
+
+    def measured(self, key: Mapping[str, Any]) -> Path:
+        """What the report has measured of a model, by the facts that it depends on."""
+        return self.report / "measured" / f"{facts_hash(key)[:12]}.json"
 
     def stage(self, name: str) -> StageFolder:
         """The folder of a stage."""

@@ -9,12 +9,17 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from daekit.evaluation import EvaluationSet, ModelEvaluation, compare, evaluate_model, select_samples
+from daekit.evaluation.likelihood import Measured
+from daekit.evaluation.suites.results import load_measured, save_measured
+from daekit.models.backbone import base_of
+from daekit.models.identity import fingerprint
 from daekit.progress import Progress
 from daekit.protocol import Teacher
 from daekit.recipe.adapter_config import BARE_BASE
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, DAEStage, EvaluatedModel, KDStage, ModelSpec, Recipe, TeacherSpec
 from daekit.recipe.validation import dotted
 from daekit.report import Report
+from daekit.report.provenance import versions
 from daekit.runtime.data import DataBuilder, LossRule
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.models import ModelBuilder
@@ -39,26 +44,7 @@ def build_report(
         for key in (key for key, teacher in recipe.measured_teachers(name).items() if teacher.cache is not None):
             why = "loaded to measure KL to it on validation rows, for its cache holds rows of the training"
             print(f"[report] stages.{name}.{dotted(key)}: {why}", flush=True)
-    evaluations: list[ModelEvaluation] = []
-    for each in spec.models:
-        print(f"[report] evaluating {each.name}", flush=True)
-        model = _model(recipe, each, models).to(device)
-        domains = {rows.domain for rows in sets.values()}
-        stage = each.name if each.is_stage else None
-        teachers = _teachers(recipe, stage, models, domains, device)
-        reference = teachers.pop(_REFERENCE, None)
-        progress = Progress(f"[report] {each.name}", "rows")
-        evaluations.append(
-            evaluate_model(
-                *(each.name, model, models.tokenizer, sets),
-                spec=spec,
-                teachers=teachers,
-                reference=reference,
-                progress=progress.part,
-            )
-        )
-        progress.close()
-        del model, teachers, reference  # before the next ones are loaded
+    evaluations = [_evaluation(recipe, each, folder, sets, models, device) for each in spec.models]
     rows = [row for evaluation in evaluations for row in evaluation.rows(spec.bootstrap)]
     if spec.baseline is not None:
         rows += compare(evaluations, spec.baseline, reference_domains=_reference_domains(recipe), rounds=spec.bootstrap)
@@ -79,6 +65,44 @@ def build_report(
         },
         recipe=folder.recipe.read_text(),
     )
+
+
+def _evaluation(
+    recipe: Recipe,
+    each: EvaluatedModel,
+    folder: RunFolder,
+    sets: Mapping[str, EvaluationSet],
+    models: ModelBuilder,
+    device: Any,
+) -> ModelEvaluation:
+    """What is measured of one model; kept, so that a report that was stopped goes on, and more models alone are asked."""
+    spec = recipe.evaluation
+    assert spec is not None
+    print(f"[report] evaluating {each.name}", flush=True)
+    model = _model(recipe, each, models).to(device)
+    domains = {rows.domain for rows in sets.values()}
+    teachers = _teachers(recipe, each.name if each.is_stage else None, models, domains, device)
+    reference = teachers.pop(_REFERENCE, None)
+    key = {
+        "model": [fingerprint(model), base_of(model).config._attn_implementation],
+        "teachers": {domain: teacher.identity() for domain, teacher in sorted(teachers.items())},
+        "reference": None if reference is None else reference.identity(),
+        "rows": {source: [rows.domain, rows.fingerprint()] for source, rows in sets.items()},
+        "settings": spec.model_dump(mode="json", include={"generate", "max_new_tokens", "batch_size"}),
+        "versions": versions(("daekit", "torch", "transformers")),
+    }
+    path = folder.measured(key)
+    kept = load_measured(path, key)
+    if kept is not None:
+        print(f"[report] {each.name}: measured before, kept", flush=True)
+        return ModelEvaluation(each.name, kept.values, kept.generated)
+    progress = Progress(f"[report] {each.name}", "rows")
+    found = evaluate_model(
+        *(each.name, model, models.tokenizer, sets), spec=spec, teachers=teachers, reference=reference, progress=progress.part
+    )
+    progress.close()
+    save_measured(path, key, Measured(found.values, generated=found.generated))
+    return found
 
 
 def _model(recipe: Recipe, spec: EvaluatedModel, models: ModelBuilder) -> PreTrainedModel:

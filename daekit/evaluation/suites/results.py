@@ -63,6 +63,7 @@ def save_measured(path: Path, key: Mapping[str, Any], measured: Measured) -> Non
     """Keep a result; it is whole or it does not exist. Its items go into a file of their own."""
     values = [[*name, value.total_R.tolist(), value.weight_R.tolist()] for name, value in measured.values.items()]
     kept = {"key": key, "values": values, "notes": measured.notes, "generated": measured.generated, "rows": measured.rows}
-    items = path.parent.parent / "items" / f"{path.stem}.jsonl"
-    write_whole(items, "".join(json.dumps(item) + "\n" for item in measured.items))
+    if measured.items:
+        items = path.parent.parent / "items" / f"{path.stem}.jsonl"
+        write_whole(items, "".join(json.dumps(item) + "\n" for item in measured.items))
     write_whole(path, json.dumps(kept) + "\n")
