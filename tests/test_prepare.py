@@ -238,6 +238,58 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], str, str]] = {
         "logging_steps",
     ),
     "tracker that nobody knows": (nothing, ["stages.expert.trainer.report_to=wandbb"], "stages.expert.trainer", "wandbb"),
+    "tracker that is not installed": (nothing, ["stages.cut.trainer.report_to=comet_ml"], "stages.cut.trainer", "comet"),
+    "optimizer that is not installed": (nothing, ["stages.cut.trainer.optim=galore_adamw"], "stages.cut.trainer", "galore"),
+    "best by nothing": (
+        nothing,
+        ["stages.aligned.trainer.save_strategy=best", "stages.aligned.trainer.eval_strategy=epoch"],
+        "stages.aligned",
+        "save_strategy=best needs metric_for_best_model",
+    ),
+    "best by a metric that is not there": (
+        nothing,
+        [
+            "stages.aligned.trainer.save_strategy=best",
+            "stages.aligned.trainer.eval_strategy=epoch",
+            "stages.aligned.trainer.metric_for_best_model=eval_ce/shopp",
+        ],
+        "stages.aligned",
+        "did you mean 'ce/shop'?",
+    ),
+    "evaluation at the start without rows": (
+        nothing,
+        ["sources.shop.holdout=null", "stages.expert.trainer.eval_on_start=true"],
+        "stages.expert.data",
+        "eval_on_start needs validation rows",
+    ),
+    "padding_free without packing": (nothing, ["stages.aligned.trainer.padding_free=true"], "stages.aligned", "padding_free"),
+    "checkpointing in unknown words": (
+        nothing,
+        [
+            "stages.aligned.trainer.gradient_checkpointing=true",
+            "stages.aligned.trainer.gradient_checkpointing_kwargs={reentrant: true}",
+        ],
+        "stages.aligned.trainer",
+        "gradient_checkpointing_kwargs.reentrant: is unknown to torch",
+    ),
+    "a batch that finds its size": (
+        nothing,
+        ["stages.aligned.trainer={max_steps: 2, max_length: 64, auto_find_batch_size: true}"],
+        "override",
+        "halve the batch",
+    ),
+    "teacher on a GPU that is not there": (
+        nothing,
+        ["stages.cut.teacher={path: OUT/teacher, device_map: '7777'}"],
+        "stages.cut.teacher",
+        "name one that exists",
+    ),
+    "hub that does not know who pushes": (
+        nothing,
+        ["stages.aligned.trainer.push_to_hub=true"],
+        "stages.aligned.trainer",
+        "push_to_hub: the hub",
+    ),
     "scheduler without its settings": (
         nothing,
         ["stages.expert.trainer.lr_scheduler_type=cosine_with_min_lr"],
@@ -474,7 +526,13 @@ def test_several_processes_do_not_begin_before_a_student_is_made(world: Path, mo
         require_one_process(recipe(world), "cut", RunFolder(world / "run"))
 
 
-@pytest.mark.parametrize("optim", ["lomo", "adafactor"])
-def test_optimizers_that_need_a_model_are_left_to_the_trainer(optim: str, world: Path) -> None:
-    stages = prepare(recipe(world, f"stages.expert.trainer.optim={optim}")).stages
-    assert stages["expert"].arguments.optim == optim
+def test_an_evaluation_at_the_start_has_the_validation_rows(world: Path) -> None:
+    run_recipe(recipe(world, "stages.expert.trainer.eval_on_start=true"))
+    done = json.loads((world / "run" / "stages" / "expert" / "stage.json").read_text())
+    assert done["log_history"][0]["step"] == 0 and "eval_ce/shop" in done["log_history"][0]
+
+
+def test_an_engine_needs_several_processes(world: Path) -> None:
+    pytest.importorskip("deepspeed")
+    with pytest.raises(UserError, match="deepspeed: splits the training over several processes, and this is one"):
+        prepare(recipe(world, "stages.cut.trainer.deepspeed={zero_optimization: {stage: 2}}"))

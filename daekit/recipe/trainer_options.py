@@ -49,6 +49,10 @@ ONLY_VALUE: dict[str, tuple[Any, str]] = {
         "daekit has its own loss, which never makes logits of the whole batch, and Liger's other kernels replace layers of the "
         "teachers' family, too; they were not tried",
     ),
+    "auto_find_batch_size": (
+        False,
+        "out of memory it would halve the batch and with it the objective; `daekit plan` says what fits",
+    ),
     "truncation_mode": ("keep_start", "rows are cut at their end, and counted when they are"),
 }
 _ONLY_VALUE_IN_RECIPES = ONLY_VALUE | {

@@ -19,6 +19,7 @@ from daekit.models.backbone import base_of
 from daekit.models.features import feature_spec, layers_of
 from daekit.models.hardware import require_attention, require_gradient, require_readable, require_trainable, settings_of
 from daekit.models.loading import load_model, load_tokenizer_of, require_shards
+from daekit.models.placement import require_devices
 from daekit.models.quantization import rank_device
 from daekit.models.vocabulary import require_same, vocabulary_size
 from daekit.models.zero3_loading import in_own_dtype, without_zero3
@@ -72,6 +73,8 @@ class ModelBuilder:
         if spec.config is not None:
             with torch.device("meta"):
                 load_model(spec, self.tokenizer)
+        if spec.device_map is not None:
+            require_devices(spec.device_map, str(spec.path))
         base = base_spec(self.placed(spec))
         if base.path is not None:
             config = config_of(base)
@@ -112,14 +115,16 @@ class ModelBuilder:
         )
 
     def without_weights(self, recipe: Recipe, name: str) -> PreTrainedModel | None:
-        """The student of a stage on the meta device, in float32; None where it follows from a result that is not there yet."""
+        """The student of a stage on the meta device, in float32; None where that is not known yet."""
         stage = recipe.stages[name]
         assert stage.student is not None, "a resolved recipe names every student"
         spec = stage.student
         if not self.is_there(spec):
             return self.without_weights(recipe, spec.stage) if spec.stage is not None else None
         if spec.init is not None:
-            return None
+            config = self.config(recipe, spec)
+            with torch.device("meta"):
+                return None if config is None else AutoModelForCausalLM.from_config(config)
         with torch.device("meta"):
             if spec.config is not None:
                 return load_model(spec, self.tokenizer)

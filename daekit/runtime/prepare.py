@@ -29,12 +29,12 @@ from daekit.runtime.found import Found
 from daekit.runtime.generated import GeneratedSource, generated_sources, write_sources
 from daekit.runtime.kept import ahead
 from daekit.runtime.models import ModelBuilder
+from daekit.runtime.options import require_usable
 from daekit.runtime.stage_rows import (
     PreparedStage,
     notes_on,
     require_other_teacher,
     require_room,
-    require_usable,
     rows_of,
 )
 from daekit.runtime.student import require_cuttable, require_one_process
@@ -195,7 +195,6 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
     with found.at(f"{where}.trainer"):
         arguments = training_arguments(recipe, name, prepared.folder.stage(name))
         unset_hf_deepspeed_config()  # they have set it, and ZeRO-3 would split models that have no weights here
-        require_usable(arguments)
     for key, spec in stage.models().items():
         with found.at(f"{where}.{dotted(key)}"):
             _require_checkpoint(prepared, spec)
@@ -218,6 +217,8 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
             models.require_comparable(recipe, name)
     if arguments is None:
         return
+    with found.at(f"{where}.trainer"):
+        require_usable(arguments, student)
     if student is not None:
         with found.at("output_dir"):
             require_space(prepared.folder.root, name, arguments, student)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.optimization import get_scheduler
+from transformers import PreTrainedModel
 
 from daekit.data.mixture import Mixture
 from daekit.data.preparation import DomainCount, fit_to_length
@@ -19,11 +16,10 @@ from daekit.errors import UserError
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.recipe.schema import StageSpec
 from daekit.runtime.data import DataBuilder, LossRule
+from daekit.runtime.options import require_metric
 from daekit.trainers import DomainSFTConfig, KDConfig
-from daekit.trainers.config import cuts_rows, written_tokens
+from daekit.trainers.config import cuts_rows, is_evaluated, written_tokens
 from daekit.trainers.rollouts import require_prompts
-
-_NEED_A_MODEL = ("lomo", "adalomo", "galore", "apollo")  # optimizers that transformers makes for a model only
 
 
 @dataclass(frozen=True)
@@ -55,34 +51,21 @@ def rows_of(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder) -> 
     rows, counts = fit_to_length(mixture.dataset, limit, arguments.overlong, "train", teacher_limit, written_tokens(arguments))
     if isinstance(arguments, KDConfig) and arguments.on_policy_fraction:
         require_prompts(rows, arguments, data.tokenizer, None)
-    watched = arguments.eval_strategy != "no"
+    watched = is_evaluated(arguments)
     validation = data.validation(stage) if watched else None
     if watched and validation is None:
-        raise UserError("eval_strategy needs validation rows; give `validation`, `validation_split` or `holdout` of a source")
+        key = "eval_on_start" if arguments.eval_strategy == "no" else "eval_strategy"
+        raise UserError(f"{key} needs validation rows; give `validation`, `validation_split` or `holdout` of a source")
     validation_counts = {}
     if validation is not None:
         validation_counts = fit_to_length(validation, limit, arguments.overlong, "eval", teacher_limit)[1]
     if isinstance(arguments, KDConfig) and (selection := arguments.selection()) is not None:
         selection.require_domains(validation_counts)
+    require_metric(arguments, validation_counts)
     if any(rows is not None and TEACHER_PROMPT_IDS in rows.column_names for rows in (mixture.dataset, validation)):
         require_followed(stage.loss, splits)
     longest = max(len(row) for row in mixture.dataset["input_ids"])
     return PreparedStage(arguments, mixture, validation, counts, validation_counts, min(longest, limit or longest))
-
-
-def require_usable(arguments: DomainSFTConfig) -> None:
-    """What transformers would say of options when the training begins: trackers, optimizer, scheduler."""
-    get_reporting_integration_callbacks(arguments.report_to)
-    if not arguments.optim.startswith(_NEED_A_MODEL):
-        Trainer.get_optimizer_cls_and_kwargs(arguments)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    get_scheduler(
-        arguments.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=0,
-        num_training_steps=1,
-        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
-    )
 
 
 def require_other_teacher(stage: StageSpec, ready: PreparedStage) -> None:

@@ -25,6 +25,7 @@ from daekit.trainers import (
     KDConfig,
     KDTrainer,
 )
+from daekit.trainers.config import is_evaluated
 from daekit.trainers.distributed import reads_parts
 from daekit.trainers.progress import ProgressCallback
 
@@ -74,11 +75,11 @@ def _given(
     recipe: Recipe, name: str, folder: StageFolder, data: DataBuilder, models: ModelBuilder, mixture: Mixture
 ) -> dict[str, Any]:
     """What every trainer is given."""
-    stage = recipe.stages[name]
+    stage, arguments = recipe.stages[name], training_arguments(recipe, name, folder)
     return {
-        "args": training_arguments(recipe, name, folder),
+        "args": arguments,
         "train_dataset": mixture.dataset,
-        "eval_dataset": data.validation(stage) if stage.trainer.get("eval_strategy", "no") != "no" else None,
+        "eval_dataset": data.validation(stage) if is_evaluated(arguments) else None,
         "processing_class": models.tokenizer,
         "peft_config": peft_config(stage.lora, stage.student) if stage.lora else None,
     }

@@ -84,6 +84,11 @@ class DomainSFTConfig(SFTConfig):
         return Objective(ce_weight=1.0, prediction_weight=0.0)
 
 
+def is_evaluated(args: DomainSFTConfig) -> bool:
+    """Whether validation rows are looked at while the student trains."""
+    return args.eval_strategy != "no" or args.eval_on_start
+
+
 def written_tokens(args: DomainSFTConfig) -> int:
     """Tokens that the student may write behind a prompt of a training row; 0 where it writes none."""
     objective = args.objective()

@@ -1,0 +1,98 @@
+"""What transformers and TRL say of a stage's options only when its training begins, or later: said before the first stage."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable
+
+import torch
+from httpx import HTTPError
+from huggingface_hub import HfApi
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, Trainer
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.optimization import get_scheduler
+
+from daekit.errors import UserError, first_line, listed, nearest
+from daekit.trainers import DomainSFTConfig, KDConfig
+from daekit.trainers.features import ATTENTION_METRIC
+from daekit.trainers.loss import divergence_metric
+from daekit.trainers.selection import METRIC
+
+_NEED_A_MODEL = ("lomo", "adalomo", "galore", "apollo")  # optimizers that transformers makes for a model only
+
+
+def require_usable(arguments: DomainSFTConfig, student: PreTrainedModel | None) -> None:
+    """Trackers, the hub, optimizer, scheduler, and options that do not go together.
+
+    Args:
+        student: The student without weights; None where it is not known yet, and an optimizer that is made for it not asked.
+
+    Raises:
+        UserError, ValueError, TypeError, ImportError: what is wrong.
+    """
+    _require_trackers(arguments)
+    _require_hub(arguments)
+    if student is not None or not arguments.optim.startswith(_NEED_A_MODEL):
+        Trainer.get_optimizer_cls_and_kwargs(arguments, student)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=0,
+        num_training_steps=1,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    engines = [name for name in ("fsdp", "deepspeed") if getattr(arguments, name)]
+    if engines and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise UserError(f"{engines[0]}: splits the training over several processes, and this is one; use accelerate launch")
+    if arguments.padding_free and not arguments.packing and arguments.max_length is not None:
+        raise UserError("padding_free: TRL takes it with packing only, or with max_length=null; set one of them")
+    known = [name for name in inspect.signature(checkpoint).parameters if name not in ("function", "args", "kwargs")]
+    for key in (arguments.gradient_checkpointing_kwargs or {}) if arguments.gradient_checkpointing else ():
+        if key not in known:
+            raise UserError(f"gradient_checkpointing_kwargs.{key}: is unknown to torch (it knows {listed(known)})")
+
+
+def require_metric(arguments: DomainSFTConfig, domains: Iterable[str]) -> None:
+    """The metric by which the best checkpoint is kept must be one that an evaluation on rows of ``domains`` gives.
+
+    Raises:
+        UserError: it is not, or is not named.
+    """
+    metric = arguments.metric_for_best_model
+    if arguments.save_strategy == "best" and metric is None:
+        raise UserError("save_strategy=best needs metric_for_best_model: the name of a metric of the evaluation, such as loss")
+    if metric is None or not (arguments.load_best_model_at_end or arguments.save_strategy == "best"):
+        return
+    names = ["ce", "mean_token_accuracy"]
+    if isinstance(arguments, KDConfig):
+        objective = arguments.objective()
+        names += [divergence_metric(objective), ATTENTION_METRIC, f"hidden_{objective.hidden_loss}"]
+    known = ["loss", METRIC, *names, *(f"{name}{kind}" for name in names for kind in ("_rows", "_on_policy"))]
+    known += [f"{name}/{domain}" for name in known[2:] for domain in domains]
+    if metric.removeprefix("eval_") not in known:
+        raise UserError(
+            f"metric_for_best_model={metric}: no evaluation of this stage has such a metric; there are loss, "
+            f"{listed(names)}, and these for a domain (ce/DOMAIN){nearest(metric, known)}"
+        )
+
+
+def _require_trackers(arguments: DomainSFTConfig) -> None:
+    for callback in get_reporting_integration_callbacks(arguments.report_to):
+        try:
+            callback()
+        except RuntimeError as error:  # its package is not installed
+            raise UserError(f"report_to: {' '.join(str(error).split())}") from error
+
+
+def _require_hub(arguments: DomainSFTConfig) -> None:
+    if arguments.push_to_hub:
+        try:
+            HfApi(token=arguments.hub_token).whoami()
+        except (OSError, ValueError, HTTPError) as error:
+            raise UserError(
+                f"push_to_hub: the hub was asked who you are, and there is no answer ({first_line(error)}); set HF_TOKEN, or "
+                "leave it out"
+            ) from error
