@@ -272,6 +272,24 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], str, str]] = {
         "stages.aligned.trainer",
         "gradient_checkpointing_kwargs.reentrant: is unknown to torch",
     ),
+    "optimizer out of its range": (nothing, ["stages.cut.trainer.adam_beta1=2"], "stages.cut.trainer", "beta"),
+    "compiler in unknown words": (
+        nothing,
+        ["stages.aligned.trainer.torch_compile=true", "stages.aligned.trainer.torch_compile_mode=fast"],
+        "stages.aligned.trainer",
+        "torch_compile: Unrecognized mode=fast",
+    ),
+    "forgetting by a metric that is not there": (
+        nothing,
+        [
+            "stages.aligned.select={gain: shop, forgetting: {jsd/general: 0.1}}",
+            "stages.aligned.trainer.eval_strategy=steps",
+            "stages.aligned.trainer.eval_steps=1",
+            "stages.aligned.trainer.save_steps=1",
+        ],
+        "stages.aligned",
+        "select.forgetting.jsd/general: no evaluation",
+    ),
     "a batch that finds its size": (
         nothing,
         ["stages.aligned.trainer={max_steps: 2, max_length: 64, auto_find_batch_size: true}"],

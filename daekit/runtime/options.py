@@ -34,12 +34,15 @@ def require_usable(arguments: DomainSFTConfig, student: PreTrainedModel | None) 
     """
     _require_trackers(arguments)
     _require_hub(arguments)
-    if student is not None or not arguments.optim.startswith(_NEED_A_MODEL):
+    weight, optimizer = [torch.nn.Parameter(torch.zeros(1))], None
+    if not arguments.optim.startswith(_NEED_A_MODEL):
+        kind, values = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = kind(weight, **values)
+    elif student is not None:
         Trainer.get_optimizer_cls_and_kwargs(arguments, student)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     get_scheduler(
         arguments.lr_scheduler_type,
-        optimizer,
+        optimizer or torch.optim.SGD(weight, lr=1.0),
         num_warmup_steps=0,
         num_training_steps=1,
         scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
@@ -49,6 +52,11 @@ def require_usable(arguments: DomainSFTConfig, student: PreTrainedModel | None) 
         raise UserError(f"{engines[0]}: splits the training over several processes, and this is one; use accelerate launch")
     if arguments.padding_free and not arguments.packing and arguments.max_length is not None:
         raise UserError("padding_free: TRL takes it with packing only, or with max_length=null; set one of them")
+    if arguments.torch_compile:
+        try:
+            torch.compile(torch.nn.Identity(), backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
+        except RuntimeError as error:
+            raise UserError(f"torch_compile: {' '.join(str(error).split())}") from error
     known = [name for name in inspect.signature(checkpoint).parameters if name not in ("function", "args", "kwargs")]
     for key in (arguments.gradient_checkpointing_kwargs or {}) if arguments.gradient_checkpointing else ():
         if key not in known:
@@ -61,17 +69,26 @@ def require_metric(arguments: DomainSFTConfig, domains: Iterable[str]) -> None:
     Raises:
         UserError: it is not, or is not named.
     """
+    names = ["ce", "mean_token_accuracy"]
+    if isinstance(arguments, KDConfig):
+        objective = arguments.objective()
+        weights = {
+            divergence_metric(objective): objective.prediction_weight,
+            ATTENTION_METRIC: objective.attention_weight,
+            f"hidden_{objective.hidden_loss}": objective.hidden_weight,
+        }
+        names += [name for name, weight in weights.items() if weight]
+    known = ["loss", METRIC, *names, *(f"{name}{kind}" for name in names for kind in ("_rows", "_on_policy"))]
+    known += [f"{name}/{domain}" for name in known[2:] for domain in domains]
     metric = arguments.metric_for_best_model
+    selection = arguments.selection() if isinstance(arguments, KDConfig) else None
+    for name in selection.forgetting if selection is not None else ():
+        if "/" in name and name not in known:
+            raise UserError(f"select.forgetting.{name}: no evaluation of this stage has such a metric{nearest(name, known)}")
     if arguments.save_strategy == "best" and metric is None:
         raise UserError("save_strategy=best needs metric_for_best_model: the name of a metric of the evaluation, such as loss")
     if metric is None or not (arguments.load_best_model_at_end or arguments.save_strategy == "best"):
         return
-    names = ["ce", "mean_token_accuracy"]
-    if isinstance(arguments, KDConfig):
-        objective = arguments.objective()
-        names += [divergence_metric(objective), ATTENTION_METRIC, f"hidden_{objective.hidden_loss}"]
-    known = ["loss", METRIC, *names, *(f"{name}{kind}" for name in names for kind in ("_rows", "_on_policy"))]
-    known += [f"{name}/{domain}" for name in known[2:] for domain in domains]
     if metric.removeprefix("eval_") not in known:
         raise UserError(
             f"metric_for_best_model={metric}: no evaluation of this stage has such a metric; there are loss, "
