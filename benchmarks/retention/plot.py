@@ -50,11 +50,11 @@ def main() -> None:
             figures.setdefault((row.model, row.domain, row.metric), []).append(row)
     present = {model for model, _, _ in figures}
     methods = {method: [model for model in models if model in present] for method, models in METHODS.items()}
-    columns = ["model", "seeds", "domain: gain in NLL", "domain: ROUGE-L", *(f"KL: {NAMES[kind]}" for kind in KINDS)]
+    columns = ["model", "seeds", "domain: gain in NLL", *(f"KL: {NAMES[kind]}" for kind in KINDS)]
     print("| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), sep="\n")
     for model in dict.fromkeys(model for models in methods.values() for model in models):
         seeds = str(len(figures[model, "ecommerce", "nll_gain"]))
-        cells = [seeds, _cell(figures, model, "ecommerce", "nll_gain"), _cell(figures, model, "ecommerce", "rouge_l")]
+        cells = [seeds, _cell(figures, model, "ecommerce", "nll_gain")]
         print(f"| `{model}` | " + " | ".join(cells + [_cell(figures, model, kind, "kl_to_reference") for kind in KINDS]) + " |")
     draw(figures, {method: models for method, models in methods.items() if models}, arguments.plot)
 
