@@ -355,7 +355,7 @@ def test_every_metric_of_a_whole_evaluation(measured):
 
 @pytest.mark.parametrize("taught", [False, True])
 def test_kl_to_a_reference_is_the_same_with_a_teacher_beside_it_and_without(taught, measured):
-    """Without one the model runs once for both; a teacher's own prompt changes neither its likelihood nor that KL."""
+    """A teacher's own prompt changes neither the model's likelihood nor that KL."""
     prompt = (lambda row: row.prompt_ids[:1] + row.prompt_ids) if taught else lambda row: None
     told = {
         name: replace(each, rows=tuple(replace(row, teacher_prompt_ids=prompt(row)) for row in each.rows))

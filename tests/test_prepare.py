@@ -270,7 +270,7 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], str, str]] = {
             "stages.aligned.trainer.gradient_checkpointing_kwargs={reentrant: true}",
         ],
         "stages.aligned.trainer",
-        "gradient_checkpointing_kwargs.reentrant: is unknown to torch",
+        "gradient_checkpointing_kwargs: torch says: ",
     ),
     "optimizer out of its range": (nothing, ["stages.cut.trainer.adam_beta1=2"], "stages.cut.trainer", "beta"),
     "compiler in unknown words": (
@@ -306,7 +306,7 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], str, str]] = {
         nothing,
         ["stages.aligned.trainer.push_to_hub=true"],
         "stages.aligned.trainer",
-        "push_to_hub: the hub",
+        "push_to_hub: the hub does not say",
     ),
     "scheduler without its settings": (
         nothing,
@@ -550,7 +550,21 @@ def test_an_evaluation_at_the_start_has_the_validation_rows(world: Path) -> None
     assert done["log_history"][0]["step"] == 0 and "eval_ce/shop" in done["log_history"][0]
 
 
-def test_an_engine_needs_several_processes(world: Path) -> None:
+def test_an_engine_in_one_process_is_noted(world: Path) -> None:
     pytest.importorskip("deepspeed")
-    with pytest.raises(UserError, match="deepspeed: splits the training over several processes, and this is one"):
-        prepare(recipe(world, "stages.cut.trainer.deepspeed={zero_optimization: {stage: 2}}"))
+    ready = prepare(recipe(world, "stages.cut.trainer.deepspeed={zero_optimization: {stage: 2}}"))
+    assert any("stages.cut: trainer.deepspeed splits the training over processes" in note for note in ready.notes)
+
+
+def test_checkpointing_knows_what_torch_takes_beside_its_signature(world: Path) -> None:
+    kwargs = "stages.cut.trainer.gradient_checkpointing_kwargs={use_reentrant: false, preserve_rng_state: false}"
+    prepare(recipe(world, "stages.cut.trainer.gradient_checkpointing=true", kwargs))
+
+
+def test_a_dae_student_that_is_its_own_reference_is_compared_with_itself(world: Path) -> None:
+    student = {"stages.aligned.student={from: OUT/base, shape: {num_hidden_layers: 1}, calibration: {tokens: 140}}"}
+    loss = "stages.aligned.loss={attention_weight: 1, attention_layers: %s}"
+    more = ["stages.aligned.lora=null", "stages.aligned.teachers.shop=OUT/teacher", *student]
+    prepare(recipe(world, *more, loss % "origin"))
+    with pytest.raises(UserError, match=r"stages.aligned.loss: .*the student has 1 layers, the teacher 1"):
+        prepare(recipe(world, *more, loss % "[[0, 1]]"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,19 @@ def test_only_what_a_change_touches_is_measured_again(tmp_path: Path) -> None:
     assert evaluated(tmp_path, TWO, "evaluation.limit=2") == ["early", "base"]
     assert evaluated(tmp_path, TWO, "evaluation.limit=2", "evaluation.max_new_tokens=3") == ["early", "base"]
     assert evaluated(tmp_path, TWO, "evaluation.bootstrap=10") == [], "the rows' values are the same"
+
+
+def test_what_a_model_computes_counts_and_so_does_the_order_of_sources(tmp_path: Path) -> None:
+    """Values of rows are paired by their place; a config decides what the same weights compute."""
+    more = 'sources.more={domain: general, path: "builtin:skills", validation: "builtin:skills", limit: 5, validation_limit: 3}'
+    orders = [f"evaluation.sources=[{names}]" for names in ("skills, more", "more, skills")]
+    assert evaluated(tmp_path, TWO, more, orders[0]) == ["early", "base"]
+    assert evaluated(tmp_path, TWO, more, orders[1]) == ["early", "base"]
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "run" / "stages" / "base" / "model", copy)
+    models = f"evaluation.models=[base, {{copy: {copy}}}]"
+    assert evaluated(tmp_path, more, orders[0], models) == []
+    config = json.loads((copy / "config.json").read_text())
+    config["sliding_window"] = 2
+    (copy / "config.json").write_text(json.dumps(config))
+    assert evaluated(tmp_path, more, orders[0], models, "evaluation.bootstrap=10") == ["copy"]

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTr
 
 from daekit.errors import UserError
 from daekit.models.backbone import checkpointed_layers
-from daekit.models.features import match_layers
+from daekit.models.features import layers_of, match_layers
+from daekit.protocol import FeatureSpec
 from daekit.trainers import KDConfig
 from tests import reference
 from tests.helpers import tiny
@@ -148,6 +149,16 @@ def test_layers_of_another_depth(layers: Any, checkpointing: bool, tmp_path: Any
 )
 def test_match_layers(choice: Any, depths: tuple[int, int], pairs: dict[int, int]) -> None:
     assert match_layers(choice, *depths) == pairs
+
+
+def test_origin_pairs_each_layer_with_that_it_was_cut_from() -> None:
+    student, teacher, sibling = deep(2, 1).config, deep(5, 2).config, deep(2, 3).config
+    student.daekit_origin = sibling.daekit_origin = {"layers": [0, 3], "of": 5}
+    spec = FeatureSpec(student, attention="origin", hidden="origin")
+    assert layers_of(spec, teacher).attention == layers_of(spec, teacher).hidden == {0: 0, 1: 3}
+    assert layers_of(spec, sibling).attention == {0: 0, 1: 1}, "of the same teacher: the same layers"
+    with pytest.raises(UserError, match="cut to 2 of its teacher's 5 layers, but has 2, and is compared with a teacher of 2"):
+        layers_of(spec, deep(2, 4).config)
 
 
 @pytest.mark.parametrize(

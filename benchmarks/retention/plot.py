@@ -70,7 +70,7 @@ def _cell(figures: Figures, model: str, domain: str, metric: str) -> str:
 def draw(figures: Figures, methods: dict[str, list[str]], target: Path) -> None:
     """One panel for each kind of rows: right is better, low is better; the lines are 95% intervals."""
     figure = new_figure(13, 3.8, TEXT)
-    axes = figure.subplots(1, len(KINDS))
+    axes = figure.subplots(1, len(KINDS), sharey=True)
     for ax, kind in zip(axes, KINDS, strict=True):
         style_axes(ax, TEXT)
         for colour, (method, models) in zip(COLOURS, methods.items(), strict=False):

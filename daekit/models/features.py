@@ -61,7 +61,7 @@ def layers_of(spec: FeatureSpec, teacher: PreTrainedConfig) -> FeatureLayers:
     """
     ours, theirs = spec.student, teacher.get_text_config()
     depths = ours.num_hidden_layers, theirs.num_hidden_layers
-    layers = [_origin(ours, depths[1]) if choice == "origin" else choice for choice in (spec.attention, spec.hidden)]
+    layers = [_origin(ours, theirs) if choice == "origin" else choice for choice in (spec.attention, spec.hidden)]
     attention: Mapping[int, int] = {}
     if layers[0] is not None:
         for who, config in (("teacher", theirs), ("student", ours)):
@@ -81,12 +81,16 @@ def layers_of(spec: FeatureSpec, teacher: PreTrainedConfig) -> FeatureLayers:
     return FeatureLayers(attention, hidden, theirs.hidden_size)
 
 
-def _origin(student: PreTrainedConfig, depth: int) -> LayerChoice:
-    """The pairs of a student's layers and those that they were cut from; ``depth``: its teacher's layers."""
-    origin = getattr(student, ORIGIN, None)
+def _origin(student: PreTrainedConfig, teacher: PreTrainedConfig) -> LayerChoice:
+    """The pairs of a student's layers and those that they were cut from; of a teacher with the same origin the same layers."""
+    origin, depth = getattr(student, ORIGIN, None), teacher.num_hidden_layers
     remedy = "choose uniform, last_K (last_4), or pairs of a student's and a teacher's layer"
     if origin is None:
-        raise UserError(f"layers origin: the student was not made from a teacher (no {ORIGIN} in its config); {remedy}")
+        raise UserError(
+            f"layers origin: the student was not made from a teacher (its config has no {ORIGIN}; old ones have none); {remedy}"
+        )
+    if getattr(teacher, ORIGIN, None) == origin and student.num_hidden_layers == depth:
+        return tuple((layer, layer) for layer in range(depth))
     if (len(origin["layers"]), origin["of"]) != (student.num_hidden_layers, depth):
         raise UserError(
             f"layers origin: the student was cut to {len(origin['layers'])} of its teacher's {origin['of']} layers, but has "

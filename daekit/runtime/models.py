@@ -19,14 +19,13 @@ from daekit.models.backbone import base_of
 from daekit.models.features import feature_spec, layers_of
 from daekit.models.hardware import require_attention, require_gradient, require_readable, require_trainable, settings_of
 from daekit.models.loading import load_model, load_tokenizer_of, require_shards
-from daekit.models.placement import require_devices
 from daekit.models.quantization import rank_device
 from daekit.models.vocabulary import require_same, vocabulary_size
 from daekit.models.zero3_loading import in_own_dtype, without_zero3
 from daekit.protocol import Teacher
 from daekit.recipe import student_key
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
-from daekit.recipe.schema import ModelSpec, Recipe, StageSpec, TeacherSpec
+from daekit.recipe.schema import DAEStage, ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.runtime.folders import RunFolder
 from daekit.students import Shape, choose, first_n
 from daekit.students.slicing import student_config
@@ -73,8 +72,6 @@ class ModelBuilder:
         if spec.config is not None:
             with torch.device("meta"):
                 load_model(spec, self.tokenizer)
-        if spec.device_map is not None:
-            require_devices(spec.device_map, str(spec.path))
         base = base_spec(self.placed(spec))
         if base.path is not None:
             config = config_of(base)
@@ -215,12 +212,20 @@ class ModelBuilder:
         stage = recipe.stages[name]
         assert stage.student is not None, "a resolved recipe names every student"
         config = self.config(recipe, stage.student)
+        if stage.student.init is not None and self.folder.student(student_key(recipe, name)).facts.is_file():
+            config = config_of(self.start_of(recipe, name))
         features = feature_spec(stage.loss, config) if config is not None and stage.type != "sft" else None
-        for key, spec in stage.models().items() if features is not None else ():
-            # an adapter's layers are those of the student's base
-            teacher = self.config(recipe, spec) if key[0] != "student" and spec.adapter is None else None
-            if features is not None and teacher is not None:
-                layers_of(features, teacher)
+        if features is None:
+            return
+        for teacher in stage.teachers_by_key().values():
+            for spec in teacher.models().values():
+                # an adapter runs on the student's base
+                theirs = self.config(recipe, spec) if spec.adapter is None else config
+                if theirs is not None:
+                    layers_of(features, theirs)
+        own = isinstance(stage, DAEStage) and (stage.reference is None or stage.reference.kind == "student")
+        if config is not None and own:
+            layers_of(features, config)
 
     def on_base(self, teachers: Mapping[str, Teacher], student: ModelSpec, device: Any) -> dict[str, Any]:
         """Teachers by domain, outside of a training: adapters run on the student's base, loaded once for all of them."""

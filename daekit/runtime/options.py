@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import os
 from collections.abc import Iterable
+from functools import cache
 
 import torch
+from accelerate import PartialState
 from httpx import HTTPError
 from huggingface_hub import HfApi
 from torch.utils.checkpoint import checkpoint
@@ -34,22 +34,13 @@ def require_usable(arguments: DomainSFTConfig, student: PreTrainedModel | None) 
     """
     _require_trackers(arguments)
     _require_hub(arguments)
-    weight, optimizer = [torch.nn.Parameter(torch.zeros(1))], None
-    if not arguments.optim.startswith(_NEED_A_MODEL):
-        kind, values = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        optimizer = kind(weight, **values)
-    elif student is not None:
-        Trainer.get_optimizer_cls_and_kwargs(arguments, student)
     get_scheduler(
         arguments.lr_scheduler_type,
-        optimizer or torch.optim.SGD(weight, lr=1.0),
+        _optimizer(arguments, student),
         num_warmup_steps=0,
         num_training_steps=1,
         scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
     )
-    engines = [name for name in ("fsdp", "deepspeed") if getattr(arguments, name)]
-    if engines and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        raise UserError(f"{engines[0]}: splits the training over several processes, and this is one; use accelerate launch")
     if arguments.padding_free and not arguments.packing and arguments.max_length is not None:
         raise UserError("padding_free: TRL takes it with packing only, or with max_length=null; set one of them")
     if arguments.torch_compile:
@@ -57,10 +48,12 @@ def require_usable(arguments: DomainSFTConfig, student: PreTrainedModel | None) 
             torch.compile(torch.nn.Identity(), backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
         except RuntimeError as error:
             raise UserError(f"torch_compile: {' '.join(str(error).split())}") from error
-    known = [name for name in inspect.signature(checkpoint).parameters if name not in ("function", "args", "kwargs")]
-    for key in (arguments.gradient_checkpointing_kwargs or {}) if arguments.gradient_checkpointing else ():
-        if key not in known:
-            raise UserError(f"gradient_checkpointing_kwargs.{key}: is unknown to torch (it knows {listed(known)})")
+    if arguments.gradient_checkpointing:
+        own = {key: each for key, each in (arguments.gradient_checkpointing_kwargs or {}).items() if key != "selective"}
+        try:
+            checkpoint(torch.nn.Identity(), torch.zeros(1, requires_grad=True), **{"use_reentrant": False} | own)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"gradient_checkpointing_kwargs: torch says: {' '.join(str(error).split())}") from error
 
 
 def require_metric(arguments: DomainSFTConfig, domains: Iterable[str]) -> None:
@@ -78,10 +71,11 @@ def require_metric(arguments: DomainSFTConfig, domains: Iterable[str]) -> None:
             f"hidden_{objective.hidden_loss}": objective.hidden_weight,
         }
         names += [name for name, weight in weights.items() if weight]
-    known = ["loss", METRIC, *names, *(f"{name}{kind}" for name in names for kind in ("_rows", "_on_policy"))]
-    known += [f"{name}/{domain}" for name in known[2:] for domain in domains]
-    metric = arguments.metric_for_best_model
+        names += [f"{name}_rows" for name in names] if objective.normalize == "rows" else []
+        names += [f"{name}_on_policy" for name in names] if objective.on_policy else []
     selection = arguments.selection() if isinstance(arguments, KDConfig) else None
+    known = ["loss", *names, *(f"{name}/{domain}" for name in names for domain in domains)]
+    metric = arguments.metric_for_best_model
     for name in selection.forgetting if selection is not None else ():
         if "/" in name and name not in known:
             raise UserError(f"select.forgetting.{name}: no evaluation of this stage has such a metric{nearest(name, known)}")
@@ -89,11 +83,25 @@ def require_metric(arguments: DomainSFTConfig, domains: Iterable[str]) -> None:
         raise UserError("save_strategy=best needs metric_for_best_model: the name of a metric of the evaluation, such as loss")
     if metric is None or not (arguments.load_best_model_at_end or arguments.save_strategy == "best"):
         return
-    if metric.removeprefix("eval_") not in known:
+    if metric.removeprefix("eval_") not in [*known, *([METRIC] if selection is not None else [])]:
         raise UserError(
             f"metric_for_best_model={metric}: no evaluation of this stage has such a metric; there are loss, "
             f"{listed(names)}, and these for a domain (ce/DOMAIN){nearest(metric, known)}"
         )
+
+
+def _optimizer(arguments: DomainSFTConfig, student: PreTrainedModel | None) -> torch.optim.Optimizer:
+    """The optimizer of one value, or, in place of one that is made for a model, another."""
+    weight = [torch.nn.Parameter(torch.zeros(1))]
+    try:
+        if not arguments.optim.startswith(_NEED_A_MODEL):
+            kind, values = Trainer.get_optimizer_cls_and_kwargs(arguments)
+            return kind(weight, **values)
+        if student is not None:
+            Trainer.get_optimizer_cls_and_kwargs(arguments, student)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"optim={arguments.optim}: {' '.join(str(error).split())}") from error
+    return torch.optim.SGD(weight, lr=1.0)
 
 
 def _require_trackers(arguments: DomainSFTConfig) -> None:
@@ -105,11 +113,15 @@ def _require_trackers(arguments: DomainSFTConfig) -> None:
 
 
 def _require_hub(arguments: DomainSFTConfig) -> None:
-    if arguments.push_to_hub:
-        try:
-            HfApi(token=arguments.hub_token).whoami()
-        except (OSError, ValueError, HTTPError) as error:
-            raise UserError(
-                f"push_to_hub: the hub was asked who you are, and there is no answer ({first_line(error)}); set HF_TOKEN, or "
-                "leave it out"
-            ) from error
+    if arguments.push_to_hub and PartialState().is_main_process and (trouble := _trouble_of_hub()):
+        raise UserError(f"push_to_hub: the hub does not say who you are ({trouble}); set HF_TOKEN, or leave it out")
+
+
+@cache
+def _trouble_of_hub() -> str:
+    """Why the hub does not know the user; empty if it does."""
+    try:
+        HfApi().whoami()
+    except (OSError, ValueError, HTTPError) as error:
+        return first_line(error)
+    return ""

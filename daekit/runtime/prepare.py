@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from daekit.errors import UserError, listed
 from daekit.evaluation import suites
 from daekit.generation import Permissions
+from daekit.models.placement import require_devices
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe, StageSpec
 from daekit.recipe.validation import dotted
@@ -199,6 +200,11 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
         with found.at(f"{where}.{dotted(key)}"):
             _require_checkpoint(prepared, spec)
             models.look_at(spec, stage if key[0] == "student" else None)
+    for key, teacher in stage.teachers_by_key().items():
+        for spec in teacher.models().values() if not is_cached(recipe, name, models, teacher) else ():
+            if spec.device_map is not None:
+                with found.at(f"{where}.{dotted(key)}"):
+                    require_devices(spec.device_map, str(spec.path))
     with found.at(where):
         models.require_adapters_fit(stage)
     if stage.student is not None and stage.student.init is not None:

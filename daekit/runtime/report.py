@@ -24,6 +24,7 @@ from daekit.runtime.data import DataBuilder, LossRule
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.preflight import warnings
+from daekit.teachers.parts import frozen_models
 
 _REFERENCE = "//reference"  # beside the domains, whose names hold no slash
 
@@ -84,10 +85,10 @@ def _evaluation(
     teachers = _teachers(recipe, each.name if each.is_stage else None, models, domains, device)
     reference = teachers.pop(_REFERENCE, None)
     key = {
-        "model": [fingerprint(model), base_of(model).config._attn_implementation],
-        "teachers": {domain: teacher.identity() for domain, teacher in sorted(teachers.items())},
-        "reference": None if reference is None else reference.identity(),
-        "rows": {source: [rows.domain, rows.fingerprint()] for source, rows in sets.items()},
+        "model": _facts(model) | {"ends": str(model.generation_config.eos_token_id)},
+        "teachers": {domain: _facts_of_teacher(teacher) for domain, teacher in teachers.items()},
+        "reference": None if reference is None else _facts_of_teacher(reference),
+        "rows": [[source, rows.domain, rows.fingerprint()] for source, rows in sets.items()],  # their order pairs models
         "settings": spec.model_dump(mode="json", include={"generate", "max_new_tokens", "batch_size"}),
         "versions": versions(("daekit", "torch", "transformers")),
     }
@@ -103,6 +104,24 @@ def _evaluation(
     progress.close()
     save_measured(path, key, Measured(found.values, generated=found.generated))
     return found
+
+
+def _facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What a model computes depends on: its weights, config, attention, and the scale of its adapters."""
+    base = base_of(model)
+    config = {key: value for key, value in base.config.to_diff_dict().items() if not key.startswith("_")}
+    scales = ("r", "lora_alpha", "use_rslora", "use_dora")
+    adapters = {name: [getattr(each, key, None) for key in scales] for name, each in getattr(model, "peft_config", {}).items()}
+    return {
+        "weights": fingerprint(model),
+        "config": config,
+        "attention": base.config._attn_implementation,
+        "adapters": adapters,
+    }
+
+
+def _facts_of_teacher(teacher: Teacher) -> dict[str, Any]:
+    return {"identity": teacher.identity(), "models": [_facts(model) for _, model in frozen_models(teacher)]}
 
 
 def _model(recipe: Recipe, spec: EvaluatedModel, models: ModelBuilder) -> PreTrainedModel:

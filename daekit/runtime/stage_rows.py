@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -94,7 +95,10 @@ def require_room(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder
 
 
 def notes_on(stage: StageSpec, ready: PreparedStage, data: DataBuilder, student: PreTrainedModel | None) -> Iterator[str]:
-    """What a user should know of the rows of a stage before its first step."""
+    """What a user should know of the rows and options of a stage before its first step."""
+    engines = [name for name in ("fsdp", "deepspeed") if getattr(ready.arguments, name)]
+    if engines and "LOCAL_RANK" not in os.environ:
+        yield f"trainer.{engines[0]} splits the training over processes that accelerate launch or torchrun starts; this is one"
     forms = {name: form_of(data.source(name)[0]) for name in stage.data.sources}
     plain = [name for name, form in forms.items() if form == "prompt+completion"]
     if plain and any(form in ("messages", "conversation pair") for form in forms.values()):
