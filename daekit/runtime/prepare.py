@@ -201,10 +201,11 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
             _require_checkpoint(prepared, spec)
             models.look_at(spec, stage if key[0] == "student" else None)
     for key, teacher in stage.teachers_by_key().items():
-        for spec in teacher.models().values() if not is_cached(recipe, name, models, teacher) else ():
-            if spec.device_map is not None:
-                with found.at(f"{where}.{dotted(key)}"):
-                    require_devices(spec.device_map, str(spec.path))
+        for spec in teacher.models().values():
+            if spec.device_map is None or (models.is_there(spec) and is_cached(recipe, name, models, teacher)):
+                continue
+            with found.at(f"{where}.{dotted(key)}"):
+                require_devices(spec.device_map, str(spec.path))
     with found.at(where):
         models.require_adapters_fit(stage)
     if stage.student is not None and stage.student.init is not None:
