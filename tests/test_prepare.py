@@ -562,9 +562,9 @@ def test_checkpointing_knows_what_torch_takes_beside_its_signature(world: Path) 
 
 
 def test_a_dae_student_that_is_its_own_reference_is_compared_with_itself(world: Path) -> None:
-    student = {"stages.aligned.student={from: OUT/base, shape: {num_hidden_layers: 1}, calibration: {tokens: 140}}"}
+    student = "stages.aligned.student={from: OUT/base, shape: {num_hidden_layers: 1}, calibration: {tokens: 140}}"
     loss = "stages.aligned.loss={attention_weight: 1, attention_layers: %s}"
-    more = ["stages.aligned.lora=null", "stages.aligned.teachers.shop=OUT/teacher", *student]
+    more = ["stages.aligned.lora=null", "stages.aligned.teachers.shop=OUT/teacher", student]
     prepare(recipe(world, *more, loss % "origin"))
     with pytest.raises(UserError, match=r"stages.aligned.loss: .*the student has 1 layers, the teacher 1"):
         prepare(recipe(world, *more, loss % "[[0, 1]]"))

@@ -102,16 +102,16 @@ def evaluate_model(
         teacher = (teachers or {}).get(domain)
         measure = partial(_likelihood, model, tokenizer, rows=rows, batch_size=spec.batch_size, domain=domain)
         # how far the model went from the reference is asked about the same tokens, whatever a teacher is told beside
-        own = [replace(row, teacher_prompt_ids=None) for row in rows]
+        against_reference = partial(measure, teacher=reference, rows=[replace(row, teacher_prompt_ids=None) for row in rows])
         if reference is not None and teacher is None:  # the model itself runs once
-            likelihood = measure(teacher=reference, rows=own, progress=shown(f"{source}, likelihood"))
+            likelihood = against_reference(progress=shown(f"{source}, likelihood"))
             likelihood["kl_to_reference"] = likelihood.pop("kl_to_teacher")
         else:
             likelihood = measure(teacher=teacher, progress=shown(f"{source}, likelihood"))
-        if reference is not None and teacher is not None:
-            same = reference is teacher and all(row.teacher_prompt_ids is None for row in rows)
-            to_reference = likelihood if same else measure(teacher=reference, rows=own, progress=shown(f"{source}, reference"))
-            likelihood["kl_to_reference"] = to_reference["kl_to_teacher"]
+            if reference is not None:
+                same = reference is teacher and all(row.teacher_prompt_ids is None for row in rows)
+                found = likelihood if same else against_reference(progress=shown(f"{source}, reference"))
+                likelihood["kl_to_reference"] = found["kl_to_teacher"]
         evaluation.values.update({(domain, source, metric): values for metric, values in likelihood.items()})
         if not spec.generate:
             continue

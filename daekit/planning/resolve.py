@@ -18,8 +18,7 @@ from daekit.models.hardware import settings_of
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, adapter_stage, read_adapter_config
 from daekit.recipe.schema import ModelSpec, Recipe, StudentSpec
-from daekit.students import Shape, Window, choose, first_n, space_of
-from daekit.students.slicing import student_config
+from daekit.students import Shape, Window, config_of_shape, first_n, space_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -104,7 +103,7 @@ class ModelResolver:
                 config, first_n(config), blocks=search.blocks, min_ratio=search.min_ratio, head_dims=search.head_dims or None
             )
             shape = max(space.shapes(Window(*search.parameters)), key=_units)
-        return student_config(config, choose(config, first_n(config), shape)), teacher.dtype
+        return config_of_shape(config, shape), teacher.dtype
 
     def _with_vocabulary(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         tokenizer = self.recipe.tokenizer

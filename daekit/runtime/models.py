@@ -27,8 +27,7 @@ from daekit.recipe import student_key
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
 from daekit.recipe.schema import DAEStage, ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.runtime.folders import RunFolder
-from daekit.students import Shape, choose, first_n
-from daekit.students.slicing import student_config
+from daekit.students import Shape, config_of_shape
 from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, LabelTeacher, ModelTeacher, RoutedTeacher, ServerTeacher
 from daekit.teachers.parts import leaves, on_student
 
@@ -98,8 +97,7 @@ class ModelBuilder:
             teacher = self.config(recipe, spec.init.from_)
             if teacher is None or not spec.init.shape or spec.init.dense is not None:
                 return None
-            shape = replace(Shape.of(teacher), **spec.init.shape)
-            return student_config(teacher, choose(teacher, first_n(teacher), shape))
+            return config_of_shape(teacher, replace(Shape.of(teacher), **spec.init.shape))
         if spec.config is not None:
             return AutoConfig.for_model(**spec.config)
         return config_of(base_spec(self.placed(spec)))

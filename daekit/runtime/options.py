@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -16,7 +17,7 @@ from transformers.optimization import get_scheduler
 
 from daekit.errors import UserError, first_line, listed, nearest
 from daekit.trainers import DomainSFTConfig, KDConfig
-from daekit.trainers.features import ATTENTION_METRIC
+from daekit.trainers.features import feature_weights
 from daekit.trainers.loss import divergence_metric
 from daekit.trainers.selection import METRIC
 
@@ -44,16 +45,12 @@ def require_usable(arguments: DomainSFTConfig, student: PreTrainedModel | None) 
     if arguments.padding_free and not arguments.packing and arguments.max_length is not None:
         raise UserError("padding_free: TRL takes it with packing only, or with max_length=null; set one of them")
     if arguments.torch_compile:
-        try:
+        with _said_of("torch_compile"):
             torch.compile(torch.nn.Identity(), backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
-        except RuntimeError as error:
-            raise UserError(f"torch_compile: {' '.join(str(error).split())}") from error
     if arguments.gradient_checkpointing:
         own = {key: each for key, each in (arguments.gradient_checkpointing_kwargs or {}).items() if key != "selective"}
-        try:
+        with _said_of("gradient_checkpointing_kwargs: torch says"):
             checkpoint(torch.nn.Identity(), torch.zeros(1, requires_grad=True), **{"use_reentrant": False} | own)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"gradient_checkpointing_kwargs: torch says: {' '.join(str(error).split())}") from error
 
 
 def require_metric(arguments: DomainSFTConfig, domains: Iterable[str]) -> None:
@@ -65,11 +62,7 @@ def require_metric(arguments: DomainSFTConfig, domains: Iterable[str]) -> None:
     names = ["ce", "mean_token_accuracy"]
     if isinstance(arguments, KDConfig):
         objective = arguments.objective()
-        weights = {
-            divergence_metric(objective): objective.prediction_weight,
-            ATTENTION_METRIC: objective.attention_weight,
-            f"hidden_{objective.hidden_loss}": objective.hidden_weight,
-        }
+        weights = {divergence_metric(objective): objective.prediction_weight} | feature_weights(objective)
         names += [name for name, weight in weights.items() if weight]
         names += [f"{name}_rows" for name in names] if objective.normalize == "rows" else []
         names += [f"{name}_on_policy" for name in names] if objective.on_policy else []
@@ -90,26 +83,31 @@ def require_metric(arguments: DomainSFTConfig, domains: Iterable[str]) -> None:
         )
 
 
+@contextmanager
+def _said_of(option: str) -> Iterator[None]:
+    """Name the option in what a library raises when it is tried."""
+    try:
+        yield
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        raise UserError(f"{option}: {' '.join(str(error).split())}") from error
+
+
 def _optimizer(arguments: DomainSFTConfig, student: PreTrainedModel | None) -> torch.optim.Optimizer:
     """The optimizer of one value, or, in place of one that is made for a model, another."""
     weight = [torch.nn.Parameter(torch.zeros(1))]
-    try:
+    with _said_of(f"optim={arguments.optim}"):
         if not arguments.optim.startswith(_NEED_A_MODEL):
             kind, values = Trainer.get_optimizer_cls_and_kwargs(arguments)
             return kind(weight, **values)
         if student is not None:
             Trainer.get_optimizer_cls_and_kwargs(arguments, student)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"optim={arguments.optim}: {' '.join(str(error).split())}") from error
     return torch.optim.SGD(weight, lr=1.0)
 
 
 def _require_trackers(arguments: DomainSFTConfig) -> None:
     for callback in get_reporting_integration_callbacks(arguments.report_to):
-        try:
+        with _said_of("report_to"):  # its package is not installed
             callback()
-        except RuntimeError as error:  # its package is not installed
-            raise UserError(f"report_to: {' '.join(str(error).split())}") from error
 
 
 def _require_hub(arguments: DomainSFTConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from daekit.runtime.data import DataBuilder, LossRule
 from daekit.runtime.options import require_metric
 from daekit.trainers import DomainSFTConfig, KDConfig
 from daekit.trainers.config import cuts_rows, is_evaluated, written_tokens
+from daekit.trainers.distributed import is_rank
 from daekit.trainers.rollouts import require_prompts
 
 
@@ -97,7 +97,7 @@ def require_room(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder
 def notes_on(stage: StageSpec, ready: PreparedStage, data: DataBuilder, student: PreTrainedModel | None) -> Iterator[str]:
     """What a user should know of the rows and options of a stage before its first step."""
     engines = [name for name in ("fsdp", "deepspeed") if getattr(ready.arguments, name)]
-    if engines and "LOCAL_RANK" not in os.environ:
+    if engines and not is_rank():
         yield f"trainer.{engines[0]} splits the training over processes that accelerate launch or torchrun starts; this is one"
     forms = {name: form_of(data.source(name)[0]) for name in stage.data.sources}
     plain = [name for name, form in forms.items() if form == "prompt+completion"]

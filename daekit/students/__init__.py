@@ -2,7 +2,7 @@
 
 from daekit.students.experts import measure_experts
 from daekit.students.figure import search_svg
-from daekit.students.importance import Importance, at_random, choose, first_n, measure_importance, sort_teacher
+from daekit.students.importance import Importance, at_random, choose, config_of_shape, first_n, measure_importance, sort_teacher
 from daekit.students.moe import dense_to_mixtral, fewer_experts, mixtral_to_dense
 from daekit.students.norms import fit_norms
 from daekit.students.search import Round, read_log, run_search
@@ -23,6 +23,7 @@ __all__ = [
     "Window",
     "at_random",
     "choose",
+    "config_of_shape",
     "count_parameters",
     "dense_to_mixtral",
     "draw",

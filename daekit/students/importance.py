@@ -22,7 +22,7 @@ from daekit.models.scoring import TokenRow
 from daekit.students.calibration import Observer, require_enough, run_hooked
 from daekit.students.selection import Selection
 from daekit.students.shapes import Shape, require_possible
-from daekit.students.slicing import permute_, require_plain
+from daekit.students.slicing import permute_, require_plain, student_config
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,15 @@ def at_random(config: PreTrainedConfig, seed: int) -> Importance:
     """Random scores: a baseline."""
     generator = torch.Generator().manual_seed(seed)
     return _scored(config, lambda *size: torch.rand(size, dtype=torch.float64, generator=generator))
+
+
+def config_of_shape(config: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
+    """The config of a student of this shape, whichever units of its teacher it will keep.
+
+    Raises:
+        UserError: The shape cannot be cut out of this teacher.
+    """
+    return student_config(config, choose(config, first_n(config), shape))
 
 
 def choose(config: PreTrainedConfig, importance: Importance, shape: Shape) -> Selection:

@@ -29,6 +29,11 @@ _RANK = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_CO
 _BITSANDBYTES = ("bnb", "8bit", "32bit", "paged", "lion", "ademamix")  # in the names of its optimizers
 
 
+def is_rank() -> bool:
+    """Whether a launcher of ranks has started this process."""
+    return any(name in os.environ for name in _RANK)
+
+
 def refuse_launch(deepspeed: bool = False) -> None:
     """What can be known to be wrong with a launch before anything is loaded.
 
@@ -49,7 +54,7 @@ def refuse_launch(deepspeed: bool = False) -> None:
         )
     # accelerate's launcher for one process sets the address of a main process only if it was asked for several
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
-    if launched and not any(name in os.environ for name in _RANK):
+    if launched and not is_rank():
         raise UserError(
             "accelerate launch was asked for several processes but has started one (it does so with --cpu, and with "
             "distributed_type MULTI_CPU or NO): use --multi_gpu --num_processes N, which runs on CPUs, too, or a file of "

@@ -33,6 +33,11 @@ ATTENTION_METRIC = "attention_kl"
 logger = logging.getLogger(__name__)
 
 
+def feature_weights(objective: Objective) -> dict[str, float]:
+    """Metric of attention and hidden-state loss -> its weight."""
+    return {ATTENTION_METRIC: objective.attention_weight, f"hidden_{objective.hidden_loss}": objective.hidden_weight}
+
+
 class FeatureLosses:
     """Attention and hidden-state losses of one student.
 
@@ -45,7 +50,7 @@ class FeatureLosses:
     def __init__(self, model: nn.Module, objective: Objective, teacher: Teacher, seed: int) -> None:
         self.model, self.objective = model, objective
         self.hidden_metric = f"hidden_{objective.hidden_loss}"
-        self.weights = {ATTENTION_METRIC: objective.attention_weight, self.hidden_metric: objective.hidden_weight}
+        self.weights = feature_weights(objective)
         config = base_of(model).config.get_text_config()
         spec = feature_spec(objective, config)
         assert spec is not None, "the objective compares features"
