@@ -366,12 +366,14 @@ def test_an_sft_stage_does_not_look_at_a_teacher_prompt(world: Path) -> None:
 
 def test_all_that_is_wrong_is_said_at_once(world: Path) -> None:
     other_tokens(world)
+    layers = "stages.aligned.loss={attention_weight: 1, attention_layers: [[0, 9]]}"
     with pytest.raises(UserError) as error:
-        prepare(recipe(world, "stages.expert.trainer.max_length=4", "stages.aligned.lora.target_modules=[query]"))
+        prepare(recipe(world, "stages.expert.trainer.max_length=4", "stages.aligned.lora.target_modules=[query]", layers))
     lines = str(error.value).splitlines()
-    assert lines[0] == "deep: 3 errors" and len(error.value.details) == 3
+    assert lines[0] == "deep: 4 errors" and len(error.value.details) == 4
     assert [line.split(":")[0].strip() for line in lines[1:]] == [
         "stages.expert.data",
+        "stages.aligned.loss",
         "stages.aligned.lora",
         "stages.cut.teacher",
     ]

@@ -30,8 +30,8 @@ class Found:
             detail = ErrorDetail(named[1], named[2], "") if named else ErrorDetail(key, str(error), "")
             self._details.setdefault(detail)
 
-    def __bool__(self) -> bool:
-        return bool(self._details)
+    def __len__(self) -> int:
+        return len(self._details)
 
     def raise_if_any(self) -> None:
         """Raises: UserError: one message with everything that was found."""

@@ -167,7 +167,7 @@ def _prepare_report(prepared: Prepared, evaluation: EvaluationSpec, found: Found
             _require_checkpoint(prepared, each)
             if each.name != STUDENT_AS_IT_WAS:  # it has been looked at with its stage
                 prepared.models.look_at(each)
-    if not found and all(name not in prepared.generated or name in prepared.data.written for name in evaluation.sources):
+    if all(name not in prepared.generated or name in prepared.data.written for name in evaluation.sources):
         with found.at("evaluation"):
             _ = prepared.data.evaluation_sets
 
@@ -196,6 +196,7 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
     with found.at(f"{where}.trainer"):
         arguments = training_arguments(recipe, name, prepared.folder.stage(name))
         unset_hf_deepspeed_config()  # they have set it, and ZeRO-3 would split models that have no weights here
+    known = len(found)
     for key, spec in stage.models().items():
         with found.at(f"{where}.{dotted(key)}"):
             _require_checkpoint(prepared, spec)
@@ -216,12 +217,12 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
     student: PreTrainedModel | None = None
     with found.at(f"{where}.student"):
         student = models.without_weights(recipe, name)
+    if len(found) == known:  # the configs can be read
+        with found.at(f"{where}.loss"):
+            models.require_comparable(recipe, name)
     if student is not None and stage.lora is not None:
         with found.at(f"{where}.lora"), torch.device("meta"):
             student = get_peft_model(student, peft_config(stage.lora, stage.student))
-    if not found:  # the configs can be read
-        with found.at(f"{where}.loss"):
-            models.require_comparable(recipe, name)
     if arguments is None:
         return
     with found.at(f"{where}.trainer"):
