@@ -83,4 +83,4 @@ def test_what_a_model_computes_counts_and_so_does_the_order_of_sources(tmp_path:
     config = json.loads((copy / "config.json").read_text())
     config["sliding_window"] = 2
     (copy / "config.json").write_text(json.dumps(config))
-    assert evaluated(tmp_path, more, orders[0], models, "evaluation.bootstrap=10") == ["copy"]
+    assert evaluated(tmp_path, more, orders[0], models) == ["copy"]

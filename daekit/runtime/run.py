@@ -235,7 +235,11 @@ def _report(prepared: Prepared, state: PartialState) -> None:
     sources = {name: recipe.sources[name].model_dump(mode="json") for name in recipe.evaluation.sources}
     stages = {name: folder.stage(name).done.read_text() for name in recipe.stages}
     rows = {name: each.fingerprint() for name, each in prepared.data.evaluation_sets.items()}
-    key = {"evaluation": recipe.evaluation.model_dump(mode="json"), "sources": sources, "stages": stages, "rows": rows}
+    files = {each.name: _files_of(each) for each in recipe.evaluation.models}
+    key = {
+        "evaluation": recipe.evaluation.model_dump(mode="json"),
+        **{"sources": sources, "stages": stages, "rows": rows, "files": files},
+    }
     key_file = folder.report / "report_key.json"
     if key_file.is_file() and json.loads(key_file.read_text()) == key:
         print(f"[report] complete, kept: {folder.report / 'report.html'}", flush=True)
@@ -245,6 +249,13 @@ def _report(prepared: Prepared, state: PartialState) -> None:
     write_report(folder.report, report)
     write_json(key_file, key)
     print(f"\n{format_table(report.rows)}\n\nReport: {folder.report / 'report.html'}", flush=True)
+
+
+def _files_of(model: EvaluatedModel) -> list[list[str | int]]:
+    """Names, sizes in bytes and times of a local model's files: they tell whether others lie there now, without being read."""
+    folders = [Path(each).expanduser() for each in (model.path, model.adapter) if each is not None]
+    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _suites(prepared: Prepared) -> None:
