@@ -73,7 +73,8 @@ def write_rows(path: Path, count: int, length: int, words: int) -> None:
 
 def run(name: str, scale: str) -> dict[str, Any]:
     """Plan and measure one case."""
-    from daekit.planning import Machine, plan_recipe
+    from daekit.planning.machine import Machine
+    from daekit.planning.plan import plan_recipe
     from daekit.recipe import load_recipe_text
 
     case = CASES[name].scaled(scale)
@@ -131,7 +132,10 @@ def prepare(case: Any, root: Path) -> None:
 
 def train(recipe: Any) -> dict[str, int]:
     """The bytes of two optimizer steps of the stage `main`, without checkpoints."""
-    from daekit.runtime import DataBuilder, ModelBuilder, RunFolder, build_trainer
+    from daekit.runtime.data import DataBuilder
+    from daekit.runtime.folders import RunFolder
+    from daekit.runtime.models import ModelBuilder
+    from daekit.runtime.trainer import build_trainer
 
     folder = RunFolder(Path(recipe.output_dir))
     data = DataBuilder(recipe, folder)

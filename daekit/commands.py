@@ -97,7 +97,9 @@ def plan(options: argparse.Namespace) -> None:
         raise UserError(f"--tflops {options.tflops}: a rate is positive")
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded for a plan
-    from daekit.planning import format_plan, machine_of, plan_json, plan_recipe
+    from daekit.planning.machine import machine_of
+    from daekit.planning.plan import plan_recipe
+    from daekit.planning.show import format_plan, plan_json
 
     rows = prompts = None
     if any(source.generated is not None for source in recipe.sources.values()):
@@ -149,7 +151,7 @@ def train(options: argparse.Namespace) -> None:
     """Run the stages of a recipe."""
     recipe = load_recipe(options.recipe, options.overrides)
 
-    from daekit.planning import announce
+    from daekit.planning.announcement import announce
     from daekit.runtime.run import run_recipe
 
     announce(recipe, reload=lambda more: load_recipe(options.recipe, [*options.overrides, *more]))

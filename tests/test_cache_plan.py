@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from daekit.planning import format_plan, plan_json, plan_recipe
+from daekit.planning.plan import plan_recipe
+from daekit.planning.show import format_plan, plan_json
 from daekit.recipe import load_recipe_text
 from daekit.runtime.data import stage_rows
 from daekit.runtime.run import cache_teachers

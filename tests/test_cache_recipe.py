@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from daekit.errors import UserError
-from daekit.planning import plan_recipe
+from daekit.planning.plan import plan_recipe
 from daekit.recipe import load_recipe_text, stage_key, to_yaml
 from daekit.recipe.schema import Recipe
 from daekit.runtime.run import cache_teachers, run_recipe

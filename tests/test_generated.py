@@ -24,10 +24,11 @@ from daekit.generation.user_turn import UserTurn
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.recipe import load_recipe, stage_key
 from daekit.recipe.generated import GeneratedSpec, PromptsSpec
-from daekit.runtime import DataBuilder, ModelBuilder, RunFolder
 from daekit.runtime import generated as runtime_generated
-from daekit.runtime.data import LossRule
+from daekit.runtime.data import DataBuilder, LossRule
+from daekit.runtime.folders import RunFolder
 from daekit.runtime.generated import find_sources
+from daekit.runtime.models import ModelBuilder
 from daekit.runtime.prepare import prepare
 from tests.helpers import tiny
 from tests.helpers.judge_server import JudgeServer

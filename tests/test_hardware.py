@@ -15,7 +15,9 @@ from trl.trainer import sft_trainer
 from daekit.errors import UserError
 from daekit.models.loading import load_model
 from daekit.models.quantization import pack_as
-from daekit.planning import format_plan, machine_of, plan_recipe
+from daekit.planning.machine import machine_of
+from daekit.planning.plan import plan_recipe
+from daekit.planning.show import format_plan
 from daekit.recipe import load_recipe_text
 from daekit.recipe.schema import ModelSpec
 from daekit.runtime.prepare import prepare

@@ -13,11 +13,13 @@ import pytest
 
 from daekit.cli import main
 from daekit.errors import UserError
-from daekit.planning import Machine, Planner, announcement, format_plan, machine_of, plan_json, plan_recipe
+from daekit.planning import announcement
 from daekit.planning.advice import largest_rows
 from daekit.planning.generation import KEYS_AND_VALUES, TOGETHER
+from daekit.planning.machine import Machine, machine_of
 from daekit.planning.memory import ACTIVATIONS, ADAPTERS, GATHERED, GRADIENTS, OPTIMIZER, OUTPUTS, WEIGHTS
-from daekit.planning.plan import StagePlan
+from daekit.planning.plan import Planner, StagePlan, plan_recipe
+from daekit.planning.show import format_plan, plan_json
 from daekit.planning.training import DEFAULTS, optimizer_bytes
 from daekit.recipe import load_recipe_text
 from daekit.trainers import DAEConfig, rollouts

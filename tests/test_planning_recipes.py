@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from daekit.cli import parse
-from daekit.planning import Machine, machine_of, plan_recipe
+from daekit.planning.machine import Machine, machine_of
+from daekit.planning.plan import plan_recipe
 from daekit.planning.show import gigabytes
 from daekit.recipe import load_recipe
 from tests.helpers.planning import RECIPES, ROOT

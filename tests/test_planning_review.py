@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from daekit.errors import UserError
-from daekit.planning import Machine, Planner, announcement, meta_model, plan_recipe, this_machine
+from daekit.planning import announcement, meta_model
 from daekit.planning.advice import Change, changes, cheapest
+from daekit.planning.machine import Machine, this_machine
 from daekit.planning.memory import GRADIENTS, WEIGHTS
-from daekit.planning.plan import Plan
+from daekit.planning.plan import Plan, Planner, plan_recipe
 from daekit.recipe import load_recipe_text
 from tests.helpers.planning import CPU, GPU, PATH, RECIPE, parts, plan
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from daekit.recipe import Recipe, load_recipe_text
-from daekit.runtime import ModelBuilder, RunFolder
+from daekit.runtime.folders import RunFolder
+from daekit.runtime.models import ModelBuilder
 from daekit.runtime.report import _teachers
 from daekit.runtime.run import run_recipe
 from tests.helpers import tiny

@@ -7,19 +7,11 @@ import pytest
 import torch
 
 from daekit.errors import UserError
-from daekit.students import (
-    Shape,
-    at_random,
-    choose,
-    first_n,
-    fit_norms,
-    measure_importance,
-    slice_model,
-    sort_teacher,
-    view_model,
-)
 from daekit.students.families import family_of
-from daekit.students.slicing import permute_
+from daekit.students.importance import at_random, choose, first_n, measure_importance, sort_teacher
+from daekit.students.norms import fit_norms
+from daekit.students.shapes import Shape
+from daekit.students.slicing import permute_, slice_model, view_model
 from tests.helpers.student_cases import CONFIGS, first_units, logits, rows, silence_channels, teacher
 
 CASES = list(CONFIGS)

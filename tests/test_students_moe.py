@@ -8,9 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig, PreTrainedConfig
 
 from daekit.errors import UserError
-from daekit.students import dense_to_mixtral, fewer_experts, measure_experts, mixtral_to_dense
-from daekit.students.experts import ExpertScores
-from daekit.students.moe import _SHARED
+from daekit.students.experts import ExpertScores, measure_experts
+from daekit.students.moe import _SHARED, dense_to_mixtral, fewer_experts, mixtral_to_dense
 from tests.helpers.student_cases import logits, rows
 
 SIZES = dict(

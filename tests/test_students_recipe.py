@@ -13,10 +13,12 @@ from daekit.cli import main
 from daekit.errors import UserError
 from daekit.recipe import load_recipe_text, resolve, stage_key, student_key, to_yaml
 from daekit.recipe.schema import CalibrationSpec, ModelSpec, Recipe, StudentSearchSpec, StudentSpec
-from daekit.runtime import DataBuilder, ModelBuilder, folders
+from daekit.runtime import folders
+from daekit.runtime.data import DataBuilder
+from daekit.runtime.models import ModelBuilder
 from daekit.runtime.run import init_students, run_recipe
 from daekit.runtime.student import calibration_rows
-from daekit.students import count_parameters
+from daekit.students.shapes import count_parameters
 
 RECIPE = """
 name: cut

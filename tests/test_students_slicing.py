@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from daekit.errors import UserError
-from daekit.students import Shape, choose, count_parameters, first_n, fit_norms, slice_model, view_model
-from daekit.students.importance import at_random
-from daekit.students.shapes import possible_head_dims
-from daekit.students.slicing import permute_
+from daekit.students.importance import at_random, choose, first_n
+from daekit.students.norms import fit_norms
+from daekit.students.shapes import Shape, count_parameters, possible_head_dims
+from daekit.students.slicing import permute_, slice_model, view_model
 from tests.helpers.student_cases import CONFIGS, first_units, logits, rows, silence_channels, teacher
 from tests.helpers.tiny import model as tiny_model
 

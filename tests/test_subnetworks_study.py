@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoConfig
 
 from daekit.recipe import Recipe, load_recipe
-from daekit.students import Shape, count_parameters
+from daekit.students.shapes import Shape, count_parameters
 from tests.helpers.shared_data import DATA
 
 ROOT = Path(__file__).resolve().parent.parent

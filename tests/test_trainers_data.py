@@ -15,7 +15,8 @@ from trl import SFTConfig, SFTTrainer
 
 from daekit.errors import UserError
 from daekit.recipe import load_recipe_text
-from daekit.runtime import DataBuilder, RunFolder
+from daekit.runtime.data import DataBuilder
+from daekit.runtime.folders import RunFolder
 from tests.helpers import tiny
 from tests.helpers.trainer_world import Twin, dae, in_float64, kd, logged, options
 

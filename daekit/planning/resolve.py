@@ -18,7 +18,9 @@ from daekit.models.hardware import settings_of
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, adapter_stage, read_adapter_config
 from daekit.recipe.schema import ModelSpec, Recipe, StudentSpec
-from daekit.students import Shape, Window, config_of_shape, first_n, space_of
+from daekit.students.importance import config_of_shape, first_n
+from daekit.students.shapes import Shape
+from daekit.students.space import Window, space_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -27,7 +27,8 @@ from daekit.recipe import student_key
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
 from daekit.recipe.schema import DAEStage, ModelSpec, Recipe, StageSpec, TeacherSpec
 from daekit.runtime.folders import RunFolder
-from daekit.students import Shape, config_of_shape
+from daekit.students.importance import config_of_shape
+from daekit.students.shapes import Shape
 from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, LabelTeacher, ModelTeacher, RoutedTeacher, ServerTeacher
 from daekit.teachers.parts import leaves, on_student
 

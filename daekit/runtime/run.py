@@ -21,15 +21,20 @@ from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluatedModel, ModelSpec, R
 from daekit.recipe.suite import SuiteModelSpec
 from daekit.report import format_table, write_report
 from daekit.report.provenance import commit, versions
-from daekit.runtime import DataBuilder, ModelBuilder, RunFolder, build_report, build_student, cache_stage
+from daekit.runtime.data import DataBuilder
+from daekit.runtime.folders import RunFolder
 from daekit.runtime.found import Found
 from daekit.runtime.generated import find_sources, generated_sources, waits_for, write_sources
 from daekit.runtime.kept import claim
 from daekit.runtime.lock import RunLock
+from daekit.runtime.models import ModelBuilder
 from daekit.runtime.prepare import Prepared, complete_rows, prepare
 from daekit.runtime.quiet import quieten
+from daekit.runtime.report import build_report
 from daekit.runtime.signals import GRACE, StopRequest
 from daekit.runtime.stage import run_stage
+from daekit.runtime.student import build_student
+from daekit.runtime.trainer import cache_stage
 from daekit.trainers.distributed import refuse_launch
 from daekit.trainers.machines import by_main, connected, require_shared
 

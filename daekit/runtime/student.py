@@ -25,37 +25,19 @@ from daekit.recipe.schema import CalibrationSpec, Recipe, StudentSearchSpec, Stu
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder, StudentFolder, files_of
 from daekit.runtime.models import ModelBuilder
-from daekit.students import (
-    Evolution,
-    Importance,
-    Round,
-    Selection,
-    Shape,
-    Space,
-    Strategy,
-    Window,
-    at_random,
-    choose,
-    dense_to_mixtral,
-    draw,
-    evolve,
-    fewer_experts,
-    first_n,
-    fit_norms,
-    grid,
-    measure_experts,
-    measure_importance,
-    mixtral_to_dense,
-    read_log,
-    run_search,
-    search_svg,
-    slice_model,
-    sort_teacher,
-    space_of,
-)
 from daekit.students.calibration import require_enough
+from daekit.students.experts import measure_experts
+from daekit.students.figure import search_svg
+from daekit.students.importance import Importance, at_random, choose, first_n, measure_importance, sort_teacher
+from daekit.students.moe import dense_to_mixtral, fewer_experts, mixtral_to_dense
+from daekit.students.norms import fit_norms
 from daekit.students.scorer import CandidateScorer
-from daekit.students.shapes import require_possible
+from daekit.students.search import Round, read_log, run_search
+from daekit.students.selection import Selection
+from daekit.students.shapes import Shape, require_possible
+from daekit.students.slicing import slice_model
+from daekit.students.space import Space, Window, space_of
+from daekit.students.strategies import Evolution, Strategy, draw, evolve, grid
 
 Rows = Sequence[TokenRow]
 

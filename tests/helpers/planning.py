@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from daekit.planning import Machine, Planner
-from daekit.planning.plan import StagePlan
+from daekit.planning.machine import Machine
+from daekit.planning.plan import Planner, StagePlan
 from daekit.recipe import load_recipe_text
 
 ROOT = Path(__file__).parent.parent.parent

@@ -17,7 +17,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from daekit.students import Selection, Shape
+from daekit.students.selection import Selection
+from daekit.students.shapes import Shape
 
 VOCABULARY = 40
 SIZES: dict[str, Any] = dict(
