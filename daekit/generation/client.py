@@ -57,7 +57,7 @@ class ChatClient:
         role: str = "judge",
         first_wait: float = 1.0,
         before: Sequence[Budget] = (),
-        allowed: Permissions = Permissions(),  # noqa: B008 (frozen)
+        allowed: Permissions = Permissions(),
         progress: ProgressFunction | None = None,
     ) -> None:
         require_sound(spec)

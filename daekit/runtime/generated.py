@@ -58,7 +58,7 @@ class GeneratedSource:
     name: str
     data: DataBuilder
     models: ModelBuilder
-    allowed: Permissions = Permissions()  # noqa: RUF009 (frozen)
+    allowed: Permissions = Permissions()
 
     @cached_property
     def spec(self) -> GeneratedSpec:

@@ -69,7 +69,7 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
 
 
-def prepare(recipe: Recipe, allowed: Permissions = Permissions()) -> Prepared:  # noqa: B008 (frozen)
+def prepare(recipe: Recipe, allowed: Permissions = Permissions()) -> Prepared:
     """Open what the stages that are not complete yet, the report and the suites will need. Writes nothing.
 
     Weights are not loaded: models are known by their configs, their tokenizers and the headers of their files.

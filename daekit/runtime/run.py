@@ -39,7 +39,7 @@ from daekit.trainers.distributed import refuse_launch
 from daekit.trainers.machines import by_main, connected, require_shared
 
 
-def run_recipe(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Permissions()) -> None:  # noqa: B008 (frozen)
+def run_recipe(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Permissions()) -> None:
     """Run all stages of a recipe that are not complete yet, then write the report.
 
     Started again with the same recipe it keeps what is complete and resumes what was stopped. Under ``accelerate launch``
@@ -134,7 +134,7 @@ def _held(folder: RunFolder, state: PartialState, grace: float) -> Iterator[Stop
 def cache_teachers(
     recipe: Recipe,
     grace: float = GRACE,
-    allowed: Permissions = Permissions(),  # noqa: B008 (frozen)
+    allowed: Permissions = Permissions(),
     check: bool = False,
 ) -> None:
     """Make what is missing of the caches of a recipe's teachers, and train nothing. Under a launcher every rank calls it.
@@ -165,7 +165,7 @@ def generate_sources(
     recipe: Recipe,
     names: Sequence[str],
     grace: float = GRACE,
-    allowed: Permissions = Permissions(),  # noqa: B008 (frozen)
+    allowed: Permissions = Permissions(),
 ) -> None:
     """Write the rows of generated sources (``names``; default: all), and train nothing.
 

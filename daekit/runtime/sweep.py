@@ -101,7 +101,7 @@ def _require_different(runs: Sequence[SweptRun]) -> None:
             )
 
 
-def run_sweep(root: Path, runs: Sequence[SweptRun], grace: float = GRACE, allowed: Permissions = Permissions()) -> None:  # noqa: B008
+def run_sweep(root: Path, runs: Sequence[SweptRun], grace: float = GRACE, allowed: Permissions = Permissions()) -> None:
     """Run what is not complete yet, and compare. Started again it keeps what is complete and resumes what was stopped.
 
     Everything that any run needs is opened before the first step of the first. A stage whose result depends on nothing that is

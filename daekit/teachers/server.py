@@ -53,7 +53,7 @@ class ServerTeacher:
         concurrency: int = 8,
         max_retries: int = 6,
         timeout: float = 120.0,
-        allowed: Permissions = Permissions(),  # noqa: B008 (frozen)
+        allowed: Permissions = Permissions(),
         first_wait: float = 1.0,
     ) -> None:
         for problem in url_problems(base_url):

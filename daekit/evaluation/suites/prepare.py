@@ -36,7 +36,7 @@ class Options:
     max_cost: float | None = None
     allow_missing: int = 0
     score_parser: Literal["strict", "fastchat"] | None = None
-    allowed: Permissions = Permissions()  # noqa: RUF009 (frozen)
+    allowed: Permissions = Permissions()
 
     def facts(self) -> dict[str, Any]:
         """For a file."""

@@ -27,7 +27,7 @@ from daekit.report import Report, write_report
 from daekit.report.provenance import versions
 
 
-def run_suite(suite: SuiteSpec, options: Options = Options()) -> Report | None:  # noqa: B008 (frozen)
+def run_suite(suite: SuiteSpec, options: Options = Options()) -> Report | None:
     """Measure every model of a suite and write the report into its ``output_dir``; a refused suite writes nothing.
 
     Returns:
