@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 from daekit import __version__, commands
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--cpu", metavar="SIZE", help="memory for a run without GPU")
     plan.add_argument("--gpus", metavar="N", type=int, default=1, help="how many, one process each")
     plan.add_argument("--engine", choices=["ddp", "fsdp2", "zero2", "zero3"], help="how they share the work (default: ddp)")
-    plan.add_argument("--tflops", metavar="RATE", type=float, help="TFLOP/s of one device, for the time of a step")
+    plan.add_argument("--tflops", metavar="RATE", type=_number(float), help="TFLOP/s of one device, for the time of a step")
     plan.add_argument("--json", action="store_true", help="print JSON")
     init = parsers.add_parser(
         "init", help="make the students that a recipe makes from their teachers (search, slicing); no training"
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--grace",
             metavar="SECONDS",
-            type=_positive_float,
+            type=_number(float),
             default=25.0,
             help="what SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C leave the run to save a checkpoint at its next step (default: 25)",
         )
@@ -174,12 +174,12 @@ def _add_eval(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     command.add_argument("--output", metavar="DIR", help="where to write (default: the suite's output_dir)")
     command.add_argument("--dry-run", action="store_true", help="say what would be done and what the judge would cost")
-    command.add_argument("--max-calls", metavar="N", type=_positive_int, help="calls that one judge or endpoint may get")
-    command.add_argument("--max-cost", metavar="X", type=_positive_float, help="dollars that one judge may cost")
+    command.add_argument("--max-calls", metavar="N", type=_number(int), help="calls that one judge or endpoint may get")
+    command.add_argument("--max-cost", metavar="X", type=_number(float), help="dollars that one judge may cost")
     command.add_argument(
         "--allow-missing",
         metavar="N",
-        type=_count,
+        type=_number(int, zero=True),
         default=0,
         help="give a score although up to N judgments of the model are missing",
     )
@@ -198,9 +198,9 @@ def _add_chat(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="a directory, PATH+ADAPTER, a hub id, http(s)://HOST/v1#MODEL, or RUN:STAGE; NAME=MODEL gives it a name",
     )
     command.add_argument("--system", metavar="TEXT", help="a system message (default: what the chat template does without one)")
-    command.add_argument("--max-new-tokens", metavar="N", type=_positive_int, default=512, help="of an answer (default: 512)")
+    command.add_argument("--max-new-tokens", metavar="N", type=_number(int), default=512, help="of an answer (default: 512)")
     command.add_argument(
-        "--temperature", metavar="T", type=_not_negative, default=0.0, help="0 (default): the likeliest tokens"
+        "--temperature", metavar="T", type=_number(float, zero=True), default=0.0, help="0 (default): the likeliest tokens"
     )
     command.add_argument(
         "--prompts", metavar="FILE", help="answer these (JSONL, Parquet, or .txt with one on each line) instead"
@@ -209,29 +209,14 @@ def _add_chat(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     _add_permissions(command)
 
 
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
-    return value
+def _number(kind: Callable[[str], float], zero: bool = False) -> Callable[[str], float]:
+    """A type for argparse: finite numbers above 0, or (``zero``) from 0 on."""
 
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 <= value < float("inf") or (value == 0 and not zero):
+            raise argparse.ArgumentTypeError(f"{text} must {'not be negative' if zero else 'be greater than 0'}")
+        return value
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} must not be negative")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must not be negative")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
-    return value
+    number.__name__ = kind.__name__  # argparse says of other texts: invalid int value
+    return number
