@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from daekit.data.builtin import NAMES, SPLITS, builtin_rows
+from daekit.data.builtin import SPLITS, builtin_rows
 from daekit.errors import UserError
+from daekit.recipe.validation import BUILTIN_CORPORA
 
 GENERAL = [(name, split) for name in ("skills", "chat") for split in SPLITS]
-EVERYTHING = [(name, split) for name in NAMES for split in SPLITS]
+EVERYTHING = [(name, split) for name in BUILTIN_CORPORA for split in SPLITS]
 
 # phrasing -> (task, the right answer, recomputed)
 SKILLS: list[tuple[str, str, Callable[..., str]]] = [

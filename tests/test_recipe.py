@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from daekit.data.builtin import NAMES
 from daekit.errors import UserError
-from daekit.recipe import BUILTIN_CORPORA, load_recipe, to_dict, to_yaml
+from daekit.recipe import load_recipe, to_dict, to_yaml
 from daekit.recipe.schema import KDStage, MixtureSpec, ModelSpec, TeacherSpec, TokenizerSpec
 from tests.helpers.recipes import BASE, RECIPES, ROOT, errors, load
 
@@ -27,10 +26,6 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
 
 def test_recipes_exist() -> None:
     assert len(RECIPES) >= 6
-
-
-def test_builtin_corpora_are_those_of_the_data_room() -> None:
-    assert set(BUILTIN_CORPORA) == set(NAMES)
 
 
 def test_sequential_and_all_experts_see_the_same_rows_and_experts() -> None:

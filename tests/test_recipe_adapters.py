@@ -10,7 +10,8 @@ import pytest
 
 from daekit.cli import main
 from daekit.errors import UserError
-from daekit.recipe import Recipe, load_recipe_text, resolve, sharing_notes, stage_key, to_yaml
+from daekit.recipe import Recipe, load_recipe_text, sharing_notes, stage_key, to_yaml
+from daekit.recipe.load import resolve
 from daekit.recipe.schema import ModelSpec
 from tests.helpers.recipes import errors
 

@@ -9,7 +9,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from daekit.recipe import Recipe, load_recipe, load_recipe_text, resolve, stage_key, to_dict, to_yaml
+from daekit.recipe import Recipe, load_recipe, load_recipe_text, stage_key, to_dict, to_yaml
+from daekit.recipe.load import resolve
 from daekit.recipe.objective import Objective
 from daekit.recipe.schema import (
     DAEStage,

@@ -14,7 +14,8 @@ import pytest
 
 from daekit.cli import main
 from daekit.errors import UserError
-from daekit.recipe import load_recipe, load_recipe_text, load_suite_text, parse_models, resolve, suite_to_yaml, to_yaml
+from daekit.recipe import load_recipe, load_recipe_text, parse_models, to_yaml
+from daekit.recipe.load import load_suite_text, resolve
 from tests.helpers.recipes import BASE, errors, load
 
 SUITE = "name: quiz\noutput_dir: out\nbenchmarks: {p: {type: minimal_pairs, path: .}}\n"
@@ -180,7 +181,7 @@ def test_a_suite_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "suite.yaml").unlink()
     assert load_recipe_text(to_yaml(recipe), "again") == recipe == resolve(recipe)
     assert recipe.evaluation is not None and recipe.evaluation.suites[0].batch_size == 3
-    assert load_suite_text(suite_to_yaml(recipe.evaluation.suites[0]), "suite", {"m": "a/b"}).name == "quiz"
+    assert load_suite_text(to_yaml(recipe.evaluation.suites[0]), "suite", {"m": "a/b"}).name == "quiz"
 
 
 def test_two_suites_of_one_name(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from daekit.cli import main
 from daekit.errors import UserError
-from daekit.recipe import load_recipe_text, resolve, stage_key, student_key, to_yaml
+from daekit.recipe import load_recipe_text, stage_key, student_key, to_yaml
+from daekit.recipe.load import resolve
 from daekit.recipe.schema import CalibrationSpec, ModelSpec, Recipe, StudentSearchSpec, StudentSpec
 from daekit.runtime import folders
 from daekit.runtime.data import DataBuilder

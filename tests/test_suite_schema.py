@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from daekit.errors import UserError
-from daekit.recipe.dump import suite_to_yaml
+from daekit.recipe.dump import to_yaml
 from daekit.recipe.load import load_suite, load_suite_text, parse_models
 from daekit.recipe.suite import BENCHMARKS, MinimalPairsSpec, MTBenchSpec, SuiteModelSpec
 
@@ -65,7 +65,7 @@ def test_a_suite_written_out_is_the_suite() -> None:
     more = "  mt: {type: mt_bench, path: ., judge: {model: g, base_url: http://x/v1}, chat_template_kwargs: {a: {b: no}}}\n"
     suite = load_suite_text(BASE.replace("models:", more + "models:"), "test.yaml", None)
     assert isinstance(suite.benchmarks["mt"], MTBenchSpec)
-    assert load_suite_text(suite_to_yaml(suite), "again.yaml") == suite
+    assert load_suite_text(to_yaml(suite), "again.yaml") == suite
 
 
 def test_all_errors_at_once() -> None:

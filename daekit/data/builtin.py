@@ -17,10 +17,10 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from daekit.errors import UserError
+from daekit.recipe.validation import BUILTIN_CORPORA
 
 Row = dict[str, str]
 
-NAMES = ("skills", "chat", "shop")
 SPLITS = ("train", "validation")
 
 # Questions of each task, in the order in which they are drawn: no question is in two of these sets.
@@ -41,8 +41,8 @@ def builtin_rows(name: str, split: str) -> list[Row]:
     Raises:
         UserError: there is no corpus or no split of that name.
     """
-    if name not in NAMES:
-        raise UserError(f"builtin corpus {name!r} does not exist; choose one of {', '.join(NAMES)}")
+    if name not in BUILTIN_CORPORA:
+        raise UserError(f"builtin corpus {name!r} does not exist; choose one of {', '.join(BUILTIN_CORPORA)}")
     if split not in SPLITS:
         raise UserError(f"split {split!r} of builtin:{name} does not exist; choose one of {', '.join(SPLITS)}")
     rows = _shop_rows()[split] if name == "shop" else _general_rows()[name, split]

@@ -7,25 +7,20 @@ each other; ``load`` puts all this together, with overrides and implied defaults
 """
 
 from daekit.recipe.checks import sharing_notes
-from daekit.recipe.dump import generated_key, stage_key, student_key, suite_to_yaml, to_dict, to_yaml
-from daekit.recipe.load import load_recipe, load_recipe_text, load_suite, load_suite_text, parse_models, resolve
+from daekit.recipe.dump import generated_key, stage_key, student_key, to_dict, to_yaml
+from daekit.recipe.load import load_recipe, load_recipe_text, load_suite, parse_models
 from daekit.recipe.schema import Recipe
-from daekit.recipe.validation import BUILTIN_CORPORA
 
 __all__ = [
-    "BUILTIN_CORPORA",
     "Recipe",
     "generated_key",
     "load_recipe",
     "load_recipe_text",
     "load_suite",
-    "load_suite_text",
     "parse_models",
-    "resolve",
     "sharing_notes",
     "stage_key",
     "student_key",
-    "suite_to_yaml",
     "to_dict",
     "to_yaml",
 ]

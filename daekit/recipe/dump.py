@@ -34,14 +34,9 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
-def to_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML, fully explicit; ``load_recipe_text`` of it is ``resolve(recipe)`` again."""
-    return yaml.dump(to_dict(recipe), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-def suite_to_yaml(suite: SuiteSpec) -> str:
-    """A suite as YAML, fully explicit; ``load_suite_text`` of it is the suite again."""
-    return yaml.dump(suite.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+def to_yaml(spec: Recipe | SuiteSpec) -> str:
+    """YAML, fully explicit; loading it gives ``resolve(recipe)``, or the suite, again."""
+    return yaml.dump(spec.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def stage_key(recipe: Recipe, stage_name: str) -> dict[str, Any]:

@@ -17,18 +17,8 @@ from typing import Any
 import yaml
 
 from daekit.errors import UserError
-from daekit.recipe import (
-    Recipe,
-    load_recipe_text,
-    load_suite_text,
-    resolve,
-    sharing_notes,
-    stage_key,
-    student_key,
-    suite_to_yaml,
-    to_dict,
-    to_yaml,
-)
+from daekit.recipe import Recipe, load_recipe_text, sharing_notes, stage_key, student_key, to_dict, to_yaml
+from daekit.recipe.load import load_suite_text, resolve
 
 ROOT = Path(__file__).parent.parent.parent
 CPU_SECONDS, MEMORY = 5.0, 2**30  # of one case; of the whole process beside what it begins with
@@ -163,7 +153,7 @@ class Fuzzer:
                         draw.choice(["m", "a.b", "../x", ""]): draw.choice(["a/b", "http://h/v1#m", "x+y", "", "./nowhere"])
                     }
                     suite = load_suite_text(changed, "fuzz.yaml", models, overrides)
-                    assert load_suite_text(suite_to_yaml(suite), "again") == suite
+                    assert load_suite_text(to_yaml(suite), "again") == suite
             except UserError as error:
                 assert str(error) and len(str(error)) < 200_000
                 str(error).encode()  # it can be printed

@@ -16,7 +16,7 @@ from daekit.evaluation.likelihood import Rows
 from daekit.evaluation.suites.prepare import Prepared, Questions
 from daekit.evaluation.suites.results import Results
 from daekit.generation.local import device
-from daekit.recipe.dump import suite_to_yaml
+from daekit.recipe.dump import to_yaml
 from daekit.report import Report, Row, Sample
 from daekit.report.provenance import commit, versions
 
@@ -47,13 +47,13 @@ def suite_report(prepared: Prepared, results: Results) -> Report:
             "seed": str(suite.seed),
             **{f"model {name}": json.dumps(facts, ensure_ascii=False) for name, facts in results.identities.items()},
         },
-        recipe=suite_to_yaml(suite),
+        recipe=to_yaml(suite),
     )
 
 
 def manifest(prepared: Prepared, results: Results) -> str:
     """Versions, machine, models, data, settings, seeds and judges, as JSON. No credentials are in it."""
-    text = suite_to_yaml(prepared.suite)
+    text = to_yaml(prepared.suite)
     facts = {
         "suite": {"name": prepared.suite.name, "hash": hashlib.sha256(text.encode()).hexdigest()[:16], "yaml": text},
         "options": prepared.options.facts(),

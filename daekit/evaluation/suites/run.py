@@ -20,7 +20,7 @@ from daekit.evaluation.suites.results import Results, load_measured, save_measur
 from daekit.files import write_whole
 from daekit.generation import ChatClient, Estimate
 from daekit.progress import Progress, ProgressFunction
-from daekit.recipe.dump import suite_to_yaml
+from daekit.recipe.dump import to_yaml
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.suite import MTBenchSpec, SuiteSpec
 from daekit.report import Report, write_report
@@ -215,7 +215,7 @@ def _require_own_folder(prepared: Prepared) -> None:
 def _claim(prepared: Prepared) -> None:
     """Write the suite into the output directory."""
     try:
-        write_whole(prepared.folder / "suite.yaml", suite_to_yaml(prepared.suite))
+        write_whole(prepared.folder / "suite.yaml", to_yaml(prepared.suite))
     except OSError as error:
         raise UserError(
             f"output_dir={prepared.suite.output_dir}: cannot be written ({error.strerror}); choose another"
