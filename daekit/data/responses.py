@@ -8,14 +8,16 @@ families), or, where a template has none, the last assistant turn, found by comp
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from daekit.data.time_limit import cpu_limit
 from daekit.errors import UserError, first_line
 from daekit.protocol import IGNORE_INDEX
 
@@ -269,3 +271,29 @@ def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a row gives its chat template beside the messages: ``tools`` and ``chat_template_kwargs``, as in TRL."""
     tools = row.get("tools")
     return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+
+
+@contextmanager
+def cpu_limit(seconds: float) -> Iterator[None]:
+    """Run the block, a chat template that can loop for as long as it likes, under a limit of CPU time; in the main thread only.
+
+    Args:
+        seconds: CPU time that the process may use within the block.
+
+    Raises:
+        TimeoutError: the block has used more.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not done after {seconds:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)

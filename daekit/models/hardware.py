@@ -11,8 +11,6 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from daekit.errors import UserError
 
-_BITSANDBYTES = "bitsandbytes"
-
 
 def require_attention(config: PreTrainedConfig, implementation: str, path: str, trusted: bool = False) -> None:
     """Let transformers choose the attention of a model without weights: packages and devices that it needs must be here.

@@ -12,11 +12,11 @@ from pydantic import Field
 
 from daekit.errors import UserError
 from daekit.recipe.adapter_config import adapter_stage, read_adapter_config
-from daekit.recipe.model import CalibrationSpec, Dtype, ModelSpec, Quantization, StudentSearchSpec, StudentSpec
+from daekit.recipe.model import CalibrationSpec, Dtype, ModelSpec, StudentSearchSpec, StudentSpec
 from daekit.recipe.reading import ByType, FilePath, Flag, Seed, Spec, Text, Whole, content
 from daekit.recipe.rows import MixtureSpec, SourceSpec, TokenizerSpec, TokenizerTraining
 from daekit.recipe.stages import STAGES, DAEStage, KDStage, LoraSpec, SFTStage, StageSpec
-from daekit.recipe.suite import Column, SuiteSpec
+from daekit.recipe.suite import SuiteSpec
 from daekit.recipe.teacher import CacheSpec, TeacherSpec, WeightedModelSpec
 from daekit.recipe.tree import Path
 
@@ -24,7 +24,6 @@ __all__ = [
     "STUDENT_AS_IT_WAS",
     "CacheSpec",
     "CalibrationSpec",
-    "Column",
     "DAEStage",
     "Dtype",
     "EvaluatedModel",
@@ -33,7 +32,6 @@ __all__ = [
     "LoraSpec",
     "MixtureSpec",
     "ModelSpec",
-    "Quantization",
     "Recipe",
     "SFTStage",
     "SourceSpec",

@@ -38,7 +38,6 @@ class CachedTeacher:
         self.store = CacheStore(directory)
         self.facts = self.store.facts
         self._heads: list[OutputHead] | None = None
-        self._device = torch.device("cpu")
         if tokenizer is not None:
             self.require_tokenizer(tokenizer)
 
