@@ -22,10 +22,10 @@ from daekit.data.rows import VISION_COLUMNS, RowCollector, take
 from daekit.errors import UserError, first_line
 from daekit.recipe.generated import PromptsSpec
 from daekit.recipe.schema import SourceSpec
+from daekit.recipe.validation import DATA_FILES, is_local
 
 BUILTIN = "builtin:"
 _JSON_LINES = (".jsonl", ".json", ".ndjson")
-_FORMATS = (*_JSON_LINES, ".parquet")
 _MEDIA_FEATURES = ("Image", "Audio", "Video", "Pdf", "Nifti")
 _ROWS_PER_READ = 1000
 _LONGEST_PATH_SHOWN = 200
@@ -83,11 +83,6 @@ def load_rows(where: str, spec: SourceSpec, limit: int | None) -> Dataset:
     return _load(where, spec, spec.path, spec.split, spec.split, limit)
 
 
-def looks_local(path: str) -> bool:
-    """Is this meant as a path, and not as a hub id (``name`` or ``owner/name``)?"""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(_FORMATS)
-
-
 def _load(where: str, spec: SourceSpec, path: str, split: str, whole: str, limit: int | None) -> Dataset:
     """Rows of one split. ``whole``: the split that files belong to whose names say nothing."""
     collector = RowCollector(where, spec.columns, spec.chat)
@@ -106,8 +101,10 @@ def placed_rows(where: str, spec: SourceSpec | PromptsSpec, path: str, split: st
     local = Path(path).expanduser()
     if _is_there(where, local):
         return (row for file in _files(where, local, split, whole) for row in _rows_of_file(where, file))
-    if looks_local(path):
-        raise UserError(f"{where}: {path} does not exist; give a {', '.join(_FORMATS)} file, a directory of them, or a hub id")
+    if is_local(path):
+        raise UserError(
+            f"{where}: {path} does not exist; give a {', '.join(DATA_FILES)} file, a directory of them, or a hub id"
+        )
     return _rows_of_table(where, path, _from_hub(where, spec, path, split))
 
 
@@ -128,8 +125,8 @@ def _is_there(where: str, path: Path) -> bool:
 
 def _files(where: str, path: Path, split: str, whole: str) -> list[Path]:
     if path.is_file():
-        if path.suffix not in _FORMATS:
-            raise UserError(f"{where}: {path} is of no known format; it must end in {', '.join(_FORMATS)}")
+        if path.suffix not in DATA_FILES:
+            raise UserError(f"{where}: {path} is of no known format; it must end in {', '.join(DATA_FILES)}")
         if split != whole:
             raise UserError(
                 f"{where}: {path} is one file and has no split {split!r}; name a file with validation, or use holdout"
@@ -138,10 +135,10 @@ def _files(where: str, path: Path, split: str, whole: str) -> list[Path]:
     files = sorted(
         file
         for file in path.rglob("*")
-        if file.suffix in _FORMATS and not file.name.startswith(".") and _is_there(where, file) and not file.is_dir()
+        if file.suffix in DATA_FILES and not file.name.startswith(".") and _is_there(where, file) and not file.is_dir()
     )
     if not files:
-        raise UserError(f"{where}: directory {path} holds no file that ends in {', '.join(_FORMATS)}")
+        raise UserError(f"{where}: directory {path} holds no file that ends in {', '.join(DATA_FILES)}")
     splits = {file: _split_of(file.relative_to(path)) for file in files}
     named = {found for found in splits.values() if found}
     unnamed = [file for file, found in splits.items() if not found]

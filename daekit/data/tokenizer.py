@@ -15,6 +15,7 @@ from daekit.data.rows import form_of
 from daekit.data.sentencepiece_file import differs_from_sentencepiece, from_sentencepiece
 from daekit.errors import UserError, first_line
 from daekit.recipe.schema import TokenizerSpec, TokenizerTraining
+from daekit.recipe.validation import is_local
 
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 _ROLES = ("system", "user", "assistant")
@@ -158,7 +159,7 @@ def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
         return _from_file(local, trust_remote_code)
     if local.is_dir():
         return _from_directory(local, trust_remote_code)
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+    if is_local(path, ()):
         raise UserError(f"tokenizer.path: {path} does not exist; give a hub id, a directory or a tokenizer file")
     return _auto(path, trust_remote_code)
 

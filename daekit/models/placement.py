@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
+from daekit.recipe.model import SPREADS
 
 
 def device_map_of(given: str | Mapping[str, str]) -> str | dict[str, Any]:
     """What transformers takes for the ``device_map`` of a recipe: numbers name GPUs, a single device takes everything."""
     if isinstance(given, str):
-        return given if given in ("auto", "balanced", "balanced_low_0", "sequential") else {"": _device(given)}
+        return given if given in SPREADS else {"": _device(given)}
     return {module: _device(device) for module, device in given.items()}
 
 

@@ -10,11 +10,11 @@ from daekit.planning.meta_model import MetaModel
 from daekit.planning.resolve import ModelResolver
 from daekit.planning.trace import Tracer
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, BARE_BASE, adapter_stage, read_adapter_config
+from daekit.recipe.model import SPREADS
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, CacheSpec, LoraSpec, ModelSpec, Recipe, TeacherSpec
 from daekit.recipe.tree import Path as KeyPath
 from daekit.recipe.validation import dotted
 
-_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _SAME_GPU = ("0", "cuda", "cuda:0")  # the GPU of the first process
 
 
@@ -158,10 +158,10 @@ class ModelPlanner:
         if spec.offload and gpu:  # two layers at a time are on the student's device
             return FrozenModel(who, tracer, ends + 2 * max(layers), key)
         devices = spec.device_map.values() if isinstance(spec.device_map, dict) else [spec.device_map or "0"]
-        if gpu and not any(device in _SAME_GPU or device in _MAPS for device in devices):
+        if gpu and not any(device in _SAME_GPU or device in SPREADS for device in devices):
             return FrozenModel(who, tracer, 0, key)
         # transformers spreads the model over the devices that it finds; one that a mapping spreads counts as a whole
-        movable = isinstance(spec.device_map, dict) or spec.device_map in _MAPS
+        movable = isinstance(spec.device_map, dict) or spec.device_map in SPREADS
         parts = in_parts(spec) and not spec.whole
         return FrozenModel(who, tracer, ends + sum(layers), key, movable=movable, in_parts=parts, whole=spec.whole)
 

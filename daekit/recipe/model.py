@@ -22,7 +22,7 @@ Size = Literal[
 Positive = Annotated[Whole, Field(ge=1)]
 # What takes a place of `device_map`; torch is not imported here to be asked.
 _DEVICE = re.compile(r"(cpu|[0-9]{1,4}|(cuda|xpu|npu|hpu|mps)(:[0-9]{1,4})?)")
-_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 class CalibrationSpec(Spec):
@@ -157,13 +157,13 @@ class ModelSpec(LoadingSpec):
             yield "device_map", "a model made from a config is made where the student is; remove it"
         elif self.device_map is not None and not self.device_map:
             yield "device_map", "must not be empty; leave it out for the student's device"
-        elif self.device_map is not None and self.device_map not in _SPREADS:
+        elif self.device_map is not None and self.device_map not in SPREADS:
             devices = self.device_map.values() if isinstance(self.device_map, dict) else [self.device_map]
             wrong = [device for device in devices if not _DEVICE.fullmatch(device)]
             if "disk" in wrong:
                 yield "device_map", "disk is not supported: the loss needs the weights; use `offload: true` or quantization"
             elif wrong:
-                yield "device_map", f"{wrong[0]!r} is no device (cpu, cuda:0, 0...), nor, for a whole model, {listed(_SPREADS)}"
+                yield "device_map", f"{wrong[0]!r} is no device (cpu, cuda:0, 0...), nor, for a whole model, {listed(SPREADS)}"
 
     def with_base_of(self, origin: ModelSpec) -> ModelSpec:
         """This student, which continues the adapter of a stage; what it does not say of its base is that of the stage's."""

@@ -170,6 +170,11 @@ def bad_name(key: Key, name: str | None, what: str = "name", dots: bool = False)
         yield key, f"the {what} {name[:20]!r}... is {len(name)} characters long; use at most {_LONGEST_NAME} bytes"
 
 
+def is_local(path: str, suffixes: tuple[str, ...] = DATA_FILES) -> bool:
+    """Whether this is meant as a path, and not as a hub id (``name``, ``owner/name``); ``suffixes``: ends that none has."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(suffixes)
+
+
 def missing(key: Key, path: str | None, local: bool = False, suffixes: tuple[str, ...] = DATA_FILES) -> Problems:
     """A path that can only be a local one must exist; others may be hub ids (``name``, ``owner/name``), which nobody looks up.
 
@@ -177,11 +182,11 @@ def missing(key: Key, path: str | None, local: bool = False, suffixes: tuple[str
         key: the key that names it.
         path: the path.
         local: whether it cannot be a hub id.
-        suffixes: ends of the names of files that no hub id has.
+        suffixes: see ``is_local``.
     """
     if path == "":
         yield key, "must not be empty"
-    elif path is not None and (local or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(suffixes)):
+    elif path is not None and (local or is_local(path, suffixes)):
         found = os.path.exists(os.path.expanduser(path))
         yield from (() if found else [(key, f"{path[:200]!r} does not exist; correct it, or override this key")])
 
