@@ -52,9 +52,9 @@ def test_a_model_from_a_config_is_seeded_and_fits_the_tokenizer() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": None}, "model_type is missing"),
+        ({"model_type": None}, "config of a None model: Unrecognized model identifier"),
         ({"model_type": "mistrall"}, "mistrall"),
-        ({"hiden_size": 64}, "hiden_size=64 is not a field of it. Did you mean 'hidden_size'"),
+        ({"hiden_size": 64}, "hiden_size=64 is not a field of it; did you mean 'hidden_size'"),
         ({"hidden_size": "wide"}, "'hidden_size' expected int, got str"),
         ({"hidden_size": 30}, "RoPE requires an even rotary dimension"),
     ],

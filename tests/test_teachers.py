@@ -120,7 +120,7 @@ def test_one_frozen_forward_per_row(layout: str) -> None:
 
 def test_an_unknown_domain_names_the_nearest() -> None:
     routed = RoutedTeacher({"general": teacher(1), "shopp": teacher(2), "law": teacher(3)})
-    with pytest.raises(UserError, match=r"'shop' has rows but no teacher .*Did you mean 'shopp'\?"):
+    with pytest.raises(UserError, match=r"'shop' has rows but no teacher .*did you mean 'shopp'\?"):
         routed.outputs(batch_of())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers.modeling_utils import set_zero3_state
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, find_adapter_config_file
 
 from daekit.environment import rank
-from daekit.errors import UserError
+from daekit.errors import UserError, nearest
 from daekit.models.hardware import in_one_dtype, require_readable, settings_of
 from daekit.models.placement import device_map_of, require_devices
 from daekit.models.quantization import (
@@ -214,8 +213,6 @@ def load_tokenizer_of(spec: ModelSpec) -> PreTrainedTokenizerBase:
 def _from_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> PreTrainedModel:
     fields: dict[str, Any] = dict(spec.config or {})
     model_type = fields.pop("model_type", None)
-    if model_type is None:
-        raise UserError("config: model_type is missing; name the architecture, such as model_type: mistral")
     if tokenizer is not None:
         special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         fields = {"vocab_size": int(vocabulary_size(tokenizer))} | special | fields
@@ -240,9 +237,8 @@ def _refuse_unknown(fields: dict[str, Any], config: PreTrainedConfig) -> None:
     default = type(config)()
     for key in fields:
         if hasattr(config, key) and not hasattr(default, key):
-            near = difflib.get_close_matches(key, default.to_dict(), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"config of a {config.model_type} model: {key}={fields[key]!r} is not a field of it.{hint}")
+            hint = nearest(key, default.to_dict())
+            raise UserError(f"config of a {config.model_type} model: {key}={fields[key]!r} is not a field of it{hint}")
 
 
 def _from_pretrained(spec: ModelSpec, split: bool) -> PreTrainedModel:

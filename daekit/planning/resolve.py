@@ -172,8 +172,6 @@ def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
 def _from_fields(fields: Mapping[str, Any]) -> PreTrainedConfig:
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
-    if model_type is None:
-        raise UserError("config: model_type is missing; name the architecture, such as model_type: mistral")
     try:
         return AutoConfig.for_model(model_type, **fields)
     except (ValueError, TypeError, KeyError) as error:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
-from daekit.errors import UserError
+from daekit.errors import UserError, nearest
 from daekit.models.features import require_features
 from daekit.protocol import Batch, FeatureLayers, FeatureSpec, Teacher, TeacherOutput
 from daekit.teachers.sharding import Sharding, one_token, shard_teacher
@@ -90,9 +89,7 @@ class RoutedTeacher:
 
 def unknown_domain(domain: str, routes: Mapping[str, object]) -> UserError:
     """The error for a domain without a teacher; it names the nearest, because most are typing errors."""
-    near = difflib.get_close_matches(domain, list(routes), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     return UserError(
-        f"domain {domain!r} has rows but no teacher (teachers and reference cover: {', '.join(sorted(routes))}).{hint} "
-        "Give it a teacher, or name it in reference_domains to follow the reference."
+        f"domain {domain!r} has rows but no teacher (teachers and reference cover: {', '.join(sorted(routes))}). Give it a "
+        f"teacher, or name it in reference_domains to follow the reference{nearest(domain, routes)}"
     )
