@@ -109,12 +109,6 @@ def test_selected_rows_are_mixed_as_they_were_selected() -> None:
     assert sorted(mix({"a": part}, MixtureSpec(sources=("a",)), 0).dataset["text"]) == ["a5", "a50", "a7"]
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
-def test_weights_are_positive(weight: float) -> None:
-    with pytest.raises(UserError, match=r"data.b: weight .* must be positive"):
-        mix({"a": source("a", 3), "b": source("b", 3)}, MixtureSpec(sources=("a", "b"), weights=(1.0, weight)), 0)
-
-
 def test_a_source_without_a_row_is_an_error() -> None:
     with pytest.raises(UserError, match=r"data.b: a share of 0.01 of 20 rows is not one row"):
         mix({"a": source("a", 30), "b": source("b", 30)}, MixtureSpec(sources=("a", "b"), weights=(0.99, 0.01), rows=20), 0)

@@ -255,7 +255,7 @@ def test_what_cannot_be_done_is_refused():
     with pytest.raises(UserError, match=r"sliding_window: 4096 and None"):
         dense_to_mixtral([mistral(), mistral(sliding_window=None)])
     with pytest.raises(UserError, match="at least two models"):
-        dense_to_mixtral([mistral()], num_experts_per_tok=1)
+        dense_to_mixtral([mistral()])
     with pytest.raises(UserError, match=r"\d+ tokens in 1 rows, but 20 neurons of an expert"):
         measure_experts(model, rows(1, longest=10))
     model.config.quantization_config = {"load_in_4bit": True}

@@ -19,7 +19,7 @@ from daekit.students.selection import require_valid
 from daekit.students.shapes import Shape, count_parameters
 from daekit.students.slicing import slice_model, view_model
 from daekit.students.space import Window, space_of
-from daekit.students.strategies import Evolution, draw, evolve, grid
+from daekit.students.strategies import draw, evolve, grid
 from tests.helpers.student_cases import CONFIGS, VOCABULARY, first_units, rows, teacher
 
 SPACES = [("coarse", "uniform"), ("coarse", "layerwise"), ("fine", "uniform"), ("fine", "layerwise")]
@@ -61,7 +61,9 @@ def propose(strategy, space, count, score=smooth):
 @pytest.mark.parametrize("kind", ["evolve", "draw"])
 def test_all_that_is_proposed_is_feasible_and_new(case, granularity, units, kind):
     choices, limits = space(case, granularity, units), window(case, 0.2, 0.7)
-    strategy = evolve(choices, limits, 3, Evolution(16, 8, 4)) if kind == "evolve" else draw(choices, limits, 3)
+    strategy = (
+        evolve(choices, limits, 3, initial=16, offspring=8, elite_size=4) if kind == "evolve" else draw(choices, limits, 3)
+    )
     found = propose(strategy, choices, 60)
     assert len(found) == len(set(found)) > 4
     for candidate in found:
@@ -95,8 +97,6 @@ def test_a_grid_is_everything_that_fits():
     any_layers = replace(choices, any_layers=True)
     expected = sum(math.comb(4, shape.num_hidden_layers) for shape in shapes)
     assert len(set(propose(grid(any_layers, limits), any_layers, 10**6))) == expected
-    with pytest.raises(UserError, match="never end"):
-        next(grid(space(granularity="fine"), limits))
 
 
 def test_both_ends_of_the_window_belong_to_it():
@@ -112,7 +112,7 @@ def test_a_budget_that_nothing_meets_names_the_nearest_sizes():
     gap = max(range(len(sizes) - 1), key=lambda index: sizes[index + 1] - sizes[index])
     low, high = sizes[gap], sizes[gap + 1]
     with pytest.raises(UserError, match=rf"nearest sizes have {low:,} and {high:,}.*Widen the window"):
-        next(evolve(choices, Window(low + 1, high - 1), 0, Evolution()))
+        next(evolve(choices, Window(low + 1, high - 1), 0))
     with pytest.raises(UserError, match=rf"nearest sizes have {sizes[0]:,} parameters|have {sizes[0]:,}"):
         next(draw(choices, Window(1, 2), 0))
     with pytest.raises(UserError, match="blocks=7: does not divide the teacher's hidden_size=48"):
@@ -141,8 +141,8 @@ def test_evolution_finds_the_optimum_that_a_grid_proves_with_fewer_looks_than_ra
     everything = propose(grid(choices, limits), choices, 10**6)
     scores = {candidate: scorer(choices.selection(candidate), 30) for candidate in everything}
     optimum = min(scores, key=scores.__getitem__)
-    settings = Evolution(initial=16, offspring=8, elite=6)
-    evolved = [looks_until(evolve(choices, limits, seed, settings), choices, scores, optimum) for seed in range(9)]
+    settings = dict(initial=16, offspring=8, elite_size=6)
+    evolved = [looks_until(evolve(choices, limits, seed, **settings), choices, scores, optimum) for seed in range(9)]
     drawn = [looks_until(draw(choices, limits, seed), choices, scores, optimum) for seed in range(9)]
     assert len(everything) > 90
     assert median(evolved) < 0.7 * median(drawn)
@@ -162,7 +162,7 @@ def test_in_a_space_of_thousands_evolution_needs_a_small_part_of_the_looks(case)
         return off + len(set(candidate.layers) ^ set(best.layers))
 
     scores = {candidate: distance(candidate) for candidate in everything}
-    evolved = [looks_until(evolve(choices, limits, seed, Evolution()), choices, scores, best) for seed in range(9)]
+    evolved = [looks_until(evolve(choices, limits, seed), choices, scores, best) for seed in range(9)]
     assert median(evolved) < 0.5 * len(everything) / 2  # random looks at half of it in the mean
 
 
@@ -237,7 +237,7 @@ STAGES = (Round(10, keep=0.5), Round(20, keep=0.25), Round(40))
 
 def run(log=None, candidates=50, score=smooth, seed=1, rounds=STAGES, progress=None):
     choices = space(granularity="fine")
-    strategy = evolve(choices, window("mistral"), seed, Evolution(16, 8, 4))
+    strategy = evolve(choices, window("mistral"), seed, initial=16, offspring=8, elite_size=4)
     return run_search(
         choices, strategy, score, rounds, candidates=candidates, log=log, identity={"seed": seed}, progress=progress
     )
@@ -312,8 +312,6 @@ def test_logs_of_other_searches_and_damaged_ones_are_refused(tmp_path):
     log.write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:]]) + "\n")
     with pytest.raises(UserError, match="line 4 is damaged"):
         run(log)
-    with pytest.raises(UserError, match=r"tokens=\[10, 10\]"):
-        run(rounds=(Round(10), Round(10)))
 
 
 def test_progress_says_how_fast_and_what_is_best(tmp_path):
@@ -329,7 +327,11 @@ def test_progress_says_how_fast_and_what_is_best(tmp_path):
 def test_a_space_that_is_used_up_ends_the_search():
     choices = replace(space(), layers=(2,), hidden=(24, 36), neurons=(20,), groups=(2, 3), queries=(2,))
     limits = Window(0, 10**9)
-    for strategy in (evolve(choices, limits, 0, Evolution(2, 2, 2)), draw(choices, limits, 0), grid(choices, limits)):
+    for strategy in (
+        evolve(choices, limits, 0, initial=2, offspring=2, elite_size=2),
+        draw(choices, limits, 0),
+        grid(choices, limits),
+    ):
         assert run_search(choices, strategy, smooth, [Round(1)], candidates=1000).candidates == 4
 
 

@@ -50,7 +50,7 @@ def mix(sources: Mapping[str, Dataset], spec: MixtureSpec, seed: int) -> Mixture
     depends on the seed and the source's name only, not on the other sources.
 
     Raises:
-        UserError: a weight that is not positive, a source that gets no row.
+        UserError: a source that gets no row.
     """
     parts = {name: sources[name] for name in spec.sources}
     available = [len(part) for part in parts.values()]
@@ -68,9 +68,6 @@ def mix(sources: Mapping[str, Dataset], spec: MixtureSpec, seed: int) -> Mixture
 
 def _rows_of_each(spec: MixtureSpec, available: list[int]) -> list[int]:
     """Rows of each source: they sum to the total exactly, by largest remainder."""
-    for name, weight in zip(spec.sources, spec.weights, strict=True):
-        if not math.isfinite(weight) or weight <= 0:
-            raise UserError(f"data.{name}: weight {weight} must be positive; leave the source out instead")
     # Exact: 0.29 * 100 is not 29 in floating point, and the floor below would lose a row.
     weights = [Fraction(str(weight)) for weight in spec.weights]
     shares = [weight / sum(weights) for weight in weights]

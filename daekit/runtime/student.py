@@ -37,7 +37,7 @@ from daekit.students.selection import Selection
 from daekit.students.shapes import Shape, require_possible
 from daekit.students.slicing import slice_model
 from daekit.students.space import Space, Window, space_of
-from daekit.students.strategies import Evolution, Strategy, draw, evolve, grid
+from daekit.students.strategies import Strategy, draw, evolve, grid
 
 Rows = Sequence[TokenRow]
 
@@ -179,7 +179,7 @@ def _strategy(search: StudentSearchSpec, space: Space, seed: int) -> Strategy:
         return grid(space, window)
     if search.strategy == "random":
         return draw(space, window, seed)
-    return evolve(space, window, seed, Evolution())
+    return evolve(space, window, seed)
 
 
 def calibration_rows(

@@ -100,21 +100,20 @@ def fewer_experts(
 
 
 @torch.no_grad()
-def dense_to_mixtral(models: Sequence[PreTrainedModel], *, num_experts_per_tok: int = 2, seed: int = 0) -> PreTrainedModel:
+def dense_to_mixtral(models: Sequence[PreTrainedModel], *, seed: int = 0) -> PreTrainedModel:
     """A Mixtral whose experts are the MLPs of Mistral models of one shape; two of 7B give a 2x7B of 12.9 billion parameters.
 
     Attention, norms, embeddings and output head are the first model's; the routers are small random values, for a student that
-    is trained next. A mixture of equal models computes the same as each of them.
+    is trained next. A token is sent to two experts: of two both always run, the router only weighs them, and there is no
+    load to balance. A mixture of equal models computes the same as each of them.
 
     Args:
-        num_experts_per_tok: Number of MoE experts that a token is sent to. With two experts and two per token both always run,
-            and the router only weighs them: there is no load to balance.
         seed: Seed of the routers' random values.
 
     Raises:
         UserError: A model has another architecture, their shapes differ, or there are too few.
     """
-    _require_alike(models, num_experts_per_tok)
+    _require_alike(models)
     first, config = models[0], models[0].config
     generator = torch.Generator().manual_seed(seed)
     tensors = _outside_mlps(first)
@@ -130,7 +129,7 @@ def dense_to_mixtral(models: Sequence[PreTrainedModel], *, num_experts_per_tok: 
     moe = MixtralConfig(
         **_shared(config),
         num_local_experts=len(models),
-        num_experts_per_tok=num_experts_per_tok,
+        num_experts_per_tok=2,
         output_router_logits=False,
         router_aux_loss_coef=0.0,  # no loss that nobody asked for
         router_jitter_noise=0.0,
@@ -180,14 +179,11 @@ def _top_neurons(gate_up_EGH: Tensor, down_EHF: Tensor, scores: ExpertScores, la
     }
 
 
-def _require_alike(models: Sequence[PreTrainedModel], num_experts_per_tok: int) -> None:
+def _require_alike(models: Sequence[PreTrainedModel]) -> None:
     for model in models:
         require_model_type(model, "mistral")
-    if not 1 <= num_experts_per_tok <= len(models) or len(models) < 2:
-        raise UserError(
-            f"num_experts_per_tok={num_experts_per_tok} of {len(models)} models: a mixture needs at least two models, and "
-            "as many as a token is sent to"
-        )
+    if len(models) < 2:
+        raise UserError(f"a mixture needs at least two models, not {len(models)}")
     expected = _shared(models[0].config)
     for index, model in enumerate(models[1:], start=1):
         found = _shared(model.config)

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +82,8 @@ def run_search(
         progress: Is called with a line of text after every batch.
 
     Raises:
-        UserError: The log is that of another search or damaged, or the tokens of the rounds do not rise.
+        UserError: The log is that of another search, or damaged.
     """
-    if not rounds or any(later.tokens <= earlier.tokens for earlier, later in pairwise(rounds)):
-        raise UserError(
-            f"tokens={[each.tokens for each in rounds]}: give at least one number, and let each be larger than the one before"
-        )
     log_book = _Log(log, {"rounds": [[each.tokens, each.keep] for each in rounds]} | dict(identity or {}))
     finalists: list[Scored] = []
     scored = tokens = 0

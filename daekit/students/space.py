@@ -183,13 +183,11 @@ class Space:
         return possible
 
     def every(self, window: Window) -> Iterator[Candidate]:
-        """Every candidate of a space without choices of units, shape by shape.
+        """Every candidate of a coarse space, shape by shape: of units it takes the most important ones.
 
         Raises:
-            UserError: The space has choices of units, or nothing lies in the window.
+            UserError: Nothing lies in the window.
         """
-        if self.any_units:
-            raise UserError("a grid over choices of units would never end: use a coarse space, or the evolutionary search")
         for shape in self.shapes(window):
             first = self.first(shape)
             if not self.any_layers:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from itertools import islice
 
 from daekit.students.mutation import crossed, mutated
@@ -17,25 +16,8 @@ from daekit.students.space import Candidate, Space, Window
 
 Strategy = Generator[list[Candidate], list[float | None], None]
 _TRIES = 500  # to find a candidate that is feasible and new
-
-
-@dataclass(frozen=True)
-class Evolution:
-    """Settings of the evolutionary search.
-
-    Attributes:
-        initial: Number of random candidates at the start.
-        offspring: Number of candidates of a generation.
-        elite: Number of the best candidates so far that have offspring.
-        crossover: Share of the offspring that have two parents.
-        mutations: Largest number of mutations of a child; the actual number is the smaller of two draws.
-    """
-
-    initial: int = 32
-    offspring: int = 16
-    elite: int = 8
-    crossover: float = 0.5
-    mutations: int = 3
+_CROSSOVER = 0.5  # share of the offspring that have two parents
+_MUTATIONS = 3  # of a child at most; the actual number is the smaller of two draws
 
 
 def grid(space: Space, window: Window, batch: int = 16) -> Strategy:
@@ -53,11 +35,16 @@ def draw(space: Space, window: Window, seed: int, batch: int = 16) -> Strategy:
         yield candidates
 
 
-def evolve(space: Space, window: Window, seed: int, settings: Evolution) -> Strategy:
+def evolve(space: Space, window: Window, seed: int, *, initial: int = 32, offspring: int = 16, elite_size: int = 8) -> Strategy:
     """Random candidates first, then generation after generation offspring of the best, by crossover and mutation.
 
     A child that breaks a rule, lies outside the window or was proposed before is drawn again before anything is scored. The
     search ends when nothing new is found.
+
+    Args:
+        initial: Number of random candidates at the start.
+        offspring: Number of candidates of a generation.
+        elite_size: Number of the best candidates so far that have offspring.
     """
     generator, shapes = random.Random(seed), space.shapes(window)
     seen: set[Candidate] = set()
@@ -69,20 +56,20 @@ def evolve(space: Space, window: Window, seed: int, settings: Evolution) -> Stra
     def child() -> Candidate | None:
         parents = [candidate for _, candidate in elite]
         made = generator.choice(parents)
-        if generator.random() < settings.crossover:
+        if generator.random() < _CROSSOVER:
             made = crossed(space, made, generator.choice(parents), generator)
-        for _ in range(min(generator.randint(1, settings.mutations), generator.randint(1, settings.mutations))):
+        for _ in range(min(generator.randint(1, _MUTATIONS), generator.randint(1, _MUTATIONS))):
             made = mutated(space, made, generator)
         return made if made in seen or space.feasible(made, window) else None
 
-    candidates = _new(settings.initial, seen, fresh)
+    candidates = _new(initial, seen, fresh)
     while candidates:
         scores = yield candidates
         elite += [(score, each) for each, score in zip(candidates, scores, strict=True) if score is not None]
-        elite = sorted(elite, key=lambda entry: entry[0])[: settings.elite]  # of equal scores the older one first
-        candidates = _new(settings.offspring, seen, child) if elite else []
+        elite = sorted(elite, key=lambda entry: entry[0])[:elite_size]  # of equal scores the older one first
+        candidates = _new(offspring, seen, child) if elite else []
         # all candidates near the best may have been proposed
-        candidates += _new(settings.offspring - len(candidates), seen, fresh)
+        candidates += _new(offspring - len(candidates), seen, fresh)
 
 
 def _new(count: int, seen: set[Candidate], propose: Callable[[], Candidate | None]) -> list[Candidate]:
