@@ -21,7 +21,7 @@ from daekit.models.experts import PROJECTIONS, is_experts_layer
 from daekit.models.loading import UNREADABLE, adapter_config, first_line, load_model, say_whole
 from daekit.models.restore import ADAPTER_WEIGHTS, restore_adapter
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, on_an_end, read_adapter_config, require_same_base, require_shareable
-from daekit.recipe.schema import ModelSpec
+from daekit.recipe.schema import LoraSpec, ModelSpec
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -31,6 +31,20 @@ def lora_config_of(folder: str | Path) -> LoraConfig:
     config = adapter_config(Path(folder).expanduser())
     assert isinstance(config, LoraConfig), "read_adapter_config has looked"
     return config
+
+
+def lora_config(spec: LoraSpec, base: ModelSpec | None = None) -> LoraConfig:
+    """A new adapter, on ``base``, in PEFT's terms."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        revision=base.revision if base else None,
+        r=spec.r,
+        lora_alpha=spec.lora_alpha,
+        lora_dropout=spec.lora_dropout,
+        target_modules=spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules),
+        use_rslora=spec.use_rslora,
+        use_dora=spec.use_dora,
+    )
 
 
 def base_spec(spec: ModelSpec) -> ModelSpec:

@@ -132,21 +132,15 @@ def _layers_of(model: Any) -> list[nn.Module]:
 
 def _with_adapter(model: nn.Module, lora: LoraSpec, in_bfloat16: bool) -> Any:
     """The model with its adapter; like TRL's, the adapter of a quantised base is in bfloat16."""
-    from peft import LoraConfig, get_peft_model  # two seconds, for plans with adapters only
+    from peft import get_peft_model  # two seconds, for plans with adapters only
 
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
-        use_dora=lora.use_dora,
-    )
+    from daekit.models.adapters import lora_config
+
     try:
         with torch.device("meta"), warnings.catch_warnings():
             # PEFT reads a property that transformers has deprecated
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-            adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+            adapted = get_peft_model(model, lora_config(lora))  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(f"lora: {' '.join(str(error).split())}") from error
     if in_bfloat16:

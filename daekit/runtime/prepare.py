@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from daekit.errors import UserError, listed
 from daekit.evaluation import suites
 from daekit.generation import Permissions
+from daekit.models.adapters import lora_config
 from daekit.models.placement import require_devices
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe, StageSpec
@@ -39,7 +40,7 @@ from daekit.runtime.stage_rows import (
     rows_of,
 )
 from daekit.runtime.student import require_cuttable, require_one_process
-from daekit.runtime.trainer import peft_config, training_arguments
+from daekit.runtime.trainer import training_arguments
 from daekit.teachers.cache import CacheRow, rows_of_examples
 from daekit.trainers import DomainSFTConfig
 
@@ -222,7 +223,7 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
             models.require_comparable(recipe, name)
     if student is not None and stage.lora is not None:
         with found.at(f"{where}.lora"), torch.device("meta"):
-            student = get_peft_model(student, peft_config(stage.lora, stage.student))
+            student = get_peft_model(student, lora_config(stage.lora, stage.student))
     if arguments is None:
         return
     with found.at(f"{where}.trainer"):

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 
 from daekit.data.mixture import Mixture
 from daekit.errors import UserError
-from daekit.recipe.schema import LoraSpec, ModelSpec, Recipe
+from daekit.models.adapters import lora_config
+from daekit.recipe.schema import Recipe
 from daekit.runtime.caches import make_caches
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import StageFolder
@@ -81,7 +81,7 @@ def _given(
         "train_dataset": mixture.dataset,
         "eval_dataset": data.validation(stage) if is_evaluated(arguments) else None,
         "processing_class": models.tokenizer,
-        "peft_config": peft_config(stage.lora, stage.student) if stage.lora else None,
+        "peft_config": lora_config(stage.lora, stage.student) if stage.lora else None,
     }
 
 
@@ -124,18 +124,3 @@ def training_arguments(recipe: Recipe, name: str, folder: StageFolder) -> Domain
     if stage.type == "kd":
         return KDConfig(**arguments, **KDConfig.settings(stage.loss))
     return DAEConfig(**arguments, **KDConfig.settings(stage.loss), reference_domains=list(stage.reference_domains))
-
-
-def peft_config(spec: LoraSpec, student: ModelSpec | None) -> LoraConfig:
-    """The LoRA adapter of a stage, in PEFT's terms."""
-    targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        revision=student.revision if student else None,
-        r=spec.r,
-        lora_alpha=spec.lora_alpha,
-        lora_dropout=spec.lora_dropout,
-        target_modules=targets,
-        use_rslora=spec.use_rslora,
-        use_dora=spec.use_dora,
-    )
