@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -135,6 +136,13 @@ def _greedy_config(
     )
 
 
+def pad_left(prompts: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """``input_ids_BT`` with the token ``padding`` before shorter prompts, and the mask that is 0 there."""
+    ids = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
+    ones = [torch.ones_like(each) for each in ids]
+    return pad_sequence(ids, True, padding, "left"), pad_sequence(ones, True, padding_side="left")
+
+
 def _generate_batch(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -142,13 +150,8 @@ def _generate_batch(
     sampling: Sequence[Sampling] | None,
     watch: Callable[[Tensor], bool] | None,
 ) -> list[list[int]]:
-    width = max(len(prompt) for prompt in prompts)
-    input_ids_BT = torch.full((len(prompts), width), config.pad_token_id)
-    mask_BT = torch.zeros_like(input_ids_BT)
-    for index, prompt in enumerate(prompts):
-        input_ids_BT[index, width - len(prompt) :] = torch.tensor(prompt)
-        mask_BT[index, width - len(prompt) :] = 1
-    device = model.device
+    input_ids_BT, mask_BT = pad_left(prompts, config.pad_token_id)
+    device, width = model.device, input_ids_BT.shape[1]
     criteria = StoppingCriteriaList([] if watch is None else [_Watch(watch)])
     how: dict[str, Any] = {"stopping_criteria": criteria}
     if sampling is not None:

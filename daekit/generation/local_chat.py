@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.files import directory_hashes
 from daekit.generation.calls import ChatRequest, Message
-from daekit.generation.local import Sampling, device, generate
+from daekit.generation.local import Sampling, device, generate, pad_left
 from daekit.models.backbone import frozen_forward
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.vocabulary import vocabulary_size
@@ -87,9 +86,7 @@ class LocalChat:
     def _next_tokens(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[tuple[str, float]]]:
         """After each prompt the ``count`` likeliest texts of one token and their log-probabilities; tokens of one text (with
         and without the mark of a word's beginning) are added up."""
-        width = max(map(len, prompts))
-        mask_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        input_ids_BT = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        input_ids_BT, mask_BT = pad_left(prompts, padding=0)
         where = self._model.device
         with frozen_forward(self._model):
             logits_BV = self._model(

@@ -6,7 +6,7 @@ Where ``can_run`` says no, nothing is checked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -125,12 +125,10 @@ def _last_hidden_states(model: nn.Module, change: Callable[[Tensor], Tensor]) ->
 
     backbone = backbone_of(base_of(model))
     # OPT's own forward calls the decoder inside of its backbone
-    handles = [part.register_forward_hook(hook) for part in {backbone, backbone.get_decoder()}]
-    try:
+    with ExitStack() as hooks:
+        for part in {backbone, backbone.get_decoder()}:
+            hooks.enter_context(part.register_forward_hook(hook))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _require_finite(model: nn.Module, hidden: Tensor, logits: Tensor) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from daekit.errors import UserError
@@ -52,21 +53,13 @@ def _hooks(model: PreTrainedModel, observers: Mapping[str, Observer], real: list
 
         return show
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(hook(observe), with_kwargs=True) for name, observe in observers.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, observe in observers.items():
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(hook(observe), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _collate(rows: Sequence[TokenRow], device: torch.device) -> tuple[Tensor, Tensor]:
-    shape = (len(rows), max(len(row["input_ids"]) for row in rows))
-    input_ids_BT, real_BT = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        length = len(row["input_ids"])
-        input_ids_BT[index, :length] = torch.tensor(row["input_ids"])
-        real_BT[index, :length] = True
-    return input_ids_BT.to(device), real_BT.to(device)
+    ids = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in rows]
+    real = [torch.ones_like(each, dtype=torch.bool) for each in ids]
+    return pad_sequence(ids, batch_first=True).to(device), pad_sequence(real, batch_first=True).to(device)
