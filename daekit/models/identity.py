@@ -13,17 +13,13 @@ from daekit.models.sharded import shape_of, values_at
 _SAMPLES = 64
 
 
-def fingerprint(model: nn.Module, only: str = "") -> str:
+def fingerprint(model: nn.Module) -> str:
     """Hash of names, shapes, dtypes and up to 64 evenly spaced values of every parameter: 16 hexadecimal digits.
 
     Reads a few kilobytes of a model of any size. Two trainings of one model differ in practically every value, so the
     samples tell them apart; a change of single values elsewhere is not seen.
-
-    Args:
-        model: the model, quantised or not.
-        only: take only parameters whose name contains this (the name of an adapter, say).
     """
-    return hash_tensors((name, parameter) for name, parameter in model.named_parameters() if only in name)
+    return hash_tensors(model.named_parameters())
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -91,14 +91,13 @@ def estimate_alpaca_eval(
     folder: Path,
     *,
     outputs: Mapping[str, Outputs] | None = None,
-    answer_tokens: int = 300,
     limit: int | None = None,
 ) -> Estimate:
-    """What ``judge_alpaca_eval`` would still cost; without ``outputs`` each is taken to have ``answer_tokens`` tokens."""
+    """What ``judge_alpaca_eval`` would still cost; without ``outputs`` each is taken to have 300 tokens."""
     require_sound(judge)
     chosen, reference = annotators.read_annotator(annotator), _read_reference(reference_outputs, limit)
     if outputs is None:
-        text = "x" * (answer_tokens * CHARACTERS_PER_TOKEN)
+        text = "x" * (300 * CHARACTERS_PER_TOKEN)
         outputs = {model: [{**row, "output": f"{model} {text}"} for row in reference] for model in models}
     aligned = [_aligned(model, its, reference, reference_outputs) for model, its in outputs.items()]
     requests = [request for its in aligned for request in _requests(judge, chosen, reference, its)]

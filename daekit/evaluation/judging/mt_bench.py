@@ -103,18 +103,17 @@ def estimate_mt_bench(
     folder: Path,
     *,
     answers: Answers | None = None,
-    answer_tokens: int = 300,
     mode: Mode = "single",
     baseline: str | None = None,
     limit: int | None = None,
 ) -> Estimate:
-    """What ``judge_mt_bench`` would still cost; without ``answers`` each is taken to have ``answer_tokens`` tokens."""
+    """What ``judge_mt_bench`` would still cost; without ``answers`` each is taken to have 300 tokens."""
     require_sound(judge)
     data = fastchat.load_data(data_dir, limit)
     if answers is None:
         answers = {}
         for model in models:
-            text = f"{model} {'x' * (answer_tokens * CHARACTERS_PER_TOKEN)}"
+            text = f"{model} {'x' * (300 * CHARACTERS_PER_TOKEN)}"
             said = [{"question_id": q["question_id"], "choices": [{"turns": [text] * len(q["turns"])}]} for q in data.questions]
             answers[model] = said
     _, games = _games(judge, data, answers, mode, baseline)
