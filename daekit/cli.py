@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 from daekit import __version__, commands
 from daekit.environment import rank
@@ -23,6 +25,7 @@ _PATIENCE = 5.0  # seconds; torchrun looks after its processes ten times a secon
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; ``arguments`` default to those of the process. Returns the exit status."""
     options = parse(arguments)
+    _outlive_readers()
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
     try:
         options.run(options)
@@ -48,11 +51,37 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, read; overrides may stand behind options."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)  # argparse gives up on a list once an option has come between
-    if any(text.startswith("-") or "=" not in text for text in rest) or (rest and "overrides" not in options):
+    if any(text.startswith("-") for text in rest) or (rest and "overrides" not in options):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
     return options
+
+
+class _Outliving(io.FileIO):
+    """A stream that goes on, to nowhere, where what it is piped into is gone (``| head``, a ``| tee`` that was killed)."""
+
+    def write(self, data: Any, /) -> int:
+        """Write, or pretend to."""
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
+
+
+def _outlive_readers() -> None:
+    """Keep a run from ending because nobody reads what it prints any more: hours of training are worth more than lines."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream is not getattr(sys, f"__{name}__"):
+            continue  # closed, or somebody else's
+        stream.flush()
+        raw = _Outliving(stream.fileno(), "w", closefd=False)
+        how = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **how))
 
 
 def _complain(message: str) -> None:

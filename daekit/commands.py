@@ -168,6 +168,7 @@ def chat(options: argparse.Namespace) -> None:
     models = parse_models(options.models)
     if options.output is not None and options.prompts is None:
         raise UserError("--output belongs to --prompts; what is said in a chat is not written")
+    written = None if options.output is None else _new_file(Path(options.output).expanduser())
 
     from daekit.generation.local import Sampling
     from daekit.runtime.chat import Chat, answer_prompts, read_prompts, speakers_of, talk
@@ -179,11 +180,20 @@ def chat(options: argparse.Namespace) -> None:
     each = Chat(speakers_of(models, _permissions(options)), how, options.system)
     if prompts is None:
         talk(each, sys.stdout)
-    elif options.output is None:
+    elif written is None:
         answer_prompts(each, prompts, sys.stdout)
     else:
-        with Path(options.output).expanduser().open("w", encoding="utf-8") as out:
+        with written.open("x", encoding="utf-8") as out:
             answer_prompts(each, prompts, out)
+
+
+def _new_file(path: Path) -> Path:
+    """A file that can be written and does not exist yet, found out before models are loaded."""
+    if path.exists():
+        raise UserError(f"--output {path}: exists already, and nothing is overwritten; choose another file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"--output {path}: {path.parent} is no directory that may be written to; choose another")
+    return path
 
 
 def merge(options: argparse.Namespace) -> None:

@@ -270,6 +270,11 @@ def test_answers_to_prompts_are_written_as_markdown(tmp_path: Path, folder: Path
         (["FOLDER/one", "FOLDER/one"], "two models are named"),
         (["FOLDER/one", "--output", "x.md"], "belongs to --prompts"),
         (["FOLDER/one", "--prompts", "FOLDER/none.txt"], "cannot be read"),
+        (
+            ["FOLDER/none", "--prompts", "p", "--output", "FOLDER/no/x.md"],
+            "x.md: FOLDER/no is no directory that may be written to",
+        ),
+        (["FOLDER/none", "--prompts", "p", "--output", "FOLDER/one"], "one: exists already, and nothing is overwritten"),
         (["FOLDER/silent"], "no chat template"),
         (["FOLDER/nowhere"], "there is no directory FOLDER/nowhere; give a directory, a hub id, RUN:STAGE or https"),
     ],

@@ -66,6 +66,19 @@ def test_module_is_the_command(arguments: str) -> None:
         assert done.stdout == f"daekit {daekit.__version__}\n"
 
 
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    process = subprocess.Popen([sys.executable, "-m", "daekit", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=60) == 0
+
+
+def test_check_prints_the_same_each_time(recipe_file: Path) -> None:
+    """Also in another process, where sets are walked in another order: so two resolved recipes can be compared."""
+    said = {python("-m", "daekit", "check", str(recipe_file)).stdout for _ in range(3)}
+    assert len(said) == 1 and "learning_rate" in said.pop()
+
+
 def test_check_prints_the_resolved_recipe(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(recipe_file), "seed=7", "stages.dae.lora.r=8"]) == 0
     printed = load_recipe_text(capsys.readouterr().out, "printed")
@@ -164,7 +177,7 @@ def test_quickstart_takes_a_folder_and_overrides(
     assert "calibration: 1 GFLOP/s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian", "x"], ["check"], ["check", "x", "--nothing"]])
+@pytest.mark.parametrize("arguments", [[], ["trian", "x"], ["check"], ["check", "x", "--nothing"], ["schema", "suite", "x"]])
 def test_wrong_usage(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)

@@ -99,6 +99,9 @@ def test_what_cannot_be_merged(base: Path, tmp_path: Path) -> None:
     for folder, message in ((base, "no directory with a LoRA adapter"), (tmp_path / "nowhere", "no directory with a LoRA")):
         with pytest.raises(UserError, match=message):
             save_merged(folder, tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/out: cannot be made .*choose another OUT"):
+        save_merged(tmp_path / "nowhere", tmp_path / "file" / "out")
     load_model(ModelSpec(path=str(base), quantization="4bit")).save_pretrained(tmp_path / "four")
     adapter = save_adapter(tmp_path / "adapter", base)
     config = (adapter / "adapter_config.json").read_text()

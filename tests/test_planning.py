@@ -326,6 +326,7 @@ def test_the_command_prints_a_table_and_json(recipe_file: Path, capsys: pytest.C
     ("options", "wanted"),
     [
         (["--gpu", "much"], "much: give a size such as 80GB or 24GiB"),
+        (["--gpu", "24"], "24: is a number of bytes; 24GB?"),
         (["--gpu=-4GB"], "a device has more than no memory"),
         (["--gpu", "4GB", "--cpu", "4GB"], "a recipe runs on one of them"),
         (["--gpu", "4GB", "--engine", "fsdp2"], "one device shares its work with nobody"),

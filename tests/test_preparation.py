@@ -13,7 +13,8 @@ from datasets import Dataset, IterableDataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from daekit.data.preparation import fit_stream_to_length, fit_to_length, require_domains
+from daekit.data.columns import require_domains
+from daekit.data.preparation import fit_stream_to_length, fit_to_length
 from daekit.errors import UserError
 
 datasets.disable_progress_bars()

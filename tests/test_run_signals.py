@@ -38,6 +38,18 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_run_outlives_whoever_reads_what_it_prints(tmp_path: Path, straight: Path) -> None:
+    """``daekit train ... | head``, or a ``tee`` that is killed."""
+    recipe = (straight / "recipe.yaml").read_text().replace(str(straight), str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    command = [sys.executable, "-m", "daekit", "train", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None and process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=300) == 0
+    assert_same_run(tmp_path, straight)
+
+
 def run_with_signal(folder: Path, step: int, *signals: int, arguments: list[str] | None = None) -> int:
     """Train with signals to its own process during a step; the exit status."""
 

@@ -100,6 +100,8 @@ def test_a_dry_run_does_nothing(world, tmp_path, capsys):
         (["--model", "m=http://localhost:9/v1#x"], "likelihood of given text"),
         (["baseline=two", "--model", "one={one}"], "no model 'two'"),
         (["--model", "one={empty}"], "models.one: no model could be found"),
+        (["--model", "one=nowhere/nothing"], "found at nowhere/nothing, which is no directory here"),
+        (["--model", "one={one}", "reference_domains=[generl, text]"], "reference_domains: there is no domain 'generl'"),
         (["--model", "one={other}"], "general.reference: its tokenizer is not"),
         (["--model", "one={one}+{two}"], "adapter_config.json cannot be read"),
         (["--model", "one={one}", "benchmarks.text.window=1024"], "1024 tokens are more than the 256"),

@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig
 
 from daekit.errors import UserError
 from daekit.losses import Objective
@@ -97,6 +98,43 @@ def test_another_config_class(tmp_path: Any) -> None:
         DAETrainer(tiny.model(), {"shop": tiny.model(seed=2)}, None, config, tiny.rows(4), tiny.tokenizer())
 
 
+def test_arguments_of_trl_and_what_is_no_mapping(tmp_path: Any) -> None:
+    """Slips of somebody who comes from SFTTrainer."""
+    arguments: Any = SFTConfig(str(tmp_path), use_cpu=True)
+    given: Any = {"teachers": tiny.model(seed=2)}
+    with pytest.raises(UserError, match="DAETrainer needs a DAEConfig, not a SFTConfig"):
+        DAETrainer(tiny.model(), {"shop": tiny.model(seed=2)}, None, arguments, tiny.rows(4), tiny.tokenizer())
+    with pytest.raises(UserError, match=r"teachers: is a MistralForCausalLM; name the domain of each"):
+        dae(tmp_path, tiny.rows(4), **given)
+    with pytest.raises(UserError, match="reference_domains: is the text 'general'; write a list"):
+        dae(tmp_path, tiny.rows(4), reference_domains="general")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "w1", "output": "w2"}, "columns 'instruction', 'output' and 'domain': none to train on. Name them"),
+        ({"prompt": "w1", "response": "w2"}, "none to train on"),
+        ({"text": 3}, r"row 0: text is '3' \(int\); it must be a text"),
+        ({"messages": "w1"}, r"row 0: messages is 'w1' \(str\); it must be a list of messages"),
+        ({"prompt": "w1", "completion": [MESSAGE]}, "one of prompt and completion is a text, the other a list of messages"),
+        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, "row 0: has 3 input_ids, but 2 labels; give as many"),
+        ({"input_ids": [1, 9999]}, r"row 0: input_ids holds 9999, and the tokenizer's ids end at \d+"),
+    ],
+)
+def test_columns_that_hold_nothing_to_train_on(row: dict[str, Any], reason: str, streaming: bool, tmp_path: Any) -> None:
+    data = Dataset.from_list([row | {"domain": "general"}] * 4)
+    with pytest.raises(UserError, match=reason):
+        kd(tmp_path, data.to_iterable_dataset() if streaming else data, max_steps=1).train()
+
+
+def test_a_later_row_whose_labels_are_not_as_many_as_its_tokens(tmp_path: Any) -> None:
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 1500 + [{"input_ids": [1, 2, 3], "labels": [1]}]
+    with pytest.raises(UserError, match="row 1500: has 3 input_ids, but 1 labels"):
+        kd(tmp_path, Dataset.from_list(rows))
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_prompt_learning(wrapped: bool, tmp_path: Any) -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
@@ -129,8 +167,10 @@ def test_dae_needs_the_domain_column(tmp_path: Any) -> None:
 
 def test_a_row_whose_domain_is_no_name(tmp_path: Any) -> None:
     data = Dataset.from_list([{"text": "w1 w2", "domain": "shop"}, {"text": "w1 w2", "domain": None}])
-    with pytest.raises(UserError, match="row 1"):
+    with pytest.raises(UserError, match="row 1: domain is None"):
         dae(tmp_path, data)
+    with pytest.raises(UserError, match="row 0: domain is 1, not a name"):
+        dae(tmp_path, Dataset.from_list([{"text": "w1 w2", "domain": 1}]))
 
 
 @pytest.mark.parametrize("domain", [None, 1, ""])
@@ -167,7 +207,7 @@ def test_rows_that_are_no_data_set(tmp_path: Any) -> None:
 @pytest.mark.parametrize("where", ["train", "eval", "eval dict"])
 def test_a_misspelt_domain_names_the_nearest(where: str, tmp_path: Any) -> None:
     good, bad = tiny.rows(8), tiny.rows(8, domains=("general", "shopp", "shop"))
-    with pytest.raises(UserError, match=r"'shopp'.*Did you mean 'shop'"):
+    with pytest.raises(UserError, match=r"'shopp'.*did you mean 'shop'"):
         if where == "train":
             dae(tmp_path, bad)
         else:
@@ -175,7 +215,7 @@ def test_a_misspelt_domain_names_the_nearest(where: str, tmp_path: Any) -> None:
 
 
 def test_a_misspelt_domain_is_named_before_its_idle_teacher(tmp_path: Any) -> None:
-    with pytest.raises(UserError, match="Did you mean 'shop'"):
+    with pytest.raises(UserError, match="did you mean 'shop'"):
         dae(tmp_path, tiny.rows(8, domains=("general", "shopp")))
 
 

@@ -16,7 +16,7 @@ from daekit.errors import UserError, first_line
 from daekit.files import directory_hashes
 from daekit.generation.local import device
 from daekit.models.identity import fingerprint
-from daekit.models.loading import adapter_config, load_model, load_tokenizer_of, merge_adapter
+from daekit.models.loading import adapter_config, load_model, load_tokenizer_of, merge_adapter, not_here
 from daekit.models.placement import free_memory
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from daekit.recipe.schema import ModelSpec
@@ -60,7 +60,8 @@ class SuiteModel:
                 path, revision=self.spec.revision, trust_remote_code=self._is_trusted(path)
             ).get_text_config()
         except (OSError, ValueError) as error:
-            raise UserError(f"models.{self.name}: no model could be found at {path} ({first_line(error)})") from error
+            where = f"models.{self.name}: no model could be found at {path}{not_here(path)}"
+            raise UserError(f"{where} ({first_line(error)})") from error
 
     def require_there(self) -> None:
         """Look at config, adapter and tokenizer; UserError if the model is not there."""

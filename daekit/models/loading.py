@@ -168,7 +168,7 @@ def _read(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> 
         raise UserError(f"{path}: the model could not be loaded ({' '.join(str(error).split())})") from error
     except UNREADABLE as error:
         raise UserError(
-            f"{path}: the model could not be loaded ({first_line(error)}). "
+            f"{path}: the model could not be loaded{not_here(path)} ({first_line(error)}). "
             "It must be a hub id or a directory with config.json and whole *.safetensors files."
         ) from error
     broken = {what: sorted(map(str, info[what])) for what in ("missing_keys", "mismatched_keys") if info[what]}
@@ -176,6 +176,11 @@ def _read(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> 
         some = "; ".join(f"{len(keys)} {what.replace('_', ' ')} such as {keys[0]}" for what, keys in broken.items())
         raise UserError(f"{path}: the checkpoint does not fill the model: {some}. It is incomplete or of another model.")
     return model, info
+
+
+def not_here(path: str) -> str:
+    """A part of an error: that the hub was asked for a model because there is no such directory."""
+    return "" if Path(path).expanduser().is_dir() else ", which is no directory here"
 
 
 def require_shards(directory: Path) -> None:
@@ -207,7 +212,9 @@ def load_tokenizer_of(spec: ModelSpec) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     except Exception as error:  # the tokenizers library raises Exception itself
-        raise UserError(f"{spec.path}: no tokenizer could be loaded from it ({first_line(error)})") from error
+        raise UserError(
+            f"{spec.path}: no tokenizer could be loaded from it{not_here(spec.path)} ({first_line(error)})"
+        ) from error
 
 
 def _from_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> PreTrainedModel:

@@ -72,11 +72,25 @@ def save_merged(folder: str | Path, out: str | Path, dtype: Dtype = "auto") -> M
     if out.exists():
         raise UserError(f"{out}: exists already; choose a directory that does not")
     half = out.with_name(out.name + ".half")
-    if half.exists():
+    try:
+        half.mkdir(parents=True)
+    except FileExistsError:
         raise UserError(
             f"{half}: exists already, and the merged model is written there first. If a merge that was stopped has left it, "
             "delete it; otherwise choose another OUT."
-        )
+        ) from None
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}); choose another OUT") from error
+    try:
+        check = _save(folder, half, dtype)
+        half.rename(out)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return check
+
+
+def _save(folder: str | Path, out: Path, dtype: Dtype) -> MergeCheck:
+    """Save the merged model and compare what is read back."""
     spec = ModelSpec(adapter=str(folder), dtype=dtype)
     base = base_spec(spec)
     _require_unquantised(base, folder)
@@ -89,20 +103,16 @@ def save_merged(folder: str | Path, out: str | Path, dtype: Dtype = "auto") -> M
     with model.disable_adapter():
         bare = _logits(model, ids_BT, size)
     merged: Any = model.merge_and_unload(safe_merge=True)
-    try:
-        merged.save_pretrained(half)
-        tokenizer.save_pretrained(half)
-        kept: torch.dtype = merged.dtype
-        del model, merged  # only one model at a time in memory
-        saved = _logits(load_model(ModelSpec(path=str(half), dtype="auto")).eval(), ids_BT, size)
-        check = _compare(adapted, bare, saved, kept)
-        if not check.difference <= check.allowed:
-            raise UserError(
-                f"{folder}: the merged model is not the base with its adapter: {check}. Rounding is less with --dtype float32."
-            )
-        half.rename(out)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
+    merged.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    kept: torch.dtype = merged.dtype
+    del model, merged  # only one model at a time in memory
+    saved = _logits(load_model(ModelSpec(path=str(out), dtype="auto")).eval(), ids_BT, size)
+    check = _compare(adapted, bare, saved, kept)
+    if not check.difference <= check.allowed:
+        raise UserError(
+            f"{folder}: the merged model is not the base with its adapter: {check}. Rounding is less with --dtype float32."
+        )
     return check
 
 

@@ -17,6 +17,7 @@ from daekit.errors import UserError
 
 Engine = Literal["none", "ddp", "fsdp2", "zero2", "zero3"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_LEAST = 10**6  # bytes; a smaller number without a unit is one whose unit was forgotten
 _SHARDED = {
     "weights": ("fsdp2", "zero3"),
     "teachers": ("fsdp2", "zero3"),
@@ -67,6 +68,8 @@ def bytes_of(text: str) -> int:
         size = float(number) * _UNITS[unit]
     except (ValueError, KeyError):
         raise UserError(f"{text}: give a size such as 80GB or 24GiB") from None
+    if not unit and 0 < size < _LEAST:
+        raise UserError(f"{text}: is a number of bytes; {number}GB?")
     if not 0 < size < math.inf:
         raise UserError(f"{text}: a device has more than no memory, and not without end; give a size such as 80GB or 24GiB")
     return int(size)

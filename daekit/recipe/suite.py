@@ -319,3 +319,5 @@ class SuiteSpec(Spec):
                 before = seen.setdefault(domain, name)
                 if before != name and not (isinstance(each, RowsSpec) and isinstance(benchmarks[before], RowsSpec)):
                     yield ("benchmarks", name), f"its domain {domain!r} is also that of {before!r}; rename one of them"
+        if self.changed("reference_domains"):
+            yield from unknown("reference_domains", self.reference_domains, seen, "domain")

@@ -116,7 +116,8 @@ def read_trainer_options(value: Any, errors: Errors | None) -> dict[str, Any]:
         ValueError: trl or transformers is not installed; without ``errors``: what is wrong with an option.
     """
     options = trainer_options().model_validate(value, context=errors)
-    plain, read = as_plain(value), {} if options is None else {key: getattr(options, key) for key in options.model_fields_set}
+    plain = as_plain(value)
+    read = {} if options is None else {key: getattr(options, key) for key in plain if key in options.model_fields_set}
     # a whole number stays one where any number may be
     return {key: plain[key] if type(plain[key]) is int and plain[key] == found else found for key, found in read.items()}
 

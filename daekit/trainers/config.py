@@ -211,3 +211,9 @@ class DAEConfig(KDConfig):
     reference_domains: list[str] = field(
         default_factory=lambda: ["general"], metadata={"help": "Domains whose rows follow the frozen reference."}
     )
+
+    def __post_init__(self) -> None:
+        """Refuse a text, which would be taken for the list of its letters."""
+        if isinstance(self.reference_domains, str):
+            raise UserError(f"reference_domains: is the text {self.reference_domains!r}; write a list of domains")
+        super().__post_init__()

@@ -37,7 +37,8 @@ class DAETrainer(KDTrainer):
         sft_arguments: further arguments of SFTTrainer.
 
     Raises:
-        UserError: no ``domain`` column, a domain without a teacher, a teacher without rows, and what KDTrainer refuses.
+        UserError: no ``domain`` column, a domain without a teacher, a teacher without rows, teachers that are no mapping, and
+            what KDTrainer refuses.
     """
 
     _tag_names = ["trl", "daekit", "dae"]
@@ -55,14 +56,17 @@ class DAETrainer(KDTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **sft_arguments: Any,
     ) -> None:
-        reference_domains = list(args.reference_domains if args is not None else DAEConfig("unused").reference_domains)
+        args = self._arguments(args, model)
+        if not isinstance(teachers, Mapping):
+            raise UserError(f"teachers: is a {type(teachers).__name__}; name the domain of each: {{'shop': teacher}}")
+        reference_domains = args.reference_domains
         evaluated = sft_arguments.get("eval_dataset")
         others = evaluated.values() if isinstance(evaluated, Mapping) else [evaluated]
         _check_domains(teachers, reference_domains, [train_dataset, *others])
         tokenizer = processing_class or tokenizer_of(model, args)
         given = dict(teachers) | dict.fromkeys(reference_domains, _StudentAsItStands() if reference is None else reference)
         read_here = any(isinstance(each, str | Path) for each in given.values())  # what was loaded before is said already
-        split = args is not None and read_here and reads_parts(args)
+        split = read_here and reads_parts(args)
         # a teacher of several domains is loaded once, and runs once per batch
         loaded = {each: as_teacher(each, tokenizer, model, split) for each in dict.fromkeys(given.values())}
         self._domains = list(given)
@@ -97,7 +101,7 @@ def _check_domains(teachers: Mapping[str, object], reference_domains: list[str],
         if isinstance(domain, str) and domain not in known:
             raise unknown_domain(domain, known)
     idle = [domain for domain in teachers if domain not in present[0]]
-    if present[0] and idle:
+    if idle and present[0] and all(isinstance(domain, str) for domain in present[0]):  # others are told with their rows
         raise UserError(
             f"the teacher of domain {idle[0]!r} has no rows: the data set has {', '.join(map(repr, present[0]))}. "
             "Add rows of that domain, or leave the teacher out."

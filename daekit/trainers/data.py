@@ -12,13 +12,11 @@ from typing import Any
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 
+from daekit.data.columns import first_row, require_domains, require_values
 from daekit.data.preparation import (
     DomainCount,
-    first_row,
     fit_stream_to_length,
     fit_to_length,
-    require_domains,
-    require_values,
 )
 from daekit.data.responses import ResponseLabels, label_responses
 from daekit.data.teacher_prompts import (
@@ -95,11 +93,11 @@ class RowPreparation:
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _tokenised(self, trl: Callable[..., Any], dataset: Any, tokenizer: Any, args: Any, formatting: Any, name: str) -> Any:
-        whole = copy.copy(args)
+        whole, tokenised_before = copy.copy(args), "input_ids" in first_row(dataset, name)
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = trl(dataset, tokenizer, whole, False, formatting, name)
-        if self.columns >= vocabulary_size(tokenizer):
-            return dataset
+        if self.columns >= vocabulary_size(tokenizer) and not tokenised_before:
+            return dataset  # the tokenizer writes no other tokens
         known = functools.partial(self._require_known_ids, tokenizer=tokenizer, name=name)
         if isinstance(dataset, IterableDataset):
             return dataset.map(known, with_indices=True)
@@ -109,9 +107,15 @@ class RowPreparation:
 
     def _require_known_ids(self, row: dict[str, Any], at: int, tokenizer: Any, name: str) -> dict[str, Any]:
         """Pass a row on whose tokens all models know."""
-        unknown = next((token for token in row["input_ids"] if token >= self.columns), None)
+        size = vocabulary_size(tokenizer)
+        unknown = next((token for token in row["input_ids"] if not 0 <= token < min(self.columns, size)), None)
         if unknown is None:
             return row
+        if not 0 <= unknown < size:
+            raise UserError(
+                f"the {name} data set, row {at}: input_ids holds {unknown}, and the tokenizer's ids end at {size - 1}; the row "
+                "was tokenised by another one"
+            )
         raise UserError(
             f"the {name} data set, row {at}: token {tokenizer.convert_ids_to_tokens(unknown)!r} (id {unknown}) was added to "
             f"the tokenizer, but a model of this run has only {self.columns} rows in its embeddings or output head. Leave the "

@@ -93,6 +93,15 @@ class KDTrainer(SFTTrainer):
     default_domain: str | None = DEFAULT_DOMAIN
     _domains: list[str] = [DEFAULT_DOMAIN]  # that a packed stream may hold: they cannot be listed without reading it
 
+    @classmethod
+    def _arguments(cls, args: Any, model: Any) -> Any:
+        """``args``, which are of this trainer's class; those of None."""
+        if args is None:
+            return cls.config_class(f"{name_of(model)}-{cls._name.replace(' ', '-')}")
+        if not isinstance(args, cls.config_class):
+            raise UserError(f"args: {cls.__name__} needs a {cls.config_class.__name__}, not a {type(args).__name__}")
+        return args
+
     def __init__(
         self,
         model: Any,
@@ -102,10 +111,8 @@ class KDTrainer(SFTTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **sft_arguments: Any,  # of SFTTrainer, which refuses an unknown one
     ) -> None:
-        args = args if args is not None else self.config_class(f"{name_of(model)}-{self._name.replace(' ', '-')}")
         # First what arguments, tokenizers and configs show to be wrong; then weights: the teacher's, the student's.
-        if not isinstance(args, self.config_class):
-            raise UserError(f"args: {type(self).__name__} needs a {self.config_class.__name__}, not a {type(args).__name__}")
+        args = self._arguments(args, model)
         refuse_arguments(model, teacher, args, train_dataset, sft_arguments)
         self.loss_objective = args.objective()
         tokenizer = processing_class or tokenizer_of(model, args)

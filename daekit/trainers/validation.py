@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
-from daekit.data.preparation import first_row
+from daekit.data.columns import first_row
 from daekit.errors import UserError
 from daekit.models.adapters import require_targets
 from daekit.models.experts import QuantisedExperts
