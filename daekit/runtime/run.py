@@ -267,22 +267,16 @@ def _suites(prepared: Prepared) -> None:
     """The suites of the recipe, each on the results of its stages and whatever models it names itself."""
     evaluation = prepared.recipe.evaluation
     assert evaluation is not None
-    evaluated = {each.name: _suite_model(prepared.recipe, each, prepared.folder) for each in evaluation.models}
+    evaluated = {each.name: _suite_model(prepared, each) for each in evaluation.models}
     for suite in prepared.suites:
         report = run_prepared(suite.with_models(evaluated))
         print(f"\n{format_table(report.rows)}\n\nSuite: {suite.folder / 'report.html'}", flush=True)
 
 
-def _suite_model(recipe: Recipe, model: EvaluatedModel, folder: RunFolder) -> SuiteModelSpec:
+def _suite_model(prepared: Prepared, model: EvaluatedModel) -> SuiteModelSpec:
     """A model of the report as suites name it; that it has a directory is checked when the recipe is loaded."""
-    spec: ModelSpec = model
-    if model.name == STUDENT_AS_IT_WAS:
-        first, stage = next(iter(recipe.stages.items()))
-        assert stage.student is not None, "a resolved recipe names every student"
-        made = stage.student.init is not None
-        spec = ModelSpec(path=str(folder.student(student_key(recipe, first)).model.resolve())) if made else stage.student
-    elif model.stage is not None:
-        part = "model" if model.checkpoint is None else f"checkpoint-{model.checkpoint}"
-        spec = ModelSpec(path=str((folder.stage(model.stage).root / part).resolve()))
+    recipe, models = prepared.recipe, prepared.models
+    as_it_was = model.name == STUDENT_AS_IT_WAS
+    spec = models.start_of(recipe, next(iter(recipe.stages))) if as_it_was else models.placed(model)
     shared = SuiteModelSpec.model_fields.keys() & ModelSpec.model_fields.keys()
     return SuiteModelSpec(**{key: getattr(spec, key) for key in shared})

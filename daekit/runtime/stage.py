@@ -18,9 +18,7 @@ from daekit.models.sharded import shape_of
 from daekit.recipe import sharing_notes, stage_key, to_yaml
 from daekit.recipe.schema import ModelSpec, Recipe
 from daekit.report.provenance import commit, versions
-from daekit.runtime.data import DataBuilder
-from daekit.runtime.folders import RunFolder, StageFolder, files_of, read_file
-from daekit.runtime.models import ModelBuilder
+from daekit.runtime.folders import StageFolder, files_of, read_file
 from daekit.runtime.preflight import compare_experts
 from daekit.runtime.prepare import Prepared
 from daekit.runtime.preview import stage_lines
@@ -44,7 +42,10 @@ def run_stage(prepared: Prepared, name: str, state: PartialState, stop: StopRequ
         stage.root.mkdir(parents=True, exist_ok=True)
         write_json(stage.key, stage_key(recipe, name))
     state.wait_for_everyone()
-    _make_student(recipe, name, folder, data, models, state)
+    student = recipe.stages[name].student
+    if student is not None and student.init is not None:
+        build_student(recipe, name, folder, data, models, state.device)
+        free_memory()
     trainer, mixture = build_trainer(recipe, name, stage, data, models)
     trainer.add_callback(SaveOnSignal(stop))
     if state.is_main_process:
@@ -72,17 +73,6 @@ def run_stage(prepared: Prepared, name: str, state: PartialState, stop: StopRequ
         files = files_of(stage.root, [stage.model, stage.adapter])
         write_json(stage.done, facts | provenance | {"files": files})
         print(f"[{name}] complete in {facts['seconds']:.0f} s -> {stage.model}", flush=True)
-
-
-def _make_student(
-    recipe: Recipe, name: str, folder: RunFolder, data: DataBuilder, models: ModelBuilder, state: PartialState
-) -> None:
-    """Make the student of a stage if it is made from a teacher; of several ranks none could wait for a search of hours."""
-    spec = recipe.stages[name].student
-    if spec is None or spec.init is None:
-        return
-    build_student(recipe, name, folder, data, models, state.device)
-    free_memory()
 
 
 def _save_result(recipe: Recipe, name: str, stage: StageFolder, trainer: KDTrainer, state: PartialState) -> None:
