@@ -9,7 +9,6 @@ from daekit.generation.calls import ChatReply, ChatRequest, Estimate, tokens_of
 from daekit.progress import ProgressFunction
 from daekit.recipe.judge import JudgeSpec
 
-_EVERY = 10.0  # seconds between two lines of progress
 _IMPLAUSIBLE = 2  # a usage so many times below what we count ourselves is not believed
 
 
@@ -93,26 +92,23 @@ class Budget:
 
 
 class Counter:
-    """Tells ``progress`` how far the requests are, or prints it every ten seconds and at the end:
+    """Tells ``progress`` how far the requests are, and prints it at the end:
     ``[judge gpt-4] 120/160  3.1 calls/s  0:13 left  $0.42  4 repeated``."""
 
     def __init__(self, who: str, spec: JudgeSpec, budget: Budget, total: int, progress: ProgressFunction | None) -> None:
         self._who, self._spec, self._budget, self._total, self._progress = who, spec, budget, total, progress
         self._done = 0
-        self._start = self._last = time.monotonic()
+        self._start = time.monotonic()
 
     def step(self) -> None:
         """One more request is answered or given up."""
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._total)
-        elif time.monotonic() - self._last >= _EVERY:
-            self.show()
 
     def show(self) -> None:
         """Print the line."""
-        self._last = time.monotonic()
-        speed = self._done / max(self._last - self._start, 1e-9)
+        speed = self._done / max(time.monotonic() - self._start, 1e-9)
         parts = [f"[{self._who}] {self._done}/{self._total}", f"{speed:.1f} calls/s"]
         if speed and self._done < self._total:
             left = int((self._total - self._done) / speed)

@@ -42,7 +42,7 @@ class ChatClient:
         first_wait: seconds before a failed call is first repeated; doubled each time.
         before: what other clients have sent to the same model; limits hold for all of it.
         allowed: which keys may be sent where.
-        progress: called with (done, total) instead of printing lines.
+        progress: called with (done, total).
 
     Raises:
         UserError: the spec contradicts itself; its key may not be sent there; another process uses the folder; a file in it

@@ -242,9 +242,7 @@ class GeneratedSource:
                 api_key_env=spec.model.api_key_env,
                 concurrency=spec.concurrency,
             )
-            client = ChatClient(
-                judge, self._home / "replies", role=self.where, allowed=self.allowed, progress=lambda done, total: None
-            )
+            client = ChatClient(judge, self._home / "replies", role=self.where, allowed=self.allowed)
             return EndpointAuthor(client, spec, lambda text: len(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
         placed = self.models.placed(spec.model)
         unset_hf_deepspeed_config()  # a stage's config has set it, and the model would be split over the ranks
