@@ -1,10 +1,11 @@
-"""What the environment says of this process: its place among those of a launcher; variables that are set for a while."""
+"""What the environment says of this process: its place among those of a launcher; what is set for a while and set back."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 def rank(local: bool = False) -> int:
@@ -29,3 +30,14 @@ def variable(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Inside, an attribute of a library's module or class is ``value``; afterwards it is what it was."""
+    before = vars(owner)[name]  # a class would hand out a static method or class method without what makes it one
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

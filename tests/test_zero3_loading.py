@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import PreTrainedModel
 from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Transpose, WeightConverter, WeightRenaming
 
+from daekit.environment import replaced
 from daekit.models.split_loading import mixes_rows
 from tests.helpers.ddp_run import ENVIRONMENT, ROOT
 
@@ -35,3 +37,12 @@ def test_conversions_that_mix_rows() -> None:
 
     assert not mixes_rows(SimpleNamespace(weight_mapping=None)) and not mixes(MergeModulelist(dim=0), Concatenate(dim=1))
     assert mixes(Concatenate(dim=0)) and mixes(Chunk(dim=0)) and mixes(Transpose(0, 1))
+
+
+@pytest.mark.parametrize("name", ["get_init_context", "_load_pretrained_model", "tie_weights"])
+def test_what_a_library_is_lent_is_set_back_as_it_was(name: str) -> None:
+    before = vars(PreTrainedModel)[name]  # a class method, a static method, a method
+    with pytest.raises(KeyError), replaced(PreTrainedModel, name, None):
+        assert getattr(PreTrainedModel, name) is None
+        raise KeyError
+    assert vars(PreTrainedModel)[name] is before

@@ -7,8 +7,7 @@ the shards, whose pages then count as the process's memory; here they are read (
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,25 +21,21 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
+from daekit.environment import replaced
 from daekit.errors import UserError
 from daekit.models.experts import PROJECTIONS, is_experts_layer, quantise_experts
 
 FOUR_BITS, EIGHT_BITS = "daekit_4bit", "daekit_8bit"
 
 
-@contextmanager
-def reading_unmapped() -> Iterator[None]:
+def reading_unmapped() -> AbstractContextManager[None]:
     """Inside, transformers reads safetensors files instead of mapping them."""
     safe_open = library.safe_open
 
     def open_unmapped(file: str, **options: Any) -> Any:
         return safe_open(file, **(options | {"backend": "pread"}))
 
-    library.safe_open = open_unmapped
-    try:
-        yield
-    finally:
-        library.safe_open = safe_open
+    return replaced(library, "safe_open", open_unmapped)
 
 
 class _WithExperts:

@@ -8,8 +8,8 @@ does the reading, renaming and fusing; it knows how to read a part of a tensor w
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from daekit.environment import variable
+from daekit.environment import replaced, variable
 from daekit.models.backbone import base_of
 from daekit.models.placement import free_memory
 from daekit.models.quantized_loading import reading_unmapped
@@ -116,19 +116,14 @@ def give_back_pieces(model: nn.Module) -> None:
 # ---- in transformers' loader --------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def replacing_weights(load_weights: Callable[..., Any]) -> Iterator[None]:
+def replacing_weights(load_weights: Callable[..., Any]) -> AbstractContextManager[None]:
     """Inside, ``from_pretrained`` calls ``load_weights(original, model, state_dict, files, config)`` to read the files."""
     original = library.PreTrainedModel._load_pretrained_model
 
-    def replaced(*given: Any) -> Any:
+    def load(*given: Any) -> Any:
         return load_weights(original, *given)
 
-    library.PreTrainedModel._load_pretrained_model = staticmethod(replaced)
-    try:
-        yield
-    finally:
-        library.PreTrainedModel._load_pretrained_model = staticmethod(original)
+    return replaced(library.PreTrainedModel, "_load_pretrained_model", staticmethod(load))
 
 
 def _allocate(original: Callable[..., Any], model: PreTrainedModel, _: Any, files: list[str], config: Any) -> Any:
@@ -198,12 +193,8 @@ def read_tensors(
             gone._is_hf_initialized = True  # type: ignore[attr-defined]
             owner.get_submodule(module)._parameters[leaf] = gone
 
-    conversion.set_param_for_module = put_and_keep
-    try:
-        with reading_unmapped(), variable(_SYNCHRONOUS, "1"):
-            return original(model, *given)
-    finally:
-        conversion.set_param_for_module = put
+    with replaced(conversion, "set_param_for_module", put_and_keep), reading_unmapped(), variable(_SYNCHRONOUS, "1"):
+        return original(model, *given)
 
 
 def _like(split: Tensor, parameter: Tensor) -> nn.Parameter:

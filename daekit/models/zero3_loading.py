@@ -9,7 +9,7 @@ one the whole, one at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
+from daekit.environment import replaced
 from daekit.models.split_loading import can_read_parts, exchange, mixes_rows, read_tensors, replacing_weights
 
 
@@ -33,8 +34,7 @@ def each_rank_reading() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def in_own_dtype() -> Iterator[None]:
+def in_own_dtype() -> AbstractContextManager[None]:
     """Inside, ZeRO-3 makes models in the dtype that they are loaded in; for those that are not trained.
 
     Where no mixed precision is asked for, ``zero.Init`` would make them in float32, twice the size of one in 16 bits.
@@ -50,17 +50,10 @@ def in_own_dtype() -> Iterator[None]:
     context = PreTrainedModel.get_init_context.__func__  # type: ignore[attr-defined]
 
     def get_init_context(cls: type, dtype: torch.dtype, *more: Any) -> Any:
-        library.deepspeed_config = lambda: plain(dtype)
-        try:
+        with replaced(library, "deepspeed_config", lambda: plain(dtype)):
             return context(cls, dtype, *more)
-        finally:
-            library.deepspeed_config = original
 
-    PreTrainedModel.get_init_context = classmethod(get_init_context)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        PreTrainedModel.get_init_context = classmethod(context)  # type: ignore[method-assign]
+    return replaced(PreTrainedModel, "get_init_context", classmethod(get_init_context))
 
 
 @contextmanager
@@ -90,7 +83,7 @@ def _read(original: Callable[..., Any], model: PreTrainedModel, _: Any, files: A
         _fill(targets[name], values)
         targets[name]._is_hf_initialized = True  # type: ignore[attr-defined]
 
-    with _as_without_zero3():
+    with replaced(library, "is_deepspeed_zero3_enabled", lambda: False):  # its loader does not know of ZeRO-3
         result = read_tensors(lambda _, p: _stand_in(p, mesh, by_rows), keep, original, model, None, files, config, *more)
     exchange(model, {id(stand_in): targets[name] for name, stand_in in model.named_parameters()})
     return result
@@ -119,14 +112,3 @@ def _fill(parameter: Any, values: Tensor) -> None:
     if flat.numel() == parameter.ds_numel:
         flat = flat[part.numel() * parameter.ds_zero_partition_rank :][: part.numel()]  # the last part may be shorter
     part[: flat.numel()].copy_(flat)
-
-
-@contextmanager
-def _as_without_zero3() -> Iterator[None]:
-    """Inside, transformers' loader does not know of ZeRO-3."""
-    asked = library.is_deepspeed_zero3_enabled
-    library.is_deepspeed_zero3_enabled = lambda: False
-    try:
-        yield
-    finally:
-        library.is_deepspeed_zero3_enabled = asked

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from daekit.environment import replaced
 from daekit.errors import UserError
 
 Record = dict[str, Any]
@@ -129,14 +130,10 @@ def _judged_by(judge: str, complete: Callable[[list[dict[str, str]], float, int]
         "get_conversation_template": lambda model: conversation.get_conv_template("chatgpt"),
         "chat_completion_openai": answer,
     }
-    theirs = {name: getattr(common, name) for name in ours}
-    try:
+    with contextlib.ExitStack() as stack:
         for name, value in ours.items():
-            setattr(common, name, value)
+            stack.enter_context(replaced(common, name, value))
         yield
-    finally:
-        for name, value in theirs.items():
-            setattr(common, name, value)
 
 
 @cache
