@@ -16,7 +16,7 @@ from daekit.environment import rank
 from daekit.errors import Stopped, UserError, says_disk_is_full
 from daekit.recipe.model import Dtype
 
-_OVERRIDES_HELP = "settings laid over the recipe: key.sub=value, the value as YAML (stages.kd.trainer.max_steps=10)"
+_OVERRIDES_HELP = "settings laid over the {}: key.sub=value, the value as YAML ({}=10)"
 _STATUS_OF_USER_ERROR = 2
 _STATUS_OF_INTERRUPT = 130
 _PATIENCE = 5.0  # seconds; torchrun looks after its processes ten times a second
@@ -165,7 +165,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_permissions(command)
     for command in (check, preview, plan, init, cache, generate, train, sweep, quickstart):
         metavar = {preview: "[N] key=value", generate: "[SOURCE] key=value"}.get(command, "key=value")
-        command.add_argument("overrides", metavar=metavar, nargs="*", default=[], help=_OVERRIDES_HELP)
+        helped = _OVERRIDES_HELP.format("recipe", "stages.kd.trainer.max_steps")
+        command.add_argument("overrides", metavar=metavar, nargs="*", default=[], help=helped)
     return parser
 
 
@@ -175,7 +176,7 @@ def _add_looks(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     schema.add_argument("kind", nargs="?", choices=["recipe", "suite"], default="recipe")
     recipes = parsers.add_parser("recipes", help="list the recipes that come with daekit, or copy one into this directory")
     recipes.set_defaults(run=commands.recipes)
-    recipes.add_argument("action", nargs="?", choices=["copy"], help="write a recipe here; nothing is overwritten")
+    recipes.add_argument("action", nargs="?", choices=["list", "copy"], help="copy: write one here; nothing is overwritten")
     recipes.add_argument("name", nargs="?", metavar="NAME")
 
 
@@ -214,7 +215,8 @@ def _add_eval(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     _add_permissions(command)
     command.add_argument("--score-parser", choices=["strict", "fastchat"], help="how a rating is read (default: the suite's)")
-    command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=_OVERRIDES_HELP)
+    helped = _OVERRIDES_HELP.format("suite", "benchmarks.blimp.limit")
+    command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=helped)
 
 
 def _add_chat(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -82,12 +82,12 @@ def recipes(options: argparse.Namespace) -> None:
     """List the recipes of the package, or copy one."""
     from daekit.recipe.shipped import copy_recipe, list_recipes
 
-    if options.action is None:
+    if options.action in (None, "list"):
         print(list_recipes())
     elif options.name is None:
         raise UserError("daekit recipes copy: which one? `daekit recipes` lists their names")
     else:
-        print("\n".join(f"-> {path}" for path in copy_recipe(options.name, Path())))
+        print("\n".join(f"-> {path}" for path in copy_recipe(options.name.removesuffix(".yaml"), Path())))
 
 
 def plan(options: argparse.Namespace) -> None:
