@@ -135,7 +135,6 @@ def test_fingerprints() -> None:
         with torch.no_grad():
             parameter.mul_(1.001)  # any one parameter that has been trained
         assert fingerprint(same) != before, name
-    assert fingerprint(model, only="mlp") != fingerprint(model, only="attn")
 
 
 # ---- tokenizers --------------------------------------------------------------------------------------------------------------
