@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from daekit.models.loading import load_model
 from daekit.recipe import Recipe, load_recipe_text
+from daekit.recipe.schema import ModelSpec
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.report import _teachers
@@ -50,6 +52,31 @@ evaluation: {baseline: student, max_new_tokens: 2}
 
 def recipe(folder: Path, *overrides: str) -> Recipe:
     return load_recipe_text(RECIPE.replace("OUT", str(folder)), "one-base.yaml", overrides)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_merged_adapter_is_trained_whole_in_the_next_stage(checkpointing: bool, tmp_path: Path) -> None:
+    """PEFT freezes the base of an adapter, also once it is merged: the next stages would train nothing, without a word."""
+    save_base(tmp_path / "base")
+    for seed, domain in enumerate(("general", "shop")):
+        tiny.rows(24, seed=seed, domains=(domain,)).remove_columns("domain").to_json(tmp_path / f"{domain}.jsonl")
+    stages = [
+        "stages.expert.student={path: OUT/base, dtype: float32}",
+        "stages.student={type: kd, student: stage:expert, teacher: OUT/base, data: [chat]}",
+        "stages.aligned={type: dae, teachers: {shop: stage:expert}, data: {shop: 0.5, chat: 0.5}}",
+        "stages.more={type: sft, data: [shop]}",
+        "stages.again={type: sft, student: {path: OUT/run/stages/expert/model, dtype: float32}, data: [shop]}",
+    ]
+    written = [stage.replace("OUT", str(tmp_path)) for stage in stages]
+    trainer = f"{{max_steps: 2, per_device_train_batch_size: 16, learning_rate: 0.01, gradient_checkpointing: {checkpointing}}}"
+    whole = [stage.removesuffix("}") + f", trainer: {trainer}}}" for stage in written[1:]]
+    run_recipe(recipe(tmp_path, written[0], *whole[:-1], "evaluation=null"))
+    run_recipe(recipe(tmp_path, written[0], *whole, "evaluation=null"))
+    folders = {name: tmp_path / "run" / "stages" / name / "model" for name in ("expert", "student", "aligned", "more", "again")}
+    results = {name: load_model(ModelSpec(path=str(folder), dtype="float32")).state_dict() for name, folder in folders.items()}
+    for start, stage in (("expert", "student"), ("student", "aligned"), ("aligned", "more"), ("expert", "again")):
+        layers = [key for key in results[stage] if key.endswith("proj.weight")]
+        assert layers and not any(torch.equal(results[stage][key], results[start][key]) for key in layers), stage
 
 
 def test_all_stages_run_on_one_base(

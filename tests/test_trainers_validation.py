@@ -145,6 +145,11 @@ def test_prompt_learning(wrapped: bool, tmp_path: Any) -> None:
             kd(tmp_path, tiny.rows(4), peft_config=config)
 
 
+def test_a_student_of_which_nothing_is_trained(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="has no trained parameter"):
+        kd(tmp_path, tiny.rows(4), tiny.model().requires_grad_(False))
+
+
 def test_vision_columns(tmp_path: Any) -> None:
     with pytest.raises(UserError, match="images"):
         kd(tmp_path, tiny.rows(4).add_column("image", ["x"] * 4))

@@ -285,13 +285,14 @@ def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
 
 
 def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
-    """``model`` with the LoRA adapter of ``directory`` folded in.
+    """``model`` with the LoRA adapter of ``directory`` folded in; what was trained of it before is trained now.
 
     Raises:
         UserError: no adapter there, one that cannot be read, or one that does not fit the model.
     """
     from peft import get_peft_model
 
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     # not PeftModel.from_pretrained: it reads pickles, and a missing weight is a warning only
     try:
         adapted = get_peft_model(model, adapter_config(directory))
@@ -299,6 +300,8 @@ def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
         raise UserError(f"{directory}: the adapter does not fit the model ({first_line(error)})") from error
     restore_weights(adapted, directory)
     merged = adapted.merge_and_unload()
+    for name, parameter in merged.named_parameters():  # PEFT has frozen them all
+        parameter.requires_grad_(trained[name])
     # the next adapter trained on it must name this as its base, not the base without this adapter
     merged.name_or_path = merged.config.name_or_path = str(directory.resolve())
     return merged

@@ -138,6 +138,10 @@ class KDTrainer(SFTTrainer):
         with keeping_router_settings(model):
             super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **sft_arguments)
         self.args.model_init_kwargs = init_kwargs
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise UserError(
+                f"model: {name_of(model)} has no trained parameter (requires_grad is False for all); nothing would change"
+            )
         # Last what only the student as it will be trained can show, and the teacher beside it.
         self.token_metrics = TokenMetrics(rows=self.loss_objective.normalize == "rows")
         self._captures: ExitStack | None = None  # of the step that runs now
