@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from daekit.cli import main
 from daekit.errors import UserError
@@ -570,3 +571,45 @@ def test_a_dae_student_that_is_its_own_reference_is_compared_with_itself(world: 
     prepare(recipe(world, *more, loss % "origin"))
     with pytest.raises(UserError, match=r"stages.aligned.loss: .*the student has 1 layers, the teacher 1"):
         prepare(recipe(world, *more, loss % "[[0, 1]]"))
+
+
+# ---- models that know so many positions and no more --------------------------------------------------------------------
+
+
+def learned(world: Path, positions: int) -> None:
+    """A GPT-2 in place of the teacher."""
+    config = GPT2Config(vocab_size=48, n_positions=positions, n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=1)
+    shutil.rmtree(world / "teacher")
+    AutoModelForCausalLM.from_config(config).save_pretrained(world / "teacher")
+    tiny.tokenizer().save_pretrained(world / "teacher")
+
+
+AFTER = "trainer: {max_steps: 1, max_length: 64}"
+ALONE = f"stages={{kd: {{type: kd, student: OUT/base, teacher: OUT/teacher, data: [chat], {AFTER}}}}}"
+OF_GPT2 = f"stages={{one: {{type: sft, student: OUT/teacher, data: [chat], {AFTER}}}}}"
+OF_ANOTHER = f"stages={{one: {{type: sft, student: OUT/base, data: [chat], {AFTER}}}}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        ([ALONE], "stages.kd"),
+        ([OF_GPT2], "stages.one"),
+        ([OF_ANOTHER, "evaluation.models=[{gpt: OUT/teacher}]"], "evaluation"),
+    ],
+)
+def test_rows_beyond_learned_positions_are_told_before_the_first_stage(overrides: list[str], key: str, world: Path) -> None:
+    learned(world, 64)
+    prepare(recipe(world, *overrides, "evaluation.generate=false"))
+    learned(world, 5)
+    with pytest.raises(UserError, match=r"gpt2 model has learned 5 positions, and is to read \d+ tokens; ") as error:
+        prepare(recipe(world, *overrides, "evaluation.generate=false"))
+    assert key in {detail.key for detail in error.value.details}
+
+
+def test_answers_beyond_learned_positions_are_told_before_the_first_stage(world: Path) -> None:
+    put("general.jsonl", *[{"prompt": "w5 w6 ", "completion": "w7"}] * 24)(world)
+    learned(world, 20)
+    prepare(recipe(world, OF_GPT2, "evaluation.max_new_tokens=15"))
+    with pytest.raises(UserError, match=r"learned 20 positions, .* 21 tokens; lower max_new_tokens=16, or set generate: false"):
+        prepare(recipe(world, OF_GPT2, "evaluation.max_new_tokens=16"))

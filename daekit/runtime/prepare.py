@@ -32,6 +32,7 @@ from daekit.runtime.generated import GeneratedSource, generated_sources, write_s
 from daekit.runtime.kept import ahead
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.options import require_usable
+from daekit.runtime.positions import require_positions, require_report_positions
 from daekit.runtime.stage_rows import (
     PreparedStage,
     notes_on,
@@ -170,7 +171,7 @@ def _prepare_report(prepared: Prepared, evaluation: EvaluationSpec, found: Found
                 prepared.models.look_at(each)
     if all(name not in prepared.generated or name in prepared.data.written for name in evaluation.sources):
         with found.at("evaluation"):
-            _ = prepared.data.evaluation_sets
+            require_report_positions(prepared.recipe, evaluation, prepared.data.evaluation_sets, prepared.models)
 
 
 def _sources(recipe: Recipe, stages: list[str]) -> list[str]:
@@ -243,6 +244,7 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
     if ready is not None:
         with found.at(where):
             require_other_teacher(stage, ready)
+            require_positions(recipe, name, ready, models)
         prepared.stages[name] = ready
         _ask_servers(prepared, name, ready, found)
         prepared.notes.extend(f"{where}: {note}" for note in notes_on(stage, ready, data, student))
