@@ -254,6 +254,38 @@ def test_what_is_not_there(fields: dict[str, str], message: str) -> None:
         load_source("shop", SourceSpec(domain="d", **fields), 0)
 
 
+@pytest.mark.parametrize("other", ["b.csv", "c.jsonl.gz", "D.JSONL", "more/e.arrow"])
+def test_no_file_of_a_directory_is_left_out_without_a_word(tmp_path: Path, other: str) -> None:
+    write(tmp_path / "a.jsonl", pairs(2))
+    for beside in ("README.md", "LICENSE", ".hidden.jsonl"):
+        (tmp_path / beside).write_text("x")
+    assert len(load(tmp_path)[0]) == 2
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    (tmp_path / other).write_text("x")
+    with pytest.raises(UserError, match=f"also holds {other}, which would not be read; convert it"):
+        load(tmp_path)
+
+
+def test_a_directory_in_which_a_shard_is_missing(tmp_path: Path) -> None:
+    for number in (0, 2):
+        write(tmp_path / f"train-0000{number}-of-00003.jsonl", pairs(2))
+    with pytest.raises(UserError, match=r"holds 2 of the 3 shards train-\*-of-00003; get the others"):
+        load(tmp_path)
+    write(tmp_path / "train-00001-of-00003.jsonl", pairs(2))
+    assert len(load(tmp_path)[0]) == 6
+
+
+def test_columns_of_a_parquet_file_that_datasets_cannot_take(tmp_path: Path) -> None:
+    rows = pa.table({"prompt": ["q"], "completion": ["a"]})
+    dated = rows.append_column("at", pa.array([10**15], pa.timestamp("ms")))
+    mapped = rows.append_column("m", pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())))
+    marked = rows.replace_schema_metadata({"huggingface": '{"info": {"features": {"prompt": {"_type": "Nope"}}}}'})
+    for name, table in (("dated", dated), ("mapped", mapped), ("marked", marked)):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        with pytest.raises(UserError, match=rf"{name}.parquet (hold|holds) a .* leave (its|the) column out"):
+            load(tmp_path / f"{name}.parquet")
+
+
 def test_an_empty_directory_and_a_split_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no file"):
         load(tmp_path)

@@ -344,5 +344,13 @@ def test_open_answers_show_what_the_judge_said_and_no_cross():
     assert "✗" not in html and "reference</th>" not in html and "*reference*" not in markdown
 
 
+def test_the_sizes_of_many_parts_are_not_listed_below_the_headline():
+    rows = [
+        Row("a", f"blimp{part}", "accuracy", 0.5, 0.4, 0.6, n) for part, n in [("", 400), *((f"/p{i}", 20) for i in range(20))]
+    ]
+    page = render_markdown(replace(example(), rows=tuple(rows), baseline=None), None)
+    assert "(blimp: n = 400)." in page
+
+
 def test_rows_have_the_seven_keys():
     assert [field.name for field in fields(Row)] == ["model", "domain", "metric", "value", "low", "high", "n"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,8 @@ _LONGEST_PATH_SHOWN = 200
 _SPLIT_IN_NAME = re.compile(
     r"(?:^|[-._/ ])(train|training|validation|valid|val|dev|eval|evaluation|test|testing)(?=$|[-._/ ]|\d)", re.IGNORECASE
 )
+_UNREAD = (".csv", ".tsv", ".arrow", ".xlsx", ".gz", ".zst", ".bz2", ".xz", ".zip", ".tar")  # that may hold rows
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})")
 _SPLIT_OF_WORD = {"training": "train", "testing": "test"} | dict.fromkeys(
     ("valid", "val", "dev", "eval", "evaluation"), "validation"
 )
@@ -132,13 +134,11 @@ def _files(where: str, path: Path, split: str, whole: str) -> list[Path]:
                 f"{where}: {path} is one file and has no split {split!r}; name a file with validation, or use holdout"
             )
         return [path]
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix in DATA_FILES and not file.name.startswith(".") and _is_there(where, file) and not file.is_dir()
-    )
+    there = sorted(file for file in path.rglob("*") if not file.name.startswith(".") and _is_there(where, file))
+    files = [file for file in there if file.suffix in DATA_FILES and not file.is_dir()]
     if not files:
         raise UserError(f"{where}: directory {path} holds no file that ends in {', '.join(DATA_FILES)}")
+    _require_all_read(where, path, [file for file in there if file not in files and not file.is_dir()], files)
     splits = {file: _split_of(file.relative_to(path)) for file in files}
     named = {found for found in splits.values() if found}
     unnamed = [file for file, found in splits.items() if not found]
@@ -154,6 +154,25 @@ def _files(where: str, path: Path, split: str, whole: str) -> list[Path]:
     return chosen
 
 
+def _require_all_read(where: str, path: Path, others: Sequence[Path], files: Sequence[Path]) -> None:
+    """No rows of a directory are left out without a word: those in files of other formats, and in shards that are missing."""
+    unread = next((file for file in others if file.name.lower().endswith((*DATA_FILES, *_UNREAD))), None)
+    if unread is not None:
+        raise UserError(
+            f"{where}: {path} also holds {unread.relative_to(path)}, which would not be read; convert it (files end in "
+            f"{', '.join(DATA_FILES)}), move it elsewhere, or name one file instead of the directory"
+        )
+    shards: dict[tuple[Path, str, str], set[str]] = {}
+    for file in files:
+        if found := _SHARD.fullmatch(file.stem):
+            shards.setdefault((file.parent, found[1], found[3]), set()).add(found[2])
+    for (folder, stem, number), have in shards.items():
+        if len(have) != int(number):
+            raise UserError(
+                f"{where}: {folder} holds {len(have)} of the {int(number)} shards {stem}-*-of-{number}; get the others"
+            )
+
+
 def _split_of(file: Path) -> str | None:
     """The split that a file's path names, by the hub's habits: ``train.jsonl``, ``val-00000-of-00002.parquet``."""
     words = _SPLIT_IN_NAME.findall(file.with_suffix("").as_posix())
@@ -167,6 +186,10 @@ def _rows_of_file(where: str, file: Path) -> Iterator[PlacedRow]:
         table = Dataset(InMemoryTable(pq.read_table(file)))
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{where}: {file} is not a readable Parquet file ({first_line(error)})") from error
+    except (ValueError, TypeError, KeyError) as error:  # a column's type, or a feature in its metadata, that datasets has not
+        raise UserError(
+            f"{where}: {file} holds a column or metadata that datasets cannot take ({first_line(error)}); leave the column out"
+        ) from error
     return _rows_of_table(where, str(file), table)
 
 
@@ -213,6 +236,9 @@ def _rows_of_table(where: str, path: str, table: Dataset) -> Iterator[PlacedRow]
         except UnicodeDecodeError:
             bad = next(row for row in range(start, len(table)) if not _is_text(table, row))
             raise UserError(f"{where}: row {bad + 1} of {path} holds a text that is not UTF-8; mend or remove it") from None
+        except (OverflowError, ValueError) as error:  # a date of the year 10000
+            place = f"rows {start + 1} to {start + _ROWS_PER_READ} of {path}"
+            raise UserError(f"{where}: {place} hold a value that Python cannot ({error}); leave its column out") from error
         for number, values in enumerate(zip(*batch.values(), strict=True), start + 1):
             yield f"row {number} of {path}", dict(zip(batch, values, strict=True))
 

@@ -62,8 +62,7 @@ def blocks(table: Pivot, most: int = 7) -> list[Pivot]:
 def pivot(rows: Sequence[Row], metrics: Iterable[str] = HEADLINE) -> Pivot:
     """Models down, domains and ``metrics`` across, each in the order of their first row; without the parts of domains that
     have many (see ``breakdowns``)."""
-    metrics, apart = tuple(metrics), set(_parts_apart(rows))
-    rows = [row for row in rows if row.domain.partition("/")[0] not in apart or "/" not in row.domain]
+    metrics, rows = tuple(metrics), _of_headline(rows)
     present = {(row.domain, row.metric) for row in rows}
     domains = dict.fromkeys(row.domain for row in rows)
     columns = tuple(Column(d, m) for d in domains for m in metrics if (d, m) in present)
@@ -115,6 +114,11 @@ def bar_of(row: Row) -> tuple[float, float, float] | None:
     return value, low, high
 
 
+def _of_headline(rows: Sequence[Row]) -> list[Row]:
+    apart = _parts_apart(rows)
+    return [row for row in rows if row.domain.partition("/")[0] not in apart or "/" not in row.domain]
+
+
 def _parts_apart(rows: Sequence[Row]) -> dict[str, list[str]]:
     """Domain -> its parts, for domains with many."""
     domains = dict.fromkeys(row.domain for row in rows)
@@ -127,9 +131,9 @@ def _parts_apart(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def sizes_of(rows: Sequence[Row]) -> dict[str, int]:
-    """Domain -> the number of rows that it was measured on."""
+    """Domain of the headline -> the number of rows that it was measured on."""
     sizes: dict[str, int] = {}
-    for row in rows:
+    for row in _of_headline(rows):
         sizes[row.domain] = max(row.n, sizes.get(row.domain, 0))
     return sizes
 
