@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from daekit.data.columns import require_domains
 from daekit.data.preparation import fit_stream_to_length, fit_to_length
 from daekit.errors import UserError
+from tests.helpers import tiny
 
 datasets.disable_progress_bars()
 
@@ -92,6 +93,8 @@ def test_overlong_error_names_domains_and_the_longest_row() -> None:
     dataset = tokenised([("shop", [True] * 3), ("general", [True] * 9), ("shop", [True] * 12)])
     with pytest.raises(UserError, match=r"max_length=4 .*general: 1, shop: 1; the longest is row 2 with 12"):
         fit_to_length(dataset, 4, "error", "train")
+    with pytest.raises(UserError, match=r"the longest is row 2 with 12: '\S+ \S+ .*'\.\.\.\)"):
+        fit_to_length(dataset, 4, "error", "train", tokenizer=tiny.tokenizer())
 
 
 def test_a_domain_that_loses_all_its_rows_says_why() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS, first_loss, is_told_more, last_response
@@ -22,6 +23,7 @@ from daekit.protocol import IGNORE_INDEX
 
 OVERLONG = ("error", "truncate", "drop")
 _NO_LIMIT = np.iinfo(np.int64).max // 2
+_SHOWN = 24  # tokens of the longest row
 _AS_IT_IS = np.iinfo(np.int32).min  # in place of a number of tokens, of a row whose teacher is not told more
 _FATES = {
     "truncated": "cut at max_length={}",
@@ -62,6 +64,7 @@ def fit_to_length(
     name: str,
     teacher_max_length: int | None = None,
     max_new_tokens: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Dataset, dict[str, DomainCount]]:
     """Apply the policy for overlong rows to tokenised rows (``input_ids``, ``labels``, ``domain``) and count.
 
@@ -75,6 +78,7 @@ def fit_to_length(
         teacher_max_length: Most tokens that a teacher sees of a row with ``teacher_prompt_ids``; None: ``max_length``.
         max_new_tokens: Tokens that the student may write behind a prompt. A row whose prompt leaves less is left out with
             ``drop``; whoever writes refuses it otherwise.
+        tokenizer: It shows how the longest row begins, for shuffled rows have lost their places in the user's files.
 
     Raises:
         UserError: a row that is too long when ``overlong`` is ``error``; a domain that loses all its rows.
@@ -87,10 +91,12 @@ def fit_to_length(
     domains = np.asarray(dataset["domain"], dtype=object)
     long = sizes["length"] > limits
     if overlong == "error" and (own := sizes["length"] > limit).any():
-        raise UserError(_overlong_message(domains, sizes["length"], own, f"max_length={limit} tokens", name))
+        begins = _beginning(dataset, sizes["length"], tokenizer)
+        raise UserError(_overlong_message(domains, sizes["length"], own, f"max_length={limit} tokens", name, begins))
     if overlong == "error" and long.any():
         what = f"teacher_max_length={teacher_limit} (default: max_length) tokens with their teacher_prompt"
-        raise UserError(_overlong_message(domains, np.where(long, sizes["length"] + more, 0), long, what, name))
+        lengths = np.where(long, sizes["length"] + more, 0)
+        raise UserError(_overlong_message(domains, lengths, long, what, name, _beginning(dataset, lengths, tokenizer)))
     blank = sizes["loss"] == 0
     dropped = long & ~blank if overlong == "drop" else np.zeros_like(long)
     crowded = np.zeros_like(long)
@@ -196,12 +202,22 @@ def _measure(dataset: Dataset, limits: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(("length", "loss", "loss_within"), stacked, strict=True))
 
 
-def _overlong_message(domains: np.ndarray, lengths: np.ndarray, long: np.ndarray, limit: str, name: str) -> str:
+def _beginning(dataset: Dataset, lengths: np.ndarray, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """How the longest row begins."""
+    if tokenizer is None:
+        return ""
+    text = " ".join(str(tokenizer.decode(dataset[int(lengths.argmax())]["input_ids"][:_SHOWN])).split())
+    return f": {text!r}..."
+
+
+def _overlong_message(
+    domains: np.ndarray, lengths: np.ndarray, long: np.ndarray, limit: str, name: str, begins: str = ""
+) -> str:
     per_domain = ", ".join(f"{domain}: {int((long & (domains == domain)).sum())}" for domain in dict.fromkeys(domains[long]))
     worst = int(lengths.argmax())
     return (
         f"the {name} data set: {int(long.sum())} of {len(lengths)} rows have more than {limit} "
-        f"({per_domain}; the longest is row {worst} with {int(lengths[worst])}). "
+        f"({per_domain}; the longest is row {worst} with {int(lengths[worst])}{begins}). "
         f"Raise {limit.split('=')[0]}, or set overlong to 'truncate' or 'drop'."
     )
 

@@ -49,7 +49,8 @@ def rows_of(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder) -> 
     splits = cuts_rows(arguments, arguments.packing)
     limit = None if splits else arguments.max_length
     teacher_limit = None if stage.type == "sft" else stage.teacher_max_length
-    rows, counts = fit_to_length(mixture.dataset, limit, arguments.overlong, "train", teacher_limit, written_tokens(arguments))
+    written, policy = written_tokens(arguments), arguments.overlong
+    rows, counts = fit_to_length(mixture.dataset, limit, policy, "train", teacher_limit, written, data.tokenizer)
     if isinstance(arguments, KDConfig) and arguments.on_policy_fraction:
         require_prompts(rows, arguments, data.tokenizer, None)
     watched = is_evaluated(arguments)
@@ -59,7 +60,7 @@ def rows_of(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder) -> 
         raise UserError(f"{key} needs validation rows; give `validation`, `validation_split` or `holdout` of a source")
     validation_counts = {}
     if validation is not None:
-        validation_counts = fit_to_length(validation, limit, arguments.overlong, "eval", teacher_limit)[1]
+        validation_counts = fit_to_length(validation, limit, policy, "eval", teacher_limit, tokenizer=data.tokenizer)[1]
     if isinstance(arguments, KDConfig) and (selection := arguments.selection()) is not None:
         selection.require_domains(validation_counts)
     require_metric(arguments, validation_counts)
@@ -86,7 +87,7 @@ def require_room(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder
     for name in stage.data.sources:
         if name not in longest:
             rows = data.tokenized(name, LossRule.of(stage), stage.type != "sft")[0]
-            fit_to_length(rows, limit, arguments.overlong, "train")
+            fit_to_length(rows, limit, arguments.overlong, "train", tokenizer=data.tokenizer)
         elif limit is not None and longest[name] > limit and arguments.overlong == "error":
             raise UserError(
                 f"a row of the generated source {name!r} may have {longest[name]:,} tokens (its longest prompt and "

@@ -86,7 +86,7 @@ class RowPreparation:
         else:
             teacher_limit = args.teacher_max_length if isinstance(args, KDConfig) else None
             written = written_tokens(args) if name == "train" else 0
-            dataset, self.counts[name] = fit_to_length(dataset, limit, args.overlong, name, teacher_limit, written)
+            dataset, self.counts[name] = fit_to_length(dataset, limit, args.overlong, name, teacher_limit, written, tokenizer)
             self._log_counts(name)
         if packing:
             return self._pack_by_domain(trl, dataset, tokenizer, args, name)
