@@ -229,8 +229,8 @@ def answer_by_client(
     if lacking := len(store.missing(conversations)):
         raise UserError(
             f"{where}: models.{store.model} ({client.spec.endpoint}) did not answer {lacking} of "
-            f"{len(conversations)} questions (why: {client.folder / 'errors.jsonl'}); what it answered is kept, and the same "
-            "command asks for the rest."
+            f"{len(conversations)} questions (why: {client.why()}); what it answered is kept, and the same command asks for "
+            "the rest."
         )
 
 

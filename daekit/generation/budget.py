@@ -97,11 +97,11 @@ class Counter:
 
     def __init__(self, who: str, spec: JudgeSpec, budget: Budget, total: int, progress: ProgressFunction | None) -> None:
         self._who, self._spec, self._budget, self._total, self._progress = who, spec, budget, total, progress
-        self._done = 0
+        self._done, self._failed_before = 0, budget.failed
         self._start = time.monotonic()
 
     def step(self) -> None:
-        """One more request is answered or given up."""
+        """One more request is answered."""
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._total)
@@ -110,8 +110,9 @@ class Counter:
         """Print the line."""
         speed = self._done / max(time.monotonic() - self._start, 1e-9)
         parts = [f"[{self._who}] {self._done}/{self._total}", f"{speed:.1f} calls/s"]
-        if speed and self._done < self._total:
-            left = int((self._total - self._done) / speed)
+        still = self._total - self._done - (self._budget.failed - self._failed_before)
+        if speed and still > 0:
+            left = int(still / speed)
             parts.append(f"{left // 60}:{left % 60:02d} left")
         if self._spec.price_prompt is not None:
             parts.append(f"${self._budget.cost:.2f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ R = TypeVar("R")
 _LONGEST_WAIT = 60.0  # seconds of our own back-off
 _LONGEST_ASKED = 600.0  # seconds of an endpoint's Retry-After; a request is given up rather than sent before that
 _POLL = 0.02  # seconds
+_UNREACHED = 2  # attempts at an endpoint that has never answered, where nobody listens
 
 
 class GivenUp(Exception):
@@ -36,15 +38,19 @@ class Caller:
 
     Attributes:
         resume_at: When the next call may be sent, on the clock of the event loop: a Retry-After holds for all calls.
+        has_answered: Whether any call was answered; until then ``tell`` hears of every failure, and to find nobody at the URL
+            twice is enough.
 
     Args:
         budget: What may be sent.
         first_wait: Seconds before a failed call is first repeated; doubled each time.
+        tell: Called with a line to print.
     """
 
-    def __init__(self, spec: JudgeSpec, budget: Budget, first_wait: float) -> None:
-        self._spec, self._budget, self._first_wait = spec, budget, first_wait
+    def __init__(self, spec: JudgeSpec, budget: Budget, first_wait: float, tell: Callable[[str], None]) -> None:
+        self._spec, self._budget, self._first_wait, self._tell = spec, budget, first_wait, tell
         self.resume_at = 0.0
+        self.has_answered = False
 
     async def call(self, endpoint: Endpoint, request: Any, read: Callable[[str], R]) -> R | None:
         """What ``read`` makes of the body of an answer; None where a limit keeps the request from being sent.
@@ -53,7 +59,7 @@ class Caller:
             read: It may raise PassingFailure, for a body that is no answer.
 
         Raises:
-            GivenUp: It is refused, or has failed ``max_retries`` times in passing.
+            GivenUp: It is refused, has failed ``max_retries`` times in passing, or nobody is there (see ``has_answered``).
             UserError: No call can succeed.
         """
         failure: Exception = PassingFailure("it was not sent")
@@ -69,6 +75,7 @@ class Caller:
                 async with asyncio.timeout(self._spec.timeout):  # of the whole call: a body may trickle in for ever
                     body = await endpoint.send(request)
                 reply = read(body)
+                self.has_answered = True
                 return reply  # type: ignore[no-any-return]
             except TimeoutError:
                 failure = PassingFailure(f"no whole reply within timeout={self._spec.timeout:g} seconds")
@@ -78,8 +85,14 @@ class Caller:
                 self._budget.end(request, reply, body)
             if not isinstance(failure, PassingFailure) or failure.wait > _LONGEST_ASKED:
                 break
+            if failure.unreachable and not self.has_answered and attempts >= _UNREACHED:
+                break
             self.resume_at = max(self.resume_at, asyncio.get_running_loop().time() + failure.wait)
-            await asyncio.sleep(self._back_off(attempts))
+            wait = self._back_off(attempts)
+            if not self.has_answered and attempts <= self._spec.max_retries:
+                what, seconds = "not reached" if failure.unreachable else "no answer", math.ceil(max(wait, failure.wait))
+                self._tell(f"{what} ({failure}), trying again in {seconds} s")
+            await asyncio.sleep(wait)
         raise GivenUp(failure, attempts)
 
     async def _may_send(self, request: Any) -> bool:

@@ -15,7 +15,7 @@ from daekit.generation.calls import ChatReply, ChatRequest, lacks_logprobs, read
 from daekit.generation.endpoint import Endpoint, PassingFailure
 from daekit.generation.keys import Permissions, endpoint_key
 from daekit.generation.local_chat import LocalChat, model_fingerprint
-from daekit.generation.store import UNREADABLE, ReplyStore
+from daekit.generation.store import ERRORS, UNREADABLE, ReplyStore
 from daekit.progress import ProgressFunction
 from daekit.recipe.judge import JudgeSpec
 
@@ -66,7 +66,7 @@ class ChatClient:
         self.spec, self.folder, self.budget = spec, folder, Budget(spec, before)
         self.identity = identity(spec)
         self._who = f"{role} {spec.name}"
-        self._caller = Caller(spec, self.budget, first_wait)
+        self._caller = Caller(spec, self.budget, first_wait, lambda line: print(f"[{self._who}] {line}", flush=True))
         self._store = ReplyStore(folder)
         if self._store.was_torn:
             print(f"[{self._who}] {folder}: the last line was torn (the run was killed); its call is sent again", flush=True)
@@ -103,6 +103,11 @@ class ChatClient:
     def reply(self, request: ChatRequest) -> ChatReply | None:
         """The reply that is there already."""
         return self._store.replies.get(self.key(request))
+
+    def why(self) -> str:
+        """Why requests have no reply, as far as one reason holds for all, and the file with the reason of each."""
+        file = str(self.folder / ERRORS)
+        return f"{self.budget.stopped}; {file}" if self.budget.stopped else file
 
     def notes(self, requests: Sequence[ChatRequest]) -> list[str]:
         """What a reader must know about the replies to ``requests``."""
@@ -158,11 +163,13 @@ class ChatClient:
         """Send the first requests one by one until one is answered: what is wrong with the endpoint is said after few calls,
         and no call is made for the purpose."""
         for key, request in itertools.islice(queue, _PILOTS):
-            failure = await self._answer(endpoint, key, request)
-            progress.step()
+            failure = await self._answer(endpoint, key, request, progress)
             if failure is None:
                 self._has_answered = True
                 self._say_who_answers(key)
+                return
+            if isinstance(failure, PassingFailure) and failure.unreachable:
+                self.budget.stopped = f"{self.spec.endpoint} is not reached: {failure}"
                 return
         if not self._store.replies and not self.budget.stopped:
             self.budget.stopped = f"the first requests all failed, the last with: {failure}"
@@ -176,23 +183,24 @@ class ChatClient:
         for key, request in queue:
             if self.budget.stopped:
                 return
-            failure = await self._answer(endpoint, key, request)
-            progress.step()
+            failure = await self._answer(endpoint, key, request, progress)
             self._in_a_row = self._in_a_row + 1 if isinstance(failure, PassingFailure) else 0
             if self._in_a_row >= _IN_A_ROW:
                 self.budget.stopped = f"{_IN_A_ROW} requests in a row failed, the last with: {failure}"
 
-    async def _answer(self, endpoint: Endpoint, key: str, request: ChatRequest) -> Exception | None:
+    async def _answer(self, endpoint: Endpoint, key: str, request: ChatRequest, progress: Counter) -> Exception | None:
         """Send one request until it is answered or given up; returns why it was given up.
 
         A request that a limit keeps from being sent is no failure.
         """
         try:
-            await self._caller.call(endpoint, request, lambda body: self._keep(key, request, body))
+            reply = await self._caller.call(endpoint, request, lambda body: self._keep(key, request, body))
         except GivenUp as error:
             self.budget.failed += 1
             self._store.add_error(key, request.label, str(error), error.attempts)
             return error.reason
+        if reply is not None:
+            progress.step()
         return None
 
     def _keep(self, key: str, request: ChatRequest, body: str) -> ChatReply:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -26,11 +27,12 @@ class PassingFailure(Exception):
 
     Attributes:
         wait: Seconds that the endpoint asks to wait.
+        unreachable: Nobody listens at the URL, or nobody knows its host.
     """
 
-    def __init__(self, message: str, wait: float = 0.0) -> None:
+    def __init__(self, message: str, wait: float = 0.0, unreachable: bool = False) -> None:
         super().__init__(message)
-        self.wait = wait
+        self.wait, self.unreachable = wait, unreachable
 
 
 class RefusedRequest(Exception):
@@ -105,7 +107,8 @@ class Endpoint:
         except httpx.LocalProtocolError as error:  # its message may quote a header
             raise RefusedRequest(f"the request cannot be sent ({type(error).__name__})") from None
         except (httpx.TransportError, httpx.DecodingError) as error:  # time-outs too
-            raise PassingFailure(self._clean(f"{type(error).__name__}: {error}")) from None
+            nobody = _nobody_there(error)
+            raise PassingFailure(nobody or self._clean(f"{type(error).__name__}: {error}"), unreachable=bool(nobody)) from None
 
     def _failure(self, status: int, body: str, headers: Mapping[str, str]) -> Exception:
         said = f"HTTP {status}: {self._clean(body)}"
@@ -148,6 +151,18 @@ class Endpoint:
             if self._key in spelled:
                 return masked(spelled, self._key)
         return body
+
+
+def _nobody_there(error: BaseException | None) -> str:
+    """Why a connection could not be made for want of somebody to talk to; empty for any other error."""
+    while error is not None:
+        parts = error.exceptions if isinstance(error, BaseExceptionGroup) else (error,)  # one for each address of the host
+        if any(isinstance(part, socket.gaierror) for part in parts):
+            return "nobody knows the name of its host"
+        if all(isinstance(part, ConnectionRefusedError) for part in parts):
+            return "connection refused"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _piece(line: str) -> str:

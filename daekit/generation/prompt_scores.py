@@ -75,7 +75,8 @@ class ScoreClient:
     def __init__(self, spec: JudgeSpec, who: str, allowed: Permissions, first_wait: float = 1.0) -> None:
         assert spec.base_url is not None
         self._key = endpoint_key(who, spec.base_url, spec.api_key_env, allowed)
-        self.spec, self._who, self._first_wait = spec, who, first_wait
+        self.spec, self._who = spec, who
+        self._caller = Caller(spec, Budget(spec), first_wait, lambda line: print(f"[{who}] {line}", flush=True))
 
     def ask(self, requests: Sequence[ScoreRequest]) -> list[PromptScores]:
         """The answer to each request.
@@ -88,7 +89,8 @@ class ScoreClient:
         return [found[request] for request in requests]
 
     async def _all(self, requests: Sequence[ScoreRequest]) -> list[PromptScores]:
-        endpoint, caller = Endpoint(self._who, self.spec, self._key), Caller(self.spec, Budget(self.spec), self._first_wait)
+        endpoint, caller = Endpoint(self._who, self.spec, self._key), self._caller
+        caller.resume_at = 0.0  # on the clock of an earlier event loop
         turn = asyncio.Semaphore(self.spec.concurrency)
 
         async def one(request: ScoreRequest) -> PromptScores:

@@ -168,7 +168,7 @@ class EndpointAuthor:
         for prompt, reply in zip(prompts, self.client.ask(requests), strict=True):
             if reply is None:
                 raise UserError(
-                    f"{self.client.spec.endpoint} did not answer every prompt (why: {self.client.folder / 'errors.jsonl'}); "
+                    f"{self.client.spec.endpoint} did not answer every prompt (why: {self.client.why()}); "
                     "what it answered is kept, and the same command asks for the rest"
                 )
             fate = "empty" if not reply.text.strip() else "unfinished" if reply.finish_reason == "length" else "written"
