@@ -18,16 +18,9 @@ from daekit.generation.endpoint import Endpoint, PassingFailure
 from daekit.generation.keys import Permissions
 from daekit.generation.prompt_scores import ScoreClient, ScoreRequest
 from daekit.recipe.judge import JudgeSpec
-from tests.helpers.judge_server import Call, JudgeServer
+from tests.helpers.judge_server import Call, JudgeServer, closed_url
 
 QUESTIONS = [Conversation(number, "c", (f"w{number}",), 0.0) for number in range(6)]
-
-
-def closed() -> str:
-    """A URL on this machine at which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}/v1"
 
 
 def requests(count: int = 6) -> list[ChatRequest]:
@@ -36,7 +29,7 @@ def requests(count: int = 6) -> list[ChatRequest]:
 
 def test_nobody_listens_is_said_at_once_and_final_after_two_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counted: list[tuple[int, int]] = []
-    spec = JudgeSpec(model="m", base_url=closed())
+    spec = JudgeSpec(model="m", base_url=closed_url())
     start = time.monotonic()
     with ChatClient(spec, tmp_path, role="models.far", progress=lambda *done: counted.append(done)) as client:
         with pytest.raises(
@@ -112,7 +105,7 @@ def test_a_served_teacher_is_given_up_after_two_calls_and_tried_longer_once_it_h
     monkeypatch.setattr(Endpoint, "send", away)
     for answers, calls in ((False, 2), (True, 5)):
         sent.clear()
-        client = ScoreClient(JudgeSpec(model="m", base_url=closed(), max_retries=3), "teacher m", Permissions(), 0.005)
+        client = ScoreClient(JudgeSpec(model="m", base_url=closed_url(), max_retries=3), "teacher m", Permissions(), 0.005)
         if answers:
             client.ask([ScoreRequest((1,), 2)])
         with pytest.raises(UserError, match=r"teacher m at http.*connection refused"):

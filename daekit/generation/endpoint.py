@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import json
 import socket
@@ -14,11 +15,12 @@ import httpx
 
 from daekit.errors import UserError
 from daekit.generation.calls import ChatRequest, clean_text, read_reply
-from daekit.generation.keys import is_maskable, masked
+from daekit.generation.keys import is_maskable, is_openai, masked
 from daekit.recipe.judge import JudgeSpec
 
 _PASSING = (408, 409, 425, 429)  # besides 5xx: the same call may succeed later
 _SHOWN = 300  # characters of an endpoint's message that an error quotes
+_LOOK = 10.0  # seconds for a look at an endpoint
 _LARGEST = 64 * 2**20  # bytes of a body; a longer one is none
 
 
@@ -59,6 +61,20 @@ class Endpoint:
     async def close(self) -> None:
         """Close its connections."""
         await self._client.aclose()
+
+    async def look(self) -> None:
+        """Ask once which models it has, which costs nothing; most answers, and none in time, prove nothing.
+
+        Raises:
+            UserError: Nobody listens there, or the key is refused.
+        """
+        try:
+            async with asyncio.timeout(_LOOK), self._client.stream("GET", f"{self._url}/models") as response:
+                if response.status_code in (401, 403):
+                    raise self._failure(response.status_code, await _body(response), response.headers)
+        except (httpx.TransportError, httpx.DecodingError, RefusedRequest, TimeoutError) as error:
+            if nobody := _nobody_there(error):
+                raise UserError(f"{self._who}: not reached ({nobody}). Start the server, or correct the URL.") from None
 
     async def send(self, request: ChatRequest) -> str:
         """One attempt; returns the body of a response with status 200, without the key should the endpoint repeat it.
@@ -123,15 +139,24 @@ class Endpoint:
         if status in _PASSING or status >= 500:
             return PassingFailure(said, retry_after(headers))
         if status in (401, 403):
-            variable = self._spec.api_key_env or "OPENAI_API_KEY"
-            none = f"no key was sent ({variable} is not set, or api_key_env names no variable)"
-            have = f"the key in {variable} is refused" if self._key else none
-            return UserError(f"{self._who}: {have} ({said}). Name the variable with api_key_env, and set it to a valid key.")
+            return UserError(f"{self._who}: {self._about_key(said)}")
         if status == 404:
             return UserError(
                 f"{self._who}: no such model or URL ({said}). The URL ends in /v1 as a rule; correct it or the model's name."
             )
         return RefusedRequest(said)
+
+    def _about_key(self, said: str) -> str:
+        """What is wrong with the key that was sent, or was not, and what to do."""
+        variable = self._spec.api_key_env or ("OPENAI_API_KEY" if is_openai(self._url) else "")
+        if self._key:
+            return f"the key in {variable} is refused ({said}). Set {variable} to one that is valid there."
+        if variable:
+            return f"it wants a key, and {variable} is not set ({said}). Set {variable} to the key."
+        return (
+            f"it wants a key, and none was sent ({said}). Name the environment variable that holds it: api_key_env (of "
+            "`daekit chat`: --key-env)."
+        )
 
     def _clean(self, text: str) -> str:
         """The beginning of what an endpoint says, without the key and on one line."""

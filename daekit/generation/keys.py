@@ -82,6 +82,26 @@ def endpoint_key(where: str, base_url: str, variable: str | None, allowed: Permi
     return key
 
 
+def required_key(where: str, base_url: str, variable: str | None, allowed: Permissions) -> str:
+    """The same for an endpoint that is about to be asked: where a variable is named, or OpenAI answers, it is not empty.
+
+    Raises:
+        UserError: see ``endpoint_key``; the variable is not set.
+    """
+    key = endpoint_key(where, base_url, variable, allowed)
+    if not key and variable is not None:
+        raise UserError(
+            f"{where}.api_key_env: {variable} is not set. Set it to the key of {_host(base_url)}, or leave api_key_env out if "
+            "none is needed there."
+        )
+    if not key and is_openai(base_url):
+        raise UserError(
+            f"{where}: {_host(base_url)} wants a key, and {_OPENAI} is not set. Set it, or name the variable that holds the "
+            "key with api_key_env."
+        )
+    return key
+
+
 def masked(text: str, key: str) -> str:
     """A message without the key, should an endpoint repeat it."""
     return text.replace(key, "***") if key else text

@@ -16,7 +16,7 @@ from daekit.errors import UserError
 from daekit.generation.budget import Budget
 from daekit.generation.caller import Caller, GivenUp, run
 from daekit.generation.endpoint import Endpoint, PassingFailure
-from daekit.generation.keys import Permissions, endpoint_key
+from daekit.generation.keys import Permissions, required_key
 from daekit.recipe.judge import JudgeSpec
 
 Entry = Mapping[str, Mapping[str, Any]]
@@ -69,12 +69,12 @@ class ScoreClient:
     """Asks for scores with the retries, the concurrency and the key rules of ``ChatClient``; keeps nothing.
 
     Raises:
-        UserError: The key may not be sent there, or the endpoint may not be asked without encryption.
+        UserError: The key is missing, or may not be sent there; the endpoint may not be asked without encryption.
     """
 
     def __init__(self, spec: JudgeSpec, who: str, allowed: Permissions, first_wait: float = 1.0) -> None:
         assert spec.base_url is not None
-        self._key = endpoint_key(who, spec.base_url, spec.api_key_env, allowed)
+        self._key = required_key(who, spec.base_url, spec.api_key_env, allowed)
         self.spec, self._who = spec, who
         self._caller = Caller(spec, Budget(spec), first_wait, lambda line: print(f"[{who}] {line}", flush=True))
 

@@ -15,7 +15,7 @@ from daekit.errors import UserError
 from daekit.generation.caller import run
 from daekit.generation.calls import ChatRequest, Message
 from daekit.generation.endpoint import Endpoint, PassingFailure, RefusedRequest
-from daekit.generation.keys import Permissions, endpoint_key
+from daekit.generation.keys import Permissions, required_key
 from daekit.generation.local import Sampling, generate
 from daekit.generation.local_chat import encode_chat
 from daekit.recipe.judge import JudgeSpec
@@ -79,12 +79,12 @@ class EndpointSpeaker:
         allowed: which keys may be sent where.
 
     Raises:
-        UserError: see ``endpoint_key``.
+        UserError: see ``required_key``.
     """
 
     def __init__(self, where: str, url: str, model: str, key_variable: str | None, allowed: Permissions) -> None:
         self._who, self._spec = where, JudgeSpec(base_url=url, model=model, api_key_env=key_variable, concurrency=1)
-        self._key = endpoint_key(where, url, key_variable, allowed)
+        self._key = required_key(where, url, key_variable, allowed)
 
     def answer(self, messages: Sequence[Message], how: Sampling, say: Say, stop: threading.Event) -> str:
         """See ``Speaker``."""

@@ -22,7 +22,7 @@ from daekit.evaluation.models import tokenizer_fingerprint
 from daekit.files import facts_hash, file_hash, write_json, write_whole
 from daekit.generation import ChatClient, Permissions
 from daekit.generation.drafts import Counts, DraftStore, NearDuplicates
-from daekit.generation.keys import endpoint_key
+from daekit.generation.reach import require_answering
 from daekit.generation.user_turn import UserTurn
 from daekit.generation.writing import Author, EndpointAuthor, LocalAuthor, Prompt, write_rows
 from daekit.models.adapters import base_spec, config_of, load_continued
@@ -112,7 +112,8 @@ class GeneratedSource:
         if spec.near_duplicates is not None:
             NearDuplicates(spec.near_duplicates)
         if model.url is not None:
-            endpoint_key(f"{self.where}.model", model.url, model.api_key_env, self.allowed)
+            if self.find() is None:
+                require_answering(f"{self.where}.model", self._endpoint, self.allowed)
         elif self.is_possible and self._base.path is not None:
             config_of(self._base)
             require_files(self._base.path)
@@ -209,6 +210,13 @@ class GeneratedSource:
     def _config(self) -> PreTrainedConfig | None:
         return None if self.spec.model.url is not None else self.models.config(self.recipe, self.spec.model)
 
+    @property
+    def _endpoint(self) -> JudgeSpec:
+        """How a model that is served is asked."""
+        model = self.spec.model
+        where = {"model": model.served_model, "base_url": model.url, "api_key_env": model.api_key_env}
+        return JudgeSpec(**where, concurrency=self.spec.concurrency)
+
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt, a user turn that the model writes included.
 
@@ -236,13 +244,7 @@ class GeneratedSource:
     def _author(self, device: torch.device) -> Author:
         spec = self.spec
         if spec.model.url is not None:
-            judge = JudgeSpec(
-                model=spec.model.served_model,
-                base_url=spec.model.url,
-                api_key_env=spec.model.api_key_env,
-                concurrency=spec.concurrency,
-            )
-            client = ChatClient(judge, self._home / "replies", role=self.where, allowed=self.allowed)
+            client = ChatClient(self._endpoint, self._home / "replies", role=self.where, allowed=self.allowed)
             return EndpointAuthor(client, spec, lambda text: len(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
         placed = self.models.placed(spec.model)
         unset_hf_deepspeed_config()  # a stage's config has set it, and the model would be split over the ranks

@@ -160,6 +160,8 @@ def _prepare_evaluation(prepared: Prepared, evaluation: EvaluationSpec, allowed:
                     f"benchmarks.{asking[0]} asks the models of this run, and their tokenizer has no chat template; set "
                     "tokenizer.chat_template, or measure them with suites that need none"
                 )
+            if prepared.models.ahead:
+                suites.require_askable(prepared.suites[-1], models_to_come=True)
 
 
 def _prepare_report(prepared: Prepared, evaluation: EvaluationSpec, found: Found) -> None:

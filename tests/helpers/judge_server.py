@@ -63,6 +63,7 @@ class JudgeServer:
         pause: seconds before each answer.
         bodies: fault -> a body to answer with, whatever was asked.
         got: paths that were asked for with GET.
+        looked: the status of answers to GET.
     """
 
     misbehave: Fault = lambda call: None
@@ -72,6 +73,7 @@ class JudgeServer:
     usage: bool = True
     bodies: dict[str, bytes] = field(default_factory=dict)
     got: list[str] = field(default_factory=list)
+    looked: int = 200
     calls: list[Call] = field(default_factory=list)
     answered: Counter[str] = field(default_factory=Counter)
     most_at_once: int = 0
@@ -136,6 +138,13 @@ class JudgeServer:
         return body
 
 
+def closed_url() -> str:
+    """A base_url on this machine at which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+
+
 def scripted_rating(key: str) -> int:
     """Of the prompt with this key."""
     return 1 + int(key[:8], 16) % 10
@@ -189,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.judge.got.append(self.path)
-        self._send(200, self.judge.bodies.get("GET", b"{}"))
+        self._send(self.judge.looked, self.judge.bodies.get("GET", b"{}"))
 
     def _answer(self, call: Call, fault: str | None) -> None:
         if self.judge.pause:

@@ -92,10 +92,14 @@ def estimate_alpaca_eval(
     *,
     outputs: Mapping[str, Outputs] | None = None,
     limit: int | None = None,
+    where: str = "annotator",
 ) -> Estimate:
-    """What ``judge_alpaca_eval`` would still cost; without ``outputs`` each is taken to have 300 tokens."""
+    """What ``judge_alpaca_eval`` would still cost; without ``outputs`` each is taken to have 300 tokens.
+
+    ``where`` begins an error about the annotator.
+    """
     require_sound(judge)
-    chosen, reference = annotators.read_annotator(annotator), _read_reference(reference_outputs, limit)
+    chosen, reference = annotators.read_annotator(annotator, where), _read_reference(reference_outputs, limit)
     if outputs is None:
         text = "x" * (300 * CHARACTERS_PER_TOKEN)
         outputs = {model: [{**row, "output": f"{model} {text}"} for row in reference] for model in models}

@@ -31,6 +31,7 @@ from daekit.generation.calls import ChatReply
 Messages = list[dict[str, str]]
 Outputs = Sequence[Mapping[str, Any]]  # ``{"instruction", "output"}``, as alpaca_eval has them
 OFFICIAL_ANNOTATOR, OFFICIAL_COUNT = "weighted_alpaca_eval_gpt4_turbo", 805
+_SUCH_AS = f", such as {OFFICIAL_ANNOTATOR} (logprobs) or alpaca_eval_gpt4 (text)"
 _REPOSITORY, _BASELINE, _GAMED = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json", "df_gamed.csv"
 _PLACEHOLDER = re.compile(r"{([^ \s]+?)}")  # alpaca_eval's
 _COLUMNS = {"instruction", "output_1", "output_2"}
@@ -58,11 +59,12 @@ class Annotator:
     parameters: dict[str, Any]
 
 
-def read_annotator(name: str) -> Annotator:
+def read_annotator(name: str, where: str = "annotator") -> Annotator:
     """The annotator with this name, or in this directory.
 
     Raises:
-        UserError: there is none, or it cannot be asked through an OpenAI-compatible endpoint one prompt at a time.
+        UserError: there is none, or it cannot be asked through an OpenAI-compatible endpoint one prompt at a time; ``where``
+            begins it.
     """
     utils, known = module("utils"), Path(module("constants").EVALUATORS_CONFIG_DIR)
     own = Path(name).expanduser()
@@ -70,8 +72,8 @@ def read_annotator(name: str) -> Annotator:
     if not (directory / "configs.yaml").is_file():
         names = sorted(path.parent.name for path in known.glob("*/configs.yaml"))
         raise UserError(
-            f"annotator: {name!r} is neither one of alpaca_eval's evaluators nor a directory with configs.yaml"
-            f"{nearest(name, names)}"
+            f"{where}: {name!r} is neither one of alpaca_eval's evaluators nor a directory with configs.yaml"
+            f"{nearest(name, names) or _SUCH_AS}"
         )
     try:
         configs = yaml.safe_load((directory / "configs.yaml").read_text(encoding="utf-8"))
@@ -79,7 +81,7 @@ def read_annotator(name: str) -> Annotator:
         arguments, template = config["completions_kwargs"], config["prompt_template"]
         model, text = arguments["model_name"], utils.read_or_return(template, relative_to=directory.parent)
     except (OSError, yaml.YAMLError, AttributeError, StopIteration, TypeError, KeyError) as error:
-        raise UserError(f"annotator: {directory / 'configs.yaml'} cannot be read ({type(error).__name__}: {error})") from error
+        raise UserError(f"{where}: {directory / 'configs.yaml'} cannot be read ({type(error).__name__}: {error})") from error
     unknown = [key for key in arguments if key not in _SENT | _OURS]
     foreign = sorted(set(_PLACEHOLDER.findall(text)) - _COLUMNS)
     asks = {
@@ -91,10 +93,7 @@ def read_annotator(name: str) -> Annotator:
     }
     for what, is_asked in asks.items():
         if is_asked:
-            raise UserError(
-                f"annotator: {name} asks for {what}, which is not supported. Choose another, such as "
-                "weighted_alpaca_eval_gpt4_turbo (logprobs) or alpaca_eval_gpt4 (text)."
-            )
+            raise UserError(f"{where}: {name} asks for {what}, which is not supported. Choose another{_SUCH_AS}.")
     sent = {"temperature": 0.7, "max_tokens": 2048} | {key: arguments[key] for key in arguments if key in _SENT}  # its defaults
     return Annotator(directory.name, directory / "configs.yaml", model, utils.prompt_to_chatml(text), text, sent)
 

@@ -12,6 +12,6 @@
 """
 
 from daekit.evaluation.suites.prepare import Options, Prepared, prepare
-from daekit.evaluation.suites.run import run_prepared, run_suite
+from daekit.evaluation.suites.run import require_askable, run_prepared, run_suite
 
-__all__ = ["Options", "Prepared", "prepare", "run_prepared", "run_suite"]
+__all__ = ["Options", "Prepared", "prepare", "require_askable", "run_prepared", "run_suite"]

@@ -13,12 +13,15 @@ from daekit.errors import UserError
 from daekit.evaluation.answers import answer_all, answer_by_client, endpoint_of
 from daekit.evaluation.evaluate import ModelEvaluation
 from daekit.evaluation.judging import estimate_alpaca_eval, estimate_mt_bench, judge_alpaca_eval, judge_mt_bench
+from daekit.evaluation.judging.annotators import read_annotator
+from daekit.evaluation.judging.fastchat import load_data
 from daekit.evaluation.models import SuiteModel
 from daekit.evaluation.suites.prepare import Options, Prepared, Questions, prepare
 from daekit.evaluation.suites.report import manifest, suite_report
 from daekit.evaluation.suites.results import Results, load_measured, save_measured
 from daekit.files import write_whole
 from daekit.generation import ChatClient, Estimate
+from daekit.generation.reach import require_answering
 from daekit.progress import Progress, ProgressFunction
 from daekit.recipe.dump import to_yaml
 from daekit.recipe.judge import JudgeSpec
@@ -47,12 +50,11 @@ def run_prepared(prepared: Prepared) -> Report:
     """Measure every model of a prepared suite. What was measured, answered or judged before is kept; a stopped run goes on.
 
     Raises:
-        UserError: the output directory holds another suite; a score is withheld because judgments are missing (everything else
-            is written first).
+        UserError: the output directory holds another suite; see ``require_askable``; a score is withheld because judgments are
+            missing (everything else is written first).
     """
     _require_own_folder(prepared)
-    for questions in prepared.questions.values():
-        _estimate(prepared, questions)  # a judge that cannot be asked is found out before hours of answers
+    require_askable(prepared)
     _claim(prepared)
     results = Results()
     for name, model in prepared.models.items():
@@ -72,6 +74,46 @@ def run_prepared(prepared: Prepared) -> Report:
     if refusals:
         raise UserError("\n".join([f"scores are withheld (all else is in {prepared.folder / 'report.html'}):", *refusals]))
     return report
+
+
+def require_askable(prepared: Prepared, models_to_come: bool = False) -> None:
+    """Whether judges and models that are served can be asked: before hours of answers (or of training) each is asked once.
+
+    One whose answers are all kept is not.
+
+    Args:
+        models_to_come: whether further models will be measured, whose answers are to be judged.
+
+    Raises:
+        UserError: data of a benchmark that a judge cannot be asked about; see ``require_answering``.
+    """
+    servers: dict[tuple[str, str | None], tuple[str, JudgeSpec]] = {}
+    for questions in prepared.questions.values():
+        if questions.judge is None:
+            continue
+        if models_to_come:
+            _require_data(questions)
+        elif (estimate := _estimate(prepared, questions)) is None or not estimate.calls:
+            continue
+        if questions.judge.base_url is not None:
+            where = "judge" if questions.spec.judge is None else f"{questions.where}.judge"
+            servers.setdefault((questions.judge.endpoint, questions.judge.api_key_env), (where, questions.judge))
+    for name, model in prepared.models.items():
+        for questions in prepared.questions.values() if model.is_endpoint else ():
+            if questions.store(model, write=False).missing(questions.conversations):
+                spec = endpoint_of(model, questions.how, None)
+                servers.setdefault((spec.endpoint, spec.api_key_env), (f"models.{name}", spec))
+    for where, spec in servers.values():
+        require_answering(where, spec, prepared.options.allowed)
+
+
+def _require_data(questions: Questions) -> None:
+    """What a judge is asked with, beside answers that are not there yet."""
+    spec, path = questions.spec, Path(questions.spec.path).expanduser()
+    if isinstance(spec, MTBenchSpec):
+        load_data(path, spec.limit)
+    else:
+        read_annotator(spec.annotator, f"{questions.where}.annotator")
 
 
 def _measure(prepared: Prepared, model: SuiteModel, results: Results) -> None:
@@ -192,7 +234,8 @@ def _estimate(prepared: Prepared, questions: Questions) -> Estimate | None:
         how: dict[str, Any] = {"mode": spec.mode, "baseline": spec.baseline, "limit": spec.limit}
         return estimate_mt_bench(judge, path, models, folder, answers=answers, **how)
     outputs = None if answers is None else _outputs(questions, answers)
-    return estimate_alpaca_eval(judge, spec.annotator, path, models, folder, outputs=outputs, limit=spec.limit)
+    where = f"{questions.where}.annotator"
+    return estimate_alpaca_eval(judge, spec.annotator, path, models, folder, outputs=outputs, limit=spec.limit, where=where)
 
 
 def _require_own_folder(prepared: Prepared) -> None:
