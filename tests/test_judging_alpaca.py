@@ -165,6 +165,9 @@ def test_scores_are_withheld_while_preferences_are_missing_and_read_again_for_no
         model = max(missing, key=lambda name: missing[name])
         assert model not in rows(result) and any(f"judgments of {model} are missing" in said for said in result.refusals)
         assert not (tmp_path / model / RANKING / "leaderboard.csv").exists()
+        for said in result.refusals:
+            assert f"the parser of annotator {RANKING} finds no verdict in " in said and "Run again" not in said
+            assert "(one begins 'I would rather not say.')" in said and "replies.jsonl to ask everything again" in said
         allowed = judged(server, tmp_path, allow_missing=worst)
         assert not allowed.refusals and len(server.calls) == 2 * COUNT
         preferences = [row["preference"] for row in annotations_of(tmp_path, model)]

@@ -172,6 +172,28 @@ def test_a_score_is_withheld_while_judgments_are_missing(tmp_path: Path) -> None
         assert row.value == pytest.approx(np.mean(kept)) == pytest.approx(both["small"][-1], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("mode", "parser", "other"), [("single", "strict", "fastchat"), ("pairwise-baseline", "fastchat", "strict")]
+)
+def test_how_to_go_on_is_told_by_what_is_missing(mode: Any, parser: str, other: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"mode": mode, "baseline": "large" if mode != "single" else None, "limit": 8}
+    models = ("small",) if mode == "single" else ("small", "large")
+    with JudgeServer(unrated) as server:
+        for folder, fault, unanswered in (("unread", "no_rating", False), ("unanswered", "400", True)):
+            server.misbehave = lambda call, fault=fault: fault if call.one_in(4) else None
+            (refusal,) = judged(server, tmp_path / folder, models, score_parser=parser, **options).refusals
+            assert ("Run again to send" in refusal) == unanswered
+            told = (
+                f"score_parser {parser} finds no verdict in ",
+                "(one begins 'I would rather not say.'), and another run does not ask again",
+                f"score_parser: {other}",
+                f"delete {tmp_path / folder}",
+            )
+            assert all((text in refusal) != unanswered for text in told)
+            assert "replies.jsonl to ask everything again" in refusal or unanswered
+            assert "--allow-missing" in refusal
+
+
 def test_an_error_never_becomes_a_score(tmp_path: Path) -> None:
     broken = True
     with JudgeServer(lambda call: "500" if broken and call.one_in(16) else None) as server:

@@ -14,12 +14,12 @@ from daekit.evaluation.evaluate import SEED
 from daekit.evaluation.intervals import RowValues, interval
 from daekit.evaluation.judging import annotators
 from daekit.evaluation.judging.annotators import OFFICIAL_ANNOTATOR, OFFICIAL_COUNT, Annotator, Messages, Outputs, Unreadable
-from daekit.evaluation.judging.result import Judged, Missing, describe, not_comparable, other_judge, withhold
+from daekit.evaluation.judging.result import Judged, Missing, Reading, describe, not_comparable, other_judge, withhold
 from daekit.files import facts_hash, file_hash, write_whole
 from daekit.generation.budget import estimate
 from daekit.generation.calls import CHARACTERS_PER_TOKEN, ChatRequest, Estimate
 from daekit.generation.client import ChatClient, identity, require_sound
-from daekit.generation.store import read_replies
+from daekit.generation.store import REPLIES, read_replies
 from daekit.recipe.judge import JudgeSpec
 from daekit.report.contents import Row
 
@@ -65,14 +65,13 @@ def judge_alpaca_eval(
     for model, its in aligned.items():
         annotations, leaderboard = _annotate(client, chosen, model, reference, its)
         scores[model], its_notes = _rows(model, chosen, annotations, reference, bootstrap, leaderboard)
-        unanswered = sum(client.reply(request) is None for request in requests[model])
-        lacking = sum(row["preference"] is None for row in annotations)
-        missing[model] = Missing(unanswered, lacking - unanswered, len(reference))
+        missing[model] = _missing(client, chosen, requests[model], annotations)
         verdicts += annotations
         notes += its_notes
         place = folder / model.replace("/", "_")
         _write(place, chosen, its, annotations, leaderboard if missing[model].count <= allow_missing else None)
-    rows, lacks, refusals = withhold(_NAME, scores, missing, allow_missing, client.budget.stopped)
+    reading = Reading(f"the parser of annotator {chosen.name}", "another judge or annotator", client.folder / REPLIES)
+    rows, lacks, refusals = withhold(_NAME, scores, missing, allow_missing, client.budget.stopped, reading)
     manifest = describe(client, _NAME, bootstrap, everything) | {
         "annotator": {"name": chosen.name, "made_for": chosen.model, "parameters": chosen.parameters},
         "prompts": {chosen.name: facts_hash(chosen.template_text)},
@@ -184,6 +183,16 @@ def _annotate(
     for row in annotations:
         row["preference"] = 1.5 if row["output_1"] == row["output_2"] else None  # a draw needs no judge
     return annotations, None
+
+
+def _missing(client: ChatClient, annotator: Annotator, requests: Sequence[ChatRequest], annotations: Outputs) -> Missing:
+    unanswered = sum(client.reply(request) is None for request in requests)
+    lacking = [row for row in annotations if row["preference"] is None]
+    swapped = [{**row, "output_1": row["output_2"], "output_2": row["output_1"]} for row in lacking]  # it asks in either order
+    parameters = _parameters(client.spec, annotator)
+    replies = (client.reply(ChatRequest(annotators.fill(annotator.template, row), parameters)) for row in lacking + swapped)
+    example = next((reply.text for reply in replies if reply is not None), "")
+    return Missing(unanswered, len(lacking) - unanswered, len(annotations), example)
 
 
 def _rows(

@@ -12,13 +12,13 @@ from typing import Any, Literal
 from daekit.errors import UserError
 from daekit.evaluation.judging import fastchat
 from daekit.evaluation.judging.fastchat import BenchData, Record
-from daekit.evaluation.judging.result import Judged, Missing, describe, not_comparable, other_judge, withhold
-from daekit.evaluation.judging.scores import HIGHEST, LOWEST, is_rated, pair_rows, single_rows, strictly
+from daekit.evaluation.judging.result import Judged, Missing, Reading, describe, not_comparable, other_judge, withhold
+from daekit.evaluation.judging.scores import HIGHEST, LOWEST, is_rated, pair_rows, single_rows, strictly, unread_text
 from daekit.files import facts_hash, file_hash, write_whole
 from daekit.generation.budget import estimate
 from daekit.generation.calls import CHARACTERS_PER_TOKEN, ChatRequest, Estimate
 from daekit.generation.client import ChatClient, identity, require_sound
-from daekit.generation.store import read_replies
+from daekit.generation.store import REPLIES, read_replies
 from daekit.recipe.judge import JudgeSpec
 
 Mode = Literal["single", "pairwise-baseline", "pairwise-all"]
@@ -79,7 +79,7 @@ def judge_mt_bench(
         single = mode == "single"
         scores[model] = single_rows(model, its, data.questions, bootstrap) if single else pair_rows(model, its, bootstrap)
     missing = _missing(games, [record for record, _ in played])
-    rows, notes, refusals = withhold("mt_bench", scores, missing, allow_missing, client.budget.stopped)
+    rows, notes, refusals = withhold("mt_bench", scores, missing, allow_missing, client.budget.stopped, _reading(client))
     differ = sum(differs for _, differs in played)
     notes = [*_notes(client.spec, mode, data, records, differ), *notes, *client.notes(requests)]
     manifest = describe(client, "mt_bench", bootstrap, requests) | {
@@ -185,12 +185,23 @@ def _missing(games: Sequence[_Game], records: Sequence[Record | None]) -> dict[s
         for model in game.models:
             so_far = counts.get(model, Missing(0, 0, 0))
             unread = record is not None and not is_rated(record)
-            counts[model] = Missing(so_far.unanswered + (record is None), so_far.unread + unread, so_far.total + 1)
+            example = so_far.example or (unread_text(record) if record is not None and unread else "")
+            lacking = so_far.unanswered + (record is None), so_far.unread + unread
+            counts[model] = Missing(*lacking, so_far.total + 1, example)
     return counts
 
 
+def _other_parser(spec: JudgeSpec) -> str:
+    return "fastchat" if spec.score_parser == "strict" else "strict"
+
+
+def _reading(client: ChatClient) -> Reading:
+    others = f"another judge, other prompts (judge_prompts.jsonl) or score_parser: {_other_parser(client.spec)}"
+    return Reading(f"score_parser {client.spec.score_parser}", others, client.folder / REPLIES)
+
+
 def _notes(spec: JudgeSpec, mode: str, data: BenchData, records: Sequence[Record], differ: int) -> list[str]:
-    other = "fastchat" if spec.score_parser == "strict" else "strict"
+    other = _other_parser(spec)
     reading = {
         "strict": "the last verdict, ratings within 1 and 10",
         "fastchat": "as FastChat does: the first rating, any size",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from daekit.evaluation.evaluate import SEED
@@ -14,6 +15,7 @@ from daekit.recipe.judge import JudgeSpec
 from daekit.report.contents import Row
 from daekit.report.provenance import versions
 
+_QUOTED = 80  # characters of an answer that an error shows
 _PACKAGES = ("daekit", "fschat", "alpaca_eval", "transformers", "torch")
 # what decides when and whether a call is sent, but not what the judge says
 _NOT_IN_MANIFEST = ("base_url", "path", "concurrency", "max_retries", "timeout", "batch_size")
@@ -47,16 +49,33 @@ class Missing:
         unanswered: the judge was not asked, or did not answer.
         unread: its answer holds no verdict that the parser reads.
         total: judgments that there should be.
+        example: one of the unread answers; empty where there is none, or it is empty.
     """
 
     unanswered: int
     unread: int
     total: int
+    example: str = ""
 
     @property
     def count(self) -> int:
         """All that are missing."""
         return self.unanswered + self.unread
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How verdicts are read, in words.
+
+    Attributes:
+        parser: what reads them.
+        others: what may be chosen in its place.
+        replies: the file with the judge's answers.
+    """
+
+    parser: str
+    others: str
+    replies: Path
 
 
 def withhold(
@@ -65,6 +84,7 @@ def withhold(
     missing: Mapping[str, Missing],
     allow_missing: int,
     stopped: str | None,
+    reading: Reading,
 ) -> tuple[list[Row], list[str], list[str]]:
     """(rows, notes, refusals): the scores of each model unless more than ``allow_missing`` judgments are missing, and always
     how many are."""
@@ -80,15 +100,25 @@ def withhold(
         )
         if lack.count > allow_missing:
             why = f" The run ended early: {stopped}." if stopped else ""
-            refusals.append(
-                f"{said}; its scores are withheld.{why} Run again to send what is missing, or allow it: "
-                f"--allow-missing {lack.count}."
-            )
+            refusals.append(f"{said}; its scores are withheld.{why} {_remedies(lack, reading)}")
             continue
         if lack.count:
             notes.append(f"{said}; its scores are of the others (--allow-missing {allow_missing}).")
         rows += its
     return rows, notes, refusals
+
+
+def _remedies(lack: Missing, reading: Reading) -> str:
+    """How to go on: what has no answer is sent by another run, what cannot be read is not."""
+    remedies = []
+    if lack.unanswered:
+        remedies.append(f"Run again to send the {lack.unanswered} without an answer.")
+    if lack.unread:
+        remedies.append(
+            f"{reading.parser} finds no verdict in {lack.unread} (one begins {lack.example[:_QUOTED]!r}), and another run does "
+            f"not ask again what is answered: choose {reading.others}, or delete {reading.replies} to ask everything again."
+        )
+    return " ".join([*remedies, f"Or allow what is missing: --allow-missing {lack.count}."])
 
 
 def describe(client: ChatClient, benchmark: str, bootstrap: int, requests: Sequence[ChatRequest]) -> dict[str, Any]:

@@ -52,6 +52,13 @@ def is_rated(record: Record) -> bool:
     return "error" not in (record["g1_winner"], record["g2_winner"])
 
 
+def unread_text(record: Record) -> str:
+    """The judge's text, of a pair in the first order, that held no verdict."""
+    if "score" in record:
+        return str(record["judgment"])
+    return str(next(record[f"g{order}_judgment"] for order in (1, 2) if record[f"g{order}_winner"] == "error"))
+
+
 def single_rows(model: str, records: Sequence[Record], questions: Sequence[Record], rounds: int) -> list[Row]:
     """Mean ratings: of everything, of each turn, of each category."""
     rated = [record for record in records if is_rated(record)]
