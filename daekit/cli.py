@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _outlive_readers()
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except UserError as error:
         _complain(f"daekit: error: {error}")
         return _STATUS_OF_USER_ERROR
@@ -44,7 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("stopped; the same command resumes")
         return _STATUS_OF_INTERRUPT
-    return 0
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -235,6 +234,13 @@ def _add_chat(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     command.add_argument(
         "--prompts", metavar="FILE", help="answer these (JSONL, Parquet, or .txt with one on each line) instead"
+    )
+    command.add_argument(
+        "--key-env",
+        metavar="[MODEL=]NAME",
+        action="append",
+        default=[],
+        help="environment variable that holds the key of an endpoint; MODEL= where several hosts are asked",
     )
     command.add_argument("--output", metavar="FILE", help="with --prompts: where to write Markdown (default: to the terminal)")
     _add_permissions(command)

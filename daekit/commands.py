@@ -163,28 +163,33 @@ def sweep(options: argparse.Namespace) -> None:
     run_sweep(*swept_runs(options.recipe, options.overrides), options.grace, _permissions(options))
 
 
-def chat(options: argparse.Namespace) -> None:
-    """Chat with several models at once."""
+def chat(options: argparse.Namespace) -> int:
+    """Chat with several models at once. Returns the exit status: 1 where no prompt of a file was answered."""
     models = parse_models(options.models)
     if options.output is not None and options.prompts is None:
         raise UserError("--output belongs to --prompts; what is said in a chat is not written")
     written = None if options.output is None else _new_file(Path(options.output).expanduser())
 
     from daekit.generation.local import Sampling
-    from daekit.runtime.chat import Chat, answer_prompts, read_prompts, speakers_of, talk
+    from daekit.runtime.chat import Chat, answer_prompts, keys_of, read_prompts, speakers_of, talk
     from daekit.runtime.quiet import quieten
 
     quieten()
     prompts = None if options.prompts is None else read_prompts(options.prompts)
     how = Sampling(options.max_new_tokens, options.temperature)
-    each = Chat(speakers_of(models, _permissions(options)), how, options.system)
+    speakers = speakers_of(models, _permissions(options), keys_of(models, options.key_env))
+    each = Chat(speakers, how, options.system)
     if prompts is None:
         talk(each, sys.stdout)
-    elif written is None:
-        answer_prompts(each, prompts, sys.stdout)
+        return 0
+    if written is None:
+        answered = answer_prompts(each, prompts, sys.stdout)
     else:
         with written.open("x", encoding="utf-8") as out:
-            answer_prompts(each, prompts, out)
+            answered = answer_prompts(each, prompts, out)
+    if not answered:
+        print(f"daekit: no model answered a prompt: {'; '.join(each.failed.values())}", file=sys.stderr, flush=True)
+    return 0 if answered else 1
 
 
 def _new_file(path: Path) -> Path:

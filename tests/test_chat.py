@@ -23,6 +23,7 @@ import pytest
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.generation import Permissions
+from daekit.generation.endpoint import Endpoint
 from daekit.generation.local import Sampling, generate
 from daekit.generation.local_chat import encode_chat
 from daekit.generation.stream import EndpointSpeaker, LocalSpeaker
@@ -260,6 +261,46 @@ def test_answers_to_prompts_are_written_as_markdown(tmp_path: Path, folder: Path
     chat, out = Chat(speakers_of({"a": str(folder / "one")}, Permissions()), Sampling(9)), io.StringIO()
     answer_prompts(chat, [turn("w5 w6")], out)
     assert out.getvalue().split("### a")[1].strip() == written.split("### a")[1].split("###")[0].strip()
+
+
+def test_a_key_goes_to_the_endpoint_that_it_is_named_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAR_API_KEY", "sk-very-secret")
+    (tmp_path / "p.txt").write_text("w5\n")
+    keys: list[str | None] = []
+
+    def noting(endpoint: Endpoint, who: str, spec: Any, key: str) -> None:
+        keys.append(key)
+        made(endpoint, who, spec, key)
+
+    made = Endpoint.__init__
+    monkeypatch.setattr(Endpoint, "__init__", noting)
+    with JudgeServer() as far, JudgeServer() as other:
+        one, two = ["chat", f"far={far.url}#m"], ["chat", f"far={far.url}#m", f"other={other.url}#m"]
+        how = ["--prompts", str(tmp_path / "p.txt"), "--key-env"]
+        assert main([*one, *how, "FAR_API_KEY"]) == 0 and keys == ["sk-very-secret"]
+        assert main([*one, *how, "OPENAI_API_KEY"]) == 2, "which belongs to another host, unless --allow-key-env says otherwise"
+        assert main([*one, *how, "UNSET_API_KEY"]) == 2
+        assert "UNSET_API_KEY is not set" in capsys.readouterr().err
+        keys.clear()
+        assert main([*two, *how, "FAR_API_KEY"]) == 2
+        assert "a key belongs to one host. Say whose it is: --key-env MODEL=FAR_API_KEY" in capsys.readouterr().err
+        assert main([*two, *how, "nobody=FAR_API_KEY"]) == 2
+        assert "'nobody' is no endpoint of this chat (there are: far and other)" in capsys.readouterr().err
+        assert main([*two, *how, "far=FAR_API_KEY"]) == 0 and sorted(keys) == ["", "sk-very-secret"]
+    assert "very" not in "".join(capsys.readouterr())
+
+
+def test_prompts_that_nobody_answers_are_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.txt").write_text("w5\nw6\n")
+    with JudgeServer(lambda call: "401") as far, JudgeServer(lambda call: "401" if call.number else None) as other:
+        models, how = [f"far={far.url}#m", f"other={other.url}#m"], ["--prompts", str(tmp_path / "p.txt")]
+        assert main(["chat", models[0], *how, "--output", str(tmp_path / "o.md")]) == 1
+        told = capsys.readouterr().err
+        assert "no model answered a prompt: far at http" in told and "it wants a key, and none was sent" in told
+        assert "--key-env" in told and "OPENAI" not in told
+        assert main(["chat", *models, *how]) == 0, "one answer is there"
 
 
 @pytest.mark.parametrize(

@@ -91,13 +91,13 @@ def required_key(where: str, base_url: str, variable: str | None, allowed: Permi
     key = endpoint_key(where, base_url, variable, allowed)
     if not key and variable is not None:
         raise UserError(
-            f"{where}.api_key_env: {variable} is not set. Set it to the key of {_host(base_url)}, or leave api_key_env out if "
-            "none is needed there."
+            f"{where}.api_key_env: {variable} is not set. Set it to the key of {_host(base_url)}, or name no variable if none "
+            "is needed there."
         )
     if not key and is_openai(base_url):
         raise UserError(
             f"{where}: {_host(base_url)} wants a key, and {_OPENAI} is not set. Set it, or name the variable that holds the "
-            "key with api_key_env."
+            "key: api_key_env (of `daekit chat`: --key-env)."
         )
     return key
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
+from urllib.parse import urlsplit
 
 from daekit.data.prompts import load_prompts
 from daekit.errors import UserError, listed
@@ -34,12 +35,14 @@ class Chat:
         speakers: name -> who answers.
         system: a system message; None: whatever the chat templates do without one.
         how: length and temperature of answers.
+        failed: name -> why there is no answer, of those that failed when they were last asked.
     """
 
     speakers: Mapping[str, Speaker]
     how: Sampling
     system: str | None = None
     said: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.reset()
@@ -60,17 +63,16 @@ class Chat:
         """
         names, pieces, stop = list(self.speakers), queue.SimpleQueue[tuple[int, str | None]](), threading.Event()
         answers: dict[str, str] = {}
+        self.failed = {}
 
         def speak(column: int, name: str) -> None:
             messages = [*self.said[name], *map(dict, turns)]
             try:
                 answers[name] = self.speakers[name].answer(messages, self.how, lambda piece: pieces.put((column, piece)), stop)
                 self.said[name] = [*messages, {"role": "assistant", "content": answers[name]}]
-            except UserError as error:
-                answers[name] = f"[no answer: {error}]"
-                pieces.put((column, answers[name]))
             except Exception as error:  # a defect in one model's thread is shown, and the others go on
-                answers[name] = f"[no answer: {type(error).__name__}: {error}]"
+                self.failed[name] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                answers[name] = f"[no answer: {self.failed[name]}]"
                 pieces.put((column, answers[name]))
             finally:
                 pieces.put((column, None))
@@ -132,15 +134,18 @@ def talk(chat: Chat, out: TextIO) -> None:
             chat.ask([{"role": "user", "content": line}], out)
 
 
-def answer_prompts(chat: Chat, prompts: Sequence[Sequence[Mapping[str, str]]], out: TextIO) -> None:
-    """Write every model's answer to each prompt, each in a conversation of its own, as Markdown."""
+def answer_prompts(chat: Chat, prompts: Sequence[Sequence[Mapping[str, str]]], out: TextIO) -> int:
+    """Write every model's answer to each prompt, each in a conversation of its own, as Markdown. Returns how many there are."""
+    answered = 0
     out.write(f"# Answers of {listed(chat.speakers)}\n")
     for number, turns in enumerate(prompts, 1):
         chat.reset()
         answers = chat.ask(turns, None)
+        answered += len(answers) - len(chat.failed)
         out.write(f"\n## {number}\n\n" + "\n\n".join(f"{turn['role']}:\n\n{_quoted(turn['content'])}" for turn in turns) + "\n")
         out.writelines(f"\n### {name}\n\n{_quoted(answer)}\n" for name, answer in answers.items())
         out.flush()
+    return answered
 
 
 def read_prompts(path: str) -> list[list[dict[str, Any]]]:
@@ -162,11 +167,34 @@ def read_prompts(path: str) -> list[list[dict[str, Any]]]:
     return prompts
 
 
-def speakers_of(models: Mapping[str, str], allowed: Permissions) -> dict[str, Speaker]:
-    """Name -> who answers. ``RUN:STAGE`` is the result of a stage in the output directory of a run.
+def keys_of(models: Mapping[str, str], named: Sequence[str]) -> dict[str, str]:
+    """Name of an endpoint -> environment variable with its key. ``NAME`` alone is of the one host that is asked.
 
     Raises:
-        UserError: no model there, or one that cannot chat.
+        UserError: a model that is no endpoint; several hosts, or none, for one ``NAME``.
+    """
+    endpoints = {name: text for name, text in models.items() if text.startswith(("http://", "https://"))}
+    keys = {}
+    for text in named:
+        name, _, variable = text.rpartition("=")
+        if name and name not in endpoints:
+            raise UserError(f"--key-env {text}: {name!r} is no endpoint of this chat (there are: {listed(endpoints)})")
+        if not name and len({urlsplit(url).netloc for url in endpoints.values()}) != 1:
+            raise UserError(
+                f"--key-env {text}: a key belongs to one host. Say whose it is: --key-env MODEL={variable} (endpoints of this "
+                f"chat: {listed(endpoints)})"
+            )
+        keys |= dict.fromkeys([name] if name else endpoints, variable)
+    return keys
+
+
+def speakers_of(models: Mapping[str, str], allowed: Permissions, keys: Mapping[str, str] | None = None) -> dict[str, Speaker]:
+    """Name -> who answers. ``RUN:STAGE`` is the result of a stage in the output directory of a run.
+
+    ``keys``: name of an endpoint -> environment variable that holds its key.
+
+    Raises:
+        UserError: no model there, or one that cannot chat; a key that is missing or may not be sent.
     """
     evaluated = {name: SuiteModel(name, _subject(text)) for name, text in models.items()}
     for name, model in evaluated.items():
@@ -180,7 +208,7 @@ def speakers_of(models: Mapping[str, str], allowed: Permissions) -> dict[str, Sp
     for name, model in evaluated.items():
         spec = model.spec
         if spec.url is not None:
-            speakers[name] = EndpointSpeaker(name, spec.url, str(spec.served_model), spec.api_key_env, allowed)
+            speakers[name] = EndpointSpeaker(name, spec.url, str(spec.served_model), (keys or {}).get(name), allowed)
         else:
             speakers[name] = LocalSpeaker(model.model(), model.tokenizer, model.context_length)
     return speakers
