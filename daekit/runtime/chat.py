@@ -174,7 +174,7 @@ def keys_of(models: Mapping[str, str], named: Sequence[str]) -> dict[str, str]:
         UserError: a model that is no endpoint; several hosts, or none, for one ``NAME``.
     """
     endpoints = {name: text for name, text in models.items() if text.startswith(("http://", "https://"))}
-    keys = {}
+    keys: dict[str, str] = {}
     for text in named:
         name, _, variable = text.rpartition("=")
         if name and name not in endpoints:
