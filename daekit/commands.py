@@ -26,13 +26,13 @@ def eval(options: argparse.Namespace) -> None:
     suite = load_suite(options.suite, parse_models(options.model), overrides)
 
     from daekit.evaluation.suites import Options, run_suite
-    from daekit.report import format_table
+    from daekit.report import format_report
 
     limits = (options.max_calls, options.max_cost, options.allow_missing, options.score_parser)
     how = Options(options.dry_run, *limits, _permissions(options))
     report = run_suite(suite, how)
     if report is not None:
-        print(f"\n{format_table(report.rows)}\n\nReport: {suite.output_dir}/report.html", flush=True)
+        print(f"\n{format_report(report)}\n\nReport: {suite.output_dir}/report.html", flush=True)
 
 
 def _permissions(options: argparse.Namespace) -> Permissions:

@@ -102,7 +102,8 @@ def test_a_dry_run_does_nothing(world, tmp_path, capsys):
         (["--model", "one={empty}"], "models.one: no model could be found"),
         (["--model", "one=nowhere/nothing"], "found at nowhere/nothing, which is no directory here"),
         (["--model", "one={one}", "reference_domains=[generl, text]"], "reference_domains: there is no domain 'generl'"),
-        (["--model", "one={other}"], "general.reference: its tokenizer is not"),
+        (["--model", "one={other}"], "general.reference: its tokenizer is not that of models.one"),
+        (["--model", "one={other}"], "only models.one's tokenizer has 1 tokens (such as 'new')"),
         (["--model", "one={one}+{two}"], "adapter_config.json cannot be read"),
         (["--model", "one={one}", "benchmarks.text.window=1024"], "1024 tokens are more than the 256"),
         (["--model", "one={one}", "benchmarks.blimp.prefix=bos"], "no such token"),
@@ -250,6 +251,8 @@ def test_answers_from_a_directory_and_from_an_endpoint(world, tmp_path, capsys):
         lines = (tmp_path / "out" / "mt" / "model_answer" / f"{name}.jsonl").read_text().splitlines()
         assert sorted(json.loads(line)["question_id"] for line in lines) == list(range(81, 87))
     assert "answered, but not judged" in (tmp_path / "out" / "report.md").read_text()
+    printed = capsys.readouterr().out
+    assert "note: mt: answered, but not judged: the suite names no judge.\n" in printed and "─" not in printed
     samples = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
     assert {json.loads(line)["model"] for line in samples} == {"one", "far"}
 

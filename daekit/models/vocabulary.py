@@ -44,10 +44,14 @@ def known_ids(models: Iterable[nn.Module]) -> int:
     return min(shape_of(end.weight)[0] for end in ends)
 
 
-def differences(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[str]:
+def differences(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    names: tuple[str, str] = ("the student", "the teacher"),
+) -> list[str]:
     """What differs between two tokenizers, in words; empty if a distribution over ids means the same to both.
 
-    The padding token may differ: padded positions never take part in a loss.
+    The padding token may differ: padded positions never take part in a loss. ``names``: what the two models are called.
     """
     found = []
     ours, theirs = student.get_vocab(), teacher.get_vocab()
@@ -55,14 +59,14 @@ def differences(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBa
         only_ours = sorted(set(ours) - set(theirs), key=ours.__getitem__)
         only_theirs = sorted(set(theirs) - set(ours), key=theirs.__getitem__)
         moved = [token for token in ours if token in theirs and ours[token] != theirs[token]]
-        kinds = {"only the student's tokenizer has": only_ours, "only the teacher's tokenizer has": only_theirs}
+        kinds = {f"only {names[0]}'s tokenizer has": only_ours, f"only {names[1]}'s tokenizer has": only_theirs}
         for what, tokens in (kinds | {"under another id are": moved}).items():
             if tokens:
                 found.append(f"{what} {len(tokens)} tokens (such as {', '.join(map(repr, tokens[:3]))})")
     for name in _SPECIAL:
         a, b = getattr(student, name), getattr(teacher, name)
         if a != b:
-            found.append(f"{name} is {a} for the student and {b} for the teacher")
+            found.append(f"{name} is {a} for {names[0]} and {b} for {names[1]}")
     if not found:
         a, b = _probe_ids(student), _probe_ids(teacher)
         if a != b:

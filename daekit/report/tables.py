@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from daekit.report.contents import Row
+from daekit.report.contents import Report, Row
 from daekit.report.metrics import HEADLINE, format_value, metric_title, most_of, split_comparison
 
 _MANY_PARTS = 4  # parts of a domain (``blimp/wh_island``) beyond which they are shown apart
@@ -161,6 +161,12 @@ def format_table(rows: Sequence[Row]) -> str:
     widths = [max(map(len, column)) for column in zip(*head, strict=True)]
     lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in head]
     return "\n".join([*lines[:2], "  ".join("─" * width for width in widths), *lines[2:]])
+
+
+def format_report(report: Report) -> str:
+    """What a terminal shows of a report: the table, if there is anything in it, and what a reader must know."""
+    notes = "\n".join(f"note: {note}" for note in report.notes)
+    return "\n\n".join(part for part in (format_table(report.rows) if report.rows else "", notes) if part)
 
 
 def _with_margin(row: Row) -> str:

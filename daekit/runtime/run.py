@@ -19,7 +19,7 @@ from daekit.models.placement import free_memory
 from daekit.recipe import stage_key, student_key
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluatedModel, ModelSpec, Recipe
 from daekit.recipe.suite import SuiteModelSpec
-from daekit.report import format_table, write_report
+from daekit.report import format_report, format_table, write_report
 from daekit.report.provenance import commit, versions
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import RunFolder
@@ -270,7 +270,7 @@ def _suites(prepared: Prepared) -> None:
     evaluated = {each.name: _suite_model(prepared, each) for each in evaluation.models}
     for suite in prepared.suites:
         report = run_prepared(suite.with_models(evaluated))
-        print(f"\n{format_table(report.rows)}\n\nSuite: {suite.folder / 'report.html'}", flush=True)
+        print(f"\n{format_report(report)}\n\nSuite: {suite.folder / 'report.html'}", flush=True)
 
 
 def _suite_model(prepared: Prepared, model: EvaluatedModel) -> SuiteModelSpec:

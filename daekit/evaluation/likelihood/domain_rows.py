@@ -9,12 +9,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from daekit.data.fingerprint import data_fingerprint
 from daekit.data.sources import load_rows
+from daekit.errors import UserError
 from daekit.evaluation.evaluate import evaluate_model
 from daekit.evaluation.likelihood.common import Measured, require_context
 from daekit.evaluation.models import file_fingerprint
 from daekit.evaluation.sets import EvaluationSet, tokenize_rows
 from daekit.models.loading import load_model, load_tokenizer_of
-from daekit.models.vocabulary import require_same
+from daekit.models.vocabulary import differences
 from daekit.progress import ProgressFunction
 from daekit.recipe.schema import EvaluationSpec, SourceSpec
 from daekit.recipe.suite import RowsSpec
@@ -47,7 +48,12 @@ class Rows:
         remedy = "set max_length and overlong: drop to leave such rows out, or a smaller max_new_tokens"
         require_context(name, self.where, max(lengths), context_length, remedy)
         if self.spec.reference is not None:
-            require_same(tokenizer, load_tokenizer_of(self.spec.reference), f"{self.where}.reference")
+            names = f"models.{name}", "the reference"
+            if found := differences(tokenizer, load_tokenizer_of(self.spec.reference), names):
+                raise UserError(
+                    f"{self.where}.reference: its tokenizer is not that of {names[0]}, so that its distribution is over other "
+                    f"tokens: {'; '.join(found)}. Use a reference that shares the tokenizer, or leave it out."
+                )
 
     def measure(
         self, model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int, progress: ProgressFunction | None = None
