@@ -107,6 +107,16 @@ PROVOKED = [
         "trains an adapter of 'other/model' (revision v1), not of this student's base",
     ),
     (
+        [
+            "stages.expert={type: sft, student: a/model, data: [shop]}",
+            "stages.kd={type: sft, student: stage:expert, lora: {}, data: [shop]}",
+            "stages.dae={student: {path: a/model}, lora: {}, teachers: {shop: {adapter: stage:kd}}, "
+            "type: dae, reference: null, data: [shop, general]}",
+        ],
+        "stages.dae.teachers.shop.adapter: the stage 'kd' trains an adapter of 'stage:expert', not of this student's base "
+        "'a/model'; give both stages the same base",
+    ),
+    (
         ["stages.expert.student.revision=v2"],
         "'base/model' (revision v2), not of this student's base 'base/model' (revision v1)",
     ),
@@ -151,6 +161,38 @@ def test_an_adapter_config_is_read_with_the_recipe(changes: dict[str, Any], mess
             "stages.dae.student={path: base/model, revision: v1}",
             "stages.dae.lora={}",
         )
+
+
+CHAIN = """
+name: chain
+output_dir: OUT
+models: {m: b/model}
+sources:
+  general: {domain: general, path: "builtin:chat"}
+  shop: {domain: shop, path: "builtin:shop"}
+stages:
+  first: {type: sft, student: a/model, data: [shop]}
+  expert: {type: sft, student: "stage:first", lora: {}, data: [shop]}
+  more: {type: sft, student: {adapter: "stage:expert"}, data: [shop]}
+  dae: {type: dae, student: "stage:first", lora: {}, teachers: {shop: {adapter: "stage:more"}}, data: [shop, general]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("base", "student"),
+    [
+        ("stage:first", "stage:first"),
+        ("stage:first", "OUT/stages/first/model"),
+        ("stage:first", "{adapter: stage:expert}"),
+        ("a/model", "a/model"),
+        ("model:m", "model:m"),
+        ("model:m", "b/model"),
+    ],
+)
+def test_an_adapter_of_a_chain_of_stages_whose_base_is_the_student_s(base: str, student: str, tmp_path: Path) -> None:
+    (tmp_path / "stages/first/model").mkdir(parents=True)
+    overrides = [f"stages.expert.student={base}", f"stages.dae.student={student}".replace("OUT", str(tmp_path))]
+    load(*overrides, *(["stages.dae.lora=null"] if "adapter" in student else []), text=CHAIN.replace("OUT", str(tmp_path)))
 
 
 NOTES = [

@@ -170,11 +170,14 @@ class ModelSpec(LoadingSpec):
         return origin.model_copy(update={key: getattr(self, key) for key in ModelSpec.model_fields if self.changed(key)})
 
     def may_be(self, other: ModelSpec) -> bool:
-        """Whether two bases can be one model; of a stage and a path nobody knows before the run."""
+        """Whether two bases can be one model; a stage and a path are only where the path leads to what the stage has written."""
         if self.path is not None and other.path is not None:
             return same_base(self.path, other.path) and self.revision == other.revision
         if self.stage is not None and other.stage is not None:
             return (self.stage, self.checkpoint) == (other.stage, other.checkpoint)
+        path, stage = self.path or other.path, self.stage or other.stage
+        if path is not None and stage is not None:
+            return f"/stages/{stage}/" in path
         return self.config is None and other.config is None
 
     def compact(self, dumped: dict[str, Any]) -> dict[str, Any]:

@@ -175,4 +175,4 @@ class Recipe(Spec):
                 return None
             base = {"path": config["base_model_name_or_path"], "revision": config.get("revision")}
             return student.model_copy(update={"adapter": None, **base})
-        return student.model_copy(update={"stage": earlier[-1]}) if earlier else None
+        return student.model_copy(update={"stage": earlier[-1]}) if earlier and student.init is None else None
