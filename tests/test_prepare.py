@@ -17,11 +17,13 @@ from daekit.cli import main
 from daekit.errors import UserError
 from daekit.recipe import load_recipe_text
 from daekit.recipe.schema import Recipe
+from daekit.runtime.disk import checkpoints_at_end
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.prepare import prepare
 from daekit.runtime.preview import preview
 from daekit.runtime.run import run_recipe
 from daekit.runtime.student import require_one_process
+from daekit.runtime.trainer import training_arguments
 from tests.helpers import tiny
 from tests.helpers.adapter_world import save_base
 
@@ -523,6 +525,40 @@ def test_a_checkpoint_that_a_stage_will_not_have_is_told_before_it_trains(step: 
     with pytest.raises(UserError, match=rf"evaluation.models.other.*no checkpoint-{step}"):
         prepare(recipe(world, f"evaluation.models=[{{name: other, stage: aligned, checkpoint: {step}}}]"))
     prepare(recipe(world, "stages.cut.student=stage:aligned@checkpoint-2"))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "rows", "kept"),
+    [
+        ("save_strategy: epoch, num_train_epochs: 2", 10, [3, 6]),
+        ("save_strategy: epoch, max_steps: 7", 10, [3, 6, 7]),
+        ("save_strategy: epoch, num_train_epochs: 3, save_total_limit: 2", 10, [6, 9]),
+        ("save_steps: 2, num_train_epochs: 2", 10, [2, 4, 6]),
+        ("save_steps: 2, max_steps: 5, gradient_accumulation_steps: 2", 10, [2, 4, 5]),
+        ("save_strategy: epoch, max_steps: 4, gradient_accumulation_steps: 2", 10, [2, 4]),
+        ("save_strategy: epoch, max_steps: 4, dataloader_drop_last: true", 10, [2, 4]),
+        ("save_strategy: epoch, packing: true", 10, None),
+        ("save_steps: 2, packing: true", 10, None),
+        ("save_strategy: best, metric_for_best_model: eval_loss, eval_strategy: epoch", 10, None),
+    ],
+)
+def test_the_checkpoints_that_a_stage_ends_with(trainer: str, rows: int, kept: list[int] | None, world: Path) -> None:
+    text = f"stages.expert.trainer={{per_device_train_batch_size: 4, max_length: 64, {trainer}}}"
+    arguments = training_arguments(recipe(world, text), "expert", RunFolder(world / "run").stage("expert"))
+    assert checkpoints_at_end(arguments, rows) == kept
+
+
+def test_a_checkpoint_after_epochs_is_counted_on_the_rows_that_are_left(world: Path) -> None:
+    rows = [{"prompt": "w1 w2", "completion": "w3"}] * 12 + [{"prompt": "w1 " * 80, "completion": "w3"}] * 12
+    put("shop.jsonl", *rows)(world)
+    late = ["stages.expert.overlong=drop", "stages.expert.lora=null", "sources.shop.holdout=null", "evaluation=null"]
+    late += [
+        "stages.expert.trainer={save_strategy: epoch, num_train_epochs: 1, per_device_train_batch_size: 4, max_length: 64}"
+    ]
+    late += ["stages.aligned.overlong=drop", "stages.aligned.teachers.shop=stage:expert@checkpoint-3"]
+    prepare(recipe(world, *late))
+    with pytest.raises(UserError, match=r"stages.aligned.teachers.shop: .*no checkpoint-6: .* it ends with checkpoint-3"):
+        prepare(recipe(world, *late, "stages.aligned.teachers.shop=stage:expert@checkpoint-6"))
 
 
 def test_a_model_of_the_report_is_looked_at_before_the_training(world: Path) -> None:

@@ -172,8 +172,8 @@ def _of_adapter(recipe: Recipe, name: str, model: ModelSpec) -> Iterator[str]:
             yield f"the stage {origin!r} trains no LoRA adapter; name its result itself: `stage:{origin}`"
         elif ours is not None and theirs is not None and not ours.may_be(theirs):
             yield (
-                f"the stage {origin!r} trains an adapter of {_name(theirs)}, not of this student's base {_name(ours)}; give both "
-                "stages the same base"
+                f"the stage {origin!r} trains an adapter of {_name(theirs)}, not of this student's base {_name(ours)}; give "
+                "both stages the same base"
             )
     elif origin is None and model.adapter is not None and model.adapter != BARE_BASE:
         try:

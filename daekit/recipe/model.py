@@ -170,7 +170,7 @@ class ModelSpec(LoadingSpec):
         return origin.model_copy(update={key: getattr(self, key) for key in ModelSpec.model_fields if self.changed(key)})
 
     def may_be(self, other: ModelSpec) -> bool:
-        """Whether two bases can be one model; a stage and a path are only where the path leads to what the stage has written."""
+        """Whether two bases can be one model; a stage and a path only where the path leads to what it has written."""
         if self.path is not None and other.path is not None:
             return same_base(self.path, other.path) and self.revision == other.revision
         if self.stage is not None and other.stage is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from daekit.errors import UserError
-from daekit.trainers import DomainSFTConfig
+from daekit.trainers import DomainSFTConfig, KDConfig
 
 _ADAM_STATES = 2  # values per trained value that the usual optimizers keep
 
@@ -43,14 +43,27 @@ def require_space(root: Path, name: str, arguments: DomainSFTConfig, student: Pr
         )
 
 
-def checkpoints_at_end(arguments: DomainSFTConfig, rows: int) -> list[int]:
-    """The steps whose checkpoints lie on the disk at the end of a stage that saves by steps."""
+def checkpoints_at_end(arguments: DomainSFTConfig, rows: int) -> list[int] | None:
+    """The steps whose checkpoints may lie on the disk at the end of a stage; None where only its course will tell.
+
+    ``rows``: those that it is trained on.
+    """
     if arguments.save_strategy == "no":
         return []
-    steps = arguments.max_steps
-    if steps <= 0:
-        batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        steps = math.ceil(rows / batch * arguments.num_train_epochs)
+    epochs, selection = arguments.save_strategy == "epoch", arguments.selection() if isinstance(arguments, KDConfig) else None
+    if not epochs and arguments.save_strategy != "steps":
+        return None
+    if epochs and selection is not None and selection.patience is not None:
+        return None  # an epoch that is ended early is saved at whatever step it has reached
+    if arguments.packing and (epochs or arguments.max_steps <= 0):
+        return None  # the blocks are not counted yet
+    batches = rows / (arguments.train_batch_size * arguments.world_size)
+    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
+    epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * epoch)
     every = int(arguments.save_steps if arguments.save_steps >= 1 else max(1, math.ceil(arguments.save_steps * steps)))
+    every = epoch if epochs else every
     saved = sorted({*range(every, steps + 1, every), steps})
+    if arguments.metric_for_best_model is not None:  # the best is kept beside the last
+        return saved
     return saved[-(arguments.save_total_limit or len(saved)) :]

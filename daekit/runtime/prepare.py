@@ -273,10 +273,10 @@ def _require_checkpoint(prepared: Prepared, spec: ModelSpec) -> None:
     ready = prepared.stages.get(spec.stage or "")
     if spec.checkpoint is None or ready is None or spec.stage is None:
         return
-    if prepared.folder.stage(spec.stage).is_begun or ready.arguments.save_strategy not in ("steps", "no"):
+    if prepared.folder.stage(spec.stage).is_begun:
         return  # what lies there, and what depends on the course of the run, is looked at when it is used
-    kept = checkpoints_at_end(ready.arguments, len(ready.mixture.dataset))
-    if spec.checkpoint not in kept:
+    kept = checkpoints_at_end(ready.arguments, sum(count.rows for count in ready.counts.values()))
+    if kept is not None and spec.checkpoint not in kept:
         raise UserError(
             f"stage {spec.stage!r} will have no checkpoint-{spec.checkpoint}: with its save_strategy, save_steps and "
             f"save_total_limit it ends with {listed(f'checkpoint-{step}' for step in kept[-5:])}"
