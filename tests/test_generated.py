@@ -532,6 +532,12 @@ def test_too_few_rows_are_an_error_and_stay(recipe: Path) -> None:
             "an endpoint answers messages",
         ),
         (["sources.own.generated.model=elsewhere/model/of/none"], "does not exist"),
+        (["sources.asked.holdout=5"], "sources.asked.holdout: 5 of the 5 rows that can be written at most"),
+        (
+            ["stages.base.data={sources: {own: 0.01, asked: 0.99}, rows: 12}"],
+            "stages.base.data: data.own: a share of 0.01 of 12 rows is not one row",
+        ),
+        (["sources.own.generated.prompts=bos", "stages.base.trainer.assistant_only_loss=true"], "nobody is marked as"),
     ],
 )
 def test_what_can_be_known_is_told_before_a_model_is_loaded(
@@ -540,6 +546,44 @@ def test_what_can_be_known_is_told_before_a_model_is_loaded(
     monkeypatch.setattr(runtime_generated, "load_model", None)
     assert reason in fails(recipe, *arguments, command="train")
     assert not (recipe.parent / "run" / "generated").exists()
+
+
+LATE = """\
+name: late
+output_dir: FOLDER/run
+sources:
+  shop: {domain: shop, path: FOLDER/shop.jsonl}
+  late: {domain: general, generated: {model: "stage:base", prompts: bos, rows: 2, max_new_tokens: 9}}
+stages:
+  base: {type: sft, student: WORLD/model, data: [shop], trainer: &trainer {max_steps: 1, max_length: 300}}
+  last: {type: kd, teacher: WORLD/model, data: [shop, late], trainer: *trainer}
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        (
+            "stages.last.loss={on_policy: 0.5}",
+            "stages.last.data: on_policy_fraction=0.5 (on_policy): the rows of the generated",
+        ),
+        ("stages.last.data={shop: 0.99, late: 0.01}", "stages.last.data: data.late: a share of 0.01 of 9 rows is not one row"),
+        (
+            "sources.late={domain: x, holdout: 3, generated: {model: 'stage:base', prompts: {source: shop}, temperature: 0, "
+            "max_new_tokens: 9}}",
+            "sources.late.holdout: 3 of the 3 rows",
+        ),
+    ],
+)
+def test_what_is_certain_of_rows_that_a_stage_writes_is_told_before_that_stage(
+    override: str, reason: str, world: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"w{at % 3}", "completion": f"w{at}"} for at in range(9)]
+    (tmp_path / "shop.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "late.yaml").write_text(LATE.replace("FOLDER", str(tmp_path)).replace("WORLD", str(world)))
+    prepare(load_recipe(tmp_path / "late.yaml"))
+    message = fails(tmp_path / "late.yaml", override, command="train")
+    assert reason in message and not (tmp_path / "run" / "stages").exists()
 
 
 def test_a_name_that_is_no_generated_source_is_told(recipe: Path) -> None:

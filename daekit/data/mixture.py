@@ -54,7 +54,7 @@ def mix(sources: Mapping[str, Dataset], spec: MixtureSpec, seed: int) -> Mixture
     """
     parts = {name: sources[name] for name in spec.sources}
     available = [len(part) for part in parts.values()]
-    used = list(available) if not spec.weights else _rows_of_each(spec, available)
+    used = list(available) if not spec.weights else rows_of_each(spec, available)
     chosen = [
         take(part, _choose(len(part), count, seed, name)) for (name, part), count in zip(parts.items(), used, strict=True)
     ]
@@ -66,8 +66,12 @@ def mix(sources: Mapping[str, Dataset], spec: MixtureSpec, seed: int) -> Mixture
     return Mixture(take(together, _generator(seed, "").permutation(len(together))), table)
 
 
-def _rows_of_each(spec: MixtureSpec, available: list[int]) -> list[int]:
-    """Rows of each source: they sum to the total exactly, by largest remainder."""
+def rows_of_each(spec: MixtureSpec, available: list[int]) -> list[int]:
+    """Rows of each source of a weighted mixture: they sum to the total exactly, by largest remainder.
+
+    Raises:
+        UserError: a source that gets no row.
+    """
     # Exact: 0.29 * 100 is not 29 in floating point, and the floor below would lose a row.
     weights = [Fraction(str(weight)) for weight in spec.weights]
     shares = [weight / sum(weights) for weight in weights]

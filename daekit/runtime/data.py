@@ -217,17 +217,22 @@ class DataBuilder:
 
     def _tokens(self, rows: Dataset, where: str, rule: LossRule) -> Dataset:
         form = form_of(rows)
-        if rule.assistant_only and form in ("text", "prompt+completion"):
-            raise UserError(
-                f"{where.rsplit(': ')[0]}: its rows are {form}, in which nobody is marked as the assistant, but a stage sets "
-                "assistant_only_loss. Leave it out, or give conversations (`chat: true` makes them of prompt and completion)."
-            )
+        require_an_assistant(where.rsplit(": ")[0], form, rule)
         needed = rows.select_columns([column for column in rows.column_names if column not in ("answer", "domain")])
         whole = not rule.completion_only and form != "messages"
         texts: Iterable[Mapping[str, Any]] = map(_joined, needed) if whole else needed
         assistant_only = rule.assistant_only if form == "messages" else bool(rule.assistant_only)
         tokenized = tokenize_each(texts, self.tokenizer, where, assistant_only, prompts=False)
         return as_dataset(tokenized, rows[0]["domain"])
+
+
+def require_an_assistant(where: str, form: str, rule: LossRule) -> None:
+    """UserError for rows of a form in which nobody is marked as the assistant, where only what that says carries loss."""
+    if rule.assistant_only and form in ("text", "prompt+completion"):
+        raise UserError(
+            f"{where}: its rows are {form}, in which nobody is marked as the assistant, but a stage sets "
+            "assistant_only_loss. Leave it out, or give conversations (`chat: true` makes them of prompt and completion)."
+        )
 
 
 def stage_rows(recipe: Recipe) -> Callable[[StageSpec], tuple[Dataset, Dataset | None]]:

@@ -42,6 +42,7 @@ from daekit.runtime.stage_rows import (
 )
 from daekit.runtime.student import require_cuttable, require_one_process
 from daekit.runtime.trainer import training_arguments
+from daekit.runtime.unwritten import require_of_unwritten, require_rows_to_train_on
 from daekit.teachers.cache import CacheRow, rows_of_examples
 from daekit.trainers import DomainSFTConfig
 
@@ -117,6 +118,7 @@ def _prepare_generated(prepared: Prepared, used: list[str], allowed: Permissions
             most = prepared.generated[name].check()
             if prepared.generated[name].find() is None:
                 longest[name] = most
+                require_rows_to_train_on(prepared.generated[name])
                 prepared.notes.append(f"sources.{name}: its rows are written before the first stage that needs them")
             else:
                 del longest[name]
@@ -238,6 +240,7 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
         prepared.waiting[name] = waits
         with found.at(f"{where}.data"):
             require_room(stage, arguments, data, {source: longest[source] for source in waits})
+            require_of_unwritten(stage, arguments, data, {source: prepared.generated[source] for source in waits})
         _ask_servers(prepared, name, None, found)
         return
     ready: PreparedStage | None = None
