@@ -31,7 +31,7 @@ from daekit.runtime.generated import find_sources
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.prepare import prepare
 from tests.helpers import tiny
-from tests.helpers.judge_server import JudgeServer
+from tests.helpers.judge_server import JudgeServer, closed_url
 from tests.helpers.processes import forked, start_ranks, status_of
 from tests.helpers.recipes import errors
 from tests.helpers.score_server import ScoreServer
@@ -683,9 +683,19 @@ def test_an_endpoint_writes_and_is_asked_once(recipe: Path, capsys) -> None:
         assert all(body["max_tokens"] == 12 and body["messages"][-1]["role"] == "user" for body in asked)
         assert "are other tokens" in capsys.readouterr().out  # its words are none of the tokenizer's
         write(recipe, *arguments)
+        assert server.got == ["/v1/models"], "once before the first row, and never once they are written"
         next((recipe.parent / "run" / "generated").glob("asked-*/source.json")).unlink()
         next((recipe.parent / "run" / "generated").glob("asked-*/attempts.jsonl")).unlink()
         assert parsed(write(recipe, *arguments)["asked"]) == rows and len(server.calls) == 5
+
+
+def test_an_endpoint_that_cannot_be_asked_is_told_before_the_first_stage(recipe: Path) -> None:
+    url = closed_url()
+    at = f"sources.asked.generated.model={{url: '{url}', served_model: m"
+    assert f"model m at {url}: not reached (connection refused)" in fails(recipe, "--deep", f"{at}}}", command="check")
+    assert "api_key_env: UNSET_API_KEY is not set" in fails(
+        recipe, "--deep", f"{at}, api_key_env: UNSET_API_KEY}}", command="check"
+    )
 
 
 def test_an_endpoint_that_does_not_answer_all_is_told_and_asked_for_the_rest(recipe: Path) -> None:
