@@ -18,7 +18,7 @@ from daekit.protocol import Teacher
 from daekit.teachers import AdapterTeacher, ModelTeacher, OnStudent, RoutedTeacher, unknown_domain
 from daekit.trainers.config import DAEConfig
 from daekit.trainers.distributed import reads_parts
-from daekit.trainers.given import as_teacher, tokenizer_of
+from daekit.trainers.given import arguments_of, as_teacher, tokenizer_of
 from daekit.trainers.kd import KDTrainer
 
 
@@ -56,7 +56,7 @@ class DAETrainer(KDTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **sft_arguments: Any,
     ) -> None:
-        args = self._arguments(args, model)
+        args = arguments_of(type(self), args, model)
         if not isinstance(teachers, Mapping):
             raise UserError(f"teachers: is a {type(teachers).__name__}; name the domain of each: {{'shop': teacher}}")
         reference_domains = args.reference_domains

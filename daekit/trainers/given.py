@@ -29,6 +29,16 @@ from daekit.teachers.sharding import Sharding, shard_teacher
 logger = logging.getLogger(__name__)
 
 
+def arguments_of(trainer: type, args: Any, model: Any) -> Any:
+    """The arguments of a trainer, which are of its own class; for None those that a student is trained with by default."""
+    config: type = trainer.config_class  # type: ignore[attr-defined]
+    if args is None:
+        return config(f"{name_of(model)}-{trainer._name.replace(' ', '-')}")  # type: ignore[attr-defined]
+    if not isinstance(args, config):
+        raise UserError(f"args: {trainer.__name__} needs a {config.__name__}, not a {type(args).__name__}")
+    return args
+
+
 def load_student(path: str, args: SFTConfig, quantization_config: Any = None, split: bool = False) -> PreTrainedModel:
     """Load a student as SFTTrainer does (``args.model_init_kwargs``; float32 unless told otherwise), and whole.
 
@@ -58,8 +68,11 @@ def look_at_student(trainer: Any) -> None:
     """Try the student on a few tokens, unless its weights wait on the disk; then it is done once they are read.
 
     Raises:
-        UserError: NaN, a head of another kind, packed rows that it does not keep apart.
+        UserError: NaN, no trained parameter, a head of another kind, packed rows that it does not keep apart.
     """
+    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        which = name_of(trainer.model)
+        raise UserError(f"model: {which} has no trained parameter (requires_grad is False for all); nothing would change")
     if waits(trainer.model):
         return
     require_plain_head(trainer.model, trainer.vocab_size)

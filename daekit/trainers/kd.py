@@ -23,7 +23,6 @@ from trl import SFTTrainer
 
 from daekit.data.collator import EXAMPLES, DomainCollator, as_batch
 from daekit.data.responses import require_markers
-from daekit.errors import UserError
 from daekit.models.backbone import add_on_hidden, base_of
 from daekit.models.hardware import require_gradient
 from daekit.models.restore import restore_weights
@@ -38,6 +37,7 @@ from daekit.trainers.distributed import reads_parts, require_distribution, requi
 from daekit.trainers.distributed_state import load_foreign_optimizer, reading_safely, save_fsdp_state
 from daekit.trainers.features import FeatureLosses
 from daekit.trainers.given import (
+    arguments_of,
     as_teacher,
     completed_teacher,
     load_student,
@@ -93,15 +93,6 @@ class KDTrainer(SFTTrainer):
     default_domain: str | None = DEFAULT_DOMAIN
     _domains: list[str] = [DEFAULT_DOMAIN]  # that a packed stream may hold: they cannot be listed without reading it
 
-    @classmethod
-    def _arguments(cls, args: Any, model: Any) -> Any:
-        """``args``, which are of this trainer's class; those of None."""
-        if args is None:
-            return cls.config_class(f"{name_of(model)}-{cls._name.replace(' ', '-')}")
-        if not isinstance(args, cls.config_class):
-            raise UserError(f"args: {cls.__name__} needs a {cls.config_class.__name__}, not a {type(args).__name__}")
-        return args
-
     def __init__(
         self,
         model: Any,
@@ -112,7 +103,7 @@ class KDTrainer(SFTTrainer):
         **sft_arguments: Any,  # of SFTTrainer, which refuses an unknown one
     ) -> None:
         # First what arguments, tokenizers and configs show to be wrong; then weights: the teacher's, the student's.
-        args = self._arguments(args, model)
+        args = arguments_of(type(self), args, model)
         refuse_arguments(model, teacher, args, train_dataset, sft_arguments)
         self.loss_objective = args.objective()
         tokenizer = processing_class or tokenizer_of(model, args)
@@ -138,10 +129,6 @@ class KDTrainer(SFTTrainer):
         with keeping_router_settings(model):
             super().__init__(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **sft_arguments)
         self.args.model_init_kwargs = init_kwargs
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise UserError(
-                f"model: {name_of(model)} has no trained parameter (requires_grad is False for all); nothing would change"
-            )
         # Last what only the student as it will be trained can show, and the teacher beside it.
         self.token_metrics = TokenMetrics(rows=self.loss_objective.normalize == "rows")
         self._captures: ExitStack | None = None  # of the step that runs now
