@@ -272,3 +272,9 @@ def test_trainers_look_at_caches_before_the_first_step(tmp_path: Path) -> None:
 def test_what_the_student_is_yet_to_write(cache: Path) -> None:
     with pytest.raises(UserError, match=r"on_policy=0.5: a cache holds what its teacher said"):
         CachedTeacher(cache).require_objective(Objective(on_policy=0.5))
+
+
+def test_a_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file: no directory can be made here \(File exists\); choose another path"):
+        write_cache(model_teacher(), ROWS, tmp_path / "file", tokenizer=tiny.tokenizer())

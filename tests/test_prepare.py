@@ -17,6 +17,7 @@ from daekit.cli import main
 from daekit.errors import UserError
 from daekit.recipe import load_recipe_text
 from daekit.recipe.schema import Recipe
+from daekit.runtime import disk
 from daekit.runtime.disk import checkpoints_at_end
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.prepare import prepare
@@ -387,6 +388,17 @@ def test_a_disk_that_is_too_small(world: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"output_dir: .*free some space"):
         prepare(recipe(world))
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_any_training(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (world / "locked").mkdir()
+    monkeypatch.setattr(disk.os, "access", lambda path, mode: Path(path) != world / "locked")
+    cached = "stages.cut.teacher={path: OUT/teacher, cache: {keep: hidden, path: OUT/locked/here}}"
+    with pytest.raises(UserError, match=r"stages.cut.teacher.cache.path: .*locked/here cannot be made: .*; choose another"):
+        prepare(recipe(world, cached))
+    (world / "locked" / "here").mkdir()
+    (world / "locked" / "here" / "manifest.json").touch()
+    prepare(recipe(world, cached))  # one that is there is only read
 
 
 def test_what_is_prepared_is_what_is_trained(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,6 +122,8 @@ def test_an_output_directory_that_is_a_file(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for path, says in ((file, "is a file"), (file / "below", "is a file"), (tmp_path / "link", "leads nowhere")):
         assert says in details(BASE, f"output_dir={path}")["output_dir"]
+        cached = f"stages.kd.teacher={{path: some/teacher, cache: {{keep: hidden, path: {path}}}}}"
+        assert says in details(BASE, cached)["stages.kd.teacher.cache.path"]
         assert says in suite_details(SUITE + "models: {m: a/b}\n", f"output_dir={path}")["output_dir"]
     (tmp_path / "suite.yaml").write_text(SUITE)
     assert main(["eval", str(tmp_path / "suite.yaml"), "--model", "m=a/b", "--output", str(file)]) == 2

@@ -13,7 +13,7 @@ from daekit.recipe.judge import CallsSpec, url_problems
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.objective import Objective
 from daekit.recipe.reading import Choice, FilePath, Flag, Number, Spec, Text, Whole
-from daekit.recipe.validation import Problems
+from daekit.recipe.validation import Problems, bad_directory
 
 Keep = Literal["hidden", "top_k", "sampled"]
 KEEPS: tuple[str, ...] = get_args(Keep)
@@ -38,7 +38,8 @@ class CacheSpec(Spec):
     path: FilePath | None = Field(None, description="Directory, to share it with other recipes; default: below output_dir.")
 
     def problems(self) -> Problems:
-        """Settings that would do nothing."""
+        """Settings that would do nothing, and a path that is no directory."""
+        yield from bad_directory("path", self.path)
         for key, keep in (("k", "top_k"), ("draws", "sampled")):
             if self.changed(key) and self.keep not in (None, keep):
                 yield key, f"belongs to keep: {keep}, not to {self.keep}"

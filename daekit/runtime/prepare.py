@@ -208,6 +208,9 @@ def _prepare_stage(prepared: Prepared, name: str, longest: Mapping[str, int], fo
             _require_checkpoint(prepared, spec)
             models.look_at(spec, stage if key[0] == "student" else None)
     for key, teacher in stage.teachers_by_key().items():
+        if teacher.cache is not None and teacher.cache.path is not None and not is_cached(recipe, name, models, teacher):
+            with found.at(f"{where}.{dotted(key)}.cache.path"):
+                require_writable(Path(teacher.cache.path))
         for spec in teacher.models().values():
             if spec.device_map is None or (models.is_there(spec) and is_cached(recipe, name, models, teacher)):
                 continue

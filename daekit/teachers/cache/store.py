@@ -122,9 +122,12 @@ def writer_lock(directory: Path, rank: int) -> Iterator[None]:
     """Hold the lock of one writing rank; the system releases it when the process ends, however it ends.
 
     Raises:
-        UserError: another process writes.
+        UserError: another process writes; no directory can be made here.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: no directory can be made here ({error.strerror}); choose another path") from error
     with (directory / f"writer-{rank}.lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
