@@ -535,7 +535,7 @@ def test_too_few_rows_are_an_error_and_stay(recipe: Path) -> None:
         (["sources.asked.holdout=5"], "sources.asked.holdout: 5 of the 5 rows that can be written at most"),
         (
             ["stages.base.data={sources: {own: 0.01, asked: 0.99}, rows: 12}"],
-            "stages.base.data: data.own: a share of 0.01 of 12 rows is not one row",
+            "stages.base.data.own: a share of 0.01 of 12 rows is not one row",
         ),
         (["sources.own.generated.prompts=bos", "stages.base.trainer.assistant_only_loss=true"], "nobody is marked as"),
     ],
@@ -567,7 +567,11 @@ stages:
             "stages.last.loss={on_policy: 0.5}",
             "stages.last.data: on_policy_fraction=0.5 (on_policy): the rows of the generated",
         ),
-        ("stages.last.data={shop: 0.99, late: 0.01}", "stages.last.data: data.late: a share of 0.01 of 9 rows is not one row"),
+        ("stages.last.data={shop: 0.99, late: 0.01}", "stages.last.data.late: a share of 0.01 of 9 rows is not one row"),
+        (
+            "stages.last.data={sources: {shop: 1, late: 1}, rows: 1000000000000}",
+            "stages.last.data.rows: 1,000,000,000,000 rows",
+        ),
         (
             "sources.late={domain: x, holdout: 3, generated: {model: 'stage:base', prompts: {source: shop}, temperature: 0, "
             "max_new_tokens: 9}}",

@@ -141,7 +141,18 @@ BAD: dict[str, tuple[Callable[[Path], object], list[str], str, str]] = {
     ),
     "nobody to be the assistant": (nothing, [STRINGS], "sources.shop", "nobody is marked as the assistant"),
     "rows that are too long": (nothing, ["stages.expert.trainer.max_length=4"], "stages.expert.data", "more than max_length=4"),
-    "mixture without a row": (nothing, ["stages.aligned.data={shop: 0.001, chat: 0.999}"], "stages.aligned", "not one row"),
+    "mixture without a row": (
+        nothing,
+        ["stages.aligned.data={shop: 0.001, chat: 0.999}"],
+        "stages.aligned.data.shop: ",
+        "not one row",
+    ),
+    "mixture that the memory does not hold": (
+        nothing,
+        ["stages.aligned.data={sources: {shop: 1, chat: 1}, rows: 1000000000000}"],
+        "stages.aligned.data.rows: 1,000,000,000,000 rows",
+        "of memory are available; set fewer",
+    ),
     "evaluation without rows": (
         nothing,
         ["sources.shop.holdout=null", "stages.expert.trainer.eval_strategy=epoch"],

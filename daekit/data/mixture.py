@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -12,8 +12,11 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from daekit.data.rows import take
+from daekit.environment import host_memory
 from daekit.errors import UserError
 from daekit.recipe.schema import MixtureSpec
+
+_COPIES, _INDEX = 2, 8  # of a row while it is mixed: as it was chosen, and in its place; bytes that say which it is
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,12 @@ def mix(sources: Mapping[str, Dataset], spec: MixtureSpec, seed: int) -> Mixture
     depends on the seed and the source's name only, not on the other sources.
 
     Raises:
-        UserError: a source that gets no row.
+        UserError: a source that gets no row; more rows than the memory holds.
     """
     parts = {name: sources[name] for name in spec.sources}
     available = [len(part) for part in parts.values()]
     used = list(available) if not spec.weights else rows_of_each(spec, available)
+    require_memory(spec, used, [part.data.nbytes / max(part.data.num_rows, 1) for part in parts.values()])
     chosen = [
         take(part, _choose(len(part), count, seed, name)) for (name, part), count in zip(parts.items(), used, strict=True)
     ]
@@ -87,6 +91,16 @@ def rows_of_each(spec: MixtureSpec, available: list[int]) -> list[int]:
                 f"data.{name}: a share of {float(share):.4g} of {total} rows is not one row; raise its weight or data.rows"
             )
     return counts
+
+
+def require_memory(spec: MixtureSpec, used: Sequence[int], sizes: Sequence[float]) -> None:
+    """UserError for a number of rows whose copies do not fit into the memory; ``sizes``: bytes of a row of each source."""
+    needed = sum(count * (_COPIES * size + _INDEX) for count, size in zip(used, sizes, strict=True))
+    if spec.rows is not None and needed > (available := host_memory()):
+        raise UserError(
+            f"data.rows: {spec.rows:,} rows take {needed / 1e9:,.1f} GB while they are mixed, and {available / 1e9:,.1f} GB of "
+            "memory are available; set fewer, and train for more epochs or steps: the rows of a source are only repeated"
+        )
 
 
 def _choose(available: int, count: int, seed: int, name: str) -> np.ndarray:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 
-from daekit.environment import rank, ranks_here
+from daekit.environment import host_memory, rank, ranks_here
 from daekit.errors import UserError
 
 Engine = Literal["none", "ddp", "fsdp2", "zero2", "zero3"]
@@ -83,7 +80,7 @@ def this_machine(cpu: bool = False) -> Machine:
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if cpu or not torch.cuda.is_available():
-        return Machine(_host_memory() // ranks_here(), gpu=False, count=count, engine=_engine(count))
+        return Machine(host_memory() // ranks_here(), gpu=False, count=count, engine=_engine(count))
     # the run itself refuses more ranks than devices
     device = min(rank(local=True), torch.cuda.device_count() - 1)
     return Machine(torch.cuda.mem_get_info(device)[0], gpu=True, count=count, engine=_engine(count))
@@ -112,24 +109,3 @@ def _engine(count: int) -> Engine:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return "fsdp2"
     return "ddp" if count > 1 else "none"
-
-
-def _host_memory() -> int:
-    """Bytes that this process can have: what is free, what others could swap out, and what its container allows."""
-    available = psutil.virtual_memory().available + psutil.swap_memory().free
-    return min([available, *_container_limits()])
-
-
-def _container_limits() -> Sequence[int]:
-    """Bytes that the control group still allows; empty without a limit."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
-        files = [line.split() for line in (root / "memory.stat").read_text().splitlines()]
-    except OSError:
-        return []
-    if limit == "max":
-        return []
-    cache = sum(int(size) for name, size in files if name in ("inactive_file", "active_file"))
-    return [int(limit) - used + cache]

@@ -27,7 +27,7 @@ class Found:
                 yield
         except UserError as error:
             named = _KEY.match(str(error))  # it names its key itself, or not
-            detail = ErrorDetail(named[1], named[2], "") if named else ErrorDetail(key, str(error), "")
+            detail = ErrorDetail(named[1], named[2], "") if named else _below(key, str(error))
             self._details.setdefault(detail)
 
     def __len__(self) -> int:
@@ -39,3 +39,9 @@ class Found:
         if lines:
             many = [f"{self._name}: {len(lines)} errors", *lines]
             raise UserError(lines[0] if len(lines) == 1 else "\n  ".join(many), self._details)
+
+
+def _below(key: str, message: str) -> ErrorDetail:
+    """What a message says of ``key``, or, where it begins with the last part of that and goes on, of a key below it."""
+    named = re.match(rf"{re.escape(key.rpartition('.')[2])}(\.[\w.-]+): (.*)", message, re.DOTALL)
+    return ErrorDetail(key + named[1], named[2], "") if named else ErrorDetail(key, message, "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from daekit.data.mixture import rows_of_each
+from daekit.data.mixture import require_memory, rows_of_each
 from daekit.errors import UserError
 from daekit.recipe.schema import StageSpec
 from daekit.runtime.data import DataBuilder, LossRule, require_an_assistant
@@ -48,7 +48,7 @@ def require_of_unwritten(
 
     Raises:
         UserError: texts without a prompt for a student that answers prompts; nobody who is marked as the assistant; a share
-            that is not one row.
+            that is not one row; more rows than the memory holds.
     """
     rule = LossRule.of(stage)
     for name in [name for name in stage.data.sources if name in waits]:
@@ -76,4 +76,4 @@ def _require_shares(stage: StageSpec, data: DataBuilder, rule: LossRule, waits: 
         spec = waits[name].recipe.sources[name]
         left = most_rows(waits[name]) - (spec.holdout or 0)
         available.append(left if spec.limit is None else min(left, spec.limit))
-    rows_of_each(stage.data, available)
+    require_memory(stage.data, rows_of_each(stage.data, available), [0] * len(available))
