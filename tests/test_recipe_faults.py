@@ -201,10 +201,18 @@ def test_an_error_in_a_suite_names_its_file_and_line(tmp_path: Path) -> None:
     [
         ("stages.kd.student={config: {}}", "stages.kd.student.config.model_type", "needs its `model_type`"),
         ("sources.shop.path=data/my/rows", "sources.shop.path", "does not exist"),
+        ("stages.dae.data={shop: a, general: 1}", "stages.dae.data.shop", "wants a number, not a"),
+        ("stages.dae.data={general: 1, shop: [1]}", "stages.dae.data.shop", "wants a number, not a list"),
+        (
+            "stages.dae.data={sources: {shop: 1, general: b}, rows: 9}",
+            "stages.dae.data.sources.general",
+            "wants a number, not b",
+        ),
     ],
 )
 def test_what_can_be_known_without_opening_anything(override: str, key: str, hint: str) -> None:
-    assert hint in details(BASE, override, "tokenizer=t")[key]
+    found = details(BASE, override, "tokenizer=t")
+    assert hint in found[key] and len(found) == 1
 
 
 def test_splits_that_may_be() -> None:

@@ -196,7 +196,7 @@ class Spec(BaseModel):
                 if read is not None or not errors.is_unread(errors.paths[-1]):
                     return read
             except ValidationError as error:
-                errors.add_validation(errors.paths[-1], error, cls.TYPES if name == "type" else ())
+                errors.add_validation(errors.paths[-1], error, cls.TYPES if name == "type" else (), value)
             finally:
                 errors.paths.pop()
         return None if each.is_required() else each.get_default(call_default_factory=True)

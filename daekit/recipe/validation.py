@@ -93,18 +93,22 @@ class Errors:
         name = self.name if path == () else file or "its value"
         return read_tree(text, name, self.add_unread, path, override, file)
 
-    def add_validation(self, path: Path, error: ValidationError, choices: tuple[str, ...] = ()) -> None:
+    def add_validation(self, path: Path, error: ValidationError, choices: tuple[str, ...] = (), value: object = None) -> None:
         """Note what pydantic says of the value at ``path``.
 
         Args:
             path: key path of the field.
             error: its ``loc`` names members of unions, too, which no file has.
             choices: the values that the field might have, if pydantic does not know all of them.
+            value: what was read; the items of a list that no file holds (the weights of a mixture) know where they lie.
         """
+        items = value if isinstance(value, list) else []
         wanted: dict[Path, list[str]] = {}
         for each in error.errors(include_url=False, include_input=False):
-            where, node = path, self.root.locate(path)
-            for part in each["loc"]:
+            where, node, parts = path, self.root.locate(path), each["loc"]
+            if parts and isinstance(parts[0], int) and parts[0] < len(items) and isinstance(items[parts[0]], Node):
+                where, node, parts = items[parts[0]].path, items[parts[0]], parts[1:]
+            for part in parts:
                 below = node.child(part)
                 if below is not None:
                     where, node = (*where, part), below
@@ -130,6 +134,8 @@ class Errors:
             if not any(other[: len(where)] == where and other != where for other in wanted):  # the other member got further
                 nouns = nouns if len(nouns) == 1 else [noun.partition(" (")[0] for noun in nouns]
                 self.add_unread(where, f"wants {' or '.join(nouns)}, not {self.root.locate(where).show()}")
+        if items:
+            self._unread.add(path)
 
     def _originals(self, path: Path) -> list[Path]:
         """The keys of named models whose copy lies at ``path`` or above it, continued to what lies there."""
