@@ -14,7 +14,7 @@ from torch import Tensor
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.report import Row
-from daekit.runtime.sweep import mean_over_seeds, pareto_notes, swept_runs
+from daekit.runtime.sweep import _values, mean_over_seeds, pareto_notes, swept_runs
 from tests.helpers.processes import forked
 from tests.helpers.run_world import during_step
 
@@ -99,9 +99,35 @@ def test_values_between_commas(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("1e-4, 1e-5", ["1e-4", "1e-5"]),
+        ("[[0, 1], [2, 3]],uniform", ["[[0, 1], [2, 3]]", "uniform"]),
+        ("{a: {b: 1}, c: 2}, {a: 'x, y}'}", ["{a: {b: 1}, c: 2}", "{a: 'x, y}'}"]),
+        (r'"a\", b",c', [r'"a\", b"', "c"]),
+        ("'it''s, so',c", ["'it''s, so'", "c"]),
+        ("don't, o'clock, f(x[0])", ["don't", "o'clock", "f(x[0])"]),
+        ("", [""]),
+    ],
+)
+def test_commas_in_brackets_and_quotes_part_nothing(text: str, values: list[str]) -> None:
+    assert _values(text) == values
+
+
+@pytest.mark.parametrize(
     ("overrides", "said"),
     [
         ([], "no key has several values"),
+        (["seed"], "'seed' is not of the form key.sub=value"),
+        (["seed="], "no key has several values; seed has none"),
+        (["seed=1,,2"], "seed=1,,2: one of the values between its commas is empty"),
+        (["seed=1,"], "one of the values between its commas is empty"),
+        (["seed=,"], "one of the values between its commas is empty"),
+        (["stages.second.data=[skills,[skills]"], r"data=\[skills,\[skills\]: it has \[ without its other"),
+        (["stages.second.data=[skills},[skills]"], r"it has } where \[ is open"),
+        (["seed=1,2", "seed=3"], r"seed is given twice \(seed=1,2 and seed=3\); write all its values behind one"),
+        (["seed=1,2", "seed=3,4"], "seed is given twice"),
+        (["name=a,b"], "name=a and name=b are the same run.*its name and output_dir do not"),
         (["seed=1"], "no key has several values"),
         (["seed=1,1"], "twice"),
         (["stages.second.trainer.learning_rate=1e-3,often"], "often"),

@@ -30,6 +30,7 @@ from daekit.runtime.signals import GRACE
 
 SEPARATOR = " · "  # between a model and its settings in the comparison
 _SHARED = ("caches", "students", "generated")  # folders of a run whose entries are named by their content
+_OPENS = {"[": "]", "{": "}", "'": "'", '"': '"'}
 _ALL = 0.975  # quantile of a 95 % interval
 
 
@@ -55,17 +56,24 @@ def swept_runs(path: str, overrides: Sequence[str]) -> tuple[Path, list[SweptRun
     """(directory of the sweep, its runs) of a recipe and overrides of which some have several values: ``key=1e-5,3e-5``.
 
     Raises:
-        UserError: no override has several values; a value twice; a recipe that is wrong with some of them.
+        UserError: no override has several values; a value, or the key of several, twice; values that cannot be told apart; a
+            recipe that is wrong with some of them.
     """
     choices = [_choice(override) for override in overrides]
     several = [key for key, values in choices if len(values) > 1]
     if not several:
+        nothing = [f"; {key} has none" for key, values in choices if values == [""]]
         raise UserError(
-            "daekit sweep: no key has several values; write them with commas: stages.dae.trainer.learning_rate=1e-5,3e-5"
+            f"daekit sweep: no key has several values{''.join(nothing[:1])}; write them with commas: "
+            "stages.dae.trainer.learning_rate=1e-5,3e-5"
         )
+    keys = [key for key, _ in choices]
     for key, values in choices:
         if len(set(values)) < len(values):
             raise UserError(f"daekit sweep: {key} has a value twice ({listed(values)})")
+        if key in several and keys.count(key) > 1:
+            given = [override for override, other in zip(overrides, keys, strict=True) if other == key]
+            raise UserError(f"daekit sweep: {key} is given twice ({listed(given)}); write all its values behind one")
     root, runs = Path(), []
     for combination in itertools.product(*(values for _, values in choices)):
         chosen = [(key, value) for (key, _), value in zip(choices, combination, strict=True)]
@@ -84,20 +92,32 @@ def swept_runs(path: str, overrides: Sequence[str]) -> tuple[Path, list[SweptRun
 
 
 def _choice(override: str) -> tuple[str, list[str]]:
-    """(key, values) of an override; one without values is left to ``load_recipe``, which says what is wrong with it."""
-    key, _, text = override.partition("=")
-    return key, _values(text) or [text]
+    """(key, values) of an override; one value is left to ``load_recipe``, which says what is wrong with it.
+
+    Raises:
+        UserError: no key and value; an empty one of several values; a bracket or quote without its other.
+    """
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"daekit sweep: {override!r} is not of the form key.sub=value")
+    try:
+        values = _values(text)
+    except ValueError as error:
+        raise UserError(f"daekit sweep: {override}: {error}; write it, or put quotes around a value that holds one") from None
+    if len(values) > 1 and "" in values:
+        raise UserError(f"daekit sweep: {override}: one of the values between its commas is empty; remove a comma")
+    return key, values
 
 
 def _require_different(runs: Sequence[SweptRun]) -> None:
     """Two spellings of one value would be counted as two seeds, or two points, of what is one run."""
     seen: dict[str, SweptRun] = {}
     for run in runs:
-        facts = json.dumps(run.recipe.model_dump(exclude={"output_dir"}), sort_keys=True, default=str)
+        facts = json.dumps(run.recipe.model_dump(exclude={"name", "output_dir"}), sort_keys=True, default=str)
         if (first := seen.setdefault(facts, run)) is not run:
             raise UserError(
                 f"daekit sweep: {_label(first.settings)} and {_label(run.settings)} are the same run; give each value once, "
-                "and sweep only what changes it"
+                "and sweep only what changes it (its name and output_dir do not: each run gets a folder below the latter)"
             )
 
 
@@ -186,8 +206,32 @@ def pareto_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _values(text: str) -> list[str]:
-    """The values between commas that stand outside of brackets and quotes."""
-    return [part.strip() for part in re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|'[^']*'|[^,])+", text)]
+    """The values between commas that stand outside of brackets and quotes; ValueError for one of those that is not closed.
+
+    As in YAML, a bracket or quote is one where a value begins, be it in brackets.
+    """
+    values, opened, start = [], "", 0
+    begins, escaped = True, False
+    for at, mark in enumerate(text):
+        if escaped:
+            escaped = False
+        elif opened.endswith(("'", '"')):
+            escaped = opened[-1] == '"' and mark == "\\"
+            opened = opened.removesuffix(mark)
+        elif begins and mark in _OPENS:
+            opened += mark
+        elif opened and mark in "]}":
+            if _OPENS[opened[-1]] != mark:
+                raise ValueError(f"it has {mark} where {opened[-1]} is open")
+            opened = opened[:-1]
+        elif mark == "," and not opened:
+            values.append(text[start:at].strip())
+            start, begins = at + 1, True
+        elif mark != " ":
+            begins = bool(opened) and mark in ",:"
+    if opened:
+        raise ValueError(f"it has {opened[-1]} without its other")
+    return [*values, text[start:].strip()]
 
 
 def _is_seed(key: str) -> bool:
