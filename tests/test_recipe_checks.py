@@ -57,6 +57,10 @@ PROVOKED = [
         ["stages.dae.select={gain: ecommerce, forgetting: {ce/general: 1}}", "stages.dae.trainer={eval_strategy: epoch}"],
         "stages.dae.select.forgetting.ce/general: 'general' has no validation rows",
     ),
+    (
+        ["stages.dae.select={gain: ecommerce, forgetting: {ecommerce: -1}}", "stages.dae.trainer={eval_strategy: epoch}"],
+        "stages.dae.select.forgetting.ecommerce: -1 must not be negative",
+    ),
     # models
     (["stages.kd.student={path: a, stage: b}"], "exactly one of path, stage and config; not path and stage"),
     (["stages.kd.teacher=label"], "'label' is no model here; did you mean 'labels'?"),

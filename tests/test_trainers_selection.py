@@ -94,6 +94,7 @@ def test_patience_ends_a_run_and_a_resumed_one_at_the_same_step(tmp_path: Path) 
         ({"gain": "shp"}, "did you mean 'shop'"),
         ({"forgetting": {"genral": 0.1}}, "did you mean 'general'"),
         ({"forgetting": {}}, "forgetting"),
+        ({"forgetting": {"general": -0.1}}, "greater than or equal to 0"),
         ({"patience": 0}, "patience"),
         ({"gian": "shop"}, "gian"),
     ],

@@ -139,7 +139,7 @@ class Selection(Spec):
 
     gain: Text = Field(min_length=1)
     """The domain whose cross-entropy on validation rows is to be lowest."""
-    forgetting: dict[str, Number] = Field(min_length=1)
+    forgetting: dict[str, Annotated[Number, Field(ge=0)]] = Field(min_length=1)
     """Domain -> the most that the divergence from its teacher may be there, in nats per token, on validation rows; or a metric
     (`ce/general`) -> the most that it may be."""
     patience: Whole | None = Field(default=None, ge=1)
