@@ -58,12 +58,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class _Outliving(io.FileIO):
-    """A stream that goes on, to nowhere, where what it is piped into is gone (``| head``, a ``| tee`` that was killed)."""
+    """A stream that ignores a broken pipe (``| head``, a ``| tee`` that was killed): what is written later goes nowhere."""
 
     def write(self, data: Any, /) -> int:
-        """Write, or pretend to."""
+        """Write; to nowhere once nobody reads."""
         try:
-            return super().write(data) or 0
+            return super().write(data)  # type: ignore[return-value]  # None where a stream that does not block is full
         except BrokenPipeError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
@@ -79,7 +79,7 @@ def _outlive_readers() -> None:
             continue  # closed, or somebody else's
         stream.flush()
         raw = _Outliving(stream.fileno(), "w", closefd=False)
-        how = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
+        how = {key: getattr(stream, key) for key in ("encoding", "errors", "line_buffering", "write_through")}
         setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **how))
 
 

@@ -185,7 +185,7 @@ def chat(options: argparse.Namespace) -> int:
     if written is None:
         answered = answer_prompts(each, prompts, sys.stdout)
     else:
-        with written.open("x", encoding="utf-8") as out:
+        with written.open("w", encoding="utf-8") as out:
             answered = answer_prompts(each, prompts, out)
     if not answered:
         print(f"daekit: no model answered a prompt: {'; '.join(each.failed.values())}", file=sys.stderr, flush=True)
@@ -194,7 +194,7 @@ def chat(options: argparse.Namespace) -> int:
 
 def _new_file(path: Path) -> Path:
     """A file that can be written and does not exist yet, found out before models are loaded."""
-    if path.exists():
+    if path.is_file() or path.is_dir():
         raise UserError(f"--output {path}: exists already, and nothing is overwritten; choose another file")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"--output {path}: {path.parent} is no directory that may be written to; choose another")

@@ -50,18 +50,17 @@ def test_a_key_that_is_wanted_must_be_there(url: str, variable: str | None, said
     assert required_key("judge", "https://far.example/v1", None, Permissions()) == ""
 
 
-@pytest.mark.parametrize("status", [200, 404, 405, 429, 500, 301])
+@pytest.mark.parametrize("status", [200, 403, 404, 405, 429, 500, 301])
 def test_most_answers_to_a_look_prove_nothing(status: int, server: JudgeServer) -> None:
     server.looked = status
     require_answering("judge", JudgeSpec(model="m", base_url=server.url), Permissions())
     assert server.got == ["/v1/models"]
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_refused_key_is_told_and_never_shown(status: int, server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_key_is_told_and_never_shown(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAR_API_KEY", "sk-very-secret")
-    server.looked, server.bodies["GET"] = status, b"sk-very-secret is unknown"
-    with pytest.raises(UserError, match=rf"judge m at http.*the key in FAR_API_KEY is refused \(HTTP {status}") as told:
+    server.looked, server.bodies["GET"] = 401, b"sk-very-secret is unknown"
+    with pytest.raises(UserError, match=r"judge m at http.*the key in FAR_API_KEY is refused \(HTTP 401") as told:
         require_answering("judge", JudgeSpec(model="m", base_url=server.url, api_key_env="FAR_API_KEY"), Permissions())
     assert "very" not in str(told.value)
 
@@ -147,7 +146,17 @@ evaluation: {suites: [OUT/suite.yaml]}
 """
 
 
-@pytest.mark.parametrize("what", ["unset", "refused", "closed", "annotator"])
+def test_a_judge_of_this_machine_may_be_started_when_the_training_is_over(server: JudgeServer, tmp_path: Path) -> None:
+    """It may need the device that trains."""
+    judge, said = unusable("closed", server)
+    save_base(tmp_path / "base")
+    tiny.rows(24, domains=("general",)).remove_columns("domain").to_json(tmp_path / "general.jsonl")
+    suite_of(tmp_path, judge)
+    ready = prepare(load_recipe_text(RECIPE.replace("OUT", str(tmp_path)), "judged.yaml"))
+    assert [note for note in ready.notes if said in note and "when the training is over" in note]
+
+
+@pytest.mark.parametrize("what", ["unset", "refused", "annotator"])
 def test_a_recipe_is_told_before_its_first_stage(what: str, server: JudgeServer, tmp_path: Path) -> None:
     judge, said = ({"model": "j", "base_url": server.url}, "benchmarks.a.annotator: 'alpaca_eval_gpt'")
     if what != "annotator":

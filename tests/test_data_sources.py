@@ -266,6 +266,19 @@ def test_no_file_of_a_directory_is_left_out_without_a_word(tmp_path: Path, other
         load(tmp_path)
 
 
+def test_files_beside_a_split_that_are_none_of_its_rows(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00001.jsonl", "test-00000-of-00002.jsonl", ".git/lfs/b.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, pairs(2))
+    for name in ("test.csv", "metadata.csv", ".git/lfs/a.gz", "README.md"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "LICENSE").symlink_to(tmp_path / "nowhere")
+    assert len(load(tmp_path)[0]) == 2
+    with pytest.raises(UserError, match=r"also holds train\.csv, which would not be read"):
+        (tmp_path / "train.csv").write_text("x")
+        load(tmp_path)
+
+
 def test_a_directory_in_which_a_shard_is_missing(tmp_path: Path) -> None:
     for number in (0, 2):
         write(tmp_path / f"train-0000{number}-of-00003.jsonl", pairs(2))

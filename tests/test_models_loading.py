@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from daekit.errors import UserError
 from daekit.models.backbone import add_on_hidden, base_of
@@ -261,3 +262,14 @@ def test_nothing_to_restore_is_an_error(tmp_path: Path) -> None:
         restore_weights(tiny.model(), tmp_path)
     with pytest.raises(UserError, match="LoRA adapter cannot be read"):
         restore_weights(lora(tiny.model()), tmp_path)
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
+def test_an_adapter_that_unties_the_head_of_its_base_is_merged_and_trained_on(saved: str, tmp_path: Path) -> None:
+    base = tiny.model(tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).save_pretrained(tmp_path / "adapter")
+    merged = load_model(ModelSpec(path=str(tmp_path / "adapter"), dtype="float32"))
+    assert all(parameter.requires_grad for parameter in merged.parameters())

@@ -20,6 +20,7 @@ from daekit.recipe.schema import Recipe
 from daekit.runtime import disk
 from daekit.runtime.disk import checkpoints_at_end
 from daekit.runtime.folders import RunFolder
+from daekit.runtime.positions import learned_positions
 from daekit.runtime.prepare import prepare
 from daekit.runtime.preview import preview
 from daekit.runtime.run import run_recipe
@@ -672,3 +673,21 @@ def test_answers_beyond_learned_positions_are_told_before_the_first_stage(world:
     prepare(recipe(world, OF_GPT2, "evaluation.max_new_tokens=15"))
     with pytest.raises(UserError, match=r"learned 20 positions, .* 21 tokens; lower max_new_tokens=16, or set generate: false"):
         prepare(recipe(world, OF_GPT2, "evaluation.max_new_tokens=16"))
+
+
+def test_positions_of_models_whose_code_would_have_to_run_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked whether code may run"))
+    config = GPT2Config(n_positions=8)
+    assert learned_positions(config) == 8
+    config.auto_map = {"AutoModelForCausalLM": "them/theirs--modeling.Theirs"}
+    config.model_type = "theirs"
+    assert learned_positions(config) in (None, 8)
+
+
+def test_a_block_of_packed_rows_is_no_longer_than_max_length(world: Path) -> None:
+    put("general.jsonl", *[{"text": "w5 " * 40}] * 24)(world)
+    learned(world, 16)
+    packed = "stages.one.trainer={max_steps: 1, max_length: 16, packing: true, packing_strategy: wrapped, eval_strategy: no}"
+    prepare(recipe(world, OF_GPT2, "evaluation=null", packed))
+    with pytest.raises(UserError, match="learned 16 positions, and is to read 17 tokens"):
+        prepare(recipe(world, OF_GPT2, "evaluation=null", packed.replace("max_length: 16", "max_length: 17")))

@@ -106,6 +106,7 @@ def test_values_between_commas(recipe: Path) -> None:
         ("{a: {b: 1}, c: 2}, {a: 'x, y}'}", ["{a: {b: 1}, c: 2}", "{a: 'x, y}'}"]),
         (r'"a\", b",c', [r'"a\", b"', "c"]),
         ("'it''s, so',c", ["'it''s, so'", "c"]),
+        ("model.layers.[0-9]{1,2}.q_proj, k_proj", ["model.layers.[0-9]{1,2}.q_proj", "k_proj"]),
         ("don't, o'clock, f(x[0])", ["don't", "o'clock", "f(x[0])"]),
         ("", [""]),
     ],

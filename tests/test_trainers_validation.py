@@ -129,6 +129,11 @@ def test_columns_that_hold_nothing_to_train_on(row: dict[str, Any], reason: str,
         kd(tmp_path, data.to_iterable_dataset() if streaming else data, max_steps=1).train()
 
 
+def test_a_column_of_labels_that_is_no_list_is_not_of_its_tokens(tmp_path: Any) -> None:
+    rows = [{"input_ids": [1, 2, 3], "attention_mask": None, "labels": [1, 2, 3], "assistant_masks": 7}] * 4
+    assert len(kd(tmp_path, Dataset.from_list(rows)).train_dataset) == 4
+
+
 def test_a_later_row_whose_labels_are_not_as_many_as_its_tokens(tmp_path: Any) -> None:
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 1500 + [{"input_ids": [1, 2, 3], "labels": [1]}]
     with pytest.raises(UserError, match="row 1500: has 3 input_ids, but 1 labels"):
@@ -147,7 +152,7 @@ def test_prompt_learning(wrapped: bool, tmp_path: Any) -> None:
 
 def test_a_student_of_which_nothing_is_trained(tmp_path: Any) -> None:
     with pytest.raises(UserError, match="has no trained parameter"):
-        kd(tmp_path, tiny.rows(4), tiny.model().requires_grad_(False))
+        kd(tmp_path, tiny.rows(4), tiny.model().requires_grad_(False)).train()
 
 
 def test_vision_columns(tmp_path: Any) -> None:

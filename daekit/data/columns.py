@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import pyarrow as pa
@@ -63,7 +63,8 @@ def require_values(dataset: Dataset | IterableDataset, name: str, text_field: st
     """
     first = first_row(dataset, name)
     forms = [("input_ids",), _PAIR, *((chat,) for chat in _CHATS), (text_field,)]
-    columns = next((form for form in forms if first.keys() >= set(form)), ())
+    plain = [chat for chat in _CHATS if text_field in first and not isinstance(first.get(chat), list)]  # TRL takes the text
+    columns = next((form for form in forms if first.keys() >= set(form) and form[0] not in plain), ())
     if not columns:
         raise UserError(
             f"the {name} data set has the columns {listed(map(repr, first))}: none to train on. Name them messages, "
@@ -77,7 +78,7 @@ def require_values(dataset: Dataset | IterableDataset, name: str, text_field: st
     if isinstance(dataset, IterableDataset):
         return dataset.map(check, with_indices=True, features=dataset.features)
     check(first, 0)  # the values of a column are of one type
-    beside = [key for key in _BESIDE_TOKENS if key in first] if "input_ids" in columns else []
+    beside = [key for key in _BESIDE_TOKENS if isinstance(first.get(key), list)] if "input_ids" in columns else []
     start = 0
     for table in dataset.select_columns([*columns, *beside]).with_format("arrow").iter(batch_size=1000):
         nulls = [pc.is_null(table[column]) for column in columns]
@@ -103,5 +104,5 @@ def _require_row(values: Mapping[str, Any], columns: tuple[str, ...], place: str
     if columns == _PAIR and isinstance(values["prompt"], str) != isinstance(values["completion"], str):
         raise UserError(f"{place}: one of prompt and completion is a text, the other a list of messages; write both alike")
     for key in _BESIDE_TOKENS if "input_ids" in columns else ():
-        if values.get(key) is not None and len(values[key]) != len(values["input_ids"]):
+        if isinstance(values.get(key), Sized) and len(values[key]) != len(values["input_ids"]):
             raise UserError(f"{place}: has {len(values['input_ids'])} input_ids, but {len(values[key])} {key}; give as many")

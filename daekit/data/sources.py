@@ -134,11 +134,10 @@ def _files(where: str, path: Path, split: str, whole: str) -> list[Path]:
                 f"{where}: {path} is one file and has no split {split!r}; name a file with validation, or use holdout"
             )
         return [path]
-    there = sorted(file for file in path.rglob("*") if not file.name.startswith(".") and _is_there(where, file))
-    files = [file for file in there if file.suffix in DATA_FILES and not file.is_dir()]
+    seen = [file for file in sorted(path.rglob("*")) if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    files = [file for file in seen if file.suffix in DATA_FILES and _is_there(where, file) and not file.is_dir()]
     if not files:
         raise UserError(f"{where}: directory {path} holds no file that ends in {', '.join(DATA_FILES)}")
-    _require_all_read(where, path, [file for file in there if file not in files and not file.is_dir()], files)
     splits = {file: _split_of(file.relative_to(path)) for file in files}
     named = {found for found in splits.values() if found}
     unnamed = [file for file, found in splits.items() if not found]
@@ -151,15 +150,19 @@ def _files(where: str, path: Path, split: str, whole: str) -> list[Path]:
     if not chosen:
         has = ", ".join(sorted(named)) or f"{whole} only: no file name tells a split"
         raise UserError(f"{where}: {path} has no split {split!r} (it has {has})")
+    unread = [file for file in seen if file.suffix not in DATA_FILES and file.name.lower().endswith((*DATA_FILES, *_UNREAD))]
+    alike = [
+        file for file in unread if file.is_file() and (_split_of(file.relative_to(path)) or (not named and whole)) == split
+    ]
+    _require_all_read(where, path, alike, chosen)
     return chosen
 
 
-def _require_all_read(where: str, path: Path, others: Sequence[Path], files: Sequence[Path]) -> None:
-    """No rows of a directory are left out without a word: those in files of other formats, and in shards that are missing."""
-    unread = next((file for file in others if file.name.lower().endswith((*DATA_FILES, *_UNREAD))), None)
-    if unread is not None:
+def _require_all_read(where: str, path: Path, unread: Sequence[Path], files: Sequence[Path]) -> None:
+    """No rows of a split are left out without a word: those in files of other formats, and in shards that are missing."""
+    if unread:
         raise UserError(
-            f"{where}: {path} also holds {unread.relative_to(path)}, which would not be read; convert it (files end in "
+            f"{where}: {path} also holds {unread[0].relative_to(path)}, which would not be read; convert it (files end in "
             f"{', '.join(DATA_FILES)}), move it elsewhere, or name one file instead of the directory"
         )
     shards: dict[tuple[Path, str, str], set[str]] = {}
@@ -168,9 +171,8 @@ def _require_all_read(where: str, path: Path, others: Sequence[Path], files: Seq
             shards.setdefault((file.parent, found[1], found[3]), set()).add(found[2])
     for (folder, stem, number), have in shards.items():
         if len(have) != int(number):
-            raise UserError(
-                f"{where}: {folder} holds {len(have)} of the {int(number)} shards {stem}-*-of-{number}; get the others"
-            )
+            reason = f"{folder} holds {len(have)} of the {int(number)} shards {stem}-*-of-{number}"
+            raise UserError(f"{where}: {reason}; get the others, or give these other names")
 
 
 def _split_of(file: Path) -> str | None:
@@ -237,7 +239,7 @@ def _rows_of_table(where: str, path: str, table: Dataset) -> Iterator[PlacedRow]
             bad = next(row for row in range(start, len(table)) if not _is_text(table, row))
             raise UserError(f"{where}: row {bad + 1} of {path} holds a text that is not UTF-8; mend or remove it") from None
         except (OverflowError, ValueError) as error:  # a date of the year 10000
-            place = f"rows {start + 1} to {start + _ROWS_PER_READ} of {path}"
+            place = f"rows {start + 1} to {min(start + _ROWS_PER_READ, len(table))} of {path}"
             raise UserError(f"{where}: {place} hold a value that Python cannot ({error}); leave its column out") from error
         for number, values in enumerate(zip(*batch.values(), strict=True), start + 1):
             yield f"row {number} of {path}", dict(zip(batch, values, strict=True))

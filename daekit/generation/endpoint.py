@@ -24,6 +24,10 @@ _LOOK = 10.0  # seconds for a look at an endpoint
 _LARGEST = 64 * 2**20  # bytes of a body; a longer one is none
 
 
+class Unreached(UserError):
+    """Nobody listens at the URL of an endpoint, or nobody knows its host."""
+
+
 class PassingFailure(Exception):
     """The call may succeed if it is sent again.
 
@@ -70,11 +74,11 @@ class Endpoint:
         """
         try:
             async with asyncio.timeout(_LOOK), self._client.stream("GET", f"{self._url}/models") as response:
-                if response.status_code in (401, 403):
+                if response.status_code == 401:  # 403 may mean this list alone: of keys with few rights, of gateways
                     raise self._failure(response.status_code, await _body(response), response.headers)
         except (httpx.TransportError, httpx.DecodingError, RefusedRequest, TimeoutError) as error:
             if nobody := _nobody_there(error):
-                raise UserError(f"{self._who}: not reached ({nobody}). Start the server, or correct the URL.") from None
+                raise Unreached(f"{self._who}: not reached ({nobody}). Start the server, or correct the URL.") from None
 
     async def send(self, request: ChatRequest) -> str:
         """One attempt; returns the body of a response with status 200, without the key should the endpoint repeat it.
@@ -182,7 +186,7 @@ def _nobody_there(error: BaseException | None) -> str:
     """Why a connection could not be made for want of somebody to talk to; empty for any other error."""
     while error is not None:
         parts = error.exceptions if isinstance(error, BaseExceptionGroup) else (error,)  # one for each address of the host
-        if any(isinstance(part, socket.gaierror) for part in parts):
+        if any(isinstance(part, socket.gaierror) and part.errno != socket.EAI_AGAIN for part in parts):
             return "nobody knows the name of its host"
         if all(isinstance(part, ConnectionRefusedError) for part in parts):
             return "connection refused"

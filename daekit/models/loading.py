@@ -168,7 +168,7 @@ def _read(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> 
         raise UserError(f"{path}: the model could not be loaded ({' '.join(str(error).split())})") from error
     except UNREADABLE as error:
         raise UserError(
-            f"{path}: the model could not be loaded{not_here(path)} ({first_line(error)}). "
+            f"{path}{not_here(path)}: the model could not be loaded ({first_line(error)}). "
             "It must be a hub id or a directory with config.json and whole *.safetensors files."
         ) from error
     broken = {what: sorted(map(str, info[what])) for what in ("missing_keys", "mismatched_keys") if info[what]}
@@ -292,7 +292,7 @@ def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     """
     from peft import get_peft_model
 
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     # not PeftModel.from_pretrained: it reads pickles, and a missing weight is a warning only
     try:
         adapted = get_peft_model(model, adapter_config(directory))

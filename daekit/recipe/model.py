@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
@@ -177,7 +178,7 @@ class ModelSpec(LoadingSpec):
             return (self.stage, self.checkpoint) == (other.stage, other.checkpoint)
         path, stage = self.path or other.path, self.stage or other.stage
         if path is not None and stage is not None:
-            return f"/stages/{stage}/" in path
+            return any(f"/stages/{stage}/" in f"/{each}/" for each in (path, os.path.realpath(os.path.expanduser(path))))
         return self.config is None and other.config is None
 
     def compact(self, dumped: dict[str, Any]) -> dict[str, Any]:

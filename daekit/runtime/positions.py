@@ -14,8 +14,9 @@ from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe
 from daekit.recipe.validation import dotted
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.stage_rows import PreparedStage
+from daekit.trainers.config import cuts_rows
 
-_TABLES = ("wpe", "embed_positions", "position_embeddings")  # GPT-2 and its kin; OPT, BioGPT; BERT's kin
+_TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed")  # GPT-2 and its kin; OPT, BioGPT; BERT's kin
 
 
 def learned_positions(config: PreTrainedConfig) -> int | None:
@@ -24,11 +25,16 @@ def learned_positions(config: PreTrainedConfig) -> int | None:
         return None
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError:  # its code comes with the checkpoint
         return None
     named = [each for name, each in model.named_modules() if isinstance(each, nn.Embedding) and name.endswith(_TABLES)]
-    return min((table.num_embeddings - getattr(table, "offset", 0) for table in named), default=None)
+    # OPT and its kin begin behind an offset, RoBERTa and its kin behind the padding
+    used = [
+        table.num_embeddings - getattr(table, "offset", 1 + (-1 if table.padding_idx is None else table.padding_idx))
+        for table in named
+    ]
+    return min(used, default=None)
 
 
 def require_positions(recipe: Recipe, name: str, ready: PreparedStage, models: ModelBuilder) -> None:
@@ -47,10 +53,12 @@ def require_positions(recipe: Recipe, name: str, ready: PreparedStage, models: M
             known[key] = (config, positions)
     if not known:
         return
-    longest: dict[str, int] = {}
+    arguments, longest = ready.arguments, dict[str, int]()
+    cut = arguments.max_length if cuts_rows(arguments, arguments.packing) else None
+    most = min(ready.longest, cut or ready.longest)
     for rows in (ready.mixture.dataset, ready.validation):
-        for domain, ids in [] if rows is None else zip(rows["domain"], rows["input_ids"], strict=True):
-            longest[domain] = max(longest.get(domain, 0), min(len(ids), ready.longest))
+        for domain, length in [] if rows is None else zip(rows["domain"], map(len, rows["input_ids"]), strict=True):
+            longest[domain] = max(longest.get(domain, 0), min(length, most))
     read: dict[tuple[str | int, ...], int] = {("student",): max(longest.values())}
     for key, teacher in stage.teachers_by_key().items():
         followed = max((longest.get(domain, 0) for domain in stage.domains_of(key, longest)), default=0)

@@ -163,7 +163,8 @@ def _prepare_evaluation(prepared: Prepared, evaluation: EvaluationSpec, allowed:
                     "tokenizer.chat_template, or measure them with suites that need none"
                 )
             if prepared.models.ahead:
-                suites.require_askable(prepared.suites[-1], models_to_come=True)
+                notes = suites.require_askable(prepared.suites[-1], models_to_come=True)
+                prepared.notes.extend(f"evaluation.suites.{index}: {note}" for note in notes)
 
 
 def _prepare_report(prepared: Prepared, evaluation: EvaluationSpec, found: Found) -> None:

@@ -259,7 +259,7 @@ def _report(prepared: Prepared, state: PartialState) -> None:
 def _files_of(model: EvaluatedModel) -> list[list[str | int]]:
     """Names, sizes in bytes and times of a local model's files: they tell whether others lie there now, without being read."""
     folders = [Path(each).expanduser() for each in (model.path, model.adapter) if each is not None]
-    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
+    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir()) if file.is_file()]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

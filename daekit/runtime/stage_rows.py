@@ -108,5 +108,5 @@ def notes_on(stage: StageSpec, ready: PreparedStage, data: DataBuilder, student:
             f"sources.{plain[0]}.chat: true"
         )
     knows = student and getattr(student.config.get_text_config(), "max_position_embeddings", None)
-    if knows and ready.longest > knows:
+    if knows and ready.longest > knows and not cuts_rows(ready.arguments, ready.arguments.packing):
         yield f"its longest row has {ready.longest} tokens, more than the {knows} positions that the student was made for"

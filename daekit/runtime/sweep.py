@@ -208,7 +208,7 @@ def pareto_notes(rows: Sequence[Row]) -> list[str]:
 def _values(text: str) -> list[str]:
     """The values between commas that stand outside of brackets and quotes; ValueError for one of those that is not closed.
 
-    As in YAML, a bracket or quote is one where a value begins, be it in brackets.
+    As in YAML, a quote is one where a value begins, be it in brackets; a bracket also where it closes (``layer.[0-9]{1,2}``).
     """
     values, opened, start = [], "", 0
     begins, escaped = True, False
@@ -218,7 +218,7 @@ def _values(text: str) -> list[str]:
         elif opened.endswith(("'", '"')):
             escaped = opened[-1] == '"' and mark == "\\"
             opened = opened.removesuffix(mark)
-        elif begins and mark in _OPENS:
+        elif mark in _OPENS and (begins or (mark in "[{" and _OPENS[mark] in text[at:])):
             opened += mark
         elif opened and mark in "]}":
             if _OPENS[opened[-1]] != mark:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 
@@ -96,25 +97,30 @@ class RowPreparation:
         whole, tokenised_before = copy.copy(args), "input_ids" in first_row(dataset, name)
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = trl(dataset, tokenizer, whole, False, formatting, name)
-        if self.columns >= vocabulary_size(tokenizer) and not tokenised_before:
+        size = vocabulary_size(tokenizer)
+        if self.columns >= size and not tokenised_before:
             return dataset  # the tokenizer writes no other tokens
-        known = functools.partial(self._require_known_ids, tokenizer=tokenizer, name=name)
+        known = functools.partial(self._require_known_ids, size=size, tokenizer=tokenizer, name=name)
         if isinstance(dataset, IterableDataset):
             return dataset.map(known, with_indices=True)
-        for at, row in enumerate(dataset.select_columns("input_ids")):
-            known(row, at)
+        start = 0
+        for table in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
+            ends = pc.min_max(pc.list_flatten(table["input_ids"])).as_py()
+            if ends["min"] is not None and not 0 <= ends["min"] <= ends["max"] < min(self.columns, size):
+                for at, ids in enumerate(table["input_ids"].to_pylist(), start):
+                    known({"input_ids": ids}, at)
+            start += len(table)
         return dataset
 
-    def _require_known_ids(self, row: dict[str, Any], at: int, tokenizer: Any, name: str) -> dict[str, Any]:
-        """Pass a row on whose tokens all models know."""
-        size = vocabulary_size(tokenizer)
+    def _require_known_ids(self, row: dict[str, Any], at: int, size: int, tokenizer: Any, name: str) -> dict[str, Any]:
+        """Pass a row on whose tokens all models know; ``size``: ids of the tokenizer."""
         unknown = next((token for token in row["input_ids"] if not 0 <= token < min(self.columns, size)), None)
         if unknown is None:
             return row
         if not 0 <= unknown < size:
             raise UserError(
-                f"the {name} data set, row {at}: input_ids holds {unknown}, and the tokenizer's ids end at {size - 1}; the row "
-                "was tokenised by another one"
+                f"the {name} data set, row {at}: input_ids holds {unknown}, and the tokenizer's ids end at {size - 1}. Was the "
+                "row tokenised by another one? A token of your own must be added to the tokenizer."
             )
         raise UserError(
             f"the {name} data set, row {at}: token {tokenizer.convert_ids_to_tokens(unknown)!r} (id {unknown}) was added to "

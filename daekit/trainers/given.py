@@ -68,16 +68,21 @@ def look_at_student(trainer: Any) -> None:
     """Try the student on a few tokens, unless its weights wait on the disk; then it is done once they are read.
 
     Raises:
-        UserError: NaN, no trained parameter, a head of another kind, packed rows that it does not keep apart.
+        UserError: NaN, a head of another kind, packed rows that it does not keep apart.
     """
-    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
-        which = name_of(trainer.model)
-        raise UserError(f"model: {which} has no trained parameter (requires_grad is False for all); nothing would change")
     if waits(trainer.model):
         return
     require_plain_head(trainer.model, trainer.vocab_size)
     if trainer.padding_free:
         require_rows_apart(trainer.model, "student")
+
+
+def require_trained(model: nn.Module) -> None:
+    """UserError for a student of which no parameter is trained; it can be evaluated."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            f"model: {name_of(model)} has no trained parameter (requires_grad is False for all); nothing would change"
+        )
 
 
 def make_room(trainer: Any) -> None:

@@ -45,6 +45,7 @@ from daekit.trainers.given import (
     make_room,
     name_of,
     read_student,
+    require_trained,
     spec_of,
     tokenizer_of,
 )
@@ -279,8 +280,10 @@ class KDTrainer(SFTTrainer):
         """``SFTTrainer.train``; resumes only from a committed checkpoint of the same run.
 
         Raises:
-            UserError: nothing to resume, a corrupt checkpoint, another run's, or one without an optimizer.
+            UserError: nothing to resume, a corrupt checkpoint, another run's, or one without an optimizer; a student of which
+                nothing is trained.
         """
+        require_trained(self.model)
         with self.checkpoints.training(resume_from_checkpoint) as folder:
             output = super().train(folder, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])

@@ -21,6 +21,8 @@ from daekit.evaluation.suites.report import manifest, suite_report
 from daekit.evaluation.suites.results import Results, load_measured, save_measured
 from daekit.files import write_whole
 from daekit.generation import ChatClient, Estimate
+from daekit.generation.endpoint import Unreached
+from daekit.generation.keys import is_loopback
 from daekit.generation.reach import require_answering
 from daekit.progress import Progress, ProgressFunction
 from daekit.recipe.dump import to_yaml
@@ -76,13 +78,17 @@ def run_prepared(prepared: Prepared) -> Report:
     return report
 
 
-def require_askable(prepared: Prepared, models_to_come: bool = False) -> None:
+def require_askable(prepared: Prepared, models_to_come: bool = False) -> list[str]:
     """Whether judges and models that are served can be asked: before hours of answers (or of training) each is asked once.
 
     One whose answers are all kept is not.
 
     Args:
-        models_to_come: whether further models will be measured, whose answers are to be judged.
+        models_to_come: whether further models will be measured, whose answers are to be judged. Then a judge on this machine
+            need not run yet.
+
+    Returns:
+        Notes on such judges.
 
     Raises:
         UserError: data of a benchmark that a judge cannot be asked about; see ``require_answering``.
@@ -103,8 +109,15 @@ def require_askable(prepared: Prepared, models_to_come: bool = False) -> None:
             if questions.store(model, write=False).missing(questions.conversations):
                 spec = endpoint_of(model, questions.how, None)
                 servers.setdefault((spec.endpoint, spec.api_key_env), (f"models.{name}", spec))
+    notes = []
     for where, spec in servers.values():
-        require_answering(where, spec, prepared.options.allowed)
+        try:
+            require_answering(where, spec, prepared.options.allowed)
+        except Unreached as error:
+            if not (models_to_come and is_loopback(spec.endpoint)):
+                raise
+            notes.append(f"{error} It is asked when the training is over.")  # it may be started on the device that trains now
+    return notes
 
 
 def _require_data(questions: Questions) -> None:
