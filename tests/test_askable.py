@@ -15,7 +15,7 @@ from daekit.errors import UserError
 from daekit.generation import Permissions
 from daekit.generation.keys import endpoint_key, required_key
 from daekit.generation.reach import require_answering
-from daekit.recipe import load_recipe_text
+from daekit.recipe import Recipe, load_recipe_text
 from daekit.recipe.judge import JudgeSpec
 from daekit.runtime.prepare import prepare
 from tests.helpers import tiny
@@ -146,13 +146,18 @@ evaluation: {suites: [OUT/suite.yaml]}
 """
 
 
+def judged_recipe(folder: Path) -> Recipe:
+    """The recipe, with its model and rows; its suite is there already."""
+    save_base(folder / "base")
+    tiny.rows(24, domains=("general",)).remove_columns("domain").to_json(folder / "general.jsonl")
+    return load_recipe_text(RECIPE.replace("OUT", str(folder)), "judged.yaml")
+
+
 def test_a_judge_of_this_machine_may_be_started_when_the_training_is_over(server: JudgeServer, tmp_path: Path) -> None:
     """It may need the device that trains."""
     judge, said = unusable("closed", server)
-    save_base(tmp_path / "base")
-    tiny.rows(24, domains=("general",)).remove_columns("domain").to_json(tmp_path / "general.jsonl")
     suite_of(tmp_path, judge)
-    ready = prepare(load_recipe_text(RECIPE.replace("OUT", str(tmp_path)), "judged.yaml"))
+    ready = prepare(judged_recipe(tmp_path))
     assert [note for note in ready.notes if said in note and "when the training is over" in note]
 
 
@@ -161,17 +166,14 @@ def test_a_recipe_is_told_before_its_first_stage(what: str, server: JudgeServer,
     judge, said = ({"model": "j", "base_url": server.url}, "benchmarks.a.annotator: 'alpaca_eval_gpt'")
     if what != "annotator":
         judge, said = unusable(what, server)
-    save_base(tmp_path / "base")
-    tiny.rows(24, domains=("general",)).remove_columns("domain").to_json(tmp_path / "general.jsonl")
     suite = suite_of(tmp_path, judge)
     if what == "annotator":
         suite.write_text(suite.read_text().replace("alpaca_eval_gpt4", "alpaca_eval_gpt"))
-    recipe = load_recipe_text(RECIPE.replace("OUT", str(tmp_path)), "judged.yaml")
     with pytest.raises(UserError, match=r"^evaluation\.suites\.0: ") as told:
-        prepare(recipe)
+        prepare(judged_recipe(tmp_path))
     assert said in str(told.value)
     server.looked = 200
     suite_of(tmp_path, {"model": "j", "base_url": server.url})
     before = len(server.got)
-    prepare(load_recipe_text(RECIPE.replace("OUT", str(tmp_path)), "judged.yaml"))
+    prepare(judged_recipe(tmp_path))
     assert len(server.got) == before + 1 and server.calls == []

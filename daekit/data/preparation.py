@@ -210,9 +210,7 @@ def _beginning(dataset: Dataset, lengths: np.ndarray, tokenizer: PreTrainedToken
     return f": {text!r}..."
 
 
-def _overlong_message(
-    domains: np.ndarray, lengths: np.ndarray, long: np.ndarray, limit: str, name: str, begins: str = ""
-) -> str:
+def _overlong_message(domains: np.ndarray, lengths: np.ndarray, long: np.ndarray, limit: str, name: str, begins: str) -> str:
     per_domain = ", ".join(f"{domain}: {int((long & (domains == domain)).sum())}" for domain in dict.fromkeys(domains[long]))
     worst = int(lengths.argmax())
     return (

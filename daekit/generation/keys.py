@@ -64,7 +64,7 @@ def endpoint_key(where: str, base_url: str, variable: str | None, allowed: Permi
             key. No message holds the value.
     """
     host = _host(base_url)
-    if urlsplit(base_url).scheme == "http" and not _is_local(host) and not allowed.http:
+    if urlsplit(base_url).scheme == "http" and not is_loopback(base_url) and not allowed.http:
         raise UserError(
             f"{where}: http://{host} is another machine, and http sends questions and keys unencrypted. Use https, or allow "
             "it: --allow-http."
@@ -133,10 +133,7 @@ def _is_at(host: str, hosts: tuple[str, ...]) -> bool:
 
 def is_loopback(url: str) -> bool:
     """Whether an URL leads to this machine."""
-    return _is_local(urlsplit(url).hostname or "")
-
-
-def _is_local(host: str) -> bool:
+    host = _host(url)
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

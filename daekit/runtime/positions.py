@@ -14,7 +14,6 @@ from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe
 from daekit.recipe.validation import dotted
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.stage_rows import PreparedStage
-from daekit.trainers.config import cuts_rows
 
 _TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed")  # GPT-2 and its kin; OPT, BioGPT; BERT's kin
 
@@ -30,11 +29,8 @@ def learned_positions(config: PreTrainedConfig) -> int | None:
         return None
     named = [each for name, each in model.named_modules() if isinstance(each, nn.Embedding) and name.endswith(_TABLES)]
     # OPT and its kin begin behind an offset, RoBERTa and its kin behind the padding
-    used = [
-        table.num_embeddings - getattr(table, "offset", 1 + (-1 if table.padding_idx is None else table.padding_idx))
-        for table in named
-    ]
-    return min(used, default=None)
+    unused = [getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1) for table in named]
+    return min((table.num_embeddings - first for table, first in zip(named, unused, strict=True)), default=None)
 
 
 def require_positions(recipe: Recipe, name: str, ready: PreparedStage, models: ModelBuilder) -> None:
@@ -53,12 +49,10 @@ def require_positions(recipe: Recipe, name: str, ready: PreparedStage, models: M
             known[key] = (config, positions)
     if not known:
         return
-    arguments, longest = ready.arguments, dict[str, int]()
-    cut = arguments.max_length if cuts_rows(arguments, arguments.packing) else None
-    most = min(ready.longest, cut or ready.longest)
+    longest: dict[str, int] = {}
     for rows in (ready.mixture.dataset, ready.validation):
         for domain, length in [] if rows is None else zip(rows["domain"], map(len, rows["input_ids"]), strict=True):
-            longest[domain] = max(longest.get(domain, 0), min(length, most))
+            longest[domain] = max(longest.get(domain, 0), min(length, ready.longest))
     read: dict[tuple[str | int, ...], int] = {("student",): max(longest.values())}
     for key, teacher in stage.teachers_by_key().items():
         followed = max((longest.get(domain, 0) for domain in stage.domains_of(key, longest)), default=0)

@@ -32,7 +32,7 @@ class PreparedStage:
         mixture: its training rows, tokenised.
         validation: rows that it is evaluated on while it trains.
         counts: what the length policy does to the training rows, per domain; ``validation_counts`` the same.
-        longest: tokens of its longest training row.
+        longest: tokens of its longest training row, as it is trained on: cut where the length policy or packing cuts it.
     """
 
     arguments: DomainSFTConfig
@@ -67,7 +67,8 @@ def rows_of(stage: StageSpec, arguments: DomainSFTConfig, data: DataBuilder) -> 
     if any(rows is not None and TEACHER_PROMPT_IDS in rows.column_names for rows in (mixture.dataset, validation)):
         require_followed(stage.loss, splits)
     longest = max(len(row) for row in mixture.dataset["input_ids"])
-    return PreparedStage(arguments, mixture, validation, counts, validation_counts, min(longest, limit or longest))
+    longest = min(longest, arguments.max_length or longest)
+    return PreparedStage(arguments, mixture, validation, counts, validation_counts, longest)
 
 
 def require_other_teacher(stage: StageSpec, ready: PreparedStage) -> None:
@@ -108,5 +109,5 @@ def notes_on(stage: StageSpec, ready: PreparedStage, data: DataBuilder, student:
             f"sources.{plain[0]}.chat: true"
         )
     knows = student and getattr(student.config.get_text_config(), "max_position_embeddings", None)
-    if knows and ready.longest > knows and not cuts_rows(ready.arguments, ready.arguments.packing):
+    if knows and ready.longest > knows:
         yield f"its longest row has {ready.longest} tokens, more than the {knows} positions that the student was made for"
