@@ -12,7 +12,7 @@ from daekit.planning.trace import Tracer
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, BARE_BASE, adapter_stage, read_adapter_config
 from daekit.recipe.model import SPREADS
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, CacheSpec, LoraSpec, ModelSpec, Recipe, TeacherSpec
-from daekit.recipe.tree import Path as KeyPath
+from daekit.recipe.tree import KeyPath
 from daekit.recipe.validation import dotted
 
 _SAME_GPU = ("0", "cuda", "cuda:0")  # the GPU of the first process

@@ -20,7 +20,7 @@ from daekit.recipe.generated import GeneratedSpec
 from daekit.recipe.model import ModelSpec
 from daekit.recipe.rows import NO_VALIDATION
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, DAEStage, EvaluatedModel, EvaluationSpec, KDStage, Recipe, StageSpec
-from daekit.recipe.tree import Path
+from daekit.recipe.tree import KeyPath
 from daekit.recipe.validation import Errors, Problems, bad_directory, bad_name, dotted, unknown
 
 
@@ -47,7 +47,7 @@ def check_recipe(recipe: Recipe, errors: Errors) -> None:
                 if model.config is not None:
                     errors.add_check(("stages", name, *path, "config"), message)
     elif recipe.tokenizer is not None and recipe.tokenizer.train is not None:
-        train: Path = ("tokenizer", "train", "sources")
+        train: KeyPath = ("tokenizer", "train", "sources")
         errors.add_all(unknown(train, recipe.tokenizer.train.sources, recipe.sources, "source"))
         for name in recipe.tokenizer.train.sources:
             if (named := recipe.sources.get(name)) is not None and named.generated is not None:
@@ -121,7 +121,7 @@ def _of_stage(recipe: Recipe, name: str, stage: StageSpec) -> Problems:
         yield from _of_domains(stage, {source.domain for source in known}, complete)
 
 
-def of_origin(recipe: Recipe, model: ModelSpec, path: Path, earlier: list[str], name: str | None) -> Problems:
+def of_origin(recipe: Recipe, model: ModelSpec, path: KeyPath, earlier: list[str], name: str | None) -> Problems:
     """What is wrong with where a whole model comes from.
 
     Args:
@@ -141,7 +141,7 @@ def of_origin(recipe: Recipe, model: ModelSpec, path: Path, earlier: list[str], 
         yield from _of_quantised_result(recipe, model.stage, path, model)
 
 
-def _of_quantised_result(recipe: Recipe, origin: str, path: Path, model: ModelSpec) -> Problems:
+def _of_quantised_result(recipe: Recipe, origin: str, path: KeyPath, model: ModelSpec) -> Problems:
     """The result of an earlier stage cannot be quantised where it is an adapter."""
     stage = recipe.stages[origin]
     if model.quantization is not None and stage is not None and stage.is_lora and not (stage.lora and stage.lora.merge):
@@ -234,7 +234,7 @@ def _of_evaluation(recipe: Recipe, spec: EvaluationSpec) -> Problems:
             yield ("suites", index), f"two suites are named {suite.name!r}, and would write into one folder"
 
 
-def _of_evaluated(recipe: Recipe, model: EvaluatedModel, path: Path, in_suites: bool) -> Problems:
+def _of_evaluated(recipe: Recipe, model: EvaluatedModel, path: KeyPath, in_suites: bool) -> Problems:
     stages = list(recipe.stages or {})
     if model.name == model.stage and model.name not in stages:
         known = [*stages, STUDENT_AS_IT_WAS]

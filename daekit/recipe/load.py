@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import TypeVar
 
 from daekit.errors import UserError, listed, nearest
@@ -15,17 +15,17 @@ from daekit.recipe.model import ModelSpec
 from daekit.recipe.reading import Spec
 from daekit.recipe.schema import EvaluatedModel, Recipe, StageSpec
 from daekit.recipe.suite import SuiteModelSpec, SuiteSpec
-from daekit.recipe.tree import DEEPEST, Node, Path, Place, read_file
+from daekit.recipe.tree import DEEPEST, KeyPath, Node, Place, read_file
 from daekit.recipe.validation import Errors, bad_directory, dotted, is_name
 
 S = TypeVar("S", bound=Spec)
-_SUITES: Path = ("evaluation", "suites")
+_SUITES: KeyPath = ("evaluation", "suites")
 _MODEL = "model:"
 # The mappings whose keys are the user's own names: a misspelt one must not make a new entry.
 _NAMED = (("sources",), ("stages",), ("benchmarks",), ("models",))
 
 
-def load_recipe(path: str | FilePath, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from a YAML file.
 
     Args:
@@ -61,7 +61,7 @@ def load_recipe_text(text: str, name: str, overrides: Sequence[str] = ()) -> Rec
 
 
 def load_suite(
-    path: str | FilePath, models: Mapping[str, str] | None = None, overrides: Sequence[str] = (), need_models: bool = True
+    path: str | Path, models: Mapping[str, str] | None = None, overrides: Sequence[str] = (), need_models: bool = True
 ) -> SuiteSpec:
     """Read a suite from a YAML file.
 
@@ -180,9 +180,9 @@ def _read_suites(errors: Errors) -> None:
         item.value, item.text = tree.value, tree.text
 
 
-def _check_prices(errors: Errors, suite: SuiteSpec | None, path: Path = ()) -> None:
+def _check_prices(errors: Errors, suite: SuiteSpec | None, path: KeyPath = ()) -> None:
     """The prices in a file are not those of another judge that an override names."""
-    judges: list[Path] = [(), *(("benchmarks", name) for name in (suite and suite.benchmarks) or {})]
+    judges: list[KeyPath] = [(), *(("benchmarks", name) for name in (suite and suite.benchmarks) or {})]
     for where in [(*path, *each, "judge") for each in judges]:
         nodes = {key: errors.root.find((*where, key)) for key in ("model", "base_url", "price_prompt", "price_completion")}
         said = [key for key in ("model", "base_url") if (node := nodes[key]) is not None and node.place.override is not None]

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from daekit.errors import UserError, listed, nearest
 from daekit.recipe.reading import Choice, Number, Spec, Text, Whole, as_plain
-from daekit.recipe.tree import Path
+from daekit.recipe.tree import KeyPath
 from daekit.recipe.validation import Problems, dotted
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv"]
@@ -145,9 +145,9 @@ class Selection(Spec):
     patience: Whole | None = Field(default=None, ge=1)
     """End the training after so many evaluations that bring nothing better; null: train to the end."""
 
-    def unwatched(self, domains: Collection[str]) -> Iterator[tuple[Path, str]]:
+    def unwatched(self, domains: Collection[str]) -> Iterator[tuple[KeyPath, str]]:
         """(key, message) of each domain without validation rows."""
-        named: list[tuple[Path, str]] = [(("gain",), self.gain or "")]
+        named: list[tuple[KeyPath, str]] = [(("gain",), self.gain or "")]
         named += [(("forgetting", name), name.rpartition("/")[2]) for name in self.forgetting or ()]
         for key, domain in named:
             if domain not in domains:

@@ -18,7 +18,7 @@ from daekit.recipe.rows import MixtureSpec, SourceSpec, TokenizerSpec, Tokenizer
 from daekit.recipe.stages import STAGES, DAEStage, KDStage, LoraSpec, SFTStage, StageSpec
 from daekit.recipe.suite import SuiteSpec
 from daekit.recipe.teacher import CacheSpec, TeacherSpec, WeightedModelSpec
-from daekit.recipe.tree import Path
+from daekit.recipe.tree import KeyPath
 
 __all__ = [
     "STUDENT_AS_IT_WAS",
@@ -142,7 +142,7 @@ class Recipe(Spec):
         seed = self.stages[name].seed
         return self.seed if seed is None else seed
 
-    def measured_teachers(self, name: str) -> dict[Path, TeacherSpec]:
+    def measured_teachers(self, name: str) -> dict[KeyPath, TeacherSpec]:
         """The teachers of a stage that the report of a resolved recipe loads, cached or not, by their keys.
 
         KL to them is measured on validation rows, and a cache holds rows of the training.

@@ -15,7 +15,7 @@ from daekit.recipe.reading import Choice, Flag, Number, Seed, Spec, Text, Whole
 from daekit.recipe.rows import MixtureSpec
 from daekit.recipe.teacher import TeacherSpec
 from daekit.recipe.trainer_options import read_trainer_options
-from daekit.recipe.tree import Path
+from daekit.recipe.tree import KeyPath
 from daekit.recipe.validation import Errors, Problems, dotted
 
 
@@ -69,17 +69,17 @@ class _Stage(Spec):
         {}, description="Any field of trl.SFTConfig (learning_rate, max_steps, per_device_train_batch_size, packing...)."
     )
 
-    def teachers_by_key(self) -> dict[Path, TeacherSpec]:
+    def teachers_by_key(self) -> dict[KeyPath, TeacherSpec]:
         """Key path below the stage -> every teacher that it names, the reference last."""
         return {}
 
-    def domains_of(self, key: Path, present: Iterable[str]) -> list[str]:
+    def domains_of(self, key: KeyPath, present: Iterable[str]) -> list[str]:
         """Of the domains that have rows those whose rows follow the teacher at a key."""
         return list(present)
 
-    def models(self) -> dict[Path, ModelSpec]:
+    def models(self) -> dict[KeyPath, ModelSpec]:
         """Key path below the stage -> every model that it names."""
-        models: dict[Path, ModelSpec] = {("student",): self.student} if self.student is not None else {}
+        models: dict[KeyPath, ModelSpec] = {("student",): self.student} if self.student is not None else {}
         if self.student is not None and self.student.init is not None:
             models |= {("student", *path): model for path, model in self.student.init.models().items()}
         for key, teacher in self.teachers_by_key().items():
@@ -111,7 +111,7 @@ class _Stage(Spec):
             later = "train the adapter in a later stage"
             yield "lora", f"a part of a teacher must be trained whole before an adapter makes up for what is missing; {later}"
 
-    def _of_another(self, path: Path, model: ModelSpec) -> Problems:
+    def _of_another(self, path: KeyPath, model: ModelSpec) -> Problems:
         """A model that is not the student: an adapter on the student's base, or one of its own."""
         if model.init is not None:
             yield path, "only the student of a stage is made `from` another model; make it in a stage of its own"
@@ -214,7 +214,7 @@ class KDStage(_Distillation):
     type: Annotated[Literal["kd"], Choice]
     teacher: TeacherSpec = Field(description="The teacher to follow.")
 
-    def teachers_by_key(self) -> dict[Path, TeacherSpec]:
+    def teachers_by_key(self) -> dict[KeyPath, TeacherSpec]:
         """See the base class."""
         return {("teacher",): self.teacher} if self.teacher is not None else {}
 
@@ -235,14 +235,14 @@ class DAEStage(_Distillation):
         "at most, and say so if it is not better.",
     )
 
-    def teachers_by_key(self) -> dict[Path, TeacherSpec]:
+    def teachers_by_key(self) -> dict[KeyPath, TeacherSpec]:
         """See the base class."""
-        found: dict[Path, TeacherSpec] = {("teachers", domain): each for domain, each in (self.teachers or {}).items()}
+        found: dict[KeyPath, TeacherSpec] = {("teachers", domain): each for domain, each in (self.teachers or {}).items()}
         if self.reference is not None:
             found["reference",] = self.reference
         return {key: each for key, each in found.items() if each is not None}
 
-    def domains_of(self, key: Path, present: Iterable[str]) -> list[str]:
+    def domains_of(self, key: KeyPath, present: Iterable[str]) -> list[str]:
         """See the base class."""
         mine = key[1:] if key[0] == "teachers" else self.reference_domains
         return [domain for domain in present if domain in mine]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 from functools import cache
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BeforeValidator, Field, create_model
@@ -162,7 +162,7 @@ def _parse(package: str, file: str) -> ast.Module:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"{package} is not installed, so its options cannot be checked; run `pip install {package}`")
-    source = FilePath(spec.submodule_search_locations[0]) / file
+    source = Path(spec.submodule_search_locations[0]) / file
     if not source.is_file():
         raise UserError(f"{package} has no file {file}: this version of {package} is not supported")
     return ast.parse(source.read_text(encoding="utf-8"))
@@ -181,7 +181,7 @@ def _field(line: ast.AnnAssign, enums: dict[str, tuple[str, ...]]) -> tuple[Any,
         words = {word.arg: word.value for word in line.value.keywords}
     default, metadata = words.get("default"), _literals(words.get("metadata"))
     value = ast.literal_eval(default) if isinstance(default, (ast.Constant, ast.UnaryOp)) else None
-    names = [_name(member) for member in _members(line.annotation)]
+    names = [member.partition("[")[0] for member in ast.unparse(line.annotation).split(" | ")]
     choices = tuple(metadata.get("choices", ())) or next((enums[name] for name in names if name in enums), ())
     kinds = [kind for name, kind in _TYPES.items() if name in names and not (choices and name == "str")]
     if choices:
@@ -192,18 +192,6 @@ def _field(line: ast.AnnAssign, enums: dict[str, tuple[str, ...]]) -> tuple[Any,
     key, about = getattr(line.target, "id", ""), " ".join(str(metadata.get("help", "")).split())
     field = Field(value, description=about, gt=0 if key in _POSITIVE else None, ge=0 if key in _NOT_NEGATIVE else None)
     return (kind | None if "None" in names else kind), field
-
-
-def _name(member: ast.expr) -> str:
-    member = member.value if isinstance(member, ast.Subscript) else member
-    return "None" if isinstance(member, ast.Constant) and member.value is None else getattr(member, "id", "")
-
-
-def _members(annotation: ast.expr) -> list[ast.expr]:
-    """The members of ``A | B | None``."""
-    if isinstance(annotation, ast.BinOp):
-        return [*_members(annotation.left), *_members(annotation.right)]
-    return [annotation]
 
 
 def _literals(metadata: ast.expr | None) -> dict[str, Any]:

@@ -10,14 +10,14 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import yaml
 
 from daekit.errors import UserError
 
-Path: TypeAlias = tuple[str | int, ...]
+KeyPath: TypeAlias = tuple[str | int, ...]
 Scalar: TypeAlias = bool | int | float | str | None
 
 _PREFIX = "tag:yaml.org,2002:"
@@ -56,7 +56,7 @@ class Node:
 
     value: dict[str, Node] | list[Node] | Scalar
     place: Place
-    path: Path = ()
+    path: KeyPath = ()
     text: str | None = None
 
     def child(self, key: str | int) -> Node | None:
@@ -65,7 +65,7 @@ class Node:
             return self.value.get(str(key))
         return self.value[key] if isinstance(self.value, list) and isinstance(key, int) and key < len(self.value) else None
 
-    def moved(self, path: Path) -> Node:
+    def moved(self, path: KeyPath) -> Node:
         """A copy that lies at ``path`` and remembers where it was written."""
         value = self.value
         if isinstance(value, dict):
@@ -74,12 +74,12 @@ class Node:
             value = [node.moved((*path, index)) for index, node in enumerate(value)]
         return Node(value, self.place, path, self.text)
 
-    def find(self, path: Path) -> Node | None:
+    def find(self, path: KeyPath) -> Node | None:
         """The value at ``path``, or None."""
         node = self.locate(path)
         return node if len(node.path) == len(self.path) + len(path) else None
 
-    def locate(self, path: Path) -> Node:
+    def locate(self, path: KeyPath) -> Node:
         """The value at ``path``, or the nearest one above it that exists."""
         node = self
         for key in path:
@@ -149,10 +149,10 @@ def _whole_characters(text: str) -> str | None:
         return None
 
 
-def read_file(path: str | FilePath, kind: str) -> str:
+def read_file(path: str | Path, kind: str) -> str:
     """The text of a YAML file; ``kind`` is what the UserError for one that cannot be read calls it."""
     try:
-        with FilePath(path).open("rb") as file:  # no further: it may be a device
+        with Path(path).open("rb") as file:  # no further: it may be a device
             text = file.read(_LARGEST_FILE + 1)
         if len(text) > _LARGEST_FILE:
             raise ValueError(f"it has more than {_LARGEST_FILE:,} bytes")
@@ -166,8 +166,8 @@ def read_file(path: str | FilePath, kind: str) -> str:
 def read_tree(
     text: str,
     name: str,
-    note: Callable[[Path, str, Place], None],
-    path: Path = (),
+    note: Callable[[KeyPath, str, Place], None],
+    path: KeyPath = (),
     override: str | None = None,
     file: str | None = None,
 ) -> Node:
@@ -201,14 +201,14 @@ def read_tree(
 class _Reader:
     """Turns PyYAML's nodes into ours; ``above`` are the nodes on the way down, to find an alias inside its own anchor."""
 
-    def __init__(self, name: str, note: Callable[[Path, str, Place], None], override: str | None, file: str | None) -> None:
+    def __init__(self, name: str, note: Callable[[KeyPath, str, Place], None], override: str | None, file: str | None) -> None:
         self.name, self.note, self.override, self.file = name, note, override, file
         self.count = 0
 
     def place(self, node: yaml.Node) -> Place:
         return Place(None if self.override else node.start_mark.line + 1, self.override, self.file)
 
-    def read(self, node: yaml.Node, path: Path, above: tuple[yaml.Node, ...], place: Place) -> Node:
+    def read(self, node: yaml.Node, path: KeyPath, above: tuple[yaml.Node, ...], place: Place) -> Node:
         if any(node is other for other in above):
             raise UserError(f"{self.name}: {self.place(node)}an anchor contains an alias of itself")
         if len(above) > DEEPEST:
@@ -233,7 +233,7 @@ class _Reader:
         if self.count > _MOST_NODES:
             raise UserError(f"{self.name}: more than {_MOST_NODES} values: this is not a recipe")
 
-    def pairs(self, node: yaml.MappingNode, path: Path, above: tuple[yaml.Node, ...]) -> dict[str, tuple[yaml.Node, Place]]:
+    def pairs(self, node: yaml.MappingNode, path: KeyPath, above: tuple[yaml.Node, ...]) -> dict[str, tuple[yaml.Node, Place]]:
         """The keys of a mapping; those merged with ``<<`` come last and never replace its own."""
         own: dict[str, tuple[yaml.Node, Place]] = {}
         merged: list[yaml.Node] = []
@@ -260,7 +260,7 @@ class _Reader:
                 own.setdefault(name, pair)
         return own
 
-    def scalar(self, node: yaml.ScalarNode, kind: str, path: Path, place: Place) -> Node:
+    def scalar(self, node: yaml.ScalarNode, kind: str, path: KeyPath, place: Place) -> Node:
         text, value = node.value, _value(kind, node.value)
         if value is None and kind != "null":
             wrong = _HALF if kind == "str" else "is not a finite number of sensible size"

@@ -11,9 +11,9 @@ from typing import TypeAlias
 from pydantic import ValidationError
 
 from daekit.errors import ErrorDetail, UserError, listed, nearest
-from daekit.recipe.tree import Node, Path, Place, read_tree
+from daekit.recipe.tree import KeyPath, Node, Place, read_tree
 
-Key: TypeAlias = str | Path  # of a mapping, or the keys on the way to something below it
+Key: TypeAlias = str | KeyPath  # of a mapping, or the keys on the way to something below it
 Problems: TypeAlias = Iterator[tuple[Key, str]]  # (key, sentence) of what is wrong with a mapping
 
 _NOUNS = {
@@ -33,7 +33,7 @@ _BOUNDS = {
 }
 
 
-def dotted(path: Path) -> str:
+def dotted(path: KeyPath) -> str:
     """A key path as users write it in an override: ``stages.kd.teacher.ensemble.0.weight``."""
     return ".".join(str(part) for part in path)
 
@@ -55,36 +55,36 @@ class Errors:
 
     name: str
     root: Node = field(default_factory=lambda: Node(None, Place()))
-    found: list[tuple[Place, Path, str]] = field(default_factory=list)
-    paths: list[Path] = field(default_factory=list)
-    copies: dict[Path, Path] = field(default_factory=dict)
-    _unread: set[Path] = field(default_factory=set)
+    found: list[tuple[Place, KeyPath, str]] = field(default_factory=list)
+    paths: list[KeyPath] = field(default_factory=list)
+    copies: dict[KeyPath, KeyPath] = field(default_factory=dict)
+    _unread: set[KeyPath] = field(default_factory=set)
 
-    def add(self, path: Path, message: str, place: Place | None = None) -> None:
+    def add(self, path: KeyPath, message: str, place: Place | None = None) -> None:
         """Note an error at ``path``; its place is that of the nearest key that exists unless given."""
         self.found.append((self.root.locate(path).place if place is None else place, path, message))
 
-    def add_unread(self, path: Path, message: str, place: Place | None = None) -> None:
+    def add_unread(self, path: KeyPath, message: str, place: Place | None = None) -> None:
         """Like ``add``, for a value that cannot be read: what is found later at the same keys would only follow from it."""
         if not self.is_unread(path):
             self._unread.add(path)
             self.add(path, message, place)
 
-    def add_check(self, path: Path, message: str) -> None:
+    def add_check(self, path: KeyPath, message: str) -> None:
         """Like ``add``, unless something at, above or below ``path`` could not be read."""
         if not self.is_unread(path, below=True):
             self.add(path, message)
 
-    def add_all(self, problems: Iterable[tuple[Key, str]], above: Path = ()) -> None:
+    def add_all(self, problems: Iterable[tuple[Key, str]], above: KeyPath = ()) -> None:
         """``add_check`` of each (key below ``above``, message)."""
         for key, message in problems:
             self.add_check((*above, *((key,) if isinstance(key, str) else key)), message)
 
-    def is_unread(self, path: Path, below: bool = False) -> bool:
+    def is_unread(self, path: KeyPath, below: bool = False) -> bool:
         """Whether the value at ``path``, or one that holds it (or lies ``below`` it), is known not to be readable."""
         return any(path[: len(other)] == other or (below and other[: len(path)] == path) for other in self._unread)
 
-    def read(self, text: str, path: Path = (), override: str | None = None, file: str | None = None) -> Node:
+    def read(self, text: str, path: KeyPath = (), override: str | None = None, file: str | None = None) -> Node:
         """The tree of a YAML document that lies at ``path``; what in it cannot be read is noted.
 
         Raises:
@@ -93,7 +93,9 @@ class Errors:
         name = self.name if path == () else file or "its value"
         return read_tree(text, name, self.add_unread, path, override, file)
 
-    def add_validation(self, path: Path, error: ValidationError, choices: tuple[str, ...] = (), value: object = None) -> None:
+    def add_validation(
+        self, path: KeyPath, error: ValidationError, choices: tuple[str, ...] = (), value: object = None
+    ) -> None:
         """Note what pydantic says of the value at ``path``.
 
         Args:
@@ -103,7 +105,7 @@ class Errors:
             value: what was read; the items of a list that no file holds (the weights of a mixture) know where they lie.
         """
         items = value if isinstance(value, list) else []
-        wanted: dict[Path, list[str]] = {}
+        wanted: dict[KeyPath, list[str]] = {}
         for each in error.errors(include_url=False, include_input=False):
             where, node, parts = path, self.root.locate(path), each["loc"]
             if parts and isinstance(parts[0], int) and parts[0] < len(items) and isinstance(items[parts[0]], Node):
@@ -137,7 +139,7 @@ class Errors:
         if items:
             self._unread.add(path)
 
-    def _originals(self, path: Path) -> list[Path]:
+    def _originals(self, path: KeyPath) -> list[KeyPath]:
         """The keys of named models whose copy lies at ``path`` or above it, continued to what lies there."""
         return [(*named, *path[len(copy) :]) for copy, named in self.copies.items() if path[: len(copy)] == copy]
 
