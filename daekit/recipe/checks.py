@@ -131,7 +131,7 @@ def of_origin(recipe: Recipe, model: ModelSpec, path: KeyPath, earlier: list[str
         earlier: the stages that it may be a result of.
         name: the stage that names it; None: the report.
     """
-    own = [key for key in ("path", "stage", "config") if getattr(model, key) is not None]
+    own = model.changed("path", "stage", "config")
     if len(own) != 1:
         given = f"not {listed(own)}" if own else "it has none of them"
         yield path, f"a model needs exactly one of path, stage and config; {given}"

@@ -16,7 +16,7 @@ from daekit.recipe.suite import Column, ServedModelSpec, SuiteModelSpec
 from daekit.recipe.validation import Problems, missing_rows
 
 _OWN_WORDS = ("self", "bos")
-_READING = ("split", "name", "revision", "columns", "chat", "limit")
+_READING = ("split", "name", "revision", "columns", "chat")
 _OF_SELF = ("temperature", "top_p", "max_new_tokens")
 
 
@@ -35,15 +35,14 @@ class GeneratorSpec(ServedModelSpec, ModelSpec):
 
     def problems(self) -> Problems:
         """An endpoint that is a model, too, or neither; a model that has nothing to write."""
-        own = [key for key in ("path", "stage", "config", "adapter", "init") if getattr(self, key) is not None]
+        own = self.changed("path", "stage", "config", "adapter", "init")
         if self.url is None:
             yield from super().problems()
-            for key in ("served_model", "api_key_env"):
-                if getattr(self, key) is not None:
-                    yield key, "belongs to an endpoint (url)"
+            for key in self.changed("served_model", "api_key_env"):
+                yield key, "belongs to an endpoint (url)"
             if self.init is not None or self.config is not None:
                 yield (), "random weights, or parts of a teacher, have nothing to write; give a path or a stage"
-            for key in [key for key in ("offload", "whole") if getattr(self, key)]:
+            for key in self.changed("offload", "whole"):
                 yield key, "belongs to a teacher in training; use device_map or quantization"
             if self.adapter == BARE_BASE:
                 yield "adapter", "the base is a model of its own here; give its path"
@@ -89,19 +88,17 @@ class PromptsSpec(Spec):
 
     def problems(self) -> Problems:
         """None or several kinds of prompts, and settings of another kind."""
-        ways = [key for key in ("written", "source", "path") if getattr(self, key) is not None]
+        ways = self.changed("written", "source", "path")
         if len(ways) != 1:
             yield (), f"must be exactly one of self, bos, {{path: ...}} and {{source: ...}}, not {listed(ways)}"
         yield from missing_rows("path", self.path)
-        for key in _READING if self.path is None else ():
-            if self.changed(key) and not (key == "limit" and self.source is not None):
-                yield key, "belongs to `path`: it would do nothing"
+        for key in self.changed(*_READING, *(() if self.source else ("limit",))) if self.path is None else ():
+            yield key, "belongs to `path`: it would do nothing"
         for column in self.columns:
             if column not in ("prompt", "messages"):
                 yield ("columns", column), "would do nothing: of prompts only prompt and messages are read; remove it"
-        for key in _OF_SELF if self.written != "self" else ():
-            if self.changed(key):
-                yield key, "belongs to `written: self`: it would do nothing"
+        for key in self.changed(*_OF_SELF) if self.written != "self" else ():
+            yield key, "belongs to `written: self`: it would do nothing"
 
 
 class GeneratedSpec(Spec):

@@ -79,8 +79,7 @@ class JudgeSpec(CallsSpec):
             yield from (("base_url", sentence) for sentence in url_problems(self.base_url))
             if not self.model:
                 yield "model", "is missing: the endpoint must be told which of its models judges"
-        if self.path is None and (self.quantization is not None or self.dtype != "auto"):
-            key = "quantization" if self.quantization else "dtype"
+        for key in self.changed("quantization", "dtype") if self.path is None else ():
             yield key, "belongs to a local judge (path); an endpoint decides it itself"
         if self.path is not None and self.temperature:
             yield "temperature", f"{self.temperature} is not possible with path: a local judge answers greedily; leave it out"

@@ -168,7 +168,7 @@ class ModelSpec(LoadingSpec):
 
     def with_base_of(self, origin: ModelSpec) -> ModelSpec:
         """This student, which continues the adapter of a stage; what it does not say of its base is that of the stage's."""
-        return origin.model_copy(update={key: getattr(self, key) for key in ModelSpec.model_fields if self.changed(key)})
+        return origin.model_copy(update={key: getattr(self, key) for key in self.changed(*ModelSpec.model_fields)})
 
     def may_be(self, other: ModelSpec) -> bool:
         """Whether two bases can be one model; a stage and a path only where the path leads to what it has written."""
@@ -225,25 +225,21 @@ class StudentSpec(Spec):
 
     def problems(self) -> Problems:
         """One way of making it, of whole models, and no settings that would do nothing."""
-        cuts = [key for key in ("shape", "search") if getattr(self, key)]
-        ways = [
-            key for key, given in (("with", self.with_), ("keep_experts", self.keep_experts), ("dense", self.dense)) if given
-        ]
+        cuts = self.changed("shape", "search")
+        ways = [key.rstrip("_") for key in self.changed("with_", "keep_experts", "dense")]
         if len(cuts) > 1:
             yield "search", "finds the shape: remove `shape`, or `search`"
         if len(ways) > 1 or (cuts and ways and ways != ["dense"]):
             yield (), f"{listed([*ways, *cuts])} exclude each other (only `dense` goes with a shape or a search)"
         if not ways and not cuts:
             yield (), "says not what to make of its teacher: give a `shape`, a `search`, `dense`, `keep_experts` or `with`"
-        for key in ("importance", "fit_norms") if not cuts else ():
-            if self.changed(key):
-                yield key, "belongs to a student cut by `shape` or `search`; remove it"
+        for key in self.changed("importance", "fit_norms") if not cuts else ():
+            yield key, "belongs to a student cut by `shape` or `search`; remove it"
         for path, model in self.models().items():
             if model.quantization is not None:
                 yield (*path, "quantization"), "a student cannot be made of quantised weights; load them in 16 bits (remove it)"
-            for key in ("device_map", "offload", "whole"):
-                if getattr(model, key):
-                    yield (*path, key), "a student is cut from a teacher that lies on one device as a whole; remove it"
+            for key in model.changed("device_map", "offload", "whole"):
+                yield (*path, key), "a student is cut from a teacher that lies on one device as a whole; remove it"
             if model.adapter is not None:
                 merged = "name the merged one (a stage with lora.merge, or `daekit merge`)"
                 yield (*path, "adapter"), f"a student is made of whole models; {merged}"

@@ -115,16 +115,14 @@ class Objective(Spec):
 
     def problems(self) -> Problems:
         """Settings that would do nothing."""
-        for key in ("max_new_tokens", "rollout_temperature", "rollout_buffer"):
-            if not self.on_policy and self.changed(key):
-                yield key, "belongs to on_policy, which is 0: it would do nothing"
+        for key in self.changed("max_new_tokens", "rollout_temperature", "rollout_buffer") if not self.on_policy else ():
+            yield key, "belongs to on_policy, which is 0: it would do nothing"
         for key, divergences in {"beta": ("jsd",), "skew_alpha": ("skew_kl", "skew_reverse_kl")}.items():
             if self.divergence not in divergences and self.changed(key):
                 yield key, f"{key} belongs to divergence: {' or '.join(divergences)}, not to {self.divergence}"
         for kind, options in {"attention": ("layers", "relation_heads"), "hidden": ("layers", "loss")}.items():
-            for key in [f"{kind}_{option}" for option in options if not getattr(self, f"{kind}_weight")]:
-                if self.changed(key):
-                    yield key, f"belongs to {kind}_weight, which is 0: it would do nothing"
+            for key in self.changed(*(f"{kind}_{option}" for option in options if not getattr(self, f"{kind}_weight"))):
+                yield key, f"belongs to {kind}_weight, which is 0: it would do nothing"
 
     @property
     def parameter(self) -> float:

@@ -106,9 +106,10 @@ class Spec(BaseModel):
         """What contradicts itself in a mapping that was read from a file; what could not be read is None or its default."""
         yield from ()
 
-    def changed(self, key: str) -> bool:
-        """Whether a field has another value than its default."""
-        return getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True)
+    def changed(self, *keys: str) -> list[str]:
+        """Those of the fields that have another value than their default."""
+        defaults = {key: type(self).model_fields[key].get_default(call_default_factory=True) for key in keys}
+        return [key for key, default in defaults.items() if getattr(self, key) != default]
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:

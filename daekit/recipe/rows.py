@@ -59,9 +59,8 @@ class SourceSpec(Spec):
         elif self.generated is not None:
             if self.path is not None:
                 yield "generated", "excludes `path`: rows lie there, or a model writes them"
-            for key in ("split", "name", "revision", "validation_split", "columns", "chat"):
-                if self.changed(key):
-                    yield key, "belongs to `path`; the rows of `generated` are as its prompts are"
+            for key in self.changed("split", "name", "revision", "validation_split", "columns", "chat"):
+                yield key, "belongs to `path`; the rows of `generated` are as its prompts are"
             rows = self.generated.rows
             if self.holdout is not None and rows is not None and self.holdout >= rows:
                 yield "holdout", f"{self.holdout} of the {rows} rows that are written leave none to train on; hold out fewer"
@@ -71,7 +70,7 @@ class SourceSpec(Spec):
                 yield ("columns", column), f"{theirs!r} has a brace without its other; a column is named so: {{page}}"
         yield from missing_rows("path", self.path)
         yield from missing_rows("validation", self.validation)
-        ways = [key for key in ("validation", "validation_split", "holdout") if getattr(self, key) is not None]
+        ways = self.changed("validation", "validation_split", "holdout")
         if len(ways) > 1:
             yield ways[-1], f"{listed(ways)} exclude each other; set all but one to null (or leave them out)"
         if not ways and self.validation_limit is not None:

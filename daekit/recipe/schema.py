@@ -79,8 +79,8 @@ class EvaluatedModel(ModelSpec):
 
     def compact(self, dumped: dict[str, Any]) -> Any:
         """A stage's result and the student as it was are written as their names."""
-        only = {key for key in type(self).model_fields if self.changed(key)}
-        if self.name == STUDENT_AS_IT_WAS or (self.is_stage and only == {"name", "stage"}):
+        only = self.changed(*type(self).model_fields)
+        if self.name == STUDENT_AS_IT_WAS or (self.is_stage and {*only} == {"name", "stage"}):
             return self.name
         return {"name": self.name, **super().compact(dumped)}
 

@@ -97,9 +97,8 @@ class _Stage(Spec):
             if model is not self.student:
                 yield from self._of_another(path, model)
         student = self.student or ModelSpec()
-        for key in ("device_map", "offload", "whole"):
-            if getattr(student, key):
-                yield ("student", key), "belongs to a teacher; a student is trained on the devices of `accelerate launch`"
+        for key in student.changed("device_map", "offload", "whole"):
+            yield ("student", key), "belongs to a teacher; a student is trained on the devices of `accelerate launch`"
         if student.quantization is not None and not self.is_lora:
             remedy = "add `lora` to train an adapter on it (QLoRA), or remove this"
             yield ("student", "quantization"), f"a student in {student.quantization} cannot be trained itself; {remedy}"
@@ -117,7 +116,7 @@ class _Stage(Spec):
             yield path, "only the student of a stage is made `from` another model; make it in a stage of its own"
         if model.adapter is None or path[0] == "student":
             return
-        more = [key for key in ModelSpec.model_fields if model.changed(key) and key != "adapter"]
+        more = [key for key in model.changed(*ModelSpec.model_fields) if key != "adapter"]
         if more:
             remedy = f"remove {listed(more)}, or, for a model of its own, remove `adapter`"
             yield (*path, more[0]), f"an adapter runs on the student's base, as it is loaded there; {remedy}"
