@@ -39,10 +39,10 @@ def main() -> None:
         tokenizer = tokenizer_for(data["train"])
         student, teachers = random_model("mistral", tokenizer), {"shop": random_model("mixtral", tokenizer)}
 
-    trainer = DAETrainer(  # was SFTTrainer
+    trainer = DAETrainer(  # in place of SFTTrainer
         model=student,
         teachers=teachers,  # new; reference=None: general rows follow the student as it stands now
-        args=DAEConfig(  # was SFTConfig
+        args=DAEConfig(  # in place of SFTConfig
             output_dir=options.output_dir,
             max_steps=options.max_steps,
             learning_rate=options.learning_rate,
@@ -60,7 +60,7 @@ def main() -> None:
     after = trainer.evaluate()
     for domain in [*teachers, "general"]:
         key = f"eval_kl/{domain}"
-        print(f"{domain}: KL to whom it follows, nats per token: {before[key]:.4f} before, {after[key]:.4f} after")
+        print(f"{domain}: KL to its teacher, nats per token: {before[key]:.4f} before, {after[key]:.4f} after")
     trainer.save_model()
 
 

@@ -1,4 +1,4 @@
-r"""Knowledge distillation in a plain TRL script: SFTTrainer and SFTConfig became KDTrainer and KDConfig, and a teacher came in.
+r"""Knowledge distillation in a plain TRL script: KDTrainer and KDConfig in place of SFTTrainer and SFTConfig, and a teacher.
 
     python examples/kd.py                      # small random models and embedded rows: offline, seconds on a CPU
     accelerate launch examples/kd.py --student mistralai/Mistral-7B-v0.1 --teacher mistralai/Mixtral-8x7B-Instruct-v0.1 \
@@ -38,10 +38,10 @@ def main() -> None:
         tokenizer = tokenizer_for(data["train"])
         student, teacher = random_model("mistral", tokenizer), random_model("mixtral", tokenizer, hidden_size=96)
 
-    trainer = KDTrainer(  # was SFTTrainer
+    trainer = KDTrainer(  # in place of SFTTrainer
         model=student,
         teacher=teacher,  # new
-        args=KDConfig(  # was SFTConfig
+        args=KDConfig(  # in place of SFTConfig
             output_dir=options.output_dir,
             max_steps=options.max_steps,
             learning_rate=options.learning_rate,
