@@ -232,6 +232,23 @@ def test_it_trains_beside_a_local_teacher(server: ScoreServer, tmp_path: Path) -
     assert trainer.teacher.identity()["shop"] == {"kind": "server", "model": "big", "k": K}
 
 
+def test_what_the_student_writes_is_scored_as_by_the_model_itself(server: ScoreServer, tmp_path: Path) -> None:
+    server.max_logprobs = V
+    args = dict(
+        max_steps=3, per_device_train_batch_size=4, report_to="none", save_strategy="no", optim="sgd", learning_rate=0.1
+    )
+    args |= dict(gradient_checkpointing=False, disable_tqdm=True, logging_steps=1, on_policy_fraction=1.0, max_new_tokens=6)
+    runs = []
+    for number, teacher in enumerate((teacher_at(server, V), ModelTeacher(TEACHER, V))):
+        config = KDConfig(output_dir=str(tmp_path / str(number)), **args)  # type: ignore[arg-type]
+        trainer = KDTrainer(tiny.model(seed=1), teacher, config, tiny.rows(12), tiny.tokenizer())
+        trainer.train()
+        runs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(runs[0]) == 3 and runs[0] == pytest.approx(runs[1], rel=1e-5)
+    sent = [tuple(call["prompt"]) for call in server.calls if not isinstance(call["prompt"], str)]
+    assert len({*sent} - {*map(tuple, trainer.train_dataset["input_ids"])}) >= 12, "the student's own responses were scored"
+
+
 RECIPE = """
 name: served
 output_dir: OUT/run
@@ -291,18 +308,33 @@ def test_preparation_asks_the_server_before_the_first_step(what: str, said: str,
         prepare(load_recipe_text(text, "served.yaml"))
 
 
+def test_a_recipe_trains_on_responses_that_the_server_scores(server: ScoreServer, tmp_path: Path) -> None:
+    text = RECIPE.replace("OUT", str(build_world(tmp_path))).replace("URL", server.url)
+    overrides = ["stages.kd.loss.on_policy=1.0", "stages.kd.loss.max_new_tokens=40"]
+    run_recipe(load_recipe_text(text, "served.yaml", overrides))
+    longest = max(len(call["prompt"]) for call in server.calls if not isinstance(call["prompt"], str))
+    server.max_model_len = longest  # one token less than it needs, for it writes one, too
+    again = load_recipe_text(text, "served.yaml", [*overrides, f"output_dir={tmp_path}/again"])
+    with pytest.raises(UserError, match=r"(?s)stages\.kd\.teacher: .*maximum context length"):
+        prepare(again)
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("stages.kd.teacher.cache=hidden", "a server sends the log-probabilities of its most likely tokens only"),
         ("stages.kd.loss.temperature=2.0", "a tail cannot be tempered"),
         ("stages.kd.loss.attention_weight=1.0", "a server .* has distributions alone"),
+        (
+            "stages.kd.loss.on_policy=1.0 stages.kd.teacher.cache=top_k",
+            r"a cache \(teacher\) has what its teacher said of rows",
+        ),
         ("stages.kd.teacher.base_url=localhost:8000", "must begin with http"),
         ("stages.kd.teacher.tieout=3", "did you mean 'timeout'"),
-        ("stages.kd.teacher.cache={keep: top_k, k: 12}", "with a cache it is `cache.k`"),
+        ("stages.kd.teacher.cache=top_k", "with a cache it is `cache.k`"),
     ],
 )
 def test_what_a_recipe_may_not_say(override: str, said: str, tmp_path: Path) -> None:
     text = RECIPE.replace("OUT", str(tmp_path)).replace("URL", "http://127.0.0.1:9/v1")
     with pytest.raises(UserError, match=said):
-        load_recipe_text(text, "served.yaml", [override])
+        load_recipe_text(text, "served.yaml", override.split())

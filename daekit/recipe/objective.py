@@ -1,6 +1,6 @@
 """The objective of distillation: which losses a student is trained on, and how much of each. Stated here once.
 
-A recipe's ``loss:``, the trainers' ``KDConfig`` and the loss functions all have this class.
+It is a recipe's ``loss:`` and an argument of the loss functions; ``KDConfig`` of the trainers makes one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Objective(Spec):
     """``loss = (ce_weight * CE + prediction_weight * T^2 * D + attention_weight * A + hidden_weight * H) / N``.
 
     N are the loss tokens of the global batch (see ``normalize``). CE, D and A are in nats, H has no unit. The defaults are the
-    released settings of "A Teacher Is Worth A Million Instructions" (arXiv 2406.19112), whose attention_weight is 1.
+    released settings of "A Teacher Is Worth A Million Instructions" (arXiv 2406.19112), but for its attention_weight of 1.
     """
 
     model_config = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False)

@@ -186,7 +186,7 @@ class _Distillation(_Stage):
             if teacher.kind == "student" and teacher.cache is not None and key != ("reference",):
                 yield key, "only a reference is the student itself; a teacher is a model, an ensemble or labels"
         if loss.on_policy and self.trainer.get("packing"):
-            remedy = "set padding_free, or loss.on_policy to 0"
+            remedy = "set padding_free and max_length: null, or loss.on_policy to 0"
             yield ("trainer", "packing"), f"lays rows into blocks before the student has written responses; {remedy}"
         length = self.trainer.get("max_length")
         if loss.on_policy and isinstance(length, int) and loss.max_new_tokens >= length:
@@ -219,7 +219,7 @@ class KDStage(_Distillation):
 
 
 class DAEStage(_Distillation):
-    """Follow the teacher of each row's domain, and the reference elsewhere."""
+    """Follow the teacher of each row's domain; rows of ``reference_domains`` follow the reference."""
 
     ELSEWHERE: ClassVar = {"teacher": "a dae stage names a teacher per domain: `teachers: {DOMAIN: MODEL}`"}
     type: Annotated[Literal["dae"], Choice]

@@ -133,9 +133,11 @@ class TeacherSpec(Spec):
         kind, cached = self.kind, self.cache is not None
         what = {"labels": "labels", "server": "a server"}.get(kind, "a cache" if cached else None)
         named, drawn = f"{what} ({name})", self.cache is not None and self.cache.keep == "sampled" and kind != "server"
-        if what is not None and loss.on_policy:
-            has = "no teacher that could score" if kind == "labels" else "what its teacher said of rows that were there, not"
-            yield "on_policy", f"{named} has {has} what the student is yet to write; set it to 0, or give the teacher itself"
+        if (cached or kind == "labels") and loss.on_policy:
+            has = (
+                "a cache ({}) has what its teacher said of rows that were there, not" if cached else "labels ({}) cannot score"
+            )
+            yield "on_policy", f"{has.format(name)} what the student is yet to write; set it to 0, or give the teacher itself"
         if kind == "server" and loss.temperature != 1.0:
             yield "temperature", f"{named} sends log-probabilities at temperature 1, and a tail cannot be tempered; set it to 1"
         if (drawn or kind == "labels") and (loss.divergence != "forward_kl" or loss.temperature != 1.0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -127,7 +128,8 @@ class ServerTeacher:
         return [(token, named[token]) for token in sorted(likeliest)]
 
     def require_served(self, objective: Objective, tokenizer: PreTrainedTokenizerBase, rows: Iterable[CacheRow]) -> None:
-        """Refuse what it does not serve, then ask it once about a text and about the longest row.
+        """Refuse what it does not serve, then ask it once about a text, the longest row, and what is longest of what the
+        student may write (``on_policy``).
 
         Raises:
             UserError: features of layers, another temperature than 1; another tokenizer; and see ``outputs``.
@@ -141,12 +143,20 @@ class ServerTeacher:
                 f"temperature: the loss has {objective.temperature}, and {self._where} sends log-probabilities at 1, whose "
                 "tail cannot be tempered. Use 1."
             )
-        if not self._is_looked_at:
-            self._require_tokenizer(tokenizer)
-            longest = max((row for row in rows if len(row.offsets)), key=lambda row: len(row.input_ids), default=None)
-            if longest is not None:
-                self._ask([longest], torch.device("cpu"))
-            self._is_looked_at = longest is not None
+        if self._is_looked_at:
+            return
+        self._require_tokenizer(tokenizer)
+        longest, prompt = None, np.zeros(0, np.int32)
+        for row in rows:
+            if len(row.offsets):
+                longest = row if longest is None else max(longest, row, key=lambda each: len(each.input_ids))
+                prompt = max(prompt, _prompt(row), key=len) if objective.on_policy else prompt
+        if longest is not None:
+            self._ask([longest], torch.device("cpu"))
+            self._is_looked_at = True
+        if len(prompt):  # and the longest that the student may write
+            written = np.append(prompt, np.repeat(prompt[-1:], objective.max_new_tokens))
+            self._ask([CacheRow(written, np.array([len(prompt) - 1]))], torch.device("cpu"))
 
     def _require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         text = probe_text(tokenizer)
@@ -168,3 +178,10 @@ class ServerTeacher:
     def identity(self) -> dict[str, object]:
         """The name that it is served by, and K: where the server runs does not matter."""
         return {"kind": "server", "model": self.served, "k": self.k}
+
+
+def _prompt(row: CacheRow) -> np.ndarray:
+    """What comes before the last stretch of tokens that carry loss, in whose place the student writes; int32 ``[tokens]``."""
+    stretches = np.flatnonzero(np.diff(row.offsets) > 1)
+    first = row.offsets[stretches[-1] + 1 if len(stretches) else 0]
+    return row.input_ids[: first + 1]
