@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from daekit.data.tokenize import TokenizedRow
 from daekit.errors import UserError
-from daekit.evaluation.evaluate import SEED, ModelEvaluation
-from daekit.evaluation.intervals import paired_interval
+from daekit.evaluation.evaluate import ModelEvaluation
+from daekit.evaluation.intervals import SEED, paired_interval
 from daekit.evaluation.matching import answer_match, exact_match
 from daekit.evaluation.sets import EvaluationSet
 from daekit.report.contents import Row, Sample

@@ -19,13 +19,11 @@ class EvaluationSet:
     """The validation rows of one source.
 
     Attributes:
-        overlong: number of rows that were left out because they are longer than ``max_length`` tokens.
-        left_out: their places in the data.
+        left_out: places in the data of the rows that were left out because they are longer than ``max_length`` tokens.
     """
 
     domain: str
     rows: tuple[TokenizedRow, ...]
-    overlong: int = 0
     max_length: int | None = None
     left_out: tuple[int, ...] = ()
 
@@ -40,9 +38,9 @@ class EvaluationSet:
     def notes(self, source: str) -> list[str]:
         """What a reader of the report must know about these rows."""
         notes = []
-        if self.overlong:
+        if overlong := len(self.left_out):
             notes.append(
-                f"{source}: {self.overlong} of {self.overlong + len(self.rows)} validation rows are longer than max_length = "
+                f"{source}: {overlong} of {overlong + len(self.rows)} validation rows are longer than max_length = "
                 f"{self.max_length} tokens and were left out."
             )
         if differing := sum(row.boundary_differs for row in self.rows):
@@ -92,4 +90,4 @@ def tokenize_rows(
     if not rows:
         why = f": all {dropped} are longer than max_length = {max_length} tokens" if dropped else ""
         raise UserError(f"source {source!r} has no validation rows to evaluate on{why}.")
-    return EvaluationSet(domain, tuple(rows), dropped, max_length, tuple(left_out))
+    return EvaluationSet(domain, tuple(rows), max_length, tuple(left_out))

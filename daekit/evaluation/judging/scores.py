@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from daekit.evaluation.evaluate import SEED
-from daekit.evaluation.intervals import RowValues, interval
+from daekit.evaluation.intervals import RowValues
 from daekit.report.contents import Row
 
 Record = Mapping[str, Any]
@@ -111,5 +110,4 @@ def _row(
         np.array([sum(its) for its in by_question.values()], dtype=np.float64),
         np.array([len(its) for its in by_question.values()], dtype=np.float64),
     )
-    low, high = interval(values, rounds, SEED)
-    return [Row(model, domain, metric, values.mean, low, high, len(by_question))]
+    return [values.row(model, domain, metric, rounds)]

@@ -32,7 +32,9 @@ def suite_report(prepared: Prepared, results: Results) -> Report:
     for name, judged in results.judged.items():  # the judges know their benchmark by its type
         rows += [replace(row, domain="/".join([name, *row.domain.split("/")[1:]])) for row in judged.rows]
     compared, notes = _compared(prepared, results)
-    samples = _row_samples(prepared, results)
+    first = next(iter(prepared.models.values()))
+    sets = {name: each.rows(first.tokenizer) for name, each in prepared.benchmarks.items() if isinstance(each, Rows)}
+    samples = select_samples(list(results.evaluations.values()), sets)
     for questions in prepared.questions.values():
         samples += _answer_samples(prepared, questions, results)
     return Report(
@@ -113,14 +115,6 @@ def _compared(prepared: Prepared, results: Results) -> tuple[list[Row], list[str
     rows = compare(measured, suite.baseline, reference_domains=suite.reference_domains, rounds=suite.bootstrap)
     base, per_token = tokenizers[suite.baseline], tuple(f"{metric}_" for metric in _PER_TOKEN)
     return [row for row in rows if tokenizers[row.model] == base or not row.metric.startswith(per_token)], notes
-
-
-def _row_samples(prepared: Prepared, results: Results) -> list[Sample]:
-    """Answers to rows, side by side."""
-    local = [model for model in prepared.models.values() if not model.is_endpoint]
-    rows = {name: benchmark for name, benchmark in prepared.benchmarks.items() if isinstance(benchmark, Rows)}
-    sets = {name: benchmark.rows(local[0].tokenizer) for name, benchmark in rows.items()}
-    return select_samples(list(results.evaluations.values()), sets)
 
 
 def _answer_samples(prepared: Prepared, questions: Questions, results: Results) -> list[Sample]:
