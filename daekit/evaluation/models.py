@@ -121,8 +121,7 @@ class SuiteModel:
         """The path, and while that is an adapter the base that it names; the last carries the weights."""
         chain = [str(self.spec.path)]
         while (Path(chain[-1]).expanduser() / ADAPTER_CONFIG).is_file():
-            base = read_adapter_config(chain[-1])["base_model_name_or_path"]
-            chain.append(base)
+            chain.append(read_adapter_config(chain[-1])["base_model_name_or_path"])
         return chain
 
 
