@@ -31,6 +31,11 @@ class Row:
     high: float
     n: int
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether value and interval are numbers; those of a diverged model are not."""
+        return all(map(math.isfinite, (self.value, self.low, self.high)))
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from importlib import resources
 from typing import Any
@@ -88,6 +87,6 @@ def _by_domain(items: Iterable[Any]) -> list[tuple[str, list[Any]]]:
 def _verdict(row: Row) -> str:
     """CSS class of a difference: coloured only when its interval leaves out zero."""
     kind = split_comparison(row.metric)[1]
-    if kind is None or not all(map(math.isfinite, (row.value, row.low, row.high))) or row.low <= 0 <= row.high:
+    if kind is None or not row.is_finite or row.low <= 0 <= row.high:
         return ""
     return "good" if (row.value > 0) == (kind == "gain") else "bad"
