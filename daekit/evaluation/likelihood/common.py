@@ -20,6 +20,7 @@ from daekit.protocol import IGNORE_INDEX
 from daekit.recipe.suite import Prefix
 
 TokenRow = dict[str, list[int]]
+MetricRow = tuple[str, str, float, float, float, int]  # domain, metric, value, low, high, n
 
 
 @dataclass
@@ -31,14 +32,14 @@ class Measured:
         items: a JSON-able record per row, written beside the results.
         notes: what a reader must know, without the model's name.
         generated: source -> generated texts.
-        rows: (domain, metric, value, low, high, n) of values that come with intervals of their own.
+        rows: of values that come with intervals of their own.
     """
 
     values: dict[Key, RowValues] = field(default_factory=dict)
     items: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     generated: dict[str, list[str]] = field(default_factory=dict)
-    rows: list[tuple[str, str, float, float, float, int]] = field(default_factory=list)
+    rows: list[MetricRow] = field(default_factory=list)
 
 
 class Benchmark(Protocol):

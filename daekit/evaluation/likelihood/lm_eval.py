@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from daekit.errors import UserError, nearest
-from daekit.evaluation.likelihood.common import Measured, hash_of
+from daekit.evaluation.likelihood.common import Measured, MetricRow, hash_of
 from daekit.progress import ProgressFunction
 from daekit.recipe.suite import LMEvalSpec
 
@@ -70,15 +70,13 @@ class LMEval:
             log_samples=False,
         )
         found = Measured(rows=[row for task, values in results["results"].items() for row in self._rows(task, values, results)])
-        version = self.data["lm_eval"]
         found.notes.append(
-            f"{self.name}: measured by lm-eval {version}; intervals are 1.96 of its standard errors, clipped nowhere."
+            f"{self.name}: measured by lm-eval {self.data['lm_eval']}; intervals are 1.96 of its standard errors, clipped "
+            "nowhere."
         )
         return found
 
-    def _rows(
-        self, task: str, values: dict[str, Any], results: dict[str, Any]
-    ) -> list[tuple[str, str, float, float, float, int]]:
+    def _rows(self, task: str, values: dict[str, Any], results: dict[str, Any]) -> list[MetricRow]:
         count = int(results.get("n-samples", {}).get(task, {}).get("effective", 0))
         rows = []
         for key, value in values.items():

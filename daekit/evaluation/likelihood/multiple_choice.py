@@ -70,14 +70,12 @@ class MultipleChoice:
             ties += int((log_p == log_p.max()).sum() > 1)
             found.items.append({"row": index, "answer": question.answer, "log_p": log_p.tolist()})
         for metric, hits in right.items():
-            found.values[self.name, self.name, metric] = RowValues(np.array(hits, dtype=np.float64), np.ones(len(hits)))
+            found.values[self.name, self.name, metric] = RowValues.of(hits)
         prefix = common.describe_prefix(tokenizer, self.spec.prefix, self.where).split(", and")[0]
-        merging = (
-            f"; in {merged} of them tokens merge across the boundary, and the merged token is scored too" if merged else ""
-        )
+        merging = f"; in {merged} of them tokens merge across the boundary, and the merged token is scored too"
         found.notes.append(
-            f"{self.name}: {len(self.questions)} questions by the likelihood of their choices{merging}; {prefix}; {ties} ties "
-            "for the first place, which count as wrong."
+            f"{self.name}: {len(self.questions)} questions by the likelihood of their choices{merging if merged else ''}; "
+            f"{prefix}; {ties} ties for the first place, which count as wrong."
         )
         return found
 
