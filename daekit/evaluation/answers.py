@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
+from daekit.data.responses import render
 from daekit.errors import UserError
 from daekit.evaluation.models import SuiteModel
 from daekit.evaluation.questions import Conversation
@@ -192,13 +191,8 @@ def _turns(model: SuiteModel, asked: Sequence[Asked], how: HowToAnswer, where: s
 
 
 def _prompt(model: SuiteModel, conversation: Conversation, said: Sequence[str], how: HowToAnswer, where: str) -> list[int]:
-    messages, options = how.messages(conversation, said), how.chat_template_kwargs
-    try:
-        ids: list[int] = model.tokenizer.apply_chat_template(messages, return_dict=True, add_generation_prompt=True, **options)[
-            "input_ids"
-        ]
-    except TemplateError as error:
-        raise UserError(f"{where}: the chat template of models.{model.name} does not take the conversation: {error}") from error
+    messages, who, options = how.messages(conversation, said), f"{where}: models.{model.name}", how.chat_template_kwargs
+    ids = render(model.tokenizer, messages, who, options=options, add_generation_prompt=True)["input_ids"]
     if model.context_length is not None and len(ids) >= model.context_length:
         raise UserError(
             f"{where}: turn {len(said) + 1} of question {conversation.id} has {len(ids)} tokens with what was said before, and "
