@@ -27,11 +27,4 @@ from daekit.evaluation.compare import compare, select_samples
 from daekit.evaluation.evaluate import ModelEvaluation, evaluate_model
 from daekit.evaluation.sets import EvaluationSet, tokenize_rows
 
-__all__ = [
-    "EvaluationSet",
-    "ModelEvaluation",
-    "compare",
-    "evaluate_model",
-    "select_samples",
-    "tokenize_rows",
-]
+__all__ = ["EvaluationSet", "ModelEvaluation", "compare", "evaluate_model", "select_samples", "tokenize_rows"]

@@ -48,11 +48,7 @@ def compare(
 
 
 def select_samples(
-    evaluations: Sequence[ModelEvaluation],
-    sets: Mapping[str, EvaluationSet],
-    *,
-    first: int = 5,
-    mismatches: int = 20,
+    evaluations: Sequence[ModelEvaluation], sets: Mapping[str, EvaluationSet], *, first: int = 5, mismatches: int = 20
 ) -> list[Sample]:
     """Answers to show side by side: of each set the ``first`` rows, and rows that some model did not answer with the reference.
 
@@ -61,8 +57,6 @@ def select_samples(
     samples = []
     for source, evaluation_set in sets.items():
         texts = {e.model: e.generated[source] for e in evaluations if source in e.generated}
-        if not texts:
-            continue
         answered = [(index, row) for index, row in enumerate(evaluation_set.rows) if row.prompt_ids is not None]
         several = sum(other.domain == evaluation_set.domain for other in sets.values()) > 1
         label = f"{evaluation_set.domain}/{source}" if several else evaluation_set.domain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from functools import cached_property
@@ -160,13 +161,12 @@ def _template_tokens(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
     if tokenizer.chat_template is None:
         return None
     made: list[Any] = []
-    for probe in _PROBES:
+    options = {"strftime_now": lambda _: "01 Jan 2024"}  # a template that names today would be another one tomorrow
+    for probe, opened in itertools.product(_PROBES, (False, True)):
         messages = [{"role": role, "content": text} for role, text in probe]
-        for opened in (False, True):
-            try:
-                options = {"strftime_now": lambda _: "01 Jan 2024"}  # a template that names today would be another one tomorrow
-                rendered = render(tokenizer, messages, "a probe", options=options, add_generation_prompt=opened)
-                made.append([*rendered["input_ids"]])
-            except UserError:  # it refuses the roles
-                made.append("refused")
+        try:
+            rendered = render(tokenizer, messages, "a probe", options=options, add_generation_prompt=opened)
+            made.append([*rendered["input_ids"]])
+        except UserError:  # it refuses the roles
+            made.append("refused")
     return made

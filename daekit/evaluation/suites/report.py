@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -120,27 +119,22 @@ def _compared(prepared: Prepared, results: Results) -> tuple[list[Row], list[str
 def _answer_samples(prepared: Prepared, questions: Questions, results: Results) -> list[Sample]:
     """The first question of each category, then further ones, up to eight, with what the judge said of each turn."""
     firsts = {each.category: each for each in reversed(questions.conversations)}.values()
-    ordered = [*sorted(firsts, key=lambda each: each.id), *questions.conversations]
-    chosen = {each.id: each for each in ordered}
+    ordered = dict.fromkeys([*sorted(firsts, key=lambda each: each.id), *questions.conversations])
     judged = results.judged.get(questions.name)
+    scores: dict[tuple[str, int], list[str]] = {}
+    for verdict in judged.verdicts if judged is not None else []:
+        if "score" in verdict:
+            scores.setdefault((verdict["model"], verdict["question_id"]), []).append(str(verdict["score"]))
     stores = {name: questions.store(model, write=False) for name, model in prepared.models.items()}
     samples = []
-    for conversation in list(chosen.values())[:_SHOWN_QUESTIONS]:
+    for conversation in list(ordered)[:_SHOWN_QUESTIONS]:
         for name, store in stores.items():
-            record = store.records.get(conversation.id)
-            if record is None:
-                continue
-            marks = _marks([] if judged is None else judged.verdicts, name, conversation.id)
-            prompt, said = _turns(conversation.turns), _turns(record["choices"][0]["turns"])
-            samples.append(Sample(name, questions.name, conversation.id, prompt, "", None, said, None, None, marks))
+            if (record := store.records.get(conversation.id)) is not None:
+                prompt, said = _turns(conversation.turns), _turns(record["choices"][0]["turns"])
+                marks = " · ".join(scores.get((name, conversation.id), []))
+                samples.append(Sample(name, questions.name, conversation.id, prompt, "", None, said, None, None, marks))
     return samples
 
 
 def _turns(turns: Sequence[str]) -> str:
     return turns[0] if len(turns) == 1 else "\n\n".join(f"[{at}] {turn}" for at, turn in enumerate(turns, 1))
-
-
-def _marks(verdicts: Sequence[Mapping[str, Any]], model: str, question: int) -> str:
-    """The judge's scores of a model's turns, where it gave some."""
-    scores = [v["score"] for v in verdicts if v.get("model") == model and v.get("question_id") == question and "score" in v]
-    return " · ".join(str(score) for score in scores)
