@@ -1,4 +1,4 @@
-"""The report of a suite, and the manifest that makes its scores repeatable."""
+"""What a run of a suite has found, its report, and the manifest that makes its scores repeatable."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from daekit.evaluation.compare import compare, select_samples
-from daekit.evaluation.likelihood import Rows
+from daekit.evaluation.evaluate import ModelEvaluation, compare, select_samples
+from daekit.evaluation.judging import Judged
+from daekit.evaluation.likelihood import Measured, Rows
 from daekit.evaluation.suites.prepare import Prepared, Questions
-from daekit.evaluation.suites.results import Results
+from daekit.generation import Budget
 from daekit.generation.local import device
 from daekit.recipe.dump import to_yaml
 from daekit.report import Report, Row, Sample
@@ -21,6 +23,27 @@ from daekit.report.provenance import commit, versions
 
 _SHOWN_QUESTIONS = 8
 _PER_TOKEN = ("nll", "perplexity", "token_accuracy")
+
+
+@dataclass
+class Results:
+    """Everything that the report is made of.
+
+    Attributes:
+        evaluations: model -> its values, row by row.
+        measured: (model, benchmark) -> what the benchmark found.
+        judged: benchmark -> scores of its judge.
+        identities: model -> what its scores depend on.
+        notes: Sentences for the report.
+        budgets: (place, name) of a judge or an endpoint -> what it was sent so far.
+    """
+
+    evaluations: dict[str, ModelEvaluation] = field(default_factory=dict)
+    measured: dict[tuple[str, str], Measured] = field(default_factory=dict)
+    judged: dict[str, Judged] = field(default_factory=dict)
+    identities: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    budgets: dict[tuple[str, str], list[Budget]] = field(default_factory=dict)
 
 
 def suite_report(prepared: Prepared, results: Results) -> Report:

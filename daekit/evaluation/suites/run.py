@@ -11,10 +11,10 @@ import yaml
 from daekit.errors import UserError
 from daekit.evaluation.answers import answer_all, answer_by_client, endpoint_of
 from daekit.evaluation.evaluate import ModelEvaluation
+from daekit.evaluation.likelihood import Measured
 from daekit.evaluation.models import SuiteModel
 from daekit.evaluation.suites.prepare import Options, Prepared, Questions, prepare
-from daekit.evaluation.suites.report import manifest, suite_report
-from daekit.evaluation.suites.results import Results, load_measured, save_measured
+from daekit.evaluation.suites.report import Results, manifest, suite_report
 from daekit.files import write_whole
 from daekit.generation import ChatClient, Estimate
 from daekit.generation.endpoint import Unreached
@@ -128,14 +128,14 @@ def _measure(prepared: Prepared, model: SuiteModel, results: Results) -> None:
             "batch_size": batch_size,
             "versions": versions(("daekit", "torch", "transformers")),
         }
-        measured = load_measured(path, key)
+        measured = Measured.kept(path, key)
         if measured is not None:
             print(f"[{model.name}] {name}: measured before, kept", flush=True)
         else:
             start, progress = time.perf_counter(), Progress(f"[{model.name}] {name}", "rows")
             measured = benchmark.measure(model.model(), model.tokenizer, batch_size, progress)
             progress.close()
-            save_measured(path, key, measured)
+            measured.keep(path, key)
             print(f"[{model.name}] {name}: measured in {time.perf_counter() - start:.1f} s", flush=True)
         results.evaluations[model.name].values.update(measured.values)
         results.evaluations[model.name].generated.update(measured.generated)
