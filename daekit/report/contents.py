@@ -125,10 +125,7 @@ def rows_json(rows: Sequence[Row]) -> str:
 def read_rows(text: str) -> list[Row]:
     """The rows that ``rows_json`` has written; null is NaN again."""
     entries: list[dict[str, Any]] = json.loads(text)
-    filled: list[dict[str, Any]] = [
-        {key: math.nan if value is None else value for key, value in entry.items()} for entry in entries
-    ]
-    return [Row(**entry) for entry in filled]
+    return [Row(**{key: math.nan if value is None else value for key, value in entry.items()}) for entry in entries]
 
 
 def samples_jsonl(samples: Sequence[Sample]) -> str:

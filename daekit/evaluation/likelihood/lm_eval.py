@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,19 +98,11 @@ def inputs(folder: Path, where: str) -> dict[str, str]:
         if file.suffix not in (".yaml", ".yml"):
             continue
         try:
-            named = list(_texts(yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)))
+            # whatever their tags: ``!function`` names code, which is not run here
+            events = list(yaml.parse(file.read_bytes(), Loader=yaml.SafeLoader))
         except yaml.YAMLError as error:
             raise UserError(f"{where}.include_path: {file} is no YAML ({error})") from error
-        for text in named:
+        for text in (event.value for event in events if isinstance(event, yaml.ScalarEvent)):
             if "\n" not in text and len(text) < _LONGEST_PATH and Path(text).is_file():
                 found[text] = hash_of(Path(text), where)
     return found
-
-
-def _texts(node: Any) -> Iterator[str]:
-    """All texts of a composed YAML file, whatever their tags (``!function`` names code, which is not run here)."""
-    if isinstance(node, yaml.ScalarNode):
-        yield node.value
-    elif isinstance(node, (tuple, yaml.CollectionNode)):  # a mapping holds pairs
-        for each in node if isinstance(node, tuple) else node.value:
-            yield from _texts(each)
