@@ -14,7 +14,7 @@ import pytest
 
 from daekit.errors import UserError
 from daekit.evaluation.judging import Judged, MTBench
-from daekit.evaluation.judging.scores import strict_rating, strict_winner
+from daekit.evaluation.judging.mt_bench import strict_rating, strict_winner
 from daekit.generation import ChatClient
 from daekit.recipe.judge import JudgeSpec
 from daekit.report.contents import Row

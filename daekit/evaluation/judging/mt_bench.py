@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from daekit.errors import UserError
+from daekit.evaluation.intervals import RowValues
 from daekit.evaluation.judging import fastchat
 from daekit.evaluation.judging.result import Answers, Judged, JudgedBenchmark, Missing, Record, not_comparable, own_parameters
-from daekit.evaluation.judging.scores import HIGHEST, LOWEST, is_rated, pair_rows, single_rows, strictly, unread_text
 from daekit.files import facts_hash, file_hash, write_whole
 from daekit.generation.calls import ChatRequest
 from daekit.generation.client import ChatClient
 from daekit.recipe.judge import JudgeSpec
+from daekit.report.contents import Row
 
 Mode = Literal["single", "pairwise-baseline", "pairwise-all"]
+_NAME = "mt_bench"
+_RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
+_WINNER = re.compile(r"\[\[([ABC])\]\]")
+_LOWEST, _HIGHEST = 1, 10
+_NO_RATING = -1  # FastChat's score of a reply in which it finds none
 _OFFICIAL_JUDGE, _OFFICIAL_QUESTIONS = "gpt-4", 80
 _READS = {"strict": "the last verdict, ratings within 1 and 10", "fastchat": "as FastChat does: the first rating, any size"}
 _OTHER_PARSER = {"strict": "fastchat", "fastchat": "strict"}
@@ -48,7 +57,7 @@ class MTBench(JudgedBenchmark):
         UserError: a data file is missing or damaged.
     """
 
-    name = "mt_bench"
+    name = _NAME
 
     def __init__(self, data_dir: Path, mode: Mode = "single", baseline: str | None = None, limit: int | None = None) -> None:
         self.mode, self.baseline = mode, baseline
@@ -81,9 +90,7 @@ class MTBench(JudgedBenchmark):
         scores = {}
         for model in [model for model in answers if self.mode != "pairwise-baseline" or model != self.baseline]:
             its = [r for r in records if model in (r.get("model"), r.get("model_1"), r.get("model_2"))]
-            scores[model] = (
-                single_rows(model, its, self.data.questions, bootstrap) if single else pair_rows(model, its, bootstrap)
-            )
+            scores[model] = _rows(model, its, self.data.questions, single, bootstrap)
         parser = client.spec.score_parser
         others = f"another judge, other prompts (judge_prompts.jsonl) or score_parser: {_OTHER_PARSER[parser]}"
         missing = _missing(games, [record for record, _ in played])
@@ -144,9 +151,11 @@ class MTBench(JudgedBenchmark):
             f"MT-Bench ({self.mode}): score_parser {parser} (default: strict) reads {_READS[parser]}; "
             f"{_OTHER_PARSER[parser]} would read {differ} judgments otherwise."
         ]
-        outside = sum(is_rated(record) and not LOWEST <= record["score"] <= HIGHEST for record in records if "score" in record)
+        outside = sum(
+            _is_rated(record) and not _LOWEST <= record["score"] <= _HIGHEST for record in records if "score" in record
+        )
         if outside:
-            notes.append(f"MT-Bench: {outside} ratings lie outside {LOWEST} to {HIGHEST} and are counted as they are.")
+            notes.append(f"MT-Bench: {outside} ratings lie outside {_LOWEST} to {_HIGHEST} and are counted as they are.")
         deviations = {
             f"{count} questions, not {_OFFICIAL_QUESTIONS}": count != _OFFICIAL_QUESTIONS,
             f"FastChat would read {differ} judgments otherwise": parser == "strict" and differ,
@@ -163,7 +172,7 @@ def _play(game: _Game, client: ChatClient) -> tuple[Record | None, bool]:
         return None, False
     record = fastchat.play(game.match, [reply.text for reply in replies])
     record["tstamp"] = max(reply.time for reply in replies)  # so that a rerun writes the same file
-    strict = record | strictly(record)
+    strict = record | _strictly(record)
     return strict if client.spec.score_parser == "strict" else record, strict != record
 
 
@@ -175,7 +184,83 @@ def _missing(games: Sequence[_Game], records: Sequence[Record | None]) -> dict[s
             lack.total += 1
             if record is None:
                 lack.unanswered += 1
-            elif not is_rated(record):
+            elif not _is_rated(record):
                 lack.unread += 1
-                lack.example = lack.example or unread_text(record)
+                lack.example = lack.example or _unread_text(record)
     return found
+
+
+# ---- what the judge's text says, and the numbers that FastChat's ``show_result`` prints ------------------------------
+
+
+def strict_rating(text: str) -> float | None:
+    """The last ``[[rating]]`` within 1 and 10: what stands before it may be a quotation of the answer."""
+    within = [rating for rating in map(float, _RATING.findall(text)) if _LOWEST <= rating <= _HIGHEST]
+    return within[-1] if within else None
+
+
+def strict_winner(text: str) -> str:
+    """``A``, ``B`` or ``tie`` by the last verdict, or ``error`` where there is none, as FastChat calls them."""
+    verdicts = _WINNER.findall(text)
+    return {"A": "A", "B": "B", "C": "tie"}[verdicts[-1]] if verdicts else "error"
+
+
+def _strictly(record: Record) -> dict[str, Any]:
+    """The entries of FastChat's record that depend on how the judge's text is read."""
+    if "judgment" in record:
+        rating = strict_rating(record["judgment"])
+        return {"score": _NO_RATING if rating is None else rating}
+    seats = ({"A": "model_1", "B": "model_2"}, {"A": "model_2", "B": "model_1"})
+    winners = [strict_winner(record[f"g{order}_judgment"]) for order in (1, 2)]
+    return {f"g{at}_winner": seat.get(winner, winner) for at, seat, winner in zip((1, 2), seats, winners, strict=True)}
+
+
+def _is_rated(record: Record) -> bool:
+    """Whether the judge's text held a rating, or a verdict in both orders."""
+    if "score" in record:
+        return record["score"] != _NO_RATING
+    return "error" not in (record["g1_winner"], record["g2_winner"])
+
+
+def _unread_text(record: Record) -> str:
+    """The judge's text, of a pair in the first order, that held no verdict."""
+    if "score" in record:
+        return str(record["judgment"])
+    return str(next(record[f"g{order}_judgment"] for order in (1, 2) if record[f"g{order}_winner"] == "error"))
+
+
+def _rows(model: str, records: Sequence[Record], questions: Sequence[Record], single: bool, rounds: int) -> list[Row]:
+    """Mean ratings of everything, of each turn and of each category; or of everything and of each turn the shares of games that
+    are won, won with ties as halves, and judged the same in both orders."""
+    rated = [record for record in records if _is_rated(record)]
+    parts = {_NAME: rated} | {f"{_NAME}/turn_{turn}": [each for each in rated if each["turn"] == turn] for turn in (1, 2)}
+    metrics: dict[str, Callable[[Record], float]] = {
+        "pairwise_win_rate": lambda record: float(_points(record, model) == 1),
+        "pairwise_win_rate_adjusted": lambda record: _points(record, model),
+        "position_consistency": lambda record: float(record["g1_winner"] == record["g2_winner"]),
+    }
+    if single:
+        metrics = {"judge_score": lambda record: record["score"]}
+        categories = {question["question_id"]: question["category"] for question in questions}
+        for category in dict.fromkeys(categories.values()):
+            parts[f"{_NAME}/{category}"] = [each for each in rated if categories[each["question_id"]] == category]
+    values = {
+        (domain, metric): _values(its, value) for metric, value in metrics.items() for domain, its in parts.items() if its
+    }
+    return [each.row(model, domain, metric, rounds) for (domain, metric), each in values.items()]
+
+
+def _values(records: Sequence[Record], value: Callable[[Record], float]) -> RowValues:
+    """What is resampled are the questions, whose turns and games belong together."""
+    by_question: dict[int, list[float]] = {}
+    for record in records:
+        by_question.setdefault(record["question_id"], []).append(value(record))
+    sums, sizes = [sum(its) for its in by_question.values()], [len(its) for its in by_question.values()]
+    return RowValues(np.array(sums, dtype=np.float64), np.array(sizes, dtype=np.float64))
+
+
+def _points(record: Record, model: str) -> float:
+    """1 for a win in both orders, 0 for a loss in both, else a tie."""
+    if record["g1_winner"] == "tie" or record["g1_winner"] != record["g2_winner"]:
+        return 0.5
+    return float(record[record["g1_winner"]] == model)
