@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
@@ -18,7 +17,6 @@ def render_html(report: Report) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["groupby_order"] = _by_domain
     environment.globals.update(
         value=lambda row: format_value(row.value, row.metric),
         interval=format_interval,
@@ -74,14 +72,6 @@ def _curves(report: Report) -> list[tuple[str, Plot]]:
     domains = sorted({key.partition("/")[2] for key in keys})
     drawn = ((stage, curves_svg(stage, history, domains)) for stage, history in report.curves.items())
     return [(stage, curves) for stage, curves in drawn if curves is not None]
-
-
-def _by_domain(items: Iterable[Any]) -> list[tuple[str, list[Any]]]:
-    """Items by their ``domain``, in the order of the first of each."""
-    groups: dict[str, list[Any]] = {}
-    for item in items:
-        groups.setdefault(item.domain, []).append(item)
-    return list(groups.items())
 
 
 def _verdict(row: Row) -> str:

@@ -70,18 +70,15 @@ def _breakdown(breakdown: Breakdown) -> str:
 
 
 def _samples(report: Report) -> list[str]:
-    groups = group_samples(report.samples)
-    parts = ["## Sample answers"] if groups else []
-    shown: dict[str, int] = {}
-    for group in groups:
-        shown[group.domain] = shown.get(group.domain, 0) + 1
-        if shown[group.domain] > _SHOWN_SAMPLES:
-            continue
-        judged = all(s.exact_match is None for s in group.samples)
-        lines = [["*reference*", _short(group.reference), ""]] if group.reference else []
-        lines += [[_escape(s.model), _short(s.generated), "✓" if s.exact_match else _escape(s.mark)] for s in group.samples]
-        head = ["", "answer", "judge" if judged else "exact"]
-        parts += [f"**{_escape(group.domain)}**: {_short(group.prompt)}", _table(head, lines)]
+    parts = ["## Sample answers"] if report.samples else []
+    for domain, groups in group_samples(report.samples).items():
+        for group in groups[:_SHOWN_SAMPLES]:
+            reference, prompt = group[0].reference, group[0].prompt
+            judged = all(s.exact_match is None for s in group)
+            lines = [["*reference*", _short(reference), ""]] if reference else []
+            lines += [[_escape(s.model), _short(s.generated), "✓" if s.exact_match else _escape(s.mark)] for s in group]
+            head = ["", "answer", "judge" if judged else "exact"]
+            parts += [f"**{_escape(domain)}**: {_short(prompt)}", _table(head, lines)]
     return parts
 
 

@@ -44,12 +44,19 @@ class Pivot:
     cells: dict[tuple[str, Column], Row]
     best: dict[Column, frozenset[str]]
 
+    @property
+    def by_domain(self) -> dict[str, list[Column]]:
+        """Domain -> its columns."""
+        found: dict[str, list[Column]] = {}
+        for column in self.columns:
+            found.setdefault(column.domain, []).append(column)
+        return found
+
 
 def blocks(table: Pivot, most: int = 7) -> list[Pivot]:
     """The table in parts of at most ``most`` columns, so that a page need not be scrolled; a domain's columns stay together."""
     parts: list[list[Column]] = [[]]
-    for domain in dict.fromkeys(column.domain for column in table.columns):
-        columns = [column for column in table.columns if column.domain == domain]
+    for columns in table.by_domain.values():
         if parts[-1] and len(parts[-1]) + len(columns) > most:
             parts.append([])
         parts[-1] += columns
