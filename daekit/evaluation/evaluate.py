@@ -100,9 +100,10 @@ def evaluate_model(
         found = _likelihood(score, rows, (teachers or {}).get(domain), reference, partial(shown, source))
         answered = [row for row in rows if row.prompt_ids is not None] if spec.generate else []
         if answered:
-            prompts = [row.prompt_ids or [] for row in answered]
-            how = {"max_new_tokens": spec.max_new_tokens, "batch_size": spec.batch_size}
-            answers = generate(model, tokenizer, prompts, **how, progress=shown(source, "answers"))
+            prompts, tell = [row.prompt_ids or [] for row in answered], shown(source, "answers")
+            answers = generate(
+                model, tokenizer, prompts, max_new_tokens=spec.max_new_tokens, batch_size=spec.batch_size, progress=tell
+            )
             texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
             evaluation.generated[source] = texts
             found |= _matches(answered, texts)

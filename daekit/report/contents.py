@@ -113,8 +113,8 @@ def rows_json(rows: Sequence[Row]) -> str:
 
 def read_rows(text: str) -> list[Row]:
     """The rows that ``rows_json`` has written; null is NaN again."""
-    entries: list[dict[str, Any]] = json.loads(text)
-    return [Row(**{key: math.nan if value is None else value for key, value in entry.items()}) for entry in entries]
+    nan: Any = math.nan
+    return [Row(**{key: nan if value is None else value for key, value in entry.items()}) for entry in json.loads(text)]
 
 
 def samples_jsonl(samples: Sequence[Sample]) -> str:
