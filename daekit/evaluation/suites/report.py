@@ -34,7 +34,6 @@ class Results:
         measured: (model, benchmark) -> what the benchmark found.
         judged: benchmark -> scores of its judge.
         identities: model -> what its scores depend on.
-        notes: Sentences for the report.
         budgets: (place, name) of a judge or an endpoint -> what it was sent so far.
     """
 
@@ -42,7 +41,6 @@ class Results:
     measured: dict[tuple[str, str], Measured] = field(default_factory=dict)
     judged: dict[str, Judged] = field(default_factory=dict)
     identities: dict[str, dict[str, Any]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
     budgets: dict[tuple[str, str], list[Budget]] = field(default_factory=dict)
 
 
@@ -101,7 +99,8 @@ def manifest(prepared: Prepared, results: Results) -> str:
 
 def _notes(prepared: Prepared, results: Results) -> list[str]:
     """What a reader must know; a sentence that holds for all models is said once."""
-    notes = list(results.notes)
+    unjudged = [name for name, each in prepared.questions.items() if each.judge is None]
+    notes = [f"{name}: answered, but not judged: the suite names no judge." for name in unjudged]
     for name in prepared.benchmarks:
         said: dict[str, list[str]] = {}
         for (model, benchmark), measured in results.measured.items():

@@ -172,7 +172,6 @@ def _client(
 def _judge(prepared: Prepared, questions: Questions, results: Results) -> None:
     """The answers of all models to one benchmark's questions."""
     if questions.judge is None:
-        results.notes.append(f"{questions.name}: answered, but not judged: the suite names no judge.")
         return
     answers, folder = _answers(prepared, questions, write=True), questions.judgments
     rounds, missing = prepared.suite.bootstrap, prepared.options.allow_missing
