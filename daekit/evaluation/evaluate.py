@@ -75,7 +75,7 @@ def evaluate_model(
     *,
     spec: EvaluationSpec,
     teachers: Mapping[str, PreTrainedModel | Teacher] | None = None,
-    reference: Teacher | None = None,
+    reference: PreTrainedModel | Teacher | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ModelEvaluation:
     """Measure ``model`` on every set.
@@ -121,7 +121,7 @@ def _likelihood(
     score: Callable[..., RowScores],
     rows: Sequence[TokenizedRow],
     teacher: PreTrainedModel | Teacher | None,
-    reference: Teacher | None,
+    reference: PreTrainedModel | Teacher | None,
     shown: Callable[[str], ProgressFunction | None],
 ) -> dict[str, RowValues]:
     told = [
