@@ -218,10 +218,12 @@ def test_a_system_message_and_variables_reach_the_template(tmp_path, subject):
     assert how.messages(conversations(1)[0], ["w3"])[0] == {"role": "system", "content": "w9"}
     assert [m["role"] for m in how.messages(conversations(1)[0], ["w3"])] == ["system", "user", "assistant", "user"]
     template = subject.tokenizer.chat_template
-    subject.tokenizer.chat_template = "{{ raise_exception('no ' + mood) }}"
+    variables = HowToAnswer(4, chat_template_kwargs={"mood": "joy"})
     try:
-        with pytest.raises(UserError, match="does not take the conversation: no joy"):
-            require_answerable(subject, conversations(1), HowToAnswer(4, chat_template_kwargs={"mood": "joy"}), "b")
+        for broken, said in (("{{ raise_exception('no ' + mood) }}", "no joy"), ("{{ 1 / 0 }}", "division by zero")):
+            subject.tokenizer.chat_template = broken
+            with pytest.raises(UserError, match=rf"b: models\.mine: .*chat_template refuses the conversation \(.*{said}"):
+                require_answerable(subject, conversations(1), variables, "b")
     finally:
         subject.tokenizer.chat_template = template
 

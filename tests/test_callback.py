@@ -14,7 +14,7 @@ import yaml
 from daekit import EvaluationCallback, load_suite
 from daekit.cli import main
 from daekit.errors import UserError
-from daekit.evaluation.likelihood.minimal_pairs import MinimalPairs
+from daekit.evaluation.likelihood.choices import MinimalPairs
 from daekit.recipe.suite import MTBenchSpec
 from tests.helpers import tiny
 from tests.helpers.suite_world import build_world

@@ -159,7 +159,7 @@ def test_long_rows_are_never_cut_in_silence():
     with pytest.raises(UserError, match=r"2 of 3 validation rows are longer than max_length = 4 .* longest has 11"):
         tokenize(rows, max_length=4)
     kept = tokenize(rows, max_length=7, overlong="drop")
-    assert (len(kept.rows), kept.overlong) == (2, 1)
+    assert (len(kept.rows), kept.left_out) == (2, (2,))
     assert "1 of 3 validation rows are longer than max_length = 7" in kept.notes("shop")[0]
     with pytest.raises(UserError, match="no validation rows to evaluate on: all 3"):
         tokenize(rows, max_length=2, overlong="drop")

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 from daekit.errors import UserError
-from daekit.evaluation.judging import Judged, annotators, estimate_alpaca_eval, judge_alpaca_eval
+from daekit.evaluation.judging import AlpacaEval, Judged, annotators
 from daekit.generation import ChatClient
 from daekit.recipe.judge import JudgeSpec
 from tests.helpers.judge_server import Call, JudgeServer, scripted_rating
@@ -50,8 +50,9 @@ def judged(server: JudgeServer, folder: Path, annotator: str = RANKING, count: i
     outputs = options.pop("outputs", outputs)
     fields = {name: options.pop(name) for name in list(options) if name in JudgeSpec.model_fields}
     spec = JudgeSpec(**({"model": "scripted", "base_url": server.url, "timeout": 60.0, "max_retries": 1} | fields))
+    benchmark = AlpacaEval(reference, annotator)
     with ChatClient(spec, folder, first_wait=0.005) as client:
-        return judge_alpaca_eval(client, annotator, reference, outputs, folder, bootstrap=200, **options)
+        return benchmark.judge(client, outputs, folder, bootstrap=200, **options)
 
 
 def rows(result: Judged, metric: str = "win_rate") -> dict[str, Any]:
@@ -201,8 +202,8 @@ def test_limits_hold_for_all_that_one_engine_is_asked(tmp_path: Path) -> None:
     with JudgeServer() as server:
         spec = JudgeSpec(model="scripted", base_url=server.url, max_calls=3 * COUNT)
         with ChatClient(spec, tmp_path / "calls", role="referee") as client:
-            first = judge_alpaca_eval(client, RANKING, reference, outputs, tmp_path / "a", bootstrap=50)
-            second = judge_alpaca_eval(client, WEIGHTED, reference, outputs, tmp_path / "b", bootstrap=50)
+            first = AlpacaEval(reference, RANKING).judge(client, outputs, tmp_path / "a", bootstrap=50)
+            second = AlpacaEval(reference, WEIGHTED).judge(client, outputs, tmp_path / "b", bootstrap=50)
         assert not first.refusals and second.refusals
         assert len(server.calls) == 3 * COUNT
 
@@ -226,10 +227,10 @@ def test_an_estimate_counts_what_is_sent(tmp_path: Path) -> None:
     with JudgeServer() as server:
         reference, outputs = world(tmp_path)
         spec = JudgeSpec(model="scripted", base_url=server.url)
-        assert estimate_alpaca_eval(spec, RANKING, reference, ["small", "large"], tmp_path / "new").calls == 2 * COUNT
+        assert AlpacaEval(reference, RANKING).estimate(spec, ["small", "large"], tmp_path / "new").calls == 2 * COUNT
         assert not (tmp_path / "new").exists() and not server.calls
         judged(server, tmp_path, outputs={"small": outputs["small"]})
-        assert estimate_alpaca_eval(spec, RANKING, reference, ["small", "large"], tmp_path, outputs=outputs).calls == COUNT
+        assert AlpacaEval(reference, RANKING).estimate(spec, ["small", "large"], tmp_path, outputs).calls == COUNT
 
 
 def test_nothing_is_written_into_the_package_and_nothing_is_left_changed(tmp_path: Path) -> None:
@@ -378,9 +379,8 @@ def test_outputs_are_checked_before_a_call(spoil: Any, said: str, tmp_path: Path
     with JudgeServer() as server:
         with pytest.raises(UserError, match=said):
             judged(server, tmp_path, outputs=outputs)
-        missing = pytest.raises(UserError, match=r"nothing\.json is missing.*CC BY-NC")
-        with ChatClient(JudgeSpec(model="m", base_url=server.url), tmp_path) as client, missing:
-            judge_alpaca_eval(client, RANKING, tmp_path / "nothing.json", {}, tmp_path)
+        with pytest.raises(UserError, match=r"nothing\.json is missing.*CC BY-NC"):
+            AlpacaEval(tmp_path / "nothing.json", RANKING)
         assert not server.calls
 
 

@@ -14,7 +14,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 
 from daekit.data.tokenizer import load_tokenizer
 from daekit.errors import UserError
-from daekit.evaluation.judging import annotators, judge_alpaca_eval
+from daekit.evaluation.judging import AlpacaEval, annotators
 from daekit.generation import ChatClient, ChatRequest
 from daekit.generation.local_chat import encode_chat
 from daekit.recipe.judge import JudgeSpec
@@ -191,7 +191,7 @@ def test_alpaca_eval_with_a_local_judge(tmp_path: Path) -> None:
     outputs = {"small": [{"instruction": row["instruction"], "output": HOSTILE + str(at)} for at, row in enumerate(reference)]}
     spec = JudgeSpec(path=str(path), model="tiny")
     with ChatClient(spec, tmp_path / "out") as client:
-        result = judge_alpaca_eval(client, str(own), tmp_path / "reference.json", outputs, tmp_path / "out", bootstrap=50)
+        result = AlpacaEval(tmp_path / "reference.json", str(own)).judge(client, outputs, tmp_path / "out", bootstrap=50)
     assert not result.refusals
     (row,) = [row for row in result.rows if row.metric == "win_rate"]
     assert 0 < row.value < 100 and math.isfinite(row.low)

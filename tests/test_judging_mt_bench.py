@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from daekit.errors import UserError
-from daekit.evaluation.judging import Judged, estimate_mt_bench, judge_mt_bench
-from daekit.evaluation.judging.scores import strict_rating, strict_winner
+from daekit.evaluation.judging import Judged, MTBench
+from daekit.evaluation.judging.mt_bench import strict_rating, strict_winner
 from daekit.generation import ChatClient
 from daekit.recipe.judge import JudgeSpec
 from daekit.report.contents import Row
@@ -49,8 +49,9 @@ def judged(server: JudgeServer, folder: Path, models: tuple[str, ...] = ("small"
     fields = {name: options.pop(name) for name in list(options) if name in JudgeSpec.model_fields}
     spec = JudgeSpec(**({"model": "scripted", "base_url": server.url, "timeout": 60.0, "max_retries": 1} | fields))
     own = options.pop("answers", None) or answers(*models)
+    benchmark = MTBench(MT_BENCH, **{name: options.pop(name) for name in ("mode", "baseline", "limit") if name in options})
     with ChatClient(spec, folder, first_wait=0.005) as client:
-        return judge_mt_bench(client, MT_BENCH, own, folder, bootstrap=200, **options)
+        return benchmark.judge(client, own, folder, bootstrap=200, **options)
 
 
 def values(rows: Judged, metric: str = "judge_score") -> dict[tuple[str, str], Row]:
@@ -284,12 +285,12 @@ def test_labels_and_manifest(tmp_path: Path) -> None:
 def test_an_estimate_needs_neither_answers_nor_calls_and_writes_nothing(tmp_path: Path) -> None:
     with JudgeServer() as server:
         spec = JudgeSpec(model="scripted", base_url=server.url, price_prompt=30.0, price_completion=60.0)
-        before = estimate_mt_bench(spec, MT_BENCH, ["small", "large"], tmp_path / "new")
+        before = MTBench(MT_BENCH).estimate(spec, ["small", "large"], tmp_path / "new")
         assert not (tmp_path / "new").exists() and not server.calls
         assert (before.calls, before.cached, before.completion_tokens) == (320, 0, 320 * 2048)
         assert before.cost is not None and before.cost > 320 * 2048 * 60 / 1e6
         judged(server, tmp_path, ("small",))
-        after = estimate_mt_bench(spec, MT_BENCH, ["small", "large"], tmp_path, answers=answers("small", "large"))
+        after = MTBench(MT_BENCH).estimate(spec, ["small", "large"], tmp_path, answers("small", "large"))
         assert (after.calls, after.cached) == (160, 160)
 
 
@@ -324,10 +325,8 @@ def test_modes_and_files_are_checked_before_a_call(tmp_path: Path) -> None:
             judged(server, tmp_path, mode="pairwise-baseline", baseline="gpt")
         with pytest.raises(UserError, match="at least two models"):
             judged(server, tmp_path, ("small",), mode="pairwise-all")
-        spec = JudgeSpec(model="scripted", base_url=server.url)
-        missing = pytest.raises(UserError, match=r"question\.jsonl is missing.*Apache-2\.0")
-        with ChatClient(spec, tmp_path) as client, missing:
-            judge_mt_bench(client, tmp_path, answers("small"), tmp_path)
+        with pytest.raises(UserError, match=r"question\.jsonl is missing.*Apache-2\.0"):
+            MTBench(tmp_path)
         assert not server.calls
 
 

@@ -257,6 +257,7 @@ def test_rows_measure_the_distance_to_a_reference(tmp_path, model, tokenizer):
         each.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in tiny.rows(6, seed=8)]
+    rows[0]["teacher_prompt"] = f"w9 w8 {rows[0]['prompt']}"  # what a teacher is told beside is no matter of the distance
     path = str(write_lines(tmp_path / "rows.jsonl", rows))
 
     def measure(reference):

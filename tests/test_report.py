@@ -301,7 +301,7 @@ def test_many_parts_of_a_domain_stand_apart():
     assert [column.domain for column in pivot(many).columns] == ["blimp"]
     (breakdown,) = breakdowns(many)
     assert breakdown.parts == tuple(f"part_{at}" for at in range(5)) and breakdown.models == ("a", "b")
-    assert breakdown.cell("part_3", "b").value == 0.7
+    assert breakdown.cells["part_3", "b"].value == 0.7
     assert pivot(many).best[pivot(many).columns[0]] == {"b"}
     report = replace(example(), rows=[*many, *parts("a", 8, 7.5, "judge_score", "mt_bench")])
     html, markdown = render_html(report), render_markdown(report, None)

@@ -23,15 +23,7 @@ counts rows of the data, which are also what the bootstrap resamples; token metr
 domain's row pools the rows of all its sources; if it has several, each has rows of its own under ``domain/source``.
 """
 
-from daekit.evaluation.compare import compare, select_samples
-from daekit.evaluation.evaluate import ModelEvaluation, evaluate_model
+from daekit.evaluation.evaluate import ModelEvaluation, compare, evaluate_model, select_samples
 from daekit.evaluation.sets import EvaluationSet, tokenize_rows
 
-__all__ = [
-    "EvaluationSet",
-    "ModelEvaluation",
-    "compare",
-    "evaluate_model",
-    "select_samples",
-    "tokenize_rows",
-]
+__all__ = ["EvaluationSet", "ModelEvaluation", "compare", "evaluate_model", "select_samples", "tokenize_rows"]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
+from daekit.data.responses import render
 from daekit.errors import UserError
 from daekit.evaluation.models import SuiteModel
 from daekit.evaluation.questions import Conversation
@@ -23,6 +22,8 @@ from daekit.recipe.judge import JudgeSpec
 
 # What a model says in one turn, without white space at the ends; whether it ended only because no more tokens were allowed.
 Turn = tuple[str, bool]
+# A conversation, and what the model has said in it so far.
+Asked = tuple[Conversation, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -154,32 +155,34 @@ def answer_all(
         UserError: a question without space for an answer.
     """
     missing = store.missing(conversations)
-    lengths = {each.id: len(_prompt(model, each, [], how, where)) for each in missing}
-    missing.sort(key=lambda each: lengths[each.id], reverse=True)
+    missing.sort(key=lambda each: len(_prompt(model, each, [], how, where)), reverse=True)
     for start in range(0, len(missing), batch_size):
-        said: dict[int, list[Turn]] = {each.id: [] for each in missing[start : start + batch_size]}
-        for asked in _turns(missing[start : start + batch_size], said):
-            for each, turn in zip(asked, _next_turns(model, asked, said, how, where), strict=True):
-                said[each.id].append(turn)
-        store.add(said)
+        _answer(missing[start : start + batch_size], store, lambda asked: _turns(model, asked, how, where))
         progress(len(conversations) - len(store.missing(conversations)), len(conversations))
 
 
-def _turns(conversations: Sequence[Conversation], said: Mapping[int, Sequence[Turn]]) -> Iterator[list[Conversation]]:
-    """Turn by turn, the conversations that have one more and were answered so far."""
+def _answer(
+    conversations: Sequence[Conversation], store: AnswerStore, ask: Callable[[Sequence[Asked]], Sequence[Turn | None]]
+) -> None:
+    """Ask turn by turn, all conversations at once; those of which all turns are answered (not None) are kept."""
+    said: dict[int, list[Turn]] = {each.id: [] for each in conversations}
     for turn in range(max(len(each.turns) for each in conversations)):
-        yield [each for each in conversations if len(each.turns) > turn == len(said[each.id])]
+        going_on = [each for each in conversations if len(each.turns) > turn == len(said[each.id])]
+        answers = ask([(each, [text for text, _ in said[each.id]]) for each in going_on])
+        for each, answer in zip(going_on, answers, strict=True):
+            if answer is not None:
+                said[each.id].append(answer)
+    store.add({each.id: said[each.id] for each in conversations if len(said[each.id]) == len(each.turns)})
 
 
-def _next_turns(
-    model: SuiteModel, asked: Sequence[Conversation], said: Mapping[int, Sequence[Turn]], how: HowToAnswer, where: str
-) -> list[Turn]:
+def _turns(model: SuiteModel, asked: Sequence[Asked], how: HowToAnswer, where: str) -> list[Turn]:
+    """The next turn of each conversation, in process, as one batch."""
     tokenizer, context = model.tokenizer, model.context_length
-    prompts = [_prompt(model, each, [text for text, _ in said[each.id]], how, where) for each in asked]
+    prompts = [_prompt(model, each, said, how, where) for each, said in asked]
     limits = [how.max_new_tokens if context is None else min(how.max_new_tokens, context - len(prompt)) for prompt in prompts]
     sampling = [
-        Sampling(limit, each.temperature, (how.seed, each.id, len(said[each.id])))
-        for each, limit in zip(asked, limits, strict=True)
+        Sampling(limit, each.temperature, (how.seed, each.id, len(said)))
+        for (each, said), limit in zip(asked, limits, strict=True)
     ]
     most, weights = max(limits), model.model()
     answers = generate(weights, tokenizer, prompts, max_new_tokens=most, batch_size=len(prompts), sampling=sampling)
@@ -188,13 +191,8 @@ def _next_turns(
 
 
 def _prompt(model: SuiteModel, conversation: Conversation, said: Sequence[str], how: HowToAnswer, where: str) -> list[int]:
-    messages, options = how.messages(conversation, said), how.chat_template_kwargs
-    try:
-        ids: list[int] = model.tokenizer.apply_chat_template(messages, return_dict=True, add_generation_prompt=True, **options)[
-            "input_ids"
-        ]
-    except TemplateError as error:
-        raise UserError(f"{where}: the chat template of models.{model.name} does not take the conversation: {error}") from error
+    messages, who, options = how.messages(conversation, said), f"{where}: models.{model.name}", how.chat_template_kwargs
+    ids = render(model.tokenizer, messages, who, options=options, add_generation_prompt=True)["input_ids"]
     if model.context_length is not None and len(ids) >= model.context_length:
         raise UserError(
             f"{where}: turn {len(said) + 1} of question {conversation.id} has {len(ids)} tokens with what was said before, and "
@@ -219,13 +217,12 @@ def answer_by_client(
     Raises:
         UserError: It did not answer all; what it did answer is kept.
     """
-    said: dict[int, list[Turn]] = {each.id: [] for each in conversations}
-    for asked in _turns(conversations, said):
-        requests = [_request(each, [text for text, _ in said[each.id]], how) for each in asked]
-        for each, reply in zip(asked, client.ask(requests), strict=True):
-            if reply is not None:
-                said[each.id].append((reply.text.strip(), reply.is_cut))
-    store.add({each.id: said[each.id] for each in conversations if len(said[each.id]) == len(each.turns)})
+
+    def ask(asked: Sequence[Asked]) -> list[Turn | None]:
+        replies = client.ask([_request(each, said, how) for each, said in asked])
+        return [None if reply is None else (reply.text.strip(), reply.is_cut) for reply in replies]
+
+    _answer(conversations, store, ask)
     if lacking := len(store.missing(conversations)):
         raise UserError(
             f"{where}: models.{store.model} ({client.spec.endpoint}) did not answer {lacking} of "

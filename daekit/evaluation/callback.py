@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from daekit.errors import UserError
 from daekit.evaluation.evaluate import ModelEvaluation, exponential
-from daekit.evaluation.likelihood import Benchmark, likelihood_benchmark
+from daekit.evaluation.likelihood import likelihood_benchmark
 from daekit.models.backbone import frozen_forward
 from daekit.recipe.suite import LIKELIHOOD, SuiteSpec
 
@@ -45,12 +45,12 @@ class EvaluationCallback(TrainerCallback):
                 "EvaluationCallback: the model is sharded (FSDP or ZeRO-3); measure its checkpoints with `daekit eval`"
             )
         self.trainer, self.suite, self.steps = trainer, suite, steps
-        specs = {name: spec for name, spec in suite.benchmarks.items() if isinstance(spec, LIKELIHOOD)}
+        specs = [(name, spec) for name, spec in suite.benchmarks.items() if isinstance(spec, LIKELIHOOD)]
         if not specs:
             raise UserError(f"EvaluationCallback: the suite {suite.name!r} has no benchmark without a judge")
-        self.benchmarks: dict[str, Benchmark] = {name: likelihood_benchmark(name, spec) for name, spec in specs.items()}
+        self.benchmarks = [likelihood_benchmark(name, spec) for name, spec in specs]
         context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
-        for benchmark in self.benchmarks.values():
+        for benchmark in self.benchmarks:
             benchmark.check(_NAME, trainer.processing_class, context)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -75,7 +75,7 @@ class EvaluationCallback(TrainerCallback):
 
     def _values(self, model: Any) -> dict[str, float]:
         logs: dict[str, float] = {}
-        for benchmark in self.benchmarks.values():
+        for benchmark in self.benchmarks:
             measured = benchmark.measure(model, self.trainer.processing_class, self.suite.batch_size)
             evaluation = ModelEvaluation(_NAME, measured.values)
             for (domain, label, metric), values in evaluation.by_domain().items():

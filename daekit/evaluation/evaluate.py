@@ -1,4 +1,5 @@
-"""One model on every evaluation set: likelihood, generated answers and distance to its teachers, row by row."""
+"""Models on every evaluation set, row by row: likelihood, generated answers, distance to teachers; and what was gained on the
+domains and forgotten elsewhere, measured on the same rows."""
 
 from __future__ import annotations
 
@@ -10,18 +11,20 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.data.tokenize import TokenizedRow
-from daekit.evaluation.intervals import RowValues, interval
+from daekit.errors import UserError
+from daekit.evaluation.intervals import SEED, RowValues, paired_interval
 from daekit.evaluation.matching import answer_match, exact_match, rouge_l
 from daekit.evaluation.sets import EvaluationSet
 from daekit.generation.local import generate
-from daekit.models.scoring import score_rows
+from daekit.models.scoring import RowScores, score_rows
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.models.vocabulary import vocabulary_size
+from daekit.progress import ProgressFunction
 from daekit.protocol import Teacher
 from daekit.recipe.schema import EvaluationSpec
-from daekit.report.contents import Row
+from daekit.report.contents import Row, Sample
+from daekit.report.metrics import METRICS
 
-SEED = 0  # of the resamples: equal for all models, so that differences are paired
 Key = tuple[str, str, str]  # domain, source, metric
 
 
@@ -41,19 +44,14 @@ class ModelEvaluation:
     def by_domain(self) -> dict[tuple[str, str, str], RowValues]:
         """(domain, label, metric) -> values. The label is the domain for all its sources together and, if it has
         several, ``domain/source`` for each."""
-        sources: dict[tuple[str, str], dict[str, RowValues]] = {}
+        sources: dict[str, set[str]] = {}
+        parts: dict[tuple[str, str], list[RowValues]] = {}
         for (domain, source, metric), values in self.values.items():
-            sources.setdefault((domain, metric), {})[source] = values
-        found = {}
-        for (domain, metric), parts in sources.items():
-            found[domain, domain, metric] = RowValues(
-                np.concatenate([part.total_R for part in parts.values()]),
-                np.concatenate([part.weight_R for part in parts.values()]),
-            )
-        pairs = {(domain, source) for domain, source, _ in self.values}
-        several = {domain for domain, source in pairs if any(d == domain and s != source for d, s in pairs)}
+            sources.setdefault(domain, set()).add(source)
+            parts.setdefault((domain, metric), []).append(values)
+        found = {(domain, domain, metric): RowValues.pooled(each) for (domain, metric), each in parts.items()}
         for (domain, source, metric), values in self.values.items():
-            if domain in several:
+            if len(sources[domain]) > 1:
                 found[domain, f"{domain}/{source}", metric] = values
         return found
 
@@ -61,12 +59,11 @@ class ModelEvaluation:
         """One report row per label and metric, with 95 % intervals from ``rounds`` resamples."""
         rows = []
         for (_, label, metric), values in self.by_domain().items():
-            low, high = interval(values, rounds, SEED)
-            size = len(values.total_R)
-            rows.append(Row(self.model, label, metric, values.mean, low, high, size))
+            row = values.row(self.model, label, metric, rounds)
+            rows.append(row)
             if metric == "nll":  # exp is monotonic: the interval's ends carry over exactly
-                value, low, high = exponential(values.mean), exponential(low), exponential(high)
-                rows.append(Row(self.model, label, "perplexity", value, low, high, size))
+                value, low, high = map(exponential, (row.value, row.low, row.high))
+                rows.append(replace(row, metric="perplexity", value=value, low=low, high=high))
         return rows
 
 
@@ -78,7 +75,7 @@ def evaluate_model(
     *,
     spec: EvaluationSpec,
     teachers: Mapping[str, PreTrainedModel | Teacher] | None = None,
-    reference: Teacher | None = None,
+    reference: PreTrainedModel | Teacher | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ModelEvaluation:
     """Measure ``model`` on every set.
@@ -93,34 +90,24 @@ def evaluate_model(
         progress: called with what is being measured and (rows done, all of them), now and then.
     """
 
-    def shown(what: str) -> Callable[[int, int], None] | None:
-        return partial(progress, what) if progress is not None else None
+    def shown(source: str, what: str) -> ProgressFunction | None:
+        return progress and partial(progress, f"{source}, {what}")
 
     evaluation = ModelEvaluation(name)
     for source, evaluation_set in sets.items():
         domain, rows = evaluation_set.domain, evaluation_set.rows
-        teacher = (teachers or {}).get(domain)
-        measure = partial(_likelihood, model, tokenizer, rows=rows, batch_size=spec.batch_size, domain=domain)
-        # how far the model went from the reference is asked about the same tokens, whatever a teacher is told beside
-        against_reference = partial(measure, teacher=reference, rows=[replace(row, teacher_prompt_ids=None) for row in rows])
-        if reference is not None and teacher is None:  # the model itself runs once
-            likelihood = against_reference(progress=shown(f"{source}, likelihood"))
-            likelihood["kl_to_reference"] = likelihood.pop("kl_to_teacher")
-        else:
-            likelihood = measure(teacher=teacher, progress=shown(f"{source}, likelihood"))
-            if reference is not None:
-                same = reference is teacher and all(row.teacher_prompt_ids is None for row in rows)
-                found = likelihood if same else against_reference(progress=shown(f"{source}, reference"))
-                likelihood["kl_to_reference"] = found["kl_to_teacher"]
-        evaluation.values.update({(domain, source, metric): values for metric, values in likelihood.items()})
-        if not spec.generate:
-            continue
-        answered = [row for row in rows if row.prompt_ids is not None]
-        if not answered:
-            continue
-        texts = _answers(model, tokenizer, answered, spec, shown(f"{source}, answers"))
-        evaluation.generated[source] = texts
-        evaluation.values.update({(domain, source, metric): v for metric, v in _matches(answered, texts).items()})
+        score = partial(score_rows, model, vocab_size=vocabulary_size(tokenizer), batch_size=spec.batch_size, domain=domain)
+        found = _likelihood(score, rows, (teachers or {}).get(domain), reference, partial(shown, source))
+        answered = [row for row in rows if row.prompt_ids is not None] if spec.generate else []
+        if answered:
+            prompts, tell = [row.prompt_ids or [] for row in answered], shown(source, "answers")
+            answers = generate(
+                model, tokenizer, prompts, max_new_tokens=spec.max_new_tokens, batch_size=spec.batch_size, progress=tell
+            )
+            texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+            evaluation.generated[source] = texts
+            found |= _matches(answered, texts)
+        evaluation.values.update({(domain, source, metric): values for metric, values in found.items()})
     return evaluation
 
 
@@ -131,56 +118,105 @@ def exponential(value: float) -> float:
 
 
 def _likelihood(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    score: Callable[..., RowScores],
     rows: Sequence[TokenizedRow],
-    batch_size: int,
     teacher: PreTrainedModel | Teacher | None,
-    domain: str,
-    progress: Callable[[int, int], None] | None,
+    reference: PreTrainedModel | Teacher | None,
+    shown: Callable[[str], ProgressFunction | None],
 ) -> dict[str, RowValues]:
-    scores = score_rows(
-        model,
-        [{"input_ids": row.input_ids, "labels": row.labels, TEACHER_PROMPT_IDS: row.teacher_prompt_ids or []} for row in rows],
-        vocab_size=vocabulary_size(tokenizer),
-        batch_size=batch_size,
-        teacher=teacher,
-        domain=domain,
-        progress=progress,
-    )
+    told = [
+        {"input_ids": row.input_ids, "labels": row.labels, TEACHER_PROMPT_IDS: row.teacher_prompt_ids or []} for row in rows
+    ]
+    # how far the model went from the reference is asked about the same tokens, whatever a teacher is told beside
+    untold = [row | {TEACHER_PROMPT_IDS: []} for row in told]
+    if teacher is None and reference is not None:  # the model itself runs once
+        scores = score(untold, teacher=reference, progress=shown("likelihood"))
+        distances = {"kl_to_reference": scores.kl_R}
+    else:
+        scores = score(told, teacher=teacher, progress=shown("likelihood"))
+        distances = {"kl_to_teacher": scores.kl_R}
+        if reference is not None:
+            same = reference is teacher and told == untold
+            again = scores if same else score(untold, teacher=reference, progress=shown("reference"))
+            distances["kl_to_reference"] = again.kl_R
+    sums = {"nll": scores.nll_R, "token_accuracy": scores.correct_R.astype(np.float64), **distances}
     tokens_R = scores.tokens_R.astype(np.float64)
-    values = {
-        "nll": RowValues(scores.nll_R, tokens_R),
-        "token_accuracy": RowValues(scores.correct_R.astype(np.float64), tokens_R),
-    }
-    if scores.kl_R is not None:
-        values["kl_to_teacher"] = RowValues(scores.kl_R, tokens_R)
-    return values
-
-
-def _answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[TokenizedRow],
-    spec: EvaluationSpec,
-    progress: Callable[[int, int], None] | None,
-) -> list[str]:
-    prompts = [row.prompt_ids or [] for row in rows]
-    answers = generate(
-        model, tokenizer, prompts, max_new_tokens=spec.max_new_tokens, batch_size=spec.batch_size, progress=progress
-    )
-    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    return {metric: RowValues(sum_R, tokens_R) for metric, sum_R in sums.items() if sum_R is not None}
 
 
 def _matches(rows: Sequence[TokenizedRow], texts: Sequence[str]) -> dict[str, RowValues]:
-    exact = [exact_match(text, row.reference) for row, text in zip(rows, texts, strict=True)]
-    rouge = [rouge_l(text, row.reference) for row, text in zip(rows, texts, strict=True)]
-    values = {"exact_match": _indicator(exact), "rouge_l": RowValues(np.array(rouge), np.ones(len(rouge)))}
-    found = [answer_match(text, row.answer) for row, text in zip(rows, texts, strict=True) if row.answer is not None]
-    if found:
-        values["answer_match"] = _indicator(found)
-    return values
+    pairs = list(zip(rows, texts, strict=True))
+    values = {
+        "exact_match": RowValues.of([exact_match(text, row.reference) for row, text in pairs]),
+        "rouge_l": RowValues.of([rouge_l(text, row.reference) for row, text in pairs]),
+    }
+    found = [answer_match(text, row.answer) for row, text in pairs if row.answer is not None]
+    return values | {"answer_match": RowValues.of(found)} if found else values
 
 
-def _indicator(hits: Sequence[bool]) -> RowValues:
-    return RowValues(np.array(hits, dtype=np.float64), np.ones(len(hits)))
+# ---- several models --------------------------------------------------------------------------------------------------
+
+
+def compare(
+    evaluations: Sequence[ModelEvaluation], baseline: str, *, reference_domains: Sequence[str], rounds: int
+) -> list[Row]:
+    """``<metric>_gain`` on the domains and ``<metric>_forgetting`` on ``reference_domains``, of every model but the baseline.
+
+    A gain is positive where the model is better than the baseline, forgetting is positive where it is worse. Intervals are
+    paired: both models are resampled on the same rows.
+
+    Raises:
+        UserError: ``baseline`` is none of the models.
+    """
+    by_name = {evaluation.model: evaluation for evaluation in evaluations}
+    if baseline not in by_name:
+        raise UserError(
+            f"evaluation.baseline is {baseline!r}, which was not evaluated: name one of {', '.join(by_name)} or leave it out."
+        )
+    theirs = by_name.pop(baseline).by_domain()
+    rows = []
+    for name, evaluation in by_name.items():
+        for (domain, label, metric), values in evaluation.by_domain().items():
+            if metric not in METRICS or not METRICS[metric].compared:
+                continue
+            base = theirs[domain, label, metric]
+            forgetting = domain in reference_domains
+            # what counts as more: better for a gain, worse for forgetting
+            higher_is_better = METRICS[metric].most is not None
+            more, less = (values, base) if higher_is_better != forgetting else (base, values)
+            low, high = paired_interval(more, less, rounds, SEED)
+            kind = "forgetting" if forgetting else "gain"
+            rows.append(Row(name, label, f"{metric}_{kind}", more.mean - less.mean, low, high, len(values.total_R)))
+    return rows
+
+
+def select_samples(
+    evaluations: Sequence[ModelEvaluation], sets: Mapping[str, EvaluationSet], *, first: int = 5, mismatches: int = 20
+) -> list[Sample]:
+    """Answers to show side by side: of each set the ``first`` rows, and rows that some model did not answer with the reference.
+
+    Of the latter at most ``mismatches``, those first on which the models differ. Every model's answer to a chosen row is shown.
+    """
+    samples = []
+    for source, evaluation_set in sets.items():
+        texts = {e.model: e.generated[source] for e in evaluations if source in e.generated}
+        answered = [(index, row) for index, row in enumerate(evaluation_set.rows) if row.prompt_ids is not None]
+        several = sum(other.domain == evaluation_set.domain for other in sets.values()) > 1
+        label = f"{evaluation_set.domain}/{source}" if several else evaluation_set.domain
+        for at in _chosen([row for _, row in answered], list(texts.values()), first, mismatches):
+            index, row = answered[at]
+            for model, generated in texts.items():
+                text = generated[at]
+                found = None if row.answer is None else answer_match(text, row.answer)
+                shown = (row.prompt, row.reference, row.answer, text, exact_match(text, row.reference), found)
+                samples.append(Sample(model, label, index, *shown))
+    return samples
+
+
+def _chosen(rows: Sequence[TokenizedRow], texts: Sequence[Sequence[str]], first: int, mismatches: int) -> list[int]:
+    def hits(at: int) -> int:
+        return sum(exact_match(generated[at], rows[at].reference) for generated in texts)
+
+    missed = [at for at in range(first, len(rows)) if hits(at) < len(texts)]
+    missed.sort(key=lambda at: hits(at) == 0)  # stable: rows on which the models differ come first
+    return [*range(min(first, len(rows))), *sorted(missed[:mismatches])]

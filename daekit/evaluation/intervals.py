@@ -8,10 +8,14 @@ common to both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from daekit.report.contents import Row
+
+SEED = 0  # of the resamples: equal for all models, so that differences are paired
 _BLOCK = 4_000_000  # indices drawn at a time, 32 MB
 
 
@@ -27,9 +31,23 @@ class RowValues:
     total_R: np.ndarray
     weight_R: np.ndarray
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> RowValues:
+        """One value per row, all of the same weight."""
+        return cls(np.array(values, dtype=np.float64), np.ones(len(values)))
+
+    @classmethod
+    def pooled(cls, parts: Sequence[RowValues]) -> RowValues:
+        """The rows of several parts, one after another."""
+        return cls(np.concatenate([part.total_R for part in parts]), np.concatenate([part.weight_R for part in parts]))
+
     @property
     def mean(self) -> float:
         return float(self.total_R.sum() / self.weight_R.sum())
+
+    def row(self, model: str, domain: str, metric: str, rounds: int) -> Row:
+        """The row of a report, with a 95 % interval from ``rounds`` resamples."""
+        return Row(model, domain, metric, self.mean, *interval(self, rounds, SEED), len(self.total_R))
 
 
 def resampled_means(values: RowValues, rounds: int, seed: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from functools import cached_property
@@ -121,8 +122,7 @@ class SuiteModel:
         """The path, and while that is an adapter the base that it names; the last carries the weights."""
         chain = [str(self.spec.path)]
         while (Path(chain[-1]).expanduser() / ADAPTER_CONFIG).is_file():
-            base = read_adapter_config(chain[-1])["base_model_name_or_path"]
-            chain.append(base)
+            chain.append(read_adapter_config(chain[-1])["base_model_name_or_path"])
         return chain
 
 
@@ -161,13 +161,12 @@ def _template_tokens(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
     if tokenizer.chat_template is None:
         return None
     made: list[Any] = []
-    for probe in _PROBES:
+    options = {"strftime_now": lambda _: "01 Jan 2024"}  # a template that names today would be another one tomorrow
+    for probe, opened in itertools.product(_PROBES, (False, True)):
         messages = [{"role": role, "content": text} for role, text in probe]
-        for opened in (False, True):
-            try:
-                options = {"strftime_now": lambda _: "01 Jan 2024"}  # a template that names today would be another one tomorrow
-                rendered = render(tokenizer, messages, "a probe", options=options, add_generation_prompt=opened)
-                made.append([*rendered["input_ids"]])
-            except UserError:  # it refuses the roles
-                made.append("refused")
+        try:
+            rendered = render(tokenizer, messages, "a probe", options=options, add_generation_prompt=opened)
+            made.append([*rendered["input_ids"]])
+        except UserError:  # it refuses the roles
+            made.append("refused")
     return made

@@ -19,13 +19,11 @@ class EvaluationSet:
     """The validation rows of one source.
 
     Attributes:
-        overlong: number of rows that were left out because they are longer than ``max_length`` tokens.
-        left_out: their places in the data.
+        left_out: places in the data of the rows that were left out because they are longer than ``max_length`` tokens.
     """
 
     domain: str
     rows: tuple[TokenizedRow, ...]
-    overlong: int = 0
     max_length: int | None = None
     left_out: tuple[int, ...] = ()
 
@@ -40,9 +38,9 @@ class EvaluationSet:
     def notes(self, source: str) -> list[str]:
         """What a reader of the report must know about these rows."""
         notes = []
-        if self.overlong:
+        if overlong := len(self.left_out):
             notes.append(
-                f"{source}: {self.overlong} of {self.overlong + len(self.rows)} validation rows are longer than max_length = "
+                f"{source}: {overlong} of {overlong + len(self.rows)} validation rows are longer than max_length = "
                 f"{self.max_length} tokens and were left out."
             )
         if differing := sum(row.boundary_differs for row in self.rows):
@@ -75,21 +73,19 @@ def tokenize_rows(
     Raises:
         UserError: a row that cannot be tokenised or is too long; a set without rows.
     """
-    rows, longest, left_out = [], 0, []
     where = f"source {source!r}, validation row"
-    for index, row in enumerate(tokenize_each(islice(dataset, limit), tokenizer, where, assistant_only_loss)):
-        if max_length is not None and len(row.input_ids) > max_length:
-            left_out.append(index)
-            longest = max(longest, len(row.input_ids))
-        else:
-            rows.append(row)
-    dropped = len(left_out)
-    if dropped and overlong == "error":
+    every = list(tokenize_each(islice(dataset, limit), tokenizer, where, assistant_only_loss))
+    lengths = [len(row.input_ids) for row in every]
+    fits = [max_length is None or length <= max_length for length in lengths]
+    rows = tuple(row for row, it_fits in zip(every, fits, strict=True) if it_fits)
+    left_out = tuple(index for index, it_fits in enumerate(fits) if not it_fits)
+    if left_out and overlong == "error":
         raise UserError(
-            f"source {source!r}: {dropped} of {dropped + len(rows)} validation rows are longer than max_length = {max_length} "
-            f"tokens (the longest has {longest}): raise max_length, or leave them out of the evaluation with overlong: drop."
+            f"source {source!r}: {len(left_out)} of {len(every)} validation rows are longer than max_length = {max_length} "
+            f"tokens (the longest has {max(lengths)}): raise max_length, or leave them out of the evaluation with overlong: "
+            "drop."
         )
     if not rows:
-        why = f": all {dropped} are longer than max_length = {max_length} tokens" if dropped else ""
+        why = f": all {len(left_out)} are longer than max_length = {max_length} tokens" if left_out else ""
         raise UserError(f"source {source!r} has no validation rows to evaluate on{why}.")
-    return EvaluationSet(domain, tuple(rows), dropped, max_length, tuple(left_out))
+    return EvaluationSet(domain, rows, max_length, left_out)

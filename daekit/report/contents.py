@@ -31,6 +31,11 @@ class Row:
     high: float
     n: int
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether value and interval are numbers; those of a diverged model are not."""
+        return all(map(math.isfinite, (self.value, self.low, self.high)))
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -88,23 +93,12 @@ class Report:
     intervals: str = "a bootstrap over rows"
 
 
-@dataclass(frozen=True)
-class SampleGroup:
-    """All models' answers to one prompt."""
-
-    domain: str
-    prompt: str
-    reference: str
-    answer: str | None
-    samples: tuple[Sample, ...]
-
-
-def group_samples(samples: Sequence[Sample]) -> list[SampleGroup]:
-    """Samples side by side: one group per prompt, in the order of the first sample of each."""
-    groups: dict[tuple[str, int], list[Sample]] = {}
+def group_samples(samples: Sequence[Sample]) -> dict[str, list[list[Sample]]]:
+    """Domain -> the answers of all models to each of its prompts, in the order of the first sample of each."""
+    groups: dict[str, dict[int, list[Sample]]] = {}
     for sample in samples:
-        groups.setdefault((sample.domain, sample.row), []).append(sample)
-    return [SampleGroup(g[0].domain, g[0].prompt, g[0].reference, g[0].answer, tuple(g)) for g in groups.values()]
+        groups.setdefault(sample.domain, {}).setdefault(sample.row, []).append(sample)
+    return {domain: list(by_prompt.values()) for domain, by_prompt in groups.items()}
 
 
 def rows_json(rows: Sequence[Row]) -> str:
@@ -119,11 +113,8 @@ def rows_json(rows: Sequence[Row]) -> str:
 
 def read_rows(text: str) -> list[Row]:
     """The rows that ``rows_json`` has written; null is NaN again."""
-    entries: list[dict[str, Any]] = json.loads(text)
-    filled: list[dict[str, Any]] = [
-        {key: math.nan if value is None else value for key, value in entry.items()} for entry in entries
-    ]
-    return [Row(**entry) for entry in filled]
+    nan: Any = math.nan
+    return [Row(**{key: nan if value is None else value for key, value in entry.items()}) for entry in json.loads(text)]
 
 
 def samples_jsonl(samples: Sequence[Sample]) -> str:

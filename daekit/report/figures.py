@@ -43,9 +43,7 @@ def style_axes(ax: Axes, text: str) -> None:
     ax.grid(color=line_colour(text), linewidth=0.5, alpha=0.6)
     ax.set_axisbelow(True)
     for label in (ax.xaxis.label, ax.yaxis.label):
-        label.set_color(text)
-    ax.xaxis.label.set_fontsize(9)
-    ax.yaxis.label.set_fontsize(9)
+        label.set(color=text, fontsize=9)
 
 
 def line_colour(text: str) -> str:

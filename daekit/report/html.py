@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
@@ -19,7 +17,6 @@ def render_html(report: Report) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["groupby_order"] = _by_domain
     environment.globals.update(
         value=lambda row: format_value(row.value, row.metric),
         interval=format_interval,
@@ -77,17 +74,9 @@ def _curves(report: Report) -> list[tuple[str, Plot]]:
     return [(stage, curves) for stage, curves in drawn if curves is not None]
 
 
-def _by_domain(items: Iterable[Any]) -> list[tuple[str, list[Any]]]:
-    """Items by their ``domain``, in the order of the first of each."""
-    groups: dict[str, list[Any]] = {}
-    for item in items:
-        groups.setdefault(item.domain, []).append(item)
-    return list(groups.items())
-
-
 def _verdict(row: Row) -> str:
     """CSS class of a difference: coloured only when its interval leaves out zero."""
     kind = split_comparison(row.metric)[1]
-    if kind is None or not all(map(math.isfinite, (row.value, row.low, row.high))) or row.low <= 0 <= row.high:
+    if kind is None or not row.is_finite or row.low <= 0 <= row.high:
         return ""
     return "good" if (row.value > 0) == (kind == "gain") else "bad"

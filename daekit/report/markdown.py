@@ -15,10 +15,25 @@ _SHOWN_CHARACTERS = 300
 
 def render_markdown(report: Report, plot: str | None) -> str:
     """The whole report; ``plot`` is the file name of the picture of gain and forgetting beside it."""
-    parts = [f"# {_escape(report.title)}", *_headline(report.rows, report.intervals)]
-    if report.baseline is not None:
-        parts += _comparison(report.rows, report.baseline, plot)
-    parts += [part for each in breakdowns(report.rows) for part in _breakdown(each)]
+    headline, comparison = pivot(report.rows), pivot(report.rows, COMPARISON)
+    parts = [f"# {_escape(report.title)}"]
+    if headline.columns:
+        sizes = "; ".join(f"{domain}: n = {n}" for domain, n in sizes_of(report.rows).items())
+        parts += [
+            _matrix(headline),
+            f"95 % intervals from {report.intervals} ({_escape(sizes)}). Bold: best value of a column. An interval of no width "
+            "means that all rows agree: with n rows the value may still be off by about 3/n.",
+        ]
+    if report.baseline is not None and comparison.columns:
+        parts += [
+            f"## Gain and forgetting against {_escape(report.baseline)}",
+            *([f"![gain against forgetting]({plot})"] if plot else []),
+            _matrix(comparison),
+            "Differences on the same rows, with 95 % intervals of a paired bootstrap. A gain is positive where the model is "
+            "better than the baseline, forgetting is positive where it is worse.",
+        ]
+    for breakdown in breakdowns(report.rows):
+        parts += [f"## {_escape(breakdown.title)}", _breakdown(breakdown)]
     if report.notes:
         parts += ["## Notes", "\n".join(f"- {_escape(note)}" for note in report.notes)]
     parts += _samples(report)
@@ -32,65 +47,38 @@ def render_markdown(report: Report, plot: str | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _headline(rows: Sequence[Row], intervals: str) -> list[str]:
-    table = pivot(rows)
-    if not table.columns:
-        return []
-    sizes = "; ".join(f"{domain}: n = {n}" for domain, n in sizes_of(rows).items())
-    return [
-        _matrix(table),
-        f"95 % intervals from {intervals} ({_escape(sizes)}). Bold: best value of a column. An interval of no width "
-        "means that all rows agree: with n rows the value may still be off by about 3/n.",
-    ]
-
-
-def _comparison(rows: Sequence[Row], baseline: str, plot: str | None) -> list[str]:
-    table = pivot(rows, COMPARISON)
-    if not table.columns:
-        return []
-    return [
-        f"## Gain and forgetting against {_escape(baseline)}",
-        *([f"![gain against forgetting]({plot})"] if plot else []),
-        _matrix(table),
-        "Differences on the same rows, with 95 % intervals of a paired bootstrap. A gain is positive where the model is better "
-        "than the baseline, forgetting is positive where it is worse.",
-    ]
-
-
 def _matrix(table: Pivot) -> str:
     """Models down, columns across; the best value of a column is bold."""
     lines = []
     for model in table.models:
         line = [_escape(model)]
         for column in table.columns:
-            row, strong = table.cell(model, column), "**" if model in table.best[column] else ""
-            value, interval = _cells(row) if row else ("", "")
-            line.append(f"{strong}{value}{strong} {interval}" if row else "")
+            value, interval = _cells(table.cells.get((model, column)))
+            strong = "**" if model in table.best[column] else ""
+            line.append(f"{strong}{value}{strong} {interval}".strip())
         lines.append(line)
     return _table(["model", *(_escape(f"{column.heading}: {column.title}") for column in table.columns)], lines)
 
 
-def _breakdown(breakdown: Breakdown) -> list[str]:
-    lines = []
-    for part in breakdown.parts:
-        cells = [breakdown.cell(part, model) for model in breakdown.models]
-        lines.append([_escape(part), *("" if row is None else " ".join(_cells(row)) for row in cells)])
-    return [f"## {_escape(breakdown.title)}", _table(["", *map(_escape, breakdown.models)], lines)]
+def _breakdown(breakdown: Breakdown) -> str:
+    """Parts down, models across."""
+    lines = [
+        [_escape(part), *(" ".join(_cells(breakdown.cells.get((part, model)))).strip() for model in breakdown.models)]
+        for part in breakdown.parts
+    ]
+    return _table(["", *map(_escape, breakdown.models)], lines)
 
 
 def _samples(report: Report) -> list[str]:
-    groups = group_samples(report.samples)
-    parts = ["## Sample answers"] if groups else []
-    shown: dict[str, int] = {}
-    for group in groups:
-        shown[group.domain] = shown.get(group.domain, 0) + 1
-        if shown[group.domain] > _SHOWN_SAMPLES:
-            continue
-        judged = all(s.exact_match is None for s in group.samples)
-        lines = [["*reference*", _short(group.reference), ""]] if group.reference else []
-        lines += [[_escape(s.model), _short(s.generated), "✓" if s.exact_match else _escape(s.mark)] for s in group.samples]
-        head = ["", "answer", "judge" if judged else "exact"]
-        parts += [f"**{_escape(group.domain)}**: {_short(group.prompt)}", _table(head, lines)]
+    parts = ["## Sample answers"] if report.samples else []
+    for domain, groups in group_samples(report.samples).items():
+        for group in groups[:_SHOWN_SAMPLES]:
+            reference, prompt = group[0].reference, group[0].prompt
+            judged = all(s.exact_match is None for s in group)
+            lines = [["*reference*", _short(reference), ""]] if reference else []
+            lines += [[_escape(s.model), _short(s.generated), "✓" if s.exact_match else _escape(s.mark)] for s in group]
+            head = ["", "answer", "judge" if judged else "exact"]
+            parts += [f"**{_escape(domain)}**: {_short(prompt)}", _table(head, lines)]
     return parts
 
 
@@ -107,8 +95,8 @@ def _provenance(report: Report) -> list[str]:
     return parts
 
 
-def _cells(row: Row) -> list[str]:
-    return [format_value(row.value, row.metric), format_interval(row)]
+def _cells(row: Row | None) -> list[str]:
+    return ["", ""] if row is None else [format_value(row.value, row.metric), format_interval(row)]
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -56,10 +56,8 @@ def most_of(metric: str) -> float | None:
 
 def split_comparison(metric: str) -> tuple[str, str | None]:
     """``exact_match_gain`` -> ``("exact_match", "gain")``; ``nll`` -> ``("nll", None)``."""
-    for kind in ("gain", "forgetting"):
-        if metric.endswith(f"_{kind}"):
-            return metric.removesuffix(f"_{kind}"), kind
-    return metric, None
+    base, _, kind = metric.rpartition("_")
+    return (base, kind) if kind in ("gain", "forgetting") else (metric, None)
 
 
 def metric_title(metric: str) -> str:

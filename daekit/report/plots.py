@@ -152,20 +152,18 @@ def bars_svg(breakdown: Breakdown, models: Sequence[str]) -> Plot | None:
         return None
     figure = new_figure(9.8, 3.4)
     ax = figure.subplots()
-    width = 0.8 / len(breakdown.models)
-    scale = 100.0 if breakdown.metric in SHARES else 1.0
+    width, scale = 0.8 / len(breakdown.models), 100.0 if breakdown.metric in SHARES else 1.0
     for index, model in enumerate(breakdown.models):
         colour = COLOURS[models.index(model) % len(COLOURS)]
         label: str | None = plain(model)
         for at, part in enumerate(breakdown.parts):
-            row = breakdown.cell(part, model)
-            if row is None or not all(math.isfinite(end) for end in (row.value, row.low, row.high)):
+            row = breakdown.cells.get((part, model))
+            if row is None or not row.is_finite:
                 continue
             x, value = at - 0.4 + width * (index + 0.5), scale * row.value
             ax.bar(x, value, 0.92 * width, color=colour, label=label)
             label = None  # once per model
-            spread = [[max(0.0, value - scale * row.low)], [max(0.0, scale * row.high - value)]]
-            ax.errorbar(x, value, spread, fmt="none", ecolor=PAGE_TEXT, elinewidth=0.9, capsize=2)
+            ax.errorbar(x, value, _spread(row, scale), fmt="none", ecolor=PAGE_TEXT, elinewidth=0.9, capsize=2)
     style_axes(ax, PAGE_TEXT)
     ax.grid(visible=False, axis="x")
     ax.set_xticks(range(len(breakdown.parts)), [plain(part) for part in breakdown.parts])

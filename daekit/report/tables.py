@@ -44,15 +44,19 @@ class Pivot:
     cells: dict[tuple[str, Column], Row]
     best: dict[Column, frozenset[str]]
 
-    def cell(self, model: str, column: Column) -> Row | None:
-        return self.cells.get((model, column))
+    @property
+    def by_domain(self) -> dict[str, list[Column]]:
+        """Domain -> its columns."""
+        found: dict[str, list[Column]] = {}
+        for column in self.columns:
+            found.setdefault(column.domain, []).append(column)
+        return found
 
 
 def blocks(table: Pivot, most: int = 7) -> list[Pivot]:
     """The table in parts of at most ``most`` columns, so that a page need not be scrolled; a domain's columns stay together."""
     parts: list[list[Column]] = [[]]
-    for domain in dict.fromkeys(column.domain for column in table.columns):
-        columns = [column for column in table.columns if column.domain == domain]
+    for columns in table.by_domain.values():
         if parts[-1] and len(parts[-1]) + len(columns) > most:
             parts.append([])
         parts[-1] += columns
@@ -86,9 +90,6 @@ class Breakdown:
     def title(self) -> str:
         return f"{self.domain}: {metric_title(self.metric)}"
 
-    def cell(self, part: str, model: str) -> Row | None:
-        return self.cells.get((part, model))
-
 
 def breakdowns(rows: Sequence[Row]) -> list[Breakdown]:
     """The headline's metrics of every domain whose parts are too many for the headline."""
@@ -107,10 +108,9 @@ def breakdowns(rows: Sequence[Row]) -> list[Breakdown]:
 def bar_of(row: Row) -> tuple[float, float, float] | None:
     """Value and interval as shares of the most that there can be; None for a metric without a most, or no finite value."""
     most = most_of(row.metric)
-    ends = (row.value, row.low, row.high)
-    if most is None or not all(math.isfinite(end) for end in ends):
+    if most is None or not row.is_finite:
         return None
-    value, low, high = (min(1.0, max(0.0, end / most)) for end in ends)
+    value, low, high = (min(1.0, max(0.0, end / most)) for end in (row.value, row.low, row.high))
     return value, low, high
 
 
@@ -156,7 +156,7 @@ def format_table(rows: Sequence[Row]) -> str:
         if head[0][at] == head[0][at - 1]:
             head[0][at] = ""
     for model in table.models:
-        cells = (table.cell(model, column) for column in table.columns)
+        cells = (table.cells.get((model, column)) for column in table.columns)
         head.append([model, *("" if row is None else _with_margin(row) for row in cells)])
     widths = [max(map(len, column)) for column in zip(*head, strict=True)]
     lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in head]

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from daekit.evaluation import EvaluationSet, ModelEvaluation, compare, evaluate_model, select_samples
 from daekit.evaluation.likelihood import Measured
-from daekit.evaluation.suites.results import load_measured, save_measured
 from daekit.models.backbone import base_of
 from daekit.models.identity import fingerprint
 from daekit.progress import Progress
@@ -93,7 +92,7 @@ def _evaluation(
         "versions": versions(("daekit", "torch", "transformers")),
     }
     path = folder.measured(key)
-    kept = load_measured(path, key)
+    kept = Measured.kept(path, key)
     if kept is not None:
         print(f"[report] {each.name}: measured before, kept", flush=True)
         return ModelEvaluation(each.name, kept.values, kept.generated)
@@ -102,7 +101,7 @@ def _evaluation(
         *(each.name, model, models.tokenizer, sets), spec=spec, teachers=teachers, reference=reference, progress=progress.part
     )
     progress.close()
-    save_measured(path, key, Measured(found.values, generated=found.generated))
+    Measured(found.values, generated=found.generated).keep(path, key)
     return found
 
 

@@ -18,14 +18,8 @@ either                       ``missing_judgments``            judgments that are
 ``allow_missing`` has no row but ``missing_judgments``; what is missing and why is said in ``Judged.refusals``.
 """
 
-from daekit.evaluation.judging.alpaca import estimate_alpaca_eval, judge_alpaca_eval
-from daekit.evaluation.judging.mt_bench import estimate_mt_bench, judge_mt_bench
-from daekit.evaluation.judging.result import Judged
+from daekit.evaluation.judging.alpaca import AlpacaEval
+from daekit.evaluation.judging.mt_bench import MTBench
+from daekit.evaluation.judging.result import Judged, JudgedBenchmark
 
-__all__ = [
-    "Judged",
-    "estimate_alpaca_eval",
-    "estimate_mt_bench",
-    "judge_alpaca_eval",
-    "judge_mt_bench",
-]
+__all__ = ["AlpacaEval", "Judged", "JudgedBenchmark", "MTBench"]

@@ -111,34 +111,24 @@ class Unreadable(Exception):
     """None of the judge's replies held a preference."""
 
 
-class _Prompts(Exception):
-    def __init__(self, prompts: list[Messages]) -> None:
-        super().__init__()
-        self.prompts = prompts
-
-
 def prompts_for(annotator: Annotator, reference: Outputs, outputs: Outputs) -> list[Messages]:
     """What comparing ``outputs`` with ``reference`` asks; equal answers are a draw without a question."""
 
-    def note(prompts: list[Messages]) -> dict[str, list[Any]]:
-        raise _Prompts(prompts)
+    prompts: list[Messages] = []
 
-    try:
-        with _quiet():
-            _annotator_class(annotator, note)(annotators_config=annotator.config).annotate_head2head(
-                outputs_1=list(reference), outputs_2=list(outputs), chunksize=None
-            )
-    except _Prompts as asked:
-        return asked.prompts
-    return []
+    def note(asked: list[Messages]) -> dict[str, list[Any]]:
+        prompts.extend(asked)
+        raise Unreadable
+
+    with _quiet(), contextlib.suppress(Unreadable):
+        _annotator_class(annotator, note)(annotators_config=annotator.config).annotate_head2head(
+            outputs_1=list(reference), outputs_2=list(outputs), chunksize=None
+        )
+    return prompts
 
 
 def evaluate(
-    annotator: Annotator,
-    model: str,
-    reference: Outputs,
-    outputs: Outputs,
-    reply: Callable[[Messages], ChatReply | None],
+    annotator: Annotator, model: str, reference: Outputs, outputs: Outputs, reply: Callable[[Messages], ChatReply | None]
 ) -> tuple[Any, list[dict[str, Any]]]:
     """(leaderboard, annotations) of alpaca_eval, in the order of ``reference``; what is missing is None.
 

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import io
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,17 +22,9 @@ from daekit.environment import replaced
 from daekit.errors import UserError
 
 Record = dict[str, Any]
+Messages = list[dict[str, str]]
 Answers = Mapping[str, Mapping[int, Mapping[str, Any]]]  # model -> question id -> FastChat's answer record
 _MATCH_MAKERS = {"single": "make_match_single", "pairwise-baseline": "make_match", "pairwise-all": "make_match_all_pairs"}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What one of FastChat's judging functions sends."""
-
-    messages: list[dict[str, str]]
-    temperature: float
-    max_tokens: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,7 @@ class BenchData:
     questions: list[dict[str, Any]]
     prompts: dict[str, dict[str, Any]]
     references: dict[int, dict[str, Any]]
-    files: tuple[Path, ...]
+    files: list[Path]
 
 
 def load_data(folder: Path, limit: int | None) -> BenchData:
@@ -52,24 +44,23 @@ def load_data(folder: Path, limit: int | None) -> BenchData:
         UserError: one is missing or damaged, or a question that needs a reference has none.
     """
     common = _module("common")
-    questions_file, prompts_file = folder / "question.jsonl", folder / "judge_prompts.jsonl"
-    references_file = folder / "reference_answer" / "gpt-4.jsonl"
-    for file in (questions_file, prompts_file, references_file):
+    files = [folder / name for name in ("question.jsonl", "judge_prompts.jsonl", "reference_answer/gpt-4.jsonl")]
+    for file in files:
         if not file.is_file():
             raise UserError(
                 f"MT-Bench: {file} is missing. Set data to a folder with question.jsonl, judge_prompts.jsonl and "
                 "reference_answer/gpt-4.jsonl; they are in FastChat's repository (Apache-2.0) under fastchat/llm_judge/data."
             )
     try:
-        questions = common.load_questions(str(questions_file), None, None)
-        prompts = common.load_judge_prompts(str(prompts_file))
-        references = common.load_model_answers(str(references_file.parent))[references_file.stem]
+        questions = common.load_questions(str(files[0]), None, None)
+        prompts = common.load_judge_prompts(str(files[1]))
+        references = common.load_model_answers(str(files[2].parent))[files[2].stem]
     except (ValueError, KeyError) as error:
         raise UserError(f"MT-Bench: a data file in {folder} is damaged ({type(error).__name__}: {error})") from error
     for question in questions:
         if question["category"] in common.NEED_REF_CATS and question["question_id"] not in references:
-            raise UserError(f"MT-Bench: {references_file} has no reference for question {question['question_id']}")
-    return BenchData(questions[:limit], prompts, references, (questions_file, prompts_file, references_file))
+            raise UserError(f"MT-Bench: {files[2]} has no reference for question {question['question_id']}")
+    return BenchData(questions[:limit], prompts, references, files)
 
 
 def make_matches(data: BenchData, judge: str, answers: Answers, mode: str, baseline: str | None) -> list[Any]:
@@ -87,12 +78,12 @@ def make_matches(data: BenchData, judge: str, answers: Answers, mode: str, basel
     return made
 
 
-def asked_by(match: Any) -> list[Asked]:
-    """What playing ``match`` sends: one call, or two for a pair (both orders)."""
-    asked: list[Asked] = []
+def asked_by(match: Any) -> list[tuple[Messages, dict[str, Any]]]:
+    """(messages, parameters) of what playing ``match`` sends: one call, or two for a pair (both orders)."""
+    asked = []
 
-    def note(messages: list[dict[str, str]], temperature: float, max_tokens: int) -> str:
-        asked.append(Asked(messages, temperature, max_tokens))
+    def note(messages: Messages, temperature: float, max_tokens: int) -> str:
+        asked.append((messages, {"temperature": temperature, "max_tokens": max_tokens}))
         return ""
 
     _play(match, note)
@@ -108,32 +99,23 @@ def play(match: Any, texts: Sequence[str]) -> Record:
         return {**_play(match, lambda *_: ""), "judgment": texts[0]}
 
 
-def _play(match: Any, complete: Callable[[list[dict[str, str]], float, int], str]) -> Record:
-    common = _module("common")
-    played = common.play_a_match_single if isinstance(match, common.MatchSingle) else common.play_a_match_pair
-    with _judged_by(match.judge.model_name, complete), contextlib.redirect_stdout(io.StringIO()):
-        return played(match, None)
-
-
-@contextlib.contextmanager
-def _judged_by(judge: str, complete: Callable[[list[dict[str, str]], float, int], str]) -> Iterator[None]:
-    """FastChat's functions know ``judge`` and call ``complete`` instead of the network."""
+def _play(match: Any, complete: Callable[[Messages, float, int], str]) -> Record:
+    """The record of a match whose judge FastChat knows, and for which it calls ``complete`` instead of the network."""
     common = _module("common")
     conversation = importlib.import_module("fastchat.conversation")
+    played = common.play_a_match_single if isinstance(match, common.MatchSingle) else common.play_a_match_pair
 
     def answer(model: str, conv: Any, temperature: float, max_tokens: int, api_dict: object = None) -> str:
         return complete(conv.to_openai_api_messages(), temperature, max_tokens)
 
-    ours = {
-        "OPENAI_MODEL_LIST": (judge,),
+    with (
+        replaced(common, "OPENAI_MODEL_LIST", (match.judge.model_name,)),
         # for a name that it does not know FastChat takes a template with a canned dialogue
-        "get_conversation_template": lambda model: conversation.get_conv_template("chatgpt"),
-        "chat_completion_openai": answer,
-    }
-    with contextlib.ExitStack() as stack:
-        for name, value in ours.items():
-            stack.enter_context(replaced(common, name, value))
-        yield
+        replaced(common, "get_conversation_template", lambda model: conversation.get_conv_template("chatgpt")),
+        replaced(common, "chat_completion_openai", answer),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        return played(match, None)
 
 
 @cache

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from daekit.evaluation.likelihood.choices import MinimalPairs, MultipleChoice
 from daekit.evaluation.likelihood.common import Benchmark, Measured
 from daekit.evaluation.likelihood.domain_rows import Rows
 from daekit.evaluation.likelihood.lm_eval import LMEval
-from daekit.evaluation.likelihood.minimal_pairs import MinimalPairs
-from daekit.evaluation.likelihood.multiple_choice import MultipleChoice
 from daekit.evaluation.likelihood.perplexity import Perplexity
 from daekit.recipe.suite import BenchmarkSpec, LMEvalSpec, MinimalPairsSpec, MultipleChoiceSpec, PerplexitySpec, RowsSpec
 

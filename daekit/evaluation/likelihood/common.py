@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -14,31 +16,59 @@ from daekit.data.sources import json_lines
 from daekit.errors import UserError
 from daekit.evaluation.evaluate import Key
 from daekit.evaluation.intervals import RowValues
-from daekit.files import file_hash
+from daekit.files import file_hash, write_whole
 from daekit.progress import ProgressFunction
 from daekit.protocol import IGNORE_INDEX
 from daekit.recipe.suite import Prefix
 
 TokenRow = dict[str, list[int]]
+MetricRow = tuple[str, str, float, float, float, int]  # domain, metric, value, low, high, n
 
 
 @dataclass
 class Measured:
-    """What one benchmark found of one model.
+    """What one benchmark found of one model: measured once for the same weights, inputs and settings.
 
     Attributes:
         values: (domain, source, metric) -> values row by row, as in ``ModelEvaluation``.
         items: a JSON-able record per row, written beside the results.
         notes: what a reader must know, without the model's name.
         generated: source -> generated texts.
-        rows: (domain, metric, value, low, high, n) of values that come with intervals of their own.
+        rows: of values that come with intervals of their own.
     """
 
     values: dict[Key, RowValues] = field(default_factory=dict)
     items: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     generated: dict[str, list[str]] = field(default_factory=dict)
-    rows: list[tuple[str, str, float, float, float, int]] = field(default_factory=list)
+    rows: list[MetricRow] = field(default_factory=list)
+
+    @classmethod
+    def kept(cls, path: Path, key: Mapping[str, Any]) -> Measured | None:
+        """What was measured under this key, without its items; None if nothing was, or under another.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not path.is_file():
+            return None
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["key"] != json.loads(json.dumps(key)):
+                return None
+            values = {(*name,): RowValues(np.array(total), np.array(weight)) for *name, total, weight in kept["values"]}
+            return cls(values, [], kept["notes"], kept["generated"], [tuple(row) for row in kept["rows"]])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error}); delete it, and it is measured again") from error
+
+    def keep(self, path: Path, key: Mapping[str, Any]) -> None:
+        """Write it to a file; it is whole or it does not exist. Its items go into a file of their own."""
+        values = [[*name, value.total_R.tolist(), value.weight_R.tolist()] for name, value in self.values.items()]
+        kept = {"key": key, "values": values, "notes": self.notes, "generated": self.generated, "rows": self.rows}
+        if self.items:
+            items = path.parent.parent / "items" / f"{path.stem}.jsonl"
+            write_whole(items, "".join(json.dumps(item) + "\n" for item in self.items))
+        write_whole(path, json.dumps(kept) + "\n")
 
 
 class Benchmark(Protocol):

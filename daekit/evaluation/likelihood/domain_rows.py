@@ -58,20 +58,17 @@ class Rows:
     def measure(
         self, model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int, progress: ProgressFunction | None = None
     ) -> Measured:
-        """What ``evaluate_model`` measures; KL is named after the reference."""
+        """What ``evaluate_model`` measures."""
         rows = self.rows(tokenizer)
-        teachers = {}
+        reference: PreTrainedModel | None = None
         if self.spec.reference is not None:
-            reference = load_model(self.spec.reference)
-            teachers[self.domain] = reference if self.spec.reference.quantization else reference.to(model.device)
+            loaded = load_model(self.spec.reference)
+            reference = loaded if self.spec.reference.quantization else loaded.to(model.device)
         how = EvaluationSpec(generate=self.spec.generate, max_new_tokens=self.spec.max_new_tokens, batch_size=batch_size)
         shown = None if progress is None else lambda _, done, total: progress(done, total)
-        result = evaluate_model("", model, tokenizer, {self.name: rows}, spec=how, teachers=teachers, progress=shown)
-        found = Measured(generated=result.generated, notes=rows.notes(self.name))
-        for (domain, source, metric), values in result.values.items():
-            found.values[domain, source, metric.replace("kl_to_teacher", "kl_to_reference")] = values
-        found.items = [{"row": at, "generated": text} for at, text in enumerate(result.generated.get(self.name, []))]
-        return found
+        result = evaluate_model("", model, tokenizer, {self.name: rows}, spec=how, reference=reference, progress=shown)
+        items = [{"row": at, "generated": text} for at, text in enumerate(result.generated.get(self.name, []))]
+        return Measured(result.values, items, rows.notes(self.name), result.generated)
 
     def rows(self, tokenizer: Tokenizer) -> EvaluationSet:
         """The rows as a tokenizer cuts them."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from daekit.errors import UserError, nearest
-from daekit.evaluation.likelihood.common import Measured, hash_of
+from daekit.evaluation.likelihood.common import Measured, MetricRow, hash_of
 from daekit.progress import ProgressFunction
 from daekit.recipe.suite import LMEvalSpec
 
@@ -70,15 +69,13 @@ class LMEval:
             log_samples=False,
         )
         found = Measured(rows=[row for task, values in results["results"].items() for row in self._rows(task, values, results)])
-        version = self.data["lm_eval"]
         found.notes.append(
-            f"{self.name}: measured by lm-eval {version}; intervals are 1.96 of its standard errors, clipped nowhere."
+            f"{self.name}: measured by lm-eval {self.data['lm_eval']}; intervals are 1.96 of its standard errors, clipped "
+            "nowhere."
         )
         return found
 
-    def _rows(
-        self, task: str, values: dict[str, Any], results: dict[str, Any]
-    ) -> list[tuple[str, str, float, float, float, int]]:
+    def _rows(self, task: str, values: dict[str, Any], results: dict[str, Any]) -> list[MetricRow]:
         count = int(results.get("n-samples", {}).get(task, {}).get("effective", 0))
         rows = []
         for key, value in values.items():
@@ -101,19 +98,11 @@ def inputs(folder: Path, where: str) -> dict[str, str]:
         if file.suffix not in (".yaml", ".yml"):
             continue
         try:
-            named = list(_texts(yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)))
+            # whatever their tags: ``!function`` names code, which is not run here
+            events = list(yaml.parse(file.read_bytes(), Loader=yaml.SafeLoader))
         except yaml.YAMLError as error:
             raise UserError(f"{where}.include_path: {file} is no YAML ({error})") from error
-        for text in named:
+        for text in (event.value for event in events if isinstance(event, yaml.ScalarEvent)):
             if "\n" not in text and len(text) < _LONGEST_PATH and Path(text).is_file():
                 found[text] = hash_of(Path(text), where)
     return found
-
-
-def _texts(node: Any) -> Iterator[str]:
-    """All texts of a composed YAML file, whatever their tags (``!function`` names code, which is not run here)."""
-    if isinstance(node, yaml.ScalarNode):
-        yield node.value
-    elif isinstance(node, (tuple, yaml.CollectionNode)):  # a mapping holds pairs
-        for each in node if isinstance(node, tuple) else node.value:
-            yield from _texts(each)

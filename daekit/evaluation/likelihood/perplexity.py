@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -54,10 +54,9 @@ class Perplexity:
             blocks, unknown = self._blocks(model, tokenizer, documents, batch_size)
             found.values[domain, self.name, "nll"] = RowValues(blocks.nll_R, blocks.tokens_R)
             found.values[domain, self.name, "bits_per_byte"] = RowValues(blocks.nll_R / math.log(2), blocks.bytes_R)
-            columns = (blocks.nll_R.tolist(), blocks.tokens_R.tolist(), blocks.bytes_R.tolist())
             found.items += [
-                {"domain": domain, "block": at, "nll": nll, "tokens": int(tokens), "bytes": int(size)}
-                for at, (nll, tokens, size) in enumerate(zip(*columns, strict=True))
+                {"domain": domain, "block": at, "nll": float(nll), "tokens": int(tokens), "bytes": int(size)}
+                for at, (nll, tokens, size) in enumerate(zip(*blocks, strict=True))
             ]
             if unknown:
                 found.notes.append(
@@ -87,8 +86,7 @@ class Perplexity:
             skipped = 0 if before else len(text[: encoded["offset_mapping"][0][1]].encode())
             parts.append(blocks_of(text, self.spec.block, nll_N, starts[first:], skipped))
             unknown += 0 if tokenizer.unk_token_id is None else ids.count(tokenizer.unk_token_id)
-        columns = ([getattr(part, key) for part in parts] for key in ("nll_R", "tokens_R", "bytes_R"))
-        return Blocks(*map(np.concatenate, columns)), unknown
+        return Blocks(*map(np.concatenate, zip(*parts, strict=True))), unknown
 
     def _read(self, domain: str, path: Path) -> list[str]:
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
@@ -105,8 +103,7 @@ class Perplexity:
         return documents
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(NamedTuple):
     """Sums over the tokens that begin in each of R blocks of text."""
 
     nll_R: np.ndarray

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from daekit.errors import UserError
 from daekit.evaluation.answers import AnswerStore, HowToAnswer, require_answerable
+from daekit.evaluation.judging import AlpacaEval, JudgedBenchmark, MTBench
 from daekit.evaluation.likelihood import Benchmark, Rows, likelihood_benchmark
 from daekit.evaluation.models import SuiteModel
 from daekit.evaluation.questions import Conversation, alpaca_conversations, mt_bench_conversations
@@ -75,6 +77,14 @@ class Questions:
     def judgments(self) -> Path:
         """Folder of the judge's files."""
         return self.folder / "model_judgment"
+
+    @cached_property
+    def benchmark(self) -> JudgedBenchmark:
+        """What judges the answers; UserError if something that the judge is asked with is missing or damaged."""
+        spec, path = self.spec, Path(self.spec.path).expanduser()
+        if isinstance(spec, MTBenchSpec):
+            return MTBench(path, spec.mode, spec.baseline, spec.limit)
+        return AlpacaEval(path, spec.annotator, spec.limit, f"{self.where}.annotator")
 
     def store(self, model: SuiteModel, write: bool = True) -> AnswerStore:
         """The answers of a model; without ``write`` no file is made or mended."""

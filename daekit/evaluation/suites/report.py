@@ -1,20 +1,21 @@
-"""The report of a suite, and the manifest that makes its scores repeatable."""
+"""What a run of a suite has found, its report, and the manifest that makes its scores repeatable."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from daekit.evaluation.compare import compare, select_samples
-from daekit.evaluation.likelihood import Rows
+from daekit.evaluation.evaluate import ModelEvaluation, compare, select_samples
+from daekit.evaluation.judging import Judged
+from daekit.evaluation.likelihood import Measured, Rows
 from daekit.evaluation.suites.prepare import Prepared, Questions
-from daekit.evaluation.suites.results import Results
+from daekit.generation import Budget
 from daekit.generation.local import device
 from daekit.recipe.dump import to_yaml
 from daekit.report import Report, Row, Sample
@@ -22,6 +23,25 @@ from daekit.report.provenance import commit, versions
 
 _SHOWN_QUESTIONS = 8
 _PER_TOKEN = ("nll", "perplexity", "token_accuracy")
+
+
+@dataclass
+class Results:
+    """Everything that the report is made of.
+
+    Attributes:
+        evaluations: model -> its values, row by row.
+        measured: (model, benchmark) -> what the benchmark found.
+        judged: benchmark -> scores of its judge.
+        identities: model -> what its scores depend on.
+        budgets: (place, name) of a judge or an endpoint -> what it was sent so far.
+    """
+
+    evaluations: dict[str, ModelEvaluation] = field(default_factory=dict)
+    measured: dict[tuple[str, str], Measured] = field(default_factory=dict)
+    judged: dict[str, Judged] = field(default_factory=dict)
+    identities: dict[str, dict[str, Any]] = field(default_factory=dict)
+    budgets: dict[tuple[str, str], list[Budget]] = field(default_factory=dict)
 
 
 def suite_report(prepared: Prepared, results: Results) -> Report:
@@ -32,7 +52,9 @@ def suite_report(prepared: Prepared, results: Results) -> Report:
     for name, judged in results.judged.items():  # the judges know their benchmark by its type
         rows += [replace(row, domain="/".join([name, *row.domain.split("/")[1:]])) for row in judged.rows]
     compared, notes = _compared(prepared, results)
-    samples = _row_samples(prepared, results)
+    first = next(iter(prepared.models.values()))
+    sets = {name: each.rows(first.tokenizer) for name, each in prepared.benchmarks.items() if isinstance(each, Rows)}
+    samples = select_samples(list(results.evaluations.values()), sets)
     for questions in prepared.questions.values():
         samples += _answer_samples(prepared, questions, results)
     return Report(
@@ -77,7 +99,8 @@ def manifest(prepared: Prepared, results: Results) -> str:
 
 def _notes(prepared: Prepared, results: Results) -> list[str]:
     """What a reader must know; a sentence that holds for all models is said once."""
-    notes = list(results.notes)
+    unjudged = [name for name, each in prepared.questions.items() if each.judge is None]
+    notes = [f"{name}: answered, but not judged: the suite names no judge." for name in unjudged]
     for name in prepared.benchmarks:
         said: dict[str, list[str]] = {}
         for (model, benchmark), measured in results.measured.items():
@@ -115,38 +138,25 @@ def _compared(prepared: Prepared, results: Results) -> tuple[list[Row], list[str
     return [row for row in rows if tokenizers[row.model] == base or not row.metric.startswith(per_token)], notes
 
 
-def _row_samples(prepared: Prepared, results: Results) -> list[Sample]:
-    """Answers to rows, side by side."""
-    local = [model for model in prepared.models.values() if not model.is_endpoint]
-    rows = {name: benchmark for name, benchmark in prepared.benchmarks.items() if isinstance(benchmark, Rows)}
-    sets = {name: benchmark.rows(local[0].tokenizer) for name, benchmark in rows.items()}
-    return select_samples(list(results.evaluations.values()), sets)
-
-
 def _answer_samples(prepared: Prepared, questions: Questions, results: Results) -> list[Sample]:
     """The first question of each category, then further ones, up to eight, with what the judge said of each turn."""
     firsts = {each.category: each for each in reversed(questions.conversations)}.values()
-    ordered = [*sorted(firsts, key=lambda each: each.id), *questions.conversations]
-    chosen = {each.id: each for each in ordered}
+    ordered = dict.fromkeys([*sorted(firsts, key=lambda each: each.id), *questions.conversations])
     judged = results.judged.get(questions.name)
+    scores: dict[tuple[str, int], list[str]] = {}
+    for verdict in judged.verdicts if judged is not None else []:
+        if "score" in verdict:
+            scores.setdefault((verdict["model"], verdict["question_id"]), []).append(str(verdict["score"]))
     stores = {name: questions.store(model, write=False) for name, model in prepared.models.items()}
     samples = []
-    for conversation in list(chosen.values())[:_SHOWN_QUESTIONS]:
+    for conversation in list(ordered)[:_SHOWN_QUESTIONS]:
         for name, store in stores.items():
-            record = store.records.get(conversation.id)
-            if record is None:
-                continue
-            marks = _marks([] if judged is None else judged.verdicts, name, conversation.id)
-            prompt, said = _turns(conversation.turns), _turns(record["choices"][0]["turns"])
-            samples.append(Sample(name, questions.name, conversation.id, prompt, "", None, said, None, None, marks))
+            if (record := store.records.get(conversation.id)) is not None:
+                prompt, said = _turns(conversation.turns), _turns(record["choices"][0]["turns"])
+                marks = " · ".join(scores.get((name, conversation.id), []))
+                samples.append(Sample(name, questions.name, conversation.id, prompt, "", None, said, None, None, marks))
     return samples
 
 
 def _turns(turns: Sequence[str]) -> str:
     return turns[0] if len(turns) == 1 else "\n\n".join(f"[{at}] {turn}" for at, turn in enumerate(turns, 1))
-
-
-def _marks(verdicts: Sequence[Mapping[str, Any]], model: str, question: int) -> str:
-    """The judge's scores of a model's turns, where it gave some."""
-    scores = [v["score"] for v in verdicts if v.get("model") == model and v.get("question_id") == question and "score" in v]
-    return " · ".join(str(score) for score in scores)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,10 @@ import yaml
 from daekit.errors import UserError
 from daekit.evaluation.answers import answer_all, answer_by_client, endpoint_of
 from daekit.evaluation.evaluate import ModelEvaluation
-from daekit.evaluation.judging import estimate_alpaca_eval, estimate_mt_bench, judge_alpaca_eval, judge_mt_bench
-from daekit.evaluation.judging.annotators import read_annotator
-from daekit.evaluation.judging.fastchat import load_data
+from daekit.evaluation.likelihood import Measured
 from daekit.evaluation.models import SuiteModel
 from daekit.evaluation.suites.prepare import Options, Prepared, Questions, prepare
-from daekit.evaluation.suites.report import manifest, suite_report
-from daekit.evaluation.suites.results import Results, load_measured, save_measured
+from daekit.evaluation.suites.report import Results, manifest, suite_report
 from daekit.files import write_whole
 from daekit.generation import ChatClient, Estimate
 from daekit.generation.endpoint import Unreached
@@ -27,7 +23,7 @@ from daekit.generation.reach import require_answering
 from daekit.progress import Progress, ProgressFunction
 from daekit.recipe.dump import to_yaml
 from daekit.recipe.judge import JudgeSpec
-from daekit.recipe.suite import MTBenchSpec, SuiteSpec
+from daekit.recipe.suite import AlpacaEvalSpec, SuiteSpec
 from daekit.report import Report, write_report
 from daekit.report.provenance import versions
 
@@ -98,8 +94,8 @@ def require_askable(prepared: Prepared, models_to_come: bool = False) -> list[st
         if questions.judge is None:
             continue
         if models_to_come:
-            _require_data(questions)
-        elif (estimate := _estimate(prepared, questions)) is None or not estimate.calls:
+            _ = questions.benchmark  # what a judge is asked with, beside answers that are not there yet
+        elif not _estimate(prepared, questions, questions.judge).calls:
             continue
         if questions.judge.base_url is not None:
             where = "judge" if questions.spec.judge is None else f"{questions.where}.judge"
@@ -120,15 +116,6 @@ def require_askable(prepared: Prepared, models_to_come: bool = False) -> list[st
     return notes
 
 
-def _require_data(questions: Questions) -> None:
-    """What a judge is asked with, beside answers that are not there yet."""
-    spec, path = questions.spec, Path(questions.spec.path).expanduser()
-    if isinstance(spec, MTBenchSpec):
-        load_data(path, spec.limit)
-    else:
-        read_annotator(spec.annotator, f"{questions.where}.annotator")
-
-
 def _measure(prepared: Prepared, model: SuiteModel, results: Results) -> None:
     """All likelihood benchmarks of one model."""
     batch_size = prepared.suite.batch_size
@@ -141,14 +128,14 @@ def _measure(prepared: Prepared, model: SuiteModel, results: Results) -> None:
             "batch_size": batch_size,
             "versions": versions(("daekit", "torch", "transformers")),
         }
-        measured = load_measured(path, key)
+        measured = Measured.kept(path, key)
         if measured is not None:
             print(f"[{model.name}] {name}: measured before, kept", flush=True)
         else:
             start, progress = time.perf_counter(), Progress(f"[{model.name}] {name}", "rows")
             measured = benchmark.measure(model.model(), model.tokenizer, batch_size, progress)
             progress.close()
-            save_measured(path, key, measured)
+            measured.keep(path, key)
             print(f"[{model.name}] {name}: measured in {time.perf_counter() - start:.1f} s", flush=True)
         results.evaluations[model.name].values.update(measured.values)
         results.evaluations[model.name].generated.update(measured.generated)
@@ -185,42 +172,36 @@ def _client(
 def _judge(prepared: Prepared, questions: Questions, results: Results) -> None:
     """The answers of all models to one benchmark's questions."""
     if questions.judge is None:
-        results.notes.append(f"{questions.name}: answered, but not judged: the suite names no judge.")
         return
-    spec, answers = questions.spec, _answers(prepared, questions, write=True)
-    how: dict[str, Any] = {"allow_missing": prepared.options.allow_missing, "bootstrap": prepared.suite.bootstrap}
-    how["limit"] = spec.limit
-    path, folder = Path(spec.path).expanduser(), questions.judgments
+    answers, folder = _answers(prepared, questions, write=True), questions.judgments
+    rounds, missing = prepared.suite.bootstrap, prepared.options.allow_missing
     progress = Progress(f"[judge] {questions.name}", "judgments")
     with _client(prepared, results, questions.judge, folder, "judge", progress) as client:
-        if isinstance(spec, MTBenchSpec):
-            judged = judge_mt_bench(client, path, answers, folder, mode=spec.mode, baseline=spec.baseline, **how)
-        else:
-            judged = judge_alpaca_eval(client, spec.annotator, path, _outputs(questions, answers), folder, **how)
+        judged = questions.benchmark.judge(client, answers, folder, allow_missing=missing, bootstrap=rounds)
     results.judged[questions.name] = judged
     progress.close()
 
 
 def _answers(prepared: Prepared, questions: Questions, write: bool) -> dict[str, list[dict[str, Any]]]:
-    """Model -> its records, in the order of the questions; those of models whose answers are all there."""
+    """Model -> its answers as they are judged, in the order of the questions; of models whose answers are all there."""
     found = {}
     for name, model in prepared.models.items():
         store = questions.store(model, write)
-        if not store.missing(questions.conversations):
-            found[name] = [store.records[each.id] for each in questions.conversations]
+        if store.missing(questions.conversations):
+            continue
+        found[name] = [store.records[each.id] for each in questions.conversations]
+        if isinstance(questions.spec, AlpacaEvalSpec):
+            asked_and_said = zip(questions.conversations, found[name], strict=True)
+            found[name] = [
+                {"instruction": each.turns[0], "output": record["choices"][0]["turns"][0]} for each, record in asked_and_said
+            ]
     return found
 
 
-def _outputs(questions: Questions, answers: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Model -> what alpaca_eval calls its outputs."""
-    turns = {each.id: each.turns[0] for each in questions.conversations}
-    return {
-        model: [
-            {"instruction": turns[record["question_id"]], "output": record["choices"][0]["turns"][0], "generator": model}
-            for record in records
-        ]
-        for model, records in answers.items()
-    }
+def _estimate(prepared: Prepared, questions: Questions, judge: JudgeSpec) -> Estimate:
+    models, there = list(prepared.models), _answers(prepared, questions, write=False)
+    answers = there if len(there) == len(models) else None
+    return questions.benchmark.estimate(judge, models, questions.judgments, answers)
 
 
 def _say_what_would_be_done(prepared: Prepared) -> None:
@@ -232,23 +213,9 @@ def _say_what_would_be_done(prepared: Prepared) -> None:
             missing = questions.store(model, write=False).missing(questions.conversations)
             print(f"  {questions.name}: {len(missing)} of {len(questions.conversations)} questions to answer")
     for questions in prepared.questions.values():
-        estimate = _estimate(prepared, questions)
-        print(f"{questions.name}: " + ("no judge" if estimate is None else f"the judge would get {estimate}"))
-
-
-def _estimate(prepared: Prepared, questions: Questions) -> Estimate | None:
-    if questions.judge is None:
-        return None
-    spec, path, models = questions.spec, Path(questions.spec.path).expanduser(), list(prepared.models)
-    there = _answers(prepared, questions, write=False)
-    answers = there if len(there) == len(models) else None
-    judge, folder = questions.judge, questions.judgments
-    if isinstance(spec, MTBenchSpec):
-        how: dict[str, Any] = {"mode": spec.mode, "baseline": spec.baseline, "limit": spec.limit}
-        return estimate_mt_bench(judge, path, models, folder, answers=answers, **how)
-    outputs = None if answers is None else _outputs(questions, answers)
-    where = f"{questions.where}.annotator"
-    return estimate_alpaca_eval(judge, spec.annotator, path, models, folder, outputs=outputs, limit=spec.limit, where=where)
+        judge = questions.judge
+        said = "no judge" if judge is None else f"the judge would get {_estimate(prepared, questions, judge)}"
+        print(f"{questions.name}: {said}")
 
 
 def _require_own_folder(prepared: Prepared) -> None:
