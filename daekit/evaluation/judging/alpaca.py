@@ -157,7 +157,7 @@ class AlpacaEval(JudgedBenchmark):
 def _read_reference(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(
-            f"AlpacaEval: {path} is missing. Set reference_outputs to a JSON list of instruction and output; the official ones "
+            f"AlpacaEval: {path} is missing. Set `path` to a JSON list of instruction and output; the official ones "
             "are alpaca_eval_gpt4_baseline.json in the data set tatsu-lab/alpaca_eval (CC BY-NC 4.0)."
         )
     try:

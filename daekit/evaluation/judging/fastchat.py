@@ -48,7 +48,7 @@ def load_data(folder: Path, limit: int | None) -> BenchData:
     for file in files:
         if not file.is_file():
             raise UserError(
-                f"MT-Bench: {file} is missing. Set data to a folder with question.jsonl, judge_prompts.jsonl and "
+                f"MT-Bench: {file} is missing. Set `path` to a folder with question.jsonl, judge_prompts.jsonl and "
                 "reference_answer/gpt-4.jsonl; they are in FastChat's repository (Apache-2.0) under fastchat/llm_judge/data."
             )
     try:
