@@ -26,6 +26,9 @@ class RoutedTeacher:
 
     def __init__(self, routes: Mapping[str, Teacher]) -> None:
         self.routes = dict(routes)
+        self._domains: dict[Teacher, list[str]] = {}
+        for domain, teacher in self.routes.items():
+            self._domains.setdefault(teacher, []).append(domain)
         self._sharding: Sharding | None = None
 
     def parts(self) -> list[tuple[Teacher, str | None]]:
@@ -34,7 +37,7 @@ class RoutedTeacher:
 
     def with_parts(self, change: Callable[[Teacher], Teacher]) -> RoutedTeacher:
         """See ``CompositeTeacher``."""
-        changed = {teacher: change(teacher) for teacher in dict.fromkeys(self.routes.values())}
+        changed = {teacher: change(teacher) for teacher in self._domains}
         return RoutedTeacher({domain: changed[teacher] for domain, teacher in self.routes.items()})
 
     def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
@@ -47,7 +50,7 @@ class RoutedTeacher:
         """
         for domain in set(batch.domains) - set(self.routes):
             raise unknown_domain(domain, self.routes)
-        rows_of = {teacher: batch.rows_of(domains) for teacher, domains in self._domains().items()}
+        rows_of = {teacher: batch.rows_of(domains) for teacher, domains in self._domains.items()}
         outputs: list[TeacherOutput] = []
         if self._sharding is None:
             wanted = {teacher: rows for teacher, rows in rows_of.items() if rows}
@@ -57,29 +60,25 @@ class RoutedTeacher:
             rows_of = {teacher: rows for (teacher, rows), here in zip(rows_of.items(), runs, strict=True) if here}
         for teacher, rows in rows_of.items():
             positions_M = batch.positions_of(rows)
-            part = batch.select(rows) if rows else one_token(batch, self._domains()[teacher][0])
+            part = batch.select(rows) if rows else one_token(batch, self._domains[teacher][0])
             for output in teacher.outputs(part, capture):
                 outputs.append(replace(output, positions_M=positions_M[output.positions_M]))
         return outputs
 
-    def _domains(self) -> dict[Teacher, list[str]]:
-        """Teacher -> its domains."""
-        return {t: [domain for domain, other in self.routes.items() if other is t] for t in self.routes.values()}
-
     def feature_layers(self, spec: FeatureSpec) -> list[FeatureLayers]:
         """See ``FeatureTeacher``; the layers of every teacher."""
-        return [layers for teacher in self._domains() for layers in require_features(teacher).feature_layers(spec)]
+        return [layers for teacher in self._domains for layers in require_features(teacher).feature_layers(spec)]
 
     def to(self, device: torch.device) -> RoutedTeacher:
         """Move every teacher."""
-        for teacher in self.routes.values():
+        for teacher in self._domains:
             teacher.to(device)
         return self
 
     def shard(self, sharding: Sharding) -> None:
         """Split every teacher; see ``ShardableTeacher``."""
         self._sharding = sharding if sharding.splits else None
-        for teacher in self._domains():
+        for teacher in self._domains:
             shard_teacher(teacher, sharding)
 
     def identity(self) -> dict[str, object]:

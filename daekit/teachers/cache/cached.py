@@ -52,7 +52,8 @@ class CachedTeacher:
         self.require_rows(rows)
         values = [self.store.row(row.key) for row in rows]
         positions_M = torch.arange(batch.labels_N.numel(), device=device)
-        if self.facts["keep"] == "hidden":
+        keep = self.facts["keep"]
+        if keep == "hidden":
             if self.facts["autocast"] != (now := autocast_dtype(device)):
                 raise UserError(
                     f"{self.store.directory}: its hidden states were made with autocast {self.facts['autocast']} and the "
@@ -63,11 +64,7 @@ class CachedTeacher:
             none_M1 = torch.zeros(0, 1, device=device)
             nothing = TopK(none_M1.long(), none_M1, self.facts["temperature"], none_M1[:, 0])
             return [TeacherOutput(positions_M, (), top_k=nothing)]
-        vocab_size = self.facts["vocab_size"]
-        if self.facts["keep"] == "top_k":
-            top_k = read_top_k(values, self.facts["temperature"], vocab_size, device)
-        else:
-            top_k = read_sampled(values, self.facts["draws"], vocab_size, device)
+        top_k = (read_top_k if keep == "top_k" else read_sampled)(values, self.facts, device)
         return [TeacherOutput(positions_M, (), top_k=top_k)]
 
     def _members(self, values: Sequence[RowValues], device: torch.device) -> tuple[Member, ...]:
@@ -81,15 +78,10 @@ class CachedTeacher:
     def _heads_on(self, device: torch.device) -> list[OutputHead]:
         if self._heads is None or self._heads[0].weight.device != device:
             tensors: dict[str, Tensor] = {name: each.to(device) for name, each in self.store.heads().items()}
+            size, members = self.facts["vocab_size"], enumerate(self.facts["members"])
             self._heads = [
-                OutputHead(
-                    tensors[f"weight.{index}"],
-                    tensors.get(f"bias.{index}"),
-                    self.facts["vocab_size"],
-                    about["scale"],
-                    about["softcap"],
-                )
-                for index, about in enumerate(self.facts["members"])
+                OutputHead(tensors[f"weight.{i}"], tensors.get(f"bias.{i}"), size, about["scale"], about["softcap"])
+                for i, about in members
             ]
         return self._heads
 
@@ -148,11 +140,10 @@ class CachedTeacher:
             UserError: it counts them and names the first.
         """
         missing, asked = [], 0
-        for row in rows:
-            if len(row.offsets):
-                asked += 1
-                if row.key not in self.store.index:
-                    missing.append(row)
+        for row in (row for row in rows if len(row.offsets)):
+            asked += 1
+            if row.key not in self.store.index:
+                missing.append(row)
         if missing:
             self.store.check_all()  # a key that changed on the disk is no missing row
             raise UserError(
