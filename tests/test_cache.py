@@ -16,9 +16,9 @@ from daekit.losses import Objective, prediction_loss
 from daekit.models.heads import teacher_log_probs
 from daekit.protocol import OutputHead, TeacherOutput
 from daekit.teachers import CachedTeacher, EnsembleTeacher, RoutedTeacher, write_cache
-from daekit.teachers.cache import check_cache
 from daekit.teachers.cache import write as writing
 from daekit.teachers.cache.asking import AskedTeacher
+from daekit.teachers.cache.check import check_cache
 from daekit.teachers.cache.rows import rows_of_batch, rows_of_examples
 from daekit.teachers.cache.values import bytes_to_ids, ids_to_bytes
 from tests import reference

@@ -182,22 +182,15 @@ _PHRASINGS = {
 }
 
 
-def _attributes(rng: random.Random) -> dict[str, str]:
-    return {
-        "price": str(rng.randint(10, 99)),
-        "colour": rng.choice(_COLOURS),
-        "material": rng.choice(_MATERIALS),
-        "aisle": str(rng.randint(10, 39)),
-    }
-
-
 @lru_cache(maxsize=1)
 def _shop_rows() -> dict[str, list[Row]]:
     """Each fact is in validation in one phrasing and in training in all others; the one kept back goes round."""
     rng = random.Random("daekit shop")
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for number, item in enumerate(_PRODUCTS):
-        for place, (attribute, value) in enumerate(_attributes(rng).items()):
+        facts = {"price": str(rng.randint(10, 99)), "colour": rng.choice(_COLOURS)}
+        facts |= {"material": rng.choice(_MATERIALS), "aisle": str(rng.randint(10, 39))}
+        for place, (attribute, value) in enumerate(facts.items()):
             phrasings = _PHRASINGS[attribute].split("|")
             for index, phrasing in enumerate(phrasings):
                 split = "validation" if index == (number + place) % len(phrasings) else "train"

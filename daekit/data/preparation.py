@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -174,18 +173,15 @@ def _measure(dataset: Dataset, limits: np.ndarray) -> list[np.ndarray]:
     parts = []
     done = 0
     for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
-        labels = table["labels"].combine_chunks()
-        labels = labels.cast(pa.large_list(labels.type.value_type))
-        lengths = pc.list_value_length(table["input_ids"]).to_numpy(zero_copy_only=False)
-        offsets = labels.offsets.to_numpy()
-        values = labels.values.to_numpy(zero_copy_only=False)
-        rows = np.repeat(np.arange(len(lengths)), np.diff(offsets))
-        place = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
+        sizes = pc.list_value_length(table["labels"]).to_numpy()
+        rows = np.repeat(np.arange(len(sizes)), sizes)
+        place = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         # the first token of a row is predicted by nothing
-        loss = (values[offsets[0] : offsets[-1]] != IGNORE_INDEX) & (place > 0)
+        loss = (pc.list_flatten(table["labels"]).to_numpy() != IGNORE_INDEX) & (place > 0)
         within = loss & (place < limits[done + rows])
-        done += len(lengths)
-        parts.append((lengths, *(np.bincount(rows[each], minlength=len(lengths)) for each in (loss, within))))
+        done += len(sizes)
+        counts = (np.bincount(rows[each], minlength=len(sizes)) for each in (loss, within))
+        parts.append((pc.list_value_length(table["input_ids"]).to_numpy(), *counts))
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 

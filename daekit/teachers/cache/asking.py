@@ -51,8 +51,8 @@ class AskedTeacher:
         batch = padded_batch(rows, max(map(self.padded, rows)), self.device)
         with torch.no_grad():
             outputs = self.teacher.outputs(batch)
-        order = torch.arange(batch.labels_N.numel(), device=outputs[0].positions_M.device)
-        if len(outputs) != 1 or not torch.equal(outputs[0].positions_M, order):
+        order = torch.arange(batch.labels_N.numel())
+        if len(outputs) != 1 or not torch.equal(outputs[0].positions_M.cpu(), order):
             raise UserError(
                 f"{type(self.teacher).__name__}: gives several outputs for rows of one domain, or not in the order of their "
                 "loss positions; only one in that order can be kept"

@@ -82,8 +82,8 @@ def write_cache(
         raise UserError("rows: none of them has a token that carries loss, so there is nothing to keep")
     rank, world = ranks or ((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))
     with writer_lock(Path(directory), rank):
-        writer = _Writer(AskedTeacher(teacher, device), form, Path(directory), batch_tokens, shard_bytes, rank, world)
-        writer.write(list(kept.values()), tokenizer, source, progress)
+        writer = _Writer(AskedTeacher(teacher, device), form, Path(directory), tokenizer, source, batch_tokens, shard_bytes)
+        writer.write(list(kept.values()), rank, world, progress)
 
 
 @dataclass
@@ -91,22 +91,16 @@ class _Writer:
     asked: AskedTeacher
     form: CacheFormat
     directory: Path
+    tokenizer: PreTrainedTokenizerBase | None
+    source: Mapping[str, Any] | None
     batch_tokens: int
     shard_bytes: int
-    rank: int
-    world: int
 
-    def write(
-        self,
-        rows: list[CacheRow],
-        tokenizer: PreTrainedTokenizerBase | None,
-        source: Mapping[str, Any] | None,
-        progress: Progress | None,
-    ) -> None:
+    def write(self, rows: list[CacheRow], rank: int, world: int, progress: Progress | None) -> None:
         """Compute this rank's shards of the rows that are missing; the last rank that is ready writes the manifest."""
         sample, _ = self.asked.ask(rows[:1])
         heads = save(head_tensors(sample)) if self.form.keep == "hidden" else b""
-        facts, heads_hash = begin(self.directory, self._facts(sample, tokenizer, source), heads)
+        facts, heads_hash = begin(self.directory, self._facts(sample), heads)
         there = (self.directory / MANIFEST).is_file()
         store = CacheStore(self.directory, mending=True) if there else None
         kept = {} if store is None else {int(shard.file[6:11]): shard for shard in store.shards}
@@ -115,7 +109,7 @@ class _Writer:
         groups = _shards_of(missing, token_bytes, self.shard_bytes)
         free = (number for number in range(len(kept) + len(groups)) if number not in kept)
         plan = [(number, group, _plan_hash(group)) for number, group in zip(free, groups, strict=True)]
-        own = plan[self.rank :: self.world]
+        own = plan[rank::world]
         total, written = sum(len(row.offsets) for _, group, _ in own for row in group), 0
         for number, group, keys in own:
             if committed_shard(self.directory, number, keys) is None:
@@ -127,9 +121,7 @@ class _Writer:
         if all(made):
             finish(self.directory, facts, heads_hash, [*kept.values(), *filter(None, made)])
 
-    def _facts(
-        self, sample: TeacherOutput, tokenizer: PreTrainedTokenizerBase | None, source: Mapping[str, Any] | None
-    ) -> dict[str, Any]:
+    def _facts(self, sample: TeacherOutput) -> dict[str, Any]:
         """What decides the values, by an output of the teacher."""
         members = sample.members
         if sample.top_k is not None:
@@ -137,8 +129,8 @@ class _Writer:
         facts = self.form.facts() | {
             "format": FORMAT,
             "teacher": self.asked.identity,
-            "tokenizer": None if tokenizer is None else tokenizer_facts(tokenizer),
-            "source": None if source is None else dict(source),
+            "tokenizer": None if self.tokenizer is None else tokenizer_facts(self.tokenizer),
+            "source": None if self.source is None else dict(self.source),
             "autocast": autocast_dtype(self.asked.device),
             "dtype": [str(member.hidden_MH.dtype).removeprefix("torch.") for member in members],
             "vocab_size": members[0].head.vocab_size if members else self.asked.teacher.vocab_size,  # type: ignore[attr-defined]
