@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -147,8 +148,7 @@ def _require_apart(messages: list[Any], mask: list[int], where: str) -> None:
         UserError: fewer pieces than assistant turns.
     """
     assistant = [message["role"] == "assistant" and bool(message.get("content")) for message in messages]
-    turns = sum(now and not before for now, before in zip(assistant, [False, *assistant], strict=False))
-    pieces = sum(bool(now) and not before for now, before in zip(mask, [0, *mask], strict=False))
+    turns, pieces = (sum(marked for marked, _ in groupby(map(bool, each))) for each in (assistant, mask))
     if pieces < turns:
         raise UserError(
             f"{where}: its {turns} assistant turns are {pieces} marked pieces of its tokens, so what carries loss cannot be "
@@ -217,13 +217,15 @@ def _endless(where: str, error: TimeoutError) -> UserError:
     return UserError(f"{where}: tokenizer.chat_template does not come to an end ({error}). Set another template.")
 
 
-def require_markers(tokenizer: PreTrainedTokenizerBase) -> None:
-    """UserError where ``assistant_only_loss=True`` cannot be kept: TRL knows no generation markers for the chat template."""
-    if not ResponseLabels.of(tokenizer).markers:
+def require_markers(tokenizer: PreTrainedTokenizerBase) -> ResponseLabels:
+    """How ``assistant_only_loss=True`` is kept; UserError where TRL knows no generation markers for the chat template."""
+    labels = ResponseLabels.of(tokenizer)
+    if not labels.markers:
         raise UserError(
             "assistant_only_loss=True: tokenizer.chat_template has no {% generation %} markers, and TRL knows no template with "
             "them for it. Set a template that has them, or leave assistant_only_loss unset: the last turn counts then."
         )
+    return labels
 
 
 def label_responses(

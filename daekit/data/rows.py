@@ -172,9 +172,6 @@ class RowCollector:
             forms = " and ".join("/".join(columns) for columns in complete)
             name = complete[0][0]
             raise RowError(f"has {forms}; say which to use with columns, such as columns: {{{name}: {name}}}")
-        raise RowError(self._missing(row))
-
-    def _missing(self, row: Mapping[str, Any]) -> str:
         filled = [name for name, value in row.items() if value is not None]
         empty = [name for name, value in row.items() if value is None]
         has = "has " + (", ".join(map(repr, filled)) or "no values")
@@ -183,14 +180,13 @@ class RowCollector:
         needs = ", or ".join(
             " and ".join(f"{self._renamed.get(column, column)!r}" for column in FORM_COLUMNS[form]) for form in self._forms
         )
-        return f"needs {needs}, but {has}; other names are given with columns, such as columns: {{prompt: question}}"
+        raise RowError(f"needs {needs}, but {has}; other names are given with columns, such as columns: {{prompt: question}}")
 
     def _messages(self, column: str, value: Any) -> list[Mapping[str, Any]]:
         if not isinstance(value, list) or not value:
             raise RowError(f"has {column} that is {_shown(value)}, not a list of messages {{role, content}}")
         messages = [_check_message(column, index, message) for index, message in enumerate(value)]
-        if self._plain and any(len(message) > 2 for message in messages):
-            self._plain = False
+        self._plain = self._plain and all(len(message) == 2 for message in messages)
         return messages
 
 

@@ -99,8 +99,7 @@ class _Tokenise:
         if tokenizer.chat_template is None:
             return
         if assistant_only_loss:
-            require_markers(tokenizer)
-            self.chat_template = ResponseLabels.of(tokenizer).template
+            self.chat_template = require_markers(tokenizer).template
         elif assistant_only_loss is None:
             self.responses = ResponseLabels.of(tokenizer)
 

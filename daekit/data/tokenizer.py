@@ -228,10 +228,10 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
     """A bare backend does not say which token ends a text; it is known if exactly one of the usual ones is there."""
     vocabulary = backend.get_vocab()
     found = [token for token in _KNOWN_EOS if token in vocabulary]
-    if len(found) != 1:
-        return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
-    special = {"eos_token": found[0]} | ({"unk_token": UNK} if UNK in vocabulary else {})
-    special |= {"bos_token": BOS} if found[0] == EOS and BOS in vocabulary else {}
+    special = {}
+    if len(found) == 1:
+        special = {"eos_token": found[0]} | ({"unk_token": UNK} if UNK in vocabulary else {})
+        special |= {"bos_token": BOS} if found[0] == EOS and BOS in vocabulary else {}
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from daekit.protocol import Batch, FeatureSpec, Member, OutputHead, TeacherOutpu
 from daekit.recipe.objective import Objective
 from daekit.teachers.cache.asking import autocast_dtype
 from daekit.teachers.cache.rows import CacheRow, rows_of_batch
-from daekit.teachers.cache.store import CacheStore, RowValues, require_facts
+from daekit.teachers.cache.store import CacheStore, require_facts
 from daekit.teachers.cache.values import read_sampled, read_top_k
 
 
@@ -50,7 +51,7 @@ class CachedTeacher:
         device = batch.labels_BT.device
         rows = [row for row in rows_of_batch(batch) if len(row.offsets)]
         self.require_rows(rows)
-        values = [self.store.row(row.key) for row in rows]
+        keys = [row.key for row in rows]
         positions_M = torch.arange(batch.labels_N.numel(), device=device)
         keep = self.facts["keep"]
         if keep == "hidden":
@@ -59,20 +60,20 @@ class CachedTeacher:
                     f"{self.store.directory}: its hidden states were made with autocast {self.facts['autocast']} and the "
                     f"student runs with {now} (bf16, fp16 of the trainer); use the same, or write another cache"
                 )
-            return [TeacherOutput(positions_M, self._members(values, device), self.facts["average"])]
-        if not rows:  # a rank that asks only because another must
+            return [TeacherOutput(positions_M, self._members(keys, device), self.facts["average"])]
+        if not keys:  # a rank that asks only because another must
             none_M1 = torch.zeros(0, 1, device=device)
             nothing = TopK(none_M1.long(), none_M1, self.facts["temperature"], none_M1[:, 0])
             return [TeacherOutput(positions_M, (), top_k=nothing)]
-        top_k = (read_top_k if keep == "top_k" else read_sampled)(values, self.facts, device)
-        return [TeacherOutput(positions_M, (), top_k=top_k)]
+        read = read_top_k if keep == "top_k" else read_sampled
+        return [TeacherOutput(positions_M, (), top_k=read(partial(self.store.values, keys), self.facts, device))]
 
-    def _members(self, values: Sequence[RowValues], device: torch.device) -> tuple[Member, ...]:
+    def _members(self, keys: list[bytes], device: torch.device) -> tuple[Member, ...]:
         members = []
         for index, (about, head) in enumerate(zip(self.facts["members"], self._heads_on(device), strict=True)):
-            parts = [row.of(f"hidden.{index}") for row in values]
-            empty = torch.empty(0, about["width"], dtype=getattr(torch, self.facts["dtype"][index]))
-            members.append(Member(torch.cat(parts or [empty]).to(device), head, about["weight"]))
+            none_0H = torch.empty(0, about["width"], dtype=getattr(torch, self.facts["dtype"][index]))
+            hidden_NH = self.store.values(keys, f"hidden.{index}") if keys else none_0H
+            members.append(Member(hidden_NH.to(device), head, about["weight"]))
         return tuple(members)
 
     def _heads_on(self, device: torch.device) -> list[OutputHead]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from daekit.protocol import Teacher
 from daekit.teachers.cache.asking import AskedTeacher
 from daekit.teachers.cache.rows import CacheRow
-from daekit.teachers.cache.store import CacheStore, RowValues
+from daekit.teachers.cache.store import CacheStore
 from daekit.teachers.cache.values import CacheFormat, bytes_to_ids, values_of
 
 _ROWS = 32  # spread over all that are there
@@ -41,7 +42,7 @@ def check_cache(
     found: dict[str, list[_Difference]] = {}
     for row in chosen:
         (live,) = values_of(form, *asked.ask([row]), [row])
-        for name, difference in _compared(live, store.row(row.key)).items():
+        for name, difference in _compared(live, partial(store.values, [row.key])).items():
             found.setdefault(name, []).append(difference)
     return [f"{name}: {_in_words(each)} ({len(chosen)} rows)" for name, each in found.items()]
 
@@ -64,14 +65,14 @@ def _in_words(found: Sequence[_Difference]) -> str:
     return f"{differ:,} of {of:,} values differ{by}"
 
 
-def _compared(live: dict[str, Tensor], kept: RowValues) -> dict[str, _Difference]:
+def _compared(live: dict[str, Tensor], kept: Callable[[str], Tensor]) -> dict[str, _Difference]:
     if "entry_ids" in live:  # how many draws are other tokens
-        before, now = _draws(kept.of), _draws(live.__getitem__)
+        before, now = _draws(kept), _draws(live.__getitem__)
         return {"draws": _Difference((now - before).total(), now.total())}
     same_ids = torch.ones(1, dtype=torch.bool)
     found = {}
     for name, ours in live.items():
-        theirs = kept.of(name)
+        theirs = kept(name)
         if name == "ids":
             same_ids = (ours == theirs).all(-1)
             found[name] = _Difference(int((~same_ids).sum()), same_ids.numel())

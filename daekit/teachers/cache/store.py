@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -234,12 +235,21 @@ class CacheStore:
             raise _corrupt(path)
         return load_file(path)
 
-    def row(self, key: bytes) -> RowValues:
-        """The values of a row that is there. Its shard's hash is checked when its first row is read."""
-        number, row = self.index[key]
+    def values(self, keys: Iterable[bytes], name: str) -> Tensor:
+        """What a tensor holds of some rows that are there, one after another, read from the disk.
+
+        The hash of a shard is checked when its first row is read.
+        """
+        return torch.cat([self._values(*self.index[key], name) for key in keys])
+
+    def _values(self, number: int, row: int, name: str) -> Tensor:
         self._check(number)
         file, bounds = self._files[number]
-        return RowValues(file, row, *bounds[row : row + 2].tolist())
+        if name in ("entry_ids", "entry_counts"):  # several per loss position
+            bounds = file.get_slice("entry_bounds")
+        start, end = bounds[row : row + 2].tolist()
+        found: Tensor = file.get_slice(name)[start:end]
+        return found
 
     def check_all(self) -> None:
         """Compare the hashes of all shards with the manifest's, each once; UserError where they differ."""
@@ -251,24 +261,6 @@ class CacheStore:
         if number not in self._checked and file_hash(path) != self.shards[number].hash:
             raise _corrupt(path)
         self._checked.add(number)
-
-
-@dataclass(frozen=True)
-class RowValues:
-    """The values of one row of a shard: those of its loss positions are ``start .. end - 1`` of the shard's."""
-
-    file: Any
-    row: int
-    start: int
-    end: int
-
-    def of(self, name: str) -> Tensor:
-        """The entries of a tensor that are this row's, read from the disk: one per loss position, of draws several."""
-        start, end = self.start, self.end
-        if name in ("entry_ids", "entry_counts"):
-            start, end = self.file.get_slice("entry_bounds")[self.row : self.row + 2].tolist()
-        found: Tensor = self.file.get_slice(name)[start:end]
-        return found
 
 
 def require_facts(directory: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

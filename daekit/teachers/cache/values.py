@@ -7,7 +7,7 @@ of different tokens among the draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,7 +19,6 @@ from daekit.models.heads import teacher_log_probs
 from daekit.protocol import TeacherOutput, TopK
 from daekit.recipe.teacher import KEEPS
 from daekit.teachers.cache.rows import CacheRow
-from daekit.teachers.cache.store import RowValues
 
 CHUNK_VALUES = 2**24  # log-probabilities that are there at a time
 _MOST_DRAWS = 255  # a count is one byte
@@ -167,22 +166,21 @@ def _bounds(counts: Sequence[int]) -> Tensor:
     return torch.tensor([0, *counts]).cumsum(0)
 
 
-def read_top_k(rows: Sequence[RowValues], facts: Mapping[str, Any], device: torch.device) -> TopK:
+def read_top_k(read: Callable[[str], Tensor], facts: Mapping[str, Any], device: torch.device) -> TopK:
     """The sparse distributions of some rows, one after another; in float32, scaled to sum to 1 where all tokens are named."""
-    ids, log_probs_MK, tail_M = (torch.cat([row.of(name) for row in rows]).to(device) for name in ("ids", "log_probs", "tail"))
+    ids, log_probs_MK, tail_M = (read(name).to(device) for name in ("ids", "log_probs", "tail"))
     ids_MK = bytes_to_ids(ids)
     if ids_MK.shape[1] == facts["vocab_size"]:
         return TopK(ids_MK, log_probs_MK.float().log_softmax(-1), facts["temperature"])
     return TopK(ids_MK, log_probs_MK, facts["temperature"], tail_M)
 
 
-def read_sampled(rows: Sequence[RowValues], facts: Mapping[str, Any], device: torch.device) -> TopK:
+def read_sampled(read: Callable[[str], Tensor], facts: Mapping[str, Any], device: torch.device) -> TopK:
     """The drawn tokens of some rows as distributions that give all other tokens the probability 0.
 
     K is the most different tokens of any position here; the others get tokens that were not drawn, of probability 0.
     """
-    names = ("distinct", "entry_ids", "entry_counts")
-    distinct_M, ids, counts_S = (torch.cat([row.of(name) for row in rows]).to(device) for name in names)
+    distinct_M, ids, counts_S = (read(name).to(device) for name in ("distinct", "entry_ids", "entry_counts"))
     distinct_M, ids_S, vocab_size = distinct_M.long(), bytes_to_ids(ids), facts["vocab_size"]
     width = int(distinct_M.max())
     position_S = torch.repeat_interleave(torch.arange(len(distinct_M), device=device), distinct_M)
