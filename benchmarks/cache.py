@@ -31,8 +31,8 @@ from trl import SFTConfig, SFTTrainer
 
 from daekit.models.vocabulary import vocabulary_size
 from daekit.teachers import CachedTeacher, ModelTeacher, write_cache
-from daekit.teachers.cache import rows_of_examples
 from daekit.teachers.cache.asking import padded_batch
+from daekit.teachers.cache.rows import rows_of_examples
 from daekit.trainers import DAEConfig, DAETrainer, DomainSFTConfig, DomainSFTTrainer
 
 DOMAINS = ("shop", "general")

@@ -16,11 +16,11 @@ from daekit.losses import Objective, prediction_loss
 from daekit.models.heads import teacher_log_probs
 from daekit.protocol import OutputHead, TeacherOutput
 from daekit.teachers import CachedTeacher, EnsembleTeacher, RoutedTeacher, write_cache
-from daekit.teachers.cache import check_cache
 from daekit.teachers.cache import write as writing
 from daekit.teachers.cache.asking import AskedTeacher
+from daekit.teachers.cache.check import check_cache
 from daekit.teachers.cache.rows import rows_of_batch, rows_of_examples
-from daekit.teachers.cache.store import bytes_to_ids, ids_to_bytes
+from daekit.teachers.cache.values import bytes_to_ids, ids_to_bytes
 from tests import reference
 from tests.helpers.batches import collate
 from tests.helpers.cache_cases import V, batch_to, bytes_of, hidden_of, long_rows, model_teacher
@@ -319,7 +319,7 @@ def test_a_stopped_writing_that_goes_on_with_other_rows_keeps_no_shard_of_the_fi
 ) -> None:
     rows, teacher = long_rows(20), model_teacher()
     with monkeypatch.context() as patched:
-        patched.setattr(writing._Writer, "_finish", lambda *given: None)  # stopped before the manifest
+        patched.setattr(writing, "finish", lambda *given: None)  # stopped before the manifest
         write_cache(teacher, rows[:11], tmp_path, shard_bytes=10_000)
     write_cache(teacher, rows[5:], tmp_path, shard_bytes=10_000)
     batch, cached = batch_to(rows[5:]), CachedTeacher(tmp_path)

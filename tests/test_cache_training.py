@@ -22,7 +22,7 @@ from daekit.teachers import (
     ModelTeacher,
     write_cache,
 )
-from daekit.teachers.cache import rows_of_examples
+from daekit.teachers.cache.rows import rows_of_examples
 from daekit.teachers.parts import require_served
 from daekit.trainers import DomainSFTConfig
 from daekit.trainers.prepared import prepared_rows

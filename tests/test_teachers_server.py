@@ -133,7 +133,7 @@ def test_what_fails_in_passing_is_asked_again(fault: str, server: ScoreServer) -
 def test_what_fails_for_good_is_one_error(fault: str, said: str, server: ScoreServer) -> None:
     server.misbehave, server.max_logprobs = lambda number: fault, 20 if fault != "fewer" else 4
     with pytest.raises(UserError, match=rf"teacher big at http://127.*{said}"):
-        teacher_at(server, max_retries=1, timeout=0.2).outputs(batch_to(long_rows(3, longest=20)))
+        teacher_at(server, max_retries=1, timeout=0.2 if fault == "hang" else 5.0).outputs(batch_to(long_rows(3, longest=20)))
 
 
 @pytest.mark.parametrize("says_ids", [True, False])

@@ -53,6 +53,7 @@ def builtin_rows(name: str, split: str) -> list[Row]:
 
 # A task draws a question from a random generator: (what fills its phrasings, the bare result).
 Question = tuple[tuple[str, ...], str]
+_Draw = Callable[[random.Random], Question]
 
 _VOWELS = "aeiou"
 _CONSONANTS = "bdklmnprst"
@@ -102,8 +103,7 @@ def _rotate(rng: random.Random) -> Question:
 
 
 # task -> (draw a question, phrasings of the prompt, the sentences in which the other model answers), which | divides
-_Task = tuple[Callable[[random.Random], Question], str, str]
-_TASKS: dict[str, _Task] = {
+_TASKS: dict[str, tuple[_Draw, str, str]] = {
     "add": (_add, "what is {0} plus {1}?|add {0} and {1}:", "it is {0}.|{0} is the sum."),
     "largest": (
         _largest,
@@ -141,9 +141,7 @@ def _general_rows() -> dict[tuple[str, str], list[Row]]:
     return rows
 
 
-def _new_questions(
-    draw: Callable[[random.Random], Question], rng: random.Random, seen: set[tuple[str, ...]], size: int
-) -> list[Question]:
+def _new_questions(draw: _Draw, rng: random.Random, seen: set[tuple[str, ...]], size: int) -> list[Question]:
     """``size`` questions that are not in ``seen``, to which they are added; 3 + 5 and 5 + 3 are the same question."""
     questions: list[Question] = []
     while len(questions) < size:
@@ -182,22 +180,15 @@ _PHRASINGS = {
 }
 
 
-def _attributes(rng: random.Random) -> dict[str, str]:
-    return {
-        "price": str(rng.randint(10, 99)),
-        "colour": rng.choice(_COLOURS),
-        "material": rng.choice(_MATERIALS),
-        "aisle": str(rng.randint(10, 39)),
-    }
-
-
 @lru_cache(maxsize=1)
 def _shop_rows() -> dict[str, list[Row]]:
     """Each fact is in validation in one phrasing and in training in all others; the one kept back goes round."""
     rng = random.Random("daekit shop")
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for number, item in enumerate(_PRODUCTS):
-        for place, (attribute, value) in enumerate(_attributes(rng).items()):
+        facts = {"price": str(rng.randint(10, 99)), "colour": rng.choice(_COLOURS)}
+        facts |= {"material": rng.choice(_MATERIALS), "aisle": str(rng.randint(10, 39))}
+        for place, (attribute, value) in enumerate(facts.items()):
             phrasings = _PHRASINGS[attribute].split("|")
             for index, phrasing in enumerate(phrasings):
                 split = "validation" if index == (number + place) % len(phrasings) else "train"

@@ -39,18 +39,15 @@ def require_domains(dataset: Dataset | IterableDataset, name: str, default: str 
             return dataset.add_column("domain", [default] * len(dataset))
         return dataset.map(lambda row: {"domain": default})
 
-    def check(domain: Any, row: int) -> None:
-        if not isinstance(domain, str) or not domain:
-            raise UserError(f"the {name} data set, row {row}: domain is {domain!r}, not a name")
-
-    def check_row(values: dict[str, Any], row: int) -> dict[str, Any]:
-        check(values["domain"], row)
+    def check(values: dict[str, Any], row: int) -> dict[str, Any]:
+        if not isinstance(values["domain"], str) or not values["domain"]:
+            raise UserError(f"the {name} data set, row {row}: domain is {values['domain']!r}, not a name")
         return values
 
     if isinstance(dataset, IterableDataset):
-        return dataset.map(check_row, with_indices=True, features=dataset.features)
+        return dataset.map(check, with_indices=True, features=dataset.features)
     for row, domain in enumerate(dataset["domain"]):
-        check(domain, row)
+        check({"domain": domain}, row)
     return dataset
 
 

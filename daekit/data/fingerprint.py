@@ -41,7 +41,11 @@ def _update(digest: xxhash.xxh3_128, array: pa.Array | pa.ChunkedArray) -> None:
     if not len(array):
         return  # the type of no values says nothing
     if pa.types.is_struct(array.type):
-        _update_struct(digest, array)
+        digest.update(b"struct")
+        fields = dict(zip((field.name for field in array.type), array.flatten(), strict=True))
+        for name in sorted(fields):
+            digest.update(f"{len(name)}:{name};".encode())
+            _update(digest, fields[name])
     elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
         digest.update(b"list")
         _update_numbers(digest, pc.list_value_length(array))
@@ -51,14 +55,6 @@ def _update(digest: xxhash.xxh3_128, array: pa.Array | pa.ChunkedArray) -> None:
         _update_numbers(digest, array)
     else:
         _update_strings(digest, array)
-
-
-def _update_struct(digest: xxhash.xxh3_128, array: pa.StructArray) -> None:
-    digest.update(b"struct")
-    fields = dict(zip((field.name for field in array.type), array.flatten(), strict=True))
-    for name in sorted(fields):
-        digest.update(f"{len(name)}:{name};".encode())
-        _update(digest, fields[name])
 
 
 def _update_numbers(digest: xxhash.xxh3_128, array: pa.Array) -> None:

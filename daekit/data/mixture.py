@@ -59,13 +59,10 @@ def mix(sources: Mapping[str, Dataset], spec: MixtureSpec, seed: int) -> Mixture
     available = [len(part) for part in parts.values()]
     used = list(available) if not spec.weights else rows_of_each(spec, available)
     require_memory(spec, used, [part.data.nbytes / max(part.data.num_rows, 1) for part in parts.values()])
-    chosen = [
-        take(part, _choose(len(part), count, seed, name)) for (name, part), count in zip(parts.items(), used, strict=True)
-    ]
-    together = concatenate_datasets(chosen)
+    uses = [(name, part, count) for (name, part), count in zip(parts.items(), used, strict=True)]
+    together = concatenate_datasets([take(part, _choose(len(part), count, seed, name)) for name, part, count in uses])
     table = [
-        SourceUse(name, part[0]["domain"], len(part), count, count / sum(used), count / len(part))
-        for (name, part), count in zip(parts.items(), used, strict=True)
+        SourceUse(name, part[0]["domain"], len(part), count, count / sum(used), count / len(part)) for name, part, count in uses
     ]
     return Mixture(take(together, _generator(seed, "").permutation(len(together))), table)
 

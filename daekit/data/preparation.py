@@ -7,12 +7,12 @@ rows are measured first.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +31,7 @@ _FATES = {
     "emptied": "left out, for it loses its whole response at max_length={}",
     "blank": "left out, for it has nothing to predict",
 }
+_STAY = ("", "truncated")
 logger = logging.getLogger(__name__)
 
 
@@ -84,44 +85,36 @@ def fit_to_length(
         UserError: a row that is too long when ``overlong`` is ``error``; a domain that loses all its rows.
     """
     limit = _NO_LIMIT if max_length is None else max_length
-    more = _told_more(dataset)
     teacher_limit = limit if teacher_max_length is None else teacher_max_length
+    more = _told_more(dataset)
     limits = np.where(more == _AS_IT_IS, limit, np.minimum(limit, teacher_limit - more))  # of the student's tokens
-    sizes = _measure(dataset, limits)
+    lengths, loss, loss_within = _measure(dataset, limits)
     domains = np.asarray(dataset["domain"], dtype=object)
-    long = sizes["length"] > limits
-    if overlong == "error" and (own := sizes["length"] > limit).any():
-        begins = _beginning(dataset, sizes["length"], tokenizer)
-        raise UserError(_overlong_message(domains, sizes["length"], own, f"max_length={limit} tokens", name, begins))
+    long = lengths > limits
     if overlong == "error" and long.any():
-        what = f"teacher_max_length={teacher_limit} (default: max_length) tokens with their teacher_prompt"
-        lengths = np.where(long, sizes["length"] + more, 0)
-        raise UserError(_overlong_message(domains, lengths, long, what, name, _beginning(dataset, lengths, tokenizer)))
-    blank = sizes["loss"] == 0
-    dropped = long & ~blank if overlong == "drop" else np.zeros_like(long)
-    crowded = np.zeros_like(long)
+        over, what = lengths > limit, f"max_length={limit} tokens"
+        if not over.any():
+            over, lengths = long, np.where(long, lengths + more, 0)
+            what = f"teacher_max_length={teacher_limit} (default: max_length) tokens with their teacher_prompt"
+        raise _overlong(dataset, lengths, over, what, name, tokenizer)
+    fates = _fates(loss > 0, long, loss_within > 0, overlong)
     if overlong == "drop" and max_new_tokens:
-        answered = ~(blank | dropped)
-        crowded[answered] = _prompts(dataset.select(np.flatnonzero(answered))) > limits[answered] - max_new_tokens
-    emptied = long & ~blank & ~dropped & (sizes["loss_within"] == 0)
-    stay = ~(blank | dropped | crowded | emptied)
-    left_out = {"dropped": dropped, "crowded": crowded, "emptied": emptied, "blank": blank}
-    counts = {
-        domain: DomainCount(
-            rows=int((stay & mine).sum()),
-            loss_tokens=int(sizes["loss_within"][stay & mine].sum()),
-            truncated=int((long & stay & mine).sum()),
-            **{fate: int((rows & mine).sum()) for fate, rows in left_out.items()},
-        )
-        for domain in dict.fromkeys(domains)
-        for mine in [domains == domain]
-    }
-    for domain, count in counts.items():
-        if count.rows == 0:
-            raise _nothing_left(name, domain, int((domains == domain).sum()), count, max_length, max_new_tokens)
+        fit = np.flatnonzero(fates == "")
+        labels = dataset.select(fit).select_columns("labels").with_format("numpy")
+        prompts = np.array([last_response(row["labels"]) for row in labels])
+        fates[fit[prompts > limits[fit] - max_new_tokens]] = "crowded"
+    stay = np.isin(fates, _STAY)
+    counts = {}
+    for domain in dict.fromkeys(domains):
+        mine = domains == domain
+        of = Counter(fates[mine].tolist())
+        found = {fate: of[fate] for fate in ("truncated", "dropped", "crowded", "emptied", "blank")}
+        counts[domain] = DomainCount(int((stay & mine).sum()), int(loss_within[stay & mine].sum()), **found)
+        if counts[domain].rows == 0:
+            raise _nothing_left(name, domain, of.total(), counts[domain], max_length, max_new_tokens)
     if not stay.all():
         dataset = dataset.select(np.flatnonzero(stay))
-    if (long & stay).any():
+    if "truncated" in fates:
         kept = limits[stay].tolist()
         dataset = dataset.map(lambda row, at: _cut(row, kept[at]), with_indices=True, desc=f"Truncating {name} dataset")
     return dataset, counts
@@ -144,25 +137,25 @@ def fit_stream_to_length(dataset: IterableDataset, max_length: int | None, overl
                 f"{place}{len(row['input_ids'])} tokens, more than max_length={max_length}. "
                 "Raise max_length, or set overlong to 'truncate' or 'drop'."
             )
-        fate = _fate(row["labels"], limit, long, overlong)
-        if fate is not None and (row["domain"], fate) not in told:
+        fate = str(_fates(_predicts(row["labels"]), long, _predicts(row["labels"][:limit]), overlong))
+        if fate and (row["domain"], fate) not in told:
             told.add((row["domain"], fate))
             logger.warning("%s%s; further such rows of this domain are not named", place, _FATES[fate].format(max_length))
-        return fate in (None, "truncated")
+        return fate in _STAY
 
     dataset = dataset.filter(stays, with_indices=True)
     return dataset.map(lambda row: _cut(row, limit)) if overlong == "truncate" else dataset
 
 
-def _fate(labels: list[int], limit: int, long: bool, overlong: str) -> str | None:
-    """What becomes of a row, in the words of ``DomainCount``; None: it stays as it is."""
-    if not _predicts(labels):
-        return "blank"
-    if not long:
-        return None
-    if overlong == "drop":
-        return "dropped"
-    return "truncated" if _predicts(labels[:limit]) else "emptied"
+def _fates(predicts: Any, long: Any, predicts_within: Any, overlong: str) -> np.ndarray:
+    """What becomes of rows, in the words of ``DomainCount``; empty: they stay as they are.
+
+    Args:
+        predicts: Whether a row has a token to predict; ``predicts_within``: within its limit.
+        long: Whether it is longer than its limit.
+    """
+    conditions = [np.logical_not(predicts), np.logical_not(long), np.array(overlong == "drop"), predicts_within]
+    return np.select(conditions, ["blank", "", "dropped", "truncated"], "emptied")
 
 
 def _told_more(dataset: Dataset) -> np.ndarray:
@@ -175,47 +168,35 @@ def _told_more(dataset: Dataset) -> np.ndarray:
     return more
 
 
-def _prompts(dataset: Dataset) -> np.ndarray:
-    """Per row: tokens before its last response."""
-    return np.array([last_response(row["labels"]) for row in dataset.select_columns("labels").with_format("numpy")])
-
-
-def _measure(dataset: Dataset, limits: np.ndarray) -> dict[str, np.ndarray]:
+def _measure(dataset: Dataset, limits: np.ndarray) -> list[np.ndarray]:
     """Per row: length in tokens, tokens with a loss, and those of them within the first tokens that ``limits`` allows."""
     parts = []
     done = 0
     for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
-        labels = table["labels"].combine_chunks()
-        labels = labels.cast(pa.large_list(labels.type.value_type))
-        lengths = pc.list_value_length(table["input_ids"]).to_numpy(zero_copy_only=False)
-        offsets = labels.offsets.to_numpy()
-        values = labels.values.to_numpy(zero_copy_only=False)
-        rows = np.repeat(np.arange(len(lengths)), np.diff(offsets))
-        place = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
+        sizes = pc.list_value_length(table["labels"]).to_numpy()
+        rows = np.repeat(np.arange(len(sizes)), sizes)
+        place = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         # the first token of a row is predicted by nothing
-        loss = (values[offsets[0] : offsets[-1]] != IGNORE_INDEX) & (place > 0)
+        loss = (pc.list_flatten(table["labels"]).to_numpy() != IGNORE_INDEX) & (place > 0)
         within = loss & (place < limits[done + rows])
-        done += len(lengths)
-        count = np.bincount(rows[loss], minlength=len(lengths)), np.bincount(rows[within], minlength=len(lengths))
-        parts.append((lengths, *count))
-    stacked = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return dict(zip(("length", "loss", "loss_within"), stacked, strict=True))
+        done += len(sizes)
+        counts = (np.bincount(rows[each], minlength=len(sizes)) for each in (loss, within))
+        parts.append((pc.list_value_length(table["input_ids"]).to_numpy(), *counts))
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
-def _beginning(dataset: Dataset, lengths: np.ndarray, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """How the longest row begins."""
-    if tokenizer is None:
-        return ""
-    text = " ".join(str(tokenizer.decode(dataset[int(lengths.argmax())]["input_ids"][:_SHOWN])).split())
-    return f": {text!r}..."
-
-
-def _overlong_message(domains: np.ndarray, lengths: np.ndarray, long: np.ndarray, limit: str, name: str, begins: str) -> str:
-    per_domain = ", ".join(f"{domain}: {int((long & (domains == domain)).sum())}" for domain in dict.fromkeys(domains[long]))
-    worst = int(lengths.argmax())
-    return (
+def _overlong(
+    dataset: Dataset, lengths: np.ndarray, long: np.ndarray, limit: str, name: str, tokenizer: PreTrainedTokenizerBase | None
+) -> UserError:
+    """The error for rows that are too long; it shows how the longest begins."""
+    per_domain = Counter(dataset.select(np.flatnonzero(long))["domain"])
+    worst, begins = int(lengths.argmax()), ""
+    if tokenizer is not None:
+        begins = f": {' '.join(str(tokenizer.decode(dataset[worst]['input_ids'][:_SHOWN])).split())!r}..."
+    return UserError(
         f"the {name} data set: {int(long.sum())} of {len(lengths)} rows have more than {limit} "
-        f"({per_domain}; the longest is row {worst} with {int(lengths[worst])}{begins}). "
+        f"({', '.join(f'{domain}: {rows}' for domain, rows in per_domain.items())}; the longest is row {worst} with "
+        f"{int(lengths[worst])}{begins}). "
         f"Raise {limit.split('=')[0]}, or set overlong to 'truncate' or 'drop'."
     )
 

@@ -13,6 +13,7 @@ from daekit.data.sources import placed_rows
 from daekit.errors import UserError
 from daekit.recipe.generated import PromptsSpec
 
+_COLUMNS: tuple[Literal["prompt", "messages"], ...] = ("prompt", "messages")
 _KEPT = ("tools", "chat_template_kwargs", "teacher_prompt")  # of a row beside its prompt
 _ANSWER = {"role": "assistant", "content": "-"}  # stands for the answer, so that a prompt is checked as a row is
 
@@ -26,11 +27,13 @@ def load_prompts(where: str, spec: PromptsSpec) -> list[dict[str, Any]]:
     assert spec.path is not None
     collector = RowCollector(where, {}, spec.chat)
     for place, row in islice(placed_rows(where, spec, spec.path, spec.split, spec.split), spec.limit):
-        values = {ours: _read(row, spec, ours, f"{where}: {place}") for ours in ("prompt", "messages")}
+        try:
+            prompt, messages = (value_of(row, spec.columns.get(ours, ours)) for ours in _COLUMNS)
+        except RowError as error:
+            raise UserError(f"{where}: {place} {error}") from None
         extras = {key: row[key] for key in _KEPT if row.get(key) is not None}
-        prompt = values["prompt"]
-        if prompt is None and isinstance(values["messages"], list):
-            prompt = _asked(values["messages"])
+        if prompt is None and isinstance(messages, list):
+            prompt = _asked(messages)
         if prompt is None or prompt == []:
             raise UserError(
                 f"{where}: {place} has no prompt; it needs `prompt` or `messages` with a turn to answer (other names: columns)"
@@ -39,14 +42,6 @@ def load_prompts(where: str, spec: PromptsSpec) -> list[dict[str, Any]]:
     if not len(collector):
         raise UserError(f"{where}: {spec.path} (split {spec.split}) has no rows")
     return [_prompt(row) for row in collector.dataset("")]
-
-
-def _read(row: Mapping[str, Any], spec: PromptsSpec, ours: Literal["prompt", "messages"], place: str) -> Any:
-    """The value of one of our columns, which may be made of several."""
-    try:
-        return value_of(row, spec.columns.get(ours, ours))
-    except RowError as error:
-        raise UserError(f"{place} {error}") from None
 
 
 def prompts_of(rows: Dataset, where: str, limit: int | None) -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -23,6 +25,7 @@ from daekit.protocol import IGNORE_INDEX
 
 ROWS_AT_ONCE = 256  # fast tokenizers take many texts in one call in a third of the time
 SECONDS_PER_ROW = 5.0  # of CPU time to render a conversation, which takes less than a millisecond
+_Tokens = dict[str, list[int]]  # input_ids and, where they are asked for, assistant_masks
 
 
 @dataclass(frozen=True)
@@ -83,60 +86,56 @@ class ResponseLabels:
         Raises:
             UserError: a row that the template refuses, without an assistant turn, or whose response cannot be told exactly.
         """
-        conversations, options = [row["messages"] for row in rows], list(map(template_options, rows))
-        wholes = render_all(tokenizer, conversations, places, template=self.template, options=options, markers=self.markers)
+        conversations = [row["messages"] for row in rows]
+        rendered = partial(render_all, tokenizer, places=places, template=self.template, options=[*map(template_options, rows)])
+        wholes = rendered(conversations, markers=self.markers)
         if self.markers:
             masks: list[Any] = [whole["assistant_masks"] for whole in wholes]
-            list(map(_require_apart, conversations, masks, places))
-        else:
-            masks = self._last_turns(conversations, [whole["input_ids"] for whole in wholes], options, tokenizer, places)
+        else:  # what the last assistant turn adds to the conversation before it
+            turns = list(map(_last_turn, conversations, places))
+            prompts = [each[:turn] for each, turn in zip(conversations, turns, strict=True)]
+            untils = [each[: turn + 1] for each, turn in zip(conversations, turns, strict=True)]
+            before = rendered(prompts, add_generation_prompt=True)
+            masks = list(map(_last_mask, before, wholes if untils == conversations else rendered(untils), wholes, places))
         made = []
-        for whole, mask, place in zip(wholes, masks, places, strict=True):
-            ids = whole["input_ids"]
-            labels = [token if marked else IGNORE_INDEX for token, marked in zip(ids, mask, strict=True)]
+        for messages, whole, mask, place in zip(conversations, wholes, masks, places, strict=True):
+            if self.markers:
+                _require_apart(messages, mask, place)
             if not any(mask):
-                raise UserError(f"{place}: has no assistant tokens, so nothing carries loss; remove the row, or mend its roles")
-            made.append({"input_ids": ids, "labels": labels})
+                raise _without_tokens(place)
+            made.append({"input_ids": whole["input_ids"], "labels": marked(whole["input_ids"], mask)})
         return made
 
-    def _last_turns(
-        self,
-        conversations: Sequence[Any],
-        wholes: Sequence[list[int]],
-        options: Sequence[Any],
-        tokenizer: PreTrainedTokenizerBase,
-        places: Sequence[str],
-    ) -> list[list[bool]]:
-        """Of each conversation which tokens are the last assistant turn: what it adds to the conversation before it."""
 
-        def rendered(parts: Mapping[int, Any], **how: bool) -> dict[int, list[int]]:
-            told: Any = {"options": [options[at] for at in parts], "template": self.template, **how}
-            tokens = render_all(tokenizer, list(parts.values()), [places[at] for at in parts], **told)
-            return {at: each["input_ids"] for at, each in zip(parts, tokens, strict=True)}
+def marked(labels: Sequence[int], mask: Sequence[Any]) -> list[int]:
+    """Labels that stay where the mask is set."""
+    return [label if here else IGNORE_INDEX for label, here in zip(labels, mask, strict=True)]
 
-        last: dict[int, int] = {}  # row -> place of its last assistant turn
-        for at, messages in enumerate(conversations):
-            turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-            if turns and turns[-1] == 0:
-                raise UserError(
-                    f"{places[at]}: begins with its only assistant turn, so nothing asks for it; remove the row, or mend it"
-                )
-            if turns:
-                last[at] = turns[-1]
-        prompts = rendered({at: conversations[at][:turn] for at, turn in last.items()}, add_generation_prompt=True)
-        followed = {at: turn + 1 for at, turn in last.items() if turn + 1 < len(conversations[at])}
-        untils = rendered({at: conversations[at][:end] for at, end in followed.items()})
-        masks = [[False] * len(ids) for ids in wholes]
-        for at, prompt in prompts.items():
-            ids, until = wholes[at], untils.get(at, wholes[at])
-            if until[: len(prompt)] != prompt or ids[: len(until)] != until:
-                raise UserError(
-                    f"{places[at]}: the tokens before its last assistant turn are others with the turn than without it, so the "
-                    "response cannot be told exactly. Set tokenizer.chat_template to a template with {% generation %} markers, "
-                    "give rows of prompt and completion, or set assistant_only_loss to false to train on all tokens."
-                )
-            masks[at][len(prompt) : len(until)] = [True] * (len(until) - len(prompt))
-        return masks
+
+def _without_tokens(place: str) -> UserError:
+    return UserError(f"{place}: has no assistant tokens, so nothing carries loss; remove the row, or mend its roles")
+
+
+def _last_turn(messages: Sequence[Mapping[str, Any]], where: str) -> int:
+    """Which message of a conversation is its last assistant turn; UserError if there is none, or nothing before it."""
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise _without_tokens(where)
+    if turns[-1] == 0:
+        raise UserError(f"{where}: begins with its only assistant turn, so nothing asks for it; remove the row, or mend it")
+    return turns[-1]
+
+
+def _last_mask(prompt: _Tokens, until: _Tokens, whole: _Tokens, where: str) -> list[bool]:
+    """Which tokens of a conversation are in ``until``, with its last assistant turn, and not in ``prompt``, before it."""
+    before, with_turn, ids = (each["input_ids"] for each in (prompt, until, whole))
+    if with_turn[: len(before)] != before or ids[: len(with_turn)] != with_turn:
+        raise UserError(
+            f"{where}: the tokens before its last assistant turn are others with the turn than without it, so the "
+            "response cannot be told exactly. Set tokenizer.chat_template to a template with {% generation %} markers, "
+            "give rows of prompt and completion, or set assistant_only_loss to false to train on all tokens."
+        )
+    return [len(before) <= place < len(with_turn) for place in range(len(ids))]
 
 
 def _require_apart(messages: list[Any], mask: list[int], where: str) -> None:
@@ -149,8 +148,7 @@ def _require_apart(messages: list[Any], mask: list[int], where: str) -> None:
         UserError: fewer pieces than assistant turns.
     """
     assistant = [message["role"] == "assistant" and bool(message.get("content")) for message in messages]
-    turns = sum(now and not before for now, before in zip(assistant, [False, *assistant], strict=False))
-    pieces = sum(bool(now) and not before for now, before in zip(mask, [0, *mask], strict=False))
+    turns, pieces = (sum(marked for marked, _ in groupby(map(bool, each))) for each in (assistant, mask))
     if pieces < turns:
         raise UserError(
             f"{where}: its {turns} assistant turns are {pieces} marked pieces of its tokens, so what carries loss cannot be "
@@ -168,7 +166,7 @@ def render(
     options: Mapping[str, Any],
     markers: bool = False,
     add_generation_prompt: bool = False,
-) -> dict[str, list[int]]:
+) -> _Tokens:
     """The tokens of one conversation: ``input_ids``, and with ``markers`` the ``assistant_masks`` of the template's markers.
 
     Args:
@@ -198,22 +196,17 @@ def render_all(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[list[Any]],
     places: Sequence[str],
-    *,
-    template: str | None = None,
     options: Sequence[Mapping[str, Any]],
-    markers: bool = False,
-    add_generation_prompt: bool = False,
-) -> list[dict[str, list[int]]]:
-    """The same of many conversations, in one call where they have the same options: a fast tokenizer takes a third of the time.
+    **how: Any,
+) -> list[_Tokens]:
+    """``render`` of many conversations, in one call where their options are equal: a fast tokenizer takes a third of the time.
 
     Where that call fails they are rendered one by one, so that the error names the row.
     """
-    how: dict[str, Any] = {"template": template, "markers": markers, "add_generation_prompt": add_generation_prompt}
     if len(conversations) > 1 and all(each == options[0] for each in options):
         try:
             together = render(tokenizer, list(conversations), places[0], options=options[0], **how)
-            columns = ("input_ids", "assistant_masks") if markers else ("input_ids",)
-            return [dict(zip(columns, each, strict=True)) for each in zip(*(together[key] for key in columns), strict=True)]
+            return [dict(zip(together, each, strict=True)) for each in zip(*together.values(), strict=True)]
         except Exception:  # of one row, or so many long ones that they take longer than one may: told, or done, one by one
             pass
     each_row = zip(conversations, places, options, strict=True)
@@ -224,13 +217,15 @@ def _endless(where: str, error: TimeoutError) -> UserError:
     return UserError(f"{where}: tokenizer.chat_template does not come to an end ({error}). Set another template.")
 
 
-def require_markers(tokenizer: PreTrainedTokenizerBase) -> None:
-    """UserError where ``assistant_only_loss=True`` cannot be kept: TRL knows no generation markers for the chat template."""
-    if not ResponseLabels.of(tokenizer).markers:
+def require_markers(tokenizer: PreTrainedTokenizerBase) -> ResponseLabels:
+    """How ``assistant_only_loss=True`` is kept; UserError where TRL knows no generation markers for the chat template."""
+    labels = ResponseLabels.of(tokenizer)
+    if not labels.markers:
         raise UserError(
             "assistant_only_loss=True: tokenizer.chat_template has no {% generation %} markers, and TRL knows no template with "
             "them for it. Set a template that has them, or leave assistant_only_loss unset: the last turn counts then."
         )
+    return labels
 
 
 def label_responses(
@@ -251,20 +246,16 @@ def label_responses(
     """
     from trl.data_utils import maybe_convert_to_chatml
 
-    def tokenise(rows: Sequence[dict[str, Any]], indices: Sequence[int]) -> list[dict[str, list[int]]]:
-        chats = [maybe_convert_to_chatml(dict(row)) for row in rows]
-        return labels.label(chats, tokenizer, [f"the {name} data set, row {index}" for index in indices])
-
-    if isinstance(dataset, IterableDataset):  # row by row: a stream is read no further than it must be
-        return dataset.map(lambda row, index: tokenise([row], [index])[0], with_indices=True)
-
-    def tokenise_columns(columns: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
+    def tokenise(columns: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        made = tokenise(rows, indices)
+        places = [f"the {name} data set, row {index}" for index in indices]
+        made = labels.label(list(map(maybe_convert_to_chatml, rows)), tokenizer, places)
         return {key: [each[key] for each in made] for key in ("input_ids", "labels")}
 
-    how = {"batched": True, "batch_size": ROWS_AT_ONCE, "num_proc": processes}
-    return dataset.map(tokenise_columns, with_indices=True, **how, desc=f"Tokenizing {name} dataset")
+    how: dict[str, Any] = {"with_indices": True, "batched": True}
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(tokenise, batch_size=1, **how)  # a stream is read no further than it must be
+    return dataset.map(tokenise, batch_size=ROWS_AT_ONCE, num_proc=processes, desc=f"Tokenizing {name} dataset", **how)
 
 
 def template_options(row: Mapping[str, Any]) -> dict[str, Any]:

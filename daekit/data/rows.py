@@ -34,9 +34,8 @@ FORM_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 EXTRA_COLUMNS = ("answer", "tools", "chat_template_kwargs", "teacher_prompt")
 COLUMNS = (*(column for columns in FORM_COLUMNS.values() for column in columns), *EXTRA_COLUMNS)
-UNFINISHED = (
-    "unfinished"  # of rows that a model has written: true where its answer was cut; read only where ``columns`` name it
-)
+# Of rows that a model has written: true where its answer was cut. Read only where ``columns`` name it.
+UNFINISHED = "unfinished"
 _NAMED = re.compile(r"\{([^{}]+)\}")  # in a value of ``columns``
 VISION_COLUMNS = ("image", "images", "pixel_values")
 
@@ -85,11 +84,10 @@ class RowCollector:
         self._forms = named if len(named) == 1 else list(FORM_COLUMNS)
         self._first: tuple[RowForm, str] | None = None
         self._plain = True
-        self._columns: dict[str, list[Any]] = {}
-        self._rows = 0
+        self._columns: dict[str, list[Any]] = {column: [] for column, _ in self._wanted}
 
     def __len__(self) -> int:
-        return self._rows
+        return len(self._columns["text"])
 
     def add(self, row: Mapping[str, Any], place: str) -> None:
         """Check one row and keep it; UserError names the source and ``place``."""
@@ -101,37 +99,28 @@ class RowCollector:
                 raise RowError(f"is {form}, but {self._first[1]} is {self._first[0]}; a source holds rows of one form")
         except RowError as error:
             raise UserError(f"{self._source}: {place} {error}") from None
-        for column, value in kept.items():
-            values = self._columns.setdefault(column, [])
-            values.extend([None] * (self._rows - len(values)))
-            values.append(value)
-        self._rows += 1
+        for column, values in self._columns.items():
+            values.append(kept.get(column))
 
     def dataset(self, domain: str) -> Dataset:
         """The rows so far, in order, with a ``domain`` column."""
         assert self._first is not None, "there are rows"
-        form = self._first[0]
-        if "teacher_prompt" in self._renamed and "teacher_prompt" not in self._columns:
+        columns = {name: values for name, values in self._columns.items() if any(value is not None for value in values)}
+        if "teacher_prompt" in self._renamed and "teacher_prompt" not in columns:
             raise UserError(f"{self._source}: columns.teacher_prompt: no row has {self._renamed['teacher_prompt']!r}")
-        features = self._features(form)
-        for values in self._columns.values():
-            values.extend([None] * (self._rows - len(values)))
-        if "chat_template_kwargs" in self._columns:  # TRL unpacks it: None would raise
-            self._columns["chat_template_kwargs"] = [value or {} for value in self._columns["chat_template_kwargs"]]
-        columns = self._columns | {"domain": [domain] * self._rows}
+        if "chat_template_kwargs" in columns:  # TRL unpacks it: None would raise
+            columns["chat_template_kwargs"] = [value or {} for value in columns["chat_template_kwargs"]]
+        columns["domain"] = [domain] * len(self)
+        said: Any = STRING
+        if self._first[0] in ("messages", "conversation pair"):
+            said = PLAIN_MESSAGES if self._plain else JSON_MESSAGES
+        types = dict.fromkeys(COLUMNS[:4], said) | {"answer": STRING, "tools": Json(), "chat_template_kwargs": Json()}
+        types |= {"domain": STRING, UNFINISHED: Value("bool"), "teacher_prompt": said}
+        features = Features({name: type_ for name, type_ in types.items() if name in columns})
         if Json() in features.values() or not self._plain:
             return Dataset.from_dict(columns, features=features)
         # Without the per-value encoding of from_dict, which takes longer than all the rest.
         return Dataset(InMemoryTable(pa.table({name: columns[name] for name in features}, schema=features.arrow_schema)))
-
-    def _features(self, form: RowForm) -> Features:
-        messages = PLAIN_MESSAGES if self._plain else JSON_MESSAGES
-        conversational = form in ("messages", "conversation pair")
-        types = dict.fromkeys(COLUMNS[:4], messages if conversational else STRING)
-        types |= {"answer": STRING, "tools": Json(), "chat_template_kwargs": Json(), "domain": STRING}
-        types[UNFINISHED] = Value("bool")
-        types["teacher_prompt"] = messages if conversational else STRING
-        return Features({name: type_ for name, type_ in types.items() if name in self._columns or name == "domain"})
 
     def _check(self, row: Mapping[str, Any]) -> tuple[RowForm, dict[str, Any]]:
         values = {ours: value for ours, theirs in self._wanted if (value := value_of(row, theirs)) is not None}
@@ -140,23 +129,24 @@ class RowCollector:
                 raise RowError(f"has {column!r}: vision rows cannot be distilled here; remove them or the column")
         needed = self._needed(values, row)
         kept = {column: values[column] for column in needed}
-        if needed == ("text",):
-            _check_string("text", kept["text"])
-            if self._chat:
-                raise RowError("is text; chat: true makes messages of prompt and completion only")
-            form: RowForm = "text"
-        elif needed == ("messages",):
-            kept["messages"] = self._messages("messages", kept["messages"])
-            form = "messages"
-        elif isinstance(kept["prompt"], list) and isinstance(kept["completion"], list):
+        are_lists = {isinstance(value, list) for value in kept.values()}
+        form: RowForm
+        if needed == ("messages",) or (needed == ("prompt", "completion") and are_lists == {True}):
             kept = {column: self._messages(column, value) for column, value in kept.items()}
-            form = "conversation pair"
+            form = "messages" if needed == ("messages",) else "conversation pair"
         else:
-            _check_pair(kept["prompt"], kept["completion"])
-            form = "prompt+completion"
+            if len(are_lists) > 1:
+                raise RowError(
+                    "has one of prompt and completion as a list of messages and the other not; both must be of one kind"
+                )
+            for column, value in kept.items():
+                _check_string(column, value)
+            form = "text" if needed == ("text",) else "prompt+completion"
+            if self._chat and form == "text":
+                raise RowError("is text; chat: true makes messages of prompt and completion only")
             if self._chat:
                 roles = {"prompt": "user", "completion": "assistant"}
-                kept = {column: [{"role": roles[column], "content": kept[column]}] for column in needed}
+                kept = {column: [{"role": roles[column], "content": value}] for column, value in kept.items()}
                 form = "conversation pair"
         kept |= _check_extras(values)
         if "teacher_prompt" in values:
@@ -182,9 +172,6 @@ class RowCollector:
             forms = " and ".join("/".join(columns) for columns in complete)
             name = complete[0][0]
             raise RowError(f"has {forms}; say which to use with columns, such as columns: {{{name}: {name}}}")
-        raise RowError(self._missing(row))
-
-    def _missing(self, row: Mapping[str, Any]) -> str:
         filled = [name for name, value in row.items() if value is not None]
         empty = [name for name, value in row.items() if value is None]
         has = "has " + (", ".join(map(repr, filled)) or "no values")
@@ -193,23 +180,24 @@ class RowCollector:
         needs = ", or ".join(
             " and ".join(f"{self._renamed.get(column, column)!r}" for column in FORM_COLUMNS[form]) for form in self._forms
         )
-        return f"needs {needs}, but {has}; other names are given with columns, such as columns: {{prompt: question}}"
+        raise RowError(f"needs {needs}, but {has}; other names are given with columns, such as columns: {{prompt: question}}")
 
     def _messages(self, column: str, value: Any) -> list[Mapping[str, Any]]:
         if not isinstance(value, list) or not value:
             raise RowError(f"has {column} that is {_shown(value)}, not a list of messages {{role, content}}")
         messages = [_check_message(column, index, message) for index, message in enumerate(value)]
-        if self._plain and any(len(message) > 2 for message in messages):
-            self._plain = False
+        self._plain = self._plain and all(len(message) == 2 for message in messages)
         return messages
 
 
 def value_of(row: Mapping[str, Any], theirs: str) -> Any:
     """The value of a column, or a text with the values of the columns that it names in braces; None where one is missing."""
-    names = _NAMED.findall(theirs)
+    names = _NAMED.findall(theirs) if "{" in theirs else []
+    if not names:
+        return row.get(theirs)
     values: dict[str, Any] = {name: row.get(name) for name in names}
-    if not names or None in values.values():
-        return None if names else row.get(theirs)
+    if None in values.values():
+        return None
     for name, value in values.items():
         if not isinstance(value, str):
             raise RowError(f"has {_shown(value)} as {name}, which columns sets into a text; it must be a string")
@@ -217,12 +205,6 @@ def value_of(row: Mapping[str, Any], theirs: str) -> Any:
 
 
 def _check_message(column: str, index: int, message: Any) -> Mapping[str, Any]:
-    if isinstance(message, dict) and message.keys() == {"role", "content"}:  # nearly all: be quick about them
-        role, content = message["role"], message["content"]
-        if isinstance(role, str) and role and isinstance(content, str) and content.strip():
-            if not (role.isascii() and content.isascii()):
-                _check_characters(f"{column}[{index}]", role + content)
-            return message
     name = f"{column}[{index}]"
     if not isinstance(message, Mapping) or "role" not in message:
         has = f"the keys {', '.join(map(repr, message))}" if isinstance(message, Mapping) else _shown(message)
@@ -238,15 +220,8 @@ def _check_message(column: str, index: int, message: Any) -> Mapping[str, Any]:
     # Data sets give system messages and calls of tools an empty content on purpose; a turn without words is a defect.
     if role in ("user", "assistant") and not content.strip() and not kept.get("tool_calls"):
         raise RowError(f"has an empty content in {name} (role {role}); remove the row")
-    _check_characters(name, kept)
+    _check_characters(name, kept if len(kept) > 2 else role + content)  # quick where there is no more, as in nearly all
     return kept | {"content": content}
-
-
-def _check_pair(prompt: Any, completion: Any) -> None:
-    if isinstance(prompt, list) != isinstance(completion, list):
-        raise RowError("has one of prompt and completion as a list of messages and the other not; both must be of one kind")
-    _check_string("prompt", prompt)
-    _check_string("completion", completion)
 
 
 def _check_string(column: str, value: Any) -> None:
@@ -279,12 +254,11 @@ def _check_extras(values: Mapping[str, Any]) -> dict[str, Any]:
             extras["tools"] = json.loads(extras["tools"])
         except (ValueError, RecursionError) as error:
             raise RowError(f"has tools that are not JSON ({error})") from None
-    if "tools" in extras and not isinstance(extras["tools"], list):
-        raise RowError(f"has {_shown(extras['tools'])} as tools, which must be a list")
-    if "chat_template_kwargs" in extras and not isinstance(extras["chat_template_kwargs"], Mapping):
-        raise RowError(f"has {_shown(extras['chat_template_kwargs'])} as chat_template_kwargs, which must be a mapping")
-    for column in ("tools", "chat_template_kwargs"):
+    kinds: tuple[tuple[str, Any, str], ...] = (("tools", list, "a list"), ("chat_template_kwargs", Mapping, "a mapping"))
+    for column, kind, wanted in kinds:
         if column in extras:
+            if not isinstance(extras[column], kind):
+                raise RowError(f"has {_shown(extras[column])} as {column}, which must be {wanted}")
             _check_characters(column, extras[column])
     return extras
 

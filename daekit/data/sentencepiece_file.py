@@ -59,10 +59,7 @@ def from_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
     ids = {f"{role}_token": getattr(proto.trainer_spec, f"{role}_id") for role in ("unk", "bos", "eos", "pad")}
     special = {name: proto.pieces[index].piece for name, index in ids.items() if index >= 0}
     if "bos_token" in special:
-        bos = special["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
-        )
+        put_before_texts(backend, special["bos_token"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
     text = differs_from_sentencepiece(tokenizer, file, [f"a{symbol} b {symbol}" for symbol in own])
     if text is not None:
@@ -71,6 +68,13 @@ def from_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
             "give a directory with the tokenizer.json that its model was published with"
         )
     return tokenizer
+
+
+def put_before_texts(backend: Tokenizer, bos: str) -> None:
+    """Let a tokenizer put a token before each text, as Llama's and Mistral's do."""
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
+    )
 
 
 def differs_from_sentencepiece(tokenizer: PreTrainedTokenizerBase, file: Path, more: Iterable[str] = ()) -> str | None:

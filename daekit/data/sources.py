@@ -138,23 +138,22 @@ def _files(where: str, path: Path, split: str, whole: str) -> list[Path]:
     files = [file for file in seen if file.suffix in DATA_FILES and _is_there(where, file) and not file.is_dir()]
     if not files:
         raise UserError(f"{where}: directory {path} holds no file that ends in {', '.join(DATA_FILES)}")
-    splits = {file: _split_of(file.relative_to(path)) for file in files}
-    named = {found for found in splits.values() if found}
-    unnamed = [file for file, found in splits.items() if not found]
+    splits = {file: _split_of(file.relative_to(path)) for file in seen}
+    named = {found for file in files if (found := splits[file])}
+    unnamed = [file for file in files if not splits[file]]
     if named and unnamed:
         raise UserError(
             f"{where}: in {path} the name of {unnamed[0].name} says no split, others do ({', '.join(sorted(named))}); "
             "name the file instead of the directory"
         )
-    chosen = [file for file, found in splits.items() if (found or whole) == split]
+    mine = {file for file in seen if (splits[file] or (not named and whole)) == split}
+    chosen = [file for file in files if file in mine]
     if not chosen:
         has = ", ".join(sorted(named)) or f"{whole} only: no file name tells a split"
         raise UserError(f"{where}: {path} has no split {split!r} (it has {has})")
-    unread = [file for file in seen if file.suffix not in DATA_FILES and file.name.lower().endswith((*DATA_FILES, *_UNREAD))]
-    alike = [
-        file for file in unread if file.is_file() and (_split_of(file.relative_to(path)) or (not named and whole)) == split
-    ]
-    _require_all_read(where, path, alike, chosen)
+    others = [file for file in seen if file in mine and file.suffix not in DATA_FILES and file.is_file()]
+    unread = [file for file in others if file.name.lower().endswith((*DATA_FILES, *_UNREAD))]
+    _require_all_read(where, path, unread, chosen)
     return chosen
 
 

@@ -6,7 +6,7 @@ row's own prompt. Both see the same response, token for token (``daekit.models.t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -14,7 +14,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from daekit.errors import UserError
-from daekit.models.teacher_view import TEACHER_PROMPT_IDS, TOKEN_COLUMNS
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.protocol import IGNORE_INDEX
 from daekit.recipe.objective import Objective
 
@@ -122,11 +122,9 @@ def with_teacher_prompts(
     Raises:
         UserError: see ``TeacherPrompts``.
     """
-    prompts = TeacherPrompts(tokenizer, f"the {name} data set")
-    found = [
-        prompts.ids(row, other, f"row {place}") if told else []
-        for place, (row, other, told) in enumerate(zip(_tokens(own), _tokens(seen), given, strict=True))
-    ]
+    prompts, columns = TeacherPrompts(tokenizer, f"the {name} data set"), ["input_ids", "labels"]
+    rows = zip(own.select_columns(columns), seen.select_columns(columns), given, strict=True)
+    found = [prompts.ids(row, other, f"row {place}") if told else [] for place, (row, other, told) in enumerate(rows)]
     prompts.raise_if_any()
     return own.add_column(TEACHER_PROMPT_IDS, found, feature=PROMPT_IDS_TYPE)
 
@@ -184,7 +182,3 @@ def pack_with_prompts(pack: Any, rows: Dataset) -> Dataset:
 def _first_label(labels: Sequence[int]) -> int:
     """Place of the first label; behind the end if there is none."""
     return next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-
-
-def _tokens(rows: Dataset) -> Iterable[Any]:
-    return rows.select_columns([name for name in TOKEN_COLUMNS[:2] if name in rows.column_names])

@@ -6,15 +6,15 @@ Ids and labels are those of TRL's ``SFTTrainer`` (a test holds the two together)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from daekit.data.responses import ROWS_AT_ONCE, ResponseLabels, render, render_all, require_markers, template_options
-from daekit.data.rows import UNFINISHED
+from daekit.data.responses import ROWS_AT_ONCE, ResponseLabels, marked, render, render_all, require_markers, template_options
+from daekit.data.rows import UNFINISHED, RowForm
 from daekit.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, teacher_row
 from daekit.errors import UserError
 from daekit.protocol import IGNORE_INDEX
@@ -79,6 +79,17 @@ def tokenize_each(
     told.raise_if_any()
 
 
+class _Parts(NamedTuple):
+    """What a row consists of: texts, or lists of messages. ``asked`` is what to generate after, None where there is nothing."""
+
+    row: Row
+    place: str
+    form: RowForm
+    whole: Any
+    asked: Any = None
+    reference: str = ""
+
+
 class _Tokenise:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_only_loss: bool | None, prompts: bool) -> None:
         self.tokenizer, self.prompts = tokenizer, prompts
@@ -88,111 +99,92 @@ class _Tokenise:
         if tokenizer.chat_template is None:
             return
         if assistant_only_loss:
-            require_markers(tokenizer)
-            self.chat_template = ResponseLabels.of(tokenizer).template
+            self.chat_template = require_markers(tokenizer).template
         elif assistant_only_loss is None:
             self.responses = ResponseLabels.of(tokenizer)
 
     def __call__(self, rows: Sequence[Row], places: Sequence[str]) -> list[TokenizedRow]:
-        ways = list(map(self._way, rows, places))
-        if len(set(ways)) > 1:
+        parts = list(map(self._parts, rows, places))
+        if len({part.form for part in parts}) > 1:
             return [each for row, place in zip(rows, places, strict=True) for each in self([row], [place])]
-        made = list(map(_checked, ways[0](rows, places), rows, places))
-        return [self._open(*each) if each[1].get(UNFINISHED) else each[0] for each in zip(made, rows, places, strict=True)]
-
-    def _open(self, tokenized: TokenizedRow, row: Row, place: str) -> TokenizedRow:
-        """A row whose answer was cut: what stands behind its last word carries no loss, for its model did not write it."""
-        from trl import is_conversational
-        from trl.data_utils import common_prefix_length
-
-        ids, end = tokenized.input_ids, len(tokenized.input_ids)
-        if is_conversational(row):
-            messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-            template = self.responses.template if "messages" in row and self.responses else self.chat_template
-            options = {**template_options(row), "continue_final_message": True}
-            end = common_prefix_length(
-                render(self.tokenizer, messages, place, template=template, options=options)["input_ids"], ids
-            )
-        while end and ids[end - 1] == self.tokenizer.eos_token_id:  # some tokenizers add one to every text
-            end -= 1
-        return replace(tokenized, labels=tokenized.labels[:end] + [IGNORE_INDEX] * (len(ids) - end))
-
-    def _way(self, row: Row, place: str) -> Callable[[Sequence[Row], Sequence[str]], Iterator[TokenizedRow]]:
-        """The method for the form of a row."""
-        from trl import is_conversational
-
-        conversational = is_conversational(row)
-        if conversational and self.tokenizer.chat_template is None:
-            raise UserError(f"{place} is a conversation, but the tokenizer has no chat template: set tokenizer.chat_template.")
-        if "prompt" in row and "completion" in row:
-            return self._conversations if conversational else self._completions
-        if "messages" in row or "text" in row:
-            return self._messages if "messages" in row else self._texts
-        raise UserError(
-            f"{place} has the columns {', '.join(sorted(row)) or 'none'}: it needs prompt and completion, "
-            "messages, or text (rename columns with the source's `columns`)."
-        )
-
-    def _texts(self, rows: Sequence[Row], places: Sequence[str]) -> Iterator[TokenizedRow]:
-        return (TokenizedRow(ids, list(ids)) for ids in self._ids([self._ended(row["text"]) for row in rows]))
-
-    def _completions(self, rows: Sequence[Row], places: Sequence[str]) -> Iterator[TokenizedRow]:
-        prompts = self._ids([row["prompt"] for row in rows])
-        wholes = self._ids([row["prompt"] + self._ended(row["completion"]) for row in rows])
-        for row, prompt_ids, ids in zip(rows, prompts, wholes, strict=True):
-            yield self._masked(prompt_ids, ids, row["prompt"], row["completion"].removesuffix(self.tokenizer.eos_token))
-
-    def _conversations(self, rows: Sequence[Row], places: Sequence[str]) -> Iterator[TokenizedRow]:
-        prompts = self._rendered([row["prompt"] for row in rows], rows, places, add_generation_prompt=True)
-        together = [row["prompt"] + row["completion"] for row in rows]
-        wholes = self._rendered(together, rows, places, markers=self.assistant_only_loss)
-        for row, prompt, whole in zip(rows, prompts, wholes, strict=True):
-            reference = "\n".join(message["content"] for message in row["completion"])
-            masked = self._masked(prompt["input_ids"], whole["input_ids"], _shown(row["prompt"]), reference)
-            yield masked if not self.assistant_only_loss else replace(masked, labels=_marked(masked.labels, whole))
-
-    def _messages(self, rows: Sequence[Row], places: Sequence[str]) -> Iterator[TokenizedRow]:
-        if self.responses is not None:
+        asked = [part for part in parts if part.asked is not None]
+        prompts = iter(self._tokens([part.asked for part in asked], asked, add_generation_prompt=True))
+        if self.responses is not None and parts[0].form == "messages":
             wholes = self.responses.label(rows, self.tokenizer, places)
         else:
-            wholes = self._rendered([row["messages"] for row in rows], rows, places, markers=self.assistant_only_loss)
-            for whole in wholes:
-                ids = whole["input_ids"]
-                whole["labels"] = _marked(ids, whole) if self.assistant_only_loss else list(ids)
-        said = [row["messages"] for row in rows]
-        chosen = [at for at, each in enumerate(said) if self.prompts and len(each) > 1 and each[-1]["role"] == "assistant"]
-        asked = [rows[at]["messages"][:-1] for at in chosen]
-        prompts = self._rendered(asked, [rows[at] for at in chosen], [places[at] for at in chosen], add_generation_prompt=True)
-        prompt_of = dict(zip(chosen, prompts, strict=True))
-        for at, (row, whole) in enumerate(zip(rows, wholes, strict=True)):
-            if at not in prompt_of:
-                yield TokenizedRow(whole["input_ids"], whole["labels"])
-                continue
+            wholes = self._tokens([part.whole for part in parts], parts, markers=self.assistant_only_loss)
+        made = []
+        for part, whole in zip(parts, wholes, strict=True):
+            row = TokenizedRow(whole["input_ids"], whole.get("labels", whole["input_ids"]))
+            if part.asked is not None:
+                row = self._answering(row, part, next(prompts)["input_ids"])
+            if "assistant_masks" in whole:
+                row = replace(row, labels=marked(row.labels, whole["assistant_masks"]))
+            row = _checked(row, part)
+            made.append(self._open(row, part) if part.row.get(UNFINISHED) else row)
+        return made
+
+    def _parts(self, row: Row, place: str) -> _Parts:
+        if "prompt" in row and "completion" in row:
+            prompt, answer = row["prompt"], row["completion"]
+            if isinstance(prompt, str):
+                reference = answer.removesuffix(self.tokenizer.eos_token)
+                return _Parts(row, place, "prompt+completion", prompt + self._ended(answer), prompt, reference)
+            reference = "\n".join(message["content"] for message in answer)
+            parts = _Parts(row, place, "conversation pair", prompt + answer, prompt, reference)
+        elif "messages" in row:
             *before, last = row["messages"]
-            masked = self._masked(prompt_of[at]["input_ids"], whole["input_ids"], _shown(before), last["content"])
-            yield replace(masked, labels=whole["labels"])
+            is_asked = self.prompts and before and last["role"] == "assistant"
+            asked = (before, last["content"]) if is_asked else ()
+            parts = _Parts(row, place, "messages", row["messages"], *asked)
+        elif "text" in row:
+            return _Parts(row, place, "text", self._ended(row["text"]))
+        else:
+            raise UserError(
+                f"{place} has the columns {', '.join(sorted(row)) or 'none'}: it needs prompt and completion, "
+                "messages, or text (rename columns with the source's `columns`)."
+            )
+        if self.tokenizer.chat_template is None:
+            raise UserError(f"{place} is a conversation, but the tokenizer has no chat template: set tokenizer.chat_template.")
+        return parts
 
     def _ended(self, text: str) -> str:
         eos = self.tokenizer.eos_token
         return text if text.endswith(eos) else text + eos
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(text=texts)["input_ids"]
+    def _tokens(self, texts: list[Any], parts: Sequence[_Parts], **how: bool) -> list[dict[str, Any]]:
+        """``input_ids``, and with ``markers=True`` the ``assistant_masks``, of texts or of conversations of some rows."""
+        if texts and isinstance(texts[0], str):
+            return [{"input_ids": ids} for ids in self.tokenizer(text=texts)["input_ids"]]
+        places, options = [part.place for part in parts], [template_options(part.row) for part in parts]
+        return render_all(self.tokenizer, texts, places, options, template=self.chat_template, **how)
 
-    def _rendered(self, conversations: Sequence[Any], rows: Sequence[Row], places: Sequence[str], **how: bool) -> Any:
-        options = list(map(template_options, rows))
-        return render_all(self.tokenizer, conversations, places, template=self.chat_template, options=options, **how)
-
-    def _masked(self, prompt_ids: list[int], ids: list[int], prompt: str, reference: str) -> TokenizedRow:
+    def _answering(self, made: TokenizedRow, parts: _Parts, prompt_ids: list[int]) -> TokenizedRow:
+        """The row with its prompt, and if that carries no loss, without labels there."""
         from trl.data_utils import common_prefix_length
 
-        start = common_prefix_length(prompt_ids, ids)
-        boundary_differs = start < len(prompt_ids)
+        ids, start = made.input_ids, common_prefix_length(prompt_ids, made.input_ids)
+        differs = start < len(prompt_ids)
         if prompt_ids and prompt_ids[-1] == self.tokenizer.eos_token_id and start == len(prompt_ids) - 1:
             # a tokenizer that ends every text with EOS: at inference the answer would start after the end
-            prompt_ids, boundary_differs = prompt_ids[:-1], False
-        labels = [IGNORE_INDEX] * start + ids[start:]
-        return TokenizedRow(ids, labels, prompt_ids, prompt, reference.strip(), boundary_differs=boundary_differs)
+            prompt_ids, differs = prompt_ids[:-1], False
+        labels = made.labels if parts.form == "messages" else [IGNORE_INDEX] * start + ids[start:]
+        reference = parts.reference.strip()
+        return TokenizedRow(ids, labels, prompt_ids, _shown(parts.asked), reference, boundary_differs=differs)
+
+    def _open(self, made: TokenizedRow, parts: _Parts) -> TokenizedRow:
+        """A row whose answer was cut: what stands behind its last word carries no loss, for its model did not write it."""
+        from trl.data_utils import common_prefix_length
+
+        ids, end = made.input_ids, len(made.input_ids)
+        if not isinstance(parts.whole, str):
+            template = self.responses.template if parts.form == "messages" and self.responses else self.chat_template
+            options = {**template_options(parts.row), "continue_final_message": True}
+            begun = render(self.tokenizer, parts.whole, parts.place, template=template, options=options)
+            end = common_prefix_length(begun["input_ids"], ids)
+        while end and ids[end - 1] == self.tokenizer.eos_token_id:  # some tokenizers add one to every text
+            end -= 1
+        return replace(made, labels=made.labels[:end] + [IGNORE_INDEX] * (len(ids) - end))
 
 
 def _with_teacher_prompts(
@@ -208,25 +200,21 @@ def _with_teacher_prompts(
     return own
 
 
-def _marked(labels: Sequence[int], whole: Mapping[str, list[int]]) -> list[int]:
-    return [label if mark else IGNORE_INDEX for label, mark in zip(labels, whole["assistant_masks"], strict=True)]
+def _shown(asked: str | Sequence[Row]) -> str:
+    if isinstance(asked, str):
+        return asked
+    if len(asked) == 1:
+        return str(asked[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in asked)
 
 
-def _shown(messages: Sequence[Row]) -> str:
-    if len(messages) == 1:
-        return str(messages[0]["content"])
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-
-
-def _checked(tokenized: TokenizedRow, row: Row, place: str) -> TokenizedRow:
+def _checked(made: TokenizedRow, parts: _Parts) -> TokenizedRow:
     """The row with its answer."""
-    if all(label == IGNORE_INDEX for label in tokenized.labels[1:]):
-        raise UserError(f"{place} has no token to predict: its answer is empty. Remove the row.")
-    if "answer" not in row:
-        return tokenized
-    answer = str(row["answer"]).strip()
-    if not answer:
+    if all(label == IGNORE_INDEX for label in made.labels[1:]):
+        raise UserError(f"{parts.place} has no token to predict: its answer is empty. Remove the row.")
+    answer = str(parts.row["answer"]).strip() if "answer" in parts.row else None
+    if answer == "":
         raise UserError(
-            f"{place}: its answer is empty, and would be found in every generated text. Fill it or remove the column."
+            f"{parts.place}: its answer is empty, and would be found in every generated text. Fill it or remove the column."
         )
-    return replace(tokenized, answer=answer)
+    return replace(made, answer=answer)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from daekit.data.rows import form_of
-from daekit.data.sentencepiece_file import differs_from_sentencepiece, from_sentencepiece
+from daekit.data.sentencepiece_file import differs_from_sentencepiece, from_sentencepiece, put_before_texts
 from daekit.errors import UserError, first_line
 from daekit.recipe.schema import TokenizerSpec, TokenizerTraining
 from daekit.recipe.validation import is_local
@@ -57,11 +58,14 @@ def train_tokenizer(texts: Iterable[str], spec: TokenizerTraining) -> PreTrained
     Raises:
         UserError: there are no texts; ``vocab_size`` is too small for all words, or for all bytes.
     """
-    backend = _train_words(texts, spec.vocab_size) if spec.kind == "words" else _train_bpe(texts, spec.vocab_size)
+    texts = iter(texts)
+    first = next(texts, None)
+    if first is None:
+        raise UserError("tokenizer.train: the sources have no rows to train a tokenizer on")
+    train = _train_words if spec.kind == "words" else _train_bpe
+    backend = train(chain([first], texts), spec.vocab_size)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, SPECIAL_TOKENS.index(BOS))]
-    )
+    put_before_texts(backend, BOS)
     special = {"unk_token": UNK, "bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     how = {"chat_template": CHAT_TEMPLATE, "clean_up_tokenization_spaces": False}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **how)
@@ -115,14 +119,14 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     first: Any = {"special_tokens": list(SPECIAL_TOKENS), "initial_alphabet": sorted(alphabet)}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False, **first)
-    backend.train_from_iterator(_some(texts), trainer)
+    backend.train_from_iterator(texts, trainer)
     return backend
 
 
 def _train_words(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     splitter = pre_tokenizers.Split(_PIECES, behavior="isolated")
     pieces: Counter[str] = Counter()
-    for text in _some(texts):
+    for text in texts:
         pieces.update(piece for piece, _ in splitter.pre_tokenize_str(text))
     # With every character beside the words, an unseen word can be spelled instead of becoming <unk>.
     characters = sorted({character for piece in pieces for character in piece}.difference(SPECIAL_TOKENS))
@@ -139,15 +143,6 @@ def _train_words(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.pre_tokenizer = splitter
     backend.decoder = decoders.Fuse()
     return backend
-
-
-def _some(texts: Iterable[str]) -> Iterator[str]:
-    empty = True
-    for text in texts:
-        empty = False
-        yield text
-    if empty:
-        raise UserError("tokenizer.train: the sources have no rows to train a tokenizer on")
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -233,11 +228,10 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
     """A bare backend does not say which token ends a text; it is known if exactly one of the usual ones is there."""
     vocabulary = backend.get_vocab()
     found = [token for token in _KNOWN_EOS if token in vocabulary]
-    if len(found) != 1:
-        return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
-    special = {"eos_token": found[0]}
-    special |= {"bos_token": BOS} if found[0] == EOS and BOS in vocabulary else {}
-    special |= {"unk_token": UNK} if UNK in vocabulary else {}
+    special = {}
+    if len(found) == 1:
+        special = {"eos_token": found[0]} | ({"unk_token": UNK} if UNK in vocabulary else {})
+        special |= {"bos_token": BOS} if found[0] == EOS and BOS in vocabulary else {}
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
 
 

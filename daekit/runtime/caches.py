@@ -27,8 +27,9 @@ from daekit.recipe.adapter_config import ADAPTER_CONFIG, BARE_BASE, read_adapter
 from daekit.recipe.schema import ModelSpec, Recipe, TeacherSpec
 from daekit.runtime.models import ModelBuilder
 from daekit.teachers import CachedTeacher, ModelTeacher, write_cache
-from daekit.teachers.cache import CacheRow, CacheStore, check_cache, require_facts, rows_of_examples
-from daekit.teachers.cache.store import MANIFEST
+from daekit.teachers.cache.check import check_cache
+from daekit.teachers.cache.rows import CacheRow, rows_of_examples
+from daekit.teachers.cache.store import MANIFEST, CacheStore, require_facts
 from daekit.teachers.parts import DemandingTeacher
 from daekit.trainers import DomainSFTConfig
 from daekit.trainers.distributed import rounding

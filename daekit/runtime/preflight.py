@@ -20,8 +20,8 @@ from daekit.recipe.schema import DAEStage, Recipe
 from daekit.runtime.data import DataBuilder
 from daekit.runtime.folders import StageFolder
 from daekit.teachers.adapter import current_outputs
-from daekit.teachers.cache import rows_of_examples
 from daekit.teachers.cache.asking import PAD_TO, padded_batch
+from daekit.teachers.cache.rows import rows_of_examples
 from daekit.trainers import KDTrainer
 from daekit.trainers.distributed import rounding
 

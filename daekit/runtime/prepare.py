@@ -43,7 +43,7 @@ from daekit.runtime.stage_rows import (
 from daekit.runtime.student import require_cuttable, require_one_process
 from daekit.runtime.trainer import training_arguments
 from daekit.runtime.unwritten import require_of_unwritten, require_rows_to_train_on
-from daekit.teachers.cache import CacheRow, rows_of_examples
+from daekit.teachers.cache.rows import CacheRow, rows_of_examples
 from daekit.trainers import DomainSFTConfig
 
 _ASKING = ("mt_bench", "alpaca_eval")  # benchmarks whose questions go through a chat template

@@ -1,7 +1,8 @@
 """Teachers: a frozen model, an adapter of the student's base, a cache, a server, labels; averaged, or one per domain."""
 
 from daekit.teachers.adapter import BASE, AdapterPath, AdapterTeacher, OnStudent
-from daekit.teachers.cache import CachedTeacher, write_cache
+from daekit.teachers.cache.cached import CachedTeacher
+from daekit.teachers.cache.write import write_cache
 from daekit.teachers.ensemble import EnsembleTeacher
 from daekit.teachers.labels import LabelTeacher
 from daekit.teachers.model import ModelTeacher

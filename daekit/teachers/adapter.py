@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -29,23 +30,14 @@ from daekit.teachers.sharding import Sharding
 class OnStudent:
     """A teacher that is only named yet: whoever asks it gets a UserError, for it has no model before a trainer has made one."""
 
-    def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
-        """Refused."""
-        raise self._unmade()
-
-    def identity(self) -> dict[str, object]:
-        """Refused."""
-        raise self._unmade()
-
-    def to(self, device: torch.device) -> OnStudent:
-        """Refused."""
-        raise self._unmade()
-
-    def _unmade(self) -> UserError:
-        return UserError(
+    def outputs(self, *_: Any) -> Any:
+        """Refused, as is all that is asked of a teacher."""
+        raise UserError(
             f"{self}: names a teacher on the student's own base, which a trainer makes of it; it has no outputs of its own. "
             "Give it to a trainer, or load an adapter with AdapterTeacher.from_pretrained(model, path, vocab_size)."
         )
+
+    identity = to = outputs
 
 
 @dataclass(frozen=True)

@@ -60,16 +60,12 @@ class EnsembleTeacher:
                 )
             if len(output.members) > 1 and output.average != self.average:
                 raise UserError(f"an ensemble that averages {self.average} cannot hold one that averages {output.average}")
-        together = [outputs[0] for outputs in per_member if len(outputs) == 1]
-        if len(together) == len(per_member) and all(_same_order(together[0], output) for output in together[1:]):
-            return [TeacherOutput(together[0].positions_M, self._weighted(together), self.average)]
-        return self._split(per_member, int(batch.labels_N.numel()))
-
-    def _split(self, per_member: list[list[TeacherOutput]], positions: int) -> list[TeacherOutput]:
-        merged = []
+        merged, positions = [], batch.labels_N.numel()
         for combination in product(*per_member):
             common = _intersection([output.positions_M for output in combination], positions)
-            if common.numel() or self._sharded:  # heads are gathered in one order on all ranks, whatever rows each has
+            if (
+                common.numel() or not positions or self._sharded
+            ):  # heads are gathered in one order on all ranks, whatever rows each has
                 parts = [_restricted(output, common, positions) for output in combination]
                 merged.append(TeacherOutput(common, self._weighted(parts), self.average))
         return merged
@@ -110,11 +106,10 @@ class EnsembleTeacher:
         }
 
 
-def _same_order(a: TeacherOutput, b: TeacherOutput) -> bool:
-    return torch.equal(a.positions_M, b.positions_M)
-
-
 def _intersection(covered: list[Tensor], positions: int) -> Tensor:
+    """The positions that are in all of some sets of them."""
+    if all(torch.equal(chosen, covered[0]) for chosen in covered[1:]):
+        return covered[0]
     votes = torch.zeros(positions, dtype=torch.long, device=covered[0].device)
     for chosen in covered:
         votes[chosen] += 1
@@ -122,7 +117,9 @@ def _intersection(covered: list[Tensor], positions: int) -> Tensor:
 
 
 def _restricted(output: TeacherOutput, common: Tensor, positions: int) -> TeacherOutput:
-    """The output at those of its positions that are ``common``, in their order."""
+    """The output at those of its positions that are ``common``, in their order; itself where they are all of them."""
+    if torch.equal(output.positions_M, common):
+        return output
     where = torch.full((positions,), -1, device=common.device)
     where[output.positions_M] = torch.arange(output.positions_M.numel(), device=common.device)
     return output.at(where[common])

@@ -10,8 +10,6 @@ from daekit.errors import UserError
 from daekit.protocol import Batch, FeatureSpec, TeacherOutput, TopK
 from daekit.recipe.objective import Objective
 
-LABELS = "labels"
-
 
 class LabelTeacher:
     """Gives the label of each loss position the probability 1, so that forward KL is the cross-entropy with the labels.
@@ -50,7 +48,7 @@ class LabelTeacher:
 
     def identity(self) -> dict[str, object]:
         """The kind: labels belong to the rows."""
-        return {"kind": LABELS}
+        return {"kind": "labels"}
 
     def to(self, device: torch.device) -> LabelTeacher:
         """Nothing to move."""

@@ -81,15 +81,13 @@ class ServerTeacher:
 
     def _ask(self, rows: Sequence[CacheRow], device: torch.device) -> TopK:
         requests = [ScoreRequest(tuple(row.input_ids.tolist()), self.k) for row in rows]
-        ids, log_probs = [], []
-        for row, scores in zip(rows, self.client.ask(requests), strict=True):
-            for offset in row.offsets.tolist():
-                label = int(row.input_ids[offset + 1])
-                named = self._named(scores.entries[offset + 1], label, f"token {offset + 1} of a row ({row})")
-                ids.append([token for token, _ in named])
-                log_probs.append([value for _, value in named])
-        exact_MK = torch.tensor(log_probs, dtype=torch.float64).reshape(-1, self.k)  # also of no row
-        ids_MK = torch.tensor(ids, dtype=torch.long, device=device).reshape(-1, self.k)
+        named = [
+            self._named(scores.entries[at], int(row.input_ids[at]), f"token {at} of a row ({row})")
+            for row, scores in zip(rows, self.client.ask(requests), strict=True)
+            for at in (row.offsets + 1).tolist()
+        ]
+        pairs_MK2 = torch.tensor(named, dtype=torch.float64).reshape(-1, self.k, 2)  # also of no row
+        ids_MK, exact_MK = pairs_MK2[..., 0].long().to(device), pairs_MK2[..., 1].contiguous()
         if self.k == self.vocab_size:
             return TopK(ids_MK, exact_MK.log_softmax(-1).float().to(device), 1.0)
         tail_M = (-torch.expm1(exact_MK.logsumexp(-1))).clamp(min=torch.finfo(torch.float32).tiny).log()

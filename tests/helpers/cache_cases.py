@@ -10,8 +10,8 @@ import torch
 
 from daekit.protocol import Batch, Teacher
 from daekit.teachers import ModelTeacher
-from daekit.teachers.cache import rows_of_examples
 from daekit.teachers.cache.asking import padded_batch
+from daekit.teachers.cache.rows import rows_of_examples
 from tests.helpers import tiny
 from tests.helpers.batches import Row, make_rows
 

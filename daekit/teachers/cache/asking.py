@@ -51,14 +51,12 @@ class AskedTeacher:
         batch = padded_batch(rows, max(map(self.padded, rows)), self.device)
         with torch.no_grad():
             outputs = self.teacher.outputs(batch)
-        positions = batch.labels_N.numel()
-        if len(outputs) != 1 or outputs[0].positions_M.numel() != positions:
+        order = torch.arange(batch.labels_N.numel())
+        if len(outputs) != 1 or not torch.equal(outputs[0].positions_M.cpu(), order):
             raise UserError(
-                f"{type(self.teacher).__name__}: gives several outputs for rows of one domain, and only one can be kept"
+                f"{type(self.teacher).__name__}: gives several outputs for rows of one domain, or not in the order of their "
+                "loss positions; only one in that order can be kept"
             )
-        order = torch.arange(positions, device=outputs[0].positions_M.device)
-        if not torch.equal(outputs[0].positions_M, order):
-            raise UserError(f"{type(self.teacher).__name__}: its output must be in the order of the batch's loss positions")
         return outputs[0], batch.labels_N
 
 

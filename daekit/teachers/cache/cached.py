@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from daekit.protocol import Batch, FeatureSpec, Member, OutputHead, TeacherOutpu
 from daekit.recipe.objective import Objective
 from daekit.teachers.cache.asking import autocast_dtype
 from daekit.teachers.cache.rows import CacheRow, rows_of_batch
-from daekit.teachers.cache.store import CacheStore, RowValues, require_facts
+from daekit.teachers.cache.store import CacheStore, require_facts
 from daekit.teachers.cache.values import read_sampled, read_top_k
 
 
@@ -50,46 +51,38 @@ class CachedTeacher:
         device = batch.labels_BT.device
         rows = [row for row in rows_of_batch(batch) if len(row.offsets)]
         self.require_rows(rows)
-        values = [self.store.row(row.key) for row in rows]
+        keys = [row.key for row in rows]
         positions_M = torch.arange(batch.labels_N.numel(), device=device)
-        if self.facts["keep"] == "hidden":
+        keep = self.facts["keep"]
+        if keep == "hidden":
             if self.facts["autocast"] != (now := autocast_dtype(device)):
                 raise UserError(
                     f"{self.store.directory}: its hidden states were made with autocast {self.facts['autocast']} and the "
                     f"student runs with {now} (bf16, fp16 of the trainer); use the same, or write another cache"
                 )
-            return [TeacherOutput(positions_M, self._members(values, device), self.facts["average"])]
-        if not rows:  # a rank that asks only because another must
+            return [TeacherOutput(positions_M, self._members(keys, device), self.facts["average"])]
+        if not keys:  # a rank that asks only because another must
             none_M1 = torch.zeros(0, 1, device=device)
             nothing = TopK(none_M1.long(), none_M1, self.facts["temperature"], none_M1[:, 0])
             return [TeacherOutput(positions_M, (), top_k=nothing)]
-        vocab_size = self.facts["vocab_size"]
-        if self.facts["keep"] == "top_k":
-            top_k = read_top_k(values, self.facts["temperature"], vocab_size, device)
-        else:
-            top_k = read_sampled(values, self.facts["draws"], vocab_size, device)
-        return [TeacherOutput(positions_M, (), top_k=top_k)]
+        read = read_top_k if keep == "top_k" else read_sampled
+        return [TeacherOutput(positions_M, (), top_k=read(partial(self.store.values, keys), self.facts, device))]
 
-    def _members(self, values: Sequence[RowValues], device: torch.device) -> tuple[Member, ...]:
+    def _members(self, keys: list[bytes], device: torch.device) -> tuple[Member, ...]:
         members = []
         for index, (about, head) in enumerate(zip(self.facts["members"], self._heads_on(device), strict=True)):
-            parts = [row.of(f"hidden.{index}") for row in values]
-            empty = torch.empty(0, about["width"], dtype=getattr(torch, self.facts["dtype"][index]))
-            members.append(Member(torch.cat(parts or [empty]).to(device), head, about["weight"]))
+            none_0H = torch.empty(0, about["width"], dtype=getattr(torch, self.facts["dtype"][index]))
+            hidden_NH = self.store.values(keys, f"hidden.{index}") if keys else none_0H
+            members.append(Member(hidden_NH.to(device), head, about["weight"]))
         return tuple(members)
 
     def _heads_on(self, device: torch.device) -> list[OutputHead]:
         if self._heads is None or self._heads[0].weight.device != device:
             tensors: dict[str, Tensor] = {name: each.to(device) for name, each in self.store.heads().items()}
+            size, members = self.facts["vocab_size"], enumerate(self.facts["members"])
             self._heads = [
-                OutputHead(
-                    tensors[f"weight.{index}"],
-                    tensors.get(f"bias.{index}"),
-                    self.facts["vocab_size"],
-                    about["scale"],
-                    about["softcap"],
-                )
-                for index, about in enumerate(self.facts["members"])
+                OutputHead(tensors[f"weight.{i}"], tensors.get(f"bias.{i}"), size, about["scale"], about["softcap"])
+                for i, about in members
             ]
         return self._heads
 
@@ -148,11 +141,10 @@ class CachedTeacher:
             UserError: it counts them and names the first.
         """
         missing, asked = [], 0
-        for row in rows:
-            if len(row.offsets):
-                asked += 1
-                if row.key not in self.store.index:
-                    missing.append(row)
+        for row in (row for row in rows if len(row.offsets)):
+            asked += 1
+            if row.key not in self.store.index:
+                missing.append(row)
         if missing:
             self.store.check_all()  # a key that changed on the disk is no missing row
             raise UserError(

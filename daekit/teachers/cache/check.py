@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +15,8 @@ from torch import Tensor
 from daekit.protocol import Teacher
 from daekit.teachers.cache.asking import AskedTeacher
 from daekit.teachers.cache.rows import CacheRow
-from daekit.teachers.cache.store import CacheStore, RowValues, bytes_to_ids
-from daekit.teachers.cache.values import CacheFormat, values_of
+from daekit.teachers.cache.store import CacheStore
+from daekit.teachers.cache.values import CacheFormat, bytes_to_ids, values_of
 
 _ROWS = 32  # spread over all that are there
 
@@ -37,43 +39,40 @@ def check_cache(
     there = list({row.key: row for row in rows if row.key in store.index}.values())
     chosen = [there[index] for index in np.unique(np.linspace(0, len(there) - 1, min(_ROWS, len(there)), dtype=int))]
     form, asked = CacheFormat.of(store.facts), AskedTeacher(teacher, device)
-    worst: dict[str, _Difference] = {}
+    found: dict[str, list[_Difference]] = {}
     for row in chosen:
-        output, labels_N = asked.ask([row])
-        (live,) = values_of(form, output, labels_N, [row])
-        kept = store.row(row.key)
-        for name, difference in _compared(live, kept).items():
-            worst[name] = worst.get(name, _Difference()) + difference
-    return [f"{name}: {each} ({len(chosen)} rows)" for name, each in worst.items()]
+        (live,) = values_of(form, *asked.ask([row]), [row])
+        for name, difference in _compared(live, partial(store.values, [row.key])).items():
+            found.setdefault(name, []).append(difference)
+    return [f"{name}: {_in_words(each)} ({len(chosen)} rows)" for name, each in found.items()]
 
 
-class _Difference:
-    """Values that differ, of how many, and by how much at most."""
+class _Difference(NamedTuple):
+    """Values that differ, of how many, and by how much at most; the largest of them."""
 
-    def __init__(self, differ: int = 0, of: int = 0, most: float = 0.0, largest: float = 0.0) -> None:
-        self.differ, self.of, self.most, self.largest = differ, of, most, largest
-
-    def __add__(self, other: _Difference) -> _Difference:
-        most, largest = max(self.most, other.most), max(self.largest, other.largest)
-        return _Difference(self.differ + other.differ, self.of + other.of, most, largest)
-
-    def __str__(self) -> str:
-        if not self.differ:
-            return f"all {self.of:,} values are equal to the bit"
-        by = f", by {self.most:.3g} at most; the largest is {self.largest:.3g}" if self.largest else ""
-        return f"{self.differ:,} of {self.of:,} values differ{by}"
+    differ: int
+    of: int
+    most: float = 0.0
+    largest: float = 0.0
 
 
-def _compared(live: dict[str, Tensor], kept: RowValues) -> dict[str, _Difference]:
+def _in_words(found: Sequence[_Difference]) -> str:
+    differ, of = sum(each.differ for each in found), sum(each.of for each in found)
+    if not differ:
+        return f"all {of:,} values are equal to the bit"
+    most, largest = max(each.most for each in found), max(each.largest for each in found)
+    by = f", by {most:.3g} at most; the largest is {largest:.3g}" if largest else ""
+    return f"{differ:,} of {of:,} values differ{by}"
+
+
+def _compared(live: dict[str, Tensor], kept: Callable[[str], Tensor]) -> dict[str, _Difference]:
     if "entry_ids" in live:  # how many draws are other tokens
-        where = kept.entries()
-        before = _draws(kept.between("entry_ids", *where), kept.between("entry_counts", *where), kept.of("distinct"))
-        now = _draws(live["entry_ids"], live["entry_counts"], live["distinct"])
+        before, now = _draws(kept), _draws(live.__getitem__)
         return {"draws": _Difference((now - before).total(), now.total())}
     same_ids = torch.ones(1, dtype=torch.bool)
     found = {}
     for name, ours in live.items():
-        theirs = kept.of(name)
+        theirs = kept(name)
         if name == "ids":
             same_ids = (ours == theirs).all(-1)
             found[name] = _Difference(int((~same_ids).sum()), same_ids.numel())
@@ -85,7 +84,8 @@ def _compared(live: dict[str, Tensor], kept: RowValues) -> dict[str, _Difference
     return found
 
 
-def _draws(entry_ids: Tensor, counts: Tensor, distinct: Tensor) -> Counter[tuple[int, int]]:
+def _draws(of: Callable[[str], Tensor]) -> Counter[tuple[int, int]]:
     """(position, token) -> how often it was drawn there."""
+    distinct, counts = of("distinct"), of("entry_counts")
     positions = torch.repeat_interleave(torch.arange(len(distinct)), distinct.long()).tolist()
-    return Counter(dict(zip(zip(positions, bytes_to_ids(entry_ids).tolist(), strict=True), counts.tolist(), strict=True)))
+    return Counter(dict(zip(zip(positions, bytes_to_ids(of("entry_ids")).tolist(), strict=True), counts.tolist(), strict=True)))

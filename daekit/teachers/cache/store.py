@@ -19,9 +19,10 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +51,60 @@ class Shard:
     plan: str
 
 
-def shard_file(number: int) -> str:
-    """The name of a shard."""
-    return f"shard-{number:05d}.safetensors"
+def begin(directory: Path, facts: Mapping[str, Any], heads: bytes) -> tuple[dict[str, Any], str | None]:
+    """Write the facts and the output heads of a cache, or compare the facts with those that are there.
 
-
-def write_file(path: Path, content: bytes) -> None:
-    """See ``daekit.files.write_whole``.
-
-    Raises:
-        UserError: the disk is full, or the directory cannot be written.
+    Returns:
+        The facts that are there, and the hash of the heads; None where there are none.
     """
+    with _alone(directory):
+        if (directory / FACTS).is_file():
+            require_facts(directory, _read_json(directory / FACTS), facts)
+        else:
+            _write_json(directory / FACTS, facts)
+        path = directory / HEADS
+        if heads and not (path.is_file() and path.read_bytes() == heads):
+            _write(path, heads)
+        return _read_json(directory / FACTS), file_hash(path) if heads else None
+
+
+def finish(directory: Path, facts: Mapping[str, Any], heads_hash: str | None, shards: Iterable[Shard]) -> None:
+    """Write the manifest, then remove what belongs to no shard of it."""
+    shards = sorted(shards, key=lambda shard: shard.file)
+    made_by = {name: version(name) for name in ("daekit", "torch", "transformers")}
+    content = {"facts": facts, "heads": heads_hash, "shards": [asdict(shard) for shard in shards], "versions": made_by}
+    with _alone(directory):
+        _write_json(directory / MANIFEST, content)
+        known = {name for shard in shards for name in (shard.file, shard.file.replace(".safetensors", ".json"))}
+        for path in directory.glob("shard-*"):
+            if path.name not in known:
+                path.unlink()
+
+
+def write_shard(directory: Path, number: int, tensors: dict[str, Tensor], plan: str) -> None:
+    """Write and commit a shard; ``tensors`` hold ``keys [R, 16]`` and ``bounds [R + 1]`` beside the values."""
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    path = _shard_path(directory, number)
+    _write(path, content)
+    rows, tokens = len(tensors["keys"]), int(tensors["bounds"][-1])
+    _write_json(path.with_suffix(".json"), asdict(Shard(path.name, file_hash(path), len(content), rows, tokens, plan)))
+
+
+def committed_shard(directory: Path, number: int, plan: str) -> Shard | None:
+    """The shard of that number, if it is whole and holds what ``plan`` says."""
+    path = _shard_path(directory, number)
+    if not path.with_suffix(".json").is_file() or not path.is_file():
+        return None
+    shard = Shard(**_read_json(path.with_suffix(".json")))
+    return shard if shard.plan == plan and path.stat().st_size == shard.bytes else None
+
+
+def _shard_path(directory: Path, number: int) -> Path:
+    return directory / f"shard-{number:05d}.safetensors"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """See ``daekit.files.write_whole``; UserError where the disk is full, or the directory cannot be written."""
     try:
         write_whole(path, content)
     except OSError as error:
@@ -73,12 +117,11 @@ def write_file(path: Path, content: bytes) -> None:
         ) from error
 
 
-def write_facts(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one of the JSON files; see ``write_file``."""
-    write_file(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    _write(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     """The content of one of the JSON files; UserError if it is corrupt."""
     try:
         content = json.loads(path.read_text())
@@ -89,28 +132,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_shard(directory: Path, number: int, tensors: dict[str, Tensor], plan: str) -> Shard:
-    """Write and commit a shard; ``tensors`` hold ``keys [R, 16]`` and ``bounds [R + 1]`` beside the values."""
-    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-    path = directory / shard_file(number)
-    write_file(path, content)
-    rows, tokens = len(tensors["keys"]), int(tensors["bounds"][-1])
-    shard = Shard(path.name, file_hash(path), len(content), rows, tokens, plan)
-    write_facts(path.with_suffix(".json"), asdict(shard))
-    return shard
-
-
-def committed_shard(directory: Path, number: int, plan: str) -> Shard | None:
-    """The shard of that number, if it is whole and holds what ``plan`` says."""
-    path = directory / shard_file(number)
-    if not path.with_suffix(".json").is_file() or not path.is_file():
-        return None
-    shard = Shard(**read_json(path.with_suffix(".json")))
-    return shard if shard.plan == plan and path.stat().st_size == shard.bytes else None
-
-
 @contextmanager
-def alone(directory: Path) -> Iterator[None]:
+def _alone(directory: Path) -> Iterator[None]:
     """Wait until no other rank is in here: for the files that belong to no rank."""
     with (directory / "shared.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -119,11 +142,7 @@ def alone(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def writer_lock(directory: Path, rank: int) -> Iterator[None]:
-    """Hold the lock of one writing rank; the system releases it when the process ends, however it ends.
-
-    Raises:
-        UserError: another process writes; no directory can be made here.
-    """
+    """Hold the lock of one writing rank, which ends with its process; UserError where another process holds it."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -163,31 +182,40 @@ class CacheStore:
                 + ("this cache was begun but is not complete" if begun else "there is no cache of a teacher here")
                 + ". Write it with `daekit cache RECIPE`, or with daekit.write_cache."
             )
-        manifest = read_json(self.directory / MANIFEST)
+        manifest = _read_json(self.directory / MANIFEST)
         self.facts: dict[str, Any] = manifest["facts"]
         if self.facts.get("format") != FORMAT:
             raise UserError(
                 f"{self.directory}: is a cache of format {self.facts.get('format')}, and this daekit reads format {FORMAT}; "
                 "write it again"
             )
-        shards = [Shard(**each) for each in manifest["shards"]]
-        self.shards = [shard for shard in shards if not mending or self._size(shard) == shard.bytes]
         self._heads_hash: str | None = manifest["heads"]
-        self._open: dict[int, Any] = {}
+        self.shards: list[Shard] = []
+        self.index: dict[bytes, tuple[int, int]] = {}  # key of a row -> its shard, and which row of that it is
+        self._files: list[tuple[Any, Tensor]] = []  # of each shard, and the bounds of its rows
         self._checked: set[int] = set()
-        self.index: dict[bytes, tuple[int, int]] = {}
-        self._bounds: list[Tensor] = []
-        for number, shard in enumerate(self.shards):
-            if (size := self._size(shard)) != shard.bytes:
+        for shard in (Shard(**each) for each in manifest["shards"]):
+            path = self.directory / shard.file
+            size = path.stat().st_size if path.is_file() else None
+            if size == shard.bytes:
+                self._add(shard, path)
+            elif not mending:
                 raise UserError(
-                    f"{self.directory / shard.file}: "
+                    f"{path}: "
                     + ("is missing" if size is None else f"has {size:,} of {shard.bytes:,} bytes: it was cut or overwritten")
                     + ". Write the cache again: only this shard is computed."
                 )
-            keys = self._file(number).get_tensor("keys").numpy().tobytes()
-            self._bounds.append(self._file(number).get_tensor("bounds"))
-            for row in range(shard.rows):
-                self.index[keys[row * KEY_BYTES : (row + 1) * KEY_BYTES]] = number, row
+
+    def _add(self, shard: Shard, path: Path) -> None:
+        try:
+            file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise _corrupt(path) from error
+        keys = file.get_tensor("keys").numpy().tobytes()
+        for row in range(shard.rows):
+            self.index[keys[row * KEY_BYTES : (row + 1) * KEY_BYTES]] = len(self.shards), row
+        self.shards.append(shard)
+        self._files.append((file, file.get_tensor("bounds")))
 
     @property
     def tokens(self) -> int:
@@ -207,67 +235,32 @@ class CacheStore:
             raise _corrupt(path)
         return load_file(path)
 
-    def row(self, key: bytes) -> RowValues:
-        """The values of a row that is there. Its shard's hash is checked when its first row is read."""
-        number, row = self.index[key]
-        self.check(number)
-        start, end = self._bounds[number][row : row + 2].tolist()
-        return RowValues(self._file(number), row, start, end)
+    def values(self, keys: Iterable[bytes], name: str) -> Tensor:
+        """What a tensor holds of some rows that are there, one after another, read from the disk.
 
-    def check(self, number: int) -> None:
-        """Compare the hash of a shard with the manifest's, once.
-
-        Raises:
-            UserError: they differ.
+        The hash of a shard is checked when its first row is read.
         """
-        if number in self._checked:
-            return
-        path = self.directory / self.shards[number].file
-        if file_hash(path) != self.shards[number].hash:
-            raise _corrupt(path)
-        self._checked.add(number)
+        return torch.cat([self._values(*self.index[key], name) for key in keys])
 
-    def check_all(self) -> None:
-        """Compare the hashes of all shards."""
-        for number in range(len(self.shards)):
-            self.check(number)
-
-    def _size(self, shard: Shard) -> int | None:
-        path = self.directory / shard.file
-        return path.stat().st_size if path.is_file() else None
-
-    def _file(self, number: int) -> Any:
-        if number not in self._open:
-            path = self.directory / self.shards[number].file
-            try:
-                self._open[number] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise _corrupt(path) from error
-        return self._open[number]
-
-
-@dataclass(frozen=True)
-class RowValues:
-    """The values of one row of a shard: those of its loss positions are ``start .. end - 1`` of the shard's."""
-
-    file: Any
-    row: int
-    start: int
-    end: int
-
-    def of(self, name: str) -> Tensor:
-        """A tensor with one entry per loss position, those of this row."""
-        return self.between(name, self.start, self.end)
-
-    def between(self, name: str, start: int, end: int) -> Tensor:
-        """Entries ``start .. end - 1`` of a tensor of the shard, read from the disk."""
-        found: Tensor = self.file.get_slice(name)[start:end]
+    def _values(self, number: int, row: int, name: str) -> Tensor:
+        self._check(number)
+        file, bounds = self._files[number]
+        if name in ("entry_ids", "entry_counts"):  # several per loss position
+            bounds = file.get_slice("entry_bounds")
+        start, end = bounds[row : row + 2].tolist()
+        found: Tensor = file.get_slice(name)[start:end]
         return found
 
-    def entries(self) -> tuple[int, int]:
-        """Where the row's entries lie in tensors that have several per loss position."""
-        start, end = self.between("entry_bounds", self.row, self.row + 2).tolist()
-        return start, end
+    def check_all(self) -> None:
+        """Compare the hashes of all shards with the manifest's, each once; UserError where they differ."""
+        for number in range(len(self.shards)):
+            self._check(number)
+
+    def _check(self, number: int) -> None:
+        path = self.directory / self.shards[number].file
+        if number not in self._checked and file_hash(path) != self.shards[number].hash:
+            raise _corrupt(path)
+        self._checked.add(number)
 
 
 def require_facts(directory: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -294,15 +287,3 @@ def _corrupt(path: Path) -> UserError:
         f"{path}: is not what was written (its hash differs from the manifest's). Delete this file and "
         "write the cache again: only what it held is computed."
     )
-
-
-def ids_to_bytes(ids: Tensor) -> Tensor:
-    """``[..., 3]`` uint8: token ids below 2^24, lowest byte first."""
-    ids = ids.to(torch.int32)
-    return torch.stack([(ids >> shift) & 255 for shift in (0, 8, 16)], -1).to(torch.uint8)
-
-
-def bytes_to_ids(packed: Tensor) -> Tensor:
-    """int64 token ids of ``ids_to_bytes``."""
-    low, middle, high = packed.long().unbind(-1)
-    return low | (middle << 8) | (high << 16)

@@ -7,7 +7,7 @@ of different tokens among the draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,7 +19,6 @@ from daekit.models.heads import teacher_log_probs
 from daekit.protocol import TeacherOutput, TopK
 from daekit.recipe.teacher import KEEPS
 from daekit.teachers.cache.rows import CacheRow
-from daekit.teachers.cache.store import RowValues, bytes_to_ids, ids_to_bytes
 
 CHUNK_VALUES = 2**24  # log-probabilities that are there at a time
 _MOST_DRAWS = 255  # a count is one byte
@@ -167,32 +166,29 @@ def _bounds(counts: Sequence[int]) -> Tensor:
     return torch.tensor([0, *counts]).cumsum(0)
 
 
-def read_top_k(rows: Sequence[RowValues], temperature: float, vocab_size: int, device: torch.device) -> TopK:
+def read_top_k(read: Callable[[str], Tensor], facts: Mapping[str, Any], device: torch.device) -> TopK:
     """The sparse distributions of some rows, one after another; in float32, scaled to sum to 1 where all tokens are named."""
-    ids_MK = bytes_to_ids(torch.cat([row.of("ids") for row in rows]).to(device))
-    log_probs_MK = torch.cat([row.of("log_probs") for row in rows]).to(device)
-    if ids_MK.shape[1] == vocab_size:
-        return TopK(ids_MK, log_probs_MK.float().log_softmax(-1), temperature)
-    return TopK(ids_MK, log_probs_MK, temperature, torch.cat([row.of("tail") for row in rows]).to(device))
+    ids, log_probs_MK, tail_M = (read(name).to(device) for name in ("ids", "log_probs", "tail"))
+    ids_MK = bytes_to_ids(ids)
+    if ids_MK.shape[1] == facts["vocab_size"]:
+        return TopK(ids_MK, log_probs_MK.float().log_softmax(-1), facts["temperature"])
+    return TopK(ids_MK, log_probs_MK, facts["temperature"], tail_M)
 
 
-def read_sampled(rows: Sequence[RowValues], draws: int, vocab_size: int, device: torch.device) -> TopK:
+def read_sampled(read: Callable[[str], Tensor], facts: Mapping[str, Any], device: torch.device) -> TopK:
     """The drawn tokens of some rows as distributions that give all other tokens the probability 0.
 
     K is the most different tokens of any position here; the others get tokens that were not drawn, of probability 0.
     """
-    entries = [row.entries() for row in rows]
-    at = list(zip(rows, entries, strict=True))
-    distinct_M = torch.cat([row.of("distinct") for row in rows]).to(device).long()
-    ids_S = bytes_to_ids(torch.cat([row.between("entry_ids", *where) for row, where in at]).to(device))
-    counts_S = torch.cat([row.between("entry_counts", *where) for row, where in at]).to(device)
+    distinct_M, ids, counts_S = (read(name).to(device) for name in ("distinct", "entry_ids", "entry_counts"))
+    distinct_M, ids_S, vocab_size = distinct_M.long(), bytes_to_ids(ids), facts["vocab_size"]
     width = int(distinct_M.max())
     position_S = torch.repeat_interleave(torch.arange(len(distinct_M), device=device), distinct_M)
     place_S = torch.arange(len(ids_S), device=device) - (distinct_M.cumsum(0) - distinct_M)[position_S]
     ids_MK = _not_among(ids_S, position_S, len(distinct_M), width, min(2 * width, vocab_size))
     ids_MK[position_S, place_S] = ids_S
     log_probs_MK = torch.full(ids_MK.shape, -torch.inf, device=device)
-    log_probs_MK[position_S, place_S] = counts_S.float().log() - math.log(draws)
+    log_probs_MK[position_S, place_S] = counts_S.float().log() - math.log(facts["draws"])
     tail_M = None if width == vocab_size else torch.full((len(distinct_M),), -torch.inf, device=device)
     return TopK(ids_MK, log_probs_MK, 1.0, tail_M)
 
@@ -207,3 +203,15 @@ def _not_among(ids_S: Tensor, position_S: Tensor, positions: int, width: int, ca
     taken[position_S[low], ids_S[low]] = True
     free_first = taken.to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
     return free_first.flip(-1)
+
+
+def ids_to_bytes(ids: Tensor) -> Tensor:
+    """``[..., 3]`` uint8: token ids below 2^24, lowest byte first."""
+    ids = ids.to(torch.int32)
+    return torch.stack([(ids >> shift) & 255 for shift in (0, 8, 16)], -1).to(torch.uint8)
+
+
+def bytes_to_ids(packed: Tensor) -> Tensor:
+    """int64 token ids of ``ids_to_bytes``."""
+    low, middle, high = packed.long().unbind(-1)
+    return low | (middle << 8) | (high << 16)

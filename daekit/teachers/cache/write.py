@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from daekit.errors import UserError
-from daekit.files import file_hash
 from daekit.models.vocabulary import tokenizer_facts
-from daekit.protocol import Teacher, TopK
+from daekit.protocol import Teacher, TeacherOutput, TopK
 from daekit.teachers.cache.asking import AskedTeacher, autocast_dtype, head_tensors, require_one_teacher
 from daekit.teachers.cache.rows import KEY_BYTES, CacheRow, rows_of_examples
-from daekit.teachers.cache.store import (
-    FACTS,
-    FORMAT,
-    HEADS,
-    MANIFEST,
-    CacheStore,
-    Shard,
-    alone,
-    committed_shard,
-    read_json,
-    require_facts,
-    write_facts,
-    write_file,
-    write_shard,
-    writer_lock,
-)
+from daekit.teachers.cache.store import FORMAT, MANIFEST, CacheStore, begin, committed_shard, finish, write_shard, writer_lock
 from daekit.teachers.cache.values import CacheFormat, stacked, values_of
 
 Progress = Callable[[int, int], None]
@@ -99,9 +82,8 @@ def write_cache(
         raise UserError("rows: none of them has a token that carries loss, so there is nothing to keep")
     rank, world = ranks or ((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))
     with writer_lock(Path(directory), rank):
-        writer = _Writer(AskedTeacher(teacher, device), form, Path(directory), batch_tokens)
-        facts = writer.begin(next(iter(kept.values())), tokenizer, source)
-        writer.write(list(kept.values()), facts, shard_bytes, rank, world, progress)
+        writer = _Writer(AskedTeacher(teacher, device), form, Path(directory), tokenizer, source, batch_tokens, shard_bytes)
+        writer.write(list(kept.values()), rank, world, progress)
 
 
 @dataclass
@@ -109,43 +91,57 @@ class _Writer:
     asked: AskedTeacher
     form: CacheFormat
     directory: Path
+    tokenizer: PreTrainedTokenizerBase | None
+    source: Mapping[str, Any] | None
     batch_tokens: int
+    shard_bytes: int
 
-    def begin(
-        self, row: CacheRow, tokenizer: PreTrainedTokenizerBase | None, source: Mapping[str, Any] | None
-    ) -> dict[str, Any]:
-        """Ask the teacher about one row, compare or write the facts and the heads."""
-        output, _ = self.asked.ask([row])
-        members = output.members
-        if output.top_k is not None:
-            self._require_sparse(output.top_k)
+    def write(self, rows: list[CacheRow], rank: int, world: int, progress: Progress | None) -> None:
+        """Compute this rank's shards of the rows that are missing; the last rank that is ready writes the manifest."""
+        sample, _ = self.asked.ask(rows[:1])
+        heads = save(head_tensors(sample)) if self.form.keep == "hidden" else b""
+        facts, heads_hash = begin(self.directory, self._facts(sample), heads)
+        there = (self.directory / MANIFEST).is_file()
+        store = CacheStore(self.directory, mending=True) if there else None
+        kept = {} if store is None else {int(shard.file[6:11]): shard for shard in store.shards}
+        missing = rows if store is None else [row for row in rows if row.key not in store.index]
+        token_bytes = self.form.token_bytes([m.hidden_MH.shape[1] * m.hidden_MH.element_size() for m in sample.members])
+        groups = _shards_of(missing, token_bytes, self.shard_bytes)
+        free = (number for number in range(len(kept) + len(groups)) if number not in kept)
+        plan = [(number, group, _plan_hash(group)) for number, group in zip(free, groups, strict=True)]
+        own = plan[rank::world]
+        total, written = sum(len(row.offsets) for _, group, _ in own for row in group), 0
+        for number, group, keys in own:
+            if committed_shard(self.directory, number, keys) is None:
+                write_shard(self.directory, number, self._values(group), keys)
+            written += sum(len(row.offsets) for row in group)
+            if progress is not None:
+                progress(written, total)
+        made = [committed_shard(self.directory, number, keys) for number, _, keys in plan]
+        if all(made):
+            finish(self.directory, facts, heads_hash, [*kept.values(), *filter(None, made)])
+
+    def _facts(self, sample: TeacherOutput) -> dict[str, Any]:
+        """What decides the values, by an output of the teacher."""
+        members = sample.members
+        if sample.top_k is not None:
+            self._require_sparse(sample.top_k)
         facts = self.form.facts() | {
             "format": FORMAT,
             "teacher": self.asked.identity,
-            "tokenizer": None if tokenizer is None else tokenizer_facts(tokenizer),
-            "source": None if source is None else dict(source),
+            "tokenizer": None if self.tokenizer is None else tokenizer_facts(self.tokenizer),
+            "source": None if self.source is None else dict(self.source),
             "autocast": autocast_dtype(self.asked.device),
             "dtype": [str(member.hidden_MH.dtype).removeprefix("torch.") for member in members],
             "vocab_size": members[0].head.vocab_size if members else self.asked.teacher.vocab_size,  # type: ignore[attr-defined]
         }
-        self.token_bytes = self.form.token_bytes([m.hidden_MH.shape[1] * m.hidden_MH.element_size() for m in members])
-        heads = b""
-        if self.form.keep == "hidden":
-            facts["average"] = output.average
-            facts["members"] = [
-                {"weight": m.weight, "scale": m.head.scale, "softcap": m.head.softcap, "width": m.hidden_MH.shape[1]}
-                for m in members
-            ]
-            heads = save(head_tensors(output))
-        with alone(self.directory):
-            if (self.directory / FACTS).is_file():
-                require_facts(self.directory, read_json(self.directory / FACTS), facts)
-            else:
-                write_facts(self.directory / FACTS, facts)
-            if heads and not ((self.directory / HEADS).is_file() and (self.directory / HEADS).read_bytes() == heads):
-                write_file(self.directory / HEADS, heads)
-            self.heads_hash = file_hash(self.directory / HEADS) if heads else None
-        return read_json(self.directory / FACTS)
+        if self.form.keep != "hidden":
+            return facts
+        about = [
+            {"weight": m.weight, "scale": m.head.scale, "softcap": m.head.softcap, "width": m.hidden_MH.shape[1]}
+            for m in members
+        ]
+        return facts | {"average": sample.average, "members": about}
 
     def _require_sparse(self, top_k: TopK) -> None:
         """Refuse what a teacher that names K tokens does not give; UserError."""
@@ -159,57 +155,18 @@ class _Writer:
         if form.forced_ids:
             raise UserError("forced_ids: a server names its most likely tokens and the label; leave them out")
 
-    def write(
-        self, rows: list[CacheRow], facts: dict[str, Any], shard_bytes: int, rank: int, world: int, progress: Progress | None
-    ) -> None:
-        """Compute this rank's shards of the rows that are missing; the last rank that is ready writes the manifest."""
-        there = (self.directory / MANIFEST).is_file()
-        store = CacheStore(self.directory, mending=True) if there else None
-        kept = {} if store is None else {int(shard.file[6:11]): shard for shard in store.shards}
-        missing = rows if store is None else [row for row in rows if row.key not in store.index]
-        groups = _shards_of(missing, self.token_bytes, shard_bytes)
-        free = (number for number in range(len(kept) + len(groups)) if number not in kept)
-        plan = [(number, group, _plan_hash(group)) for number, group in zip(free, groups, strict=True)]
-        own = plan[rank::world]
-        total, written = sum(len(row.offsets) for _, group, _ in own for row in group), 0
-        for number, group, keys in own:
-            if committed_shard(self.directory, number, keys) is None:
-                write_shard(self.directory, number, self._values(group), keys)
-            written += sum(len(row.offsets) for row in group)
-            if progress is not None:
-                progress(written, total)
-        made = {number: committed_shard(self.directory, number, keys) for number, _, keys in plan}
-        if all(made.values()):
-            with alone(self.directory):
-                self._finish(facts, kept | made)  # type: ignore[arg-type]
-
     def _values(self, rows: list[CacheRow]) -> dict[str, Tensor]:
         """The tensors of a shard; rows of about the same length run together."""
-        values: list[dict[str, Tensor]] = [{} for _ in rows]
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
-        start = 0
-        while start < len(order):
-            end = start + 1
-            while end < len(order) and (end + 1 - start) * self.asked.padded(rows[order[end]]) <= self.batch_tokens:
-                end += 1
-            chosen = order[start:end]
-            output, labels_N = self.asked.ask([rows[index] for index in chosen])
-            found = values_of(self.form, output, labels_N, [rows[index] for index in chosen])
-            for index, value in zip(chosen, found, strict=True):
-                values[index] = value
-            start = end
-        return stacked(values, rows)
-
-    def _finish(self, facts: dict[str, Any], shards: Mapping[int, Shard]) -> None:
-        """Write the manifest, then remove what belongs to no shard of it."""
-        named = [shards[number] for number in sorted(shards)]
-        made_by = {name: version(name) for name in ("daekit", "torch", "transformers")}
-        content = {"facts": facts, "heads": self.heads_hash, "shards": [vars(shard) for shard in named], "versions": made_by}
-        write_facts(self.directory / MANIFEST, content)
-        known = {name for shard in named for name in (shard.file, shard.file.replace(".safetensors", ".json"))}
-        for path in self.directory.iterdir():
-            if path.name.startswith("shard-") and path.name not in known:
-                path.unlink()
+        batches: list[list[int]] = []
+        for index in sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids)):
+            if not batches or (len(batches[-1]) + 1) * self.asked.padded(rows[index]) > self.batch_tokens:
+                batches.append([])
+            batches[-1].append(index)
+        values: dict[int, dict[str, Tensor]] = {}
+        for batch in batches:
+            chosen = [rows[index] for index in batch]
+            values |= zip(batch, values_of(self.form, *self.asked.ask(chosen), chosen), strict=True)
+        return stacked([values[index] for index in range(len(rows))], rows)
 
 
 def _shards_of(rows: list[CacheRow], token_bytes: int, shard_bytes: int) -> list[list[CacheRow]]:
