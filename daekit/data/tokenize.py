@@ -115,7 +115,7 @@ class _Tokenise:
             wholes = self._tokens([part.whole for part in parts], parts, markers=self.assistant_only_loss)
         made = []
         for part, whole in zip(parts, wholes, strict=True):
-            row = TokenizedRow(whole["input_ids"], whole.get("labels", whole["input_ids"]))
+            row = TokenizedRow(whole["input_ids"], list(whole.get("labels", whole["input_ids"])))
             if part.asked is not None:
                 row = self._answering(row, part, next(prompts)["input_ids"])
             if "assistant_masks" in whole:

@@ -58,7 +58,7 @@ class CachedTeacher:
             if self.facts["autocast"] != (now := autocast_dtype(device)):
                 raise UserError(
                     f"{self.store.directory}: its hidden states were made with autocast {self.facts['autocast']} and the "
-                    f"student runs with {now} (bf16, fp16 of the trainer); use the same, or write another cache"
+                    f"student runs with {now} (bf16 of the trainer); use the same, or write another cache"
                 )
             return [TeacherOutput(positions_M, self._members(keys, device), self.facts["average"])]
         if not keys:  # a rank that asks only because another must
