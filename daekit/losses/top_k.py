@@ -7,6 +7,7 @@ token's gradient is the tail's, shared out as the student shares its own mass.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,22 +18,28 @@ from daekit.protocol import TeacherOutput, TopK
 from daekit.recipe.objective import Objective
 
 
-def bucketed(divergence: Divergence, student_MV: Tensor, ids_MK: Tensor, teacher_MB: Tensor) -> tuple[Tensor, Tensor]:
-    """``(value_M, grad_logits_MV)`` of a divergence between buckets.
+@dataclass(frozen=True)
+class Buckets:
+    """A sparse teacher's log-probabilities at M positions: of K named tokens, and of the tail unless K = V leaves none."""
 
-    Args:
-        student_MV: log-probabilities of the student, overwritten.
-        ids_MK: the tokens of the first K buckets.
-        teacher_MB: log-probabilities of the teacher's buckets: K + 1, or K = V, which leave no tail.
-    """
+    ids_MK: Tensor
+    log_probs_MB: Tensor
+
+    def __getitem__(self, rows: slice) -> Buckets:
+        return Buckets(self.ids_MK[rows], self.log_probs_MB[rows])
+
+
+def bucketed(divergence: Divergence, student_MV: Tensor, teacher: Buckets) -> tuple[Tensor, Tensor]:
+    """``(value_M, grad_logits_MV)`` of a divergence between buckets; the student's log-probabilities are overwritten."""
+    ids_MK, teacher_MB = teacher.ids_MK, teacher.log_probs_MB.clone()
     K = ids_MK.shape[-1]
     named_MK = student_MV.gather(-1, ids_MK)
     if teacher_MB.shape[-1] == K:
-        value_M, grad_MB = divergence(named_MK, teacher_MB.clone())
+        value_M, grad_MB = divergence(named_MK, teacher_MB)
         return value_M, student_MV.scatter_(-1, ids_MK, grad_MB)
     others_MV = student_MV.scatter_(-1, ids_MK, -torch.inf)
     tail_M1 = others_MV.logsumexp(-1, keepdim=True)  # not 1 - sum, which has no digits left where the tail is small
-    value_M, grad_MB = divergence(torch.cat([named_MK, tail_M1], -1), teacher_MB.clone())
+    value_M, grad_MB = divergence(torch.cat([named_MK, tail_M1], -1), teacher_MB)
     within_MV = others_MV.sub_(tail_M1).exp_()  # s_v / s_tail
     return value_M, within_MV.mul_(grad_MB[:, K:]).scatter_(-1, ids_MK, grad_MB[:, :K])
 
