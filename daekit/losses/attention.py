@@ -8,7 +8,7 @@ and keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 import torch
@@ -88,7 +88,7 @@ def attention_loss(
         wanted_value = None if backwards and run is Pass.GRADIENT else value_N
         with torch.autocast(query_NAD.device.type, enabled=False):
             for teacher, pairs_R8 in teachers:
-                _write_kl_(student, teacher, pairs_R8, offset_N, wanted_value, gradients)
+                _kl_on(query_NAD)(student, teacher, pairs_R8, offset_N, wanted_value, gradients)
         return value_N.sum(dtype=torch.float64).to(exact), [value_N], gradients
 
     loss, value_N = with_gradients(compute, student.query_NAD, student.key_BGTD)
@@ -131,19 +131,10 @@ def _require_wide_window(student: AttentionLayer, teacher: AttentionLayer, pairs
         )
 
 
-def _write_kl_(
-    student: AttentionLayer,
-    teacher: AttentionLayer,
-    pairs_R8: Tensor,
-    offset_N: Tensor,
-    value_N: Tensor | None,
-    gradients: tuple[Tensor, Tensor] | None,
-) -> None:
-    """Write values and gradients in place: by Triton kernels on CUDA (but for float64), by blocks of torch elsewhere."""
-    if not student.query_NAD.is_cuda or student.query_NAD.dtype == torch.float64:
-        attention_kl_(student, teacher, pairs_R8, offset_N, value_N, gradients)
-        return
+def _kl_on(query_NAD: Tensor) -> Callable[..., None]:
+    """``attention_kl_`` for a device: Triton kernels on CUDA (but for float64), blocks of torch elsewhere; the same result."""
+    if not query_NAD.is_cuda or query_NAD.dtype == torch.float64:
+        return attention_kl_
     from daekit.losses.kernels import attention as kernels  # needs triton
 
-    value_N = student.query_NAD.new_empty(len(offset_N), dtype=torch.float32) if value_N is None else value_N
-    kernels.attention_kl_(student, teacher, pairs_R8, offset_N, value_N, *(gradients or (None, None)))
+    return kernels.attention_kl_

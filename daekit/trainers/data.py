@@ -6,7 +6,6 @@ import copy
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import pyarrow.compute as pc
@@ -14,19 +13,9 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 from transformers import PreTrainedTokenizerBase
 
 from daekit.data.columns import first_row, require_domains, require_values
-from daekit.data.preparation import (
-    DomainCount,
-    fit_stream_to_length,
-    fit_to_length,
-)
+from daekit.data.preparation import DomainCount, fit_stream_to_length, fit_to_length
 from daekit.data.responses import ResponseLabels, label_responses
-from daekit.data.teacher_prompts import (
-    TEACHER_PROMPT,
-    pack_with_prompts,
-    require_followed,
-    teacher_row,
-    with_teacher_prompts,
-)
+from daekit.data.teacher_prompts import TEACHER_PROMPT, pack_with_prompts, require_followed, teacher_row, with_teacher_prompts
 from daekit.errors import UserError
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.models.vocabulary import vocabulary_size
@@ -146,14 +135,13 @@ class RowPreparation:
         if streaming:
             dataset = dataset.map(self._require_known_domain)
 
-        def pack(part: Any, domain: str) -> Any:
-            return trl(part, tokenizer, args, True, None, f"{name} ({domain})")
-
+        told = TEACHER_PROMPT_IDS in (dataset.column_names or ())
         packed = []
         for domain in domains:
             part = dataset.filter(lambda row, domain=domain: row["domain"] == domain)
-            told = TEACHER_PROMPT_IDS in (part.column_names or ())
-            part = pack_with_prompts(partial(pack, domain=domain), part) if told else pack(part, domain)
+            how = {"packing": True, "formatting_func": None, "dataset_name": f"{name} ({domain})"}
+            pack = functools.partial(trl, processing_class=tokenizer, args=args, **how)
+            part = pack_with_prompts(pack, part) if told else pack(part)
             packed.append(part.map(lambda row, domain=domain: {"domain": domain}))
         if streaming:
             return interleave_datasets(packed, stopping_strategy="all_exhausted_without_replacement")

@@ -6,6 +6,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,6 @@ class Checkpoints(TrainerCallback):
         self.trainer = trainer
         self.resumed: Path | None = None
         self._start = 0
-        self._data: str | None = None
-        self._student: dict[str, Any] | None = None
 
     @contextmanager
     def training(self, resume: str | bool | None) -> Iterator[str | None]:
@@ -137,9 +136,9 @@ class Checkpoints(TrainerCallback):
         trainer, args = self.trainer, self.trainer.args
         facts = {
             "trainer": type(trainer).__name__,
-            "student": self._student_facts(),
+            "student": self._student,
             "zero_stage": trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None,
-            "data": self._data_facts(),
+            "data": self._data,
             "seed": [args.seed, args.data_seed],
             "end": _end(args, sees_end=bool(trainer.loss_objective.on_policy)),  # the last buffer ends there
             "bf16": bool(args.bf16),
@@ -153,28 +152,26 @@ class Checkpoints(TrainerCallback):
             facts |= {f"adapter.{name}": sorted(v) if isinstance(v, set | frozenset) else v for name, v in values.items()}
         return facts | ({} if trainer.teacher is None else {"teacher": trainer.teacher.identity()})
 
-    def _student_facts(self) -> dict[str, Any]:
+    @cached_property
+    def _student(self) -> dict[str, Any]:
         """Read once: to hash a sharded base it is gathered, parameter by parameter."""
-        if self._student is None:
-            model = self.trainer.model
-            named = list(model.named_parameters())
-            self._student = {
-                "class": type(model).__name__.removeprefix("FSDP"),
-                "parameters": sum(shape_of(parameter).numel() for _, parameter in named),
-                "dtypes": sorted({str(parameter.dtype) for _, parameter in named if parameter.requires_grad}),
-                # the base of an adapter; what is trained comes from the checkpoint
-                "frozen": hash_tensors((name, parameter) for name, parameter in named if not parameter.requires_grad),
-            }
-        return self._student
+        model = self.trainer.model
+        named = list(model.named_parameters())
+        return {
+            "class": type(model).__name__.removeprefix("FSDP"),
+            "parameters": sum(shape_of(parameter).numel() for _, parameter in named),
+            "dtypes": sorted({str(parameter.dtype) for _, parameter in named if parameter.requires_grad}),
+            # the base of an adapter; what is trained comes from the checkpoint
+            "frozen": hash_tensors((name, parameter) for name, parameter in named if not parameter.requires_grad),
+        }
 
-    def _data_facts(self) -> str:
+    @cached_property
+    def _data(self) -> str:
         """A hash of all rows; of a stream, which has no end that is known, of the first ones."""
-        if self._data is None:
-            rows = self.trainer.train_dataset
-            if isinstance(rows, IterableDataset):
-                rows = Dataset.from_list(list(itertools.islice(rows, _STREAM_ROWS)))
-            self._data = data_fingerprint(rows)
-        return self._data
+        rows = self.trainer.train_dataset
+        if isinstance(rows, IterableDataset):
+            rows = Dataset.from_list(list(itertools.islice(rows, _STREAM_ROWS)))
+        return data_fingerprint(rows)
 
     # ---- the window since the last log ----------------------------------------------------------------------------
 

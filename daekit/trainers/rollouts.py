@@ -11,12 +11,13 @@ What is written but not trained on yet lies in the checkpoint: the student that 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from typing import Any
 
@@ -155,34 +156,21 @@ class Rollouts:
     def _continued(self, prompts: Mapping[tuple[int, int], list[int]]) -> dict[tuple[int, int], list[int]]:
         """What the student writes after each prompt, with its end of turn. Under ZeRO-3 a collective call."""
         trainer, objective = self.trainer, self.objective
-        how = [
-            Sampling(objective.max_new_tokens, objective.rollout_temperature, (trainer.args.seed, _DRAW, *key))
-            for key in prompts
-        ]
-        with ExitStack() as stack:
-            stack.enter_context(rounding(trainer.accelerator))
-            if shards_parameters(trainer):
-                checkpointing = trainer.args.gradient_checkpointing_kwargs
-                unwrapped = unwrap_model_for_generation(
-                    trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing
-                )
-                stack.enter_context(unwrapped)
-            try:
-                written = generate(
-                    trainer.model,
-                    trainer.processing_class,
-                    list(prompts.values()),
-                    max_new_tokens=objective.max_new_tokens,
-                    batch_size=_TOGETHER,
-                    sampling=how,
-                    keep_stop=True,
-                )
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"rollout_buffer={objective.rollout_buffer}: {min(len(prompts), _TOGETHER)} responses at a time, of up to "
-                    f"max_new_tokens={objective.max_new_tokens}, do not fit into the memory beside the training. Lower one of "
-                    "the two."
-                ) from error
+        most = objective.max_new_tokens
+        how = [Sampling(most, objective.rollout_temperature, (trainer.args.seed, _DRAW, *key)) for key in prompts]
+        write = functools.partial(generate, max_new_tokens=most, batch_size=_TOGETHER, sampling=how, keep_stop=True)
+        whole: AbstractContextManager[Any] = nullcontext()
+        if shards_parameters(trainer):
+            settings = {"gradient_checkpointing_kwargs": trainer.args.gradient_checkpointing_kwargs}
+            whole = unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, **settings)
+        try:
+            with rounding(trainer.accelerator), whole:
+                written = write(trainer.model, trainer.processing_class, list(prompts.values()))
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"rollout_buffer={objective.rollout_buffer}: {min(len(prompts), _TOGETHER)} responses at a time, of up to "
+                f"max_new_tokens={most}, do not fit into the memory beside the training. Lower one of the two."
+            ) from error
         return dict(zip(prompts, written, strict=True))
 
     def _with_responses(self, batch: Any, micro: int, responses: Mapping[int, list[int]]) -> Any:
