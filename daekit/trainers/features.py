@@ -54,7 +54,6 @@ class FeatureLosses:
 
     def __init__(self, model: nn.Module, objective: Objective, teacher: Teacher, seed: int) -> None:
         self.model, self.objective = model, objective
-        self.hidden_metric = f"hidden_{objective.hidden_loss}"
         self.weights = feature_weights(objective)
         config = base_of(model).config.get_text_config()
         spec = feature_spec(objective, config)
@@ -128,7 +127,7 @@ class Comparison:
             _add_mean(self._attention.values(), objective.attention_weight, ATTENTION_METRIC, out)
         if objective.hidden_weight:
             require_hidden(owner.hidden_layers, self._hidden)
-            _add_mean(self._hidden.values(), objective.hidden_weight, owner.hidden_metric, out)
+            _add_mean(self._hidden.values(), objective.hidden_weight, f"hidden_{objective.hidden_loss}", out)
         if not self.checkpointed:
             self.teachers = []  # no layer is run again: their memory is free for the backward pass
         return out

@@ -60,7 +60,7 @@ class Checkpoints(TrainerCallback):
         require_shared(output_dir)
         self.resumed = self._resumable(output_dir, resume) if resume else None
         if not waits(trainer.model):  # else once it is read
-            require_same(self.facts)
+            self.compare_facts()
         if args.should_save:
             checkpoint.clear_partial(output_dir)
             self._start = checkpoint.start_of(self.resumed, output_dir)
@@ -76,19 +76,16 @@ class Checkpoints(TrainerCallback):
         """The checkpoint to resume from; the main process hashes its files, which for a large student takes a while."""
         folder = by_main(lambda: self._whole(output_dir, wanted))
         keep_global_batch(self.trainer, folder, checkpoint.facts_of(folder)["batch"])
-        if not waits(self.trainer.model):
-            checkpoint.require_same_run(folder, self.facts())
         needed = optimizer_files(self.trainer)
         if not list(folder.glob(needed)):
             raise UserError(f"{folder}: has no {needed} (save_only_model?), so the run cannot go on from it")
         return folder
 
-    def student_is_read(self) -> None:
-        """What is done when the weights of a student that waited on the disk are there, before those of a checkpoint."""
-        facts = self.facts()
-        require_same(lambda: facts)
+    def compare_facts(self) -> None:
+        """With those of the other machines and of the checkpoint: when the student's weights are read, before the latter's."""
+        require_same(self.facts)
         if self.resumed is not None:
-            checkpoint.require_same_run(self.resumed, facts)
+            checkpoint.require_same_run(self.resumed, self.facts())
 
     def _whole(self, output_dir: Path, wanted: str | bool) -> Path:
         if wanted is True:
@@ -183,10 +180,15 @@ class Checkpoints(TrainerCallback):
         sums |= {"rollouts": trainer.rollouts and trainer.rollouts.state()}
         write_json(states_file(folder, trainer.args.process_index), trainer.token_metrics.state() | sums)
 
-    def _load_accumulators(self, folder: Path) -> None:
-        """Go on from there: the Trainer would begin a new window, and log other values than a straight run."""
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Go on from there, at the one moment between the Trainer's reset of its sums and its first step.
+
+        It would begin a new window, and log other values than a straight run.
+        """
         trainer = self.trainer
-        state = read_states(folder, trainer.args.process_index, trainer.args.world_size)
+        if self.resumed is None:
+            return
+        state = read_states(self.resumed, trainer.args.process_index, trainer.args.world_size)
         trainer.token_metrics.load(state)
         trainer._tr_loss = torch.tensor(state["tr_loss"], device=trainer.args.device)
         for name in _SUMS:
@@ -203,11 +205,6 @@ class Checkpoints(TrainerCallback):
             return False
         restart_random_numbers(args, self.trainer.state.global_step)
         return True
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Load the accumulators at the one moment between the Trainer's reset of its sums and its first step."""
-        if self.resumed is not None:
-            self._load_accumulators(self.resumed)
 
 
 def student_folder(model: Any, folder: Path) -> Path:
