@@ -114,8 +114,8 @@ class KDConfig(DomainSFTConfig):
     beta: float = _setting("beta")
     skew_alpha: float = _setting("skew_alpha")
     temperature: float = _setting("temperature")
-    teacher_max_length: int | None = field(
-        default=None, metadata={"help": "max_length of what a teacher sees of a row with teacher_prompt; default: max_length."}
+    teacher_max_length: int | None = _option(
+        None, "max_length of what a teacher sees of a row with teacher_prompt; default: max_length."
     )
     attention_layers: str = _setting("attention_layers")  # or pairs; HfArgumentParser can read neither Any nor a union
     attention_relation_heads: int | None = _setting("attention_relation_heads")

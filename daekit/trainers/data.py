@@ -92,13 +92,11 @@ class RowPreparation:
         known = functools.partial(self._require_known_ids, size=size, tokenizer=tokenizer, name=name)
         if isinstance(dataset, IterableDataset):
             return dataset.map(known, with_indices=True)
-        start = 0
         for table in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
             ends = pc.min_max(pc.list_flatten(table["input_ids"])).as_py()
             if ends["min"] is not None and not 0 <= ends["min"] <= ends["max"] < min(self.columns, size):
-                for at, ids in enumerate(table["input_ids"].to_pylist(), start):
-                    known({"input_ids": ids}, at)
-            start += len(table)
+                for at, row in enumerate(dataset):  # says which row it is
+                    known(row, at)
         return dataset
 
     def _require_known_ids(self, row: dict[str, Any], at: int, size: int, tokenizer: Any, name: str) -> dict[str, Any]:
