@@ -69,7 +69,7 @@ def bucket_log_probs(output: TeacherOutput, vocab_size: int, objective: Objectiv
     _check_precision(top_k, whole)
     log_probs_MK = top_k.log_probs_MK.to(dtype)
     tail_M = top_k.tail_log_mass_M
-    buckets_MB = log_probs_MK if whole or tail_M is None else torch.cat([log_probs_MK, tail_M.to(dtype)[:, None]], -1)
+    buckets_MB = log_probs_MK if tail_M is None else torch.cat([log_probs_MK, tail_M.to(dtype)[:, None]], -1)
     mass_M = buckets_MB.exp().sum(-1)
     # the error of a sum of probabilities is their entropy (below 16 nats) in units of the rounding of their logarithms
     slack = 1e-5 + 16 * torch.finfo(top_k.log_probs_MK.dtype).eps
@@ -102,15 +102,11 @@ def bucket_log_probs(output: TeacherOutput, vocab_size: int, objective: Objectiv
 def _check_precision(top_k: TopK, whole: bool) -> None:
     """A tail by subtraction is only rounding where K tokens hold nearly all mass (16 bits: errors of reverse KL up to 200%)."""
     stored, tail_M = top_k.log_probs_MK, top_k.tail_log_mass_M
-    if stored.dtype == torch.bfloat16:
+    if stored.dtype == torch.bfloat16 or (stored.dtype == torch.float16 and tail_M is None and not whole):
         raise UserError(
-            "top_k.log_probs_MK: bfloat16 steps by 6% of a small probability; keep the log-probabilities in float16 with "
-            "tail_log_mass_M, or in float32"
-        )
-    if stored.dtype == torch.float16 and tail_M is None and not whole:
-        raise UserError(
-            "top_k.log_probs_MK: with 16-bit log-probabilities the tail's mass cannot be had by subtraction; give its "
-            "logarithm, taken before rounding, as tail_log_mass_M in float32"
+            f"top_k.log_probs_MK: {stored.dtype} is too coarse (bfloat16 steps by 6% of a small probability, and from float16 "
+            "the tail's mass cannot be had by subtraction); keep the log-probabilities in float32, or in float16 and give the "
+            "logarithm of the tail's mass, taken before rounding, as tail_log_mass_M in float32"
         )
     if tail_M is None:
         return
