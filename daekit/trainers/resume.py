@@ -88,13 +88,10 @@ class Checkpoints(TrainerCallback):
             checkpoint.require_same_run(self.resumed, self.facts())
 
     def _whole(self, output_dir: Path, wanted: str | bool) -> Path:
-        if wanted is True:
-            newest = checkpoint.newest(output_dir)
-            if newest is None:
-                raise UserError(f"{output_dir}: holds no checkpoint to resume from; train without resume_from_checkpoint")
-            return newest
-        folder = Path(str(wanted))
-        if problem := checkpoint.corruption(folder):
+        folder = checkpoint.newest(output_dir) if wanted is True else Path(str(wanted))
+        if folder is None:
+            raise UserError(f"{output_dir}: holds no checkpoint to resume from; train without resume_from_checkpoint")
+        if wanted is not True and (problem := checkpoint.corruption(folder)):  # the newest was looked at already
             raise UserError(f"{folder}: cannot be resumed: {problem}")
         return folder
 
@@ -223,13 +220,10 @@ def _end(args: SFTConfig, sees_end: bool) -> dict[str, float] | None:
 
 
 def _is_full_disk(error: Exception, folder: Path) -> bool:
-    if says_disk_is_full(error):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    try:  # torch.save says "unexpected pos" or "iostream error", whatever the reason was
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(1 << 20))
-    except OSError as refusal:
-        return says_disk_is_full(refusal)
-    return False
+    if isinstance(error, RuntimeError) and not says_disk_is_full(error):
+        try:  # torch.save says "unexpected pos" or "iostream error", whatever the reason was
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(bytes(1 << 20))
+        except OSError as refusal:
+            return says_disk_is_full(refusal)
+    return says_disk_is_full(error)
