@@ -104,8 +104,8 @@ def _check_precision(top_k: TopK, whole: bool) -> None:
     stored, tail_M = top_k.log_probs_MK, top_k.tail_log_mass_M
     if stored.dtype == torch.bfloat16 or (stored.dtype == torch.float16 and tail_M is None and not whole):
         raise UserError(
-            f"top_k.log_probs_MK: {stored.dtype} is too coarse (bfloat16 steps by 6% of a small probability, and from float16 "
-            "the tail's mass cannot be had by subtraction); keep the log-probabilities in float32, or in float16 and give the "
+            f"top_k.log_probs_MK: {stored.dtype} is too coarse (bfloat16 steps by 6% of a small probability, and with 16-bit "
+            "log-probabilities the tail's mass cannot be had by subtraction); keep them in float32, or in float16 and give the "
             "logarithm of the tail's mass, taken before rounding, as tail_log_mass_M in float32"
         )
     if tail_M is None:
