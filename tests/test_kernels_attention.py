@@ -61,7 +61,7 @@ class World:
         value = torch.full((self.offsets.numel(),), UNTOUCHED, device=DEVICE)
         grads = [torch.full_like(x, UNTOUCHED) for x in (self.student.query_NAD, self.student.key_BGTD)]
         grad_query, grad_key = (grad if wanted else None for grad, wanted in zip(grads, (query, key), strict=True))
-        attention_kl_(self.student, self.teacher, self.pairs, self.offsets, value, grad_query, grad_key)
+        attention_kl_(self.student, self.teacher, self.pairs, self.offsets, value, (grad_query, grad_key))
         return value, grad_query, grad_key
 
     def covered(self) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,7 @@ def test_a_rank_takes_the_responses_of_its_own_places(tmp_path: Path) -> None:
     rollouts = kd(tmp_path, tiny.rows(8), on_policy_fraction=0.5, max_new_tokens=4, per_device_train_batch_size=2).rollouts
     rollouts.trainer.args = trainer(2, rank=1).args
     rollouts.load({"until": 3, "responses": [[2, place, [place]] for place in range(8)], "means": {}})
-    assert sorted(rollouts._responses[2]) == [2, 3, 6, 7]
+    assert sorted(rollouts._responses) == [(2, 2), (2, 3), (2, 6), (2, 7)]
 
 
 def test_random_numbers_depend_on_step_and_rank_alone() -> None:

@@ -178,7 +178,7 @@ def test_adapters_are_refused_before_the_student_is_loaded(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_base(tmp_path / "other", seed=9)
-    monkeypatch.setattr("daekit.trainers.kd.load_student", lambda *_: pytest.fail("the student was loaded"))
+    monkeypatch.setattr("daekit.trainers.given.load_student", lambda *_: pytest.fail("the student was loaded"))
 
     def trainer(student: str, **arguments: Any) -> DAETrainer:
         args = DAEConfig(str(tmp_path / "run"), use_cpu=True, report_to="none")

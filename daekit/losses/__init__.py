@@ -14,7 +14,7 @@ The loss of one step, in the order in which it is computed:
     ``T^2 * D(teacher, student)`` at temperature T (``divergences.py``; of top-K teachers ``top_k.py``), in nats per position;
     and the gradient of ``ce_weight * CE + prediction_weight * T^2 * D`` with respect to the logits, written over them.
 6.  The gradient of the logits is at once turned into that of hidden states and head, and the chunk's logits are dropped:
-    nothing of size N x V exists, and the backward pass only scales what is there.
+    nothing of size N x V exists, and the backward pass only scales what is there (``gradients.py``, under all three losses).
 7.  All values are summed over the positions, in float64. With attention_weight and hidden_weight times the means over layers
     (and heads) of their sums this is the sum of the micro-batch.
 8.  The trainer divides once, by the loss tokens of the global batch: all ranks, all micro-batches (``trainers/loss.py``).

@@ -8,16 +8,15 @@ and keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from daekit.errors import UserError
 from daekit.losses.attention_blocks import attention_kl_
+from daekit.losses.gradients import Computed, with_gradients
 from daekit.models.features import require_equal_heads
 from daekit.protocol import AttentionLayer, RowLayout
 
@@ -79,10 +78,20 @@ def attention_loss(
     for teacher, pairs_R8 in teachers:
         require_equal_heads(student.query_NAD.shape[1], teacher.query_NAD.shape[1])
         _require_wide_window(student, teacher, pairs_R8)
-    wants_gradient = torch.is_grad_enabled() and (student.query_NAD.requires_grad or student.key_BGTD.requires_grad)
-    if not wants_gradient:
-        run = Pass.VALUE
-    loss, value_N = _AttentionLoss.apply(student.query_NAD, student.key_BGTD, student, teachers, offset_N, run)
+
+    def compute(*wanted: bool) -> Computed:
+        query_NAD, key_BGTD = student.query_NAD, student.key_BGTD
+        exact = torch.promote_types(torch.float32, query_NAD.dtype)
+        value_N = query_NAD.new_zeros(query_NAD.shape[0], dtype=exact)
+        backwards = any(wanted) and run is not Pass.VALUE
+        gradients = (torch.zeros_like(query_NAD), torch.zeros_like(key_BGTD)) if backwards else None
+        wanted_value = None if backwards and run is Pass.GRADIENT else value_N
+        with torch.autocast(query_NAD.device.type, enabled=False):
+            for teacher, pairs_R8 in teachers:
+                _kl_on(query_NAD)(student, teacher, pairs_R8, offset_N, wanted_value, gradients)
+        return value_N.sum(dtype=torch.float64).to(exact), [value_N], gradients
+
+    loss, value_N = with_gradients(compute, student.query_NAD, student.key_BGTD)
     return loss, value_N
 
 
@@ -122,54 +131,10 @@ def _require_wide_window(student: AttentionLayer, teacher: AttentionLayer, pairs
         )
 
 
-def _write_kl_(
-    student: AttentionLayer,
-    teacher: AttentionLayer,
-    pairs_R8: Tensor,
-    offset_N: Tensor,
-    value_N: Tensor | None,
-    gradients: tuple[Tensor, Tensor] | None,
-) -> None:
-    """Write values and gradients in place: by Triton kernels on CUDA (but for float64), by blocks of torch elsewhere."""
-    if not student.query_NAD.is_cuda or student.query_NAD.dtype == torch.float64:
-        attention_kl_(student, teacher, pairs_R8, offset_N, value_N, gradients)
-        return
+def _kl_on(query_NAD: Tensor) -> Callable[..., None]:
+    """``attention_kl_`` for a device: Triton kernels on CUDA (but for float64), blocks of torch elsewhere; the same result."""
+    if not query_NAD.is_cuda or query_NAD.dtype == torch.float64:
+        return attention_kl_
     from daekit.losses.kernels import attention as kernels  # needs triton
 
-    value_N = student.query_NAD.new_empty(len(offset_N), dtype=torch.float32) if value_N is None else value_N
-    kernels.attention_kl_(student, teacher, pairs_R8, offset_N, value_N, *(gradients or (None, None)))
-
-
-class _AttentionLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query_NAD: Tensor,
-        key_BGTD: Tensor,
-        student: AttentionLayer,
-        teachers: Sequence[PairedTeacher],
-        offset_N: Tensor,
-        run: Pass,
-    ) -> tuple[Tensor, Tensor]:
-        exact = torch.promote_types(torch.float32, query_NAD.dtype)
-        value_N = query_NAD.new_zeros(query_NAD.shape[0], dtype=exact)
-        gradients = None
-        if run is not Pass.VALUE:
-            gradients = torch.zeros_like(query_NAD), torch.zeros_like(key_BGTD)
-        with torch.autocast(query_NAD.device.type, enabled=False):
-            for teacher, pairs_R8 in teachers:
-                _write_kl_(student, teacher, pairs_R8, offset_N, None if run is Pass.GRADIENT else value_N, gradients)
-        # Checkpointing hands to the backward pass what the second run saves here, in the place of what the first one saved.
-        # The mark says whose it is, so that queries can never be taken for their gradient.
-        mark = torch.tensor(gradients is not None)
-        ctx.save_for_backward(*(gradients or (query_NAD, key_BGTD)), mark)
-        ctx.mark_non_differentiable(value_N)
-        return value_N.sum(dtype=torch.float64).to(exact), value_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_query, grad_key, mark = ctx.saved_tensors
-        if not mark:
-            raise RuntimeError("the attention loss was told that its layer would be run again for the gradient, but it was not")
-        return grad_query * grad_loss.to(grad_query.dtype), grad_key * grad_loss.to(grad_key.dtype), None, None, None, None
+    return kernels.attention_kl_

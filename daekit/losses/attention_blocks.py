@@ -30,59 +30,47 @@ def attention_kl_(
         gradients: buffers for the gradient of the sum of values, shaped like the student's queries and keys, written at the
             loss positions and at the keys of these rows; None: values only.
     """
-    for first_n, first_m, count, *places, length in pairs_R8.tolist():
-        row = _Row(student, teacher, first_n, first_m, places, length)
-        offsets = offset_N[first_n : first_n + count].cpu()
-        grad_key = torch.zeros_like(row.student_key)
+    exact = torch.promote_types(torch.float32, student.query_NAD.dtype)
+    for first_n, first_m, count, sequence_s, start_s, sequence_t, start_t, length in pairs_R8.tolist():
+        of_student = _Row(student, first_n, student.key_BGTD[sequence_s, :, start_s : start_s + length].to(exact))
+        of_teacher = _Row(teacher, first_m, teacher.key_BGTD[sequence_t, :, start_t : start_t + length].to(exact))
+        offsets, grad_key = offset_N[first_n : first_n + count].cpu(), torch.zeros_like(of_student.key_GTD)
         size = max(SHORTEST_BLOCK, BLOCK_VALUES // (student.query_NAD.shape[1] * length))
         for start in range(0, count, size):
             queries = slice(start, min(start + size, count))
-            at = slice(first_n + queries.start, first_n + queries.stop)
-            weight_s, weight_t, difference_AQK, log_ratio_AQ, keys = row.block(queries, offsets[queries])
+            offset_Q, at = offsets[queries], slice(first_n + queries.start, first_n + queries.stop)
+            begin = 0 if student.window is None else max(0, int(offset_Q[0]) - student.window + 1)
+            keys = slice(begin, int(offset_Q[-1]) + 1)  # those that the queries reach back to
+            weight_s, weight_t = of_student.scores(queries, keys), of_teacher.scores(queries, keys)
+            difference_AQK = weight_t - weight_s  # of scores before masks, so that they are finite where a weight is 0
+            log_z_s = _softmax_(weight_s, _hidden(offset_Q, keys, student.window))
+            log_ratio_AQ = log_z_s - _softmax_(weight_t, _hidden(offset_Q, keys, teacher.window))
             if value_N is not None:  # sum_k t_k (score_t - score_s)_k - log Z_t + log Z_s, summed over heads
                 value_N[at] = (difference_AQK.mul_(weight_t).sum(-1) + log_ratio_AQ).sum(0)
             if gradients is not None:
-                gradients[0][at] = row.backward(weight_s.sub_(weight_t), queries, keys, grad_key)
+                gradients[0][at] = of_student.backward(weight_s.sub_(weight_t), queries, keys, grad_key)
         if gradients is not None:
-            sequence, begin = places[:2]
-            gradients[1][sequence, :, begin : begin + length] = grad_key
+            gradients[1][sequence_s, :, start_s : start_s + length] = grad_key
 
 
 class _Row:
-    """One row of both models."""
+    """One row of one model: its queries at loss positions, from ``first`` on, and its keys."""
 
-    def __init__(
-        self, student: AttentionLayer, teacher: AttentionLayer, first_n: int, first_m: int, places: list[int], length: int
-    ) -> None:
-        exact = torch.promote_types(torch.float32, student.query_NAD.dtype)
-        sequence_s, start_s, sequence_t, start_t = places
-        self.student, self.teacher = student, teacher
-        self.student_query, self.teacher_query = student.query_NAD[first_n:], teacher.query_NAD[first_m:]
-        self.student_key = student.key_BGTD[sequence_s, :, start_s : start_s + length].to(exact)
-        self.teacher_key = teacher.key_BGTD[sequence_t, :, start_t : start_t + length].to(exact)
+    def __init__(self, layer: AttentionLayer, first: int, key_GTD: Tensor) -> None:
+        self.query_QAD, self.key_GTD, self.scaling = layer.query_NAD[first:], key_GTD, layer.scaling
 
-    def block(self, queries: slice, offset_Q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, slice]:
-        """All heads of some queries, whose rows reach back to ``keys``.
-
-        Returns:
-            ``[A, Q, K]`` attention weights of student and teacher and the teacher's scores less the student's, before masks (so
-            that they are finite where a weight is 0), ``[A, Q]`` log Z_s - log Z_t, and the keys.
-        """
-        window = self.student.window
-        keys = slice(0 if window is None else max(0, int(offset_Q[0]) - window + 1), int(offset_Q[-1]) + 1)
-        score_s = _scores(self.student_query[queries], self.student_key[:, keys], self.student.scaling)
-        score_t = _scores(self.teacher_query[queries], self.teacher_key[:, keys], self.teacher.scaling)
-        difference_AQK = score_t - score_s
-        log_z_s = _softmax_(score_s, _hidden(offset_Q, keys, window))
-        log_z_t = _softmax_(score_t, _hidden(offset_Q, keys, self.teacher.window))
-        return score_s, score_t, difference_AQK, log_z_s - log_z_t, keys
+    def scores(self, queries: slice, keys: slice) -> Tensor:
+        """``[A, Q, K]``, before masks."""
+        query_QAD, key_GKD = self.query_QAD[queries], self.key_GTD[:, keys]
+        score = (_grouped(query_QAD, key_GKD) * self.scaling) @ key_GKD.transpose(1, 2)
+        return score.view(query_QAD.shape[1], query_QAD.shape[0], key_GKD.shape[1])
 
     def backward(self, grad_AQK: Tensor, queries: slice, keys: slice, grad_key_GTD: Tensor) -> Tensor:
         """``[Q, A, D]`` gradient of queries, from that of their scores; that of the keys is added to the row's."""
-        query_QAD, key_GTD, scaling = self.student_query[queries], self.student_key, self.student.scaling
+        query_QAD, key_GTD = self.query_QAD[queries], self.key_GTD
         grad_GQK = grad_AQK.view(key_GTD.shape[0], -1, grad_AQK.shape[-1])
-        grad_key_GTD[:, keys].baddbmm_(grad_GQK.transpose(1, 2), _grouped(query_QAD, key_GTD), alpha=scaling)
-        grad_GQD = (grad_GQK @ key_GTD[:, keys]).mul_(scaling)
+        grad_key_GTD[:, keys].baddbmm_(grad_GQK.transpose(1, 2), _grouped(query_QAD, key_GTD), alpha=self.scaling)
+        grad_GQD = (grad_GQK @ key_GTD[:, keys]).mul_(self.scaling)
         count, heads, width = query_QAD.shape
         return grad_GQD.view(heads, count, width).transpose(0, 1)
 
@@ -105,12 +93,6 @@ def _hidden(offset_Q: Tensor, keys: slice, window: int | None) -> list[tuple[sli
         past = torch.arange(keys.start, last - window + 1)
         parts.append((slice(0, len(past)), past <= offset_Q[:, None] - window))
     return parts
-
-
-def _scores(query_QAD: Tensor, key_GKD: Tensor, scaling: float) -> Tensor:
-    """``[A, Q, K]``."""
-    score = (_grouped(query_QAD, key_GKD) * scaling) @ key_GKD.transpose(1, 2)
-    return score.view(query_QAD.shape[1], query_QAD.shape[0], key_GKD.shape[1])
 
 
 def _grouped(query_QAD: Tensor, key_GTD: Tensor) -> Tensor:

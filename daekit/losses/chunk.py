@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from daekit.losses.divergences import divergence_of, value_factor
+from daekit.losses.top_k import Buckets, bucketed
 from daekit.models.heads import scale_and_cap_
 from daekit.protocol import OutputHead
 from daekit.recipe.objective import Objective
 
 Values = tuple[Tensor, Tensor, Tensor]
-Compare = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 # Logits of each thread that go through all passes together, 1 MB in float32. CPU milliseconds of a divergence, 512 tokens of a
 # vocabulary of 32,000, one thread: jsd whole 315, by 64 tokens 206, 16 163, 8 159, 4 166, 1 204; forward KL whole 74, by 8 41.
 _BLOCK_VALUES = 2**18
 
 
-def chunk_losses_on(device: torch.device, dtype: torch.dtype) -> Callable[..., Values]:
-    """``chunk_losses`` for a device: a Triton kernel on CUDA (but for float64), torch elsewhere; the same result."""
-    if device.type != "cuda" or dtype == torch.float64:
-        return _dense_by_rows
+def chunk_losses_on(device: torch.device, dtype: torch.dtype, sparse: bool = False) -> Callable[..., Values]:
+    """``chunk_losses`` for a device: a Triton kernel on CUDA (not for float64 or buckets), torch elsewhere; the same result."""
+    if sparse or device.type != "cuda" or dtype == torch.float64:
+        return _by_rows
     from daekit.losses.kernels import prediction as kernels  # needs triton
 
     return kernels.chunk_losses
@@ -35,7 +35,7 @@ def chunk_losses_on(device: torch.device, dtype: torch.dtype) -> Callable[..., V
 
 def chunk_losses(
     student_MV: Tensor,
-    teacher: Tensor | Compare | None,
+    teacher: Tensor | Buckets | None,
     labels_M: Tensor,
     objective: Objective,
     head: OutputHead,
@@ -47,9 +47,7 @@ def chunk_losses(
         student_MV: outputs of the student's linear layer, before scale and soft-capping. Overwritten: with the derivative of
             ``ce_weight * ce + prediction_weight * divergence`` with respect to them where a gradient is wanted.
         teacher: logits ``[M, V]``, scaled and soft-capped, before the temperature, in float32 (float64 for a float64
-            student), overwritten. For a sparse teacher (not on CUDA) a function that compares the student's
-            log-probabilities ``[M, V]``, which it may overwrite, with it: (divergence ``[M]``, gradient of the logits
-            ``[M, V]``). None: cross-entropy alone.
+            student), overwritten. For a sparse teacher its buckets (not on CUDA). None: cross-entropy alone.
         labels_M: the token that each position predicts.
         objective: divergence, temperature and weights.
         head: the student's; scale and soft-capping of its logits.
@@ -77,10 +75,10 @@ def chunk_losses(
     if teacher is not None:
         student = log_probs if shared else _log_softmax_(logits, temperature)
         factor = value_factor(objective)
-        if isinstance(teacher, Tensor):
-            value_M, grad_divergence = divergence_of(objective)(student, _log_softmax_(teacher, temperature))
+        if isinstance(teacher, Buckets):
+            value_M, grad_divergence = bucketed(divergence_of(objective), student, teacher)
         else:
-            value_M, grad_divergence = teacher(student)
+            value_M, grad_divergence = divergence_of(objective)(student, _log_softmax_(teacher, temperature))
         divergence_M = factor * value_M
         # d(factor D)/d logits = factor * dD/d(logits/T) / T
         grad_divergence = _scaled_(grad_divergence, objective.prediction_weight * factor / temperature)
@@ -92,21 +90,17 @@ def chunk_losses(
     return ce_M, divergence_M, correct_M
 
 
-def by_rows(student_MV: Tensor, part: Callable[[slice], Values]) -> Values:
-    """What ``part`` says of all rows, asked for a few at a time: these stay in a CPU's cache while all passes go over them."""
+def _by_rows(student_MV: Tensor, teacher: Tensor | Buckets | None, labels_M: Tensor, *how: Any) -> Values:
+    """``chunk_losses`` of a few rows at a time: these stay in a CPU's cache while all passes go over them."""
     tokens, vocabulary = student_MV.shape
     threads = torch.get_num_threads()
     step = max(threads, threads * _BLOCK_VALUES // vocabulary) if student_MV.device.type == "cpu" else tokens
-    blocks = [slice(start, start + step) for start in range(0, tokens, step)] or [slice(0, 0)]
-    ce_M, divergence_M, correct_M = (torch.cat(parts) for parts in zip(*map(part, blocks), strict=True))
+    parts = []
+    for start in range(0, tokens, step):
+        rows = slice(start, start + step)
+        parts.append(chunk_losses(student_MV[rows], None if teacher is None else teacher[rows], labels_M[rows], *how))
+    ce_M, divergence_M, correct_M = map(torch.cat, zip(*parts, strict=True))
     return ce_M, divergence_M, correct_M
-
-
-def _dense_by_rows(student_MV: Tensor, teacher_MV: Tensor | None, labels_M: Tensor, *how: Any) -> Values:
-    def part(rows: slice) -> Values:
-        return chunk_losses(student_MV[rows], None if teacher_MV is None else teacher_MV[rows], labels_M[rows], *how)
-
-    return by_rows(student_MV, part)
 
 
 def _log_softmax_(logits: Tensor, temperature: float) -> Tensor:

@@ -37,57 +37,41 @@ def reverse_kl(student_MV: Tensor, teacher_MV: Tensor) -> tuple[Tensor, Tensor]:
     return _project(student, log_ratio)
 
 
-def jsd(beta: float) -> Divergence:
+def jsd(student_MV: Tensor, teacher_MV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649).
 
     ``beta KL(t || m) + (1 - beta) KL(s || m)`` with ``m = beta t + (1 - beta) s``, 0 < beta < 1.
     """
-
-    def divergence(student_MV: Tensor, teacher_MV: Tensor) -> tuple[Tensor, Tensor]:
-        log_ratio = teacher_MV - student_MV
-        mixed = _log_mixture(log_ratio, beta)
-        from_teacher = log_ratio.sub_(mixed).mul_(teacher_MV.exp_()).sum(-1)  # KL(t || m)
-        # the derivative of beta KL(t||m) and of m inside KL(s||m) cancel to a constant, which the projection removes
-        from_student, grad = _project(student_MV.exp_(), mixed.neg_())
-        return beta * from_teacher + (1 - beta) * from_student, grad.mul_(1 - beta)
-
-    return divergence
+    log_ratio = teacher_MV - student_MV
+    mixed = _log_mixture(log_ratio, beta)
+    from_teacher = log_ratio.sub_(mixed).mul_(teacher_MV.exp_()).sum(-1)  # KL(t || m)
+    # the derivative of beta KL(t||m) and of m inside KL(s||m) cancel to a constant, which the projection removes
+    from_student, grad = _project(student_MV.exp_(), mixed.neg_())
+    return beta * from_teacher + (1 - beta) * from_student, grad.mul_(1 - beta)
 
 
-def skew_kl(alpha: float) -> Divergence:
-    """Skew KL of DistiLLM (arXiv 2402.03898): ``KL(t || m)`` with ``m = alpha t + (1 - alpha) s``, 0 <= alpha < 1."""
-    if alpha == 0.0:
-        return forward_kl
-
-    def divergence(student_MV: Tensor, teacher_MV: Tensor) -> tuple[Tensor, Tensor]:
-        log_ratio = teacher_MV - student_MV
-        mixed = _log_mixture(log_ratio, alpha)
-        teacher, student = teacher_MV.exp_(), student_MV.exp_()
-        value = log_ratio.sub_(mixed).mul_(teacher).sum(-1)
-        # s g = -(1 - alpha) w with w = t s / m. As s sums to 1, w - s sum(w) is excess - s sum(excess) with excess = w - s,
-        # which has no rounding where teacher and student agree.
-        excess = mixed.neg_().exp_().mul_(teacher).sub_(student)
-        grad = excess.addcmul_(student, excess.sum(-1, keepdim=True), value=-1)
-        return value, grad.mul_(alpha - 1)
-
-    return divergence
+def skew_kl(student_MV: Tensor, teacher_MV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Skew KL of DistiLLM (arXiv 2402.03898): ``KL(t || m)`` with ``m = alpha t + (1 - alpha) s``, 0 < alpha < 1."""
+    log_ratio = teacher_MV - student_MV
+    mixed = _log_mixture(log_ratio, alpha)
+    teacher, student = teacher_MV.exp_(), student_MV.exp_()
+    value = log_ratio.sub_(mixed).mul_(teacher).sum(-1)
+    # s g = -(1 - alpha) w with w = t s / m. As s sums to 1, w - s sum(w) is excess - s sum(excess) with excess = w - s,
+    # which has no rounding where teacher and student agree.
+    excess = mixed.neg_().exp_().mul_(teacher).sub_(student)
+    grad = excess.addcmul_(student, excess.sum(-1, keepdim=True), value=-1)
+    return value, grad.mul_(alpha - 1)
 
 
-def skew_reverse_kl(alpha: float) -> Divergence:
-    """Skew reverse KL of DistiLLM (arXiv 2402.03898): ``KL(s || m)`` with ``m = (1 - alpha) t + alpha s``, 0 <= alpha < 1."""
-    if alpha == 0.0:
-        return reverse_kl
-
-    def divergence(student_MV: Tensor, teacher_MV: Tensor) -> tuple[Tensor, Tensor]:
-        log_ratio = torch.sub(teacher_MV, student_MV, out=teacher_MV)
-        ratio = _log_mixture(log_ratio, 1 - alpha).neg_()  # log s/m
-        student = student_MV.exp_()
-        value = (student * ratio).sum(-1)
-        # g = log s/m + 1 - alpha s/m; with expm1 the two last are 0 where teacher and student agree, but for a constant
-        _, grad = _project(student, torch.expm1(ratio).mul_(-alpha).add_(ratio))
-        return value, grad
-
-    return divergence
+def skew_reverse_kl(student_MV: Tensor, teacher_MV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Skew reverse KL of DistiLLM (arXiv 2402.03898): ``KL(s || m)`` with ``m = (1 - alpha) t + alpha s``, 0 < alpha < 1."""
+    log_ratio = torch.sub(teacher_MV, student_MV, out=teacher_MV)
+    ratio = _log_mixture(log_ratio, 1 - alpha).neg_()  # log s/m
+    student = student_MV.exp_()
+    value = (student * ratio).sum(-1)
+    # g = log s/m + 1 - alpha s/m; with expm1 the two last are 0 where teacher and student agree, but for a constant
+    _, grad = _project(student, torch.expm1(ratio).mul_(-alpha).add_(ratio))
+    return value, grad
 
 
 def tv(student_MV: Tensor, teacher_MV: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,12 +83,18 @@ def tv(student_MV: Tensor, teacher_MV: Tensor) -> tuple[Tensor, Tensor]:
     return value, grad.mul_(0.5)
 
 
+def divergence_name(objective: Objective) -> str:
+    """The divergence that an objective means: a skew one without skew is the plain one."""
+    plain = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"} if objective.parameter == 0.0 else {}
+    return plain.get(objective.divergence, objective.divergence)
+
+
 def divergence_of(objective: Objective) -> Divergence:
     """The divergence that an objective names, with its parameter."""
     plain: dict[str, Divergence] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "tv": tv}
-    made = {"jsd": jsd, "skew_kl": skew_kl, "skew_reverse_kl": skew_reverse_kl}
-    name = objective.divergence
-    return plain[name] if name in plain else made[name](objective.parameter)
+    mixed = {"jsd": jsd, "skew_kl": skew_kl, "skew_reverse_kl": skew_reverse_kl}
+    name, parameter = divergence_name(objective), objective.parameter
+    return plain[name] if name in plain else lambda student_MV, teacher_MV: mixed[name](student_MV, teacher_MV, parameter)
 
 
 def value_factor(objective: Objective) -> float:

@@ -7,11 +7,10 @@ forward pass, so that nothing of the teacher's width outlives its chunk.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from daekit.losses.gradients import Computed, with_gradients
 
 _CHUNK = 512  # positions
 
@@ -31,23 +30,14 @@ def hidden_loss(
     Returns:
         The sum over the M positions, which carries the gradient for hidden states and projection; and ``[M]`` the values.
     """
-    loss, value_M = _HiddenLoss.apply(
-        student_NH.index_select(0, positions_M), teacher_MH, projection_HH, kind, torch.is_grad_enabled()
-    )
-    return loss, value_M
+    student_MH = student_NH.index_select(0, positions_M)
+    exact = torch.promote_types(torch.float32, student_MH.dtype)
 
-
-class _HiddenLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, student_MH: Tensor, teacher_MH: Tensor, projection: Tensor | None, kind: str, wants_gradient: bool
-    ) -> tuple[Tensor, Tensor]:
-        exact = torch.promote_types(torch.float32, student_MH.dtype)
+    def compute(wants_hidden: bool, wants_projection: bool) -> Computed:
         value_M = student_MH.new_zeros(len(student_MH), dtype=exact)
-        wants_hidden, _, wants_projection = (wants_gradient and needed for needed in ctx.needs_input_grad[:3])
         grad_hidden = torch.zeros_like(student_MH) if wants_hidden else None
-        grad_projection = torch.zeros_like(projection, dtype=exact) if wants_projection else None  # type: ignore[arg-type]
-        matrix = None if projection is None else projection.detach().to(exact)
+        grad_projection = torch.zeros_like(projection_HH, dtype=exact) if wants_projection else None  # type: ignore[arg-type]
+        matrix = None if projection_HH is None else projection_HH.detach().to(exact)
         with torch.autocast(student_MH.device.type, enabled=False):
             for start in range(0, len(student_MH), _CHUNK):
                 at = slice(start, start + _CHUNK)
@@ -58,20 +48,10 @@ class _HiddenLoss(torch.autograd.Function):
                     grad_projection.addmm_(grad_image.T, hidden)
                 if grad_hidden is not None:
                     grad_hidden[at] = (grad_image if matrix is None else grad_image @ matrix).to(grad_hidden.dtype)
-        ctx.save_for_backward(grad_hidden, grad_projection)
-        ctx.projection_dtype = None if projection is None else projection.dtype
-        ctx.mark_non_differentiable(value_M)
-        return value_M.sum(dtype=torch.float64).to(exact), value_M
+        return value_M.sum(dtype=torch.float64).to(exact), [value_M], [grad_hidden, grad_projection]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_projection = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        if grad_projection is not None:
-            grad_projection = (grad_projection * grad_loss).to(ctx.projection_dtype)
-        return grad_hidden, None, grad_projection, None, None
+    loss, value_M = with_gradients(compute, student_MH, projection_HH)
+    return loss, value_M
 
 
 def _cosine(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from daekit.errors import UserError
-from daekit.losses.chunk import Values, by_rows, chunk_losses, chunk_losses_on
-from daekit.losses.divergences import divergence_of
-from daekit.losses.top_k import bucket_log_probs, bucketed
+from daekit.losses.chunk import chunk_losses_on
+from daekit.losses.gradients import Computed, with_gradients
+from daekit.losses.top_k import Buckets, bucket_log_probs
 from daekit.models.heads import common_columns, compute_dtype, in_dtype, project, teacher_logits
 from daekit.models.sharded import whole_heads
 from daekit.protocol import OutputHead, TeacherOutput
@@ -88,10 +86,8 @@ def prediction_loss(
             for output in teacher_outputs
         ]
         step = chunk_tokens or tokens_per_chunk(head.vocab_size, hidden_NH.is_cuda)
-        work = _Chunks(hidden_NH, head, labels_N, teacher_outputs, objective, step, weight_N, labelled_N)
-        loss, ce_N, divergence_N, correct_N = _PredictionLoss.apply(
-            hidden_NH, head.weight, head.bias, work, torch.is_grad_enabled()
-        )
+        work = _Chunks(hidden_NH.detach(), head, labels_N, teacher_outputs, objective, step, weight_N, labelled_N)
+        loss, ce_N, divergence_N, correct_N = with_gradients(work.run, hidden_NH, head.weight, head.bias)
     return PredictionSums(loss, ce_N, divergence_N if teacher_outputs else None, correct_N)
 
 
@@ -105,66 +101,48 @@ def _require_each_once(covered: list[Tensor], positions: int) -> None:
         )
 
 
-class _PredictionLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, work: _Chunks, grad_enabled: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        work.run(grad_enabled and any(ctx.needs_input_grad))
-        ctx.save_for_backward(*work.gradients())
-        ctx.mark_non_differentiable(work.ce_N, work.divergence_N, work.correct_N)
-        return work.total(), work.ce_N, work.divergence_N, work.correct_N
-
-    @staticmethod
-    @once_differentiable  # the gradients are constants to autograd: a second derivative would be silently wrong
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
-        return (*scaled, None, None)
-
-
+@dataclass
 class _Chunks:
-    """One pass over the chunks: per-token values, and gradients where they are wanted."""
+    """One pass over the chunks of all teacher outputs (of all positions where there is no teacher)."""
 
-    def __init__(
-        self,
-        hidden_NH: Tensor,
-        head: OutputHead,
-        labels_N: Tensor,
-        teacher_outputs: Sequence[TeacherOutput],
-        objective: Objective,
-        step: int,
-        weight_N: Tensor | None,
-        labelled_N: Tensor | None,
-    ) -> None:
-        self.hidden_NH, self.labels_N, self.teacher_outputs = hidden_NH.detach(), labels_N, teacher_outputs
-        self.objective, self.step, self.trained_head = objective, step, head
-        self.weight_N, self.labelled_N = weight_N, labelled_N
-        self.parts = self._parts()
-        self.dtype = compute_dtype(hidden_NH)
-        self.exact = torch.promote_types(torch.float32, self.dtype)
+    hidden_NH: Tensor  # detached
+    head: OutputHead
+    labels_N: Tensor
+    teacher_outputs: Sequence[TeacherOutput]
+    objective: Objective
+    step: int
+    weight_N: Tensor | None
+    labelled_N: Tensor | None
 
-    def run(self, wants_gradient: bool) -> None:
-        """All chunks of all teacher outputs (of all positions where there is no teacher)."""
-        hidden_NH, self.wants_gradient = self.hidden_NH, wants_gradient
-        self.head = in_dtype(self.trained_head, self.dtype)
+    def run(self, *wanted: bool) -> Computed:
+        """The loss, the values of each token, and the gradients of hidden states, head weight and bias where any is wanted."""
+        hidden_NH, dtype, parts = self.hidden_NH, compute_dtype(self.hidden_NH), self._parts()
+        exact = torch.promote_types(torch.float32, dtype)
+        head = in_dtype(self.head, dtype)
         # work space of all chunks: fresh memory for each costs more than a pass over it
-        size = min(self.step, hidden_NH.shape[0]), self.head.vocab_size
-        self.student_MV = hidden_NH.new_empty(size, dtype=self.dtype)
+        size = min(self.step, len(hidden_NH)), head.vocab_size
+        student_space = hidden_NH.new_empty(size, dtype=dtype)
         dense = any(output.members for output in self.teacher_outputs)
-        self.teacher_MV = hidden_NH.new_empty(size, dtype=self.exact) if dense else None
-        self.ce_N = hidden_NH.new_zeros(hidden_NH.shape[0], dtype=self.exact)
-        self.divergence_N = torch.zeros_like(self.ce_N)
-        self.correct_N = torch.zeros_like(self.labels_N, dtype=torch.bool)
-        self.grad_hidden = torch.zeros_like(hidden_NH) if wants_gradient else None
-        self.grad_weight = self._accumulator(self.trained_head.weight)
-        self.grad_bias = self._accumulator(self.trained_head.bias)
-        for output, objective in self.parts:
-            positions_M = None if output is None else output.positions_M
-            count = hidden_NH.shape[0] if positions_M is None else positions_M.numel()
-            values = self._values_of(output, objective)
+        teacher_space = hidden_NH.new_empty(size, dtype=exact) if dense else None
+        ce_N = hidden_NH.new_zeros(len(hidden_NH), dtype=exact)
+        divergence_N, correct_N = torch.zeros_like(ce_N), torch.zeros_like(self.labels_N, dtype=torch.bool)
+        one_chunk = len(hidden_NH) <= self.step and len(parts) <= 1
+        sums = self._zeros(wanted, None if one_chunk else exact) if any(wanted) else None
+        for output, objective in parts:
+            teacher = self._teacher(output, exact, teacher_space)
+            sparse = output is not None and output.top_k is not None
+            losses = chunk_losses_on(hidden_NH.device, dtype, sparse)
+            count = len(hidden_NH) if output is None else len(output.positions_M)
             for start in range(0, count, self.step):
                 rows = slice(start, min(start + self.step, count))
-                self._chunk(rows if positions_M is None else positions_M[rows], rows, values)
+                at = rows if output is None else output.positions_M[rows]
+                hidden_MH, labels_M = hidden_NH[at].to(dtype), self.labels_N[at]
+                student_MV = project(hidden_MH, head, student_space[: len(labels_M)])
+                values = losses(student_MV, teacher(rows), labels_M, objective, head, sums is not None)
+                ce_N[at], divergence_N[at], correct_N[at] = values
+                if sums is not None:
+                    self._add_gradients(sums, at, student_MV, hidden_MH, head.weight)
+        return self._total(ce_N, divergence_N), [ce_N, divergence_N, correct_N], sums and self._in_dtypes(sums)
 
     def _parts(self) -> list[tuple[TeacherOutput | None, Objective]]:
         """The teacher outputs and the objective at their positions; split where CE counts at some of the positions only."""
@@ -178,83 +156,63 @@ class _Chunks:
             parts += [(output.at(labelled_M), self.objective), (output.at(~labelled_M), without_ce)]
         return parts
 
-    def _accumulator(self, parameter: Tensor | None) -> Tensor | None:
-        """Zeros for the gradient of a trained parameter: float32 where several chunks are summed, or the sum would round."""
-        if parameter is None or not (self.wants_gradient and parameter.requires_grad):
-            return None
-        one_chunk = self.hidden_NH.shape[0] <= self.step and len(self.parts) <= 1
-        return torch.zeros_like(parameter, dtype=parameter.dtype if one_chunk else self.exact)
-
-    def _values_of(self, output: TeacherOutput | None, objective: Objective) -> Callable[[Tensor, Tensor, slice], Values]:
-        """The losses of a chunk, given the student's linear outputs, the labels and the chunk's place in the output."""
-        how = objective, self.head, self.wants_gradient
-        dense = chunk_losses_on(self.hidden_NH.device, self.dtype)
+    def _teacher(
+        self, output: TeacherOutput | None, exact: torch.dtype, space_MV: Tensor | None
+    ) -> Callable[[slice], Tensor | Buckets | None]:
+        """What a teacher says at some rows of its output."""
         if output is None:
-            return lambda student, labels, rows: dense(student, None, labels, *how)
+            return lambda rows: None
         if output.top_k is not None:
-            ids, divergence = output.top_k.ids_MK.long(), divergence_of(self.objective)
-            buckets = bucket_log_probs(output, self.head.vocab_size, self.objective, self.exact)
-
-            def sparse(student: Tensor, labels: Tensor, rows: slice) -> Values:
-                ids_MK, buckets_MK = ids[rows], buckets[rows]
-
-                def part(few: slice) -> Values:
-                    def compare(log_probs: Tensor) -> tuple[Tensor, Tensor]:
-                        return bucketed(divergence, log_probs, ids_MK[few], buckets_MK[few])
-
-                    return chunk_losses(student[few], compare, labels[few], *how)
-
-                return by_rows(student, part)
-
-            return sparse
+            log_probs = bucket_log_probs(output, self.head.vocab_size, self.objective, exact)
+            return Buckets(output.top_k.ids_MK.long(), log_probs).__getitem__
+        assert space_MV is not None
         members = tuple(replace(m, head=in_dtype(m.head, compute_dtype(m.hidden_MH))) for m in output.members)
-        teacher, space = replace(output, members=members), self.teacher_MV
-        assert space is not None
+        teacher, temperature = replace(output, members=members), self.objective.temperature
+        return lambda rows: teacher_logits(teacher, rows, temperature, space_MV[: rows.stop - rows.start])
 
-        def values(student: Tensor, labels: Tensor, rows: slice) -> Values:
-            logits = teacher_logits(teacher, rows, self.objective.temperature, space[: labels.numel()])
-            return dense(student, logits, labels, *how)
+    def _zeros(self, wanted: Sequence[bool], exact: torch.dtype | None) -> list[Tensor | None]:
+        """For the gradients of hidden states and head; the head's in ``exact`` where chunks are summed, or that would round."""
+        head = [
+            torch.zeros_like(parameter, dtype=exact or parameter.dtype) if parameter is not None and is_wanted else None
+            for parameter, is_wanted in zip((self.head.weight, self.head.bias), wanted[1:], strict=True)
+        ]
+        return [torch.zeros_like(self.hidden_NH), *head]
 
-        return values
-
-    def _chunk(self, at: Tensor | slice, rows: slice, values: Callable[[Tensor, Tensor, slice], Values]) -> None:
-        hidden_MH = self.hidden_NH[at].to(self.dtype)
-        student_MV = project(hidden_MH, self.head, self.student_MV[: len(hidden_MH)])
-        self.ce_N[at], self.divergence_N[at], self.correct_N[at] = values(student_MV, self.labels_N[at], rows)
-        if not self.wants_gradient:
-            return
-        grad_logits_MV = student_MV
+    def _add_gradients(
+        self, sums: list[Tensor | None], at: Tensor | slice, grad_logits_MV: Tensor, hidden_MH: Tensor, weight_VH: Tensor
+    ) -> None:
+        grad_hidden, grad_weight, grad_bias = sums
+        columns = len(weight_VH)
         if self.weight_N is not None:
             grad_logits_MV *= self.weight_N[at, None]  # a float32 weight, which 16 bits would round by up to 0.4%
         with torch.autocast(grad_logits_MV.device.type, enabled=False):
-            self.grad_hidden[at] = (grad_logits_MV @ self.head.weight).to(self.hidden_NH.dtype)  # type: ignore[index]
-            if self.grad_weight is not None:
-                self._add_to(self.grad_weight[: self.head.vocab_size], grad_logits_MV, hidden_MH)
-        if self.grad_bias is not None:
-            self.grad_bias[: self.head.vocab_size] += grad_logits_MV.sum(0, dtype=self.exact)
+            grad_hidden[at] = (grad_logits_MV @ weight_VH).to(self.hidden_NH.dtype)  # type: ignore[index]
+            if grad_weight is not None:
+                _add_product(grad_weight[:columns], grad_logits_MV, hidden_MH)
+        if grad_bias is not None:
+            grad_bias[:columns] += grad_logits_MV.sum(0, dtype=torch.promote_types(torch.float32, grad_logits_MV.dtype))
 
-    def _add_to(self, grad_VH: Tensor, grad_logits_MV: Tensor, hidden_MH: Tensor) -> None:
-        if grad_VH.dtype == self.dtype:
-            grad_VH.addmm_(grad_logits_MV.T, hidden_MH)
-            return
-        step = max(1, _TILE_VALUES // hidden_MH.shape[1])  # a product of all V x H would be as large as the gradient
-        for start in range(0, grad_VH.shape[0], step):
-            tile = slice(start, start + step)
-            grad_VH[tile] += grad_logits_MV[:, tile].T @ hidden_MH
+    def _in_dtypes(self, sums: list[Tensor | None]) -> list[Tensor | None]:
+        inputs = self.hidden_NH, self.head.weight, self.head.bias
+        return [None if g is None or x is None else g.to(x.dtype) for g, x in zip(sums, inputs, strict=True)]
 
-    def total(self) -> Tensor:
+    def _total(self, ce_N: Tensor, divergence_N: Tensor) -> Tensor:
         """The weighted sum over all positions, summed in float64."""
-        ce_N = self.ce_N if self.labelled_N is None else self.ce_N * self.labelled_N
-        sums = [values_N if self.weight_N is None else values_N * self.weight_N for values_N in (ce_N, self.divergence_N)]
+        if self.labelled_N is not None:
+            ce_N = ce_N * self.labelled_N
+        sums = [values_N if self.weight_N is None else values_N * self.weight_N for values_N in (ce_N, divergence_N)]
         ce, divergence = (values_N.sum(dtype=torch.float64) for values_N in sums)
-        return (self.objective.ce_weight * ce + self.objective.prediction_weight * divergence).to(self.exact)
+        return (self.objective.ce_weight * ce + self.objective.prediction_weight * divergence).to(divergence_N.dtype)
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients for hidden states, head weight and head bias, each in the dtype of its input."""
-        head = self.trained_head
-        weight = None if self.grad_weight is None else self.grad_weight.to(head.weight.dtype)
-        bias = None if self.grad_bias is None or head.bias is None else self.grad_bias.to(head.bias.dtype)
-        return self.grad_hidden, weight, bias
+
+def _add_product(grad_VH: Tensor, grad_logits_MV: Tensor, hidden_MH: Tensor) -> None:
+    if grad_VH.dtype == hidden_MH.dtype:
+        grad_VH.addmm_(grad_logits_MV.T, hidden_MH)
+        return
+    step = max(1, _TILE_VALUES // hidden_MH.shape[1])  # a product of all V x H would be as large as the gradient
+    for start in range(0, grad_VH.shape[0], step):
+        tile = slice(start, start + step)
+        grad_VH[tile] += grad_logits_MV[:, tile].T @ hidden_MH
 
 
 def tokens_per_chunk(vocab_size: int, on_gpu: bool) -> int:

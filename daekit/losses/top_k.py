@@ -7,6 +7,7 @@ token's gradient is the tail's, shared out as the student shares its own mass.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,22 +18,28 @@ from daekit.protocol import TeacherOutput, TopK
 from daekit.recipe.objective import Objective
 
 
-def bucketed(divergence: Divergence, student_MV: Tensor, ids_MK: Tensor, teacher_MB: Tensor) -> tuple[Tensor, Tensor]:
-    """``(value_M, grad_logits_MV)`` of a divergence between buckets.
+@dataclass(frozen=True)
+class Buckets:
+    """A sparse teacher's log-probabilities at M positions: of K named tokens, and of the tail unless K = V leaves none."""
 
-    Args:
-        student_MV: log-probabilities of the student, overwritten.
-        ids_MK: the tokens of the first K buckets.
-        teacher_MB: log-probabilities of the teacher's buckets: K + 1, or K = V, which leave no tail.
-    """
+    ids_MK: Tensor
+    log_probs_MB: Tensor
+
+    def __getitem__(self, rows: slice) -> Buckets:
+        return Buckets(self.ids_MK[rows], self.log_probs_MB[rows])
+
+
+def bucketed(divergence: Divergence, student_MV: Tensor, teacher: Buckets) -> tuple[Tensor, Tensor]:
+    """``(value_M, grad_logits_MV)`` of a divergence between buckets; the student's log-probabilities are overwritten."""
+    ids_MK, teacher_MB = teacher.ids_MK, teacher.log_probs_MB.clone()
     K = ids_MK.shape[-1]
     named_MK = student_MV.gather(-1, ids_MK)
     if teacher_MB.shape[-1] == K:
-        value_M, grad_MB = divergence(named_MK, teacher_MB.clone())
+        value_M, grad_MB = divergence(named_MK, teacher_MB)
         return value_M, student_MV.scatter_(-1, ids_MK, grad_MB)
     others_MV = student_MV.scatter_(-1, ids_MK, -torch.inf)
     tail_M1 = others_MV.logsumexp(-1, keepdim=True)  # not 1 - sum, which has no digits left where the tail is small
-    value_M, grad_MB = divergence(torch.cat([named_MK, tail_M1], -1), teacher_MB.clone())
+    value_M, grad_MB = divergence(torch.cat([named_MK, tail_M1], -1), teacher_MB)
     within_MV = others_MV.sub_(tail_M1).exp_()  # s_v / s_tail
     return value_M, within_MV.mul_(grad_MB[:, K:]).scatter_(-1, ids_MK, grad_MB[:, :K])
 
@@ -62,7 +69,7 @@ def bucket_log_probs(output: TeacherOutput, vocab_size: int, objective: Objectiv
     _check_precision(top_k, whole)
     log_probs_MK = top_k.log_probs_MK.to(dtype)
     tail_M = top_k.tail_log_mass_M
-    buckets_MB = log_probs_MK if whole or tail_M is None else torch.cat([log_probs_MK, tail_M.to(dtype)[:, None]], -1)
+    buckets_MB = log_probs_MK if tail_M is None else torch.cat([log_probs_MK, tail_M.to(dtype)[:, None]], -1)
     mass_M = buckets_MB.exp().sum(-1)
     # the error of a sum of probabilities is their entropy (below 16 nats) in units of the rounding of their logarithms
     slack = 1e-5 + 16 * torch.finfo(top_k.log_probs_MK.dtype).eps
@@ -95,15 +102,11 @@ def bucket_log_probs(output: TeacherOutput, vocab_size: int, objective: Objectiv
 def _check_precision(top_k: TopK, whole: bool) -> None:
     """A tail by subtraction is only rounding where K tokens hold nearly all mass (16 bits: errors of reverse KL up to 200%)."""
     stored, tail_M = top_k.log_probs_MK, top_k.tail_log_mass_M
-    if stored.dtype == torch.bfloat16:
+    if stored.dtype == torch.bfloat16 or (stored.dtype == torch.float16 and tail_M is None and not whole):
         raise UserError(
-            "top_k.log_probs_MK: bfloat16 steps by 6% of a small probability; keep the log-probabilities in float16 with "
-            "tail_log_mass_M, or in float32"
-        )
-    if stored.dtype == torch.float16 and tail_M is None and not whole:
-        raise UserError(
-            "top_k.log_probs_MK: with 16-bit log-probabilities the tail's mass cannot be had by subtraction; give its "
-            "logarithm, taken before rounding, as tail_log_mass_M in float32"
+            f"top_k.log_probs_MK: {stored.dtype} is too coarse (bfloat16 steps by 6% of a small probability, and with 16-bit "
+            "log-probabilities the tail's mass cannot be had by subtraction); keep them in float32, or in float16 and give the "
+            "logarithm of the tail's mass, taken before rounding, as tail_log_mass_M in float32"
         )
     if tail_M is None:
         return

@@ -32,8 +32,8 @@ def begin(folder: Path) -> None:
 
 def commit(folder: Path, run: dict[str, Any], start: int) -> None:
     """Declare a checkpoint whole: list its files with sizes and hashes, the facts of its run, and its start (``start_of``)."""
-    files = {
-        str(path.relative_to(folder)): [path.stat().st_size, _digest(path)]
+    files = {  # synced: a manifest of what a power cut can still take away would be worth nothing
+        str(path.relative_to(folder)): [path.stat().st_size, file_hash(path, sync=True)]
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != _PARTIAL
     }
@@ -45,7 +45,7 @@ def corruption(folder: Path) -> str | None:
     if not is_committed(folder):
         return f"{MANIFEST} is missing: the run was stopped while it was being written, or it is not a checkpoint of daekit"
     manifest = _manifest(folder)
-    if manifest is None:
+    if not manifest:
         return f"{MANIFEST} cannot be read"
     for name, (size, digest) in manifest["files"].items():
         path = folder / name
@@ -53,7 +53,7 @@ def corruption(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _digest(path) != digest:
+        if file_hash(path, sync=True) != digest:
             return f"the content of {name} has changed"
     return None
 
@@ -88,14 +88,13 @@ def start_of(resumed: Path | None, output_dir: Path) -> int:
     Checkpoints are ordered by it and by their step, never by a clock, which may jump.
     """
     if resumed is not None and resumed.resolve().parent == output_dir.resolve():
-        return int((_manifest(resumed) or {"start": 0})["start"])
-    manifests = (_manifest(folder) for folder in checkpoints(output_dir) if is_committed(folder))
-    return 1 + max((int(manifest["start"]) for manifest in manifests if manifest), default=0)
+        return int(_manifest(resumed)["start"])
+    return 1 + max((_manifest(folder).get("start", 0) for folder in checkpoints(output_dir) if is_committed(folder)), default=0)
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
     """The facts of the run that a whole checkpoint belongs to."""
-    facts: dict[str, Any] = (_manifest(folder) or {"run": {}})["run"]
+    facts: dict[str, Any] = _manifest(folder)["run"]
     return facts
 
 
@@ -150,21 +149,20 @@ def _committed(output_dir: Path) -> list[Path]:
     One whose manifest cannot be read counts as of the last start, so that it is not stepped over.
     """
     folders = [folder for folder in checkpoints(output_dir) if is_committed(folder)]
-    starts = {folder: int((_manifest(folder) or {"start": 1 << 62})["start"]) for folder in folders}
-    return sorted(folders, key=lambda folder: (starts[folder], _step(folder)))
+    return sorted(folders, key=lambda folder: (_manifest(folder).get("start", 1 << 62), _step(folder)))
 
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("checkpoint-"))
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    """The content of a manifest, None if it cannot be understood."""
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The content of a manifest, empty if it cannot be understood."""
     try:
         content = json.loads((folder / MANIFEST).read_text())
     except ValueError:
-        return None
-    return content if isinstance(content, dict) and {"files", "run", "start"} <= content.keys() else None
+        return {}
+    return content if isinstance(content, dict) and {"files", "run", "start"} <= content.keys() else {}
 
 
 def _remove(folder: Path) -> None:
@@ -173,10 +171,6 @@ def _remove(folder: Path) -> None:
     if trash.exists():
         shutil.rmtree(trash)
     shutil.rmtree(folder.rename(trash))
-
-
-def _digest(path: Path) -> str:
-    return file_hash(path, sync=True)  # a manifest of what a power cut can still take away would be worth nothing
 
 
 def _short(value: Any) -> str:

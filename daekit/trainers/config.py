@@ -65,7 +65,9 @@ class DomainSFTConfig(SFTConfig):
             self.bf16 = False
         super().__post_init__()
         connect(self)
-        self._refuse_changed_objectives()
+        for name, (only, reason) in ONLY_VALUE.items():
+            if getattr(self, name) != only:
+                raise UserError(f"{name}={getattr(self, name)!r} is not supported: {reason}. Leave it at its default.")
         if self.activation_offloading and (self.use_cpu or torch.accelerator.current_accelerator() is None):
             raise UserError(
                 "activation_offloading=True: activations are kept in host memory while they wait for the backward pass, but "
@@ -73,11 +75,6 @@ class DomainSFTConfig(SFTConfig):
             )
         if self.overlong not in OVERLONG:
             raise UserError(f"overlong: {self.overlong!r} is unknown; choose one of {', '.join(OVERLONG)}")
-
-    def _refuse_changed_objectives(self) -> None:
-        for name, (only, reason) in ONLY_VALUE.items():
-            if getattr(self, name) != only:
-                raise UserError(f"{name}={getattr(self, name)!r} is not supported: {reason}. Leave it at its default.")
 
     def objective(self) -> Objective:
         """What is trained: cross-entropy alone."""
@@ -117,8 +114,8 @@ class KDConfig(DomainSFTConfig):
     beta: float = _setting("beta")
     skew_alpha: float = _setting("skew_alpha")
     temperature: float = _setting("temperature")
-    teacher_max_length: int | None = field(
-        default=None, metadata={"help": "max_length of what a teacher sees of a row with teacher_prompt; default: max_length."}
+    teacher_max_length: int | None = _option(
+        None, "max_length of what a teacher sees of a row with teacher_prompt; default: max_length."
     )
     attention_layers: str = _setting("attention_layers")  # or pairs; HfArgumentParser can read neither Any nor a union
     attention_relation_heads: int | None = _setting("attention_relation_heads")

@@ -6,7 +6,6 @@ import copy
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import pyarrow.compute as pc
@@ -14,19 +13,9 @@ from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_
 from transformers import PreTrainedTokenizerBase
 
 from daekit.data.columns import first_row, require_domains, require_values
-from daekit.data.preparation import (
-    DomainCount,
-    fit_stream_to_length,
-    fit_to_length,
-)
+from daekit.data.preparation import DomainCount, fit_stream_to_length, fit_to_length
 from daekit.data.responses import ResponseLabels, label_responses
-from daekit.data.teacher_prompts import (
-    TEACHER_PROMPT,
-    pack_with_prompts,
-    require_followed,
-    teacher_row,
-    with_teacher_prompts,
-)
+from daekit.data.teacher_prompts import TEACHER_PROMPT, pack_with_prompts, require_followed, teacher_row, with_teacher_prompts
 from daekit.errors import UserError
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.models.vocabulary import vocabulary_size
@@ -103,13 +92,11 @@ class RowPreparation:
         known = functools.partial(self._require_known_ids, size=size, tokenizer=tokenizer, name=name)
         if isinstance(dataset, IterableDataset):
             return dataset.map(known, with_indices=True)
-        start = 0
         for table in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
             ends = pc.min_max(pc.list_flatten(table["input_ids"])).as_py()
             if ends["min"] is not None and not 0 <= ends["min"] <= ends["max"] < min(self.columns, size):
-                for at, ids in enumerate(table["input_ids"].to_pylist(), start):
-                    known({"input_ids": ids}, at)
-            start += len(table)
+                for at, row in enumerate(dataset):  # says which row it is
+                    known(row, at)
         return dataset
 
     def _require_known_ids(self, row: dict[str, Any], at: int, size: int, tokenizer: Any, name: str) -> dict[str, Any]:
@@ -146,14 +133,13 @@ class RowPreparation:
         if streaming:
             dataset = dataset.map(self._require_known_domain)
 
-        def pack(part: Any, domain: str) -> Any:
-            return trl(part, tokenizer, args, True, None, f"{name} ({domain})")
-
+        told = TEACHER_PROMPT_IDS in (dataset.column_names or ())
         packed = []
         for domain in domains:
             part = dataset.filter(lambda row, domain=domain: row["domain"] == domain)
-            told = TEACHER_PROMPT_IDS in (part.column_names or ())
-            part = pack_with_prompts(partial(pack, domain=domain), part) if told else pack(part, domain)
+            how = {"packing": True, "formatting_func": None, "dataset_name": f"{name} ({domain})"}
+            pack = functools.partial(trl, processing_class=tokenizer, args=args, **how)
+            part = pack_with_prompts(pack, part) if told else pack(part)
             packed.append(part.map(lambda row, domain=domain: {"domain": domain}))
         if streaming:
             return interleave_datasets(packed, stopping_strategy="all_exhausted_without_replacement")

@@ -148,18 +148,17 @@ def reads_parts(args: SFTConfig, student: bool = False, adapter: PeftConfig | No
     plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
     reasons: dict[str, Any] = {"fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy)}
     if student:
-        compiles = args.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO") != "NO"
-        base_is_read = adapter and reads_base(adapter)
+        base = adapter and reads_base(adapter)
         reasons |= {
             "fsdp_activation_checkpointing": plugin.activation_checkpointing,
-            "torch_compile": compiles,
+            "torch_compile": args.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO") != "NO",
             "chat_template_path": args.chat_template_path,
-            str(base_is_read): base_is_read,
+            str(base): base,
         }
-    found = [reason for reason, holds in reasons.items() if holds]
-    if found:
-        say_whole("the student" if student else "teachers", found[0])
-    return not found
+    found = next((reason for reason, holds in reasons.items() if holds), None)
+    if found is not None:
+        say_whole("the student" if student else "teachers", found)
+    return found is None
 
 
 def _refuse_deepspeed(args: TrainingArguments) -> None:
@@ -186,11 +185,11 @@ def require_distribution(trainer: SFTTrainer) -> None:
             "rank trains on would not be those that are counted and logged. Leave both at their defaults (False, True)."
         )
     asked = {DistributedType.FSDP: _asks_for_fsdp(args), DistributedType.DEEPSPEED: _asks_for_deepspeed(args)}
-    for kind, name in ((DistributedType.FSDP, "FSDP"), (DistributedType.DEEPSPEED, "DeepSpeed")):
-        if asked[kind] and accelerator.distributed_type != kind:
+    for kind, is_asked in asked.items():
+        if is_asked and accelerator.distributed_type != kind:
             raise UserError(
-                f"{name} was asked for, but the processes run as {accelerator.distributed_type.value}: launch with `accelerate "
-                "launch --config_file` and a file of recipes/accelerate/, without --cpu."
+                f"{kind.value} was asked for, but the processes run as {accelerator.distributed_type.value}: launch with "
+                "`accelerate launch --config_file` and a file of recipes/accelerate/, without --cpu."
             )
     if getattr(trainer.model, "is_quantized", False):
         _split_quantised(trainer)

@@ -23,9 +23,7 @@ _NUMBERED, _NAMED, _SCHEDULER = "optimizer.pt", "optimizer.bin", "scheduler.pt"
 
 def optimizer_files(trainer: SFTTrainer) -> str:
     """The pattern of what holds the optimizer's state in a checkpoint of this trainer."""
-    if trainer.is_deepspeed_enabled:
-        return "global_step*/*_optim_states.pt"
-    return "optimizer.*"
+    return "global_step*/*_optim_states.pt" if trainer.is_deepspeed_enabled else "optimizer.*"
 
 
 def save_fsdp_state(trainer: SFTTrainer, folder: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from daekit.errors import UserError
@@ -24,12 +27,14 @@ from daekit.models.features import (
     require_features,
     require_hidden,
 )
+from daekit.models.sharded import assign, whole
 from daekit.protocol import AttentionLayer, Batch, FeatureLayers, Features, Teacher, TeacherOutput
 from daekit.recipe.objective import Objective
 from daekit.trainers.distributed import refuse_reentrant
-from daekit.trainers.projections import Projections
 
 ATTENTION_METRIC = "attention_kl"
+_PROJECTIONS = "daekit_projections"
+_FILE = "hidden_projections.safetensors"
 logger = logging.getLogger(__name__)
 
 
@@ -49,13 +54,11 @@ class FeatureLosses:
 
     def __init__(self, model: nn.Module, objective: Objective, teacher: Teacher, seed: int) -> None:
         self.model, self.objective = model, objective
-        self.hidden_metric = f"hidden_{objective.hidden_loss}"
         self.weights = feature_weights(objective)
         config = base_of(model).config.get_text_config()
         spec = feature_spec(objective, config)
         assert spec is not None, "the objective compares features"
-        self.spec = spec
-        layers = require_features(teacher).feature_layers(self.spec)
+        self.spec, layers = spec, require_features(teacher).feature_layers(spec)
         self.attention_layers = {layer for each in layers for layer in each.attention}
         self.hidden_layers = {layer for each in layers for layer in each.hidden}
         own = FeatureLayers({n: n for n in self.attention_layers}, {n: n for n in self.hidden_layers}, config.hidden_size)
@@ -124,7 +127,7 @@ class Comparison:
             _add_mean(self._attention.values(), objective.attention_weight, ATTENTION_METRIC, out)
         if objective.hidden_weight:
             require_hidden(owner.hidden_layers, self._hidden)
-            _add_mean(self._hidden.values(), objective.hidden_weight, owner.hidden_metric, out)
+            _add_mean(self._hidden.values(), objective.hidden_weight, f"hidden_{objective.hidden_loss}", out)
         if not self.checkpointed:
             self.teachers = []  # no layer is run again: their memory is free for the backward pass
         return out
@@ -160,8 +163,8 @@ class Comparison:
         value_N = torch.zeros(len(hidden_NH), device=hidden_NH.device)
         for positions_M, (features, _) in zip(self.positions, self.teachers, strict=True):
             teacher_MH = features.hidden_MH[layer]
-            same = teacher_MH.shape[1] == hidden_NH.shape[1]
-            matrix = None if same or projections is None else projections.matrix(teacher_MH.shape[1], layer)
+            width = teacher_MH.shape[1]
+            matrix = projections.matrix(width, layer) if projections is not None and width != hidden_NH.shape[1] else None
             part, value_M = hidden_loss(hidden_NH, teacher_MH, positions_M, matrix, self.owner.objective.hidden_loss)
             loss = loss + part
             value_N[positions_M] = value_M.to(value_N.dtype)
@@ -190,3 +193,70 @@ def _add_mean(layers: Collection[tuple[Tensor, Tensor]], weight: float, name: st
     """Add the mean over layers of (loss, value per position) to ``out``."""
     out["loss"] = out["loss"] + weight / len(layers) * torch.stack([loss for loss, _ in layers]).sum()
     out[name] = torch.stack([value_N for _, value_N in layers]).mean(0)
+
+
+class Projections(nn.Module):
+    """Learned matrices from the student's width to a wider or narrower teacher's, for the hidden-state loss.
+
+    One in float32, ``[teacher's width, student's width]``, for each (teacher's width, student's layer) of ``wanted``; their
+    initial values are uniform, as ``nn.Linear`` has them. They are trained with the student, so they live in it as a submodule
+    (the optimizer, DDP and gradient clipping find them there); they are no part of what it is saved as, so its state dict
+    leaves them out, and a checkpoint keeps them in a file of their own.
+    """
+
+    def __init__(self, width: int, wanted: Iterable[tuple[int, int]], seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.matrices = nn.ParameterDict()
+        for other, layer in sorted(wanted):
+            values = torch.empty(other, width).uniform_(-(width**-0.5), width**-0.5, generator=generator)
+            self.matrices[f"{other}_{layer}"] = nn.Parameter(values)
+
+    def matrix(self, width: int, layer: int) -> Tensor:
+        """The matrix onto a teacher's width for a layer of the student."""
+        return self.matrices[f"{width}_{layer}"]
+
+    def of_layer(self, layer: int) -> list[Tensor]:
+        """All matrices of a layer of the student."""
+        return [matrix for name, matrix in self.matrices.items() if name.endswith(f"_{layer}")]
+
+    def live_in(self, student: nn.Module) -> None:
+        """Become a submodule of the student that its state dict does not show."""
+        student.add_module(_PROJECTIONS, self.to(next(student.parameters()).device))
+        student.register_state_dict_post_hook(_leave_out)
+        student.register_load_state_dict_post_hook(_not_missing)
+
+    def save(self, folder: Path, writes: bool) -> None:
+        """Write the matrices beside the weights of a checkpoint; every rank must come here, one of them writes."""
+        matrices = {name: whole(matrix) for name, matrix in self.matrices.items()}
+        if writes:
+            save_file(matrices, folder / _FILE)
+
+    def load(self, folder: Path) -> None:
+        """Read them back; UserError if they are not there or do not fit."""
+        try:
+            saved = load_file(folder / _FILE)
+            for name, matrix in self.matrices.items():
+                assign(matrix, saved[name])
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise UserError(f"{folder / _FILE}: the projections of the hidden-state loss cannot be read ({error})") from error
+
+
+def forget_projections(student: object) -> None:
+    """Remove the projections that an earlier trainer left in a student: nothing trains them, and a copy would hold them."""
+    if isinstance(student, nn.Module) and hasattr(student, _PROJECTIONS):
+        delattr(student, _PROJECTIONS)
+
+
+def without_projections(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict that FSDP2 or DeepSpeed has gathered parameter by parameter, without the projections."""
+    return {name: tensor for name, tensor in state.items() if f"{_PROJECTIONS}." not in name}
+
+
+def _leave_out(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}{_PROJECTIONS}.")]:
+        del state[key]
+
+
+def _not_missing(_: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if f"{_PROJECTIONS}." not in key]

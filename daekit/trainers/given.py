@@ -105,7 +105,7 @@ def read_student(trainer: Any) -> None:
     look_at_student(trainer)
     give_back_pieces(trainer.model)
     free_memory()
-    trainer.checkpoints.student_is_read()
+    trainer.checkpoints.compare_facts()
 
 
 def tokenizer_of(model: Any, args: SFTConfig | None = None) -> PreTrainedTokenizerBase:

@@ -30,31 +30,26 @@ from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.models.vocabulary import known_ids, vocabulary_size
 from daekit.protocol import Teacher
 from daekit.teachers.parts import frozen_models, require_on_student
+from daekit.trainers import given
 from daekit.trainers.compiled import compile_layers
 from daekit.trainers.config import DomainSFTConfig, KDConfig
 from daekit.trainers.data import RowPreparation
 from daekit.trainers.distributed import reads_parts, require_distribution, require_wrapped, rounding
 from daekit.trainers.distributed_state import load_foreign_optimizer, reading_safely, save_fsdp_state
-from daekit.trainers.features import FeatureLosses
-from daekit.trainers.given import (
-    arguments_of,
-    as_teacher,
-    completed_teacher,
-    load_student,
-    look_at_student,
-    make_room,
-    name_of,
-    read_student,
-    require_trained,
-    spec_of,
-    tokenizer_of,
+from daekit.trainers.features import FeatureLosses, Projections, forget_projections, without_projections
+from daekit.trainers.loss import (
+    counted,
+    divergence_metric,
+    divided,
+    keeping_router_settings,
+    require_balancing_loss,
+    router_inputs,
+    summed_losses,
+    teacher_outputs,
 )
-from daekit.trainers.loss import counted, divergence_metric, divided, summed_losses, teacher_outputs
-from daekit.trainers.projections import Projections, forget_projections, without_projections
 from daekit.trainers.ranks import drawn
 from daekit.trainers.resume import Checkpoints, student_folder
 from daekit.trainers.rollouts import Rollouts
-from daekit.trainers.router import keeping_router_settings, require_balancing_loss, router_inputs
 from daekit.trainers.selection import METRIC, Select, score
 from daekit.trainers.token_metrics import TokenMetrics, counted_rows
 from daekit.trainers.validation import refuse_adapter, refuse_arguments
@@ -104,20 +99,20 @@ class KDTrainer(SFTTrainer):
         **sft_arguments: Any,  # of SFTTrainer, which refuses an unknown one
     ) -> None:
         # First what arguments, tokenizers and configs show to be wrong; then weights: the teacher's, the student's.
-        args = arguments_of(type(self), args, model)
+        args = given.arguments_of(type(self), args, model)
         refuse_arguments(model, teacher, args, train_dataset, sft_arguments)
         self.loss_objective = args.objective()
-        tokenizer = processing_class or tokenizer_of(model, args)
+        tokenizer = processing_class or given.tokenizer_of(model, args)
         if args.assistant_only_loss and args.chat_template_path is None:
             require_markers(tokenizer)
         if teacher is not None:
-            teacher = as_teacher(teacher, tokenizer, student=model, split=isinstance(teacher, str | Path) and reads_parts(args))
-            spec = spec_of(model, args) if isinstance(model, str) else None
+            teacher = given.as_teacher(teacher, tokenizer, model, isinstance(teacher, str | Path) and reads_parts(args))
+            spec = given.spec_of(model, args) if isinstance(model, str) else None
             require_on_student(teacher, isinstance(model, PeftModel) or sft_arguments.get("peft_config") is not None, spec)
         size, init_kwargs = vocabulary_size(tokenizer), args.model_init_kwargs
         if isinstance(model, str):
             split = reads_parts(args, student=True, adapter=sft_arguments.get("peft_config"))
-            model = load_student(model, args, sft_arguments.pop("quantization_config", None), split)
+            model = given.load_student(model, args, sft_arguments.pop("quantization_config", None), split)
             args = copy.copy(args)
             args.model_init_kwargs = None  # used; SFTTrainer would say that they are not
         refuse_adapter(model, sft_arguments.get("peft_config"))
@@ -134,7 +129,7 @@ class KDTrainer(SFTTrainer):
         self.token_metrics = TokenMetrics(rows=self.loss_objective.normalize == "rows")
         self._captures: ExitStack | None = None  # of the step that runs now
         self._complete_student()
-        self.teacher: Any = None if teacher is None else completed_teacher(self, teacher, size)
+        self.teacher: Any = None if teacher is None else given.completed_teacher(self, teacher, size)
         self.features = FeatureLosses.of(self)
         self.rollouts = Rollouts(self) if self.loss_objective.on_policy else None
         self.selection = args.selection() if isinstance(args, KDConfig) else None
@@ -152,13 +147,13 @@ class KDTrainer(SFTTrainer):
             self.model.save_pretrained = functools.partial(self.model.save_pretrained, selected_adapters=[student])
         require_distribution(self)
         attention = base_of(self.model).config.get_text_config()._attn_implementation
-        require_gradient(attention, self.accelerator.device, name_of(self.model))
+        require_gradient(attention, self.accelerator.device, given.name_of(self.model))
         self.data_collator = DomainCollator(self.data_collator)  # type: ignore[has-type]
         # so that the Trainer counts the loss tokens of the global batch, whatever loss the student's class declares
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self.vocab_size = vocabulary_size(self.processing_class)
         add_on_hidden(self.model)
-        look_at_student(self)
+        given.look_at_student(self)
         require_balancing_loss(self)
 
     @property
@@ -283,7 +278,7 @@ class KDTrainer(SFTTrainer):
             UserError: nothing to resume, a corrupt checkpoint, another run's, or one without an optimizer; a student of which
                 nothing is trained.
         """
-        require_trained(self.model)
+        given.require_trained(self.model)
         with self.checkpoints.training(resume_from_checkpoint) as folder:
             output = super().train(folder, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
@@ -325,16 +320,16 @@ class KDTrainer(SFTTrainer):
             super()._load_rng_state(checkpoint)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        make_room(self)
+        given.make_room(self)
         with reading_safely(self):
             prepared = super()._prepare_for_training(*args, **kwargs)
-        read_student(self)
+        given.read_student(self)
         if self.checkpoints.resumed is not None and self._projections is not None:
             self._projections.load(self.checkpoints.resumed)
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        read_student(self)  # the base of an adapter is not in a checkpoint
+        given.read_student(self)  # the base of an adapter is not in a checkpoint
         restore_weights(model or self.model, student_folder(self.model, Path(resume_from_checkpoint)))
 
     def _load_best_model(self) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 
 from daekit.environment import ranks_here
 from daekit.errors import UserError
@@ -36,19 +36,16 @@ def connected(seconds: float | None = None) -> PartialState:
 
 def by_main(decide: Callable[[], T]) -> T:
     """What ``decide`` returns, or the UserError that it raises, in the main process, on every rank. A collective call."""
-    state = PartialState()
-    if state.num_processes == 1:
-        return decide()
-    answer: list[Any] = [None, None]
-    if state.is_main_process:
+    answer: list[Any] = [None]
+    if PartialState().is_main_process:
         try:
             answer[0] = decide()
         except UserError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    result: T = answer[0]
+            answer[0] = error
+    broadcast_object_list(answer)
+    result: T | UserError = answer[0]
+    if isinstance(result, UserError):
+        raise result
     return result
 
 
@@ -61,7 +58,7 @@ def require_shared(output_dir: Path) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         sign.touch()
     PartialState().wait_for_everyone()
-    found = _gathered((socket.gethostname(), str(output_dir.absolute()), sign.exists()))
+    found = gather_object([(socket.gethostname(), str(output_dir.absolute()), sign.exists())])
     if PartialState().is_main_process:
         sign.unlink()
     (host, place, _), blind = found[0], [rank for rank, (_, _, sees) in enumerate(found) if not sees]
@@ -78,16 +75,10 @@ def require_same(read: Callable[[], Mapping[str, Any]]) -> None:
     """Raise UserError on every rank where the processes of several machines ``read`` different facts. A collective call."""
     if PartialState().num_processes == ranks_here():
         return
-    found = _gathered((socket.gethostname(), {key: facts_hash(value) for key, value in read().items()}))
+    found = gather_object([(socket.gethostname(), {key: facts_hash(value) for key, value in read().items()})])
     for rank, (host, theirs) in enumerate(found):
         if different := sorted(key for key in {*theirs, *found[0][1]} if theirs.get(key) != found[0][1].get(key)):
             raise UserError(
                 f"rank {rank} on {host} has read another {different[0]} than rank 0 on {found[0][0]}: rows and models must be "
                 "the same on all machines. Copy them anew, or read them from a file system that the machines share."
             )
-
-
-def _gathered(value: T) -> list[T]:
-    values: list[Any] = [None] * PartialState().num_processes
-    dist.all_gather_object(values, value)
-    return values

@@ -14,11 +14,7 @@ from daekit.models.teacher_view import TOKEN_COLUMNS
 from daekit.models.vocabulary import vocabulary_size
 from daekit.trainers.config import DomainSFTConfig, KDConfig
 from daekit.trainers.kd import KDTrainer
-
-
-class _RowsTrainer(KDTrainer):
-    config_class = DomainSFTConfig
-    _name = "rows"
+from daekit.trainers.sft import DomainSFTTrainer
 
 
 def rows_trainer(
@@ -37,9 +33,8 @@ def rows_trainer(
     if isinstance(args, KDConfig):  # there is no teacher to compare with
         args.ce_weight, args.prediction_weight, args.attention_weight, args.hidden_weight = 1.0, 0.0, 0.0, 0.0
         args.on_policy_fraction = 0.0
-    return _RowsTrainer(
-        LlamaForCausalLM(config), None, args, train_dataset, copy.deepcopy(tokenizer), eval_dataset=eval_dataset
-    )
+    given = {"processing_class": copy.deepcopy(tokenizer), "eval_dataset": eval_dataset}
+    return DomainSFTTrainer(LlamaForCausalLM(config), args, train_dataset, **given)
 
 
 def prepared_rows(

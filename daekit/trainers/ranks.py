@@ -40,8 +40,7 @@ def ranks_of(folder: Path) -> int:
 
 def global_batch(args: Any) -> int:
     """Rows of a step."""
-    rows: int = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return rows
+    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def order_facts(trainer: Any) -> dict[str, Any]:

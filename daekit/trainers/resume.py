@@ -6,6 +6,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,6 @@ class Checkpoints(TrainerCallback):
         self.trainer = trainer
         self.resumed: Path | None = None
         self._start = 0
-        self._data: str | None = None
-        self._student: dict[str, Any] | None = None
 
     @contextmanager
     def training(self, resume: str | bool | None) -> Iterator[str | None]:
@@ -61,7 +60,7 @@ class Checkpoints(TrainerCallback):
         require_shared(output_dir)
         self.resumed = self._resumable(output_dir, resume) if resume else None
         if not waits(trainer.model):  # else once it is read
-            require_same(self.facts)
+            self.compare_facts()
         if args.should_save:
             checkpoint.clear_partial(output_dir)
             self._start = checkpoint.start_of(self.resumed, output_dir)
@@ -77,28 +76,22 @@ class Checkpoints(TrainerCallback):
         """The checkpoint to resume from; the main process hashes its files, which for a large student takes a while."""
         folder = by_main(lambda: self._whole(output_dir, wanted))
         keep_global_batch(self.trainer, folder, checkpoint.facts_of(folder)["batch"])
-        if not waits(self.trainer.model):
-            checkpoint.require_same_run(folder, self.facts())
         needed = optimizer_files(self.trainer)
         if not list(folder.glob(needed)):
             raise UserError(f"{folder}: has no {needed} (save_only_model?), so the run cannot go on from it")
         return folder
 
-    def student_is_read(self) -> None:
-        """What is done when the weights of a student that waited on the disk are there, before those of a checkpoint."""
-        facts = self.facts()
-        require_same(lambda: facts)
+    def compare_facts(self) -> None:
+        """With those of the other machines and of the checkpoint: when the student's weights are read, before the latter's."""
+        require_same(self.facts)
         if self.resumed is not None:
-            checkpoint.require_same_run(self.resumed, facts)
+            checkpoint.require_same_run(self.resumed, self.facts())
 
     def _whole(self, output_dir: Path, wanted: str | bool) -> Path:
-        if wanted is True:
-            newest = checkpoint.newest(output_dir)
-            if newest is None:
-                raise UserError(f"{output_dir}: holds no checkpoint to resume from; train without resume_from_checkpoint")
-            return newest
-        folder = Path(str(wanted))
-        if problem := checkpoint.corruption(folder):
+        folder = checkpoint.newest(output_dir) if wanted is True else Path(str(wanted))
+        if folder is None:
+            raise UserError(f"{output_dir}: holds no checkpoint to resume from; train without resume_from_checkpoint")
+        if wanted is not True and (problem := checkpoint.corruption(folder)):  # the newest was looked at already
             raise UserError(f"{folder}: cannot be resumed: {problem}")
         return folder
 
@@ -137,9 +130,9 @@ class Checkpoints(TrainerCallback):
         trainer, args = self.trainer, self.trainer.args
         facts = {
             "trainer": type(trainer).__name__,
-            "student": self._student_facts(),
+            "student": self._student,
             "zero_stage": trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None,
-            "data": self._data_facts(),
+            "data": self._data,
             "seed": [args.seed, args.data_seed],
             "end": _end(args, sees_end=bool(trainer.loss_objective.on_policy)),  # the last buffer ends there
             "bf16": bool(args.bf16),
@@ -153,28 +146,26 @@ class Checkpoints(TrainerCallback):
             facts |= {f"adapter.{name}": sorted(v) if isinstance(v, set | frozenset) else v for name, v in values.items()}
         return facts | ({} if trainer.teacher is None else {"teacher": trainer.teacher.identity()})
 
-    def _student_facts(self) -> dict[str, Any]:
+    @cached_property
+    def _student(self) -> dict[str, Any]:
         """Read once: to hash a sharded base it is gathered, parameter by parameter."""
-        if self._student is None:
-            model = self.trainer.model
-            named = list(model.named_parameters())
-            self._student = {
-                "class": type(model).__name__.removeprefix("FSDP"),
-                "parameters": sum(shape_of(parameter).numel() for _, parameter in named),
-                "dtypes": sorted({str(parameter.dtype) for _, parameter in named if parameter.requires_grad}),
-                # the base of an adapter; what is trained comes from the checkpoint
-                "frozen": hash_tensors((name, parameter) for name, parameter in named if not parameter.requires_grad),
-            }
-        return self._student
+        model = self.trainer.model
+        named = list(model.named_parameters())
+        return {
+            "class": type(model).__name__.removeprefix("FSDP"),
+            "parameters": sum(shape_of(parameter).numel() for _, parameter in named),
+            "dtypes": sorted({str(parameter.dtype) for _, parameter in named if parameter.requires_grad}),
+            # the base of an adapter; what is trained comes from the checkpoint
+            "frozen": hash_tensors((name, parameter) for name, parameter in named if not parameter.requires_grad),
+        }
 
-    def _data_facts(self) -> str:
+    @cached_property
+    def _data(self) -> str:
         """A hash of all rows; of a stream, which has no end that is known, of the first ones."""
-        if self._data is None:
-            rows = self.trainer.train_dataset
-            if isinstance(rows, IterableDataset):
-                rows = Dataset.from_list(list(itertools.islice(rows, _STREAM_ROWS)))
-            self._data = data_fingerprint(rows)
-        return self._data
+        rows = self.trainer.train_dataset
+        if isinstance(rows, IterableDataset):
+            rows = Dataset.from_list(list(itertools.islice(rows, _STREAM_ROWS)))
+        return data_fingerprint(rows)
 
     # ---- the window since the last log ----------------------------------------------------------------------------
 
@@ -186,10 +177,15 @@ class Checkpoints(TrainerCallback):
         sums |= {"rollouts": trainer.rollouts and trainer.rollouts.state()}
         write_json(states_file(folder, trainer.args.process_index), trainer.token_metrics.state() | sums)
 
-    def _load_accumulators(self, folder: Path) -> None:
-        """Go on from there: the Trainer would begin a new window, and log other values than a straight run."""
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Go on from there, at the one moment between the Trainer's reset of its sums and its first step.
+
+        It would begin a new window, and log other values than a straight run.
+        """
         trainer = self.trainer
-        state = read_states(folder, trainer.args.process_index, trainer.args.world_size)
+        if self.resumed is None:
+            return
+        state = read_states(self.resumed, trainer.args.process_index, trainer.args.world_size)
         trainer.token_metrics.load(state)
         trainer._tr_loss = torch.tensor(state["tr_loss"], device=trainer.args.device)
         for name in _SUMS:
@@ -206,11 +202,6 @@ class Checkpoints(TrainerCallback):
             return False
         restart_random_numbers(args, self.trainer.state.global_step)
         return True
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Load the accumulators at the one moment between the Trainer's reset of its sums and its first step."""
-        if self.resumed is not None:
-            self._load_accumulators(self.resumed)
 
 
 def student_folder(model: Any, folder: Path) -> Path:
@@ -229,13 +220,10 @@ def _end(args: SFTConfig, sees_end: bool) -> dict[str, float] | None:
 
 
 def _is_full_disk(error: Exception, folder: Path) -> bool:
-    if says_disk_is_full(error):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    try:  # torch.save says "unexpected pos" or "iostream error", whatever the reason was
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(1 << 20))
-    except OSError as refusal:
-        return says_disk_is_full(refusal)
-    return False
+    if isinstance(error, RuntimeError) and not says_disk_is_full(error):
+        try:  # torch.save says "unexpected pos" or "iostream error", whatever the reason was
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(bytes(1 << 20))
+        except OSError as refusal:
+            return says_disk_is_full(refusal)
+    return says_disk_is_full(error)

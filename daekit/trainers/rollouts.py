@@ -11,12 +11,13 @@ What is written but not trained on yet lies in the checkpoint: the student that 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from typing import Any
 
@@ -67,7 +68,7 @@ class Rollouts:
             )
         self._stop = stop_token_ids(base_of(trainer.model), trainer.processing_class)
         require_prompts(trainer.train_dataset, args, trainer.processing_class, self._stop)
-        self._responses: dict[int, dict[int, list[int]]] = {}  # step -> place in the global batch -> token ids
+        self._responses: dict[tuple[int, int], list[int]] = {}  # step, place in the global batch -> token ids
         self._until = 0  # the first step whose responses are not written yet
         self._waiting: deque[Any] = deque()  # micro-batches that have been read ahead
         self._epoch: Iterator[Any] | None = None
@@ -82,7 +83,7 @@ class Rollouts:
         if step >= self._until:
             self._write(step)
         batches = self._next(count)
-        responses = self._responses.pop(step, {})
+        responses = {place: self._responses.pop((at, place)) for at, place in list(self._responses) if at == step}
         return [self._with_responses(batch, micro, responses) for micro, batch in enumerate(batches)]
 
     def chosen(self, step: int) -> list[int]:
@@ -101,7 +102,7 @@ class Rollouts:
 
     def state(self) -> dict[str, Any]:
         """What is written and not trained on yet, and what has been summed since the last log. JSON-able."""
-        responses = [[step, place, ids] for step, rows in self._responses.items() for place, ids in rows.items()]
+        responses = [[step, place, ids] for (step, place), ids in self._responses.items()]
         return {"until": self._until, "responses": responses, "means": self._means.state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -110,7 +111,7 @@ class Rollouts:
         args = self.trainer.args
         for step, place, ids in state["responses"]:
             if place // args.per_device_train_batch_size % args.world_size == args.process_index:
-                self._responses.setdefault(step, {})[place] = ids
+                self._responses[step, place] = ids
         self._means.load(state["means"])
 
     def _next(self, count: int) -> list[Any]:
@@ -144,8 +145,7 @@ class Rollouts:
             return
         seconds = torch.full((len(responses),), (time.perf_counter() - start) / len(responses))
         self._means.add("seconds", seconds, torch.zeros(len(responses), dtype=torch.long), ("",))
-        for (at, place), ids in responses.items():
-            self._responses.setdefault(at, {})[place] = ids
+        self._responses |= responses
         if not any(ids[-1] in self._stop for ids in responses.values()):
             logger.warning(
                 "on-policy: none of the %d responses for steps %d to %d ended within max_new_tokens=%d; all were cut",
@@ -155,58 +155,43 @@ class Rollouts:
     def _continued(self, prompts: Mapping[tuple[int, int], list[int]]) -> dict[tuple[int, int], list[int]]:
         """What the student writes after each prompt, with its end of turn. Under ZeRO-3 a collective call."""
         trainer, objective = self.trainer, self.objective
-        how = [
-            Sampling(objective.max_new_tokens, objective.rollout_temperature, (trainer.args.seed, _DRAW, *key))
-            for key in prompts
-        ]
-        with ExitStack() as stack:
-            stack.enter_context(rounding(trainer.accelerator))
-            if shards_parameters(trainer):
-                checkpointing = trainer.args.gradient_checkpointing_kwargs
-                unwrapped = unwrap_model_for_generation(
-                    trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing
-                )
-                stack.enter_context(unwrapped)
-            try:
-                written = generate(
-                    trainer.model,
-                    trainer.processing_class,
-                    list(prompts.values()),
-                    max_new_tokens=objective.max_new_tokens,
-                    batch_size=_TOGETHER,
-                    sampling=how,
-                    keep_stop=True,
-                )
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"rollout_buffer={objective.rollout_buffer}: {min(len(prompts), _TOGETHER)} responses at a time, of up to "
-                    f"max_new_tokens={objective.max_new_tokens}, do not fit into the memory beside the training. Lower one of "
-                    "the two."
-                ) from error
+        most = objective.max_new_tokens
+        how = [Sampling(most, objective.rollout_temperature, (trainer.args.seed, _DRAW, *key)) for key in prompts]
+        write = functools.partial(generate, max_new_tokens=most, batch_size=_TOGETHER, sampling=how, keep_stop=True)
+        whole: AbstractContextManager[Any] = nullcontext()
+        if shards_parameters(trainer):
+            settings = {"gradient_checkpointing_kwargs": trainer.args.gradient_checkpointing_kwargs}
+            whole = unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, **settings)
+        try:
+            with rounding(trainer.accelerator), whole:
+                written = write(trainer.model, trainer.processing_class, list(prompts.values()))
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"rollout_buffer={objective.rollout_buffer}: {min(len(prompts), _TOGETHER)} responses at a time, of up to "
+                f"max_new_tokens={most}, do not fit into the memory beside the training. Lower one of the two."
+            ) from error
         return dict(zip(prompts, written, strict=True))
 
     def _with_responses(self, batch: Any, micro: int, responses: Mapping[int, list[int]]) -> Any:
         """A micro-batch with the responses that the student wrote in place of those of the data."""
-        places = [self._place(micro, row) for row in range(len(batch["domains"]))]
-        if not any(place in responses for place in places):
+        of_rows = [responses.get(self._place(micro, row)) for row in range(len(batch["domains"]))]
+        own = {row: response for row, response in enumerate(of_rows) if response is not None}
+        if not own:
             return batch
         examples: list[dict[str, Any]] = []
-        lengths, ended = [], []
         seen = collated_rows(batch.get(FOR_TEACHER, batch))
-        for place, (ids, labels, domain), (theirs, wanted, _) in zip(places, collated_rows(batch), seen, strict=True):
-            told = theirs[: last_response(wanted) if place in responses else first_loss(wanted)]
-            if place in responses:
-                prompt, response = ids[: last_response(labels)], responses[place]
+        for response, (ids, labels, domain), (theirs, wanted, _) in zip(of_rows, collated_rows(batch), seen, strict=True):
+            told = theirs[: first_loss(wanted) if response is None else last_response(wanted)]
+            if response is not None:
+                prompt = ids[: last_response(labels)]
                 ids, labels = prompt + response, [IGNORE_INDEX] * len(prompt) + response
-                lengths.append(len(response))
-                ended.append(response[-1] in self._stop)
             examples.append({"input_ids": ids, "labels": labels, "domain": domain})
             if FOR_TEACHER in batch:
                 examples[-1][TEACHER_PROMPT_IDS] = told
-        domains = tuple(batch["domains"][row] for row, place in enumerate(places) if place in responses)
-        for name, values in (("rollout_length", lengths), ("rollout_ended", ended)):
-            self._means.add(name, torch.tensor(values), torch.arange(len(values)), domains)
-        written = tuple(place in responses for place in places)
+        number_R, domains = torch.arange(len(own)), tuple(batch["domains"][row] for row in own)
+        self._means.add("rollout_length", torch.tensor([len(ids) for ids in own.values()]), number_R, domains)
+        self._means.add("rollout_ended", torch.tensor([ids[-1] in self._stop for ids in own.values()]), number_R, domains)
+        written = tuple(response is not None for response in of_rows)
         return self.trainer.data_collator(examples) | {ON_POLICY: written, EXAMPLES: batch[EXAMPLES]}
 
 

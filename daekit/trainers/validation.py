@@ -16,7 +16,6 @@ from daekit.data.columns import first_row
 from daekit.errors import UserError
 from daekit.models.adapters import require_targets
 from daekit.models.experts import QuantisedExperts
-from daekit.recipe.objective import Objective
 
 # what PEFT takes for the experts of transformers 5: their names, and those of the modules that they were in transformers 4
 _EXPERT_NAMES = {"gate_up_proj": ("w1", "w3", "gate_proj", "up_proj"), "down_proj": ("w2",), "up_proj": ()}
@@ -24,8 +23,13 @@ _EXPERT_NAMES = {"gate_up_proj": ("w1", "w3", "gate_proj", "up_proj"), "down_pro
 
 def refuse_arguments(model: Any, teacher: Any, args: Any, train_dataset: Any, arguments: Mapping[str, Any]) -> None:
     """Raise UserError for arguments of a trainer, ``arguments`` those of SFTTrainer, that are not supported."""
-    if teacher is None:
-        _refuse_without_teacher(args.objective())
+    objective = args.objective()
+    for name in ("prediction_weight", "attention_weight", "hidden_weight"):  # 0 in silence without a teacher
+        if teacher is None and (value := getattr(objective, name)):
+            raise UserError(
+                f"{name}={value}: compares the student with a teacher, but there is none. Give a teacher, or train on the "
+                f"labels alone: a DomainSFTConfig, or ce_weight=1 and {name}=0."
+            )
     if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         raise UserError(
             "dataset_kwargs={'skip_prepare_dataset': True} is not supported: rows would get no domain and no length check. "
@@ -52,16 +56,6 @@ def _refuse_requantised(model: Any) -> None:
             f"{model.config.name_or_path}: was loaded from quantised weights: what is trained would be rounded to them again "
             "when it is saved. Give a peft_config, or the 16-bit model."
         )
-
-
-def _refuse_without_teacher(objective: Objective) -> None:
-    """A weight that needs a teacher where there is none: its part of the loss would be 0 in silence."""
-    for name in ("prediction_weight", "attention_weight", "hidden_weight"):
-        if value := getattr(objective, name):
-            raise UserError(
-                f"{name}={value}: compares the student with a teacher, but there is none. Give a teacher, or train on the "
-                f"labels alone: a DomainSFTConfig, or ce_weight=1 and {name}=0."
-            )
 
 
 def refuse_adapter(model: nn.Module, config: PeftConfig | None) -> None:

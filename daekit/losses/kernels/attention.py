@@ -26,9 +26,8 @@ def attention_kl_(
     teacher: AttentionLayer,
     pairs_R8: Tensor,
     offset_N: Tensor,
-    value_N: Tensor,
-    grad_query_NAD: Tensor | None,
-    grad_key_BGTD: Tensor | None,
+    value_N: Tensor | None,
+    gradients: tuple[Tensor | None, Tensor | None] | None,
 ) -> None:
     """Writes ``sum over heads of KL(teacher's attention || student's)`` of each covered query, and its gradient, in place.
 
@@ -40,12 +39,15 @@ def attention_kl_(
             (consecutive in both); the student's sequence and position in it where the row starts; the same two of the
             teacher; tokens of the row.
         offset_N: each query at a loss position, counted in tokens from the start of its row; ascending within a row.
-        value_N: float32, nats; untouched for queries of no pair.
-        grad_query_NAD: becomes d(sum of value_N)/d(student's queries), for the queries of the pairs. None: not wanted.
-        grad_key_BGTD: the same for the student's keys, for all keys of the pairs' rows. None: not wanted.
+        value_N: float32, nats; untouched for queries of no pair. None: not wanted.
+        gradients: become d(sum of value_N)/d(student's queries), for the queries of the pairs, and the same for the student's
+            keys, for all keys of the pairs' rows. None: not wanted.
     """
     if not pairs_R8.shape[0]:
         return
+    if value_N is None:
+        value_N = student.query_NAD.new_empty(len(offset_N), dtype=torch.float32)
+    grad_query_NAD, grad_key_BGTD = gradients or (None, None)
     queries, heads, width_s = student.query_NAD.shape
     device = student.query_NAD.device
     pairs_R8, offset_N = pairs_R8.to(device), offset_N.to(device)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from daekit.errors import UserError
-from daekit.losses.divergences import value_factor
+from daekit.losses.divergences import divergence_name, value_factor
 from daekit.protocol import OutputHead
 from daekit.recipe.objective import Objective
 
@@ -44,10 +44,7 @@ def chunk_losses(
         ``(ce_M, divergence_M, correct_M)``: float32 nats, ``T^2 * D`` (``D`` for ``tv``) in float32 nats, and whether the
         label is the first of the largest logits.
     """
-    name: str = objective.divergence
-    parameter, temperature = objective.parameter, objective.temperature
-    if parameter == 0.0:
-        name = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}.get(name, name)
+    temperature = objective.temperature
     tokens, columns = student_MV.shape
     teacher = student_MV if teacher_MV is None else teacher_MV
     if columns > 1 and (student_MV.stride(1) != 1 or teacher.stride(1) != 1):
@@ -61,9 +58,9 @@ def chunk_losses(
             _chunk_kernel[(tokens,)](
                 student_MV, teacher, labels_M, ce_M, divergence_M, correct_M.view(torch.uint8),
                 student_MV.stride(0), teacher.stride(0), columns,
-                float(head.scale), float(head.softcap or 1.0), float(parameter), 1.0 / temperature, factor,
+                float(head.scale), float(head.softcap or 1.0), float(objective.parameter), 1.0 / temperature, factor,
                 float(objective.ce_weight), objective.prediction_weight * factor / temperature,  # d logits/T -> d logits
-                TEACHER=teacher_MV is not None, DIVERGENCE=name, TEMPERED=temperature != 1.0,
+                TEACHER=teacher_MV is not None, DIVERGENCE=divergence_name(objective), TEMPERED=temperature != 1.0,
                 SOFTCAP=head.softcap is not None, GRADIENT=wants_gradient, CE=objective.ce_weight != 0.0,
                 BLOCK=min(_BLOCK, max(16, triton.next_power_of_2(columns))), num_warps=16, enable_fp_fusion=True,
             )  # fmt: skip
