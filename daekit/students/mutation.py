@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from daekit.students.families import family_of
 from daekit.students.space import Blocks, Candidate, Space
 
-_SIZES = ("layers", "hidden", "neurons", "groups", "queries", "head_dims")
-
 
 def crossed(space: Space, one: Candidate, other: Candidate, generator: random.Random) -> Candidate:
     """A candidate that takes each choice from one of two parents; choices of a layer follow the layer where depths differ."""
-    names = ("layers", "hidden", "neurons", "groups", "queries", "head_dim")
-    source = {name: generator.choice((one, other)) for name in names}
+    source = {each.name: generator.choice((one, other)) for each in fields(Candidate)}
     if family_of(space.config).hidden_is_all_heads:  # these depend on each other
         source["hidden"] = source["head_dim"] = source["groups"]
-    layers = source["layers"].layers
-    choices: dict[str, Any] = {name: getattr(source[name], name) for name in ("hidden", "queries", "head_dim")}
+    choices: dict[str, Any] = {name: getattr(parent, name) for name, parent in source.items()}
     for name in ("neurons", "groups"):
-        choices[name] = _by_layer(space, source[name], layers, getattr(source[name], name))
-    return Candidate(layers=layers, **choices)
+        choices[name] = _by_layer(space, source[name], choices["layers"], choices[name])
+    return Candidate(**choices)
 
 
 def _by_layer(space: Space, parent: Candidate, layers: Blocks, kept: tuple[Blocks, ...]) -> tuple[Blocks, ...]:
@@ -39,10 +35,10 @@ def mutated(space: Space, candidate: Candidate, generator: random.Random) -> Can
     """A candidate with one change: a size stepped up or down, one size up and another down, another layer, or another block."""
     change = generator.choice(["resize", "trade"] + ["layer"] * space.any_layers + ["block"] * bool(space.any_units))
     if change == "layer":
-        return _with_layers(space, candidate, _swapped(candidate.layers, space.own.num_hidden_layers, generator))
+        return _with_layers(space, candidate, _swapped(candidate.layers, space.blocks["layers"], generator))
     if change == "block":
         return _with_other_block(space, candidate, generator)
-    sizes = [name for name in _SIZES if len(getattr(space, name)) > 1]
+    sizes = [name for name in space.sizes(candidate) if len(getattr(space, name)) > 1]
     if not sizes:
         return candidate
     if change == "trade" and len(sizes) > 1:
@@ -53,15 +49,7 @@ def mutated(space: Space, candidate: Candidate, generator: random.Random) -> Can
 
 def _stepped(space: Space, candidate: Candidate, name: str, step: int) -> Candidate:
     """A candidate with one size moved to the next size of the space; unchanged where there is none."""
-    shape = space.shape(candidate)
-    current = {
-        "layers": shape.num_hidden_layers,
-        "hidden": shape.hidden_size,
-        "neurons": shape.intermediate_size,
-        "groups": shape.num_key_value_heads,
-        "queries": candidate.queries,
-        "head_dims": candidate.head_dim,
-    }[name]
+    current = space.sizes(candidate)[name]
     size = next((each for each in sorted(getattr(space, name), reverse=step < 0) if (each - current) * step > 0), current)
     if name == "layers":
         order = sorted(space.layer_order, key=lambda layer: layer not in candidate.layers)  # the kept ones first
@@ -82,10 +70,9 @@ def _resized(space: Space, candidate: Candidate, name: str, size: int) -> Candid
         return replace(candidate, head_dim=size)
     if name == "hidden":
         return replace(candidate, hidden=_more_or_fewer(candidate.hidden, size // space.hidden_block))
-    if name == "neurons":
-        count = size // space.neuron_block
-        return replace(candidate, neurons=tuple(_more_or_fewer(kept, count) for kept in candidate.neurons))
-    return replace(candidate, groups=tuple(_more_or_fewer(kept, size) for kept in candidate.groups))
+    count = size // space.neuron_block if name == "neurons" else size
+    kept: dict[str, Any] = {name: tuple(_more_or_fewer(each, count) for each in getattr(candidate, name))}
+    return replace(candidate, **kept)
 
 
 def _more_or_fewer(kept: Blocks, count: int) -> Blocks:
@@ -107,13 +94,11 @@ def _with_layers(space: Space, candidate: Candidate, layers: Blocks) -> Candidat
 def _with_other_block(space: Space, candidate: Candidate, generator: random.Random) -> Candidate:
     """A candidate with one kept block exchanged for a missing one: of the channels, or of one entry's neurons or heads."""
     name = generator.choice(("hidden", "neurons", "groups"))
-    own = space.own
     if name == "hidden":
-        return replace(candidate, hidden=_swapped(candidate.hidden, own.hidden_size // space.hidden_block, generator))
-    units = own.intermediate_size // space.neuron_block if name == "neurons" else own.num_key_value_heads
+        return replace(candidate, hidden=_swapped(candidate.hidden, space.blocks[name], generator))
     entries: list[Blocks] = list(getattr(candidate, name))
     place = generator.randrange(len(entries))
-    entries[place] = _swapped(entries[place], units, generator)
+    entries[place] = _swapped(entries[place], space.blocks[name], generator)
     return replace(candidate, **{name: tuple(entries)})  # type: ignore[arg-type]
 
 
