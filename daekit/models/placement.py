@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -82,8 +82,6 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def free_memory() -> None:
     """Give back what nobody refers to any more: a trainer and its model refer to each other in circles, and would stay."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    clear_device_cache(garbage_collection=True)
     with contextlib.suppress(AttributeError, OSError):  # glibc keeps freed blocks of up to 32 MB, other libraries do not
         ctypes.CDLL(None).malloc_trim(0)

@@ -181,11 +181,9 @@ def _require_alike(models: Sequence[PreTrainedModel]) -> None:
         require_model_type(model, "mistral")
     if len(models) < 2:
         raise UserError(f"a mixture needs at least two models, not {len(models)}")
-    expected = _shared(models[0].config)
-    for index, model in enumerate(models[1:], start=1):
-        found = _shared(model.config)
-        differ = [f"{name}: {expected[name]!r} and {found[name]!r}" for name in _SHARED if found[name] != expected[name]]
-        if differ:
+    first, *others = (_shared(model.config) for model in models)
+    for index, other in enumerate(others, start=1):
+        if differ := [f"{name}: {first[name]!r} and {other[name]!r}" for name in _SHARED if other[name] != first[name]]:
             raise UserError(f"models 0 and {index} do not fit into one mixture: {'; '.join(differ)}")
 
 
