@@ -261,10 +261,3 @@ def test_what_cannot_be_done_is_refused():
     model.config.quantization_config = {"load_in_4bit": True}
     with pytest.raises(UserError, match="quantised"):
         measure_experts(model, rows())
-
-
-def test_one_expert_per_token_is_allowed_if_it_is_said():
-    model = mixtral()
-    student = fewer_experts(model, 1, given_scores((3, 1)), num_experts_per_tok=1)
-    dense = mixtral_to_dense(model, "best_expert", given_scores((3, 1)))
-    assert difference(student, dense) < 4e-6

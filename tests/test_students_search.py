@@ -12,14 +12,13 @@ import torch
 from daekit.errors import UserError
 from daekit.students.figure import search_svg
 from daekit.students.importance import first_n, measure_importance, sort_teacher
-from daekit.students.mutation import crossed, mutated
 from daekit.students.scorer import CandidateScorer
 from daekit.students.search import Round, read_log, run_search
 from daekit.students.selection import require_valid
 from daekit.students.shapes import Shape, count_parameters
 from daekit.students.slicing import slice_model, view_model
 from daekit.students.space import Window, space_of
-from daekit.students.strategies import draw, evolve, grid
+from daekit.students.strategies import crossed, draw, evolve, grid, mutated
 from tests.helpers.student_cases import CONFIGS, VOCABULARY, first_units, rows, teacher
 
 SPACES = [("coarse", "uniform"), ("coarse", "layerwise"), ("fine", "uniform"), ("fine", "layerwise")]

@@ -68,7 +68,7 @@ class SuiteModel:
         """Look at config, adapter and tokenizer; UserError if the model is not there."""
         _ = self.config
         if self.spec.adapter is not None:
-            adapter_config(Path(self.spec.adapter).expanduser())
+            adapter_config(self.spec.adapter)
         _ = self.tokenizer
 
     @property

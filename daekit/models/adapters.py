@@ -18,47 +18,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from daekit.errors import UserError
 from daekit.models.backbone import base_of
 from daekit.models.experts import PROJECTIONS, is_experts_layer
-from daekit.models.loading import UNREADABLE, adapter_config, first_line, load_model, say_whole
+from daekit.models.loading import UNREADABLE, adapter_config, base_of_adapter, first_line, load_model, say_whole
 from daekit.models.restore import ADAPTER_WEIGHTS, restore_adapter
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, on_an_end, read_adapter_config, require_same_base, require_shareable
 from daekit.recipe.schema import LoraSpec, ModelSpec
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def lora_config_of(folder: str | Path) -> LoraConfig:
-    """The config of an adapter, shareable or not; UserError for what ``read_adapter_config`` refuses."""
-    config = adapter_config(Path(folder).expanduser())
-    assert isinstance(config, LoraConfig), "read_adapter_config has looked"
-    return config
-
 
 def lora_config(spec: LoraSpec, base: ModelSpec | None = None) -> LoraConfig:
-    """A new adapter, on ``base``, in PEFT's terms."""
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        revision=base.revision if base else None,
-        r=spec.r,
-        lora_alpha=spec.lora_alpha,
-        lora_dropout=spec.lora_dropout,
-        target_modules=spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules),
-        use_rslora=spec.use_rslora,
-        use_dora=spec.use_dora,
-    )
+    """A new adapter, on ``base``, in PEFT's terms, which are those of the spec."""
+    options = spec.model_dump(mode="json", exclude={"merge"})
+    return LoraConfig(task_type="CAUSAL_LM", revision=base.revision if base else None, **options)
 
 
 def base_spec(spec: ModelSpec) -> ModelSpec:
     """The base of a student that continues an adapter: what ``spec`` names (UserError if not the adapter's), or the adapter."""
     if spec.adapter is None:
         return spec
-    config = lora_config_of(spec.adapter)
-    assert config.base_model_name_or_path is not None, "read_adapter_config has looked"
-    if spec.path is not None:
-        require_same_base(spec.adapter, config.base_model_name_or_path, spec.path, (config.revision, spec.revision))
-        return spec.model_copy(update={"adapter": None})
-    # code of a base that the recipe does not name is not trusted
-    base = {"path": config.base_model_name_or_path, "revision": config.revision, "trust_remote_code": False}
-    return spec.model_copy(update={"adapter": None, **base})
+    if spec.path is None:
+        return base_of_adapter(spec, spec.adapter)
+    config = adapter_config(spec.adapter)
+    require_same_base(spec.adapter, str(config.base_model_name_or_path), spec.path, (config.revision, spec.revision))
+    return spec.model_copy(update={"adapter": None})
 
 
 def load_continued(spec: ModelSpec, split: bool = False) -> PeftModel:
@@ -73,14 +53,14 @@ def load_continued(spec: ModelSpec, split: bool = False) -> PeftModel:
     assert spec.adapter is not None
     base = base_spec(spec)
     require_adapters_fit([spec.adapter], base)
-    config = lora_config_of(spec.adapter)
+    config = adapter_config(spec.adapter)
     config.inference_mode = False
     config.revision = base.revision
     config = _without_first_values(config)
-    reason = reads_base(config) if split else None
-    if reason:
+    if split and (reason := reads_base(config)):
         say_whole(base.path, reason)
-    model = get_peft_model(load_model(base, split=split and reason is None), config)
+        split = False
+    model = get_peft_model(load_model(base, split=split), config)
     restore_adapter(model, Path(spec.adapter).expanduser(), "default")
     return model
 
@@ -105,19 +85,18 @@ def load_frozen(model: PeftModel, folder: str | Path, name: str) -> None:
     Raises:
         UserError: an adapter of another base, incomplete, of other shapes, or of a kind that is not supported.
     """
-    config = lora_config_of(folder)
+    config = adapter_config(folder)
     config.inference_mode = True
     base = base_of(model)
     revisions = config.revision, model.peft_config[model.active_adapter].revision
     require_same_base(folder, str(config.base_model_name_or_path), base.config._name_or_path or "", revisions)
     with torch.device("meta"):
         meta_model = type(base)(copy.deepcopy(base.config))
-    _require_fits(folder, config, meta_model, quantised=getattr(base, "is_quantized", False))
+    quantised = getattr(base, "is_quantized", False)
+    _require_fits(folder, config, meta_model, quantised)
     flags = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     model.add_adapter(name, _without_first_values(config))
-    if getattr(base, "is_quantized", False):
-        _take_dtypes(model, name, Path(folder).expanduser())
-    restore_adapter(model, Path(folder).expanduser(), name)
+    restore_adapter(model, Path(folder).expanduser(), name, saved_dtypes=quantised)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(flags.get(key, False))
 
@@ -127,7 +106,7 @@ def require_adapters_fit(folders: Iterable[str | Path], base: ModelSpec) -> None
     assert base.path is not None, "a base has a name"
     config = config_of(base)
     for folder in folders:
-        lora = lora_config_of(folder)
+        lora = adapter_config(folder)
         require_same_base(folder, str(lora.base_model_name_or_path), base.path, (lora.revision, base.revision))
         # trust in an adapter is none in the base that it names, whose config this is
         trusted = base.trust_remote_code and not _is_adapter(base)
@@ -193,7 +172,8 @@ def _require_fits(folder: str | Path, lora: LoraConfig, meta_model: PreTrainedMo
                 f"{folder}: the adapter holds {end} of its own (modules_to_save or trainable_token_indices), but this base "
                 "ties embeddings and output head: the other one would not follow. Use an adapter without them."
             )
-    expected = {name: tuple(tensor.shape) for name, tensor in _state_of(adapted, "default").items()}
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     saved = _saved_shapes(folder)
     if different := sorted({name for name, _ in expected.items() ^ saved.items()}):
         first = different[0]
@@ -208,8 +188,7 @@ def config_of(base: ModelSpec) -> PreTrainedConfig:
     """The config of a base; of one that is an adapter merged when it is loaded, that of the model below."""
     assert base.path is not None
     if _is_adapter(base):
-        below = lora_config_of(base.path)
-        return config_of(ModelSpec(path=below.base_model_name_or_path, revision=below.revision))
+        return config_of(base_of_adapter(base, base.path))
     try:
         return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code)
     except UNREADABLE as error:
@@ -253,19 +232,3 @@ def _saved_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: the weights of the LoRA adapter cannot be read ({error})") from error
-
-
-def _take_dtypes(model: PeftModel, adapter: str, folder: Path) -> None:
-    """Give each parameter of an adapter the dtype that its tensor has on disk: PEFT makes float32 of all."""
-    home_of = {tensor.data_ptr(): key for key, tensor in _state_of(model, adapter).items()}
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        for parameter in adapter_parameters(model, adapter).values():
-            name = file.get_slice(home_of[parameter.data_ptr()]).get_dtype()
-            if name not in _DTYPES:
-                raise UserError(f"{folder}: the adapter's weights are in {name}; known: {', '.join(_DTYPES)}")
-            parameter.data = parameter.data.to(_DTYPES[name])
-
-
-def _state_of(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter by the names that they are saved under."""
-    return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)

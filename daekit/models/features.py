@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,11 +67,10 @@ def layers_of(spec: FeatureSpec, teacher: PreTrainedConfig) -> FeatureLayers:
     if layers[0] is not None:
         for who, config in (("teacher", theirs), ("student", ours)):
             _require_softmax(who, config)
+            if spec.relation_heads is not None:
+                require_divisible(who, config, spec.relation_heads)
         if spec.relation_heads is None:
             require_equal_heads(ours.num_attention_heads, theirs.num_attention_heads)
-        else:
-            for who, config in (("student", ours), ("teacher", theirs)):
-                require_divisible(who, config, spec.relation_heads)
         if isinstance(layers[0], str):
             mine, yours = softmax_layers(ours), softmax_layers(theirs)
             pairs = match_layers(layers[0], len(mine), len(yours))
@@ -283,10 +283,11 @@ def _one_stream(layer: nn.Module, output: Any) -> Tensor:
 def capture_hidden(model: nn.Module, layers: Iterable[int], observer: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Call ``observer(layer, hidden_BTH)`` with the output of each of ``layers`` while the model runs."""
     modules = decoder_layers(model) if (wanted := sorted(set(layers))) else []
+
+    def show(layer: int, module: nn.Module, _: Any, output: Any) -> None:
+        observer(layer, _one_stream(module, output))
+
     with ExitStack() as hooks:
         for layer in wanted:
-            hook = modules[layer].register_forward_hook(
-                lambda module, _, output, layer=layer: observer(layer, _one_stream(module, output))
-            )
-            hooks.callback(hook.remove)
+            hooks.enter_context(modules[layer].register_forward_hook(partial(show, layer)))
         yield

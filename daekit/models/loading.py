@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -35,24 +36,17 @@ from daekit.models.quantization import (
     require_quantised,
     require_supported,
     require_whole_blocks,
-    with_experts,
 )
-from daekit.models.quantized_loading import reading_unmapped
-from daekit.models.restore import restore_weights
+from daekit.models.quantized_loading import quantising_experts, reading_unmapped
+from daekit.models.restore import ALWAYS, restore_adapter
 from daekit.models.split_loading import CannotWaitError, waiting_model
 from daekit.models.vocabulary import vocabulary_size
 from daekit.models.zero3_loading import each_rank_reading
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from daekit.recipe.schema import ModelSpec
 
-if TYPE_CHECKING:
-    from peft import PeftConfig
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # what transformers raises for files that hold something else than it takes for granted, null for instance
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError)
-# no pickles; what is missing or of another shape is named, where transformers would fill in random weights
-ALWAYS = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
 
 
 def load_model(
@@ -113,7 +107,7 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
     reason = _why_whole(settings, arguments) if split else "not split"
     if reason is None:
         try:
-            return waiting_model(lambda: _read(load, path, arguments))[0]
+            return waiting_model(lambda: _read(load, path, arguments))
         except CannotWaitError as error:
             reason = str(error)
     if split:
@@ -125,11 +119,11 @@ def load_whole(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]
                 f"over quantization={bits_of(config)}. Leave quantization out, or give the unquantised model."
             )
         require_supported(config, rank_device(), path)
-        with reading_unmapped():
-            model, _ = _read(load, path, {**arguments, "quantization_config": with_experts(config)})
+        with reading_unmapped(), quantising_experts():
+            model = _read(load, path, arguments)
     else:
         require_readable(settings, path)
-        model, _ = _read(load, path, arguments)
+        model = _read(load, path, arguments)
         in_one_dtype(model, settings)
     if isinstance(getattr(model.config, "quantization_config", None), BitsAndBytesConfig):  # ours, or that of the checkpoint
         line = require_quantised(model, path)
@@ -157,8 +151,8 @@ def stored_settings(path: str, revision: str | None) -> dict[str, Any]:
         return {}
 
 
-def _read(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
-    """``load(path, **arguments)``: the model and transformers' loading info, or UserError."""
+def _read(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
+    """The model of ``load(path, **arguments)``, filled, or UserError."""
     try:
         with each_rank_reading():
             model, info = load(path, **arguments, **ALWAYS)
@@ -175,7 +169,7 @@ def _read(load: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> 
     if broken:
         some = "; ".join(f"{len(keys)} {what.replace('_', ' ')} such as {keys[0]}" for what, keys in broken.items())
         raise UserError(f"{path}: the checkpoint does not fill the model: {some}. It is incomplete or of another model.")
-    return model, info
+    return model
 
 
 def not_here(path: str) -> str:
@@ -227,7 +221,7 @@ def _from_config(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, see
         config = AutoConfig.for_model(model_type, **fields)
         _refuse_unknown(fields, config)
         set_seed(seed)
-        dtype = _DTYPES.get(spec.dtype, torch.float32)
+        dtype = getattr(torch, spec.dtype, torch.float32)  # auto
         attention = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
         with set_zero3_state():  # the same random weights under every engine; ZeRO-3 splits them when the training begins
             return AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
@@ -249,7 +243,7 @@ def _refuse_unknown(fields: dict[str, Any], config: PreTrainedConfig) -> None:
 
 
 def _from_pretrained(spec: ModelSpec, split: bool) -> PreTrainedModel:
-    arguments: dict[str, Any] = {"dtype": _DTYPES.get(spec.dtype, "auto")}
+    arguments: dict[str, Any] = {name: getattr(spec, name) for name in ("dtype", "revision", "trust_remote_code")}
     if spec.attn_implementation:
         arguments["attn_implementation"] = spec.attn_implementation
     if spec.quantization:
@@ -260,7 +254,6 @@ def _from_pretrained(spec: ModelSpec, split: bool) -> PreTrainedModel:
     if spec.device_map is not None:
         require_devices(spec.device_map, str(spec.path))
         arguments["device_map"] = device_map_of(spec.device_map)
-    arguments |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     model = load_whole(AutoModelForCausalLM.from_pretrained, str(spec.path), arguments, split)
     if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
         raise UserError(
@@ -271,17 +264,21 @@ def _from_pretrained(spec: ModelSpec, split: bool) -> PreTrainedModel:
 
 
 def _merged_adapter(directory: Path, spec: ModelSpec) -> PreTrainedModel:
-    """A LoRA adapter folded into its base; the base is loaded as ``spec`` says, without quantisation."""
+    """A LoRA adapter folded into its base, which may be an adapter in turn, without quantisation."""
     if spec.quantization:
         raise UserError(
             f"{directory}: holds a LoRA adapter, which is merged into its 16-bit base; quantization={spec.quantization} "
             "is not possible then. Merge it first and load the merged model in 4 bits."
         )
+    return merge_adapter(load_model(base_of_adapter(spec, directory)), directory)
+
+
+def base_of_adapter(spec: ModelSpec, directory: str | Path) -> ModelSpec:
+    """The base that the adapter in a directory names, loaded as ``spec`` says."""
     config = adapter_config(directory)
-    base = config.base_model_name_or_path
-    # the base may be an adapter on its base in turn; code of a base that the recipe does not name is not trusted
-    update = {"path": base, "revision": config.revision, "trust_remote_code": False}
-    return merge_adapter(load_model(spec.model_copy(update=update)), directory)
+    # code of a base that the recipe does not name is not trusted
+    base = {"path": config.base_model_name_or_path, "revision": config.revision, "trust_remote_code": False}
+    return spec.model_copy(update={"adapter": None, **base})
 
 
 def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
@@ -290,16 +287,8 @@ def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     Raises:
         UserError: no adapter there, one that cannot be read, or one that does not fit the model.
     """
-    from peft import get_peft_model
-
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
-    # not PeftModel.from_pretrained: it reads pickles, and a missing weight is a warning only
-    try:
-        adapted = get_peft_model(model, adapter_config(directory))
-    except ValueError as error:
-        raise UserError(f"{directory}: the adapter does not fit the model ({first_line(error)})") from error
-    restore_weights(adapted, directory)
-    merged = adapted.merge_and_unload()
+    merged: Any = with_adapter(model, directory).merge_and_unload()
     for name, parameter in merged.named_parameters():  # PEFT has frozen them all
         parameter.requires_grad_(trained[name])
     # the next adapter trained on it must name this as its base, not the base without this adapter
@@ -307,13 +296,26 @@ def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     return merged
 
 
-def adapter_config(directory: Path) -> PeftConfig:
-    """The config of the adapter in a directory; UserError if there is none."""
-    from peft import PeftConfig
+def with_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
+    """``model`` with the LoRA adapter of ``directory`` on it, also one of a kind that cannot share its base with others.
 
+    Raises:
+        UserError: as ``merge_adapter``.
+    """
+    # not PeftModel.from_pretrained: it reads pickles, and a missing weight is a warning only
+    try:
+        adapted = get_peft_model(model, adapter_config(directory))
+    except ValueError as error:
+        raise UserError(f"{directory}: the adapter does not fit the model ({first_line(error)})") from error
+    restore_adapter(adapted, directory, adapted.active_adapter)
+    return adapted
+
+
+def adapter_config(directory: str | Path) -> LoraConfig:
+    """The config of the LoRA adapter in a directory; UserError for what ``read_adapter_config`` refuses."""
     read_adapter_config(directory)
     try:
-        return PeftConfig.from_pretrained(str(directory))
+        return LoraConfig.from_pretrained(str(Path(directory).expanduser()))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{directory}: its {ADAPTER_CONFIG} cannot be read ({first_line(error)})") from error
 

@@ -8,14 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from daekit.errors import UserError
-from daekit.models.adapters import base_spec, lora_config_of
-from daekit.models.loading import load_model, load_tokenizer_of, stored_settings
-from daekit.models.restore import restore_adapter
+from daekit.models.loading import base_of_adapter, load_model, load_tokenizer_of, stored_settings, with_adapter
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.schema import Dtype, ModelSpec
 
@@ -91,13 +87,18 @@ def save_merged(folder: str | Path, out: str | Path, dtype: Dtype = "auto") -> M
 
 def _save(folder: str | Path, out: Path, dtype: Dtype) -> MergeCheck:
     """Save the merged model and compare what is read back."""
-    spec = ModelSpec(adapter=str(folder), dtype=dtype)
-    base = base_spec(spec)
-    _require_unquantised(base, folder)
+    base = base_of_adapter(ModelSpec(adapter=str(folder), dtype=dtype), folder)
+    if settings := stored_settings(str(base.path), base.revision):
+        raise UserError(
+            f"{base.path}: is quantised ({settings.get('quant_method')}); an adapter is merged into the 16-bit base. If you "
+            f"have that, name it in base_model_name_or_path of {folder}/adapter_config.json."
+        )
     has_tokenizer = (Path(folder).expanduser() / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer_of(ModelSpec(path=str(folder)) if has_tokenizer else base)
-    model = _adapted(spec)
-    ids_BT = _batch(tokenizer)
+    model = with_adapter(load_model(base), Path(folder).expanduser()).eval()
+    ids = [tokenizer(text)["input_ids"] for text in _SENTENCES]
+    length = max(min(map(len, ids)), 1)
+    ids_BT = torch.tensor([row[:length] for row in ids])  # cut to the shortest: no padding, so every position is compared
     size = vocabulary_size(tokenizer)
     adapted = _logits(model, ids_BT, size)
     with model.disable_adapter():
@@ -114,29 +115,6 @@ def _save(folder: str | Path, out: Path, dtype: Dtype) -> MergeCheck:
             f"{folder}: the merged model is not the base with its adapter: {check}. Rounding is less with --dtype float32."
         )
     return check
-
-
-def _require_unquantised(base: ModelSpec, folder: str | Path) -> None:
-    if settings := stored_settings(str(base.path), base.revision):
-        raise UserError(
-            f"{base.path}: is quantised ({settings.get('quant_method')}); an adapter is merged into the 16-bit base. If you "
-            f"have that, name it in base_model_name_or_path of {folder}/adapter_config.json."
-        )
-
-
-def _adapted(spec: ModelSpec) -> PeftModel:
-    """The base with its adapter; also of the kinds that cannot share a base with others."""
-    assert spec.adapter is not None
-    model = get_peft_model(load_model(base_spec(spec)), lora_config_of(spec.adapter))
-    restore_adapter(model, Path(spec.adapter).expanduser(), "default")
-    return model.eval()
-
-
-def _batch(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """``[B, T]`` ids of a few sentences, cut to the shortest: no padding, so that every position is compared."""
-    ids = [tokenizer(text)["input_ids"] for text in _SENTENCES]
-    length = max(min(map(len, ids)), 1)
-    return torch.tensor([row[:length] for row in ids])
 
 
 def _logits(model: nn.Module, ids_BT: Tensor, size: int) -> Tensor:

@@ -8,7 +8,6 @@ plain copies. Embeddings, final norm and output head stay on the device: the los
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,20 +17,8 @@ from daekit.errors import UserError
 from daekit.models.backbone import decoder_layers
 
 _ALIGNMENT = 256  # bytes; of each tensor in its piece, as the CUDA allocator aligns
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a module keeps one tensor: an attribute of an object (buffers are attributes of their module, too)."""
-
-    owner: Any
-    name: str
-
-    def get(self) -> Tensor:
-        return getattr(self.owner, self.name)
-
-    def set(self, tensor: Tensor) -> None:
-        setattr(self.owner, self.name, tensor)
+# where a module keeps one tensor: an object and the name of its attribute (buffers are attributes of their module, too)
+_Place = tuple[Any, str]
 
 
 class LayerOffload:
@@ -46,10 +33,10 @@ class LayerOffload:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.layers, self.device = decoder_layers(model), device
         _require_offloadable(model)
-        inside = {(id(place.owner), place.name) for layer in self.layers for place in _places(layer)}
-        for place in _places(model):
-            if (id(place.owner), place.name) not in inside:
-                place.set(place.get().to(device))
+        inside = {(id(owner), name) for layer in self.layers for owner, name in _places(layer)}
+        for owner, name in _places(model):
+            if (id(owner), name) not in inside:
+                setattr(owner, name, getattr(owner, name).to(device))
         self._hosts = [_Piece(list(_places(layer)), device) for layer in self.layers]
         size = max(host.buffer.numel() for host in self._hosts)
         self._slots = [_Slot(size, device) for _ in range(2)]
@@ -100,7 +87,7 @@ class _Piece:
 
     def __init__(self, places: list[_Place], device: torch.device) -> None:
         self._places = places
-        tensors = [place.get() for place in places]
+        tensors = [getattr(owner, name) for owner, name in places]
         self._spans, end = [], 0
         for tensor in tensors:
             self._spans.append((end, tensor.nbytes, tensor.dtype, tensor.shape))
@@ -112,8 +99,8 @@ class _Piece:
 
     def show(self, buffer: Tensor) -> None:
         """Let the layer use the tensors in ``buffer``."""
-        for place, view in zip(self._places, self._views(buffer), strict=True):
-            place.set(view)
+        for (owner, name), view in zip(self._places, self._views(buffer), strict=True):
+            setattr(owner, name, view)
 
     def _views(self, buffer: Tensor) -> Iterator[Tensor]:
         for start, size, dtype, shape in self._spans:
@@ -132,18 +119,14 @@ class _Slot:
 
 def _places(module: nn.Module) -> Iterator[_Place]:
     """Every tensor under a module, once: parameters, buffers, and the scales of bitsandbytes' 4-bit weights."""
-    seen: set[int] = set()
+    for parameter in module.parameters():
+        yield parameter, "data"
+        state = getattr(parameter, "quant_state", None)
+        for scales in (state, getattr(state, "state2", None)):
+            tensors = {} if scales is None else vars(scales)
+            yield from ((scales, name) for name, value in tensors.items() if isinstance(value, Tensor))
     for part in module.modules():
-        for parameter in part.parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            yield _Place(parameter, "data")
-            state = getattr(parameter, "quant_state", None)
-            for scales in (state, state.state2 if state is not None else None):
-                if scales is not None:
-                    yield from (_Place(scales, name) for name, value in vars(scales).items() if isinstance(value, Tensor))
-        yield from (_Place(part, name) for name, _ in part.named_buffers(recurse=False))
+        yield from ((part, name) for name, _ in part.named_buffers(recurse=False))
 
 
 def _require_offloadable(model: nn.Module) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -21,9 +21,10 @@ from daekit.recipe.model import SPREADS
 
 def device_map_of(given: str | Mapping[str, str]) -> str | dict[str, Any]:
     """What transformers takes for the ``device_map`` of a recipe: numbers name GPUs, a single device takes everything."""
-    if isinstance(given, str):
-        return given if given in SPREADS else {"": _device(given)}
-    return {module: _device(device) for module, device in given.items()}
+    if isinstance(given, str) and given in SPREADS:
+        return given
+    devices = {"": given} if isinstance(given, str) else given
+    return {module: int(device) if device.isdigit() else device for module, device in devices.items()}
 
 
 def require_devices(given: str | Mapping[str, str], path: str) -> None:
@@ -38,18 +39,6 @@ def require_devices(given: str | Mapping[str, str], path: str) -> None:
             raise UserError(
                 f"{path}: device_map names {device}, but there are no {kind.type} devices here; name others, or cpu"
             )
-
-
-def _device(text: str) -> int | str:
-    if text.isdigit():
-        return int(text)
-    try:
-        torch.device(text)
-    except RuntimeError as error:
-        raise UserError(
-            f"device_map: {text!r} is no device (cpu, cuda:0, 0...; layers that wait in host memory are `offload: true`)"
-        ) from error
-    return text
 
 
 def hold_ends(model: PreTrainedModel) -> None:
@@ -93,8 +82,6 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def free_memory() -> None:
     """Give back what nobody refers to any more: a trainer and its model refer to each other in circles, and would stay."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    clear_device_cache(garbage_collection=True)
     with contextlib.suppress(AttributeError, OSError):  # glibc keeps freed blocks of up to 32 MB, other libraries do not
         ctypes.CDLL(None).malloc_trim(0)

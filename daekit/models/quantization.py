@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,6 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from daekit.environment import rank
 from daekit.errors import UserError
 from daekit.models.experts import QuantisedExperts
-from daekit.models.quantized_loading import EIGHT_BITS, FOUR_BITS
 from daekit.recipe.schema import ModelSpec
 
 _MOSTLY = 0.5
@@ -35,13 +33,6 @@ def quantization_config(spec: ModelSpec) -> BitsAndBytesConfig:
 def bits_of(config: BitsAndBytesConfig) -> str:
     """What a recipe calls these settings."""
     return "8bit" if config.load_in_8bit else "4bit"
-
-
-def with_experts(config: BitsAndBytesConfig) -> BitsAndBytesConfig:
-    """A copy of the settings that makes transformers take our quantiser, which knows experts."""
-    config = copy.deepcopy(config)
-    config.quant_method = EIGHT_BITS if config.load_in_8bit else FOUR_BITS
-    return config
 
 
 def require_supported(config: BitsAndBytesConfig, device: torch.device, path: str) -> None:

@@ -12,20 +12,17 @@ from typing import Any
 
 import torch
 import transformers.modeling_utils as library
+import transformers.quantizers.auto as choice
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
-from transformers.utils.quantization_config import QuantizationMethod
 
 from daekit.environment import replaced
 from daekit.errors import UserError
 from daekit.models.experts import PROJECTIONS, is_experts_layer, quantise_experts
-
-FOUR_BITS, EIGHT_BITS = "daekit_4bit", "daekit_8bit"
 
 
 def reading_unmapped() -> AbstractContextManager[None]:
@@ -38,16 +35,17 @@ def reading_unmapped() -> AbstractContextManager[None]:
     return replaced(library, "safe_open", open_unmapped)
 
 
+def quantising_experts() -> AbstractContextManager[None]:
+    """Inside, transformers chooses our quantisers for bitsandbytes, which know experts."""
+    ours = {"bitsandbytes_4bit": _FourBits, "bitsandbytes_8bit": _EightBits}
+    return replaced(choice, "AUTO_QUANTIZER_MAPPING", choice.AUTO_QUANTIZER_MAPPING | ours)
+
+
 class _WithExperts:
     """What both quantisers add to transformers' own: experts are quantised like the Linear modules around them."""
 
     bits: int
     quantization_config: BitsAndBytesConfig
-
-    def __init__(self, quantization_config: BitsAndBytesConfig, **options: Any) -> None:
-        # our name has done its work (it chose this class); for everybody else this is a model of bitsandbytes
-        quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
-        super().__init__(quantization_config, **options)  # type: ignore[call-arg]
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **options: Any) -> bool:
         return super().param_needs_quantization(model, param_name, **options) or self.is_expert(model, param_name)  # type: ignore[misc]
@@ -94,15 +92,13 @@ class _Quantise(ConversionOps):
         return {f"{name}.{part}": parameter for part, parameter in getattr(module, leaf).named_parameters()}
 
 
-@register_quantizer(FOUR_BITS)
-class FourBitQuantiser(_WithExperts, Bnb4BitHfQuantizer):
+class _FourBits(_WithExperts, Bnb4BitHfQuantizer):
     """bitsandbytes 4 bits, experts included."""
 
     bits = 4
 
 
-@register_quantizer(EIGHT_BITS)
-class EightBitQuantiser(_WithExperts, Bnb8BitHfQuantizer):
+class _EightBits(_WithExperts, Bnb8BitHfQuantizer):
     """bitsandbytes LLM.int8 for Linear modules, blockwise 8 bits for experts."""
 
     bits = 8

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -19,6 +19,9 @@ from daekit.models.split_loading import CannotWaitError, can_read_parts, give_ba
 from daekit.models.zero3_loading import each_rank_reading
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# no pickles; what is missing or of another shape is named, where transformers would fill in random weights
+ALWAYS = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def restore_weights(model: nn.Module, folder: Path) -> None:
@@ -37,16 +40,7 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
     base = base_of(model)
     give_back_pieces(model)
 
-    def load() -> Any:
-        return type(base).from_pretrained(
-            folder,
-            config=base.config,
-            dtype="auto",
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are named below
-            output_loading_info=True,
-        )
-
+    load = partial(type(base).from_pretrained, folder, config=base.config, dtype="auto", **ALWAYS)
     in_parts = can_read_parts() and any(isinstance(parameter, DTensor) for parameter in base.parameters())
     try:
         with each_rank_reading():
@@ -59,25 +53,19 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
         raise UserError(f"{folder}: its weights cannot be read ({error})") from error
     if wrong := {what: sorted(map(str, keys)) for what, keys in info.items() if keys and what.endswith("_keys")}:
         raise UserError(f"{folder}: its weights do not fit the student: {wrong}")
-    if in_parts:
-        return
-    if any(map(is_sharded, base.parameters())):
-        _assign_all(base, loaded)
-    else:
-        base.load_state_dict(loaded.state_dict(), strict=True)
+    if not in_parts:
+        parameters, buffers = dict(base.named_parameters()), dict(base.named_buffers())  # projections are not among the loaded
+        for name, parameter in loaded.named_parameters():
+            assign(parameters[name], whole(parameter))  # under ZeRO-3 both are sharded
+        for name, buffer in loaded.named_buffers():
+            buffers[name].copy_(buffer)
 
 
-def _assign_all(model: nn.Module, loaded: nn.Module) -> None:
-    """Copy a whole model into a sharded one (whose projections are not part of it); under ZeRO-3 both are sharded."""
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    for name, parameter in loaded.named_parameters():
-        assign(parameters[name], whole(parameter))
-    for name, buffer in loaded.named_buffers():
-        buffers[name].copy_(buffer)
+def restore_adapter(model: PeftModel, folder: Path, name: str, saved_dtypes: bool = False) -> None:
+    """Load the adapter saved in ``folder`` into the one called ``name``: every tensor, or a UserError.
 
-
-def restore_adapter(model: PeftModel, folder: Path, name: str) -> None:
-    """Load the adapter saved in ``folder`` into the one called ``name``: every tensor, or a UserError."""
+    With ``saved_dtypes`` each parameter takes the dtype that its tensor has there: PEFT makes float32 of all.
+    """
     path = folder / ADAPTER_WEIGHTS
     try:
         saved = load_file(path)
@@ -86,6 +74,12 @@ def restore_adapter(model: PeftModel, folder: Path, name: str) -> None:
     expected = _parameters_as_saved(model, name)
     if different := sorted(_shapes(saved) ^ _shapes(expected)):
         raise UserError(f"{path}: its weights do not fit the model's adapter: {len(different)} differ, such as {different[0]}")
+    if saved_dtypes:
+        for key, parameter in expected.items():
+            dtype = saved[key].dtype
+            if dtype not in _DTYPES:
+                raise UserError(f"{folder}: the adapter's weights are in {dtype}; known: {', '.join(map(str, _DTYPES))}")
+            parameter.data = parameter.data.to(dtype)
     if any(map(is_sharded, expected.values())):
         for key, parameter in expected.items():
             assign(parameter, saved[key])
@@ -95,10 +89,9 @@ def restore_adapter(model: PeftModel, folder: Path, name: str) -> None:
 
 def _parameters_as_saved(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     """The parameters of an adapter under the names that PEFT saves them by; it is asked for the names of numbers."""
-    named = dict(model.named_parameters())
-    numbers = {name: torch.tensor(number) for number, name in enumerate(named)}
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    numbers = {name: torch.tensor(number) for number, name in enumerate(names)}
     saved = get_peft_model_state_dict(model, state_dict=numbers, adapter_name=adapter)
-    parameters = list(named.values())
     return {name: parameters[int(number)] for name, number in saved.items()}
 
 

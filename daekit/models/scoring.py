@@ -92,7 +92,7 @@ def _scores(
     """``[N]`` the row of each loss token and ``[N, 3]`` float64 scores (see ``_score_chunk``), chunk by chunk, on the CPU."""
     _refuse_prompt_learning(model)
     head = output_head(model, vocab_size)
-    for indices, batch in _batches(rows, batch_size, domain, base_of(model).device):
+    for indices, batch in batches(rows, batch_size, domain, base_of(model).device):
         with frozen_forward(model):
             row_N = torch.tensor(indices)[batch.row_N.cpu()]
             hidden_NH = _hidden(model, batch)
@@ -146,8 +146,8 @@ def _hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     return batch.at_loss_positions(backbone_of(base)(**inputs, use_cache=False).last_hidden_state)
 
 
-def _batches(rows: Sequence[TokenRow], batch_size: int, domain: str, device: torch.device) -> Iterator[tuple[list[int], Batch]]:
-    """Batches of rows of like length, the longest first (so that what does not fit in memory fails at once)."""
+def batches(rows: Sequence[TokenRow], batch_size: int, domain: str, device: torch.device) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of rows of like length, with their indices; the longest first: what does not fit in memory fails at once."""
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]), reverse=True)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]

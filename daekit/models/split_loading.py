@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,19 +26,11 @@ from daekit.models.backbone import base_of
 from daekit.models.placement import free_memory
 from daekit.models.quantized_loading import reading_unmapped
 
-Load = Callable[[], tuple[PreTrainedModel, Any]]
 _SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers reads ahead as fast as it can, which would be a second copy
 
 
 class CannotWaitError(Exception):
     """Why a model has to be read whole."""
-
-
-@dataclass(frozen=True)
-class _Unread:
-    """How the weights of a model are read; the model has it as an attribute until they are."""
-
-    load: Load
 
 
 def can_read_parts() -> bool:
@@ -51,11 +43,11 @@ def waits(model: nn.Module) -> bool:
     return hasattr(base_of(model), "daekit_unread")
 
 
-def waiting_model(load: Load) -> tuple[PreTrainedModel, Any]:
-    """What ``load`` returns, with parameters of the right shapes and dtypes that have not been read.
+def waiting_model(load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The model of ``load``, with parameters of the right shapes and dtypes that have not been read.
 
     Args:
-        load: calls ``from_pretrained`` with ``output_loading_info``; it is called again when the model is read.
+        load: calls ``from_pretrained``; it is called again when the model is read.
 
     Raises:
         CannotWaitError: something of the model cannot be read in parts.
@@ -63,26 +55,26 @@ def waiting_model(load: Load) -> tuple[PreTrainedModel, Any]:
     if not can_read_parts():
         raise CannotWaitError("this transformers reads no parts of tensors")
     with replacing_weights(_allocate):
-        model, info = load()
-    model.daekit_unread = _Unread(load)
-    return model, info
+        model = load()
+    model.daekit_unread = load  # until it is read
+    return model
 
 
 def another(model: PreTrainedModel) -> PreTrainedModel:
     """The same model once more, waiting like the first."""
-    return waiting_model(model.daekit_unread.load)[0]
+    return waiting_model(model.daekit_unread)
 
 
 def read_parts(model: nn.Module) -> None:
     """Read this rank's parts of a waiting model that FSDP2 has split. Every rank does it, without waiting for the others."""
     base = base_of(model)
-    load: Load = base.daekit_unread.load
+    load = base.daekit_unread
     del base.daekit_unread
     read_into(base, load)
     free_memory()
 
 
-def read_into(base: PreTrainedModel, load: Load) -> tuple[PreTrainedModel, Any]:
+def read_into(base: PreTrainedModel, load: Callable[[], Any]) -> Any:
     """Read this rank's parts of what ``load`` loads into a model that FSDP2 has split; returns what ``load`` does, emptied.
 
     Other tensors of ``base`` (adapters, projections) stay as they are.
@@ -94,13 +86,16 @@ def read_into(base: PreTrainedModel, load: Load) -> tuple[PreTrainedModel, Any]:
     named = base.named_parameters(remove_duplicate=False)
     targets = {".".join(part for part in name.split(".") if part != "base_layer"): p for name, p in named}
 
+    def split(name: str, parameter: Tensor) -> nn.Parameter:
+        return nn.Parameter(torch.empty_like(targets[name], dtype=parameter.dtype, device="meta"))
+
     def keep(name: str, part: Tensor) -> None:
         if name in targets:
             targets[name]._local_tensor.copy_(part)  # type: ignore[attr-defined]
 
     def read(original: Callable[..., Any], model: PreTrainedModel, state: Any, files: Any, config: Any, *more: Any) -> Any:
         _refuse_mixed_rows(config)
-        return read_tensors(lambda name, p: _like(targets[name], p), keep, original, model, state, files, config, *more)
+        return read_tensors(split, keep, original, model, state, files, config, *more)
 
     with replacing_weights(read):
         return load()
@@ -189,21 +184,12 @@ def read_tensors(
         if read is not None and values is not None and not values.is_meta:
             with torch.no_grad():
                 keep(name, values)
-            gone = _like(read, read) if isinstance(read, DTensor) else nn.Parameter(torch.empty_like(read, device="meta"))
+            gone = nn.Parameter(torch.empty_like(read, device="meta"))
             gone._is_hf_initialized = True  # type: ignore[attr-defined]
             owner.get_submodule(module)._parameters[leaf] = gone
 
     with replaced(conversion, "set_param_for_module", put_and_keep), reading_unmapped(), variable(_SYNCHRONOUS, "1"):
         return original(model, *given)
-
-
-def _like(split: Tensor, parameter: Tensor) -> nn.Parameter:
-    """A parameter without memory, in the dtype of ``parameter`` and split like ``split``."""
-    assert isinstance(split, DTensor), "FSDP2 has split every parameter"
-    local = torch.empty(split._local_tensor.shape, dtype=parameter.dtype, device="meta")
-    mesh, placements = split.device_mesh, split.placements
-    whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=split.shape, stride=split.stride())
-    return nn.Parameter(whole)
 
 
 def exchange(model: nn.Module, fresh: Mapping[int, nn.Parameter]) -> None:

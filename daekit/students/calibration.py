@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from daekit.errors import UserError
 from daekit.models.backbone import frozen_forward
-from daekit.models.scoring import TokenRow
+from daekit.models.scoring import TokenRow, batches
 
 # (first input, output, real_BT): called after a module ran; real_BT is False where a token is padding
 Observer = Callable[[Tensor, Tensor, Tensor], None]
@@ -35,31 +35,17 @@ def run_hooked(model: PreTrainedModel, rows: Sequence[TokenRow], observers: Mapp
     Rows of like length share a batch, padded on the right. Runs in eval mode without gradient; the model is as before on
     leaving.
     """
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]), reverse=True)
-    real: list[Tensor] = [torch.empty(0)]
-    with frozen_forward(model), _hooks(model, observers, real):
-        for start in range(0, len(order), batch_size):
-            input_ids_BT, real_BT = _collate([rows[index] for index in order[start : start + batch_size]], model.device)
-            real[0] = real_BT
-            model.base_model(input_ids=input_ids_BT, attention_mask=real_BT.long(), use_cache=False)
+    real_BT = torch.empty(0)
 
+    def show(observe: Observer, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        first = args[0] if args else kwargs["hidden_states"]
+        observe(first, output[0] if isinstance(output, tuple) else output, real_BT.to(first.device))
 
-@contextmanager
-def _hooks(model: PreTrainedModel, observers: Mapping[str, Observer], real: list[Tensor]) -> Iterator[None]:
-    def hook(observe: Observer) -> Callable[..., None]:
-        def show(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            first = args[0] if args else kwargs["hidden_states"]
-            observe(first, output[0] if isinstance(output, tuple) else output, real[0].to(first.device))
-
-        return show
-
-    with ExitStack() as hooks:
+    labelled = [{"labels": row["input_ids"], **row} for row in rows]  # which do not count here
+    with frozen_forward(model), ExitStack() as hooks:
         for name, observe in observers.items():
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(hook(observe), with_kwargs=True))
-        yield
-
-
-def _collate(rows: Sequence[TokenRow], device: torch.device) -> tuple[Tensor, Tensor]:
-    ids = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in rows]
-    real = [torch.ones_like(each, dtype=torch.bool) for each in ids]
-    return pad_sequence(ids, batch_first=True).to(device), pad_sequence(real, batch_first=True).to(device)
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_hook(partial(show, observe), with_kwargs=True))
+        for _, batch in batches(labelled, batch_size, "", model.device):
+            real_BT = batch.row_BT >= 0
+            model.base_model(**batch.inputs, use_cache=False)

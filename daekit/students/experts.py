@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from daekit.errors import UserError
 from daekit.models.scoring import TokenRow
 from daekit.students.calibration import require_enough, run_hooked
+from daekit.students.slicing import require_whole
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,9 @@ def measure_experts(model: PreTrainedModel, rows: Sequence[TokenRow], *, batch_s
 
 def require_model_type(model: PreTrainedModel, model_type: str) -> None:
     """Raise UserError unless this is a plain, unquantised model of an architecture."""
-    if not isinstance(model, PreTrainedModel):
-        raise UserError(f"{type(model).__name__}: not a plain transformers model; merge its adapter first (merge_and_unload)")
+    require_whole(model)
     if model.config.model_type != model_type:
         raise UserError(f"model_type {model.config.model_type!r}: this works with {model_type} models only")
-    if hasattr(model.config, "quantization_config"):
-        raise UserError("experts cannot be taken from quantised weights: load the model in 16 bits (without quantization)")
 
 
 class _Experts:

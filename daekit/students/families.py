@@ -20,19 +20,19 @@ from transformers import GPTNeoXForCausalLM, PreTrainedConfig
 
 from daekit.errors import UserError
 
+NORMS = ("input_layernorm", "post_attention_layernorm")  # of a layer, over the hidden channels
+Axes = tuple[str, ...]
+
 
 @dataclass(frozen=True)
-class Weight:
-    """The axes of a weight's dimensions, and the field of the config that says whether it is there (empty: always)."""
+class Module:
+    """The axes of a module's weight, and whether it has a bias (along the first of them), as a field of the config may say."""
 
-    axes: tuple[str, ...]
-    when: str = ""
+    axes: Axes
+    bias: bool | str = False
 
-    def exists(self, config: PreTrainedConfig) -> bool:
-        """Whether a model of ``config`` has it."""
-        if self.when.startswith("not "):
-            return not getattr(config, self.when.removeprefix("not "))
-        return not self.when or bool(getattr(config, self.when))
+
+_EMBEDDINGS, _NORM, _HEAD_NORM = Module(("vocab", "hidden")), Module(("hidden",)), Module(("dim",))
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Family:
 
     Attributes:
         backbone: name of the module that holds embeddings, layers and the final norm.
-        outside: weights that are not in a layer.
-        layer: weights of a layer, named from the layer on.
-        norms: the norms over the hidden channels in a layer.
+        outside: modules that are not in a layer, but for the output head.
+        head: the output head, which has no weight of its own where it is tied.
+        layer: modules of a layer, named from the layer on.
         final_norm: the norm after the last layer.
         attention_output: the module whose input are the heads' outputs.
         mlp_output: the module whose input are the neurons.
-        score_weights: weights that multiply the attention scores once: scaled when head_dim changes, because the model divides
+        scores: the module that multiplies the attention scores once: scaled when head_dim changes, because the model divides
             the scores by its square root.
         hidden_multiple_of_heads: the config refuses a hidden size that the heads do not divide.
         hidden_is_all_heads: hidden size = heads x head_dim, and no grouped queries.
@@ -55,13 +55,13 @@ class Family:
     """
 
     backbone: str
-    outside: Mapping[str, Weight]
-    layer: Mapping[str, Weight]
+    outside: Mapping[str, Module]
+    head: str
+    layer: Mapping[str, Module]
     final_norm: str
     attention_output: str
     mlp_output: str
-    score_weights: tuple[str, ...]
-    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    scores: str
     hidden_multiple_of_heads: bool = False
     hidden_is_all_heads: bool = False
     partial_rotary: bool = False
@@ -70,105 +70,94 @@ class Family:
         """The full name of a module or weight of a layer."""
         return f"{self.backbone}.layers.{layer}.{name}"
 
-    def weights(self, config: PreTrainedConfig) -> Iterator[tuple[str, int | None, str, Weight]]:
-        """(full name, layer or None, name in the table, weight) of every weight of a model of ``config``."""
-        for name, weight in self.outside.items():
-            if weight.exists(config):
-                yield name, None, name, weight
+    def weights_outside(self, config: PreTrainedConfig) -> dict[str, Axes]:
+        """Name -> axes of every weight and bias that is not in a layer of a model of ``config``."""
+        head = {} if config.tie_word_embeddings else {self.head: _EMBEDDINGS}
+        return _weights({**self.outside, **head}, config)
+
+    def weights_of_layer(self, config: PreTrainedConfig) -> dict[str, Axes]:
+        """The same of a layer, named from the layer on."""
+        return _weights(self.layer, config)
+
+    def weights(self, config: PreTrainedConfig) -> Iterator[tuple[str, int | None, str, Axes]]:
+        """(full name, layer or None, name from the layer on, axes) of every weight and bias of a model of ``config``."""
+        for name, axes in self.weights_outside(config).items():
+            yield name, None, name, axes
         for layer in range(config.num_hidden_layers):
-            for name, weight in self.layer.items():
-                if weight.exists(config):
-                    yield self.in_layer(layer, name), layer, name, weight
+            for name, axes in self.weights_of_layer(config).items():
+                yield self.in_layer(layer, name), layer, name, axes
+
+
+def _weights(modules: Mapping[str, Module], config: PreTrainedConfig) -> dict[str, Axes]:
+    weights = {}
+    for name, module in modules.items():
+        weights[f"{name}.weight"] = module.axes
+        if getattr(config, module.bias) if isinstance(module.bias, str) else module.bias:
+            weights[f"{name}.bias"] = module.axes[:1]
+    return weights
 
 
 _QUERY, _KV, _OUTPUT = ("query", "hidden"), ("kv", "hidden"), ("hidden", "query")
 _UP, _DOWN = ("neuron", "hidden"), ("hidden", "neuron")
 
-_OUTSIDE = {
-    "model.embed_tokens.weight": Weight(("vocab", "hidden")),
-    "model.norm.weight": Weight(("hidden",)),
-    "lm_head.weight": Weight(("vocab", "hidden"), when="not tie_word_embeddings"),
-}
-_LAYER = {
-    "input_layernorm.weight": Weight(("hidden",)),
-    "self_attn.q_proj.weight": Weight(_QUERY),
-    "self_attn.k_proj.weight": Weight(_KV),
-    "self_attn.v_proj.weight": Weight(_KV),
-    "self_attn.o_proj.weight": Weight(_OUTPUT),
-    "post_attention_layernorm.weight": Weight(("hidden",)),
-    "mlp.gate_proj.weight": Weight(_UP),
-    "mlp.up_proj.weight": Weight(_UP),
-    "mlp.down_proj.weight": Weight(_DOWN),
-}
-# lm_head.weight, and embed_out.weight in older versions of transformers
-_NEOX_HEAD = next(iter(GPTNeoXForCausalLM._tied_weights_keys))
-_Q_PROJ = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
 
-
-def _attention_biases(*letters: str, when: str = "") -> dict[str, Weight]:
-    axis = {"q": "query", "k": "kv", "v": "kv", "o": "hidden"}
-    return {f"self_attn.{letter}_proj.bias": Weight((axis[letter],), when) for letter in letters}
-
-
-def _like_llama(extra: Mapping[str, Weight], score_weights: tuple[str, ...] = _Q_PROJ, hidden_rule: bool = False) -> Family:
+def _like_llama(
+    inputs_bias: bool | str = False,
+    output_bias: bool | str = False,
+    mlp_bias: bool | str = False,
+    head_norms: bool = False,
+    hidden_multiple_of_heads: bool = False,
+) -> Family:
+    """``inputs_bias``, ``output_bias``: of the attention's projections; ``head_norms``: of queries and keys, over head_dim."""
+    layer = {
+        "input_layernorm": _NORM,
+        "self_attn.q_proj": Module(_QUERY, inputs_bias),
+        "self_attn.k_proj": Module(_KV, inputs_bias),
+        "self_attn.v_proj": Module(_KV, inputs_bias),
+        "self_attn.o_proj": Module(_OUTPUT, output_bias),
+        "post_attention_layernorm": _NORM,
+        "mlp.gate_proj": Module(_UP, mlp_bias),
+        "mlp.up_proj": Module(_UP, mlp_bias),
+        "mlp.down_proj": Module(_DOWN, mlp_bias),
+    }
+    if head_norms:
+        layer |= {"self_attn.q_norm": _HEAD_NORM, "self_attn.k_norm": _HEAD_NORM}
     return Family(
         backbone="model",
-        outside=_OUTSIDE,
-        layer=_LAYER | dict(extra),
+        outside={"model.embed_tokens": _EMBEDDINGS, "model.norm": _NORM},
+        head="lm_head",
+        layer=layer,
         final_norm="model.norm",
         attention_output="self_attn.o_proj",
         mlp_output="mlp.down_proj",
-        score_weights=score_weights,
-        hidden_multiple_of_heads=hidden_rule,
+        # whatever scales q_proj is divided out by a norm after it
+        scores="self_attn.q_norm" if head_norms else "self_attn.q_proj",
+        hidden_multiple_of_heads=hidden_multiple_of_heads,
     )
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": _like_llama(
-        {
-            **_attention_biases("q", "k", "v", "o", when="attention_bias"),
-            "mlp.gate_proj.bias": Weight(("neuron",), when="mlp_bias"),
-            "mlp.up_proj.bias": Weight(("neuron",), when="mlp_bias"),
-            "mlp.down_proj.bias": Weight(("hidden",), when="mlp_bias"),
-        },
-        hidden_rule=True,
-    ),
-    "mistral": _like_llama({}),
-    "qwen2": _like_llama(_attention_biases("q", "k", "v")),
-    "qwen3": _like_llama(
-        {
-            **_attention_biases("q", "k", "v", "o", when="attention_bias"),
-            "self_attn.q_norm.weight": Weight(("dim",)),
-            "self_attn.k_norm.weight": Weight(("dim",)),
-        },
-        score_weights=("self_attn.q_norm.weight",),  # whatever scales q_proj is divided out by the norm after it
-    ),
+    "llama": _like_llama("attention_bias", "attention_bias", "mlp_bias", hidden_multiple_of_heads=True),
+    "mistral": _like_llama(),
+    "qwen2": _like_llama(inputs_bias=True),
+    "qwen3": _like_llama("attention_bias", "attention_bias", head_norms=True),
     "gpt_neox": Family(
         backbone="gpt_neox",
-        outside={
-            "gpt_neox.embed_in.weight": Weight(("vocab", "hidden")),
-            "gpt_neox.final_layer_norm.weight": Weight(("hidden",)),
-            "gpt_neox.final_layer_norm.bias": Weight(("hidden",)),
-            _NEOX_HEAD: Weight(("vocab", "hidden"), when="not tie_word_embeddings"),
-        },
+        outside={"gpt_neox.embed_in": _EMBEDDINGS, "gpt_neox.final_layer_norm": Module(("hidden",), bias=True)},
+        # lm_head, and embed_out in older versions of transformers
+        head=next(iter(GPTNeoXForCausalLM._tied_weights_keys)).removesuffix(".weight"),
         layer={
-            "input_layernorm.weight": Weight(("hidden",)),
-            "input_layernorm.bias": Weight(("hidden",)),
-            "attention.query_key_value.weight": Weight(("query_key_value", "hidden")),
-            "attention.query_key_value.bias": Weight(("query_key_value",), when="attention_bias"),
-            "attention.dense.weight": Weight(_OUTPUT),
-            "attention.dense.bias": Weight(("hidden",), when="attention_bias"),
-            "post_attention_layernorm.weight": Weight(("hidden",)),
-            "post_attention_layernorm.bias": Weight(("hidden",)),
-            "mlp.dense_h_to_4h.weight": Weight(_UP),
-            "mlp.dense_h_to_4h.bias": Weight(("neuron",)),
-            "mlp.dense_4h_to_h.weight": Weight(_DOWN),
-            "mlp.dense_4h_to_h.bias": Weight(("hidden",)),
+            "input_layernorm": Module(("hidden",), bias=True),
+            "attention.query_key_value": Module(("query_key_value", "hidden"), "attention_bias"),
+            "attention.dense": Module(_OUTPUT, "attention_bias"),
+            "post_attention_layernorm": Module(("hidden",), bias=True),
+            "mlp.dense_h_to_4h": Module(_UP, bias=True),
+            "mlp.dense_4h_to_h": Module(_DOWN, bias=True),
         },
         final_norm="gpt_neox.final_layer_norm",
         attention_output="attention.dense",
         mlp_output="mlp.dense_4h_to_h",
-        score_weights=("attention.query_key_value.weight", "attention.query_key_value.bias"),  # their query rows
+        scores="attention.query_key_value",  # its query rows
         hidden_is_all_heads=True,
         partial_rotary=True,
     ),

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from daekit.models.scoring import TokenRow
-from daekit.students.calibration import Observer, require_enough, run_hooked
+from daekit.students.calibration import require_enough, run_hooked
+from daekit.students.families import NORMS
 from daekit.students.selection import Selection
 from daekit.students.shapes import Shape, require_possible
 from daekit.students.slicing import permute_, require_plain, student_config
@@ -65,20 +66,19 @@ def measure_importance(model: PreTrainedModel, rows: Sequence[TokenRow], *, batc
     shape = Shape.of(model.config)
     require_enough(rows, max(shape.hidden_size, shape.intermediate_size), "channels or neurons")
     layers = range(shape.num_hidden_layers)
-    norms = [family.in_layer(layer, norm) for layer in layers for norm in family.norms]
-    heads = [family.in_layer(layer, family.attention_output) for layer in layers]
-    neurons = [family.in_layer(layer, family.mlp_output) for layer in layers]
-    sizes = {norm: _MeanSquares() for norm in (*norms, *heads, *neurons)}
+    norms = {family.in_layer(layer, norm): _MeanSquares(of_output=True) for layer in layers for norm in NORMS}
+    heads = {family.in_layer(layer, family.attention_output): _MeanSquares() for layer in layers}
+    neurons = {family.in_layer(layer, family.mlp_output): _MeanSquares() for layer in layers}
     angles = {f"{family.backbone}.layers.{layer}": _Angles() for layer in layers}
-    observers: dict[str, Observer] = {norm: _output(sizes[norm]) for norm in norms}
-    observers |= {name: _input(sizes[name]) for name in (*heads, *neurons)} | angles
-    run_hooked(model, rows, observers, batch_size)
-    heads_LAD = torch.stack([sizes[name].scores() for name in heads]).view(len(layers), shape.num_attention_heads, -1)
+    run_hooked(model, rows, {**norms, **heads, **neurons, **angles}, batch_size)
+    norms_XH, heads_LU, neurons_LF = (
+        torch.stack([each.total_U.sqrt() for each in sums.values()]) for sums in (norms, heads, neurons)
+    )
     return Importance(
         layers_L=torch.stack([angle.mean() for angle in angles.values()]),
-        hidden_H=torch.stack([sizes[name].scores() for name in norms]).sum(dim=0),
-        neurons_LF=torch.stack([sizes[name].scores() for name in neurons]),
-        queries_LA=heads_LAD.norm(dim=-1),
+        hidden_H=norms_XH.sum(dim=0),
+        neurons_LF=neurons_LF,
+        queries_LA=heads_LU.view(len(layers), shape.num_attention_heads, -1).norm(dim=-1),
     )
 
 
@@ -153,28 +153,16 @@ def _scored(config: PreTrainedConfig, scores: Callable[..., Tensor]) -> Importan
 
 
 class _MeanSquares:
-    """Per unit the sum over sequences of (mean over tokens of |a|) squared."""
+    """Per unit of a module's input (or output) the sum over sequences of (mean over tokens of |a|) squared."""
 
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
+    def __init__(self, of_output: bool = False) -> None:
+        self.of_output = of_output
+        self.total_U = torch.zeros((), dtype=torch.float64)
 
-    def add(self, activation_BTU: Tensor, real_BT: Tensor) -> None:
-        size_BTU = activation_BTU.abs().float() * real_BT[..., None]
+    def __call__(self, input_BTU: Tensor, output_BTU: Tensor, real_BT: Tensor) -> None:
+        size_BTU = (output_BTU if self.of_output else input_BTU).abs().float() * real_BT[..., None]
         mean_BU = size_BTU.sum(dim=1) / real_BT.sum(dim=1, keepdim=True)
-        squares_U = mean_BU.double().square().sum(dim=0).cpu()
-        self.total = squares_U if self.total is None else self.total + squares_U
-
-    def scores(self) -> Tensor:
-        assert self.total is not None
-        return self.total.sqrt()
-
-
-def _output(sizes: _MeanSquares) -> Observer:
-    return lambda _, output_BTU, real_BT: sizes.add(output_BTU, real_BT)
-
-
-def _input(sizes: _MeanSquares) -> Observer:
-    return lambda input_BTU, _, real_BT: sizes.add(input_BTU, real_BT)
+        self.total_U = self.total_U + mean_BU.double().square().sum(dim=0).cpu()
 
 
 class _Angles:

@@ -68,21 +68,18 @@ def mixtral_to_dense(
 
 
 @torch.no_grad()
-def fewer_experts(
-    model: PreTrainedModel, experts: int, scores: ExpertScores, num_experts_per_tok: int | None = None
-) -> PreTrainedModel:
+def fewer_experts(model: PreTrainedModel, experts: int, scores: ExpertScores) -> PreTrainedModel:
     """A Mixtral with the ``experts`` of each layer that add most to its output, and their rows of the router.
 
     Args:
         scores: The result of ``measure_experts``.
-        num_experts_per_tok: Number of experts that a token is sent to (default: the teacher's).
 
     Raises:
         UserError: The model has another architecture or quantised weights, or it has fewer experts than ``experts``, or
             ``experts`` is below ``num_experts_per_tok``.
     """
     require_model_type(model, "mixtral")
-    active = model.config.num_experts_per_tok if num_experts_per_tok is None else num_experts_per_tok
+    active = model.config.num_experts_per_tok
     if not 1 <= active <= experts <= model.config.num_local_experts:
         raise UserError(
             f"experts={experts}, num_experts_per_tok={active}: must be 1 <= num_experts_per_tok <= experts <= "
@@ -95,7 +92,7 @@ def fewer_experts(
         for name, tensor in block.named_parameters():  # gate.weight, experts.gate_up_proj, experts.down_proj: by expert
             tensors[f"model.layers.{layer}.mlp.{name}"] = tensor.detach()[best.to(tensor.device)]
     config = copy.deepcopy(model.config)
-    config.num_local_experts, config.num_experts_per_tok, config.name_or_path = experts, active, ""
+    config.num_local_experts, config.name_or_path = experts, ""
     return _finish(config, tensors, model)
 
 
@@ -184,11 +181,9 @@ def _require_alike(models: Sequence[PreTrainedModel]) -> None:
         require_model_type(model, "mistral")
     if len(models) < 2:
         raise UserError(f"a mixture needs at least two models, not {len(models)}")
-    expected = _shared(models[0].config)
-    for index, model in enumerate(models[1:], start=1):
-        found = _shared(model.config)
-        differ = [f"{name}: {expected[name]!r} and {found[name]!r}" for name in _SHARED if found[name] != expected[name]]
-        if differ:
+    first, *others = (_shared(model.config) for model in models)
+    for index, other in enumerate(others, start=1):
+        if differ := [f"{name}: {first[name]!r} and {other[name]!r}" for name in _SHARED if other[name] != first[name]]:
             raise UserError(f"models 0 and {index} do not fit into one mixture: {'; '.join(differ)}")
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from daekit.models.scoring import TokenRow
 from daekit.students.calibration import require_enough, run_hooked
+from daekit.students.families import NORMS
 from daekit.students.selection import Selection, require_valid
 from daekit.students.shapes import Shape
 from daekit.students.slicing import NormFit, kept_dims, require_plain
@@ -42,14 +43,12 @@ def fit_norms(
     require_enough(rows, shape.hidden_size, "channels")
     narrowed: dict[str, tuple[int, ...]] = {}
     if len(selection.hidden) < shape.hidden_size:
-        names = [family.in_layer(layer, norm) for layer in selection.layers for norm in family.norms]
+        names = [family.in_layer(layer, norm) for layer in selection.layers for norm in NORMS]
         narrowed = dict.fromkeys([*names, family.final_norm], selection.hidden)
     if selection.head_dim < shape.head_dim:
         dims = tuple(kept_dims(model.config, selection.head_dim))
-        shared = [name for name, weight in family.layer.items() if weight.axes == ("dim",)]
-        narrowed |= {
-            family.in_layer(layer, name.removesuffix(".weight")): dims for layer in selection.layers for name in shared
-        }
+        shared = [name for name, module in family.layer.items() if module.axes == ("dim",)]
+        narrowed |= {family.in_layer(layer, name): dims for layer in selection.layers for name in shared}
     fits = {name: _Fit(model.get_submodule(name), kept) for name, kept in narrowed.items()}
     run_hooked(model, rows, fits, batch_size)
     return {name: fit.result() for name, fit in fits.items()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Literal
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from daekit.errors import UserError
@@ -47,51 +48,33 @@ class CandidateScorer:
         batch_size: int = 8,
     ) -> None:
         require_plain(model)
-        self.model, self.vocab_size, self.batch_size = model, vocab_size, batch_size
-        self.teacher = _RunOnce(ModelTeacher(model, vocab_size)) if objective == "kl" else None
-        self.rows, self.ends = list(rows), []
-        total = 0
-        for row in self.rows:
-            total += sum(label != IGNORE_INDEX for label in row["labels"][1:])
-            self.ends.append(total)
-        if total < tokens:
+        teacher = _RunOnce(model, vocab_size) if objective == "kl" else None
+        self.model, self.rows = model, rows
+        self.score = partial(score_rows, vocab_size=vocab_size, batch_size=batch_size, teacher=teacher)
+        scored = (sum(label != IGNORE_INDEX for label in row["labels"][1:]) for row in rows)
+        self.ends = list(accumulate(scored, initial=0))  # tokens of the first 0, 1, 2... rows
+        if self.ends[-1] < tokens:
             raise UserError(
-                f"calibration text too short: {total} tokens to score in {len(self.rows)} rows, but the last round of "
+                f"calibration text too short: {self.ends[-1]} tokens to score in {len(rows)} rows, but the last round of "
                 f"the search wants {tokens}; give more text or fewer tokens"
             )
 
     def __call__(self, selection: Selection, tokens: int) -> float:
         """Nats per token of the selected student; the last row is scored whole."""
-        count = next(index for index, end in enumerate(self.ends, start=1) if end >= tokens)
-        scores = score_rows(
-            view_model(self.model, selection),
-            self.rows[:count],
-            vocab_size=self.vocab_size,
-            batch_size=self.batch_size,
-            teacher=self.teacher,
-        )
+        scores = self.score(view_model(self.model, selection), self.rows[: bisect_left(self.ends, tokens)])
         total = scores.nll_R if scores.kl_R is None else scores.kl_R
         return float(total.sum() / scores.tokens_R.sum())
 
 
-class _RunOnce:
+class _RunOnce(ModelTeacher):
     """A teacher that runs once on each batch, because every candidate is compared with it on the same batches."""
 
-    def __init__(self, teacher: ModelTeacher) -> None:
-        self.teacher = teacher
-        self.known: dict[bytes, list[TeacherOutput]] = {}
+    def __init__(self, model: PreTrainedModel, vocab_size: int) -> None:
+        super().__init__(model, vocab_size)
+        self.known: dict[tuple[int, ...], list[TeacherOutput]] = {}
 
     def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
-        ids_BT = batch.inputs["input_ids"]
-        assert isinstance(ids_BT, Tensor)
-        key = ids_BT.cpu().numpy().tobytes() + batch.labels_BT.cpu().numpy().tobytes()
+        key = (*batch.inputs["input_ids"].flatten().tolist(), *batch.labels_BT.flatten().tolist())
         if key not in self.known:
-            self.known[key] = self.teacher.outputs(batch)
+            self.known[key] = super().outputs(batch)
         return self.known[key]
-
-    def identity(self) -> dict[str, object]:
-        return self.teacher.identity()
-
-    def to(self, device: torch.device) -> _RunOnce:
-        self.teacher.to(device)
-        return self

@@ -16,6 +16,7 @@ from typing import Any
 
 from daekit.errors import UserError
 from daekit.files import append_json_lines, read_json_lines
+from daekit.progress import clock
 from daekit.students.selection import Selection
 from daekit.students.space import Candidate, Space
 from daekit.students.strategies import Strategy
@@ -84,50 +85,46 @@ def run_search(
     Raises:
         UserError: The log is that of another search, or damaged.
     """
-    log_book = _Log(log, {"rounds": [[each.tokens, each.keep] for each in rounds]} | dict(identity or {}))
+    header = {"rounds": [[each.tokens, each.keep] for each in rounds]} | dict(identity or {})
+    known = _Scores(space, score, log, header)
     finalists: list[Scored] = []
-    scored = tokens = 0
-    clock = _Clock(candidates)
+    scored = 0
+    speed = _Clock(candidates)
     batch = next(strategy, None)
     while batch:
-        results, cost = _score_batch(space, batch, score, rounds, log_book)
-        scored, tokens = scored + len(batch), tokens + cost
-        scores = [results.get(candidate) for candidate in batch]
+        results = _score_batch(batch, rounds, known)
+        scored += len(batch)
         finalists += [Scored(each, space.parameters(each), results[each]) for each in batch if each in results]
         finalists.sort(key=lambda scored: scored.score)
         if progress is not None:
-            progress(clock.line(scored, log_book.fresh, finalists[0]))
+            progress(speed.line(scored, known.fresh, finalists[0]))
         if scored >= candidates:
             break
         try:
-            batch = strategy.send(scores)
+            batch = strategy.send([results.get(candidate) for candidate in batch])
         except StopIteration:
             break
     assert finalists, "a strategy proposes at least one candidate, or raises"
-    return SearchResult(finalists[0], finalists, scored, tokens)
+    return SearchResult(finalists[0], finalists, scored, known.tokens)
 
 
-def _score_batch(
-    space: Space, batch: Sequence[Candidate], score: Score, rounds: Sequence[Round], log: _Log
-) -> tuple[dict[Candidate, float], int]:
-    """(the scores of the candidates of the last round, the tokens that all candidates were scored on)."""
-    left, tokens, scores = list(batch), 0, {}
+def _score_batch(batch: Sequence[Candidate], rounds: Sequence[Round], known: _Scores) -> dict[Candidate, float]:
+    """The scores of the candidates of the last round."""
+    left, scores = list(batch), {}
     for number, each_round in enumerate(rounds):
-        scores = {each: log.score(number, each_round.tokens, each, space, score) for each in left}
-        tokens += each_round.tokens * len(left)
-        if number < len(rounds) - 1:
-            keep = max(1, math.ceil(len(left) * each_round.keep))
-            left = sorted(left, key=lambda each: scores[each])[:keep]
-    return scores, tokens
+        scores = {each: known.score(number, each_round.tokens, each) for each in left}
+        keep = max(1, math.ceil(len(left) * each_round.keep))
+        left = sorted(left, key=lambda each: scores[each])[:keep]
+    return scores
 
 
-class _Log:
-    """The known scores, by round and candidate; each new score is written at once."""
+class _Scores:
+    """The scores of candidates in each round, read from a log or computed; each new one is written there at once."""
 
-    def __init__(self, path: Path | None, header: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, space: Space, score: Score, path: Path | None, header: Mapping[str, Any]) -> None:
+        self.space, self.compute, self.path = space, score, path
         self.known: dict[tuple[int, str], float] = {}
-        self.fresh = 0
+        self.fresh = self.tokens = 0  # how many were computed, and on how many tokens all were
         if path is None:
             return
         header = json.loads(json.dumps({"search": header}))
@@ -145,19 +142,20 @@ class _Log:
         except KeyError as error:
             raise UserError(f"{path}: not the log of a search ({error} is missing); move it away to start anew") from error
 
-    def score(self, number: int, tokens: int, candidate: Candidate, space: Space, score: Score) -> float:
-        """The score of a candidate on this many tokens, read from the log or computed now."""
+    def score(self, number: int, tokens: int, candidate: Candidate) -> float:
+        """The score of a candidate in a round of this many tokens."""
         choices = asdict(candidate)
         key = (number, json.dumps(choices))
+        self.tokens += tokens
         if key not in self.known:
             start = time.perf_counter()
-            self.known[key] = score(space.selection(candidate), tokens)
+            self.known[key] = self.compute(self.space.selection(candidate), tokens)
             self.fresh += 1
             line = {
                 "round": number,
                 "tokens": tokens,
                 "score": self.known[key],
-                "parameters": space.parameters(candidate),
+                "parameters": self.space.parameters(candidate),
                 "seconds": round(time.perf_counter() - start, 4),
                 "candidate": choices,
             }
@@ -173,25 +171,21 @@ def _difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
 
 
 class _Clock:
-    """Says how fast a search is and how long it will take."""
+    """Says how fast a search is and how long it will take, counted from the first candidate that was not in the log."""
 
     def __init__(self, candidates: int) -> None:
-        self.candidates, self.start = candidates, time.perf_counter()
-        self.at_start: int | None = None
+        self.candidates, self.known, self.start = candidates, 0, time.perf_counter()
 
     def line(self, scored: int, fresh: int, best: Scored) -> str:
         """``search 48/200  2.1 candidates/s  1:12 left  best 3.214 nats (12,345,678 parameters)``"""
-        parts = [f"search {scored}/{max(self.candidates, scored)}"]
-        if not fresh:
-            self.at_start, self.start = scored, time.perf_counter()
-            parts.append("from the log")
+        if fresh:
+            rate = (scored - self.known) / max(time.perf_counter() - self.start, 1e-9)
+            pace = f"{rate:.1f} candidates/s  {clock(max(self.candidates - scored, 0) / rate)} left"
         else:
-            done = scored - (self.at_start or 0)
-            rate = done / max(time.perf_counter() - self.start, 1e-9)
-            left = max(self.candidates - scored, 0) / rate
-            parts += [f"{rate:.1f} candidates/s", f"{int(left) // 60}:{int(left) % 60:02d} left"]
-        parts.append(f"best {best.score:.4f} nats ({best.parameters:,} parameters)")
-        return "  ".join(parts)
+            self.known, self.start = scored, time.perf_counter()
+            pace = "from the log"
+        total = max(self.candidates, scored)
+        return f"search {scored}/{total}  {pace}  best {best.score:.4f} nats ({best.parameters:,} parameters)"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 
 from transformers import PreTrainedConfig
 
 from daekit.errors import UserError
-from daekit.students.families import Family, family_of
+from daekit.students.families import Axes, Family, family_of
 
 # scalings of RoPE that act on every frequency by itself, so that every k-th pair of a wide head is a pair of a narrow one
 _SEPARABLE_ROPE = ("default", "linear", "llama3")
@@ -57,12 +57,10 @@ def count_parameters(config: PreTrainedConfig, shape: Shape | None = None) -> in
         "dim": shape.head_dim,
     }
 
-    def total(weights: Iterable[tuple[str, ...]]) -> int:
-        return sum(prod(size[axis] for axis in axes) for axes in weights)
+    def total(weights: Mapping[str, Axes]) -> int:
+        return sum(prod(size[axis] for axis in axes) for axes in weights.values())
 
-    outside = total(weight.axes for weight in family.outside.values() if weight.exists(config))
-    layer = total(weight.axes for weight in family.layer.values() if weight.exists(config))
-    return outside + shape.num_hidden_layers * layer
+    return total(family.weights_outside(config)) + shape.num_hidden_layers * total(family.weights_of_layer(config))
 
 
 def rotated(config: PreTrainedConfig, head_dim: int) -> int:
@@ -79,14 +77,11 @@ def possible_head_dims(config: PreTrainedConfig) -> list[int]:
     choices of pairs would turn with frequencies that the weights were not trained for.
     """
     own = Shape.of(config).head_dim
-    sizes = [own]
     if config.rope_parameters["rope_type"] not in _SEPARABLE_ROPE:
-        return sizes
+        return [own]
     pairs = rotated(config, own) // 2
-    for step in range(2, own + 1):
-        if own % step == 0 and pairs % step == 0 and rotated(config, own // step) == 2 * (pairs // step):
-            sizes.append(own // step)
-    return sizes
+    steps = [step for step in range(2, own + 1) if own % step == pairs % step == 0]
+    return [own, *(own // step for step in steps if rotated(config, own // step) == 2 * (pairs // step))]
 
 
 def require_possible(config: PreTrainedConfig, shape: Shape) -> None:
@@ -98,32 +93,27 @@ def require_possible(config: PreTrainedConfig, shape: Shape) -> None:
 
 def problems_of(config: PreTrainedConfig, shape: Shape) -> Iterator[str]:
     """The rules that ``shape`` breaks, each with the nearest sizes that keep it."""
-    family, own = family_of(config), Shape.of(config)
-    too_far = False
-    for each in fields(Shape):
-        size, most = getattr(shape, each.name), getattr(own, each.name)
-        if not 1 <= size <= most:
-            yield f"{each.name}={size}: must lie between 1 and the teacher's {most}"
-            too_far = True
-    if too_far:
-        return  # divisions below would be by zero, or about sizes that are wrong anyway
-    yield from _head_problems(config, shape, own)
-    yield from _hidden_problems(family, shape)
+    own = vars(Shape.of(config))
+    too_far = {name: size for name, size in vars(shape).items() if not 1 <= size <= own[name]}
+    for name, size in too_far.items():
+        yield f"{name}={size}: must lie between 1 and the teacher's {own[name]}"
+    if not too_far:  # otherwise divisions would be by zero, or about sizes that are wrong anyway
+        yield from _head_problems(config, shape)
+        yield from _hidden_problems(family_of(config), shape)
 
 
-def _head_problems(config: PreTrainedConfig, shape: Shape, own: Shape) -> Iterator[str]:
-    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-    possible = [kv_heads * queries for queries in range(1, own.queries_per_group + 1)]
+def _head_problems(config: PreTrainedConfig, shape: Shape) -> Iterator[str]:
+    heads, kv_heads, per_group = shape.num_attention_heads, shape.num_key_value_heads, Shape.of(config).queries_per_group
+    possible = range(kv_heads, kv_heads * per_group + 1, kv_heads)
     if heads not in possible:
         yield (
             f"num_attention_heads={heads} with num_key_value_heads={kv_heads}: every kept key/value head keeps equally many "
-            f"of its {own.queries_per_group} query heads; nearest valid: {_nearest(heads, possible)}"
+            f"of its {per_group} query heads; nearest valid: {_nearest(heads, possible)}"
         )
     head_dims = possible_head_dims(config)
     if shape.head_dim not in head_dims:
-        rope = config.rope_parameters["rope_type"]
         why = "RoPE keeps every k-th pair of its rotated dimensions, with k a divisor"
-        if rope not in _SEPARABLE_ROPE:
+        if (rope := config.rope_parameters["rope_type"]) not in _SEPARABLE_ROPE:
             why = f"RoPE of type {rope!r} scales frequencies by their place, so head_dim cannot be cut"
         yield f"head_dim={shape.head_dim}: {why}; nearest valid: {_nearest(shape.head_dim, head_dims)}"
 
@@ -131,11 +121,8 @@ def _head_problems(config: PreTrainedConfig, shape: Shape, own: Shape) -> Iterat
 def _hidden_problems(family: Family, shape: Shape) -> Iterator[str]:
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     if family.hidden_multiple_of_heads and hidden % heads:
-        below = hidden // heads * heads
-        near = [size for size in (below, below + heads) if size]
-        yield (
-            f"hidden_size={hidden}: LlamaConfig wants a multiple of num_attention_heads={heads}; nearest valid: {_words(near)}"
-        )
+        near = _nearest(hidden, range(heads, hidden + heads, heads))
+        yield f"hidden_size={hidden}: LlamaConfig wants a multiple of num_attention_heads={heads}; nearest valid: {near}"
     if family.hidden_is_all_heads:
         if shape.num_key_value_heads != heads:
             yield f"num_key_value_heads={shape.num_key_value_heads}: GPT-NeoX has as many as num_attention_heads={heads}"
@@ -148,8 +135,4 @@ def _hidden_problems(family: Family, shape: Shape) -> Iterator[str]:
 
 
 def _nearest(size: int, possible: Iterable[int]) -> str:
-    return _words(sorted(sorted(possible, key=lambda other: abs(other - size))[:3]))
-
-
-def _words(sizes: Iterable[int]) -> str:
-    return ", ".join(map(str, sizes))
+    return ", ".join(map(str, sorted(sorted(possible, key=lambda other: abs(other - size))[:3])))

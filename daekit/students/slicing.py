@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -65,23 +66,28 @@ def permute_(model: PreTrainedModel, order: Selection) -> None:
     require_valid(model.config, order)
     if order.shape != Shape.of(model.config):
         raise UserError("an order of a teacher's units must keep all of them")
-    indices = _Indices(model.config, order)
+    kept = _kept_indices(model.config, order)
     parameters = dict(model.named_parameters())
-    for name, layer, _, weight in family.weights(model.config):
+    for name, layer, _, axes in family.weights(model.config):
         tensor = parameters[name]
-        tensor.copy_(_take(tensor, [indices.of(axis, layer) for axis in weight.axes]))
+        tensor.copy_(_take(tensor, [kept[layer or 0][axis] for axis in axes]))
+
+
+def require_whole(model: PreTrainedModel) -> None:
+    """UserError unless this is a transformers model without adapters whose weights are as they were trained."""
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"{type(model).__name__}: not a plain transformers model, as a student is made of; merge its adapter first "
+            "(merge_and_unload)"
+        )
+    if hasattr(model.config, "quantization_config"):
+        raise UserError("a student cannot be made of quantised weights: load the teacher in 16 bits (without quantization)")
 
 
 def require_plain(model: PreTrainedModel) -> Family:
     """The family of a model; UserError unless its weights are exactly those of the family's table."""
-    if not isinstance(model, PreTrainedModel):
-        raise UserError(
-            f"{type(model).__name__}: a student is cut from a plain transformers model; merge its adapter first "
-            "(merge_and_unload)"
-        )
+    require_whole(model)
     family = family_of(model.config)
-    if hasattr(model.config, "quantization_config"):
-        raise UserError("a student cannot be cut from quantised weights: load the teacher in 16 bits (without quantization)")
     expected = {name for name, *_ in family.weights(model.config)}
     found = {name for name, _ in model.named_parameters()}
     if expected != found:
@@ -94,17 +100,10 @@ def require_plain(model: PreTrainedModel) -> Family:
 
 def student_config(config: PreTrainedConfig, selection: Selection) -> PreTrainedConfig:
     """The config of the student: the teacher's, with other sizes and lists per layer, and which of its layers these are."""
-    shape, student = selection.shape, copy.deepcopy(config)
-    sizes = {
-        "num_hidden_layers": shape.num_hidden_layers,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_attention_heads": shape.num_attention_heads,
-    }
-    if not family_of(config).hidden_is_all_heads:
-        sizes |= {"num_key_value_heads": shape.num_key_value_heads, "head_dim": shape.head_dim}
-    for name, size in sizes.items():
-        setattr(student, name, size)
+    student, follow_from_others = copy.deepcopy(config), family_of(config).hidden_is_all_heads
+    for name, size in vars(selection.shape).items():
+        if not (follow_from_others and name in ("num_key_value_heads", "head_dim")):
+            setattr(student, name, size)
     layer_types = config.to_dict().get("layer_types")
     if layer_types is not None:
         student.layer_types = [layer_types[layer] for layer in selection.layers]
@@ -115,32 +114,27 @@ def student_config(config: PreTrainedConfig, selection: Selection) -> PreTrained
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of ``config`` without storage."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """A model of ``config`` whose parameters have no storage; its buffers are computed from the config."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
 
 
 def fill(model: PreTrainedModel, tensors: Mapping[str, Tensor], like: PreTrainedModel) -> PreTrainedModel:
-    """Give an empty model its weights, without a copy, and its buffers; in eval mode.
+    """Give an empty model its weights, without a copy; in eval mode.
 
     Args:
         tensors: One tensor for every parameter.
         like: The model whose generation config and device are taken.
     """
-    device = like.device
     unknown = model.load_state_dict(dict(tensors), strict=False, assign=True).unexpected_keys
     assert not unknown, f"no such weights: {unknown}"
     model.tie_weights()
-    for name, module in list(model.named_modules()):
-        if any(True for _ in module.buffers(recurse=False)):  # rotary embeddings: computed from the config, not stored
-            rebuilt = type(module)(config=model.config).to(device)  # type: ignore[call-arg]
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, rebuilt)
-    empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not empty, f"weights without values: {empty}"
-    if like.generation_config is not None:
-        model.generation_config = copy.deepcopy(like.generation_config)
-    return model.eval()
+    model.generation_config = copy.deepcopy(like.generation_config)
+    return model.to(like.device).eval()  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -151,14 +145,15 @@ def _cut(
     require_valid(model.config, selection)
     config = student_config(model.config, selection)
     config.dtype = model.dtype
-    indices = _Indices(model.config, selection)
+    kept = _kept_indices(model.config, selection)
+    factor = math.sqrt(selection.head_dim / Shape.of(model.config).head_dim)
     teacher = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tensors = {}
-    for name, place, short, weight in family.weights(config):
+    for name, place, short, axes in family.weights(config):
         original = name if place is None else family.in_layer(selection.layers[place], short)
-        tensor = _take(teacher[original], [indices.of(axis, place) for axis in weight.axes])
-        if short in family.score_weights and indices.score_factor != 1.0:
-            tensor = tensor * indices.score_factors(weight.axes[0], tensor)
+        tensor = _take(teacher[original], [kept[place or 0][axis] for axis in axes])
+        if short.startswith(f"{family.scores}.") and factor != 1.0:
+            tensor = tensor * _score_factors(tensor, factor, selection.head_dim, fused=axes[0] == "query_key_value")
         module, _, kind = original.rpartition(".")
         if module in norm_fits and kind == "weight":
             tensor = tensor * norm_fits[module].scale
@@ -169,40 +164,30 @@ def _cut(
     return fill(empty_model(config), tensors, like=model)
 
 
-class _Indices:
-    """The indices of the teacher that a layer of the student keeps, along each axis."""
+def _kept_indices(teacher: PreTrainedConfig, selection: Selection) -> list[dict[str, Sequence[int] | None]]:
+    """Axis -> the indices of the teacher that the student keeps along it (None: all), for every layer of the student.
 
-    def __init__(self, teacher: PreTrainedConfig, selection: Selection) -> None:
-        self.selection = selection
-        self.head_dim = Shape.of(teacher).head_dim
-        self.dims = kept_dims(teacher, selection.head_dim)
-        self.score_factor = math.sqrt(selection.head_dim / self.head_dim)
+    Those of the axes of weights outside the layers are the same in each.
+    """
+    head_dim, dims = Shape.of(teacher).head_dim, kept_dims(teacher, selection.head_dim)
 
-    def of(self, axis: str, place: int | None) -> Sequence[int] | None:
-        """The indices along a weight's axis in the student's layer ``place`` (None outside the layers); None for all."""
-        if axis == "vocab":
-            return None
-        if axis == "hidden":
-            return self.selection.hidden
-        if axis == "dim":
-            return self.dims
-        assert place is not None, f"axis {axis} belongs to a layer"
-        if axis == "neuron":
-            return self.selection.neurons[place]
-        if axis == "kv":
-            return self._rows(self.selection.kv_heads[place])
-        assert axis in ("query", "query_key_value"), axis
-        return self._rows(self.selection.query_heads[place], parts=3 if axis == "query_key_value" else 1)
+    def rows(heads: Sequence[int], parts: int = 1) -> list[int]:
+        return [(head * parts + part) * head_dim + dim for head in heads for part in range(parts) for dim in dims]
 
-    def score_factors(self, axis: str, tensor: Tensor) -> Tensor:
-        """The factor of every row of a weight that multiplies the scores; of fused projections, only the queries' rows."""
-        rows = torch.full((len(tensor),), self.score_factor, dtype=tensor.dtype, device=tensor.device)
-        if axis == "query_key_value":
-            rows.view(-1, 3, len(self.dims))[:, 1:] = 1.0
-        return rows.view(-1, *[1] * (tensor.dim() - 1))
+    everywhere = {"vocab": None, "hidden": selection.hidden, "dim": dims}
+    layers = zip(selection.neurons, selection.kv_heads, selection.query_heads, strict=True)
+    return [
+        {**everywhere, "neuron": neurons, "kv": rows(kv), "query": rows(queries), "query_key_value": rows(queries, parts=3)}
+        for neurons, kv, queries in layers
+    ]
 
-    def _rows(self, heads: Sequence[int], parts: int = 1) -> list[int]:
-        return [(head * parts + part) * self.head_dim + dim for head in heads for part in range(parts) for dim in self.dims]
+
+def _score_factors(tensor: Tensor, factor: float, head_dim: int, fused: bool) -> Tensor:
+    """The factor of every row of a weight that multiplies the scores; of fused projections, only of the queries' rows."""
+    rows = torch.full((len(tensor),), factor, dtype=tensor.dtype, device=tensor.device)
+    if fused:
+        rows.view(-1, 3, head_dim)[:, 1:] = 1.0
+    return rows.view(-1, *[1] * (tensor.dim() - 1))
 
 
 def kept_dims(teacher: PreTrainedConfig, head_dim: int) -> list[int]:

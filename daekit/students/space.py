@@ -104,15 +104,29 @@ class Space:
 
     def shape(self, candidate: Candidate) -> Shape:
         """The sizes of a candidate."""
-        groups = len(candidate.groups[0])
-        return Shape(
-            num_hidden_layers=len(candidate.layers),
-            hidden_size=len(candidate.hidden) * self.hidden_block,
-            intermediate_size=len(candidate.neurons[0]) * self.neuron_block,
-            num_attention_heads=groups * candidate.queries,
-            num_key_value_heads=groups,
-            head_dim=candidate.head_dim,
-        )
+        return _shape(*self.sizes(candidate).values())
+
+    def sizes(self, candidate: Candidate) -> dict[str, int]:
+        """The size of each choice, in the order and under the names of the space."""
+        return {
+            "layers": len(candidate.layers),
+            "hidden": len(candidate.hidden) * self.hidden_block,
+            "neurons": len(candidate.neurons[0]) * self.neuron_block,
+            "groups": len(candidate.groups[0]),
+            "queries": candidate.queries,
+            "head_dims": candidate.head_dim,
+        }
+
+    @cached_property
+    def blocks(self) -> dict[str, int]:
+        """How many layers, and blocks of units, the teacher has to choose from."""
+        own = self.own
+        return {
+            "layers": own.num_hidden_layers,
+            "hidden": own.hidden_size // self.hidden_block,
+            "neurons": own.intermediate_size // self.neuron_block,
+            "groups": own.num_key_value_heads,
+        }
 
     def parameters(self, candidate: Candidate) -> int:
         """The number of parameters of a candidate."""
@@ -127,26 +141,21 @@ class Space:
             hidden=_units(candidate.hidden, self.hidden_block),
             neurons=tuple(_units(blocks, self.neuron_block) for blocks in neurons),
             kv_heads=groups,
-            query_heads=tuple(
-                tuple(group * per_group + query for group in heads for query in range(candidate.queries)) for heads in groups
-            ),
+            query_heads=tuple(_units(heads, per_group, candidate.queries) for heads in groups),
             head_dim=candidate.head_dim,
         )
 
     def first(self, shape: Shape) -> Candidate:
         """The candidate of a shape that keeps the most important units."""
+        entries = shape.num_hidden_layers if self.any_units == "own" else 1
         return Candidate(
             layers=tuple(sorted(self.layer_order[: shape.num_hidden_layers])),
             hidden=tuple(range(shape.hidden_size // self.hidden_block)),
-            neurons=(tuple(range(shape.intermediate_size // self.neuron_block)),) * self.copies(shape.num_hidden_layers),
-            groups=(tuple(range(shape.num_key_value_heads)),) * self.copies(shape.num_hidden_layers),
+            neurons=(tuple(range(shape.intermediate_size // self.neuron_block)),) * entries,
+            groups=(tuple(range(shape.num_key_value_heads)),) * entries,
             queries=shape.queries_per_group,
             head_dim=shape.head_dim,
         )
-
-    def copies(self, layers: int) -> int:
-        """The number of entries of a candidate's neurons and groups."""
-        return layers if self.any_units == "own" else 1
 
     def feasible(self, candidate: Candidate, window: Window) -> bool:
         """Whether a candidate's sizes break no rule and lie in the window."""
@@ -163,8 +172,8 @@ class Space:
         if looked_at > _MOST_SHAPES:
             raise UserError(f"the space has {looked_at:,} combinations of sizes; take larger steps (at most {_MOST_SHAPES:,})")
         found, below, above = [], 0, 0
-        for layers, hidden, neurons, groups, queries, head_dim in product(*sizes):
-            shape = Shape(layers, hidden, neurons, groups * queries, groups, head_dim)
+        for each in product(*sizes):
+            shape = _shape(*each)
             parameters = count_parameters(self.config, shape)
             if window.holds(parameters):
                 found.append(shape)
@@ -190,10 +199,8 @@ class Space:
         """
         for shape in self.shapes(window):
             first = self.first(shape)
-            if not self.any_layers:
-                yield first
-                continue
-            for layers in combinations(range(self.own.num_hidden_layers), shape.num_hidden_layers):
+            any_layers = combinations(range(self.blocks["layers"]), len(first.layers))
+            for layers in any_layers if self.any_layers else [first.layers]:
                 yield replace(first, layers=layers)
 
     def sample(self, shapes: Sequence[Shape], generator: random.Random) -> Candidate:
@@ -201,16 +208,15 @@ class Space:
         first = self.first(generator.choice(shapes))
         layers = first.layers
         if self.any_layers and generator.random() < 0.5:
-            layers = _sample(self.own.num_hidden_layers, len(layers), generator)
+            layers = _sample(self.blocks["layers"], len(layers), generator)
         if not self.any_units or generator.random() < 0.5:
             return replace(first, layers=layers)
-        blocks = self.own.intermediate_size // self.neuron_block
         return replace(
             first,
             layers=layers,
-            hidden=_sample(self.own.hidden_size // self.hidden_block, len(first.hidden), generator),
-            neurons=tuple(_sample(blocks, len(kept), generator) for kept in first.neurons),
-            groups=tuple(_sample(self.own.num_key_value_heads, len(kept), generator) for kept in first.groups),
+            hidden=_sample(self.blocks["hidden"], len(first.hidden), generator),
+            neurons=tuple(_sample(self.blocks["neurons"], len(kept), generator) for kept in first.neurons),
+            groups=tuple(_sample(self.blocks["groups"], len(kept), generator) for kept in first.groups),
         )
 
 
@@ -264,8 +270,13 @@ def space_of(
     )
 
 
-def _units(blocks: Sequence[int], size: int) -> tuple[int, ...]:
-    return tuple(block * size + unit for block in blocks for unit in range(size))
+def _shape(layers: int, hidden: int, neurons: int, groups: int, queries: int, head_dim: int) -> Shape:
+    return Shape(layers, hidden, neurons, groups * queries, groups, head_dim)
+
+
+def _units(blocks: Sequence[int], size: int, first: int | None = None) -> tuple[int, ...]:
+    """The units of blocks of ``size``, or the first so many of each block."""
+    return tuple(block * size + unit for block in blocks for unit in range(first or size))
 
 
 def _sample(units: int, count: int, generator: random.Random) -> Blocks:

@@ -15,8 +15,9 @@ from trl import SFTConfig
 from trl.trainer.utils import create_model_from_path
 
 from daekit.errors import UserError
-from daekit.models.loading import ALWAYS, load_tokenizer_of, load_whole
+from daekit.models.loading import load_tokenizer_of, load_whole
 from daekit.models.placement import free_memory
+from daekit.models.restore import ALWAYS
 from daekit.models.split_loading import give_back_pieces, read_parts, waits
 from daekit.models.start_checks import require_plain_head, require_rows_apart
 from daekit.models.vocabulary import require_same, vocabulary_size
