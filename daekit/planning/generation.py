@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from daekit.errors import UserError
-from daekit.planning.buffers import head_width
+from daekit.planning.buffers import head_width, key_value_heads
 from daekit.planning.models import ModelPlanner
 from daekit.planning.operations import forward_operations
 from daekit.planning.trace import MicroBatch, Tracer
-from daekit.planning.training import DEFAULTS, Training
-from daekit.recipe.objective import Objective
-from daekit.recipe.schema import EvaluationSpec, Recipe
+from daekit.planning.training import DEFAULTS
+from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe
 
 # the number of prompts of a generated source (None where its model writes them itself), and the tokens of the longest one
 PromptFacts = Callable[[str], tuple[int | None, int]]
@@ -61,8 +59,9 @@ def generated_plans(recipe: Recipe, planner: ModelPlanner, prompts: PromptFacts 
 
 
 def _generated_plan(recipe: Recipe, name: str, planner: ModelPlanner, prompts: PromptFacts | None) -> WritingPlan:
-    spec, meta = recipe.sources[name].generated, planner.writer(recipe, name)
+    spec = recipe.sources[name].generated
     assert spec is not None
+    meta = planner.writer(recipe, spec.model) if spec.model.url is None else None
     own_turn = spec.prompts.max_new_tokens if spec.prompts.written == "self" else 0
     count, unread = None, "the prompts were not read"
     if prompts is not None:
@@ -72,7 +71,7 @@ def _generated_plan(recipe: Recipe, name: str, planner: ModelPlanner, prompts: P
         except (UserError, OSError) as error:
             unread = str(error).split("; ")[0]  # what follows is a remedy
     if unread:
-        longest = max((DEFAULTS | stage.trainer)["max_length"] or 0 for stage in recipe.stages.values())
+        longest = _longest_row(recipe)
     rows, length = spec.rows or count, longest + spec.max_new_tokens
     kept = work = None
     if meta is not None:
@@ -87,16 +86,23 @@ def _generated_plan(recipe: Recipe, name: str, planner: ModelPlanner, prompts: P
 def answers_plan(recipe: Recipe, planner: ModelPlanner) -> WritingPlan | None:
     """The plan of the report's answers to validation rows; None if there are none, or no model that would write is known."""
     evaluation = recipe.evaluation
-    metas = {} if evaluation is None or not evaluation.generate else planner.evaluated(recipe)
-    if evaluation is None or not metas:
+    if evaluation is None or not evaluation.generate:
         return None
-    prompt = max((DEFAULTS | stage.trainer)["max_length"] or 0 for stage in recipe.stages.values())
-    length, rows = prompt + evaluation.max_new_tokens, _validation_rows(recipe, evaluation)
+    first = next(iter(recipe.stages))
+    models = {m.name: planner.writer(recipe, m, first if m.name == STUDENT_AS_IT_WAS else None) for m in evaluation.models}
+    metas = {name: meta for name, meta in models.items() if meta is not None}
+    if not metas:
+        return None
+    length, rows = _longest_row(recipe) + evaluation.max_new_tokens, _validation_rows(recipe, evaluation)
     largest = max(
         key_value_bytes(meta.config, evaluation.batch_size * length, meta.width) * len(meta.layers) for meta in metas.values()
     )
     work = None if rows is None else sum(forward_operations(meta, rows * length, length) for meta in metas.values())
     return WritingPlan("answers of the report", tuple(metas), rows, evaluation.max_new_tokens, largest, work)
+
+
+def _longest_row(recipe: Recipe) -> int:
+    return max((DEFAULTS | stage.trainer)["max_length"] or 0 for stage in recipe.stages.values())
 
 
 def _validation_rows(recipe: Recipe, evaluation: EvaluationSpec) -> int | None:
@@ -110,11 +116,6 @@ def _validation_rows(recipe: Recipe, evaluation: EvaluationSpec) -> int | None:
             return None
         rows += min(bounds)
     return rows
-
-
-def rollout_rows(loss: Objective, training: Training) -> int:
-    """The rows of one device that the student continues in one batch, of those that a buffer of steps holds."""
-    return min(TOGETHER, math.ceil(loss.on_policy * training.rows * training.accumulation * loss.rollout_buffer))
 
 
 def writing(tracer: Tracer, batch: MicroBatch, new_tokens: int, width: int) -> Counter[str]:
@@ -138,5 +139,4 @@ def writing(tracer: Tracer, batch: MicroBatch, new_tokens: int, width: int) -> C
 
 def key_value_bytes(config: Any, tokens: int, width: int) -> int:
     """Bytes of one layer's keys and values."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * tokens * int(heads) * head_width(config) * width
+    return 2 * tokens * key_value_heads(config) * head_width(config) * width
