@@ -21,9 +21,9 @@ from daekit.evaluation.suites.report import manifest, suite_report
 from daekit.evaluation.suites.results import Results, load_measured, save_measured
 from daekit.files import write_whole
 from daekit.generation import ChatClient, Estimate
+from daekit.generation.caller import require_answering
 from daekit.generation.endpoint import Unreached
 from daekit.generation.keys import is_loopback
-from daekit.generation.reach import require_answering
 from daekit.progress import Progress, ProgressFunction
 from daekit.recipe.dump import to_yaml
 from daekit.recipe.judge import JudgeSpec
