@@ -125,7 +125,8 @@ def _plan(
         token_bytes = measured or token_bytes
         drawn = None if measured else (form.drawn_bytes(1), form.drawn_bytes(form.draws))
     head_bytes = sum(head.numel() * head.element_size() for head in heads) if spec.keep == "hidden" else 0
-    counts = _estimate(memory.stage, memory.training.teacher_length, reason)
+    rows, length = memory.stage.data.rows, memory.training.teacher_length
+    counts = None if rows is None else RowCounts(rows, rows * length, rows * (length - 1), reason)
     if read is not None:
         parts = [part for part in read if part is not None]
         domains = memory.stage.domains_of(cached.key, {str(domain) for part in parts for domain in part.unique("domain")})
@@ -162,12 +163,6 @@ def _count(examples: Iterable[Mapping[str, Any]]) -> RowCounts:
 
     different = {row.key: (len(row.input_ids), len(row.offsets)) for row in rows_of_examples(examples) if len(row.offsets)}
     return RowCounts(len(different), sum(size for size, _ in different.values()), sum(kept for _, kept in different.values()))
-
-
-def _estimate(stage: StageSpec, length: int, reason: str) -> RowCounts | None:
-    """Counts where rows cannot be read: as many as the mixture names, all of ``max_length`` tokens."""
-    rows = stage.data.rows
-    return None if rows is None else RowCounts(rows, rows * length, rows * (length - 1), reason)
 
 
 def _batch(memory: StageMemory) -> MicroBatch:

@@ -184,14 +184,27 @@ class Tracer:
             del y
         if not self.meta.trained:
             return LayerCost(output, frozen)
-        gradients = []
-        for parameter in (p for p in layer.parameters() if p.requires_grad and batch.accumulated):
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        for parameter in trained if batch.accumulated else ():
             parameter.grad = torch.empty_like(parameter)
-            gradients.append(parameter.grad)
-        saved, forward, backward = _with_gradient(layer, call, batch, [*given, *gradients])
+        x = call.hidden.detach().requires_grad_()
+        with LiveBytes([*given, x, *(p.grad for p in trained if p.grad is not None)]) as live:
+            with _autocast(batch):
+                y = call.run(layer, x)
+                saved, forward = live.bytes, live.peak
+            gradient = torch.empty_like(y)
+            level = live.restart()
+            y.backward(gradient)
+            backward = live.peak - level
         layer.zero_grad(set_to_none=True)
-        checkpointed, cached, stashed = _checkpointed(layer, call, batch, given)
-        return LayerCost(output, frozen, saved, forward, cached, checkpointed, stashed, backward)
+        x = call.hidden.detach().requires_grad_()
+        with LiveBytes([*given, x]) as live:
+            with _autocast(batch):
+                with torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
+                    y = call.run(layer, x)
+                in_autocast, checkpointed = live.bytes, live.peak
+            after = live.bytes  # what is left of it beside the output checkpointing cannot drop
+        return LayerCost(output, frozen, saved, forward, in_autocast - after, checkpointed, after - size_of(y), backward)
 
 
 def peak_bytes(function: Callable[[], Any], given: list[Tensor]) -> int:
@@ -199,32 +212,6 @@ def peak_bytes(function: Callable[[], Any], given: list[Tensor]) -> int:
     with LiveBytes(given) as live:
         function()
         return live.peak
-
-
-def _with_gradient(layer: nn.Module, call: _Call, batch: MicroBatch, given: list[Tensor]) -> tuple[int, int, int]:
-    """``saved``, ``forward`` and ``backward`` of LayerCost."""
-    x = call.hidden.detach().requires_grad_()
-    with LiveBytes([*given, x]) as live:
-        with _autocast(batch):
-            y = call.run(layer, x)
-            saved, forward = live.bytes, live.peak
-        gradient = torch.empty_like(y)
-        level = live.restart()
-        y.backward(gradient)
-        backward = live.peak - level
-    return saved, forward, backward
-
-
-def _checkpointed(layer: nn.Module, call: _Call, batch: MicroBatch, given: list[Tensor]) -> tuple[int, int, int]:
-    """``checkpointed``, ``cached`` and ``stashed`` of LayerCost; saved tensors are dropped, as checkpointing does."""
-    x = call.hidden.detach().requires_grad_()
-    with LiveBytes([*given, x]) as live:
-        with _autocast(batch):
-            with torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
-                y = call.run(layer, x)
-            in_autocast, highest = live.bytes, live.peak
-        after = live.bytes
-    return highest, in_autocast - after, after - size_of(y)
 
 
 def _drop(_: Tensor) -> Any:
