@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
-from daekit.files import directory_hashes
+from daekit.files import directory_hashes, facts_hash
 from daekit.generation.calls import ChatRequest, Message
 from daekit.generation.local import Sampling, device, generate, pad_left
 from daekit.models.backbone import frozen_forward
@@ -215,4 +214,4 @@ def model_fingerprint(path: str) -> str:
     Every byte is read. A hub id has no files here: its name is all that is known.
     """
     hashes = directory_hashes(Path(path).expanduser(), (".safetensors", ".json", ".jinja", ".model"))
-    return "hub" if hashes is None else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
+    return "hub" if hashes is None else facts_hash(hashes)[:16]

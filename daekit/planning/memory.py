@@ -103,7 +103,7 @@ class StageMemory:
         """The parts that a frozen model is split into; of quantised ones FSDP2 splits 4 bits, the others stay whole."""
         four_bits = model.meta.spec.quantization == "4bit" and self.machine.engine == "fsdp2"
         splits = not model.whole and (model.meta.spec.quantization is None or four_bits)
-        return self.machine.shards("teachers") if splits else 1
+        return self.machine.shards("weights") if splits else 1
 
     @cached_property
     def _trained(self) -> list[Parameter]:
