@@ -125,8 +125,8 @@ def _plan(
         token_bytes = measured or token_bytes
         drawn = None if measured else (form.drawn_bytes(1), form.drawn_bytes(form.draws))
     head_bytes = sum(head.numel() * head.element_size() for head in heads) if spec.keep == "hidden" else 0
-    rows, length = memory.stage.data.rows, memory.training.teacher_length
-    counts = None if rows is None else RowCounts(rows, rows * length, rows * (length - 1), reason)
+    rows, longest = memory.stage.data.rows, memory.training.teacher_length
+    counts = None if rows is None else RowCounts(rows, rows * longest, rows * (longest - 1), reason)
     if read is not None:
         parts = [part for part in read if part is not None]
         domains = memory.stage.domains_of(cached.key, {str(domain) for part in parts for domain in part.unique("domain")})
