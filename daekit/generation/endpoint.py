@@ -203,13 +203,12 @@ def _piece(line: str) -> str:
 
 
 async def _body(response: httpx.Response) -> str:
-    parts, size = [], 0
+    body = bytearray()
     async for part in response.aiter_bytes():
-        parts.append(part)
-        size += len(part)
-        if size > _LARGEST:
+        body += part
+        if len(body) > _LARGEST:
             raise RefusedRequest(f"the reply is longer than {_LARGEST:,} bytes")
-    return b"".join(parts).decode(errors="replace")
+    return body.decode(errors="replace")
 
 
 def _without_query(url: str) -> str:
