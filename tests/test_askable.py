@@ -13,8 +13,8 @@ import yaml
 from daekit.cli import main
 from daekit.errors import UserError
 from daekit.generation import Permissions
+from daekit.generation.caller import require_answering
 from daekit.generation.keys import endpoint_key, required_key
-from daekit.generation.reach import require_answering
 from daekit.recipe import Recipe, load_recipe_text
 from daekit.recipe.judge import JudgeSpec
 from daekit.runtime.prepare import prepare

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from daekit.errors import UserError
 from daekit.models.loading import load_model
 from daekit.planning.meta_model import MetaModel
-from daekit.planning.resolve import ModelResolver, ResolvedModel, known_shapes
+from daekit.planning.resolve import ResolvedModel, known_shapes, resolve
 from daekit.recipe import load_recipe_text
 from daekit.recipe.schema import LoraSpec, ModelSpec
 from tests.helpers import tiny
@@ -126,24 +126,23 @@ stages:
 
 def test_a_stage_has_the_shape_of_its_student() -> None:
     recipe = load_recipe_text(RECIPE, "planned.yaml")
-    shapes = ModelResolver(recipe)
-    result = shapes.resolve(ModelSpec(stage="one"))
+    result = resolve(recipe, ModelSpec(stage="one"))
     assert (result.config.num_hidden_layers, result.config.vocab_size, result.dtype) == (2, 300, torch.bfloat16)
-    assert shapes.resolve(ModelSpec(stage="one", dtype="float32")).dtype == torch.float32
+    assert resolve(recipe, ModelSpec(stage="one", dtype="float32")).dtype == torch.float32
     student = recipe.stages["two"].student
     assert student is not None
-    assert shapes.resolve(student).dtype == torch.float32
+    assert resolve(recipe, student).dtype == torch.float32
 
 
 def test_a_directory_is_read(tmp_path: Path) -> None:
     tiny.model(kind="mixtral").to(torch.bfloat16).save_pretrained(tmp_path)
-    found = ModelResolver(load_recipe_text(RECIPE, "planned.yaml")).resolve(ModelSpec(path=str(tmp_path)))
+    found = resolve(load_recipe_text(RECIPE, "planned.yaml"), ModelSpec(path=str(tmp_path)))
     assert (found.config.model_type, found.config.num_local_experts, found.dtype) == ("mixtral", 4, torch.bfloat16)
 
 
 def test_an_unknown_hub_id_names_the_remedy() -> None:
     with pytest.raises(UserError, match=r"nobody/nothing: its shape is not known.*hf download nobody/nothing config.json"):
-        ModelResolver(load_recipe_text(RECIPE, "planned.yaml")).resolve(ModelSpec(path="nobody/nothing"))
+        resolve(load_recipe_text(RECIPE, "planned.yaml"), ModelSpec(path="nobody/nothing"))
 
 
 CUT = """
@@ -163,7 +162,7 @@ def cut_student(way: str, teacher: str = "EleutherAI/pythia-1.4b") -> ResolvedMo
     recipe = load_recipe_text(CUT.replace("TEACHER", teacher).replace("WAY", way), "cut.yaml")
     spec = recipe.stages["student"].student
     assert spec is not None
-    return ModelResolver(recipe).resolve(spec)
+    return resolve(recipe, spec)
 
 
 def test_a_student_that_is_cut_from_its_teacher_has_the_sizes_that_the_recipe_gives() -> None:

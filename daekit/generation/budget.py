@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from daekit.generation.calls import ChatReply, ChatRequest, Estimate, tokens_of
-from daekit.progress import ProgressFunction
+from daekit.progress import ProgressFunction, clock
 from daekit.recipe.judge import JudgeSpec
 
 _IMPLAUSIBLE = 2  # a usage so many times below what we count ourselves is not believed
@@ -112,13 +112,11 @@ class Counter:
         parts = [f"[{self._who}] {self._done}/{self._total}", f"{speed:.1f} calls/s"]
         still = self._total - self._done - (self._budget.failed - self._failed_before)
         if speed and still > 0:
-            left = int(still / speed)
-            parts.append(f"{left // 60}:{left % 60:02d} left")
+            parts.append(f"{clock(still / speed)} left")
         if self._spec.price_prompt is not None:
             parts.append(f"${self._budget.cost:.2f}")
-        parts += [
-            f"{count} {what}" for count, what in ((self._budget.retries, "repeated"), (self._budget.failed, "failed")) if count
-        ]
+        counts = {"repeated": self._budget.retries, "failed": self._budget.failed}
+        parts += [f"{count} {what}" for what, count in counts.items() if count]
         print("  ".join(parts), flush=True)
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from daekit.generation.budget import Budget
 from daekit.generation.endpoint import Endpoint, PassingFailure, RefusedRequest
+from daekit.generation.keys import Permissions, required_key
 from daekit.recipe.judge import JudgeSpec
 
 R = TypeVar("R")
+T = TypeVar("T")
 _LONGEST_WAIT = 60.0  # seconds of our own back-off
 _LONGEST_ASKED = 600.0  # seconds of an endpoint's Retry-After; a request is given up rather than sent before that
 _POLL = 0.02  # seconds
@@ -38,17 +41,17 @@ class Caller:
 
     Attributes:
         resume_at: When the next call may be sent, on the clock of the event loop: a Retry-After holds for all calls.
-        has_answered: Whether any call was answered; until then ``tell`` hears of every failure, and to find nobody at the URL
-            twice is enough.
+        has_answered: Whether any call was answered; until then every failure is told, and to find nobody at the URL twice is
+            enough.
 
     Args:
         budget: What may be sent.
         first_wait: Seconds before a failed call is first repeated; doubled each time.
-        tell: Called with a line to print.
+        who: Begins the lines that it prints.
     """
 
-    def __init__(self, spec: JudgeSpec, budget: Budget, first_wait: float, tell: Callable[[str], None]) -> None:
-        self._spec, self._budget, self._first_wait, self._tell = spec, budget, first_wait, tell
+    def __init__(self, spec: JudgeSpec, budget: Budget, first_wait: float, who: str) -> None:
+        self._spec, self._budget, self._first_wait, self._who = spec, budget, first_wait, who
         self.resume_at = 0.0
         self.has_answered = False
 
@@ -91,7 +94,7 @@ class Caller:
             wait = self._back_off(attempts)
             if not self.has_answered and attempts <= self._spec.max_retries:
                 what, seconds = "not reached" if failure.unreachable else "no answer", math.ceil(max(wait, failure.wait))
-                self._tell(f"{what} ({failure}), trying again in {seconds} s")
+                print(f"[{self._who}] {what} ({failure}), trying again in {seconds} s", flush=True)
             await asyncio.sleep(wait)
         raise GivenUp(failure, attempts)
 
@@ -106,6 +109,41 @@ class Caller:
             return 0.0
         most = min(self._first_wait * 2 ** (attempts - 1), _LONGEST_WAIT)
         return most * random.uniform(0.5, 1.0)  # so that calls that failed together do not come back together
+
+
+async def each(items: Iterable[T], ask: Callable[[T], Coroutine[None, None, None]], together: int) -> None:
+    """Ask about every item, so many at a time; an error ends the calls under way."""
+    queue = iter(items)
+
+    async def work() -> None:
+        for item in queue:
+            await ask(item)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(together):
+                group.create_task(work())
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed.exceptions[0].__cause__
+
+
+def require_answering(where: str, spec: JudgeSpec, allowed: Permissions) -> None:
+    """Look for the key of an endpoint, then ask it once which models it has, which costs nothing.
+
+    Args:
+        where: Begins an error (``judge``, ``models.far``).
+
+    Raises:
+        UserError: a key that is missing, or may not be sent there; nobody listens there; the key is refused.
+    """
+    assert spec.base_url is not None
+    key = required_key(where, spec.base_url, spec.api_key_env, allowed)
+
+    async def look() -> None:
+        async with aclosing(Endpoint(f"{where} {spec.name}", spec, key)) as endpoint:
+            await endpoint.look()
+
+    run(look())
 
 
 def run(work: Coroutine[None, None, R]) -> R:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -130,27 +129,25 @@ def read_reply(body: str, time: float) -> ChatReply | None:
     An answer whose message is no text is an answer with an empty text: it was given and paid, and to ask again would not help.
     """
     response = read_body(body)
-    choice = _first(_get(response, "choices"))
-    text = None if choice is None else _text(_get(choice, "message"))
-    if choice is None or (text is None and _get(response, "error")):
+    choice = at(response, "choices", 0)
+    text = _text(at(choice, "message"))
+    if choice is None or (text is None and at(response, "error")):
         return None
-    usage = _get(response, "usage")
-    model = _get(response, "model")
-    reason = _get(choice, "finish_reason")
+    model, reason = at(response, "model"), at(choice, "finish_reason")
     return ChatReply(
         text=clean_text(text or ""),
         model=clean_text(model)[:_LONGEST_NAME] if isinstance(model, str) and model else None,
         finish_reason=reason if isinstance(reason, str) else None,
         top_logprobs=_top_logprobs(choice),
-        prompt_tokens=_count(_get(usage, "prompt_tokens")),
-        completion_tokens=_count(_get(usage, "completion_tokens")),
+        prompt_tokens=_count(at(response, "usage", "prompt_tokens")),
+        completion_tokens=_count(at(response, "usage", "completion_tokens")),
         time=time,
     )
 
 
 def lacks_logprobs(body: str) -> bool:
     """Whether an endpoint has left log-probabilities out, as one does that has none; odd ones do not count."""
-    logprobs = _get(_first(_get(read_body(body), "choices")), "logprobs")
+    logprobs = at(read_body(body), "choices", 0, "logprobs")
     return not logprobs or (isinstance(logprobs, dict) and not logprobs.get("content"))
 
 
@@ -159,37 +156,38 @@ def clean_text(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _get(value: Any, key: str) -> Any:
-    return value.get(key) if isinstance(value, dict) else None
-
-
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and value else None
+def at(value: Any, *path: str | int) -> Any:
+    """What lies at a path of keys and indices in plain containers; None where something else lies on the way."""
+    try:
+        for step in path:
+            value = value[step] if isinstance(value, (dict, list)) else None  # type: ignore[index]
+    except (LookupError, TypeError):
+        return None
+    return value
 
 
 def _text(message: Any) -> str | None:
     """The arguments of a call, the content, or the texts among its parts; None for a refusal or anything else."""
-    called = _get(_get(_first(_get(message, "tool_calls")), "function"), "arguments")
-    content = _get(message, "content") if called is None else called
+    called = at(message, "tool_calls", 0, "function", "arguments")
+    content = at(message, "content") if called is None else called
     if isinstance(content, list):
-        parts = [part["text"] for part in content if isinstance(_get(part, "text"), str)]
+        parts = [part["text"] for part in content if isinstance(at(part, "text"), str)]
         return "".join(parts) if parts else None
     return content if isinstance(content, str) else None
 
 
 def _top_logprobs(choice: Any) -> list[dict[str, Any]] | None:
-    top = _get(_first(_get(_get(choice, "logprobs"), "content")), "top_logprobs")
+    top = at(choice, "logprobs", "content", 0, "top_logprobs")
     if not isinstance(top, list):
         return None
     found = []
     for entry in top:
-        token, value = _get(entry, "token"), _get(entry, "logprob")
+        token, value = at(entry, "token"), at(entry, "logprob")
         if isinstance(token, str) and isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
             found.append({"token": clean_text(token), "logprob": float(value)})
     return found or None
 
 
 def _count(value: Any) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return int(value) if 0 <= value < _MOST_TOKENS else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return int(value) if is_number and 0 <= value < _MOST_TOKENS else None  # NaN and infinity are not within

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
 
 from daekit.errors import UserError
 from daekit.generation.budget import Budget, Counter
-from daekit.generation.caller import Caller, GivenUp, run
+from daekit.generation.caller import Caller, GivenUp, each, run
 from daekit.generation.calls import ChatReply, ChatRequest, lacks_logprobs, read_reply
 from daekit.generation.endpoint import Endpoint, PassingFailure
 from daekit.generation.keys import Permissions, endpoint_key
@@ -66,13 +66,12 @@ class ChatClient:
         self.spec, self.folder, self.budget = spec, folder, Budget(spec, before)
         self.identity = identity(spec)
         self._who = f"{role} {spec.name}"
-        self._caller = Caller(spec, self.budget, first_wait, lambda line: print(f"[{self._who}] {line}", flush=True))
+        self._caller = Caller(spec, self.budget, first_wait, self._who)
         self._store = ReplyStore(folder)
         if self._store.was_torn:
             print(f"[{self._who}] {folder}: the last line was torn (the run was killed); its call is sent again", flush=True)
         self._local: LocalChat | None = None
         self._in_a_row = 0
-        self._has_answered = False
 
     def __enter__(self) -> ChatClient:
         return self
@@ -91,7 +90,10 @@ class ChatClient:
         if missing:
             progress = Counter(self._who, self.spec, self.budget, len(missing), self._progress)
             try:
-                self._send(list(missing.items()), progress)
+                if self.spec.path is not None:
+                    self._generate(list(missing.items()), progress)
+                else:
+                    run(self._send(missing.items(), progress))
             finally:
                 progress.show()
         return [self._store.replies.get(key) for key in keys]
@@ -123,12 +125,6 @@ class ChatClient:
             )
         return notes
 
-    def _send(self, missing: list[Open], progress: Counter) -> None:
-        if self.spec.path is not None:
-            self._generate(missing, progress)
-        else:
-            run(self._send_all(missing, progress))
-
     def _generate(self, missing: list[Open], progress: Counter) -> None:
         """By the local judge, batch by batch; each batch is kept before the next one begins."""
         if self._local is None:
@@ -139,25 +135,22 @@ class ChatClient:
             self.budget.end(request, self._store.add(key, request.label, body))
             progress.step()
 
-    async def _send_all(self, missing: list[Open], progress: Counter) -> None:
-        endpoint = Endpoint(self._who, self.spec, self._key)
-        self._caller.resume_at = 0.0  # on the clock of an earlier event loop
-        try:
+    async def _send(self, missing: Iterable[Open], progress: Counter) -> None:
+        async with aclosing(Endpoint(self._who, self.spec, self._key)) as endpoint:
+            self._caller.resume_at = 0.0  # on the clock of an earlier event loop
             queue = iter(missing)
-            if not self._has_answered:
+            if not self._caller.has_answered:
                 await self._pilots(endpoint, queue, progress)
-            workers = [
-                asyncio.create_task(self._work(endpoint, queue, progress))
-                for _ in range(min(self.spec.concurrency, len(missing)))
-            ]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
-        finally:
-            await endpoint.close()
+
+            async def work(question: Open) -> None:
+                if self.budget.stopped:
+                    return
+                failure = await self._answer(endpoint, *question, progress)
+                self._in_a_row = self._in_a_row + 1 if isinstance(failure, PassingFailure) else 0
+                if self._in_a_row >= _IN_A_ROW:
+                    self.budget.stopped = f"{_IN_A_ROW} requests in a row failed, the last with: {failure}"
+
+            await each(queue, work, self.spec.concurrency)
 
     async def _pilots(self, endpoint: Endpoint, queue: Iterator[Open], progress: Counter) -> None:
         """Send the first requests one by one until one is answered: what is wrong with the endpoint is said after few calls,
@@ -165,28 +158,15 @@ class ChatClient:
         for key, request in itertools.islice(queue, _PILOTS):
             failure = await self._answer(endpoint, key, request, progress)
             if failure is None:
-                self._has_answered = True
-                self._say_who_answers(key)
+                if reply := self._store.replies.get(key):  # None: a limit kept it from being sent
+                    who = reply.model or "a model that it does not name"
+                    print(f"[{self._who}] {self.spec.endpoint} answers as {who}", flush=True)
                 return
             if isinstance(failure, PassingFailure) and failure.unreachable:
                 self.budget.stopped = f"{self.spec.endpoint} is not reached: {failure}"
                 return
         if not self._store.replies and not self.budget.stopped:
             self.budget.stopped = f"the first requests all failed, the last with: {failure}"
-
-    def _say_who_answers(self, key: str) -> None:
-        reply = self._store.replies.get(key)
-        if reply is not None:  # None: a limit kept it from being sent
-            print(f"[{self._who}] {self.spec.endpoint} answers as {reply.model or 'a model that it does not name'}", flush=True)
-
-    async def _work(self, endpoint: Endpoint, queue: Iterator[Open], progress: Counter) -> None:
-        for key, request in queue:
-            if self.budget.stopped:
-                return
-            failure = await self._answer(endpoint, key, request, progress)
-            self._in_a_row = self._in_a_row + 1 if isinstance(failure, PassingFailure) else 0
-            if self._in_a_row >= _IN_A_ROW:
-                self.budget.stopped = f"{_IN_A_ROW} requests in a row failed, the last with: {failure}"
 
     async def _answer(self, endpoint: Endpoint, key: str, request: ChatRequest, progress: Counter) -> Exception | None:
         """Send one request until it is answered or given up; returns why it was given up.

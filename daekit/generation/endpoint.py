@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from daekit.errors import UserError
-from daekit.generation.calls import ChatRequest, clean_text, read_reply
+from daekit.generation.calls import ChatRequest, at, clean_text, read_body, read_reply
 from daekit.generation.keys import is_maskable, is_openai, masked
 from daekit.recipe.judge import JudgeSpec
 
@@ -62,8 +62,8 @@ class Endpoint:
         # a redirect would send the question, or a GET instead of it, to another place
         self._client = httpx.AsyncClient(headers=headers, timeout=spec.timeout, limits=limits, follow_redirects=False)
 
-    async def close(self) -> None:
-        """Close its connections."""
+    async def aclose(self) -> None:
+        """Close its connections (so ``contextlib.aclosing`` calls it)."""
         await self._client.aclose()
 
     async def look(self) -> None:
@@ -196,23 +196,19 @@ def _nobody_there(error: BaseException | None) -> str:
 
 def _piece(line: str) -> str:
     """The text in a line of server-sent events; none in usage alone, or a comment of the endpoint's own."""
-    if not line.startswith("data:") or (data := line.removeprefix("data:").strip()) == "[DONE]":
+    if not line.startswith("data:"):
         return ""
-    try:
-        piece = json.loads(data)["choices"][0]["delta"].get("content")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return ""
+    piece = at(read_body(line.removeprefix("data:")), "choices", 0, "delta", "content")
     return clean_text(piece) if isinstance(piece, str) else ""
 
 
 async def _body(response: httpx.Response) -> str:
-    parts, size = [], 0
+    body = bytearray()
     async for part in response.aiter_bytes():
-        parts.append(part)
-        size += len(part)
-        if size > _LARGEST:
+        body += part
+        if len(body) > _LARGEST:
             raise RefusedRequest(f"the reply is longer than {_LARGEST:,} bytes")
-    return b"".join(parts).decode(errors="replace")
+    return body.decode(errors="replace")
 
 
 def _without_query(url: str) -> str:

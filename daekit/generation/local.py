@@ -16,7 +16,6 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 
@@ -152,11 +151,14 @@ def _generate_batch(
 ) -> list[list[int]]:
     input_ids_BT, mask_BT = pad_left(prompts, config.pad_token_id)
     device, width = model.device, input_ids_BT.shape[1]
-    criteria = StoppingCriteriaList([] if watch is None else [_Watch(watch)])
+    criteria = StoppingCriteriaList()
     how: dict[str, Any] = {"stopping_criteria": criteria}
+    if watch is not None:
+        criteria.append(lambda ids_BT, _: torch.full((len(ids_BT),), watch(ids_BT), device=device))
     if sampling is not None:
         how["logits_processor"] = LogitsProcessorList([_Sampler(sampling, width)])
-        criteria.append(_LengthLimit(sampling, width))
+        end_B = torch.tensor([width + each.max_new_tokens for each in sampling], device=device)
+        criteria.append(lambda ids_BT, _: ids_BT.shape[1] >= end_B)
     # each rank generates its own rows, with whole weights: under ZeRO transformers would wait for the other ranks
     output_BT: Tensor = model.generate(  # type: ignore[operator]
         input_ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=config, synced_gpus=False, **how
@@ -211,26 +213,6 @@ def _nucleus(probability_DV: Tensor, top_p_D1: Tensor) -> Tensor:
     kept_DK = likeliest.values.masked_fill(before_DK >= top_p_D1, 0.0)
     nucleus_DV = torch.zeros_like(probability_DV).scatter_(1, likeliest.indices, kept_DK)
     return torch.where(top_p_D1.isinf(), probability_DV, nucleus_DV)
-
-
-class _Watch(StoppingCriteria):
-    """Shows every step to a function, which may end the batch."""
-
-    def __init__(self, watch: Callable[[Tensor], bool]) -> None:
-        self.watch = watch
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.full((len(input_ids),), self.watch(input_ids), device=input_ids.device)
-
-
-class _LengthLimit(StoppingCriteria):
-    """Ends a row that has as many tokens as it may have."""
-
-    def __init__(self, sampling: Sequence[Sampling], width: int) -> None:
-        self.end_B = torch.tensor([width + each.max_new_tokens for each in sampling])
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        return input_ids.shape[1] >= self.end_B.to(input_ids.device)
 
 
 def device() -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
-from daekit.files import directory_hashes
+from daekit.files import directory_hashes, facts_hash
 from daekit.generation.calls import ChatRequest, Message
 from daekit.generation.local import Sampling, device, generate, pad_left
 from daekit.models.backbone import frozen_forward
@@ -23,14 +22,8 @@ from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.schema import ModelSpec
 
-_KNOWN = {
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "seed",
-    "logprobs",
-    "top_logprobs",
-}  # temperature, top_p, seed: greedy all the same
+# temperature, top_p, seed: greedy all the same
+_KNOWN = {"max_tokens", "temperature", "top_p", "seed", "logprobs", "top_logprobs"}
 _CANDIDATES = 100  # tokens at least among which the likeliest texts are sought
 _NO_TEXT = "\N{REPLACEMENT CHARACTER}"
 
@@ -58,11 +51,16 @@ class LocalChat:
                 reads.
         """
         for request in requests:
-            self._require_possible(request)
+            _require_possible(request)
         prompts = [encode_chat(self._tokenizer, request.messages) for request in requests]
+        for request, prompt in zip(requests, prompts, strict=True):
+            if self._limit(prompt, 1) < 1:
+                raise UserError(
+                    f"judge.path: {request.label or 'a prompt'} has {len(prompt)} tokens, and {self._spec.path} reads "
+                    f"{self._context}. "
+                    "Take a judge with a longer context, or limit the length of the answers that are judged."
+                )
         order = sorted(range(len(requests)), key=lambda at: (requests[at].parameters["max_tokens"], len(prompts[at])))
-        for at in order:
-            self._require_space(requests[at], prompts[at])
         while order:
             first = requests[order[0]].parameters
             batch = [at for at in order[: self._spec.batch_size] if requests[at].parameters == first]
@@ -119,27 +117,20 @@ class LocalChat:
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(ids)}
         return json.dumps({"model": self._spec.name, "choices": [choice], "usage": usage})
 
-    def _require_possible(self, request: ChatRequest) -> None:
-        unknown = [name for name in request.parameters if name not in _KNOWN]
-        if request.parameters.get("logprobs") and request.parameters["max_tokens"] != 1:
-            unknown.append("logprobs of more than one token")
-        if unknown:
-            raise UserError(
-                f"judge.path: a local judge does not know {', '.join(unknown)}, which the annotator asks for. Choose an "
-                "annotator that reads the judge's text (annotator: alpaca_eval_gpt4), or serve the model and give its base_url."
-            )
-
     def _limit(self, prompt: Sequence[int], max_tokens: int) -> int:
         """How long the reply may be: where the context ends, it is cut as at ``max_tokens``."""
         return max_tokens if self._context is None else min(max_tokens, self._context - len(prompt))
 
-    def _require_space(self, request: ChatRequest, prompt: Sequence[int]) -> None:
-        if self._limit(prompt, 1) < 1:
-            raise UserError(
-                f"judge.path: {request.label or 'a prompt'} has {len(prompt)} tokens, and {self._spec.path} reads "
-                f"{self._context}. "
-                "Take a judge with a longer context, or limit the length of the answers that are judged."
-            )
+
+def _require_possible(request: ChatRequest) -> None:
+    unknown = [name for name in request.parameters if name not in _KNOWN]
+    if request.parameters.get("logprobs") and request.parameters["max_tokens"] != 1:
+        unknown.append("logprobs of more than one token")
+    if unknown:
+        raise UserError(
+            f"judge.path: a local judge does not know {', '.join(unknown)}, which the annotator asks for. Choose an "
+            "annotator that reads the judge's text (annotator: alpaca_eval_gpt4), or serve the model and give its base_url."
+        )
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -149,8 +140,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     be judged) is encoded as the text that it is. Everything else is encoded exactly as ``apply_chat_template`` encodes it.
     """
     text, spans = _render(tokenizer, messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-    if not any(token in text[start:end] for start, end in spans for token in _added(tokenizer).values()):
+    encoded, added = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast), _added(tokenizer)
+    if not any(token in text[start:end] for start, end in spans for token in added.values()):
         return list(encoded["input_ids"])
     if not tokenizer.is_fast:
         raise UserError(
@@ -158,7 +149,6 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
             "cannot tell them apart; take a judge with a fast tokenizer (tokenizer.json)."
         )
     ids: list[int] = []
-    added = _added(tokenizer)
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         inside = any(first <= start and end <= last for first, last in spans)
         # a token of its own for an added string, where the template did not write it
@@ -224,4 +214,4 @@ def model_fingerprint(path: str) -> str:
     Every byte is read. A hub id has no files here: its name is all that is known.
     """
     hashes = directory_hashes(Path(path).expanduser(), (".safetensors", ".json", ".jinja", ".model"))
-    return "hub" if hashes is None else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
+    return "hub" if hashes is None else facts_hash(hashes)[:16]

@@ -6,15 +6,15 @@ each further one, ``{token id: {"logprob", "rank", "decoded_token"}}`` of the K 
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from daekit.errors import UserError
 from daekit.generation.budget import Budget
-from daekit.generation.caller import Caller, GivenUp, run
+from daekit.generation.caller import Caller, GivenUp, each, run
+from daekit.generation.calls import at, read_body
 from daekit.generation.endpoint import Endpoint, PassingFailure
 from daekit.generation.keys import Permissions, required_key
 from daekit.recipe.judge import JudgeSpec
@@ -76,7 +76,7 @@ class ScoreClient:
         assert spec.base_url is not None
         self._key = required_key(who, spec.base_url, spec.api_key_env, allowed)
         self.spec, self._who = spec, who
-        self._caller = Caller(spec, Budget(spec), first_wait, lambda line: print(f"[{who}] {line}", flush=True))
+        self._caller = Caller(spec, Budget(spec), first_wait, who)
 
     def ask(self, requests: Sequence[ScoreRequest]) -> list[PromptScores]:
         """The answer to each request.
@@ -84,32 +84,23 @@ class ScoreClient:
         Raises:
             UserError: One of them is refused, or has failed ``max_retries`` times.
         """
-        different = list(dict.fromkeys(requests))
-        found = dict(zip(different, run(self._all(different)), strict=True))
+        found: dict[ScoreRequest, PromptScores] = {}
+        run(self._ask(dict.fromkeys(requests), found))
         return [found[request] for request in requests]
 
-    async def _all(self, requests: Sequence[ScoreRequest]) -> list[PromptScores]:
-        endpoint, caller = Endpoint(self._who, self.spec, self._key), self._caller
-        caller.resume_at = 0.0  # on the clock of an earlier event loop
-        turn = asyncio.Semaphore(self.spec.concurrency)
+    async def _ask(self, requests: Iterable[ScoreRequest], found: dict[ScoreRequest, PromptScores]) -> None:
+        async with aclosing(Endpoint(self._who, self.spec, self._key)) as endpoint:
+            self._caller.resume_at = 0.0  # on the clock of an earlier event loop
 
-        async def one(request: ScoreRequest) -> PromptScores:
-            async with turn:
+            async def ask(request: ScoreRequest) -> None:
                 try:
-                    scores = await caller.call(endpoint, request, lambda body: read_scores(body, request))
+                    scores = await self._caller.call(endpoint, request, lambda body: read_scores(body, request))
                 except GivenUp as error:
                     raise UserError(f"{self._who} at {self.spec.endpoint}: {error}{_remedy(str(error))}") from None
-            assert scores is not None, "its budget has no limits"
-            return scores
+                assert scores is not None, "its budget has no limits"
+                found[request] = scores
 
-        calls = [asyncio.create_task(one(request)) for request in requests]
-        try:
-            return await asyncio.gather(*calls)
-        finally:
-            for call in calls:
-                call.cancel()
-            await asyncio.gather(*calls, return_exceptions=True)
-            await endpoint.close()
+            await each(requests, ask, self.spec.concurrency)
 
 
 def read_scores(body: str, request: ScoreRequest) -> PromptScores:
@@ -118,17 +109,13 @@ def read_scores(body: str, request: ScoreRequest) -> PromptScores:
     Raises:
         PassingFailure: There are none, or not of all tokens, as in half an answer.
     """
-    try:
-        choice = json.loads(body)["choices"][0]
-        entries, token_ids = choice["prompt_logprobs"], choice.get("prompt_token_ids")
-        whole = isinstance(entries, list) and all(each is None or isinstance(each, dict) for each in entries)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
+    choice = at(read_body(body), "choices", 0)
+    entries = at(choice, "prompt_logprobs")
+    if not isinstance(entries, list) or not all(entry is None or isinstance(entry, dict) for entry in entries):
         raise PassingFailure(f"its answer holds no prompt_logprobs: {body[:200]!r}")
     if not isinstance(request.prompt, str) and len(entries) != len(request.prompt):
         raise PassingFailure(f"it scores {len(entries)} of {len(request.prompt)} tokens")
-    return PromptScores(entries, token_ids)
+    return PromptScores(entries, at(choice, "prompt_token_ids"))
 
 
 def _remedy(failure: str) -> str:

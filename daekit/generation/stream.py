@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,17 +23,6 @@ Say = Callable[[str], None]
 _PART = "\N{REPLACEMENT CHARACTER}"  # at the end of a text: bytes of a letter that is not whole yet
 
 
-class Speaker(Protocol):
-    """Answers a conversation."""
-
-    def answer(self, messages: Sequence[Message], how: Sampling, say: Say, stop: threading.Event) -> str:
-        """The whole answer; each piece goes to ``say`` as it comes. Once ``stop`` is set it ends early, with what there is.
-
-        Raises:
-            UserError: there is no answer.
-        """
-
-
 @dataclass
 class LocalSpeaker:
     """A model in this process; ``context`` is what it reads at most, in tokens (None: nobody knows)."""
@@ -44,7 +32,11 @@ class LocalSpeaker:
     context: int | None
 
     def answer(self, messages: Sequence[Message], how: Sampling, say: Say, stop: threading.Event) -> str:
-        """See ``Speaker``."""
+        """The whole answer; each piece goes to ``say`` as it comes. Once ``stop`` is set it ends early, with what there is.
+
+        Raises:
+            UserError: the conversation leaves no room for an answer.
+        """
         prompt = encode_chat(self.tokenizer, messages)
         limit = how.max_new_tokens if self.context is None else min(how.max_new_tokens, self.context - len(prompt))
         if limit < 1:
@@ -87,7 +79,7 @@ class EndpointSpeaker:
         self._key = required_key(where, url, key_variable, allowed)
 
     def answer(self, messages: Sequence[Message], how: Sampling, say: Say, stop: threading.Event) -> str:
-        """See ``Speaker``."""
+        """The same; UserError where there is no answer."""
         parameters = {"stream": True, "max_tokens": how.max_new_tokens, "temperature": how.temperature, "seed": how.seed[0]}
         try:
             return run(self._answer(ChatRequest(messages, parameters), say, stop))
@@ -95,14 +87,17 @@ class EndpointSpeaker:
             raise UserError(f"{self._who} at {self._spec.endpoint}: {error}") from None
 
     async def _answer(self, request: ChatRequest, say: Say, stop: threading.Event) -> str:
-        endpoint, said = Endpoint(self._who, self._spec, self._key), []
-        try:
-            async with aclosing(endpoint.pieces(request)) as pieces:
-                async for piece in pieces:
-                    said.append(piece)
-                    say(piece)
-                    if stop.is_set():
-                        break
-        finally:
-            await endpoint.close()
+        said = []
+        async with (
+            aclosing(Endpoint(self._who, self._spec, self._key)) as endpoint,
+            aclosing(endpoint.pieces(request)) as pieces,
+        ):
+            async for piece in pieces:
+                said.append(piece)
+                say(piece)
+                if stop.is_set():
+                    break
         return "".join(said)
+
+
+Speaker = LocalSpeaker | EndpointSpeaker  # answers conversations

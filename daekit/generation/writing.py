@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from daekit.errors import UserError
 from daekit.generation.calls import ChatRequest
 from daekit.generation.client import ChatClient
-from daekit.generation.drafts import Counts, Draft, DraftStore, Judge
+from daekit.generation.drafts import Attempt, Counts, Draft, DraftStore, Judge
 from daekit.generation.local import Sampling, generate
 from daekit.generation.user_turn import UserTurn
 from daekit.progress import clock
@@ -26,20 +27,6 @@ Prompt = Mapping[str, Any]  # a row without its answer: ``prompt``, and what els
 _EVERY = 10.0  # seconds between two lines of progress
 _HOPELESS = 200  # attempts; if none of so many is a row, none will be
 _CALLS_PER_WORKER = 8  # of an endpoint in one batch
-
-
-class Author(Protocol):
-    """Writes drafts."""
-
-    @property
-    def batch_size(self) -> int:
-        """Attempts that it writes together."""
-
-    def write(self, first: int, prompts: Sequence[Prompt]) -> list[Draft]:
-        """The attempts ``first``, ``first + 1``..., one for each prompt."""
-
-    def close(self) -> None:
-        """Let go of what it holds."""
 
 
 @dataclass
@@ -61,71 +48,42 @@ class LocalAuthor:
 
     @property
     def batch_size(self) -> int:
-        """See ``Author``."""
+        """Attempts that it writes together."""
         return self.spec.batch_size
 
     def write(self, first: int, prompts: Sequence[Prompt]) -> list[Draft]:
-        """See ``Author``."""
+        """The attempts ``first``, ``first + 1``..., one for each prompt."""
         spec, numbers = self.spec, range(first, first + len(prompts))
+        how = Sampling(spec.max_new_tokens, spec.temperature, top_p=spec.top_p)
         if spec.prompts.written == "bos":
-            answers = self._continue([self.start] * len(prompts), numbers, 1)
+            answers = self._continue([self.start] * len(prompts), numbers, 1, how)
             return [self._draft({}, "text", ids, spec.max_new_tokens) for ids in answers]
         drafts: dict[int, Draft] = {}
         asked = dict(zip(numbers, prompts, strict=True))
         if self.turn is not None:
-            for number, ids in zip(numbers, self._user_turns(numbers), strict=True):
+            longest = spec.prompts.max_new_tokens
+            turns = Sampling(longest, spec.prompts.temperature or spec.temperature, top_p=spec.prompts.top_p or spec.top_p)
+            said = self._continue([self.turn.opening] * len(numbers), numbers, 0, turns, [self.turn.end])
+            for number, ids in zip(numbers, said, strict=True):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
                 asked[number] = {"prompt": [{"role": "user", "content": text}]}
-                if len(ids) >= spec.prompts.max_new_tokens:
+                if len(ids) >= longest:
                     drafts[number] = Draft(None, "", len(ids), "open_turn")
                 elif not text.strip():
                     drafts[number] = Draft(None, "", len(ids), "empty")
         open_numbers = [number for number in numbers if number not in drafts]
-        answers = self._continue([self.encode(asked[number]) for number in open_numbers], open_numbers, 1)
+        answers = self._continue([self.encode(asked[number]) for number in open_numbers], open_numbers, 1, how)
         for number, ids in zip(open_numbers, answers, strict=True):
             drafts[number] = self._draft(asked[number], "completion", ids, spec.max_new_tokens)
         return [drafts[number] for number in numbers]
 
-    def close(self) -> None:
-        """See ``Author``."""
-
-    def _user_turns(self, numbers: Sequence[int]) -> list[list[int]]:
-        assert self.turn is not None
-        prompts = self.spec.prompts
-        return self._continue(
-            [self.turn.opening] * len(numbers),
-            numbers,
-            0,
-            limit=prompts.max_new_tokens,
-            temperature=prompts.temperature or self.spec.temperature,
-            top_p=prompts.top_p or self.spec.top_p,
-            stop=[self.turn.end],
-        )
-
     def _continue(
-        self,
-        prompts: Sequence[Sequence[int]],
-        numbers: Sequence[int],
-        part: int,
-        *,
-        limit: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        stop: Sequence[int] = (),
+        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], part: int, how: Sampling, stop: Sequence[int] = ()
     ) -> list[list[int]]:
         """What follows each prompt; ``part`` tells the draws of an attempt's user turn from those of its answer."""
-        spec, limit = self.spec, limit or self.spec.max_new_tokens
-        how = (spec.temperature if temperature is None else temperature, spec.top_p if top_p is None else top_p)
-        sampling = [Sampling(limit, how[0], (spec.seed, number, part), how[1]) for number in numbers]
-        return generate(
-            self.model,
-            self.tokenizer,
-            prompts,
-            max_new_tokens=limit,
-            batch_size=self.batch_size,
-            sampling=sampling,
-            stop=stop,
-        )
+        sampling = [replace(how, seed=(self.spec.seed, number, part)) for number in numbers]
+        options: dict[str, Any] = {"max_new_tokens": how.max_new_tokens, "batch_size": self.batch_size}
+        return generate(self.model, self.tokenizer, prompts, sampling=sampling, stop=stop, **options)
 
     def _draft(self, prompt: Prompt, column: str, ids: list[int], limit: int) -> Draft:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -140,20 +98,20 @@ class EndpointAuthor:
 
     Attributes:
         client: asks it; what it has answered is not asked again.
-        count: the tokens of a text by the run's tokenizer, compared with what the endpoint counts.
+        tokenizer: the run's; what it counts is compared with what the endpoint counts.
     """
 
     client: ChatClient
+    tokenizer: PreTrainedTokenizerBase
     spec: GeneratedSpec
-    count: Callable[[str], int]
 
     @property
     def batch_size(self) -> int:
-        """See ``Author``."""
+        """Attempts that it writes together."""
         return max(self.spec.batch_size, _CALLS_PER_WORKER * self.spec.concurrency)
 
     def write(self, first: int, prompts: Sequence[Prompt]) -> list[Draft]:
-        """See ``Author``.
+        """The attempts ``first``, ``first + 1``..., one for each prompt.
 
         Raises:
             UserError: it did not answer all.
@@ -172,15 +130,14 @@ class EndpointAuthor:
                     "what it answered is kept, and the same command asks for the rest"
                 )
             fate = "empty" if not reply.text.strip() else "unfinished" if reply.finish_reason == "length" else "written"
-            tokens = self.count(reply.text)
+            tokens = len(self.tokenizer(reply.text, add_special_tokens=False)["input_ids"])
             theirs = reply.completion_tokens
             differs = theirs is not None and theirs not in (tokens, tokens + 1)  # some count the end of turn
             drafts.append(Draft(_row(prompt, "completion", reply.text), reply.text, tokens, fate, differs))
         return drafts
 
-    def close(self) -> None:
-        """See ``Author``."""
-        self.client.__exit__(None, None, None)
+
+Author = LocalAuthor | EndpointAuthor
 
 
 def _row(prompt: Prompt, column: str, text: str) -> dict[str, Any]:
@@ -190,7 +147,11 @@ def _row(prompt: Prompt, column: str, text: str) -> dict[str, Any]:
 
 
 def write_rows(
-    make_author: Callable[[], Author], prompts: Sequence[Prompt], spec: GeneratedSpec, store: DraftStore, where: str
+    make_author: Callable[[], AbstractContextManager[Author]],
+    prompts: Sequence[Prompt],
+    spec: GeneratedSpec,
+    store: DraftStore,
+    where: str,
 ) -> Counts:
     """Write what is missing of a source's rows; each batch is on the disk before the next begins.
 
@@ -210,17 +171,21 @@ def write_rows(
     judge, counts = Judge(spec), Counts()
     most = spec.most_attempts or len(prompts)
     for kept in store.attempts:
-        if counts.kept == spec.rows or counts.attempts == most:
-            break
         judge.remember(kept)
-        counts.add(kept)
-        _require_hope(counts, spec, where)
-    if counts.kept != spec.rows and counts.attempts < most:
-        author = make_author()
-        try:
-            _write(author, prompts, spec, store, judge, counts, most, where)
-        finally:
-            author.close()
+    _count(counts, store.attempts, spec, most, where)
+    if not _is_enough(counts, spec, most):
+        before, start = replace(counts, fates=counts.fates.copy()), time.monotonic()
+        last = start
+        with make_author() as author:
+            while not _is_enough(counts, spec, most):
+                numbers = range(counts.attempts, min(counts.attempts + author.batch_size, most))
+                drafts = author.write(numbers[0], [prompts[n % len(prompts)] if prompts else {} for n in numbers])
+                judged = [judge(draft) for draft in drafts]
+                store.add(judged)
+                _count(counts, judged, spec, most, where)
+                if time.monotonic() - last >= _EVERY:
+                    last = time.monotonic()
+                    print(f"[{where}] {_progress(counts, before, spec, most, last - start)}", flush=True)
     if spec.rows is not None and counts.kept < spec.rows:
         raise UserError(
             f"{where}.rows: {counts.attempts:,} attempts gave {counts.kept:,} of {spec.rows:,} rows ({counts}). Give more "
@@ -231,49 +196,33 @@ def write_rows(
     return counts
 
 
-def _write(
-    author: Author,
-    prompts: Sequence[Prompt],
-    spec: GeneratedSpec,
-    store: DraftStore,
-    judge: Judge,
-    counts: Counts,
-    most: int,
-    where: str,
-) -> None:
-    """Attempts, batch by batch, until there are as many rows as wanted, or ``most`` attempts."""
-    made, start = Counts(), time.monotonic()
-    last = start
-    while counts.kept != spec.rows and counts.attempts < most:
-        first = counts.attempts
-        numbers = range(first, min(first + author.batch_size, most))
-        judged = [
-            judge(draft) for draft in author.write(first, [prompts[n % len(prompts)] if prompts else {} for n in numbers])
-        ]
-        store.add(judged)
-        for attempt in judged:
-            if counts.kept != spec.rows:
-                counts.add(attempt)
-                made.add(attempt)
-                _require_hope(counts, spec, where)
-        if time.monotonic() - last >= _EVERY:
-            last = time.monotonic()
-            print(f"[{where}] {_progress(counts, spec, most, made, last - start)}", flush=True)
+def _is_enough(counts: Counts, spec: GeneratedSpec, most: int) -> bool:
+    """Whether there are as many rows as wanted, or as many attempts as allowed."""
+    return counts.kept == spec.rows or counts.attempts >= most
 
 
-def _progress(counts: Counts, spec: GeneratedSpec, most: int, made: Counts, seconds: float) -> str:
-    """``made``: of the attempts, those of this process."""
-    done, total = (counts.attempts, most) if spec.rows is None else (counts.kept, spec.rows)
-    now = made.attempts if spec.rows is None else made.kept
-    left = f", about {clock((total - done) * seconds / now)} left" if now else ""
-    return f"{done:,} of {total:,}: {counts}; {made.tokens / max(seconds, 1e-9):,.0f} tokens/s{left}"
+def _count(counts: Counts, attempts: Sequence[Attempt], spec: GeneratedSpec, most: int, where: str) -> None:
+    """Count attempts until there are enough.
+
+    A model that never ends, or never writes what is asked for, is told after few attempts; a fixed number of them, so that it
+    does not depend on batches.
+    """
+    for attempt in attempts:
+        if _is_enough(counts, spec, most):
+            return
+        counts.add(attempt)
+        if counts.attempts == _HOPELESS and not counts.kept:
+            raise UserError(f"{where}: none of the first {_HOPELESS} attempts is a row ({counts}). {_remedy(counts, spec)}")
 
 
-def _require_hope(counts: Counts, spec: GeneratedSpec, where: str) -> None:
-    """A model that never ends, or never writes what is asked for, is told after few attempts; a fixed number of them, so that
-    it does not depend on batches."""
-    if counts.attempts == _HOPELESS and not counts.kept:
-        raise UserError(f"{where}: none of the first {_HOPELESS} attempts is a row ({counts}). {_remedy(counts, spec)}")
+def _progress(counts: Counts, before: Counts, spec: GeneratedSpec, most: int, seconds: float) -> str:
+    """``before``: what was there when this process began."""
+    done, begun, total = (
+        (counts.attempts, before.attempts, most) if spec.rows is None else (counts.kept, before.kept, spec.rows)
+    )
+    left = f", about {clock((total - done) * seconds / (done - begun))} left" if done > begun else ""
+    speed = (counts.tokens - before.tokens) / max(seconds, 1e-9)
+    return f"{done:,} of {total:,}: {counts}; {speed:,.0f} tokens/s{left}"
 
 
 def _remedy(counts: Counts, spec: GeneratedSpec) -> str:

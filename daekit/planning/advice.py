@@ -47,22 +47,19 @@ def largest_rows(total: Callable[[int], int], memory: int, near: int = 2) -> int
 def changes(stage: StageSpec, name: str, training: Training, gpu: bool) -> list[Change]:
     """Changes that may make a stage fit, the cheapest first."""
     prefix = f"stages.{name}"
+    batch, steps = f"{prefix}.trainer.per_device_train_batch_size", f"{prefix}.trainer.gradient_accumulation_steps"
     divisors = [rows for rows in range(training.rows // 2, 0, -1) if training.rows % rows == 0]
-    found = [_smaller_batch(prefix, training, rows) for rows in divisors]
+    together = training.accumulation * training.rows
+    found = [Change(_BATCHES, (f"{batch}={rows}", f"{steps}={together // rows}")) for rows in divisors]
     if not training.checkpointing:
         found.append(Change("gradient checkpointing", (f"{prefix}.trainer.gradient_checkpointing=true",)))
-    unquantised = [
-        f"{prefix}.{path}.quantization=4bit"
-        for path, model in _teacher_models(stage)
-        if model.quantization is None and model.config is None and model.adapter is None
-    ]
-    if unquantised:
-        found.append(Change("teachers in 4 bits", tuple(unquantised)))
+    teachers = [(path, model) for path, model in _teacher_models(stage) if model.adapter is None]
+    whole = [path for path, model in teachers if model.quantization is None and model.config is None]
+    if whole:
+        found.append(Change("teachers in 4 bits", tuple(f"{prefix}.{path}.quantization=4bit" for path in whole)))
     if "adam" in training.optim and "8bit" not in training.optim and gpu:
         found.append(Change("an optimizer with 8-bit states", (f"{prefix}.trainer.optim=adamw_8bit",)))
-    near = [
-        path for path, model in _teacher_models(stage) if not model.offload and model.device_map is None and not model.adapter
-    ]
+    near = [path for path, model in teachers if not model.offload and model.device_map is None]
     if near and gpu:
         found.append(Change("teachers in host memory", tuple(f"{prefix}.{path}.offload=true" for path in near)))
     lora = () if stage.lora is not None else (f"{prefix}.lora.r=16",)
@@ -112,14 +109,6 @@ def _fits(fits: Callable[[Sequence[str]], bool], options: Sequence[Change]) -> b
         return fits([override for option in options for override in option.overrides])
     except UserError:  # a change that this recipe does not allow
         return False
-
-
-def _smaller_batch(prefix: str, training: Training, rows: int) -> Change:
-    more = training.accumulation * training.rows // rows
-    return Change(
-        _BATCHES,
-        (f"{prefix}.trainer.per_device_train_batch_size={rows}", f"{prefix}.trainer.gradient_accumulation_steps={more}"),
-    )
 
 
 def _teacher_models(stage: StageSpec) -> list[tuple[str, ModelSpec]]:

@@ -14,10 +14,10 @@ from daekit.losses.chunk import chunk_losses_on
 from daekit.losses.prediction import tokens_per_chunk
 from daekit.models.features import feature_spec, layers_of
 from daekit.planning.machine import Machine
-from daekit.planning.models import FrozenModel, StageModels
-from daekit.planning.trace import MicroBatch, ModelCost, peak_bytes
+from daekit.planning.models import StageModels
+from daekit.planning.trace import MicroBatch, Tracer, peak_bytes
 from daekit.planning.training import Training
-from daekit.protocol import FeatureSpec, OutputHead
+from daekit.protocol import OutputHead
 from daekit.recipe.schema import StageSpec
 
 _TILE = 2**22  # values of the head's gradient that are summed at a time
@@ -39,41 +39,44 @@ class Buffers:
         self.tokens = training.tokens  # N
         self.student = models.student.meta
 
-    @cached_property
-    def _cost(self) -> ModelCost:
-        return self.models.student.cost(self.batch)
-
-    @cached_property
+    @property
     def hidden(self) -> int:
         """Bytes of the student's hidden states at all positions."""
-        return self.tokens * int(self.student.config.hidden_size) * self._cost.hidden_width
+        return self._hidden(self.models.student)
+
+    def _hidden(self, tracer: Tracer) -> int:
+        return self.tokens * int(tracer.meta.config.hidden_size) * tracer.cost(self.batch).hidden_width
+
+    @property
+    def compute_width(self) -> int:
+        """Bytes of a value that the student's layers compute."""
+        return self._compute_width(self.models.student)
+
+    def _compute_width(self, tracer: Tracer) -> int:
+        autocast = self.training.autocast
+        return tracer.cost(self.batch).hidden_width if autocast is None else autocast.itemsize
 
     def extra_saved(self, layers: int) -> int:
         """Gradients that attention and hidden-state losses compute in the forward pass, spread evenly over the layers."""
-        return layers * self._feature_gradients // len(self._cost.layers)
+        return layers * self._features(self.models.student) // len(self.student.layers)
 
-    @cached_property
-    def _feature_gradients(self) -> int:
+    def _features(self, tracer: Tracer) -> int:
+        """Queries, keys and hidden states that are compared, of one model's layers."""
         attention, hidden = self.feature_layers
-        compared = attention * _queries_and_keys(self.student.config) * self.compute_width if attention else 0
-        return self.tokens * compared + hidden * self.hidden
-
-    @cached_property
-    def compute_width(self) -> int:
-        """Bytes of a value that the student's layers compute."""
-        return self.training.autocast.itemsize if self.training.autocast is not None else self._cost.hidden_width
-
-    @cached_property
-    def _feature_spec(self) -> FeatureSpec | None:
-        return None if self.stage.type == "sft" else feature_spec(self.stage.loss, self.student.config)
+        config = tracer.meta.config
+        values = (config.num_attention_heads + key_value_heads(config)) * head_width(config)
+        return self.tokens * attention * values * self._compute_width(tracer) + hidden * self._hidden(tracer)
 
     @cached_property
     def feature_layers(self) -> tuple[int, int]:
         """(layers of the student whose attention is compared, layers whose hidden states are)."""
-        if self._feature_spec is None:
+        if self.stage.type == "sft":
+            return 0, 0
+        spec = feature_spec(self.stage.loss, self.student.config)
+        if spec is None:
             return 0, 0
         teachers = [each.meta.config for members in self.models.teachers for each in members]
-        layers = [layers_of(self._feature_spec, config) for config in teachers or [self.student.config]]
+        layers = [layers_of(spec, config) for config in teachers or [self.student.config]]
         return len({n for each in layers for n in each.attention}), len({n for each in layers for n in each.hidden})
 
     @cached_property
@@ -81,21 +84,10 @@ class Buffers:
         """(what the outputs of the largest teacher hold until the loss, what of it until the end of the backward pass)."""
         sizes = []
         for members in self.models.teachers:
-            last = sum(self.tokens * int(each.meta.config.hidden_size) * self._width_of(each) for each in members)
-            features = sum(self._features(each) for each in members) if self._feature_spec is not None else 0
+            features = sum(self._features(each.tracer) for each in members)
+            last = sum(self._hidden(each.tracer) for each in members)
             sizes.append((last + features, features if self.training.checkpointing else 0))
         return max(sizes, default=(0, 0))
-
-    def _features(self, model: FrozenModel) -> int:
-        """Queries, keys and hidden states that are captured in one frozen model's layers."""
-        config = model.meta.config
-        attention, hidden = self.feature_layers
-        width = self.training.autocast.itemsize if self.training.autocast is not None else self._width_of(model)
-        compared = attention * _queries_and_keys(config) * width if attention else 0
-        return self.tokens * (compared + hidden * int(config.hidden_size) * self._width_of(model))
-
-    def _width_of(self, model: FrozenModel) -> int:
-        return model.tracer.cost(self.batch).hidden_width
 
     @cached_property
     def scores(self) -> int:
@@ -120,17 +112,14 @@ class Buffers:
         elif width != 4 and members:
             work += step * columns * width  # a teacher's linear outputs, before they are copied in float32
         work += max(members - 1, 0) * step * columns * 4
-        work += self._cast_heads(width)
+        # copies of output heads in the dtype of the products
+        heads = [head, *(each.meta.head for each in max(self.models.teachers, key=len, default=[]))]
+        work += sum(each.numel() * width for each in heads if each.element_size() != width)
         if head.requires_grad and (self.tokens > step or len(self.models.teachers) > 1) and head.element_size() != 4:
             work += head.numel() * 4  # summed in float32
         if head.requires_grad and self.tokens > step:
             work += 4 * _TILE
         return kept, work
-
-    def _cast_heads(self, width: int) -> int:
-        """Copies of output heads in the dtype of the products."""
-        heads = [self.student.head, *(each.meta.head for each in max(self.models.teachers, key=len, default=[]))]
-        return sum(head.numel() * width for head in heads if head.element_size() != width)
 
     def _chunk_bytes(self, step: int, columns: int, members: int) -> int:
         """Temporaries of one chunk on a CPU, measured on the loss itself."""
@@ -152,9 +141,9 @@ def gradient_bytes(weight: Tensor) -> int:
     return weight.numel() * weight.element_size() if weight.requires_grad else 0
 
 
-def _queries_and_keys(config: Any) -> int:
-    """Values of one layer's queries and keys per token."""
-    return int((config.num_attention_heads + config.num_key_value_heads) * head_width(config))
+def key_value_heads(config: Any) -> int:
+    """The number of heads of keys and values."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def head_width(config: Any) -> int:

@@ -88,8 +88,7 @@ def cache_plans(memory: StageMemory, rows: StageRows | None, measured: Collectio
             read = _fitted(memory.stage, *rows(memory.stage))
         except UserError as error:
             reason = str(error).split("; ")[0]  # what follows is a remedy
-    plans = (_plan(memory, each, read, reason) for each in memory.models.cached)
-    return tuple(replace(plan, reported=plan.teacher in measured) for plan in plans)
+    return tuple(_plan(memory, each, read, reason, dotted(each.key) in measured) for each in memory.models.cached)
 
 
 def _fitted(stage: StageSpec, train: Dataset, validation: Dataset | None) -> tuple[Dataset, Dataset | None]:
@@ -107,7 +106,11 @@ def _fitted(stage: StageSpec, train: Dataset, validation: Dataset | None) -> tup
 
 
 def _plan(
-    memory: StageMemory, cached: CachedTeacherModels, read: tuple[Dataset, Dataset | None] | None, reason: str
+    memory: StageMemory,
+    cached: CachedTeacherModels,
+    read: tuple[Dataset, Dataset | None] | None,
+    reason: str,
+    reported: bool,
 ) -> CachePlan:
     from daekit.teachers.cache.rows import KEY_BYTES
     from daekit.teachers.cache.values import CacheFormat
@@ -122,7 +125,8 @@ def _plan(
         token_bytes = measured or token_bytes
         drawn = None if measured else (form.drawn_bytes(1), form.drawn_bytes(form.draws))
     head_bytes = sum(head.numel() * head.element_size() for head in heads) if spec.keep == "hidden" else 0
-    counts = _estimate(memory.stage, memory.training.teacher_length, reason)
+    rows, longest = memory.stage.data.rows, memory.training.teacher_length
+    counts = None if rows is None else RowCounts(rows, rows * longest, rows * (longest - 1), reason)
     if read is not None:
         parts = [part for part in read if part is not None]
         domains = memory.stage.domains_of(cached.key, {str(domain) for part in parts for domain in part.unique("domain")})
@@ -136,7 +140,7 @@ def _plan(
         with_head = 0 if spec.keep == "hidden" else counts.loss_tokens
         operations -= 2 * (counts.tokens - with_head) * sum(head.numel() for head in heads)
     making = _making(memory, cached, batch, sum(widths), head_bytes, size)
-    return CachePlan(dotted(cached.key), token_bytes, head_bytes, making, reason, counts, size, operations, drawn)
+    return CachePlan(dotted(cached.key), token_bytes, head_bytes, making, reason, counts, size, operations, drawn, reported)
 
 
 def _measured(spec: CacheSpec) -> int | None:
@@ -159,12 +163,6 @@ def _count(examples: Iterable[Mapping[str, Any]]) -> RowCounts:
 
     different = {row.key: (len(row.input_ids), len(row.offsets)) for row in rows_of_examples(examples) if len(row.offsets)}
     return RowCounts(len(different), sum(size for size, _ in different.values()), sum(kept for _, kept in different.values()))
-
-
-def _estimate(stage: StageSpec, length: int, reason: str) -> RowCounts | None:
-    """Counts where rows cannot be read: as many as the mixture names, all of ``max_length`` tokens."""
-    rows = stage.data.rows
-    return None if rows is None else RowCounts(rows, rows * length, rows * (length - 1), reason)
 
 
 def _batch(memory: StageMemory) -> MicroBatch:
@@ -198,7 +196,7 @@ def _making(
         columns = max(tracer.meta.head.shape[0] for tracer in cached.members)
         chunk = batch.length if cached.cache.keep == "sampled" else min(tokens, max(1, CHUNK_VALUES // columns))
         kept += _CHUNK_COPIES[cached.cache.keep] * 4 * chunk * columns
-    parts = Counter({"teacher weights": sum(p.bytes for meta in metas.values() for p in meta.parameters() if not p.adapter)})
+    parts = Counter({"teacher weights": sum(meta.weight_bytes for meta in metas.values())})
     parts[CONTEXT if memory.machine.gpu else LIBRARIES] = memory.machine.overhead
     asked = parts | Counter({ACTIVATIONS: max(runs, kept)})
     if memory.machine.gpu:

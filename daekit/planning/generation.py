@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from daekit.errors import UserError
-from daekit.planning.buffers import head_width
+from daekit.planning.buffers import head_width, key_value_heads
+from daekit.planning.meta_model import MetaModel
 from daekit.planning.models import ModelPlanner
 from daekit.planning.operations import forward_operations
 from daekit.planning.trace import MicroBatch, Tracer
-from daekit.planning.training import DEFAULTS, Training
-from daekit.recipe.objective import Objective
-from daekit.recipe.schema import EvaluationSpec, Recipe
+from daekit.planning.training import DEFAULTS
+from daekit.recipe.generated import GeneratedSpec
+from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe
 
 # the number of prompts of a generated source (None where its model writes them itself), and the tokens of the longest one
 PromptFacts = Callable[[str], tuple[int | None, int]]
@@ -56,13 +55,14 @@ def generated_plans(recipe: Recipe, planner: ModelPlanner, prompts: PromptFacts 
     Args:
         prompts: Reads prompts; None: they are not read.
     """
-    names = [name for name, source in recipe.sources.items() if source.generated is not None]
-    return tuple(_generated_plan(recipe, name, planner, prompts) for name in names)
+    generated = {name: source.generated for name, source in recipe.sources.items() if source.generated is not None}
+    return tuple(_generated_plan(recipe, name, spec, planner, prompts) for name, spec in generated.items())
 
 
-def _generated_plan(recipe: Recipe, name: str, planner: ModelPlanner, prompts: PromptFacts | None) -> WritingPlan:
-    spec, meta = recipe.sources[name].generated, planner.writer(recipe, name)
-    assert spec is not None
+def _generated_plan(
+    recipe: Recipe, name: str, spec: GeneratedSpec, planner: ModelPlanner, prompts: PromptFacts | None
+) -> WritingPlan:
+    meta = planner.writer(recipe, spec.model) if spec.model.url is None else None
     own_turn = spec.prompts.max_new_tokens if spec.prompts.written == "self" else 0
     count, unread = None, "the prompts were not read"
     if prompts is not None:
@@ -72,11 +72,11 @@ def _generated_plan(recipe: Recipe, name: str, planner: ModelPlanner, prompts: P
         except (UserError, OSError) as error:
             unread = str(error).split("; ")[0]  # what follows is a remedy
     if unread:
-        longest = max((DEFAULTS | stage.trainer)["max_length"] or 0 for stage in recipe.stages.values())
+        longest = _longest_row(recipe)
     rows, length = spec.rows or count, longest + spec.max_new_tokens
     kept = work = None
     if meta is not None:
-        kept = key_value_bytes(meta.config, spec.batch_size * length, meta.width) * len(meta.layers)
+        kept = key_value_bytes(meta, spec.batch_size * length)
         if rows is not None:
             work = forward_operations(meta, rows * length, length) + forward_operations(meta, rows * own_turn, own_turn)
     who = (str(spec.model.served_model or spec.model.stage or spec.model.adapter or spec.model.path),)
@@ -87,16 +87,21 @@ def _generated_plan(recipe: Recipe, name: str, planner: ModelPlanner, prompts: P
 def answers_plan(recipe: Recipe, planner: ModelPlanner) -> WritingPlan | None:
     """The plan of the report's answers to validation rows; None if there are none, or no model that would write is known."""
     evaluation = recipe.evaluation
-    metas = {} if evaluation is None or not evaluation.generate else planner.evaluated(recipe)
-    if evaluation is None or not metas:
+    if evaluation is None or not evaluation.generate:
         return None
-    prompt = max((DEFAULTS | stage.trainer)["max_length"] or 0 for stage in recipe.stages.values())
-    length, rows = prompt + evaluation.max_new_tokens, _validation_rows(recipe, evaluation)
-    largest = max(
-        key_value_bytes(meta.config, evaluation.batch_size * length, meta.width) * len(meta.layers) for meta in metas.values()
-    )
+    first = next(iter(recipe.stages))
+    models = {m.name: planner.writer(recipe, m, first if m.name == STUDENT_AS_IT_WAS else None) for m in evaluation.models}
+    metas = {name: meta for name, meta in models.items() if meta is not None}
+    if not metas:
+        return None
+    length, rows = _longest_row(recipe) + evaluation.max_new_tokens, _validation_rows(recipe, evaluation)
+    largest = max(key_value_bytes(meta, evaluation.batch_size * length) for meta in metas.values())
     work = None if rows is None else sum(forward_operations(meta, rows * length, length) for meta in metas.values())
     return WritingPlan("answers of the report", tuple(metas), rows, evaluation.max_new_tokens, largest, work)
+
+
+def _longest_row(recipe: Recipe) -> int:
+    return max((DEFAULTS | stage.trainer)["max_length"] or 0 for stage in recipe.stages.values())
 
 
 def _validation_rows(recipe: Recipe, evaluation: EvaluationSpec) -> int | None:
@@ -112,11 +117,6 @@ def _validation_rows(recipe: Recipe, evaluation: EvaluationSpec) -> int | None:
     return rows
 
 
-def rollout_rows(loss: Objective, training: Training) -> int:
-    """The rows of one device that the student continues in one batch, of those that a buffer of steps holds."""
-    return min(TOGETHER, math.ceil(loss.on_policy * training.rows * training.accumulation * loss.rollout_buffer))
-
-
 def writing(tracer: Tracer, batch: MicroBatch, new_tokens: int, width: int) -> Counter[str]:
     """The parts of a model that continues prompts, at the step that needs most.
 
@@ -126,17 +126,17 @@ def writing(tracer: Tracer, batch: MicroBatch, new_tokens: int, width: int) -> C
         new_tokens: Tokens that are written at most.
         width: Bytes of a value of keys and values.
     """
-    reading, layers, vocabulary = tracer.cost(batch).frozen, len(tracer.meta.layers), tracer.meta.head.shape[0]
-    prompts = key_value_bytes(tracer.meta.config, batch.rows * batch.length, width) * layers
-    last = key_value_bytes(tracer.meta.config, batch.rows * (batch.length + new_tokens), width)
-    logits = 2 * 4 * batch.rows * vocabulary  # of the last position alone, and their probabilities
-    if prompts + reading > last * (layers + 1) + logits:
+    meta, reading, layers = tracer.meta, tracer.cost(batch).frozen, len(tracer.meta.layers)
+    prompts = key_value_bytes(meta, batch.rows * batch.length, width)
+    last = key_value_bytes(meta, batch.rows * (batch.length + new_tokens), width)
+    logits = 2 * 4 * batch.rows * meta.head.shape[0]  # of the last position alone, and their probabilities
+    again = last // layers + logits  # each step makes a layer's keys and values anew, one token longer
+    if prompts + reading > last + again:
         return Counter({KEYS_AND_VALUES: prompts, ACTIVATIONS: reading})
-    # each step makes a layer's keys and values anew, one token longer
-    return Counter({KEYS_AND_VALUES: last * layers, ACTIVATIONS: last + logits})
+    return Counter({KEYS_AND_VALUES: last, ACTIVATIONS: again})
 
 
-def key_value_bytes(config: Any, tokens: int, width: int) -> int:
-    """Bytes of one layer's keys and values."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * tokens * int(heads) * head_width(config) * width
+def key_value_bytes(meta: MetaModel, tokens: int, width: int | None = None) -> int:
+    """Bytes of a model's keys and values; ``width``: of one of them, without mixed precision the model's own."""
+    values = 2 * tokens * len(meta.layers) * key_value_heads(meta.config) * head_width(meta.config)
+    return values * (width or meta.width)

@@ -15,12 +15,6 @@ from daekit.errors import UserError
 Engine = Literal["none", "ddp", "fsdp2", "zero2", "zero3"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _LEAST = 10**6  # bytes; a smaller number without a unit is one whose unit was forgotten
-_SHARDED = {
-    "weights": ("fsdp2", "zero3"),
-    "teachers": ("fsdp2", "zero3"),
-    "gradients": ("fsdp2", "zero2", "zero3"),
-    "optimizer": ("fsdp2", "zero2", "zero3"),
-}
 # A process that trains on a CPU is 0.70 to 0.80 GB larger than its tensors: 0.62 GB once torch, transformers, trl and datasets
 # are imported, the rest is the allocator's. Measured on five runs of models between 2 and 135 million parameters.
 _LIBRARIES = 750_000_000
@@ -48,9 +42,10 @@ class Machine:
         """Bytes of the process that hold no tensors."""
         return _CUDA_CONTEXT if self.gpu else _LIBRARIES
 
-    def shards(self, what: Literal["weights", "gradients", "optimizer", "teachers"]) -> int:
+    def shards(self, what: Literal["weights", "gradients", "optimizer"]) -> int:
         """The number of parts that the engine splits this into, one per device; 1 where each device holds it whole."""
-        return self.count if self.engine in _SHARDED[what] else 1
+        splits = self.engine in ("fsdp2", "zero3") or (self.engine == "zero2" and what != "weights")
+        return self.count if splits else 1
 
 
 def bytes_of(text: str) -> int:

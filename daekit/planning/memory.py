@@ -8,13 +8,14 @@ rows.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from daekit.planning.buffers import Buffers, gradient_bytes
-from daekit.planning.generation import rollout_rows, writing
+from daekit.planning.generation import TOGETHER, writing
 from daekit.planning.machine import Machine
 from daekit.planning.meta_model import MetaModel, Parameter
 from daekit.planning.models import FrozenModel, StageModels
@@ -54,13 +55,15 @@ class StageMemory:
         self.stage, self.models, self.training, self.machine = stage, models, training, machine
         rows, merged = (1, training.rows) if training.flat else (training.rows, 1)  # rows in one, end to end
         self.batch, self.teacher_batch = (
-            MicroBatch(
-                rows, merged * length, training.attention_mask, training.autocast, machine.gpu, training.accumulation > 1
-            )
+            MicroBatch(rows, merged * length, training.attention_mask, training.autocast, training.accumulation > 1)
             for length in (training.length, training.teacher_length)
         )
         self.buffers = Buffers(stage, models, training, machine, self.batch)
         self.student = models.student.meta
+
+    def of_rows(self, rows: int) -> StageMemory:
+        """The same with so many rows in a micro-batch."""
+        return StageMemory(self.stage, self.models, replace(self.training, rows=rows), self.machine)
 
     # ---- static memory ----------------------------------------------------------------------------------------------
 
@@ -100,7 +103,7 @@ class StageMemory:
         """The parts that a frozen model is split into; of quantised ones FSDP2 splits 4 bits, the others stay whole."""
         four_bits = model.meta.spec.quantization == "4bit" and self.machine.engine == "fsdp2"
         splits = not model.whole and (model.meta.spec.quantization is None or four_bits)
-        return self.machine.shards("teachers") if splits else 1
+        return self.machine.shards("weights") if splits else 1
 
     @cached_property
     def _trained(self) -> list[Parameter]:
@@ -108,12 +111,12 @@ class StageMemory:
 
     @cached_property
     def _optimizer(self) -> tuple[int, int]:
+        """(bytes of the states, the most bytes that a step needs besides), on one device."""
         states, step = optimizer_bytes(self.training.optim, self.student.parameters(), self.machine.gpu)
-        trained = self._trained
         if self._master_width:
-            states = int(states * 4 * sum(p.values for p in trained) / max(sum(p.values * p.width for p in trained), 1))
+            states = self._in_float32(states)
         if self.machine.engine in ("zero2", "zero3"):  # DeepSpeed steps in float32, on a copy of the weights
-            states = 12 * sum(p.values for p in trained)
+            states = 12 * sum(p.values for p in self._trained)
         shards = self.machine.shards("optimizer")
         return states // shards, step // shards
 
@@ -121,9 +124,12 @@ class StageMemory:
     def deepspeed_start(self) -> int:
         """What DeepSpeed holds beside the weights when ZeRO-3 begins: copies and gradients in float32, and the states."""
         states, _ = optimizer_bytes(self.training.optim, self.student.parameters(), self.machine.gpu)
-        values = sum(p.values for p in self._trained)
-        states = int(states * 4 * values / max(sum(p.values * p.width for p in self._trained), 1))
-        return (8 * values + states) // self.machine.shards("optimizer")
+        copies = 8 * sum(p.values for p in self._trained)
+        return (copies + self._in_float32(states)) // self.machine.shards("optimizer")
+
+    def _in_float32(self, states: int) -> int:
+        trained = self._trained
+        return int(states * 4 * sum(p.values for p in trained) / max(sum(p.values * p.width for p in trained), 1))
 
     @cached_property
     def gradients(self) -> int:
@@ -171,34 +177,26 @@ class StageMemory:
         before, after = self.buffers.teacher_outputs  # until the loss, until the end of the backward pass
         (kept, work), hidden, scores = self.buffers.loss, self.buffers.hidden, self.buffers.scores
         forward, first = self._saved + self._cached, self._gradient_bytes(self.student.layers[0])
-        phases = {
-            f"{model.name} runs": self._with(model.tracer.cost(self.teacher_batch).frozen, before)
-            for model in self.models.frozen
-        }
-        if self.stage.loss.on_policy:
-            phases["the student writes"] = self.static + self._writes()
-        phases |= {
-            "the student runs": self._with(forward + self._highest_layer, before, scores=scores),
-            "the loss": self._with(forward, before, loss=kept + work + hidden),
+        head, embedding = gradient_bytes(self.student.head), gradient_bytes(self.student.embedding)
+        made = self.gradients - (0 if self.student.tied else embedding)  # the embedding's, unless it is the head's, comes last
+        models = [(f"{m.name} runs", m.tracer.cost(self.teacher_batch).frozen, before, 0, 0, 0) for m in self.models.frozen]
+        phases = [  # name, and the parts that it adds: see ``_with``
+            *models,
+            ("the student runs", forward + self._highest_layer, before, 0, scores, 0),
+            ("the loss", forward, before, kept + work + hidden, 0, 0),
             # the gradients of the loss are scaled, and exist twice meanwhile
-            "the backward pass of the loss": self._with(self._saved, after, loss=2 * kept),
-            "the backward pass of the last layer": self._with(
-                self._backward(last=True), after, scores=scores, gradients=gradient_bytes(self.student.head)
-            ),
-            "the backward pass of the first layer": self._with(
-                self._backward(last=False), after, scores=scores, gradients=self.gradients - first - self._embedding_gradient
-            ),
-            "the backward pass of the embedding": self._with(
-                hidden + self._cost.shared,
-                after,
-                loss=gradient_bytes(self.student.embedding),
-                gradients=self.gradients - self._embedding_gradient,
-            ),
-            "the optimizer's step": self._with(0, gradients=self.gradients) + Counter({OPTIMIZER: self._optimizer[1]}),
-        }
-        return [Memory(phase, dict(parts)) for phase, parts in phases.items()]
+            ("the backward pass of the loss", self._saved, after, 2 * kept, 0, 0),
+            ("the backward pass of the last layer", self._backward(last=True), after, 0, scores, head),
+            ("the backward pass of the first layer", self._backward(last=False), after, 0, scores, made - first),
+            ("the backward pass of the embedding", hidden + self._cost.shared, after, embedding, 0, made),
+        ]
+        found = {name: self._with(*parts) for name, *parts in phases}
+        found["the optimizer's step"] = self._with(0, 0, 0, 0, self.gradients) + Counter({OPTIMIZER: self._optimizer[1]})
+        if self.stage.loss.on_policy:
+            found["the student writes"] = self.static + self._writes()
+        return [Memory(phase, dict(parts)) for phase, parts in found.items()]
 
-    def _with(self, activations: int, outputs: int = 0, loss: int = 0, scores: int = 0, gradients: int = 0) -> Counter[str]:
+    def _with(self, activations: int, outputs: int, loss: int, scores: int, gradients: int) -> Counter[str]:
         """Static memory and what a phase adds; gradients that are static already do not count twice."""
         added = Counter({ACTIVATIONS: activations, OUTPUTS: outputs, LOSS: loss, SCORES: scores})
         if self.training.accumulation == 1:
@@ -206,10 +204,12 @@ class StageMemory:
         return self.static + added
 
     def _writes(self) -> Counter[str]:
-        new, training = self.stage.loss.max_new_tokens, self.training
-        size = (rollout_rows(self.stage.loss, training), max(1, training.length - new))
-        prompts = MicroBatch(*size, True, training.autocast, self.machine.gpu)
-        return writing(self.models.student, prompts, new, self.buffers.compute_width)
+        """What a student takes that continues prompts: as many of a buffer's rows as run in one batch."""
+        loss, training = self.stage.loss, self.training
+        rows = math.ceil(loss.on_policy * training.rows * training.accumulation * loss.rollout_buffer)
+        length = max(1, training.length - loss.max_new_tokens)
+        prompts = MicroBatch(min(TOGETHER, rows), length, True, training.autocast)
+        return writing(self.models.student, prompts, loss.max_new_tokens, self.buffers.compute_width)
 
     @cached_property
     def _cost(self) -> ModelCost:
@@ -222,33 +222,29 @@ class StageMemory:
             return max(layer.checkpointed - layer.output - layer.cached for layer in self._cost.layers)
         return max(layer.forward - layer.saved for layer in self._cost.layers)
 
-    def _backward(self, last: bool) -> int:
-        """Activations in the backward pass of the last layer, or of the first."""
-        layers = self._cost.layers
-        alive = self.buffers.hidden + self._cost.shared + layers[0].output  # the last is a gradient
-        if self.training.checkpointing:  # the forward pass of a layer is run once more
-            inputs = sum(layer.output + layer.stashed for layer in layers) if last else 0
-            own = self.buffers.extra_saved(1)
-            return (
-                alive
-                + inputs
-                + max(max(layer.forward, layer.saved + own + layer.backward) for layer in (layers if last else layers[:1]))
-            )
-        saved = sum(layer.saved for layer in layers) if last else layers[0].saved
-        return alive + saved + self.buffers.extra_saved(len(layers) if last else 1) + layers[-1 if last else 0].backward
-
     @cached_property
-    def _embedding_gradient(self) -> int:
-        """Bytes of the embedding's gradient beside that of the head."""
-        return 0 if self.student.tied else gradient_bytes(self.student.embedding)
+    def _kept(self) -> list[int]:
+        """What each layer keeps for its backward pass."""
+        if self.training.checkpointing:
+            return [layer.output + layer.stashed for layer in self._cost.layers]
+        return [layer.saved for layer in self._cost.layers]
 
     @cached_property
     def _saved(self) -> int:
         """Activations that live at the end of the student's forward pass."""
-        cost = self._cost
-        if self.training.checkpointing:
-            return cost.ends + cost.shared + sum(layer.output + layer.stashed for layer in cost.layers)
-        return cost.ends + cost.shared + sum(layer.saved for layer in cost.layers) + self.buffers.extra_saved(len(cost.layers))
+        saved = self._cost.ends + self._cost.shared + sum(self._kept)
+        return saved if self.training.checkpointing else saved + self.buffers.extra_saved(len(self._kept))
+
+    def _backward(self, last: bool) -> int:
+        """Activations in the backward pass of the last layer, or of the first."""
+        layers, extra = self._cost.layers, self.buffers.extra_saved
+        alive = self.buffers.hidden + self._cost.shared + layers[0].output  # the last is a gradient
+        if self.training.checkpointing:  # the forward pass of a layer is run once more
+            again = [max(layer.forward, layer.saved + extra(1) + layer.backward) for layer in layers]
+            return alive + (sum(self._kept) + max(again) if last else again[0])
+        if last:
+            return alive + sum(self._kept) + extra(len(layers)) + layers[-1].backward
+        return alive + self._kept[0] + extra(1) + layers[0].backward
 
     @cached_property
     def _cached(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from daekit.errors import UserError
@@ -95,6 +95,16 @@ class MetaModel:
         for layer in self.layers:
             yield from layer
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights, an adapter left out."""
+        return sum(p.bytes for p in self.parameters() if not p.adapter)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of its adapter."""
+        return sum(p.bytes for p in self.parameters() if p.adapter)
+
     def _described(self, name: str, parameter: nn.Parameter, quantised: dict[int, int]) -> Parameter:
         embedding = parameter is self.embedding
         products = 0.0
@@ -148,19 +158,3 @@ def _with_adapter(model: nn.Module, lora: LoraSpec, in_bfloat16: bool) -> Any:
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return adapted
-
-
-def fake_parameters(module: nn.Module) -> list[Tensor]:
-    """Replace a module's meta tensors by fake tensors of the CPU, and return these; to be called in a FakeTensorMode."""
-    made: dict[int, Any] = {}
-    for part in module.modules():
-        for names in (part._parameters, part._buffers):
-            for name, tensor in names.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = (tensor, nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake)
-                names[name] = made[id(tensor)][1]
-    return [fake for _, fake in made.values()]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from daekit.errors import UserError
 from daekit.planning.meta_model import MetaModel
-from daekit.planning.resolve import ModelResolver
+from daekit.planning.resolve import resolve
 from daekit.planning.trace import Tracer
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, BARE_BASE, adapter_stage, read_adapter_config
 from daekit.recipe.model import SPREADS
-from daekit.recipe.schema import STUDENT_AS_IT_WAS, CacheSpec, LoraSpec, ModelSpec, Recipe, TeacherSpec
+from daekit.recipe.schema import CacheSpec, LoraSpec, ModelSpec, Recipe, TeacherSpec
 from daekit.recipe.tree import KeyPath
 from daekit.recipe.validation import dotted
 
@@ -74,25 +74,25 @@ class StageModels:
 
 
 class ModelPlanner:
-    """Makes the meta models of a recipe, equal ones once."""
+    """Makes the meta models of recipes, equal ones once.
 
-    def __init__(self) -> None:
+    Args:
+        gpu: Whether the student is on a GPU; on a CPU, host memory is the student's memory, too.
+    """
+
+    def __init__(self, gpu: bool) -> None:
+        self._gpu = gpu
         self._tracers: dict[str, Tracer] = {}
 
-    def stage(self, recipe: Recipe, name: str, gpu: bool = True) -> StageModels:
-        """The models of a stage of a recipe, or of a changed recipe.
-
-        Args:
-            recipe: A resolved recipe.
-            name: The stage's name.
-            gpu: Whether the student is on a GPU; on a CPU, host memory is the student's memory, too.
+    def stage(self, recipe: Recipe, name: str) -> StageModels:
+        """The models of a stage of a resolved recipe.
 
         Raises:
             UserError: See ``daekit.planning.resolve`` and ``daekit.planning.meta_model``.
         """
-        stage, resolver = recipe.stages[name], ModelResolver(recipe)
+        stage = recipe.stages[name]
         spec, lora = student_of(recipe, name)
-        student = self._tracer(resolver, spec, lora, trained=True)
+        student = self._tracer(recipe, spec, lora, trained=True)
         frozen, cached = [], []
         seen: set[str] = set()
         for path, teacher in stage.teachers_by_key().items():
@@ -102,82 +102,62 @@ class ModelPlanner:
             seen.add(repr(teacher))
             if teacher.cache is not None:
                 models = [spec] if teacher.kind == "student" else list(teacher.models().values())  # none of a server
-                members = [student if each.adapter else self._tracer(resolver, each, None, trained=False) for each in models]
+                members = [student if each.adapter else self._tracer(recipe, each) for each in models]
                 cached.append(CachedTeacherModels(path, teacher.cache, tuple(members)))
                 continue
             for who, each in _members(key, teacher):
                 if each.adapter is not None:
-                    size = self._adapter_bytes(recipe, resolver, spec, each.adapter)
+                    size = self._adapter_bytes(recipe, spec, each.adapter)
                     frozen.append(FrozenModel(who, student, size, key, adapter=True))
                 else:
-                    frozen.append(self._loaded(resolver, each, who, key, gpu))
+                    frozen.append(self._loaded(recipe, each, who, key))
         if stage.type == "dae" and stage.reference is None:  # the student as it is at the start
-            own = sum(p.bytes for p in student.meta.parameters() if p.adapter)
-            copy = FrozenModel("reference", student, own, "reference", adapter=True)
-            frozen.append(copy if lora is not None else self._loaded(resolver, spec, "reference", "reference", gpu))
+            copy = FrozenModel("reference", student, student.meta.adapter_bytes, "reference", adapter=True)
+            frozen.append(copy if lora is not None else self._loaded(recipe, spec, "reference", "reference"))
         return StageModels(student, tuple(frozen), tuple(cached), in_parts(spec, lora))
 
-    def evaluated(self, recipe: Recipe) -> dict[str, MetaModel]:
-        """Name -> each model of the report whose shape is known; adapters count as their base."""
-        found, resolver = {}, ModelResolver(recipe)
-        for model in recipe.evaluation.models if recipe.evaluation is not None else ():
-            of_stage = model.stage or adapter_stage(model.adapter)
-            if model.name == STUDENT_AS_IT_WAS:
-                of_stage = next(iter(recipe.stages))
-            try:
-                if of_stage is not None:
-                    found[model.name] = self._tracer(resolver, *student_of(recipe, of_stage), trained=True).meta
-                elif model.adapter is None:
-                    found[model.name] = self._tracer(resolver, model, None, trained=False).meta
-            except UserError:  # another model than those of the stages, which is not known here
-                continue
-        return found
+    def writer(self, recipe: Recipe, spec: ModelSpec, stage: str | None = None) -> MetaModel | None:
+        """A model that writes texts outside the stages, of an adapter its base; None where its shape is not known.
 
-    def writer(self, recipe: Recipe, source: str) -> MetaModel | None:
-        """The model that writes a source (of an adapter its base); None of one whose shape is not known."""
-        spec, resolver = recipe.sources[source].generated, ModelResolver(recipe)
-        assert spec is not None
-        origin = spec.model.stage or adapter_stage(spec.model.adapter)
+        Args:
+            stage: The stage whose student it is, unless ``spec`` says so.
+        """
+        origin = stage or spec.stage or adapter_stage(spec.adapter)
         try:
-            if spec.model.url is not None:
-                return None
             if origin is not None:
-                return self._tracer(resolver, *student_of(recipe, origin), trained=True).meta
-            if spec.model.adapter is None:
-                return self._tracer(resolver, spec.model, None, trained=False).meta
-            from daekit.models.adapters import base_spec  # imports PEFT
+                return self._tracer(recipe, *student_of(recipe, origin), trained=True).meta
+            if spec.adapter is not None:
+                from daekit.models.adapters import base_spec  # imports PEFT
 
-            return self._tracer(resolver, base_spec(spec.model), None, trained=False).meta
+                spec = base_spec(spec)
+            return self._tracer(recipe, spec).meta
         except UserError:
             return None
 
-    def _loaded(self, resolver: ModelResolver, spec: ModelSpec, who: str, key: str, gpu: bool) -> FrozenModel:
-        tracer = self._tracer(resolver, spec, None, trained=False)
-        layers = [sum(p.bytes for p in layer) for layer in tracer.meta.layers]
-        ends = sum(p.bytes for p in tracer.meta.outside)
+    def _loaded(self, recipe: Recipe, spec: ModelSpec, who: str, key: str) -> FrozenModel:
+        tracer, gpu = self._tracer(recipe, spec), self._gpu
         if spec.offload and gpu:  # two layers at a time are on the student's device
-            return FrozenModel(who, tracer, ends + 2 * max(layers), key)
+            largest = max(sum(p.bytes for p in layer) for layer in tracer.meta.layers)
+            return FrozenModel(who, tracer, sum(p.bytes for p in tracer.meta.outside) + 2 * largest, key)
         devices = spec.device_map.values() if isinstance(spec.device_map, dict) else [spec.device_map or "0"]
         if gpu and not any(device in _SAME_GPU or device in SPREADS for device in devices):
             return FrozenModel(who, tracer, 0, key)
         # transformers spreads the model over the devices that it finds; one that a mapping spreads counts as a whole
         movable = isinstance(spec.device_map, dict) or spec.device_map in SPREADS
         parts = in_parts(spec) and not spec.whole
-        return FrozenModel(who, tracer, ends + sum(layers), key, movable=movable, in_parts=parts, whole=spec.whole)
+        return FrozenModel(who, tracer, tracer.meta.weight_bytes, key, movable=movable, in_parts=parts, whole=spec.whole)
 
-    def _adapter_bytes(self, recipe: Recipe, resolver: ModelResolver, base: ModelSpec, adapter: str) -> int:
+    def _adapter_bytes(self, recipe: Recipe, base: ModelSpec, adapter: str) -> int:
         """Bytes of an adapter on the student's base; 0 for the base itself."""
         if adapter == BARE_BASE:
             return 0
-        meta = self._tracer(resolver, base, lora_of(recipe, adapter), trained=True).meta
-        return sum(p.bytes for p in meta.parameters() if p.adapter)
+        return self._tracer(recipe, base, lora_of(recipe, adapter), trained=True).meta.adapter_bytes
 
-    def _tracer(self, resolver: ModelResolver, spec: ModelSpec, lora: LoraSpec | None, trained: bool) -> Tracer:
-        resolved = resolver.resolve(spec)
-        fields = {name: value for name, value in vars(resolved).items() if name != "config"}
-        key = repr((resolved.config.to_json_string(), fields, lora, trained))
+    def _tracer(self, recipe: Recipe, spec: ModelSpec, lora: LoraSpec | None = None, trained: bool = False) -> Tracer:
+        resolved = resolve(recipe, spec)
+        key = repr((resolved, lora, trained))
         if key not in self._tracers:
-            self._tracers[key] = Tracer(MetaModel(resolved, lora, trained))
+            self._tracers[key] = Tracer(MetaModel(resolved, lora, trained), self._gpu)
         return self._tracers[key]
 
 

@@ -12,7 +12,7 @@ from daekit.planning.generation import PromptFacts, WritingPlan, answers_plan, g
 from daekit.planning.machine import Machine
 from daekit.planning.memory import Memory, StageMemory
 from daekit.planning.meta_model import MetaModel
-from daekit.planning.models import ModelPlanner, StageModels
+from daekit.planning.models import ModelPlanner
 from daekit.planning.operations import step_operations
 from daekit.planning.training import Training, training_of
 from daekit.recipe.schema import Recipe
@@ -72,79 +72,54 @@ Reload = Callable[[Sequence[str]], Recipe]
 class Planner:
     """Plans stages of recipes on one machine, and makes each model once."""
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        self.models = ModelPlanner()
+    def __init__(self, machine: Machine, models: ModelPlanner | None = None) -> None:
+        self.machine, self.models = machine, models or ModelPlanner(machine.gpu)
 
-    def stage(self, recipe: Recipe, name: str, rows: StageRows | None = None) -> StagePlan:
-        """The plan of a stage, without advice; ``rows`` as in ``plan_recipe``.
+    def _memory(self, recipe: Recipe, name: str) -> StageMemory:
+        stage = recipe.stages[name]
+        return StageMemory(stage, self.models.stage(recipe, name), training_of(stage, name, self.machine), self.machine)
+
+    def stage(self, recipe: Recipe, name: str, rows: StageRows | None = None, reload: Reload | None = None) -> StagePlan:
+        """The plan of a stage; ``rows`` and ``reload`` as in ``plan_recipe``.
 
         Raises:
-            UserError: A model is not known or cannot be planned, the optimizer is unknown, or a quantised student would have
-                to be split.
+            UserError: A model is not known or cannot be planned, the optimizer is unknown, or a student in 8 bits would have to
+                be split.
         """
-        memory = self._memory(recipe, name)
-        _refuse_split(memory.student.spec.quantization, self.machine)
+        memory, machine = self._memory(recipe, name), self.machine
+        if memory.student.spec.quantization == "8bit" and machine.shards("weights") > 1:
+            raise UserError(
+                f"student.quantization=8bit: {machine.engine} cannot split quantised weights; plan with "
+                "--engine ddp or zero2, where each device holds them whole, or without quantization"
+            )
         peak = memory.peak()
-        static = sum(memory.static.values()) - self.machine.overhead
+        static = sum(memory.static.values()) - machine.overhead
         if memory.training.accumulation == 1:
             static += memory.gradients
         static -= sum(model.bytes for model in memory.models.frozen if model.movable)
-        fits, host = peak.total <= self.machine.memory, host_bytes(memory)
+        fits, host = peak.total <= machine.memory, host_bytes(memory)
         caches = cache_plans(memory, rows, {dotted(key) for key in recipe.measured_teachers(name)})
-        return StagePlan(name, memory.training, peak, static, host, fits, step_operations(memory), caches)
-
-    def advised(self, recipe: Recipe, name: str, reload: Reload, rows: StageRows | None = None) -> StagePlan:
-        """The plan of a stage, with the largest batch that fits and the changes that would make it fit.
-
-        Args:
-            recipe: A resolved recipe.
-            name: The stage's name.
-            reload: Loads the recipe with further overrides.
-            rows: As in ``plan_recipe``.
-        """
-        plan = self.stage(recipe, name, rows)
-        models = self.models.stage(recipe, name, self.machine.gpu)
-
-        def total(rows: int) -> int:
-            return self._memory(recipe, name, rows, models).peak().total
-
-        largest = largest_rows(total, self.machine.memory, plan.training.rows)
-        if plan.fits:
-            return replace(plan, largest_rows=largest)
-        options = changes(recipe.stages[name], name, plan.training, self.machine.gpu)
+        plan = StagePlan(name, memory.training, peak, static, host, fits, step_operations(memory), caches)
+        if reload is None:
+            return plan
+        largest = largest_rows(lambda rows: memory.of_rows(rows).peak().total, machine.memory, memory.training.rows)
+        plan = replace(plan, largest_rows=largest)
+        if fits:
+            return plan
+        options = changes(memory.stage, name, memory.training, machine.gpu)
         chosen = cheapest(options, lambda overrides: self.stage(reload(overrides), name).fits)
-        return replace(plan, largest_rows=largest, changes=chosen, shards=self._shards(recipe, name))
-
-    def _memory(self, recipe: Recipe, name: str, rows: int | None = None, models: StageModels | None = None) -> StageMemory:
-        stage = recipe.stages[name]
-        if rows is not None:
-            stage = stage.model_copy(update={"trainer": stage.trainer | {"per_device_train_batch_size": rows}})
-        models = models or self.models.stage(recipe, name, self.machine.gpu)
-        return StageMemory(stage, models, training_of(stage, name, self.machine), self.machine)
+        return replace(plan, changes=chosen, shards=self._shards(recipe, name))
 
     def _shards(self, recipe: Recipe, name: str) -> int | None:
         """The smallest number of devices on which it fits with FSDP2; None for a student in 8 bits, which is not split."""
-        student = recipe.stages[name].student
-        if not self.machine.gpu or self.machine.engine in ("fsdp2", "zero3") or (student and student.quantization == "8bit"):
+        student, machine = recipe.stages[name].student, self.machine
+        if not machine.gpu or machine.engine in ("fsdp2", "zero3") or (student and student.quantization == "8bit"):
             return None
-        one = self.machine
         for count in _SHARDS:
-            self.machine = replace(one, count=count, engine="fsdp2")
-            try:
-                if count >= one.count and self.stage(recipe, name).fits:
-                    return count
-            finally:
-                self.machine = one
+            split = Planner(replace(machine, count=count, engine="fsdp2"), self.models)
+            if count >= machine.count and split.stage(recipe, name).fits:
+                return count
         return None
-
-
-def _refuse_split(quantization: str | None, machine: Machine) -> None:
-    if quantization is not None and machine.shards("weights") > 1 and quantization != "4bit":
-        raise UserError(
-            f"student.quantization={quantization}: {machine.engine} cannot split quantised weights; plan with "
-            "--engine ddp or zero2, where each device holds them whole, or without quantization"
-        )
 
 
 def plan_recipe(
@@ -171,10 +146,7 @@ def plan_recipe(
     planner, plans = Planner(machine), []
     for name in only or recipe.stages:
         try:
-            if reload is None:
-                plans.append(planner.stage(recipe, name, rows))
-            else:
-                plans.append(planner.advised(recipe, name, reload, rows))
+            plans.append(planner.stage(recipe, name, rows, reload))
         except UserError as error:
             raise UserError(f"stages.{name}: {error}") from error
     if only:
@@ -195,10 +167,9 @@ def host_bytes(memory: StageMemory) -> int:
     models = [(model.meta, model.in_parts) for model in memory.models.frozen if not model.adapter]
     models.append((memory.student, memory.models.student_in_parts))  # split last
     parts = [meta for meta, in_parts in models if in_parts and _splits(meta, machine)]
-    whole = [meta for meta, in_parts in models if not (in_parts and _splits(meta, machine))]
-    everything = sum(map(_stored, whole))
-    peak = everything + max(map(_stored, whole), default=0) // count
-    held = everything
+    whole = [meta.weight_bytes for meta, in_parts in models if not (in_parts and _splits(meta, machine))]
+    held = sum(whole)
+    peak = held + max(whole, default=0) // count
     for meta in parts:
         units = [[p] for p in meta.parameters()] if machine.engine == "zero3" else meta.layers
         largest = max(sum(p.bytes for p in unit) for unit in units)
@@ -215,7 +186,3 @@ def _splits(meta: MetaModel, machine: Machine) -> bool:
     config = meta.spec.config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or machine.count
     return machine.engine == "zero3" or (machine.engine == "fsdp2" and experts >= machine.count)
-
-
-def _stored(meta: MetaModel) -> int:
-    return sum(p.bytes for p in meta.parameters() if not p.adapter)

@@ -135,12 +135,8 @@ def _expert(module: Any, name: str, x_SI: Tensor) -> Tensor:
 ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _experts_forward)
 
 
-class FusedDropout(nn.Module):
+class FusedDropout(nn.Dropout):
     """Dropout as a GPU runs it: the mask has one byte per value (on a CPU the mask has the dtype of the values)."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
 
     def forward(self, input: Tensor) -> Tensor:
         return torch.native_dropout(input, self.p, self.training)[0]

@@ -45,90 +45,85 @@ class ResolvedModel:
     attention: str | None = None
 
 
-class ModelResolver:
-    """Resolves the models of one recipe."""
+def resolve(recipe: Recipe, spec: ModelSpec) -> ResolvedModel:
+    """What is known of a model of a recipe.
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    Raises:
+        UserError: A hub id is neither known nor in the cache, a directory holds no config, or a config is wrong.
+    """
+    config, own = _config_and_dtype(recipe, spec)
+    dtype = _DTYPES.get(spec.dtype, own)
+    attention = "sdpa" if spec.attn_implementation and "flash" in spec.attn_implementation else spec.attn_implementation
+    quantization = spec.quantization or _stored_quantization(config, spec)
+    return ResolvedModel(config, dtype, quantization, _DTYPES.get(spec.dtype, torch.bfloat16), attention)
 
-    def resolve(self, spec: ModelSpec) -> ResolvedModel:
-        """What is known of a model of the recipe.
 
-        Raises:
-            UserError: A hub id is neither known nor in the cache, a directory holds no config, or a config is wrong.
-        """
-        config, own = self._config_and_dtype(spec)
-        dtype = _DTYPES.get(spec.dtype, own)
-        attention = "sdpa" if spec.attn_implementation and "flash" in spec.attn_implementation else spec.attn_implementation
-        quantization = spec.quantization or _stored_quantization(config, spec)
-        return ResolvedModel(config, dtype, quantization, _DTYPES.get(spec.dtype, torch.bfloat16), attention)
+def _config_and_dtype(recipe: Recipe, spec: ModelSpec) -> tuple[PreTrainedConfig, torch.dtype]:
+    """(config, the dtype that ``auto`` stands for)."""
+    if spec.stage is not None:
+        return _result_of(recipe, spec.stage)
+    if spec.config is not None:
+        return _from_fields(_with_vocabulary(recipe, spec.config)), torch.float32
+    if spec.init is not None:
+        return _part_of_teacher(recipe, spec.init)
+    assert spec.path is not None, "a model has a path, a stage or a config"
+    return _from_path(spec)
 
-    def _config_and_dtype(self, spec: ModelSpec) -> tuple[PreTrainedConfig, torch.dtype]:
-        """(config, the dtype that ``auto`` stands for)."""
-        if spec.stage is not None:
-            return self._result_of(spec.stage)
-        if spec.config is not None:
-            return _from_fields(self._with_vocabulary(spec.config)), torch.float32
-        if spec.init is not None:
-            return self._part_of_teacher(spec.init)
-        assert spec.path is not None, "a model has a path, a stage or a config"
-        return _from_path(spec)
 
-    def _result_of(self, name: str) -> tuple[PreTrainedConfig, torch.dtype]:
-        """A stage's result is like its student; a LoRA adapter is merged into the base, which is not quantised then."""
-        stage = self.recipe.stages[name]
-        student = stage.student
-        assert student is not None, "a resolved recipe names every student"
-        origin = adapter_stage(student.adapter)
-        if origin is not None:
-            return self._result_of(origin)
-        resolved = self.resolve(student.model_copy(update={"dtype": "auto"}) if stage.lora else student)
-        return resolved.config, resolved.dtype
+def _result_of(recipe: Recipe, name: str) -> tuple[PreTrainedConfig, torch.dtype]:
+    """A stage's result is like its student; a LoRA adapter is merged into the base, which is not quantised then."""
+    stage = recipe.stages[name]
+    student = stage.student
+    assert student is not None, "a resolved recipe names every student"
+    origin = adapter_stage(student.adapter)
+    if origin is not None:
+        return _result_of(recipe, origin)
+    resolved = resolve(recipe, student.model_copy(update={"dtype": "auto"}) if stage.lora else student)
+    return resolved.config, resolved.dtype
 
-    def _part_of_teacher(self, spec: StudentSpec) -> tuple[PreTrainedConfig, torch.dtype]:
-        """A student that is cut out of its teacher.
 
-        Of the shapes that a search may find this takes the one with most channels and neurons in all layers together: it needs
-        most memory for activations. The number of parameters differs little, because the search bounds it.
-        """
-        if spec.with_ or spec.dense is not None or spec.keep_experts is not None:
-            raise UserError(
-                "a student that is made of experts is not planned. Make it with `daekit init`, and plan with the path that it "
-                "prints in place of `from`"
-            )
-        teacher = self.resolve(spec.from_)
-        config, search = teacher.config, spec.search
-        if search is None:
-            shape = replace(Shape.of(config), **spec.shape)
-        else:
-            space = space_of(
-                config, first_n(config), blocks=search.blocks, min_ratio=search.min_ratio, head_dims=search.head_dims or None
-            )
-            shape = max(space.shapes(Window(*search.parameters)), key=_units)
-        return config_of_shape(config, shape), teacher.dtype
+def _part_of_teacher(recipe: Recipe, spec: StudentSpec) -> tuple[PreTrainedConfig, torch.dtype]:
+    """A student that is cut out of its teacher.
 
-    def _with_vocabulary(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        tokenizer = self.recipe.tokenizer
-        if "vocab_size" in fields or tokenizer is None:
-            return dict(fields)
-        if tokenizer.train is not None:
-            return {"vocab_size": tokenizer.train.vocab_size, **fields}
-        from daekit.data.tokenizer import load_tokenizer  # imports datasets
+    Of the shapes that a search may find this takes the one with most channels and neurons in all layers together: it needs
+    most memory for activations. The number of parameters differs little, because the search bounds it.
+    """
+    if spec.with_ or spec.dense is not None or spec.keep_experts is not None:
+        raise UserError(
+            "a student that is made of experts is not planned. Make it with `daekit init`, and plan with the path that it "
+            "prints in place of `from`"
+        )
+    teacher = resolve(recipe, spec.from_)
+    config, search = teacher.config, spec.search
+    if search is None:
+        return config_of_shape(config, replace(Shape.of(config), **spec.shape)), teacher.dtype
+    space = space_of(
+        config, first_n(config), blocks=search.blocks, min_ratio=search.min_ratio, head_dims=search.head_dims or None
+    )
+    shape = max(
+        space.shapes(Window(*search.parameters)),
+        key=lambda shape: shape.num_hidden_layers * (shape.hidden_size + shape.intermediate_size),
+    )
+    return config_of_shape(config, shape), teacher.dtype
 
-        return {"vocab_size": vocabulary_size(load_tokenizer(tokenizer)), **fields}
+
+def _with_vocabulary(recipe: Recipe, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    tokenizer = recipe.tokenizer
+    if "vocab_size" in fields or tokenizer is None:
+        return fields
+    if tokenizer.train is not None:
+        return {"vocab_size": tokenizer.train.vocab_size, **fields}
+    from daekit.data.tokenizer import load_tokenizer  # imports datasets
+
+    return {"vocab_size": vocabulary_size(load_tokenizer(tokenizer)), **fields}
 
 
 def _stored_quantization(config: PreTrainedConfig, spec: ModelSpec) -> str | None:
     """How a checkpoint that was quantised before it was saved lies in memory; UserError where that is not known."""
     settings = settings_of(config)
-    if settings and settings.get("quant_method") != "bitsandbytes":
-        method = settings.get("quant_method")
+    if settings and (method := settings.get("quant_method")) != "bitsandbytes":
         raise UserError(f"{spec.path or spec.stage}: is quantised already ({method}); the memory of that is not planned")
     return ("8bit" if settings.get("load_in_8bit") else "4bit") if settings else None
-
-
-def _units(shape: Shape) -> int:
-    return shape.num_hidden_layers * (shape.hidden_size + shape.intermediate_size)
 
 
 @cache
@@ -158,15 +153,8 @@ def _from_path(spec: ModelSpec) -> tuple[PreTrainedConfig, torch.dtype]:
             f"download that file once (`hf download {path} config.json`), or plan with one of the known models "
             "(daekit/resources/shapes.yaml)."
         ) from error
-    return config, _stored_dtype(config)
-
-
-def _stored_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """The dtype that a config names; float32 where it names none, because transformers then keeps the dtype of the weights."""
-    dtype = config.dtype
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    return _DTYPES.get(str(dtype), torch.float32)
+    # where it names none, transformers keeps the dtype of the weights
+    return config, config.dtype or torch.float32
 
 
 def _from_fields(fields: Mapping[str, Any]) -> PreTrainedConfig:

@@ -45,7 +45,7 @@ def _stage_json(stage: StagePlan, tflops: float | None) -> dict[str, Any]:
         "largest_per_device_train_batch_size": stage.largest_rows,
         "operations_per_step": stage.operations,
         "caches": {cache.teacher: _cache_json(cache, tflops) for cache in stage.caches},
-        "seconds_per_step": stage.operations / (tflops * 1e12) if tflops else None,
+        "seconds_per_step": _seconds(stage.operations, tflops),
         "changes": [override for change in stage.changes for override in change.overrides],
         "gpus_with_fsdp2": stage.shards,
     }
@@ -59,17 +59,11 @@ def _format_stage(stage: StagePlan, machine: Machine, tflops: float | None) -> s
         f"[{stage.name}] per {device} of {machine.count}{engine}: {training.rows} rows of {training.length:,} tokens, "
         f"{training.accumulation} micro-batches a step, {checkpointing}, {training.optim}"
     ]
-    for part, size in stage.memory.parts.items():
-        lines.append(f"    {part:<28}{gigabytes(size):>10}")
-    verdict = "fits" if stage.fits else "does not fit"
-    lines.append(
-        f"    {'planned peak':<28}{gigabytes(stage.memory.total):>10}  of {gigabytes(machine.memory)}: {verdict} "
-        f"(highest: {stage.memory.phase})"
-    )
+    lines += [_size(part, size) for part, size in stage.memory.parts.items()]
+    verdict = f"{'fits' if stage.fits else 'does not fit'} (highest: {stage.memory.phase})"
+    lines.append(_size("planned peak", stage.memory.total) + f"  of {gigabytes(machine.memory)}: {verdict}")
     if machine.count > 1:
-        lines.append(
-            f"    {'host while loading':<28}{gigabytes(stage.host):>10}  of a machine that runs all {machine.count} processes"
-        )
+        lines.append(_size("host while loading", stage.host) + f"  of a machine that runs all {machine.count} processes")
     if training.uncounted:
         lines.append(f"    planned as if without {' and '.join(training.uncounted)}, whose memory is not counted")
     if stage.largest_rows is not None:
@@ -83,17 +77,24 @@ def _format_stage(stage: StagePlan, machine: Machine, tflops: float | None) -> s
     return "\n".join(lines)
 
 
+def _size(what: str, size: int) -> str:
+    return f"    {what:<28}{gigabytes(size):>10}"
+
+
+def _seconds(operations: float | None, tflops: float | None) -> float | None:
+    return operations / (tflops * 1e12) if tflops and operations else None
+
+
 def _time(operations: float, tflops: float | None) -> str:
-    return f": {operations / (tflops * 1e12):,.1f} s at {tflops:g} TFLOP/s" if tflops else ""
+    seconds = _seconds(operations, tflops)
+    return "" if seconds is None else f": {seconds:,.1f} s at {tflops:g} TFLOP/s"
 
 
 def _format_cache(cache: CachePlan, machine: Machine, tflops: float | None) -> list[str]:
     counts, per_token, work = cache.counts, f"{cache.token_bytes:,} bytes per loss token", ""
     if cache.drawn is not None:
-        least, most = cache.drawn
-        per_token = (
-            f"about {per_token}, between {least} and {most} by how many of the draws differ, which depends on the teacher"
-        )
+        between = "between {} and {}".format(*cache.drawn)
+        per_token = f"about {per_token}, {between} by how many of the draws differ, which depends on the teacher"
     if counts is None or cache.size is None or cache.operations is None:
         lines = [f"    {cache.teacher}: read from a cache of {per_token}; its size is not known: {cache.unread}"]
     else:
@@ -106,18 +107,14 @@ def _format_cache(cache: CachePlan, machine: Machine, tflops: float | None) -> l
     fits = "" if cache.making.total <= machine.memory else ", which does not fit"
     lines.append(f"        made before the student is loaded, with {gigabytes(cache.making.total)} of memory{fits}{work}")
     if cache.reported:
-        weights = gigabytes(cache.making.parts.get("teacher weights", 0))
-        lines.append(
-            f"        the report loads it, too ({weights} of weights), for KL on validation rows, which no cache holds"
-        )
+        weights = f"{gigabytes(cache.making.parts.get('teacher weights', 0))} of weights"
+        lines.append(f"        the report loads it, too ({weights}), for KL on validation rows, which no cache holds")
     return lines
 
 
 def _format_answers(answers: WritingPlan, tflops: float | None) -> str:
-    lines = [
-        f"[{answers.what}] {len(answers.models)} models, {answers.new_tokens:,} tokens each at most",
-        _keys_and_values(answers),
-    ]
+    lines = [f"[{answers.what}] {len(answers.models)} models, {answers.new_tokens:,} tokens each at most"]
+    lines.append(_keys_and_values(answers))
     if answers.rows is not None and answers.operations is not None:
         tokens = len(answers.models) * answers.rows * answers.new_tokens
         work = f"{answers.operations / 1e12:,.1f} TFLOP" + _time(answers.operations, tflops)
@@ -141,11 +138,11 @@ def _format_generated(plan: WritingPlan, tflops: float | None) -> str:
 
 
 def _keys_and_values(plan: WritingPlan) -> str:
-    return f"    {'cached keys and values':<28}{gigabytes(plan.key_value_bytes or 0):>10}  of one batch at most"
+    return _size("cached keys and values", plan.key_value_bytes or 0) + "  of one batch at most"
 
 
 def _writing_json(plan: WritingPlan, tflops: float | None) -> dict[str, Any]:
-    return asdict(plan) | {"seconds": plan.operations / (tflops * 1e12) if tflops and plan.operations else None}
+    return asdict(plan) | {"seconds": _seconds(plan.operations, tflops)}
 
 
 def _cache_json(cache: CachePlan, tflops: float | None) -> dict[str, Any]:
@@ -158,7 +155,7 @@ def _cache_json(cache: CachePlan, tflops: float | None) -> dict[str, Any]:
         "making": {"parts": cache.making.parts, "total": cache.making.total},
         "loaded_by_report": cache.reported,
         "operations": cache.operations,
-        "seconds": cache.operations / (tflops * 1e12) if tflops and cache.operations else None,
+        "seconds": _seconds(cache.operations, tflops),
     }
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from daekit.errors import UserError
 from daekit.models.backbone import base_of, decoder_layers
 from daekit.planning.live_bytes import LiveBytes, size_of
-from daekit.planning.meta_model import MetaModel, fake_parameters
+from daekit.planning.meta_model import MetaModel
 from daekit.planning.quantized_layers import FusedDropout
 
 
@@ -28,7 +30,6 @@ class MicroBatch:
         length: T.
         padded: Whether some row is shorter, so that attention is given a mask.
         autocast: The dtype of mixed precision; None without.
-        gpu: Whether GPU kernels run.
         accumulated: Whether the weights have gradients of earlier micro-batches already.
     """
 
@@ -36,7 +37,6 @@ class MicroBatch:
     length: int
     padded: bool
     autocast: torch.dtype | None
-    gpu: bool
     accumulated: bool = False
 
 
@@ -87,17 +87,29 @@ class ModelCost:
         return max(layer.frozen for layer in self.layers) + self.layers[0].output + self.shared
 
 
-@dataclass
-class _Call:
+class _Call(NamedTuple):
+    """What a layer is given."""
+
+    hidden: Tensor
     args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Any]
+
+    def run(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """The layer's output hidden states, of ``x`` in place of its hidden states."""
+        out = layer(x, *self.args, **self.kwargs)
+        return out if isinstance(out, Tensor) else out[0]
 
 
 class Tracer:
-    """The costs of one model for different micro-batches; of layers that are alike one is run."""
+    """The costs of one model for different micro-batches; of layers that are alike one is run.
 
-    def __init__(self, meta: MetaModel) -> None:
-        self.meta = meta
+    Args:
+        meta: The model.
+        gpu: Whether GPU kernels run.
+    """
+
+    def __init__(self, meta: MetaModel, gpu: bool) -> None:
+        self.meta, self._gpu = meta, gpu
         self._costs: dict[MicroBatch, ModelCost] = {}
 
     def cost(self, batch: MicroBatch) -> ModelCost:
@@ -115,77 +127,84 @@ class Tracer:
         return self._costs[batch]
 
     @cached_property
-    def _twin(self) -> tuple[Any, list[nn.Module], list[int], FakeTensorMode, list[Tensor]]:
-        """(backbone with one layer of each kind, these layers, the kind of every layer, the mode, all weights)."""
-        model = self.meta.model
-        layers = decoder_layers(model)
-        kinds: dict[Any, int] = {}
-        of_layer = [kinds.setdefault(_signature(layer, i, self.meta.config), len(kinds)) for i, layer in enumerate(layers)]
-        chosen = [layers[of_layer.index(kind)] for kind in range(len(kinds))]
-        backbone = base_of(model).base_model
+    def _twin(self) -> tuple[Any, list[nn.Module], list[int], FakeTensorMode]:
+        """(backbone with one layer of each kind and fake weights, these layers, the kind of every layer, the mode)."""
+        backbone, config = base_of(self.meta.model).base_model, self.meta.config
+        layers, types = decoder_layers(self.meta.model), getattr(config, "layer_types", None)
+        signatures = [_signature(layer, types and types[at]) for at, layer in enumerate(layers)]
+        kinds = list(dict.fromkeys(signatures))
+        firsts = [signatures.index(kind) for kind in kinds]
+        chosen = [layers[at] for at in firsts]
         holder = next(m for m in backbone.modules() if isinstance(m, nn.ModuleList) and layers[0] in list(m))
-        holder._modules = {str(i): layer for i, layer in enumerate(chosen)}
-        mode = FakeTensorMode()
+        holder._modules = {str(at): layer for at, layer in enumerate(chosen)}
+        shorter = copy.deepcopy(config)
+        shorter.num_hidden_layers = len(chosen)
+        if types is not None:
+            shorter.layer_types = [types[at] for at in firsts]
+        for module in backbone.modules():
+            if getattr(module, "config", None) is config:
+                module.config = shorter
+            if self._gpu and type(module) is nn.Dropout:
+                module.__class__ = FusedDropout
+        mode = FakeTensorMode(allow_non_fake_inputs=True)  # they become fake here
         with mode:
-            weights = fake_parameters(backbone)
-        return backbone, chosen, of_layer, mode, weights
+            backbone.to_empty(device="cpu")
+        return backbone, chosen, [kinds.index(each) for each in signatures], mode
 
     def _run(self, batch: MicroBatch) -> ModelCost:
-        backbone, chosen, of_layer, mode, weights = self._twin
+        backbone, chosen, of_layer, mode = self._twin
+        weights = [*backbone.parameters(), *backbone.buffers()]
         backbone.train(self.meta.trained)
-        with mode, ExitStack() as stack:
-            stack.enter_context(_as_config_of(self.meta.config, of_layer))
-            if batch.gpu:
-                stack.enter_context(_fused_dropout(backbone))
+        with mode:
             calls, ends, width = self._ends(backbone, chosen, batch, weights)
-            costs = [self._layer(layer, call, batch, weights) for layer, call in zip(chosen, calls, strict=True)]
-            shared = size_of([call.kwargs for call in calls])
+            costs = [self._layer(layer, calls[layer], batch, weights) for layer in chosen]
+            shared = size_of([call.kwargs for call in calls.values()])
         return ModelCost([costs[kind] for kind in of_layer], ends, shared, width)
 
     def _ends(
         self, backbone: Any, chosen: list[nn.Module], batch: MicroBatch, weights: list[Tensor]
-    ) -> tuple[list[_Call], int, int]:
+    ) -> tuple[dict[nn.Module, _Call], int, int]:
         """(the call of each layer, bytes that the modules around the layers keep, bytes per value of the result)."""
-        calls: dict[int, _Call] = {}
-
-        def noted(index: int) -> Callable[[nn.Module, Any, Any], None]:
-            def note(_: nn.Module, args: Any, kwargs: Any) -> None:
-                calls.setdefault(index, _Call(args, kwargs))
-
-            return note
-
-        hooks = [layer.register_forward_pre_hook(noted(i), with_kwargs=True) for i, layer in enumerate(chosen)]
         ids = torch.zeros((batch.rows, batch.length), dtype=torch.long)
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         if batch.padded:
             inputs["attention_mask"] = torch.ones((batch.rows, batch.length), dtype=torch.long)
-        with _as_identity(chosen):
+        with _as_identity(chosen) as calls:
             with _autocast(batch), torch.no_grad():
                 backbone(**inputs)
-            for hook in hooks:
-                hook.remove()
             with LiveBytes([*weights, ids]) as live, _autocast(batch), torch.set_grad_enabled(self.meta.trained):
                 out = backbone(**(inputs | {"attention_mask": None}))
-                ends = live.bytes
-                width = out.last_hidden_state.element_size()
-        return list(calls.values()), ends, width
+                return calls, live.bytes, out.last_hidden_state.element_size()
 
     def _layer(self, layer: nn.Module, call: _Call, batch: MicroBatch, weights: list[Tensor]) -> LayerCost:
-        given = [*weights, *_tensors(call)]
+        given = [*weights, *(t for t in tree_leaves(call) if isinstance(t, Tensor))]
         with LiveBytes(given) as live, _autocast(batch), torch.no_grad():
-            y = _run(layer, call, None)
+            y = call.run(layer, call.hidden)
             output, frozen = size_of(y), live.peak
             del y
         if not self.meta.trained:
             return LayerCost(output, frozen)
-        gradients = []
-        for parameter in (p for p in layer.parameters() if p.requires_grad and batch.accumulated):
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        for parameter in trained if batch.accumulated else ():
             parameter.grad = torch.empty_like(parameter)
-            gradients.append(parameter.grad)
-        saved, forward, backward = _with_gradient(layer, call, batch, [*given, *gradients])
+        x = call.hidden.detach().requires_grad_()
+        with LiveBytes([*given, x, *(p.grad for p in trained if p.grad is not None)]) as live:
+            with _autocast(batch):
+                y = call.run(layer, x)
+                saved, forward = live.bytes, live.peak
+            gradient = torch.empty_like(y)
+            level = live.restart()
+            y.backward(gradient)
+            backward = live.peak - level
         layer.zero_grad(set_to_none=True)
-        checkpointed, cached, stashed = _checkpointed(layer, call, batch, given)
-        return LayerCost(output, frozen, saved, forward, cached, checkpointed, stashed, backward)
+        x = call.hidden.detach().requires_grad_()
+        with LiveBytes([*given, x]) as live:
+            with _autocast(batch):
+                with torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
+                    y = call.run(layer, x)
+                in_autocast, checkpointed = live.bytes, live.peak
+            after = live.bytes  # what is left of it beside the output checkpointing cannot drop
+        return LayerCost(output, frozen, saved, forward, in_autocast - after, checkpointed, after - size_of(y), backward)
 
 
 def peak_bytes(function: Callable[[], Any], given: list[Tensor]) -> int:
@@ -195,61 +214,14 @@ def peak_bytes(function: Callable[[], Any], given: list[Tensor]) -> int:
         return live.peak
 
 
-def _with_gradient(layer: nn.Module, call: _Call, batch: MicroBatch, given: list[Tensor]) -> tuple[int, int, int]:
-    """``saved``, ``forward`` and ``backward`` of LayerCost."""
-    x = _input(call).detach().requires_grad_()
-    with LiveBytes([*given, x]) as live:
-        with _autocast(batch):
-            y = _run(layer, call, x)
-            saved, forward = live.bytes, live.peak
-        gradient = torch.empty_like(y)
-        level = live.restart()
-        y.backward(gradient)
-        backward = live.peak - level
-    return saved, forward, backward
-
-
-def _checkpointed(layer: nn.Module, call: _Call, batch: MicroBatch, given: list[Tensor]) -> tuple[int, int, int]:
-    """``checkpointed``, ``cached`` and ``stashed`` of LayerCost; saved tensors are dropped, as checkpointing does."""
-    x = _input(call).detach().requires_grad_()
-    with LiveBytes([*given, x]) as live:
-        with _autocast(batch):
-            with torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
-                y = _run(layer, call, x)
-            in_autocast, highest = live.bytes, live.peak
-        after = live.bytes
-    return highest, in_autocast - after, after - size_of(y)
-
-
 def _drop(_: Tensor) -> Any:
     """Checkpointing keeps nothing of a saved tensor."""
 
 
-def _run(layer: nn.Module, call: _Call, x: Tensor | None) -> Tensor:
-    """The layer's output hidden states, with ``x`` as its input instead of the recorded one."""
-    args, kwargs = call.args, dict(call.kwargs)
-    if x is not None:
-        if args:
-            args = (x, *args[1:])
-        else:
-            kwargs["hidden_states"] = x
-    out = layer(*args, **kwargs)
-    return out if isinstance(out, Tensor) else out[0]
-
-
-def _input(call: _Call) -> Tensor:
-    return call.args[0] if call.args else call.kwargs["hidden_states"]
-
-
-def _tensors(call: _Call) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
-
-
-def _signature(layer: nn.Module, index: int, config: Any) -> Any:
+def _signature(layer: nn.Module, layer_type: str | None) -> Any:
     """Equal for layers that cost the same."""
-    types = getattr(config, "layer_types", None)
     parameters = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
-    return type(layer), types[index] if types is not None else None, parameters
+    return type(layer), layer_type, parameters
 
 
 def _autocast(batch: MicroBatch) -> Any:
@@ -257,40 +229,18 @@ def _autocast(batch: MicroBatch) -> Any:
 
 
 @contextmanager
-def _as_config_of(config: Any, of_layer: list[int]) -> Iterator[None]:
-    """Within, the config says that the model has one layer of each kind."""
-    kinds = range(len(set(of_layer)))
-    types, depth = getattr(config, "layer_types", None), config.num_hidden_layers
-    config.num_hidden_layers = len(kinds)
-    if types is not None:
-        config.layer_types = [types[of_layer.index(kind)] for kind in kinds]
-    try:
-        yield
-    finally:
-        config.num_hidden_layers = depth
-        if types is not None:
-            config.layer_types = types
+def _as_identity(layers: list[nn.Module]) -> Iterator[dict[nn.Module, _Call]]:
+    """Within, layers return their input, so that only the ends of the model allocate memory; yields what they are given."""
+    calls: dict[nn.Module, _Call] = {}
 
+    def note(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.setdefault(layer, _Call(hidden_states, args, kwargs))
+        return hidden_states
 
-@contextmanager
-def _as_identity(layers: list[nn.Module]) -> Iterator[None]:
-    """Within, layers return their input, so that only the ends of the model allocate memory."""
     for layer in layers:
-        vars(layer)["forward"] = lambda hidden_states, *_, **__: hidden_states
+        vars(layer)["forward"] = partial(note, layer)
     try:
-        yield
+        yield calls
     finally:
         for layer in layers:
             del vars(layer)["forward"]
-
-
-@contextmanager
-def _fused_dropout(model: nn.Module) -> Iterator[None]:
-    places = [(m, n, c) for m in model.modules() for n, c in m.named_children() if type(c) is nn.Dropout]
-    try:
-        for module, name, child in places:
-            setattr(module, name, FusedDropout(child.p).train(child.training))
-        yield
-    finally:
-        for module, name, child in places:
-            setattr(module, name, child)

@@ -46,7 +46,7 @@ class Training:
         length: Tokens of the longest row.
         teacher_length: The same of what teachers see of rows with a ``teacher_prompt``.
         flat: Whether rows are laid end to end, without padding.
-        attention_mask: Whether attention is given a mask of its own.
+        flash: Whether the student's attention is FlashAttention, which takes no mask.
         uncounted: Options that change the memory, and that the plan does not count.
     """
 
@@ -58,13 +58,18 @@ class Training:
     length: int
     teacher_length: int
     flat: bool
-    attention_mask: bool
+    flash: bool
     uncounted: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.rows * self.length
+
+    @property
+    def attention_mask(self) -> bool:
+        """Whether attention is given a mask of its own."""
+        return not self.flash and (self.rows > 1 or self.flat)
 
 
 def training_of(stage: StageSpec, name: str, machine: Machine) -> Training:
@@ -77,20 +82,17 @@ def training_of(stage: StageSpec, name: str, machine: Machine) -> Training:
     if options["max_length"] is None:
         raise UserError(f"stages.{name}.trainer.max_length is null: without a longest row memory cannot be planned; give one")
     bf16 = machine.gpu if options["bf16"] is None else options["bf16"]
-    flat = options["padding_free"] or (options["packing"] and options["packing_strategy"] != "wrapped")
-    rows = options["per_device_train_batch_size"]
     student = stage.student
-    flash = student is not None and "flash" in (student.attn_implementation or "")
     return Training(
-        rows=rows,
+        rows=options["per_device_train_batch_size"],
         accumulation=options["gradient_accumulation_steps"],
         checkpointing=options["gradient_checkpointing"],
         autocast=torch.bfloat16 if bf16 else None,
         optim=str(options["optim"]),
         length=options["max_length"],
         teacher_length=max(options["max_length"], (stage.type != "sft" and stage.teacher_max_length) or 0),
-        flat=flat,
-        attention_mask=not flash and (rows > 1 or flat),
+        flat=options["padding_free"] or (options["packing"] and options["packing_strategy"] != "wrapped"),
+        flash=student is not None and "flash" in (student.attn_implementation or ""),
         uncounted=tuple(name for name in ("activation_offloading", "torch_compile") if options.get(name)),
     )
 

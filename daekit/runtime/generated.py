@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,8 +22,8 @@ from daekit.errors import UserError
 from daekit.evaluation.models import tokenizer_fingerprint
 from daekit.files import facts_hash, file_hash, write_json, write_whole
 from daekit.generation import ChatClient, Permissions
+from daekit.generation.caller import require_answering
 from daekit.generation.drafts import Counts, DraftStore, NearDuplicates
-from daekit.generation.reach import require_answering
 from daekit.generation.user_turn import UserTurn
 from daekit.generation.writing import Author, EndpointAuthor, LocalAuthor, Prompt, write_rows
 from daekit.models.adapters import base_spec, config_of, load_continued
@@ -241,11 +242,13 @@ class GeneratedSource:
             raise UserError(f"{self.where}.prompts: bos: the tokenizer has neither a BOS nor an EOS token to begin with")
         return [first]
 
-    def _author(self, device: torch.device) -> Author:
+    @contextmanager
+    def _author(self, device: torch.device) -> Iterator[Author]:
         spec = self.spec
         if spec.model.url is not None:
-            client = ChatClient(self._endpoint, self._home / "replies", role=self.where, allowed=self.allowed)
-            return EndpointAuthor(client, spec, lambda text: len(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+            with ChatClient(self._endpoint, self._home / "replies", role=self.where, allowed=self.allowed) as client:
+                yield EndpointAuthor(client, self.tokenizer, spec)
+            return
         placed = self.models.placed(spec.model)
         unset_hf_deepspeed_config()  # a stage's config has set it, and the model would be split over the ranks
         model = load_model(placed) if placed.adapter is None else load_continued(placed)
@@ -253,7 +256,7 @@ class GeneratedSource:
             model = model.to(device)  # type: ignore[arg-type]
         turn = UserTurn.of(self.tokenizer, f"{self.where}.prompts") if spec.prompts.written == "self" else None
         start = self._start() if spec.prompts.written == "bos" else []
-        return LocalAuthor(model, self.tokenizer, spec, self.encode, turn, start)
+        yield LocalAuthor(model, self.tokenizer, spec, self.encode, turn, start)
 
     @cached_property
     def _facts(self) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from daekit.evaluation.suites.prepare import Options, Prepared, Questions, prepa
 from daekit.evaluation.suites.report import Results, manifest, suite_report
 from daekit.files import write_whole
 from daekit.generation import ChatClient, Estimate
+from daekit.generation.caller import require_answering
 from daekit.generation.endpoint import Unreached
 from daekit.generation.keys import is_loopback
-from daekit.generation.reach import require_answering
 from daekit.progress import Progress, ProgressFunction
 from daekit.recipe.dump import to_yaml
 from daekit.recipe.judge import JudgeSpec
