@@ -693,3 +693,13 @@ def test_a_block_of_packed_rows_is_no_longer_than_max_length(world: Path) -> Non
     prepare(recipe(world, OF_GPT2, "evaluation=null", packed))
     with pytest.raises(UserError, match="learned 16 positions, and is to read 17 tokens"):
         prepare(recipe(world, OF_GPT2, "evaluation=null", packed.replace("max_length: 16", "max_length: 17")))
+
+
+def test_a_validation_row_may_be_longer_than_every_training_row(world: Path) -> None:
+    put("general.jsonl", *[{"text": "w5 w6 w7"}] * 24)(world)
+    put("v.jsonl", {"text": "w5 " * 40})(world)
+    learned(world, 16)
+    watched = ["sources.chat={domain: general, path: OUT/general.jsonl, validation: OUT/v.jsonl}", "evaluation=null"]
+    prepare(recipe(world, OF_GPT2, *watched))
+    with pytest.raises(UserError, match=r"learned 16 positions, and is to read 4\d tokens"):
+        prepare(recipe(world, OF_GPT2, *watched, "stages.one.trainer.eval_strategy=epoch"))

@@ -49,7 +49,7 @@ def require_positions(models: ModelBuilder, name: str, ready: PreparedStage) -> 
     longest: dict[str, int] = {}
     for rows in (ready.mixture.dataset, ready.validation):
         for domain, length in [] if rows is None else zip(rows["domain"], map(len, rows["input_ids"]), strict=True):
-            longest[domain] = max(longest.get(domain, 0), min(length, ready.longest))
+            longest[domain] = max(longest.get(domain, 0), min(length, ready.arguments.max_length or length))
     read: dict[tuple[str | int, ...], int] = {("student",): max(longest.values())}
     for key, teacher in stage.teachers_by_key().items():
         followed = max((longest.get(domain, 0) for domain in stage.domains_of(key, longest)), default=0)
