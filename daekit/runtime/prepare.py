@@ -163,7 +163,7 @@ def _prepare_report(prepared: Prepared) -> None:
             _require_checkpoint(prepared, each)
             if each.name != STUDENT_AS_IT_WAS:  # it has been looked at with its stage
                 models.look_at(each)
-    if not any(models.data.is_unwritten(name) for name in evaluation.sources):
+    if evaluation.sources and not any(models.data.is_unwritten(name) for name in evaluation.sources):
         with prepared.found.at("evaluation"):
             require_report_positions(models, evaluation)
 
