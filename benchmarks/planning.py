@@ -133,14 +133,11 @@ def prepare(case: Any, root: Path) -> None:
 def train(recipe: Any) -> dict[str, int]:
     """The bytes of two optimizer steps of the stage `main`, without checkpoints."""
     from daekit.runtime.data import DataBuilder
-    from daekit.runtime.folders import RunFolder
     from daekit.runtime.models import ModelBuilder
     from daekit.runtime.trainer import build_trainer
 
-    folder = RunFolder(Path(recipe.output_dir))
-    data = DataBuilder(recipe, folder)
-    models = ModelBuilder(folder, data.tokenizer)
-    trainer, _ = build_trainer(recipe, "main", folder.stage("main"), data, models)
+    models = ModelBuilder(DataBuilder(recipe))
+    trainer, _ = build_trainer(models, "main")
     with counting_bytes() as measured:
         trainer.train()
     return measured

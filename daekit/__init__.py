@@ -23,8 +23,7 @@ if TYPE_CHECKING:
         TeacherOutput,
         TopK,
     )
-    from daekit.recipe import load_recipe
-    from daekit.recipe.load import load_suite
+    from daekit.recipe import load_recipe, load_suite
     from daekit.runtime.run import run_recipe
     from daekit.teachers import (
         BASE,
@@ -73,27 +72,15 @@ __all__ = [
     "write_cache",
 ]
 
-_MODULES = {
-    "daekit.evaluation.callback": ["EvaluationCallback"],
-    "daekit.protocol": [
-        *("Batch", "Features", "FeatureSpec", "FeatureTeacher", "Member", "OutputHead", "Teacher", "TeacherOutput", "TopK"),
-    ],
-    "daekit.recipe": ["load_recipe"],
-    "daekit.recipe.load": ["load_suite"],
-    "daekit.runtime.run": ["run_recipe"],
-    "daekit.teachers": [
-        *("BASE", "AdapterPath", "AdapterTeacher", "CachedTeacher", "EnsembleTeacher", "LabelTeacher", "ModelTeacher"),
-        *("RoutedTeacher", "ServerTeacher", "write_cache"),
-    ],
-    "daekit.trainers": ["DAEConfig", "DAETrainer", "DomainSFTConfig", "DomainSFTTrainer", "KDConfig", "KDTrainer"],
-}
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_MODULES = ("recipe", "protocol", "teachers", "trainers", "evaluation.callback", "runtime.run")  # what imports little first
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'daekit' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    for module in _MODULES if name in __all__ else ():
+        found = importlib.import_module(f"daekit.{module}")
+        if hasattr(found, name):
+            return getattr(found, name)
+    raise AttributeError(f"module 'daekit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -17,6 +17,23 @@ from daekit.errors import Stopped, UserError, says_disk_is_full
 from daekit.recipe.model import Dtype
 
 _OVERRIDES_HELP = "settings laid over the {}: key.sub=value, the value as YAML ({}=10)"
+_COMMANDS = {  # what each does is a function of its name in ``commands``
+    "check": "say what is wrong with a recipe, or show it with every default filled in",
+    "preview": "show the first N rows of each source as the model will see them (N: 2)",
+    "train": "run the stages of a recipe; what is finished is kept, what was stopped resumes",
+    "plan": "say what a recipe needs, before anything is loaded: memory by part, what fits",
+    "init": "make the students that a recipe makes from their teachers (search, slicing); no training",
+    "cache": "write what teachers with a cache say about the rows of a recipe; no training",
+    "generate": "write the rows of a recipe's generated sources (or of SOURCE); no training",
+    "sweep": "run a recipe with each combination of settings (key=1e-5,3e-5 seed=0,1), and compare",
+    "eval": "measure models with a suite: likelihood benchmarks, MT-Bench, AlpacaEval",
+    "chat": "ask several models the same, and see their answers side by side",
+    "schema": "print the JSON Schema of recipes or suites, by which editors complete them",
+    "recipes": "list the recipes that come with daekit, or copy one into this directory",
+    "merge": "fold a LoRA adapter into its 16-bit base, and compare the two",
+    "quickstart": "KD, then DAE, in the small: on embedded data, on a CPU, in minutes",
+}
+_OF_A_RECIPE = ("check", "preview", "plan", "init", "cache", "generate", "train", "sweep")
 _STATUS_OF_USER_ERROR = 2
 _STATUS_OF_INTERRUPT = 130
 _PATIENCE = 5.0  # seconds; torchrun looks after its processes ten times a second
@@ -106,144 +123,90 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"daekit {__version__}")
     parsers = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    check = parsers.add_parser("check", help="say what is wrong with a recipe, or show it with every default filled in")
-    check.set_defaults(run=commands.check)
-    check.add_argument(
+    command = {name: parsers.add_parser(name, help=helped) for name, helped in _COMMANDS.items()}
+    for name, each in command.items():
+        each.set_defaults(run=getattr(commands, name))
+    for name in _OF_A_RECIPE:
+        command[name].add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    command["check"].add_argument(
         "--deep", action="store_true", help="open everything that a run will need (rows, tokenizers, models, suites), too"
     )
-    preview = parsers.add_parser("preview", help="show the first N rows of each source as the model will see them (N: 2)")
-    preview.set_defaults(run=commands.preview)
-    train = parsers.add_parser("train", help="run the stages of a recipe; what is finished is kept, what was stopped resumes")
-    train.set_defaults(run=commands.train)
-    plan = parsers.add_parser("plan", help="say what a recipe needs, before anything is loaded: memory by part, what fits")
-    plan.set_defaults(run=commands.plan)
+    command["cache"].add_argument(
+        "--check", action="store_true", help="ask the teachers again about some rows, and say what differs"
+    )
+    command["quickstart"].add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
+    _add_plan(command["plan"])
+    _add_eval(command["eval"])
+    _add_chat(command["chat"])
+    _add_looks(command["schema"], command["recipes"])
+    _add_merge(command["merge"])
+    of_grace = "what SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C leave the run to save a checkpoint at its next step (default: 25)"
+    for name in ("init", "cache", "generate", "train", "sweep", "quickstart"):
+        command[name].add_argument("--grace", metavar="SECONDS", type=_number(float), default=25.0, help=of_grace)
+    for name in ("check", "preview", "cache", "generate", "train", "sweep", "eval", "chat"):
+        _add_permissions(command[name])
+    of_eval = _OVERRIDES_HELP.format("suite", "benchmarks.blimp.limit")
+    of_recipe = _OVERRIDES_HELP.format("recipe", "stages.kd.trainer.max_steps")
+    for name in (*_OF_A_RECIPE, "quickstart", "eval"):
+        metavar = {"preview": "[N] key=value", "generate": "[SOURCE] key=value"}.get(name, "key=value")
+        helped = of_eval if name == "eval" else of_recipe
+        command[name].add_argument("overrides", metavar=metavar, nargs="*", default=[], help=helped)
+    return parser
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--gpu", metavar="SIZE", help="memory of one GPU: 80GB, 24GiB (default: this machine's)")
     plan.add_argument("--cpu", metavar="SIZE", help="memory for a run without GPU")
     plan.add_argument("--gpus", metavar="N", type=int, default=1, help="how many, one process each")
     plan.add_argument("--engine", choices=["ddp", "fsdp2", "zero2", "zero3"], help="how they share the work (default: ddp)")
     plan.add_argument("--tflops", metavar="RATE", type=_number(float), help="TFLOP/s of one device, for the time of a step")
     plan.add_argument("--json", action="store_true", help="print JSON")
-    init = parsers.add_parser(
-        "init", help="make the students that a recipe makes from their teachers (search, slicing); no training"
-    )
-    init.set_defaults(run=commands.init)
-    cache = parsers.add_parser("cache", help="write what teachers with a cache say about the rows of a recipe; no training")
-    cache.set_defaults(run=commands.cache)
-    cache.add_argument("--check", action="store_true", help="ask the teachers again about some rows, and say what differs")
-    generate = parsers.add_parser("generate", help="write the rows of a recipe's generated sources (or of SOURCE); no training")
-    generate.set_defaults(run=commands.generate)
-    sweep = parsers.add_parser(
-        "sweep", help="run a recipe with each combination of settings (key=1e-5,3e-5 seed=0,1), and compare"
-    )
-    sweep.set_defaults(run=commands.sweep)
-    for command in (check, preview, plan, init, cache, generate, train, sweep):
-        command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
-
-    _add_eval(parsers)
-    _add_chat(parsers)
-    _add_looks(parsers)
-    merge = parsers.add_parser("merge", help="fold a LoRA adapter into its 16-bit base, and compare the two")
-    merge.set_defaults(run=commands.merge)
-    merge.add_argument("adapter", metavar="ADAPTER_DIR", help="a directory with adapter_config.json and its safetensors")
-    merge.add_argument("out", metavar="OUT", help="the directory to make")
-    merge.add_argument("--dtype", default="auto", choices=get_args(Dtype), help="of the result (default: that of the base)")
-
-    quickstart = parsers.add_parser("quickstart", help="KD, then DAE, in the small: on embedded data, on a CPU, in minutes")
-    quickstart.set_defaults(run=commands.quickstart)
-    quickstart.add_argument("--output-dir", metavar="DIR", help="where to write (default: the recipe's output_dir)")
-    for command in (init, cache, generate, train, sweep, quickstart):
-        command.add_argument(
-            "--grace",
-            metavar="SECONDS",
-            type=_number(float),
-            default=25.0,
-            help="what SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C leave the run to save a checkpoint at its next step (default: 25)",
-        )
-    for command in (check, preview, cache, generate, train, sweep):
-        _add_permissions(command)
-    for command in (check, preview, plan, init, cache, generate, train, sweep, quickstart):
-        metavar = {preview: "[N] key=value", generate: "[SOURCE] key=value"}.get(command, "key=value")
-        helped = _OVERRIDES_HELP.format("recipe", "stages.kd.trainer.max_steps")
-        command.add_argument("overrides", metavar=metavar, nargs="*", default=[], help=helped)
-    return parser
 
 
-def _add_looks(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    schema = parsers.add_parser("schema", help="print the JSON Schema of recipes or suites, by which editors complete them")
-    schema.set_defaults(run=commands.schema)
+def _add_looks(schema: argparse.ArgumentParser, recipes: argparse.ArgumentParser) -> None:
     schema.add_argument("kind", nargs="?", choices=["recipe", "suite"], default="recipe")
-    recipes = parsers.add_parser("recipes", help="list the recipes that come with daekit, or copy one into this directory")
-    recipes.set_defaults(run=commands.recipes)
     recipes.add_argument("action", nargs="?", choices=["list", "copy"], help="copy: write one here; nothing is overwritten")
     recipes.add_argument("name", nargs="?", metavar="NAME")
 
 
+def _add_merge(merge: argparse.ArgumentParser) -> None:
+    merge.add_argument("adapter", metavar="ADAPTER_DIR", help="a directory with adapter_config.json and its safetensors")
+    merge.add_argument("out", metavar="OUT", help="the directory to make")
+    merge.add_argument("--dtype", default="auto", choices=get_args(Dtype), help="of the result (default: that of the base)")
+
+
 def _add_permissions(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--allow-key-env",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="environment variable that may be sent as a key to whatever endpoint the suite names",
-    )
+    key = "environment variable that may be sent as a key to whatever endpoint the suite names"
+    command.add_argument("--allow-key-env", metavar="NAME", action="append", default=[], help=key)
     command.add_argument("--allow-http", action="store_true", help="http to other machines: questions and keys go unencrypted")
 
 
-def _add_eval(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = parsers.add_parser("eval", help="measure models with a suite: likelihood benchmarks, MT-Bench, AlpacaEval")
-    command.set_defaults(run=commands.eval)
+def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("suite", metavar="SUITE", help="a YAML file, such as those in eval/suites")
-    command.add_argument(
-        "--model",
-        metavar="NAME=MODEL",
-        action="append",
-        default=[],
-        help="a directory, PATH+ADAPTER, a hub id, or http(s)://HOST/v1#MODEL; several are compared",
-    )
+    model = "a directory, PATH+ADAPTER, a hub id, or http(s)://HOST/v1#MODEL; several are compared"
+    command.add_argument("--model", metavar="NAME=MODEL", action="append", default=[], help=model)
     command.add_argument("--output", metavar="DIR", help="where to write (default: the suite's output_dir)")
     command.add_argument("--dry-run", action="store_true", help="say what would be done and what the judge would cost")
     command.add_argument("--max-calls", metavar="N", type=_number(int), help="calls that one judge or endpoint may get")
     command.add_argument("--max-cost", metavar="X", type=_number(float), help="dollars that one judge may cost")
-    command.add_argument(
-        "--allow-missing",
-        metavar="N",
-        type=_number(int, zero=True),
-        default=0,
-        help="give a score although up to N judgments of the model are missing",
-    )
-    _add_permissions(command)
+    missing = "give a score although up to N judgments of the model are missing"
+    command.add_argument("--allow-missing", metavar="N", type=_number(int, zero=True), default=0, help=missing)
     command.add_argument("--score-parser", choices=["strict", "fastchat"], help="how a rating is read (default: the suite's)")
-    helped = _OVERRIDES_HELP.format("suite", "benchmarks.blimp.limit")
-    command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=helped)
 
 
-def _add_chat(parsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = parsers.add_parser("chat", help="ask several models the same, and see their answers side by side")
-    command.set_defaults(run=commands.chat)
-    command.add_argument(
-        "models",
-        metavar="MODEL",
-        nargs="+",
-        help="a directory, PATH+ADAPTER, a hub id, http(s)://HOST/v1#MODEL, or RUN:STAGE; NAME=MODEL gives it a name",
-    )
+def _add_chat(command: argparse.ArgumentParser) -> None:
+    model = "a directory, PATH+ADAPTER, a hub id, http(s)://HOST/v1#MODEL, or RUN:STAGE; NAME=MODEL gives it a name"
+    command.add_argument("models", metavar="MODEL", nargs="+", help=model)
     command.add_argument("--system", metavar="TEXT", help="a system message (default: what the chat template does without one)")
     command.add_argument("--max-new-tokens", metavar="N", type=_number(int), default=512, help="of an answer (default: 512)")
     command.add_argument(
         "--temperature", metavar="T", type=_number(float, zero=True), default=0.0, help="0 (default): the likeliest tokens"
     )
-    command.add_argument(
-        "--prompts", metavar="FILE", help="answer these (JSONL, Parquet, or .txt with one on each line) instead"
-    )
-    command.add_argument(
-        "--key-env",
-        metavar="[MODEL=]NAME",
-        action="append",
-        default=[],
-        help="environment variable that holds the key of an endpoint; MODEL= where several hosts are asked",
-    )
+    prompts = "answer these (JSONL, Parquet, or .txt with one on each line) instead"
+    command.add_argument("--prompts", metavar="FILE", help=prompts)
+    key = "environment variable that holds the key of an endpoint; MODEL= where several hosts are asked"
+    command.add_argument("--key-env", metavar="[MODEL=]NAME", action="append", default=[], help=key)
     command.add_argument("--output", metavar="FILE", help="with --prompts: where to write Markdown (default: to the terminal)")
-    _add_permissions(command)
 
 
 def _number(kind: Callable[[str], float], zero: bool = False) -> Callable[[str], float]:

@@ -7,6 +7,8 @@ import importlib.resources
 import json
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,19 +22,19 @@ if TYPE_CHECKING:
 
 def eval(options: argparse.Namespace) -> None:
     """Measure models with a suite."""
-    overrides = list(options.overrides)
-    if options.output is not None:
-        overrides.append(f"output_dir={json.dumps(options.output)}")
-    suite = load_suite(options.suite, parse_models(options.model), overrides)
+    suite = load_suite(options.suite, parse_models(options.model), _with_output(options.overrides, options.output))
 
     from daekit.evaluation.suites import Options, run_suite
     from daekit.report import format_report
 
     limits = (options.max_calls, options.max_cost, options.allow_missing, options.score_parser)
-    how = Options(options.dry_run, *limits, _permissions(options))
-    report = run_suite(suite, how)
+    report = run_suite(suite, Options(options.dry_run, *limits, _permissions(options)))
     if report is not None:
         print(f"\n{format_report(report)}\n\nReport: {suite.output_dir}/report.html", flush=True)
+
+
+def _with_output(overrides: Sequence[str], directory: str | None) -> list[str]:
+    return [*overrides, *([] if directory is None else [f"output_dir={json.dumps(directory)}"])]
 
 
 def _permissions(options: argparse.Namespace) -> Permissions:
@@ -176,17 +178,13 @@ def chat(options: argparse.Namespace) -> int:
 
     quieten()
     prompts = None if options.prompts is None else read_prompts(options.prompts)
-    how = Sampling(options.max_new_tokens, options.temperature)
     speakers = speakers_of(models, _permissions(options), keys_of(models, options.key_env))
-    each = Chat(speakers, how, options.system)
+    each = Chat(speakers, Sampling(options.max_new_tokens, options.temperature), options.system)
     if prompts is None:
         talk(each, sys.stdout)
         return 0
-    if written is None:
-        answered = answer_prompts(each, prompts, sys.stdout)
-    else:
-        with written.open("w", encoding="utf-8") as out:
-            answered = answer_prompts(each, prompts, out)
+    with nullcontext(sys.stdout) if written is None else written.open("w", encoding="utf-8") as out:
+        answered = answer_prompts(each, prompts, out)
     if not answered:
         print(f"daekit: no model answered a prompt: {'; '.join(each.failed.values())}", file=sys.stderr, flush=True)
     return 0 if answered else 1
@@ -210,11 +208,8 @@ def merge(options: argparse.Namespace) -> None:
 
 def quickstart(options: argparse.Namespace) -> None:
     """Run the recipe on embedded data."""
-    overrides = list(options.overrides)
-    if options.output_dir is not None:
-        overrides.append(f"output_dir={json.dumps(options.output_dir)}")
     text = (importlib.resources.files("daekit") / "resources" / "quickstart.yaml").read_text(encoding="utf-8")
-    recipe = load_recipe_text(text, "quickstart.yaml", overrides)
+    recipe = load_recipe_text(text, "quickstart.yaml", _with_output(options.overrides, options.output_dir))
 
     from daekit.runtime.run import calibration, run_recipe
 

@@ -1,4 +1,4 @@
-"""What the folders of the package hand to each other: a Batch, the TeacherOutputs for it, and the output head both are scored with.
+"""What folders of the package hand to each other: a Batch, the TeacherOutputs for it, the output head both are scored with.
 
 Shape legend, used as suffixes of names everywhere (``hidden_NH``):
 

@@ -177,3 +177,11 @@ def test_a_recipe_is_told_before_its_first_stage(what: str, server: JudgeServer,
     before = len(server.got)
     prepare(judged_recipe(tmp_path))
     assert len(server.got) == before + 1 and server.calls == []
+
+
+def test_suites_need_no_validation_rows(tmp_path: Path, server: JudgeServer) -> None:
+    suite_of(tmp_path, {"model": "j", "base_url": server.url})
+    save_base(tmp_path / "base")
+    tiny.rows(24, domains=("general",)).remove_columns("domain").to_json(tmp_path / "general.jsonl")
+    text = RECIPE.replace("OUT", str(tmp_path)).replace(", holdout: 4", "")
+    assert len(prepare(load_recipe_text(text, "judged.yaml")).suites) == 1

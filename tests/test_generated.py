@@ -26,7 +26,6 @@ from daekit.recipe import load_recipe, stage_key
 from daekit.recipe.generated import GeneratedSpec, PromptsSpec
 from daekit.runtime import generated as runtime_generated
 from daekit.runtime.data import DataBuilder, LossRule
-from daekit.runtime.folders import RunFolder
 from daekit.runtime.generated import find_sources
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.prepare import prepare
@@ -412,8 +411,8 @@ def test_the_end_of_an_answer_that_was_cut_carries_no_loss(
         given.append("sources.asked.generated.prompts=bos")
     rows = parsed(write(recipe, "asked", *given)["asked"])
     loaded = load_recipe(recipe, [*given, *rule])
-    data = DataBuilder(loaded, RunFolder(Path(loaded.output_dir)))
-    find_sources(loaded, data, ModelBuilder(data.folder, data.tokenizer))
+    data = DataBuilder(loaded)
+    find_sources(ModelBuilder(data))
     tokenised = data.tokenized("asked", LossRule.of(loaded.stages["base"]))[0]
     ends = []
     for row, tokens in zip(rows, tokenised, strict=True):

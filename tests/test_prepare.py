@@ -18,8 +18,10 @@ from daekit.errors import UserError
 from daekit.recipe import load_recipe_text
 from daekit.recipe.schema import Recipe
 from daekit.runtime import disk
+from daekit.runtime.data import DataBuilder
 from daekit.runtime.disk import checkpoints_at_end
 from daekit.runtime.folders import RunFolder
+from daekit.runtime.models import ModelBuilder
 from daekit.runtime.positions import learned_positions
 from daekit.runtime.prepare import prepare
 from daekit.runtime.preview import preview
@@ -524,7 +526,7 @@ def test_the_report_scores_the_tokens_that_the_stages_train_on(world: Path) -> N
     put("shop.jsonl", *[CHAT] * 9)(world)
     whole = [f"stages.{name}.trainer.assistant_only_loss=false" for name in ("expert", "aligned", "cut")]
     for overrides, scored in (([], "w7 </s>"), (whole, "w0 w5 w1 w7 </s>")):
-        row = prepare(recipe(world, *overrides)).data.evaluation_sets["shop"].rows[0]
+        row = prepare(recipe(world, *overrides)).models.data.evaluation_sets["shop"].rows[0]
         assert tiny.tokenizer().decode([label for label in row.labels if label >= 0]) == scored
 
 
@@ -604,7 +606,7 @@ def test_a_report_is_not_kept_when_its_rows_have_changed(world: Path, capsys: py
 def test_several_processes_do_not_begin_before_a_student_is_made(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"stages.cut.student: .*run `daekit init RECIPE` first"):
-        require_one_process(recipe(world), "cut", RunFolder(world / "run"))
+        require_one_process(ModelBuilder(DataBuilder(recipe(world))), "cut")
 
 
 def test_an_evaluation_at_the_start_has_the_validation_rows(world: Path) -> None:
@@ -691,3 +693,13 @@ def test_a_block_of_packed_rows_is_no_longer_than_max_length(world: Path) -> Non
     prepare(recipe(world, OF_GPT2, "evaluation=null", packed))
     with pytest.raises(UserError, match="learned 16 positions, and is to read 17 tokens"):
         prepare(recipe(world, OF_GPT2, "evaluation=null", packed.replace("max_length: 16", "max_length: 17")))
+
+
+def test_a_validation_row_may_be_longer_than_every_training_row(world: Path) -> None:
+    put("general.jsonl", *[{"text": "w5 w6 w7"}] * 24)(world)
+    put("v.jsonl", {"text": "w5 " * 40})(world)
+    learned(world, 16)
+    watched = ["sources.chat={domain: general, path: OUT/general.jsonl, validation: OUT/v.jsonl}", "evaluation=null"]
+    prepare(recipe(world, OF_GPT2, *watched))
+    with pytest.raises(UserError, match=r"learned 16 positions, and is to read 4\d tokens"):
+        prepare(recipe(world, OF_GPT2, *watched, "stages.one.trainer.eval_strategy=epoch"))

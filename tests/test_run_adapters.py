@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from daekit.models.loading import load_model
 from daekit.recipe import Recipe, load_recipe_text
-from daekit.recipe.schema import ModelSpec
-from daekit.runtime.folders import RunFolder
+from daekit.recipe.schema import EvaluatedModel, ModelSpec
+from daekit.runtime.data import DataBuilder
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.report import _teachers
 from daekit.runtime.run import run_recipe
@@ -113,8 +113,8 @@ def test_all_stages_run_on_one_base(
 
     run_recipe(recipe(tmp_path))
     assert "[aligned] complete, kept" in capsys.readouterr().out
-    models_of_run = ModelBuilder(RunFolder(tmp_path / "run"), tiny.tokenizer())
-    teachers = _teachers(recipe(tmp_path), "aligned", models_of_run, ["general", "shop"], torch.device("cpu"))
+    models_of_run = ModelBuilder(DataBuilder(recipe(tmp_path)))
+    teachers = _teachers(models_of_run, EvaluatedModel(name="aligned", stage="aligned"), ["general", "shop"])
     said = {domain: teacher.identity() for domain, teacher in teachers.items() if not domain.startswith("//")}
     assert said == done["run"]["teacher"]  # the report's teachers are those of the training
     rows = json.loads((tmp_path / "run" / "report" / "report.json").read_text())

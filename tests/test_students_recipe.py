@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from daekit.cli import main
 from daekit.errors import UserError
@@ -155,11 +155,9 @@ def test_a_stage_depends_on_what_its_student_is_made_from() -> None:
 
 def test_rows_that_are_too_long_are_split_and_nothing_is_lost(tmp_path: Path) -> None:
     spec = recipe(tmp_path, SEARCH)
-    data = DataBuilder(spec, folders.RunFolder(tmp_path))
-    tokenizer = data.tokenizer
+    data = DataBuilder(spec)
     whole, split = (
-        calibration_rows(spec, CalibrationSpec(sources=("chat",), tokens=600, max_length=length), data, tokenizer)
-        for length in (10**6, 16)
+        calibration_rows(data, CalibrationSpec(sources=("chat",), tokens=600, max_length=length)) for length in (10**6, 16)
     )
     assert max(len(row["input_ids"]) for row in whole) > 16 == max(len(row["input_ids"]) for row in split)
     for name in ("input_ids", "labels"):
@@ -202,9 +200,9 @@ def test_init_makes_what_training_begins_with(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "out" / "stages").exists()
     (made,) = (tmp_path / "out" / "students").glob("*/model")
     spec = recipe(tmp_path / "out", student)
-    models = ModelBuilder(folders.RunFolder(tmp_path / "out"), AutoTokenizer.from_pretrained(made))
+    models = ModelBuilder(DataBuilder(spec))
     teacher = models.model(spec.stages["student"].student.init.from_, spec.seed)
-    for cut in (AutoModelForCausalLM.from_pretrained(made), models.student(spec, "student", seed=1)):
+    for cut in (AutoModelForCausalLM.from_pretrained(made), models.student("student")):
         assert torch.equal(cut.lm_head.weight, teacher.lm_head.weight[:, :24])
         assert torch.equal(cut.model.layers[0].mlp.up_proj.weight, teacher.model.layers[0].mlp.up_proj.weight[:, :24])
 

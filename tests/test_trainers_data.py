@@ -16,7 +16,6 @@ from trl import SFTConfig, SFTTrainer
 from daekit.errors import UserError
 from daekit.recipe import load_recipe_text
 from daekit.runtime.data import DataBuilder
-from daekit.runtime.folders import RunFolder
 from tests.helpers import tiny
 from tests.helpers.trainer_world import Twin, dae, in_float64, kd, logged, options
 
@@ -156,7 +155,7 @@ def test_a_recipe_trains_on_the_tokens_that_a_script_trains_on(form: str, mask: 
     text += "s: {type: sft, student: {config: {model_type: mistral}}, data: [s], trainer: %s}}}"
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
     recipe = load_recipe_text(text % (tmp_path, tmp_path, tmp_path, json.dumps(mask)), "a.yaml")
-    found = DataBuilder(recipe, RunFolder(tmp_path / "run")).mixture(recipe.stages["s"]).dataset
+    found = DataBuilder(recipe).mixture(recipe.stages["s"]).dataset
     wanted = [row for row in prepared_by_trl(form, tuple(mask.items())) if row["domain"] == "shop"]
     assert sorted((row["input_ids"], row["labels"]) for row in found) == sorted(
         (row["input_ids"], row["labels"]) for row in wanted

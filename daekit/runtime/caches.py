@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from datasets import Dataset
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import cached_file
 
@@ -20,64 +19,50 @@ from daekit.evaluation.models import file_fingerprint
 from daekit.files import facts_hash
 from daekit.models.adapters import base_spec
 from daekit.models.placement import free_memory
-from daekit.models.vocabulary import vocabulary_size
+from daekit.progress import Progress
 from daekit.protocol import Teacher
-from daekit.recipe import student_key
 from daekit.recipe.adapter_config import ADAPTER_CONFIG, BARE_BASE, read_adapter_config
-from daekit.recipe.schema import ModelSpec, Recipe, TeacherSpec
+from daekit.recipe.schema import ModelSpec, TeacherSpec
 from daekit.runtime.models import ModelBuilder
+from daekit.runtime.preflight import held_out_rows
+from daekit.runtime.quiet import say
 from daekit.teachers import CachedTeacher, ModelTeacher, write_cache
 from daekit.teachers.cache.check import check_cache
 from daekit.teachers.cache.rows import CacheRow, rows_of_examples
 from daekit.teachers.cache.store import MANIFEST, CacheStore, require_facts
 from daekit.teachers.parts import DemandingTeacher
-from daekit.trainers import DomainSFTConfig
 from daekit.trainers.distributed import rounding
 from daekit.trainers.prepared import rows_of_trainer, rows_trainer
 
 Key = tuple[str | int, ...]  # below a stage
-_SECONDS = 10  # between two lines of progress
 
 
-def make_caches(
-    recipe: Recipe,
-    name: str,
-    models: ModelBuilder,
-    args: DomainSFTConfig,
-    train_dataset: Dataset,
-    eval_dataset: Any,
-    held_out: Mapping[str, Iterable[Mapping[str, Any]]],
-    check: bool = False,
-) -> dict[Key, CachedTeacher]:
-    """Key of a teacher below the stage -> its cache, whole; what is missing is made, one teacher in memory at a time.
+def make_caches(models: ModelBuilder, name: str, given: Mapping[str, Any], check: bool = False) -> dict[Key, CachedTeacher]:
+    """Key of a teacher below a stage -> its cache, whole; what is missing is made, one teacher in memory at a time.
 
     Every rank calls it and writes its part.
 
     Args:
-        recipe: the recipe.
-        name: name of the stage.
         models: the models of the run.
-        args: config of the stage's trainer.
-        train_dataset: its rows.
-        eval_dataset: the rows that it is evaluated on while it trains.
-        held_out: further tokenised rows of domains that their teachers are asked about.
+        name: name of the stage.
+        given: what its trainer is given: its config, the rows of training and evaluation.
         check: compute some rows again, and print what differs.
 
     Raises:
         UserError: what ``write_cache`` refuses.
     """
-    stage = recipe.stages[name]
+    stage = models.recipe.stages[name]
     kept = {key: spec for key, spec in stage.teachers_by_key().items() if spec.cache is not None}
     if not kept:
         return {}
-    trainer = rows_trainer(models.tokenizer, args, train_dataset, eval_dataset)
+    trainer = rows_trainer(models.tokenizer, given["args"], given["train_dataset"], given["eval_dataset"])
     unset_hf_deepspeed_config()  # the trainer has set it, and a teacher that is loaded now would be split
     rows_of: dict[str, list[CacheRow]] = {}
     for example in rows_of_trainer(trainer):
         rows_of.setdefault(str(example["domain"]), []).extend(rows_of_examples([example]))
-    for domain, more in held_out.items():
+    for domain, more in held_out_rows(models.data, name).items():
         rows_of.setdefault(domain, []).extend(rows_of_examples(more))
-    sources = _Sources(recipe, name, models)
+    sources = _Sources(models, name)
     directories = {key: sources.directory(spec) for key, spec in kept.items()}
     state = PartialState()
     for directory in dict.fromkeys(directories.values()):
@@ -87,56 +72,42 @@ def make_caches(
         with rounding(trainer.accelerator):
             _write_missing(sources, kept[keys[0]], directory, rows, state)
             if check and state.is_main_process:
-                for line in check_cache(sources.live(kept[keys[0]], state.device), directory, rows, state.device):
-                    print(f"[{name}] {directory}: {line}", flush=True)
+                for line in check_cache(sources.live(kept[keys[0]]), directory, rows, state.device):
+                    say(f"[{name}] {directory}: {line}")
         state.wait_for_everyone()
     if trainer.is_deepspeed_enabled:
         AcceleratorState._reset_state()  # or it would refuse the stage's own trainer
     live = {key: spec.kind for key, spec in stage.teachers_by_key().items() if key not in kept}
     live |= {("reference",): "student"} if stage.type == "dae" and stage.reference is None else {}
-    if state.is_main_process and set(live.values()) <= {"labels"}:
-        print(f"[{name}] every frozen model is read from its cache: none is loaded", flush=True)
+    if set(live.values()) <= {"labels"}:
+        say(f"[{name}] every frozen model is read from its cache: none is loaded")
     caches = {directory: CachedTeacher(directory, models.tokenizer) for directory in dict.fromkeys(directories.values())}
     return {key: caches[directory] for key, directory in directories.items()}
 
 
-def is_cached(recipe: Recipe, name: str, models: ModelBuilder, spec: TeacherSpec) -> bool:
+def is_cached(models: ModelBuilder, name: str, spec: TeacherSpec) -> bool:
     """Whether there is a whole cache of a teacher of stage ``name``; of which rows does not matter."""
-    return spec.cache is not None and (_Sources(recipe, name, models).directory(spec) / MANIFEST).is_file()
+    return spec.cache is not None and (_Sources(models, name).directory(spec) / MANIFEST).is_file()
 
 
 def _write_missing(sources: _Sources, spec: TeacherSpec, directory: Path, rows: list[CacheRow], state: PartialState) -> None:
     """Write what is missing of one cache; the teacher is loaded only if something is, and freed."""
-    name, facts = sources.name, sources.settings(spec) | {"source": sources.of(spec)}
+    name, models, facts = sources.name, sources.models, sources.settings(spec) | {"source": sources.of(spec)}
     # a server is asked about the rows of a shard together, and little is lost when it stops
     sizes: dict[str, Any] = {"batch_tokens": 10**9, "shard_bytes": 2**22} if spec.kind == "server" else {}
     if _is_whole(directory, rows, facts):
-        if state.is_main_process:
-            print(f"[{name}] cache complete, kept: {directory}", flush=True)
+        say(f"[{name}] cache complete, kept: {directory}")
         return
-    teacher = sources.live(spec, state.device)
+    teacher, start = sources.live(spec), time.perf_counter()
     if isinstance(teacher, DemandingTeacher):
-        teacher.require_served(sources.recipe.stages[name].loss, sources.models.tokenizer, rows)
-    start, last = time.perf_counter(), 0.0
-
-    def progress(written: int, total: int) -> None:
-        nonlocal last
-        now = time.perf_counter() - start
-        if state.is_main_process and (now - last > _SECONDS or written == total):
-            last = now
-            print(f"[{name}] cache: {written:,} of {total:,} loss tokens, {now:.0f} s -> {directory}", flush=True)
-
-    write_cache(
-        teacher,
-        rows,
-        directory,
-        tokenizer=sources.models.tokenizer,
-        device=state.device,
-        ranks=(state.process_index, state.num_processes),
-        progress=progress,
-        **facts,
-        **sizes,
-    )
+        teacher.require_served(models.recipe.stages[name].loss, models.tokenizer, rows)
+    progress = Progress(f"[{name}] cache", "loss tokens") if state.is_main_process else None
+    ranks = state.process_index, state.num_processes
+    where = {"tokenizer": models.tokenizer, "device": state.device, "ranks": ranks, "progress": progress}
+    write_cache(teacher, rows, directory, **where, **facts, **sizes)
+    if progress is not None:
+        progress.close()
+    say(f"[{name}] cache: written in {time.perf_counter() - start:.0f} s -> {directory}")
     del teacher
     free_memory()
 
@@ -154,53 +125,50 @@ def _is_whole(directory: Path, rows: list[CacheRow], facts: Mapping[str, Any]) -
 class _Sources:
     """Whose distributions a stage's caches hold."""
 
-    recipe: Recipe
-    name: str
     models: ModelBuilder
+    name: str
 
     def directory(self, spec: TeacherSpec) -> Path:
         """Where the cache of a teacher lies: the recipe's path, or a folder of the run named by what the values depend on."""
         assert spec.cache is not None
         if spec.cache.path is not None:
             return Path(spec.cache.path)
-        precision = self.recipe.stages[self.name].trainer.get("bf16")  # a frozen model runs under the student's autocast
+        precision = self.models.recipe.stages[self.name].trainer.get("bf16")  # a frozen model runs under the student's autocast
         return self.models.folder.cache(facts_hash([self.of(spec), self.settings(spec), precision])[:12])
 
     def settings(self, spec: TeacherSpec) -> dict[str, Any]:
         """The arguments of ``write_cache`` that decide the values."""
         assert spec.cache is not None
-        stage, end = self.recipe.stages[self.name], self.models.tokenizer.eos_token_id
+        recipe, end = self.models.recipe, self.models.tokenizer.eos_token_id
         if spec.cache.keep == "top_k":
-            forced = [] if end is None or spec.kind == "server" else [end]
-            return {"keep": "top_k", "k": spec.cache.k, "temperature": stage.loss.temperature, "forced_ids": forced}
+            temperature, forced = (
+                recipe.stages[self.name].loss.temperature,
+                [] if end is None or spec.kind == "server" else [end],
+            )
+            return {"keep": "top_k", "k": spec.cache.k, "temperature": temperature, "forced_ids": forced}
         if spec.cache.keep == "sampled":
-            return {"keep": "sampled", "draws": spec.cache.draws, "seed": self.recipe.seed_of(self.name)}
+            return {"keep": "sampled", "draws": spec.cache.draws, "seed": recipe.seed_of(self.name)}
         return {"keep": "hidden"}
 
-    def live(self, spec: TeacherSpec, device: Any) -> Teacher:
+    def live(self, spec: TeacherSpec) -> Teacher:
         """The teacher itself, loaded; the reference without a model is the student as the stage finds it."""
+        models = self.models
         if spec.kind == "student":
-            student = self.models.student(self.recipe, self.name, self.recipe.seed_of(self.name))
-            return ModelTeacher(student, vocabulary_size(self.models.tokenizer), "reference")
-        student_spec = self.recipe.stages[self.name].student
-        assert student_spec is not None, "a resolved recipe names every student"
-        return self.models.on_base({"": self.models.teacher(spec)}, student_spec, device)[""]
+            return ModelTeacher(models.student(self.name), models.vocab_size, "reference")
+        return models.on_base({"": models.teacher(spec)}, models.student_spec(self.name))[""]
 
     def of(self, spec: TeacherSpec) -> dict[str, Any]:
         """What tells a teacher from others without loading it: contents of its files, precision, quantisation, weights."""
-        student = self.recipe.stages[self.name].student
-        assert student is not None, "a resolved recipe names every student"
+        student = self.models.student_spec(self.name)
         if spec.server is not None:
             return {"server": spec.server.model}
-        if spec.kind != "student":
-            facts = {"models": [contents(self.models, model, student) for model in spec.models().values()]}
-            more = {"weights": [member.weight for member in spec.ensemble], "average": spec.average} if spec.ensemble else {}
-            return facts | more
-        if student.init is not None:
-            made = self.models.folder.student(student_key(self.recipe, self.name)).model
-            return {"models": [contents(self.models, ModelSpec(path=str(made.resolve())))]}
-        seed = {"seed": self.recipe.seed_of(self.name)} if student.config else {}
-        return {"models": [contents(self.models, student) | seed]}
+        if spec.kind == "student":
+            seed = {"seed": self.models.recipe.seed_of(self.name)} if student.config else {}
+            return {"models": [contents(self.models, self.models.start_of(self.name)) | seed]}
+        facts: dict[str, Any] = {"models": [contents(self.models, model, student) for model in spec.models().values()]}
+        if spec.ensemble:
+            facts |= {"weights": [member.weight for member in spec.ensemble], "average": spec.average}
+        return facts
 
 
 def contents(models: ModelBuilder, spec: ModelSpec, student: ModelSpec | None = None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ class DataBuilder:
     A row is tokenised in the form that its source has, so that sources of different forms can be mixed.
     """
 
-    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
-        self.recipe, self.folder = recipe, folder
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.folder = recipe, RunFolder(recipe.output_dir)
         self.written: dict[str, Path] = {}  # generated sources that are complete -> their rows
         self._read: dict[str, tuple[Dataset, Dataset | None]] = {}
         self._tokenized: dict[tuple[str, LossRule, bool], tuple[Dataset, Dataset | None]] = {}
@@ -82,14 +82,18 @@ class DataBuilder:
         """(training rows, validation rows or None) of a source, as text."""
         if name not in self._read:
             spec = self.recipe.sources[name]
+            if self.is_unwritten(name):
+                raise UserError(f"sources.{name}: its rows are not written yet; `daekit generate RECIPE` writes them")
             if spec.generated is not None:
-                if name not in self.written:
-                    raise UserError(f"sources.{name}: its rows are not written yet; `daekit generate RECIPE` writes them")
                 columns = {UNFINISHED: UNFINISHED}  # other sources may have a column of that name that says something else
                 spec = spec.model_copy(update={"path": str(self.written[name]), "generated": None, "columns": columns})
             rows = load_source(name, spec, self.recipe.seed)
             self._read[name] = rows if self._is_followed(name) else _without(TEACHER_PROMPT, rows)
         return self._read[name]
+
+    def is_unwritten(self, name: str) -> bool:
+        """Whether a model has still to write the rows of a source."""
+        return self.recipe.sources[name].generated is not None and name not in self.written
 
     def _is_followed(self, name: str) -> bool:
         """Whether a teacher sees the rows of a source, or those that are written to its prompts."""
@@ -114,22 +118,21 @@ class DataBuilder:
         if key not in self._tokenized:
             if not told:
                 training, validation = _without(TEACHER_PROMPT, (training, validation))
-            self._tokenized[key] = (
-                self._tokens(training, f"sources.{name}: training row", rule),
-                None if validation is None else self._tokens(validation, f"sources.{name}: validation row", rule),
-            )
+            tokens = self._tokens(training, f"sources.{name}: training row", rule)
+            watched = None if validation is None else self._tokens(validation, f"sources.{name}: validation row", rule)
+            self._tokenized[key] = tokens, watched
         return self._tokenized[key]
 
     def mixture(self, stage: StageSpec) -> Mixture:
         """The training rows of a stage, tokenised."""
-        return mix({name: self._for_stage(name, stage)[0] for name in stage.data.sources}, stage.data, self.recipe.seed)
+        return mix({name: self.for_stage(name, stage)[0] for name in stage.data.sources}, stage.data, self.recipe.seed)
 
     def validation(self, stage: StageSpec) -> Dataset | None:
         """The validation rows of the sources of a stage, one after another, tokenised."""
-        parts = [rows for name in stage.data.sources if (rows := self._for_stage(name, stage)[1]) is not None]
+        parts = [rows for name in stage.data.sources if (rows := self.for_stage(name, stage)[1]) is not None]
         return concatenate_datasets(parts) if parts else None
 
-    def _for_stage(self, name: str, stage: StageSpec) -> tuple[Any, Any]:
+    def for_stage(self, name: str, stage: StageSpec) -> tuple[Dataset, Dataset | None]:
         """Tokenised rows of a source, as a stage trains on them."""
         return self.tokenized(name, LossRule.of(stage), stage.type != "sft")
 
@@ -138,19 +141,11 @@ class DataBuilder:
         """The tokenised validation rows of the report's sources: scored are the tokens that the stages train on."""
         spec = self.recipe.evaluation
         assert spec is not None
+        scored = partial(tokenize_rows, limit=spec.limit, assistant_only_loss=self.report_rule.assistant_only)
         sets = {}
         for name in spec.sources:
-            rows = self.source(name)[1]
-            if rows is not None:
-                domain = self.recipe.sources[name].domain
-                sets[name] = tokenize_rows(
-                    rows,
-                    self.tokenizer,
-                    source=name,
-                    domain=domain,
-                    limit=spec.limit,
-                    assistant_only_loss=self.report_rule.assistant_only,
-                )
+            if (rows := self.source(name)[1]) is not None:
+                sets[name] = scored(rows, self.tokenizer, source=name, domain=self.recipe.sources[name].domain)
         return sets
 
     @property
@@ -237,7 +232,7 @@ def require_an_assistant(where: str, form: str, rule: LossRule) -> None:
 
 def stage_rows(recipe: Recipe) -> Callable[[StageSpec], tuple[Dataset, Dataset | None]]:
     """A function that gives the tokenised rows of a stage for training and for validation; nothing is read before."""
-    data = DataBuilder(recipe, RunFolder(Path(recipe.output_dir)))
+    data = DataBuilder(recipe)
     return lambda stage: (data.mixture(stage).dataset, data.validation(stage))
 
 
@@ -252,9 +247,8 @@ def as_dataset(rows: Iterable[TokenizedRow], domain: str) -> Dataset:
         told = told or row.teacher_prompt_ids is not None
         prompts.extend(row.teacher_prompt_ids or ())
         ends.append(len(prompts))
-    columns = [_lists(values, offsets) for values in (ids, labels)]
-    columns.append(pa.array([domain] * (len(offsets) - 1), pa.large_string()))
-    features = _TOKENS
+    domains, features = pa.array([domain] * (len(offsets) - 1), pa.large_string()), _TOKENS
+    columns = [_lists(ids, offsets), _lists(labels, offsets), domains]
     if told:
         columns.append(_lists(prompts, ends))
         features = Features({**_TOKENS, TEACHER_PROMPT_IDS: PROMPT_IDS_TYPE})

@@ -30,7 +30,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,11 @@ from daekit.files import facts_hash, file_hash
 from daekit.trainers import checkpoint
 
 
-def read_file(path: Path, delete: Path) -> Any:
+def read_file(path: Path, delete: Path | None = None) -> Any:
     """The content of a JSON or YAML file that a run has written.
 
     Raises:
-        UserError: it is damaged; the remedy is to delete ``delete``.
+        UserError: it is damaged; the remedy is to delete ``delete``, by default the file.
     """
     parse = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
@@ -53,7 +53,7 @@ def read_file(path: Path, delete: Path) -> Any:
     except (ValueError, yaml.YAMLError):
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: this file of the run is damaged. Delete {delete} and run again.")
+        raise UserError(f"{path}: this file of the run is damaged. Delete {delete or path} and run again.")
     return content
 
 
@@ -72,7 +72,7 @@ def lost(root: Path, facts: Path) -> str | None:
     Raises:
         UserError: weights have another content than they were written with, or ``facts`` is damaged.
     """
-    files = read_file(facts, delete=facts).get("files")
+    files = read_file(facts).get("files")
     if not isinstance(files, dict):
         raise UserError(f"{facts}: lists no files, so the result beside it cannot be checked. Delete {facts} and run again.")
     for name, (size, digest) in files.items():
@@ -95,9 +95,10 @@ def _digest(path: Path) -> str | None:
 class RunFolder:
     """The output directory of a run."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.recipe, self.tokenizer, self.report = root / "recipe.yaml", root / "tokenizer", root / "report"
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.recipe, self.tokenizer = self.root / "recipe.yaml", self.root / "tokenizer"
+        self.report = self.root / "report"
 
     @property
     def is_begun(self) -> bool:
@@ -128,6 +129,10 @@ class RunFolder:
     def stage(self, name: str) -> StageFolder:
         """The folder of a stage."""
         return StageFolder(self.root / "stages" / name)
+
+    def first_missing(self, stages: Iterable[str]) -> str | None:
+        """The first of some stages that is not complete; None if all are."""
+        return next((name for name in stages if not self.stage(name).done.is_file()), None)
 
 
 class StudentFolder:
@@ -179,7 +184,3 @@ class StageFolder:
         if damage := checkpoint.corruption(folder):
             raise UserError(f"stage:{self.root.name}@{folder.name}: is damaged ({damage}). Name another checkpoint.")
         return folder
-
-    def read_done(self) -> dict[str, Any] | None:
-        """What is known of the complete stage; None if it is not complete."""
-        return read_file(self.done, delete=self.done) if self.done.is_file() else None

@@ -7,9 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from daekit.errors import ErrorDetail, UserError
-from daekit.runtime.trainer import naming
 
 _KEY = re.compile(r"((?:sources|stages|tokenizer|evaluation)\b[\w.-]*|output_dir): (.*)", re.DOTALL)  # of a message
+
+
+@contextmanager
+def naming(key: str, *also: type[Exception]) -> Iterator[None]:
+    """Make of what the libraries say of options, or of a package that is not installed, an error of the user at ``key``.
+
+    ``also``: further kinds of errors that say so.
+    """
+    errors: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, *also)
+    try:
+        yield
+    except UserError:
+        raise
+    except errors as error:
+        raise UserError(f"{key}: {' '.join(str(error).split())}") from error
 
 
 class Found:

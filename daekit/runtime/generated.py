@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from daekit.data.prompts import load_prompts, prompts_of
@@ -21,9 +19,9 @@ from daekit.data.responses import render, template_options
 from daekit.errors import UserError
 from daekit.evaluation.models import tokenizer_fingerprint
 from daekit.files import facts_hash, file_hash, write_json, write_whole
-from daekit.generation import ChatClient, Permissions
+from daekit.generation import ChatClient
 from daekit.generation.caller import require_answering
-from daekit.generation.drafts import Counts, DraftStore, NearDuplicates
+from daekit.generation.drafts import DraftStore, NearDuplicates
 from daekit.generation.user_turn import UserTurn
 from daekit.generation.writing import Author, EndpointAuthor, LocalAuthor, Prompt, write_rows
 from daekit.models.adapters import base_spec, config_of, load_continued
@@ -38,45 +36,38 @@ from daekit.recipe.schema import ModelSpec, Recipe
 from daekit.report.provenance import commit, versions
 from daekit.runtime.caches import contents
 from daekit.runtime.data import DataBuilder
-from daekit.runtime.folders import RunFolder, read_file
+from daekit.runtime.folders import read_file
 from daekit.runtime.models import ModelBuilder, require_files
 
 _END = 2  # tokens behind an answer in a training row, at most: the end of turn and a line break
 _POLL = 1.0  # seconds between two looks of a rank that waits for the rows
 
 
-@dataclass(frozen=True)
 class GeneratedSource:
     """One generated source of a run.
 
-    Attributes:
+    Args:
+        models: the models of the run; they say which stages are complete, and their rows give prompts of other sources.
         name: name of the source.
-        data: the rows of the run; gives prompts of other sources.
-        models: the models of the run; says which stages are complete.
     """
 
-    recipe: Recipe
-    name: str
-    data: DataBuilder
-    models: ModelBuilder
-    allowed: Permissions = Permissions()
-
-    @cached_property
-    def spec(self) -> GeneratedSpec:
-        """What the recipe says of it."""
-        spec = self.recipe.sources[self.name].generated
+    def __init__(self, models: ModelBuilder, name: str) -> None:
+        self.models, self.data, self.name = models, models.data, name
+        self.where = f"sources.{name}.generated"  # begins its messages
+        spec = models.recipe.sources[name].generated
         assert spec is not None
-        return spec
-
-    @property
-    def where(self) -> str:
-        """Begins its messages."""
-        return f"sources.{self.name}.generated"
+        self.spec: GeneratedSpec = spec
+        self.longest = 0  # tokens of its longest row at most, once it has been checked
 
     @property
     def is_possible(self) -> bool:
         """Whether the model that writes is there: not the result of a stage that is still to be trained."""
         return self.spec.model.url is not None or self.models.is_there(self.spec.model)
+
+    @property
+    def waits_for(self) -> str | None:
+        """A stage that must be complete before it can be written; None if it can be."""
+        return self.models.folder.first_missing(sorted(self.spec.stages()))
 
     def find(self) -> Path | None:
         """The file with its rows, if they are all written; ``data`` knows it from then on.
@@ -100,11 +91,8 @@ class GeneratedSource:
         self.data.written[self.name] = rows
         return rows
 
-    def check(self) -> int:
+    def check(self) -> None:
         """Everything that can be known before a model is loaded.
-
-        Returns:
-            Tokens of the longest row that may come of it, by the tokenizer of the model that writes.
 
         Raises:
             UserError: no model there; a template without a user's turn to open; prompts that leave no room for an answer...
@@ -114,21 +102,20 @@ class GeneratedSource:
             NearDuplicates(spec.near_duplicates)
         if model.url is not None:
             if self.find() is None:
-                require_answering(f"{self.where}.model", self._endpoint, self.allowed)
+                require_answering(f"{self.where}.model", self._endpoint, self.models.allowed)
         elif self.is_possible and self._base.path is not None:
             config_of(self._base)
             require_files(self._base.path)
-        longest = self.longest_prompt() + spec.max_new_tokens + _END
-        context = getattr(self._config, "max_position_embeddings", None) if self._config is not None else None
-        if context is not None and longest - _END > context:
+        prompt = self.longest_prompt()
+        context = None if model.url is not None else getattr(self.models.config(model), "max_position_embeddings", None)
+        if context is not None and prompt + spec.max_new_tokens > context:
             raise UserError(
-                f"{self.where}: its longest prompt has {longest - spec.max_new_tokens - _END:,} tokens, which with "
-                f"max_new_tokens={spec.max_new_tokens} is more than the {context:,} that the model reads; lower it, or "
-                "shorten the prompts"
+                f"{self.where}: its longest prompt has {prompt:,} tokens, which with max_new_tokens={spec.max_new_tokens} is "
+                f"more than the {context:,} that the model reads; lower it, or shorten the prompts"
             )
-        return longest
+        self.longest = prompt + spec.max_new_tokens + _END
 
-    def write(self, device: torch.device) -> Path:
+    def write(self) -> Path:
         """Write what is missing of its rows; of several ranks the main process writes and the others wait.
 
         Raises:
@@ -142,13 +129,10 @@ class GeneratedSource:
             return found
         start = time.perf_counter()
         prompts = [] if self.spec.prompts.written is not None else self.prompts
-        store = DraftStore(self._home / "attempts.jsonl")
-        counts = write_rows(partial(self._author, device), prompts, self.spec, store, self.where)
+        store, rows = DraftStore(self._home / "attempts.jsonl"), self._home / "rows.jsonl"
+        counts = write_rows(self._author, prompts, self.spec, store, self.where)
         free_memory()
-        return self._finish(store, counts, time.perf_counter() - start)
-
-    def _finish(self, store: DraftStore, counts: Counts, seconds: float) -> Path:
-        rows = self._home / "rows.jsonl"
+        seconds = time.perf_counter() - start
         write_whole(rows, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in store.rows(counts.kept)))
         facts = {"counts": counts.facts(), "seconds": round(seconds, 1), "versions": versions(), "commit": commit()}
         facts |= {"rows": self.spec.rows, "hash": file_hash(rows), "facts": self._facts}
@@ -193,12 +177,10 @@ class GeneratedSource:
         if self.spec.model.url is not None or not self.is_possible:
             return run
         spec = self._base
-        while (
-            spec.path and (Path(spec.path).expanduser() / ADAPTER_CONFIG).is_file()
-        ):  # often the tokenizer lies beside the base
+        while spec.path and (Path(spec.path).expanduser() / ADAPTER_CONFIG).is_file():
             if (Path(spec.path).expanduser() / "tokenizer_config.json").is_file():
                 break
-            spec = base_spec(ModelSpec(adapter=spec.path))
+            spec = base_spec(ModelSpec(adapter=spec.path))  # often the tokenizer lies beside the base
         own = load_tokenizer_of(spec)
         return own if differences(run, own) else run
 
@@ -206,10 +188,6 @@ class GeneratedSource:
     def _base(self) -> ModelSpec:
         """The model that carries the weights, where it lies."""
         return base_spec(self.models.placed(self.spec.model))
-
-    @property
-    def _config(self) -> PreTrainedConfig | None:
-        return None if self.spec.model.url is not None else self.models.config(self.recipe, self.spec.model)
 
     @property
     def _endpoint(self) -> JudgeSpec:
@@ -243,17 +221,17 @@ class GeneratedSource:
         return [first]
 
     @contextmanager
-    def _author(self, device: torch.device) -> Iterator[Author]:
+    def _author(self) -> Iterator[Author]:
         spec = self.spec
         if spec.model.url is not None:
-            with ChatClient(self._endpoint, self._home / "replies", role=self.where, allowed=self.allowed) as client:
+            with ChatClient(self._endpoint, self._home / "replies", role=self.where, allowed=self.models.allowed) as client:
                 yield EndpointAuthor(client, self.tokenizer, spec)
             return
         placed = self.models.placed(spec.model)
         unset_hf_deepspeed_config()  # a stage's config has set it, and the model would be split over the ranks
         model = load_model(placed) if placed.adapter is None else load_continued(placed)
         if not placed.quantization and placed.device_map is None:
-            model = model.to(device)  # type: ignore[arg-type]
+            model = model.to(self.models.device)  # type: ignore[arg-type]
         turn = UserTurn.of(self.tokenizer, f"{self.where}.prompts") if spec.prompts.written == "self" else None
         start = self._start() if spec.prompts.written == "bos" else []
         yield LocalAuthor(model, self.tokenizer, spec, self.encode, turn, start)
@@ -262,7 +240,7 @@ class GeneratedSource:
     def _facts(self) -> dict[str, Any]:
         """What decides its attempts: the spec, the contents of the model, its tokenizer, the prompts."""
         model = self.spec.model
-        facts: dict[str, Any] = {"spec": generated_key(self.recipe, self.name)}
+        facts: dict[str, Any] = {"spec": generated_key(self.models.recipe, self.name)}
         if model.url is None:
             facts["model"] = contents(self.models, model)
             facts["spec"].pop("model")  # what it is counts, not where it lies
@@ -276,38 +254,23 @@ class GeneratedSource:
         return self.models.folder.generated(self.name, self._facts)
 
 
-def generated_sources(
-    recipe: Recipe, data: DataBuilder, models: ModelBuilder, allowed: Permissions
-) -> dict[str, GeneratedSource]:
+def generated_sources(models: ModelBuilder) -> dict[str, GeneratedSource]:
     """The generated sources of a recipe."""
-    names = [name for name, source in recipe.sources.items() if source.generated is not None]
-    return {name: GeneratedSource(recipe, name, data, models, allowed) for name in names}
+    names = [name for name, source in models.recipe.sources.items() if source.generated is not None]
+    return {name: GeneratedSource(models, name) for name in names}
 
 
 def prompt_facts(recipe: Recipe) -> Callable[[str], tuple[int | None, int]]:
     """A function that gives the number of prompts of a generated source and the tokens of the longest."""
 
     def facts(name: str) -> tuple[int | None, int]:
-        folder = RunFolder(Path(recipe.output_dir))
-        data = DataBuilder(recipe, folder)
-        source = GeneratedSource(recipe, name, data, ModelBuilder(folder, data.tokenizer))
+        source = GeneratedSource(ModelBuilder(DataBuilder(recipe)), name)
         return None if source.spec.prompts.written is not None else len(source.prompts), source.longest_prompt()
 
     return facts
 
 
-def find_sources(recipe: Recipe, data: DataBuilder, models: ModelBuilder) -> None:
-    """Make the generated sources that are written known to ``data``."""
-    for source in generated_sources(recipe, data, models, Permissions()).values():
+def find_sources(models: ModelBuilder) -> None:
+    """Make the generated sources that are written known to the rows of a run."""
+    for source in generated_sources(models).values():
         source.find()
-
-
-def write_sources(sources: Iterable[GeneratedSource], device: torch.device) -> None:
-    """Write what is missing of sources, one after another."""
-    for source in sources:
-        source.write(device)
-
-
-def waits_for(source: GeneratedSource, folder: RunFolder) -> str | None:
-    """A stage that must be complete before a source can be written; None if it can be."""
-    return next((name for name in sorted(source.spec.stages()) if not folder.stage(name).done.is_file()), None)

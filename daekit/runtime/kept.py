@@ -15,7 +15,7 @@ from daekit.trainers.checkpoint import MANIFEST
 _ENDS = {"stage.trainer.max_steps", "stage.trainer.num_train_epochs"}
 
 
-def ahead(recipe: Recipe, folder: RunFolder) -> dict[str, str]:
+def ahead(recipe: Recipe) -> dict[str, str]:
     """The stages that a run would train -> why, of one that is complete; an empty text of the others. It reads only.
 
     A stage counts from its first checkpoint on. A complete stage that has lost its result, or is to be longer, goes on from its
@@ -24,8 +24,9 @@ def ahead(recipe: Recipe, folder: RunFolder) -> dict[str, str]:
     Raises:
         UserError: another recipe's run; a stage that was begun with other settings and cannot go on with these; damage.
     """
+    folder = RunFolder(recipe.output_dir)
     if folder.recipe.is_file() and folder.is_begun:
-        theirs = read_file(folder.recipe, delete=folder.recipe).get("name")
+        theirs = read_file(folder.recipe).get("name")
         if theirs != recipe.name:
             raise UserError(
                 f"output_dir={recipe.output_dir}: holds a run of the recipe {theirs!r}, not of {recipe.name!r}. "
@@ -44,12 +45,13 @@ def ahead(recipe: Recipe, folder: RunFolder) -> dict[str, str]:
     return found
 
 
-def claim(recipe: Recipe, folder: RunFolder) -> None:
+def claim(recipe: Recipe) -> None:
     """Write the recipe into its output directory, and declare complete stages that are ``ahead`` incomplete.
 
     What a run has left that was refused before its first checkpoint is overwritten. For one process; it must hold the lock.
     """
-    for name, why in ahead(recipe, folder).items():
+    folder = RunFolder(recipe.output_dir)
+    for name, why in ahead(recipe).items():
         if why:
             print(f"[{name}] {why}", flush=True)
             folder.stage(name).done.unlink()

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from daekit.errors import UserError
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -51,9 +53,8 @@ class RunLock:
     def release(self) -> None:
         """Give the lock back; a second call does nothing."""
         if self._descriptor is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # gone, or in a directory that has turned read-only; the kernel's lock ends anyway
+            # it may be gone, or in a directory that has turned read-only; the kernel's lock ends anyway
+            with contextlib.suppress(OSError):
                 self.path.unlink()  # while it is held: nobody can have taken it in between
             os.close(self._descriptor)
             self._descriptor = None
@@ -61,18 +62,17 @@ class RunLock:
     def _opened(self) -> int | None:
         """The lock file, locked; None if it was deleted between its opening and its locking."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        is_ours = False
         try:
             locked = self._locks(descriptor)
             holder = _read(descriptor)
             if holder is not None and not self._is_stale(holder, locked):
                 raise UserError(self._refusal(holder))
-            if self.path.exists() and os.path.samestat(os.fstat(descriptor), self.path.stat()):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-        return None
+            is_ours = self.path.exists() and os.path.samestat(os.fstat(descriptor), self.path.stat())
+        finally:
+            if not is_ours:
+                os.close(descriptor)
+        return descriptor if is_ours else None
 
     def _locks(self, descriptor: int) -> bool:
         """Whether the kernel gave the lock; False where the file system has none."""
@@ -91,17 +91,18 @@ class RunLock:
         if holder["machine"] != _machine():
             # this machine has been started anew since; of a namesake on the same files the kernel's lock would still be held
             return locked and holder["host"] == socket.gethostname()
-        return locked or not _is_alive(holder["process"])
+        return locked or not psutil.pid_exists(holder["process"])
 
     def _refusal(self, holder: dict[str, Any]) -> str:
-        who = f"process {holder.get('process', '?')} on {holder.get('host', '?')}, since {holder.get('started', '?')}"
+        process = holder.get("process", "PROCESS")
+        who = f"(process {process} on {holder.get('host', '?')}, since {holder.get('started', '?')})"
         if holder.get("machine", _machine()) == _machine():
             return (
-                f"output_dir={self.folder}: another run writes there ({who}). Wait for it, or end it "
-                f"(kill {holder.get('process', 'PROCESS')}), or choose another output_dir."
+                f"output_dir={self.folder}: another run writes there {who}. Wait for it, or end it (kill {process}), or choose "
+                "another output_dir."
             )
         return (
-            f"output_dir={self.folder}: {self.path.name} was written by a run on another machine ({who}), which cannot be seen "
+            f"output_dir={self.folder}: {self.path.name} was written by a run on another machine {who}, which cannot be seen "
             f"from {socket.gethostname()}. If that run has ended, delete {self.path}; or choose another output_dir."
         )
 
@@ -118,13 +119,3 @@ def _read(descriptor: int) -> dict[str, Any] | None:
     except ValueError:
         return None
     return holder if isinstance(holder, dict) and {"host", "machine", "process", "started"} <= holder.keys() else None
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

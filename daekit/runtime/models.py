@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from daekit.errors import UserError
 from daekit.generation import Permissions
@@ -25,8 +26,9 @@ from daekit.models.zero3_loading import in_own_dtype, without_zero3
 from daekit.protocol import Teacher
 from daekit.recipe import student_key
 from daekit.recipe.adapter_config import BARE_BASE, adapter_stage
-from daekit.recipe.schema import DAEStage, ModelSpec, Recipe, StageSpec, TeacherSpec
-from daekit.runtime.folders import RunFolder
+from daekit.recipe.schema import DAEStage, ModelSpec, StageSpec, TeacherSpec
+from daekit.runtime.data import DataBuilder
+from daekit.runtime.folders import StudentFolder
 from daekit.students.importance import config_of_shape
 from daekit.students.shapes import Shape
 from daekit.teachers import BASE, AdapterPath, EnsembleTeacher, LabelTeacher, ModelTeacher, RoutedTeacher, ServerTeacher
@@ -34,25 +36,38 @@ from daekit.teachers.parts import leaves, on_student
 
 
 class ModelBuilder:
-    """Builds the models of one run, all for the same tokenizer."""
+    """Builds the models of one run, all for the tokenizer of its rows."""
 
-    def __init__(self, folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.folder, self.tokenizer = folder, tokenizer
+    def __init__(self, data: DataBuilder, allowed: Permissions = Permissions()) -> None:
+        self.data, self.recipe, self.folder, self.tokenizer = data, data.recipe, data.folder, data.tokenizer
+        self.vocab_size = vocabulary_size(self.tokenizer)
+        self.allowed = allowed  # which keys may be sent where
         self.ahead: frozenset[str] = frozenset()  # while a run is prepared: the stages that it will train
-        self.allowed = Permissions()
         self._looked_at: set[str] = set()
 
-    def start_of(self, recipe: Recipe, name: str) -> ModelSpec:
-        """What a stage begins with; a student that is made from its teacher lies in the run's folder when it is used."""
-        spec = recipe.stages[name].student
-        assert spec is not None, "a resolved recipe names every student"
-        if spec.init is None:
-            return spec
-        return ModelSpec(path=str(self.folder.student(student_key(recipe, name)).model.resolve()))
+    @property
+    def device(self) -> torch.device:
+        """Where models of this process run outside of a training."""
+        return PartialState().device
 
-    def student(self, recipe: Recipe, name: str, seed: int, split: bool = False) -> PreTrainedModel:
+    def student_spec(self, name: str) -> ModelSpec:
+        """The student of a stage, as the recipe says it."""
+        spec = self.recipe.stages[name].student
+        assert spec is not None, "a resolved recipe names every student"
+        return spec
+
+    def student_folder(self, name: str) -> StudentFolder:
+        """Where the student of a stage lies that is made from its teacher."""
+        return self.folder.student(student_key(self.recipe, name))
+
+    def start_of(self, name: str) -> ModelSpec:
+        """What a stage begins with; a student that is made from its teacher lies in the run's folder when it is used."""
+        spec = self.student_spec(name)
+        return spec if spec.init is None else ModelSpec(path=str(self.student_folder(name).model.resolve()))
+
+    def student(self, name: str, split: bool = False) -> PreTrainedModel:
         """The model that a stage begins with."""
-        return self.model(self.start_of(recipe, name), seed, split)
+        return self.model(self.start_of(name), self.recipe.seed_of(name), split)
 
     def look_at(self, spec: ModelSpec, student: StageSpec | None = None) -> None:
         """Whether a model can be loaded, as far as its config, tokenizer and the headers of its files say; once for each.
@@ -73,59 +88,50 @@ class ModelBuilder:
             with torch.device("meta"):
                 load_model(spec, self.tokenizer)
         base = base_spec(self.placed(spec))
-        if base.path is not None:
-            config = config_of(base)
-            settings = settings_of(config)
-            require_readable(settings, base.path)
-            if student is not None:
-                require_trainable(settings, base.path, student.is_lora and not (student.lora and student.lora.merge))
-                require_gradient(spec.attn_implementation, rank_device(), base.path)
-            if spec.attn_implementation is not None:
-                require_attention(config, spec.attn_implementation, base.path, base.trust_remote_code)
-            require_files(base.path)
-            require_same(self.tokenizer, load_tokenizer_of(base), base.path)
+        if base.path is None:
+            return
+        config = config_of(base)
+        settings = settings_of(config)
+        require_readable(settings, base.path)
+        if student is not None:
+            require_trainable(settings, base.path, student.is_lora and not (student.lora and student.lora.merge))
+            require_gradient(spec.attn_implementation, rank_device(), base.path)
+        if spec.attn_implementation is not None:
+            require_attention(config, spec.attn_implementation, base.path, base.trust_remote_code)
+        require_files(base.path)
+        require_same(self.tokenizer, load_tokenizer_of(base), base.path)
 
-    def config(self, recipe: Recipe, spec: ModelSpec) -> PreTrainedConfig | None:
+    def config(self, spec: ModelSpec) -> PreTrainedConfig | None:
         """The config of a model, also of a result that is not there yet; None of a student made of experts, or searched.
 
         Of a student that is to be cut from its teacher: which of the layers it keeps is not known yet.
         """
         origin = spec.stage or adapter_stage(spec.adapter)
         if origin is not None and not self.is_there(spec):
-            student = recipe.stages[origin].student
-            return None if student is None else self.config(recipe, student)
+            return self.config(self.student_spec(origin))
         if spec.init is not None:
-            teacher = self.config(recipe, spec.init.from_)
+            teacher = self.config(spec.init.from_)
             if teacher is None or not spec.init.shape or spec.init.dense is not None:
                 return None
             return config_of_shape(teacher, replace(Shape.of(teacher), **spec.init.shape))
-        if spec.config is not None:
-            return AutoConfig.for_model(**spec.config)
-        return config_of(base_spec(self.placed(spec)))
+        return AutoConfig.for_model(**spec.config) if spec.config is not None else config_of(base_spec(self.placed(spec)))
 
     def is_there(self, spec: ModelSpec) -> bool:
         """Whether what a spec names exists before the run: not the result of a stage that is not complete."""
         origins = [origin for origin in (spec.stage, adapter_stage(spec.adapter)) if origin is not None]
-        return spec.adapter != BARE_BASE and all(
-            self.folder.stage(origin).done.is_file() and origin not in self.ahead for origin in origins
-        )
+        return spec.adapter != BARE_BASE and not self.ahead.intersection(origins) and not self.folder.first_missing(origins)
 
-    def without_weights(self, recipe: Recipe, name: str) -> PreTrainedModel | None:
+    def without_weights(self, name: str) -> PreTrainedModel | None:
         """The student of a stage on the meta device, in float32; None where that is not known yet."""
-        stage = recipe.stages[name]
-        assert stage.student is not None, "a resolved recipe names every student"
-        spec = stage.student
+        spec = self.student_spec(name)
         if not self.is_there(spec):
-            return self.without_weights(recipe, spec.stage) if spec.stage is not None else None
-        if spec.init is not None:
-            config = self.config(recipe, spec)
+            return self.without_weights(spec.stage) if spec.stage is not None else None
+        if spec.config is not None:
             with torch.device("meta"):
-                return None if config is None else AutoModelForCausalLM.from_config(config)
-        with torch.device("meta"):
-            if spec.config is not None:
                 return load_model(spec, self.tokenizer)
-            base = base_spec(self.placed(spec))
-            return AutoModelForCausalLM.from_config(config_of(base), trust_remote_code=base.trust_remote_code)
+        config, trusted = self.config(spec), base_spec(self.placed(spec)).trust_remote_code
+        with torch.device("meta"):
+            return None if config is None else AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
 
     def placed(self, spec: ModelSpec) -> ModelSpec:
         """The spec with earlier stages replaced by the directories of their results and adapters."""
@@ -176,57 +182,54 @@ class ModelBuilder:
         """A teacher on another machine; of a cache, it is asked for as many tokens as that keeps."""
         assert spec.server is not None
         options = dict(spec.server) | ({} if spec.cache is None else {"k": spec.cache.k})
-        return ServerTeacher(vocab_size=vocabulary_size(self.tokenizer), allowed=self.allowed, **options)
+        return ServerTeacher(vocab_size=self.vocab_size, allowed=self.allowed, **options)
 
     def teachers(self, specs: Mapping[str, TeacherSpec], split: bool = False) -> dict[str, Teacher]:
         """Domain -> teacher; one object for equal specs, so that a teacher of two domains is loaded once and runs once."""
         loaded = {text: self.teacher(spec, split) for text, spec in {repr(spec): spec for spec in specs.values()}.items()}
         return {domain: loaded[repr(spec)] for domain, spec in specs.items()}
 
-    def require_adapters_fit(self, stage: StageSpec) -> None:
+    def require_adapters_fit(self, name: str) -> None:
         """Compare the adapters that the teachers of a stage are with its student's base, before any weight is loaded.
 
         Raises:
             UserError: an adapter of another base, incomplete, with another tokenizer, or of a kind that is not supported.
         """
-        assert stage.student is not None, "a resolved recipe names every student"
+        student, models = self.student_spec(name), self.recipe.stages[name].models()
         named = {
             spec.adapter: self.placed(spec).adapter
-            for key, spec in stage.models().items()
+            for key, spec in models.items()
             if key != ("student",) and spec.adapter not in (None, BARE_BASE) and self.is_there(spec)
         }
         folders = [folder for folder in named.values() if folder is not None]
         for folder in folders:
             if (Path(folder) / "tokenizer_config.json").is_file():
                 require_same(self.tokenizer, load_tokenizer_of(ModelSpec(path=folder)), folder)
-        if folders and self.is_there(stage.student):
-            require_adapters_fit(folders, base_spec(self.placed(stage.student)))
+        if folders and self.is_there(student):
+            require_adapters_fit(folders, base_spec(self.placed(student)))
 
-    def require_comparable(self, recipe: Recipe, name: str) -> None:
+    def require_comparable(self, name: str) -> None:
         """Compare the layers and heads of a stage's student with its teachers', as attention and hidden-state losses will.
 
         Raises:
             UserError: see ``layers_of``.
         """
-        stage = recipe.stages[name]
-        assert stage.student is not None, "a resolved recipe names every student"
-        config = self.config(recipe, stage.student)
-        if stage.student.init is not None and self.folder.student(student_key(recipe, name)).facts.is_file():
-            config = config_of(self.start_of(recipe, name))
+        stage, student = self.recipe.stages[name], self.student_spec(name)
+        made = student.init is not None and self.student_folder(name).facts.is_file()
+        config = config_of(self.start_of(name)) if made else self.config(student)
         features = feature_spec(stage.loss, config) if config is not None and stage.type != "sft" else None
         if features is None:
             return
-        for teacher in stage.teachers_by_key().values():
-            for spec in teacher.models().values():
-                # an adapter runs on the student's base
-                theirs = self.config(recipe, spec) if spec.adapter is None else config
-                if theirs is not None:
-                    layers_of(features, theirs)
-        own = isinstance(stage, DAEStage) and (stage.reference is None or stage.reference.kind == "student")
-        if config is not None and own:
-            layers_of(features, config)
+        # an adapter runs on the student's base
+        models = [spec for teacher in stage.teachers_by_key().values() for spec in teacher.models().values()]
+        compared = [self.config(spec) if spec.adapter is None else config for spec in models]
+        if isinstance(stage, DAEStage) and (stage.reference is None or stage.reference.kind == "student"):
+            compared.append(config)
+        for theirs in compared:
+            if theirs is not None:
+                layers_of(features, theirs)
 
-    def on_base(self, teachers: Mapping[str, Teacher], student: ModelSpec, device: Any) -> dict[str, Any]:
+    def on_base(self, teachers: Mapping[str, Teacher], student: ModelSpec) -> dict[str, Any]:
         """Teachers by domain, outside of a training: adapters run on the student's base, loaded once for all of them."""
         routed = RoutedTeacher(teachers)
         paths = [each for each in leaves(routed) if isinstance(each, AdapterPath)]
@@ -239,8 +242,8 @@ class ModelBuilder:
         else:  # any adapter will do, for it stays off
             model = get_peft_model(load_model(base_spec(placed)), LoraConfig("CAUSAL_LM", r=1, target_modules="all-linear"))
         if not getattr(base_of(model), "is_quantized", False):  # a quantised one has been placed when it was loaded
-            model.to(device)
-        completed = on_student(routed, model, vocabulary_size(self.tokenizer))
+            model.to(self.device)
+        completed = on_student(routed, model, self.vocab_size)
         assert isinstance(completed, RoutedTeacher)
         return completed.routes
 
@@ -251,7 +254,7 @@ class ModelBuilder:
         placed = spec.whole or spec.offload or spec.device_map is not None
         with without_zero3() if placed else in_own_dtype():
             model = self.model(spec, split=split and not spec.whole)
-        return ModelTeacher(model, vocabulary_size(self.tokenizer), name, offload=spec.offload, whole=spec.whole)
+        return ModelTeacher(model, self.vocab_size, name, offload=spec.offload, whole=spec.whole)
 
 
 def require_files(path: str) -> None:

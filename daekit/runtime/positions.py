@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from daekit.errors import UserError
-from daekit.evaluation import EvaluationSet
-from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe
+from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec
 from daekit.recipe.validation import dotted
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.stage_rows import PreparedStage
@@ -33,59 +30,55 @@ def learned_positions(config: PreTrainedConfig) -> int | None:
     return min((table.num_embeddings - first for table, first in zip(named, unused, strict=True)), default=None)
 
 
-def require_positions(recipe: Recipe, name: str, ready: PreparedStage, models: ModelBuilder) -> None:
+def require_positions(models: ModelBuilder, name: str, ready: PreparedStage) -> None:
     """Compare the rows of a stage with what its student and the teachers that they follow have positions for.
 
     Raises:
         UserError: a row is longer.
     """
-    stage = recipe.stages[name]
+    stage = models.recipe.stages[name]
     known = {}
     for key, spec in stage.models().items():
         # an adapter of a teacher runs on the student's base; a student that is made is looked at, not what it is made from
         its_own = key == ("student",) or (key[0] != "student" and spec.adapter is None)
-        config = models.config(recipe, spec) if its_own else None
-        if config is not None and (positions := learned_positions(config)) is not None:
-            known[key] = (config, positions)
+        config = models.config(spec) if its_own else None
+        if config is not None and learned_positions(config) is not None:
+            known[key] = config
     if not known:
         return
     longest: dict[str, int] = {}
     for rows in (ready.mixture.dataset, ready.validation):
         for domain, length in [] if rows is None else zip(rows["domain"], map(len, rows["input_ids"]), strict=True):
-            longest[domain] = max(longest.get(domain, 0), min(length, ready.longest))
+            longest[domain] = max(longest.get(domain, 0), min(length, ready.arguments.max_length or length))
     read: dict[tuple[str | int, ...], int] = {("student",): max(longest.values())}
     for key, teacher in stage.teachers_by_key().items():
         followed = max((longest.get(domain, 0) for domain in stage.domains_of(key, longest)), default=0)
         read |= {(*key, *part): followed for part in teacher.models()}
-    for key, (config, positions) in known.items():
-        remedy = "shorten the row, or lower trainer.max_length and set overlong"
-        _require(dotted(key), config, positions, read[key], remedy)
+    for key, config in known.items():
+        _require(dotted(key), config, read[key], "shorten the row, or lower trainer.max_length and set overlong")
 
 
-def require_report_positions(
-    recipe: Recipe, evaluation: EvaluationSpec, sets: Mapping[str, EvaluationSet], models: ModelBuilder
-) -> None:
+def require_report_positions(models: ModelBuilder, evaluation: EvaluationSpec) -> None:
     """The same of the rows that a report scores and the answers that it has written.
 
     Raises:
         UserError: a row, or a prompt with ``max_new_tokens`` behind it, is longer.
     """
-    rows = [row for each in sets.values() for row in each.rows]
+    rows = [row for each in models.data.evaluation_sets.values() for row in each.rows]
     scored = max(len(row.input_ids) for row in rows)
     prompts = [len(row.prompt_ids) for row in rows if row.prompt_ids] if evaluation.generate else []
+    first, new = next(iter(models.recipe.stages)), evaluation.max_new_tokens
     for each in evaluation.models:
-        spec = recipe.stages[next(iter(recipe.stages))].student if each.name == STUDENT_AS_IT_WAS else each
-        config = models.config(recipe, spec) if spec is not None else None
-        positions = None if config is None else learned_positions(config)
-        if config is not None and positions is not None:
-            _require(f"models.{each.name}", config, positions, scored, "shorten the longest validation row")
-            if prompts:
-                remedy = f"lower max_new_tokens={evaluation.max_new_tokens}, or set generate: false"
-                _require(f"models.{each.name}", config, positions, max(prompts) + evaluation.max_new_tokens, remedy)
+        config = models.config(models.student_spec(first) if each.name == STUDENT_AS_IT_WAS else each)
+        _require(f"models.{each.name}", config, scored, "shorten the longest validation row")
+        if prompts:
+            remedy = f"lower max_new_tokens={new}, or set generate: false"
+            _require(f"models.{each.name}", config, max(prompts) + new, remedy)
 
 
-def _require(key: str, config: PreTrainedConfig, positions: int, tokens: int, remedy: str) -> None:
-    if tokens > positions:
+def _require(key: str, config: PreTrainedConfig | None, tokens: int, remedy: str) -> None:
+    positions = None if config is None else learned_positions(config)
+    if config is not None and positions is not None and tokens > positions:
         raise UserError(
             f"{key}: a {config.model_type} model has learned {positions} positions, and is to read {tokens} tokens; {remedy}"
         )

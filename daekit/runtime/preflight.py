@@ -16,9 +16,9 @@ from daekit.evaluation.intervals import RowValues, interval, paired_interval
 from daekit.models.heads import teacher_log_probs
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS, TOKEN_COLUMNS
 from daekit.protocol import Batch, TeacherOutput
-from daekit.recipe.schema import DAEStage, Recipe
+from daekit.recipe.schema import DAEStage
 from daekit.runtime.data import DataBuilder
-from daekit.runtime.folders import StageFolder
+from daekit.runtime.models import ModelBuilder
 from daekit.teachers.adapter import current_outputs
 from daekit.teachers.cache.asking import PAD_TO, padded_batch
 from daekit.teachers.cache.rows import rows_of_examples
@@ -34,11 +34,10 @@ Ask = Callable[[Batch], list[TeacherOutput]]
 Row = Mapping[str, Any]  # tokenised
 
 
-def held_out_rows(recipe: Recipe, name: str, data: DataBuilder) -> dict[str, list[Row]]:
+def held_out_rows(data: DataBuilder, name: str) -> dict[str, list[Row]]:
     """Domain -> validation rows on which its expert is compared with the student; a cache of the expert holds them, too."""
-    stage = recipe.stages[name]
-    validation = data.validation(stage) if isinstance(stage, DAEStage) and stage.preflight else None
-    if validation is None or not isinstance(stage, DAEStage):
+    stage = data.recipe.stages[name]
+    if not isinstance(stage, DAEStage) or not stage.preflight or (validation := data.validation(stage)) is None:
         return {}
     longest = stage.trainer.get("max_length", 1024)
     return {domain: _some(validation, domain, longest) for domain, each in stage.teachers.items() if each.kind != "labels"}
@@ -52,19 +51,16 @@ def _some(rows: Dataset, domain: str, longest: int | None) -> list[Row]:
     return [fit[index] for index in np.unique(np.linspace(0, len(fit) - 1, min(ROWS, len(fit)), dtype=int))]
 
 
-def compare_experts(
-    recipe: Recipe, name: str, stage: StageFolder, data: DataBuilder, trainer: KDTrainer
-) -> tuple[dict[str, Any], list[str]]:
+def compare_experts(models: ModelBuilder, name: str, trainer: KDTrainer) -> tuple[dict[str, Any], list[str]]:
     """(domain -> figures, JSON-able; what to print) of the experts of a dae stage that is about to begin. Every rank calls it.
 
     All ranks score the same rows, because teachers may be split over them. A stage that is resumed is not asked again.
     """
-    spec = recipe.stages[name]
-    rows_of = held_out_rows(recipe, name, data)
-    if not isinstance(spec, DAEStage) or not spec.preflight or stage.checkpoints:
+    spec = models.recipe.stages[name]
+    if not isinstance(spec, DAEStage) or not spec.preflight or models.folder.stage(name).checkpoints:
         return {}, []
     found: dict[str, Any] = {}
-    start = time.perf_counter()
+    rows_of, start = held_out_rows(models.data, name), time.perf_counter()
     for domain in [domain for domain, each in spec.teachers.items() if each.kind != "labels"]:
         why = _not_scored(trainer, rows_of.get(domain, []))
         found[domain] = {"not_scored": why} if why else _compare(trainer, spec, domain, rows_of[domain], start)

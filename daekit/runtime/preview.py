@@ -16,7 +16,8 @@ from daekit.data.rows import form_of
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS, as_teacher_sees, is_told_more
 from daekit.runtime.columns import printable
 from daekit.runtime.data import LossRule
-from daekit.runtime.prepare import Prepared, PreparedStage
+from daekit.runtime.prepare import Prepared
+from daekit.runtime.stage_rows import PreparedStage
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 _MARKS = ("{+", "+}")  # as `git diff --word-diff` marks what is new
@@ -35,7 +36,8 @@ def preview(prepared: Prepared, rows: int = 2, colour: bool | None = None) -> st
     if not prepared.stages and not prepared.waiting:
         return "every stage is complete: nothing will be trained"
     uses: dict[tuple[str, LossRule], bool] = {}  # whether a teacher sees the rows
-    for stage in (prepared.recipe.stages[name] for name in prepared.stages):
+    stages = prepared.models.recipe.stages
+    for stage in (stages[name] for name in prepared.stages):
         for source in stage.data.sources:
             use = source, LossRule.of(stage)
             uses[use] = uses.get(use, False) or stage.type != "sft"
@@ -44,19 +46,18 @@ def preview(prepared: Prepared, rows: int = 2, colour: bool | None = None) -> st
     for (source, rule), told in uses.items():
         lines += ["", *_source(prepared, source, rule, told, rows, colour)]
     for name in prepared.stages:
-        lines += ["", f"[{name}] {prepared.recipe.stages[name].type}", *stage_lines(prepared, name)]
+        lines += ["", f"[{name}] {stages[name].type}", *stage_lines(prepared, name)]
     for name, waits in prepared.waiting.items():
-        lines += ["", f"[{name}] {prepared.recipe.stages[name].type}: its rows of {', '.join(waits)} are still to be written"]
+        lines += ["", f"[{name}] {stages[name].type}: its rows of {', '.join(waits)} are still to be written"]
     return "\n".join([*lines, *(f"note: {note}" for note in prepared.notes)])
 
 
 def stage_lines(prepared: Prepared, name: str) -> list[str]:
     """What a stage trains on, line by line: its sources with what carries loss, then rows and loss tokens of each domain."""
-    stage, ready = prepared.recipe.stages[name], prepared.stages[name]
-    lines = []
+    data, ready, lines = prepared.models.data, prepared.stages[name], []
+    rule = LossRule.of(data.recipe.stages[name])
     for use in ready.mixture.table:
-        form = form_of(prepared.data.source(use.source)[0])
-        carries = LossRule.of(stage).describe(form, prepared.data.tokenizer)
+        carries = rule.describe(form_of(data.source(use.source)[0]), data.tokenizer)
         lines.append(
             f"    {use.source} ({use.domain}): {use.used:,} of {use.available:,} rows, {use.share:.0%} of the mixture, each "
             f"{use.repeats:.3g} times; loss on {carries}"
@@ -91,12 +92,13 @@ def _counted(ready: PreparedStage, what: str, counts: Mapping[str, DomainCount])
 
 
 def _source(prepared: Prepared, source: str, rule: LossRule, told: bool, rows: int, colour: bool) -> Iterator[str]:
-    tokens, form = prepared.data.tokenized(source, rule, told)[0], form_of(prepared.data.source(source)[0])
+    data = prepared.models.data
+    tokens, form = data.tokenized(source, rule, told)[0], form_of(data.source(source)[0])
     lengths = np.array([len(ids) for ids in tokens["input_ids"]])
     yield (
-        f"{source} ({prepared.recipe.sources[source].domain}): {len(tokens):,} training rows of {form}; tokens "
+        f"{source} ({data.recipe.sources[source].domain}): {len(tokens):,} training rows of {form}; tokens "
         f"{lengths.min():,} / {int(np.median(lengths)):,} / {lengths.max():,} (least / median / most); loss on "
-        f"{rule.describe(form, prepared.data.tokenizer)}"
+        f"{rule.describe(form, data.tokenizer)}"
     )
     if TEACHER_PROMPT_IDS in tokens.column_names:
         seen = [len(as_teacher_sees(row)["input_ids"]) for row in tokens if is_told_more(row)]
@@ -106,15 +108,15 @@ def _source(prepared: Prepared, source: str, rule: LossRule, told: bool, rows: i
         )
     for name, ready in prepared.stages.items():
         limit = ready.arguments.max_length
-        if source in prepared.recipe.stages[name].data.sources and limit is not None and lengths.max() > limit:
+        if source in data.recipe.stages[name].data.sources and limit is not None and lengths.max() > limit:
             yield f"    {int((lengths > limit).sum()):,} rows are longer than stages.{name}.trainer.max_length={limit}"
     for number in range(min(rows, len(tokens))):
         yield f"--- row {number + 1} of {source} ({lengths[number]} tokens)"
-        yield _shown(tokens[number], prepared.data.tokenizer, colour)
+        yield _shown(tokens[number], data.tokenizer, colour)
         if is_told_more(tokens[number]):
             row = as_teacher_sees(tokens[number])
             yield f"--- row {number + 1} of {source} as its teacher sees it ({len(row['input_ids'])} tokens)"
-            yield _shown(row, prepared.data.tokenizer, colour)
+            yield _shown(row, data.tokenizer, colour)
 
 
 def _shown(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:

@@ -1,4 +1,4 @@
-"""Leaves the terminal to what daekit itself says."""
+"""Leaves the terminal to what daekit itself says, and of several ranks to the main process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 
 import datasets
 import transformers
+from accelerate import PartialState
 
 # What libraries say of their own affairs at every start; what they say of a user's settings is left alone.
 _MESSAGES = (
@@ -27,3 +28,9 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     for message in _MESSAGES:
         warnings.filterwarnings("ignore", message=message)
+
+
+def say(*lines: str) -> None:
+    """Print lines, of several ranks on the main process alone."""
+    for line in lines if PartialState().is_main_process else ():
+        print(line, flush=True)

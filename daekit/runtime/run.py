@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import timeit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,19 +17,17 @@ from daekit.files import write_json
 from daekit.generation import Permissions
 from daekit.models.placement import free_memory
 from daekit.recipe import stage_key, student_key
-from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluatedModel, ModelSpec, Recipe
+from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluatedModel, EvaluationSpec, ModelSpec, Recipe
 from daekit.recipe.suite import SuiteModelSpec
 from daekit.report import format_report, format_table, write_report
-from daekit.report.provenance import commit, versions
 from daekit.runtime.data import DataBuilder
-from daekit.runtime.folders import RunFolder
 from daekit.runtime.found import Found
-from daekit.runtime.generated import find_sources, generated_sources, waits_for, write_sources
+from daekit.runtime.generated import find_sources, generated_sources
 from daekit.runtime.kept import claim
 from daekit.runtime.lock import RunLock
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.prepare import Prepared, complete_rows, prepare
-from daekit.runtime.quiet import quieten
+from daekit.runtime.quiet import quieten, say
 from daekit.runtime.report import build_report
 from daekit.runtime.signals import GRACE, StopRequest
 from daekit.runtime.stage import run_stage
@@ -37,6 +35,8 @@ from daekit.runtime.student import build_student
 from daekit.runtime.trainer import cache_stage
 from daekit.trainers.distributed import refuse_launch
 from daekit.trainers.machines import by_main, connected, require_shared
+
+_LATER = "which is not complete: run the recipe"
 
 
 def run_recipe(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Permissions()) -> None:
@@ -55,26 +55,25 @@ def run_recipe(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Perm
             models or settings.
         Stopped: a signal came.
     """
-    state, folder = processes_of(recipe), RunFolder(Path(recipe.output_dir))
-    with _held(folder, state, grace) as stop:
+    with _held(recipe, grace) as stop:
         prepared = prepare(recipe, allowed)
-        _claim(prepared.data, state, [f"note: {note}" for note in prepared.notes])
+        _claim(prepared.models.data, [f"note: {note}" for note in prepared.notes])
         for name in recipe.stages:
-            if by_main(folder.stage(name).done.is_file):
-                if state.is_main_process:
-                    print(f"[{name}] complete, kept", flush=True)
+            if by_main(prepared.models.folder.stage(name).done.is_file):
+                say(f"[{name}] complete, kept")
             else:
-                complete_rows(prepared, name, state.device)
-                run_stage(prepared, name, state, stop)
+                complete_rows(prepared, name)
+                run_stage(prepared, name, stop)
                 free_memory()
-            state.wait_for_everyone()
+            PartialState().wait_for_everyone()
         # the other ranks are done: a barrier would time out while the main process generates answers
-        if recipe.evaluation is not None and state.is_main_process:
+        if recipe.evaluation is not None and PartialState().is_main_process:
             if recipe.evaluation.sources:
-                written = [prepared.generated[name] for name in recipe.evaluation.sources if name in prepared.generated]
-                write_sources(written, state.device)
-                _report(prepared, state)
-            _suites(prepared)
+                for name in recipe.evaluation.sources:
+                    if name in prepared.generated:
+                        prepared.generated[name].write()
+                _report(prepared.models, recipe.evaluation)
+            _suites(prepared, recipe.evaluation)
 
 
 def init_students(recipe: Recipe, grace: float = GRACE) -> None:
@@ -82,91 +81,45 @@ def init_students(recipe: Recipe, grace: float = GRACE) -> None:
 
     A student whose teacher is a stage of the recipe that is not complete yet is left to ``run_recipe``.
     """
-    state, folder = processes_of(recipe), RunFolder(Path(recipe.output_dir))
-    if state.num_processes > 1:
-        raise UserError(
-            f"daekit init: makes students in one process, and {state.num_processes} were launched; run it without a launcher"
-        )
     made = [name for name, stage in recipe.stages.items() if stage.student is not None and stage.student.init is not None]
     if not made:
         raise UserError(f"{recipe.name}: no stage makes its student from a teacher (`student: {{from: TEACHER, ...}}`)")
-    with _held(folder, state, grace):
-        data = DataBuilder(recipe, folder)
-        models = ModelBuilder(folder, data.tokenizer)
-        _claim(data, state)
-        find_sources(recipe, data, models)
+    with _held(recipe, grace):
+        if (ranks := PartialState().num_processes) > 1:
+            raise UserError(f"daekit init: makes students in one process, and {ranks} were launched; run it without a launcher")
+        models = ModelBuilder(DataBuilder(recipe))
+        _claim(models.data)
+        find_sources(models)
         for name in made:
-            missing = [used for used in student_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
-            if missing:
-                print(
-                    f"[{name}] its teacher comes from the stage {missing[0]!r}, which is not complete: run the recipe",
-                    flush=True,
-                )
-                continue
-            home = build_student(recipe, name, folder, data, models, state.device)
-            print(f"[{name}] {home.model}", flush=True)
-            free_memory()
+            if missing := models.folder.first_missing(student_key(recipe, name)["stages"]):
+                say(f"[{name}] its teacher comes from the stage {missing!r}, {_LATER}")
+            else:
+                say(f"[{name}] {build_student(models, name).model}")
+                free_memory()
 
 
-@contextmanager
-def _held(folder: RunFolder, state: PartialState, grace: float) -> Iterator[StopRequest]:
-    """The output directory is this run's alone, signals are handled, and a directory that turns read-only is told as such."""
-    lock = RunLock(folder.root)
-    if state.is_main_process:
-        lock.acquire()
-    state.wait_for_everyone()
-    require_shared(folder.root)
-    try:
-        with StopRequest(grace, before_end=lock.release) as stop:
-            yield stop
-    except Exception as error:  # the libraries that write have no class in common for it
-        place = Path(getattr(error, "filename", None) or folder.root).absolute()
-        if not says_read_only(error) or folder.root.absolute() not in (place, *place.parents):
-            raise
-        raise UserError(
-            f"output_dir={folder.root}: {place} cannot be written ({getattr(error, 'strerror', None) or error}). What was "
-            "saved before is whole; make the directory writable and run again: it goes on from there."
-        ) from error
-    finally:
-        lock.release()
-
-
-def cache_teachers(
-    recipe: Recipe,
-    grace: float = GRACE,
-    allowed: Permissions = Permissions(),
-    check: bool = False,
-) -> None:
+def cache_teachers(recipe: Recipe, grace: float = GRACE, allowed: Permissions = Permissions(), check: bool = False) -> None:
     """Make what is missing of the caches of a recipe's teachers, and train nothing. Under a launcher every rank calls it.
 
     With ``check`` some rows of each are compared with its teacher, and the differences printed.
 
     A stage whose models come from a stage of the recipe that is not complete yet is left to ``run_recipe``.
     """
-    state, folder = processes_of(recipe), RunFolder(Path(recipe.output_dir))
     cached = [name for name, stage in recipe.stages.items() if any(each.cache for each in stage.teachers_by_key().values())]
     if not cached:
         raise UserError(f"{recipe.name}: no teacher has a cache (`teacher: {{path: ..., cache: hidden}}`)")
-    with _held(folder, state, grace):
-        data = DataBuilder(recipe, folder)
-        models = ModelBuilder(folder, data.tokenizer)
-        models.allowed = allowed
-        _claim(data, state)
-        find_sources(recipe, data, models)
+    with _held(recipe, grace):
+        models = ModelBuilder(DataBuilder(recipe), allowed)
+        _claim(models.data)
+        find_sources(models)
         for name in cached:
-            missing = [used for used in stage_key(recipe, name)["stages"] if not folder.stage(used).done.is_file()]
-            if not missing:
-                cache_stage(recipe, name, folder.stage(name), data, models, check)
-            elif state.is_main_process:
-                print(f"[{name}] needs the stage {missing[0]!r}, which is not complete: run the recipe", flush=True)
+            if missing := models.folder.first_missing(stage_key(recipe, name)["stages"]):
+                say(f"[{name}] needs the stage {missing!r}, {_LATER}")
+            else:
+                cache_stage(models, name, check)
 
 
-def generate_sources(
-    recipe: Recipe,
-    names: Sequence[str],
-    grace: float = GRACE,
-    allowed: Permissions = Permissions(),
-) -> None:
+def generate_sources(recipe: Recipe, names: Sequence[str], grace: float = GRACE, allowed: Permissions = Permissions()) -> None:
     """Write the rows of generated sources (``names``; default: all), and train nothing.
 
     A source whose model comes from a stage of the recipe that is not complete yet is left to ``run_recipe``.
@@ -174,40 +127,57 @@ def generate_sources(
     Raises:
         UserError: there is no such source; everything that ``GeneratedSource`` raises.
     """
-    state, folder = processes_of(recipe), RunFolder(Path(recipe.output_dir))
     known = [name for name, source in recipe.sources.items() if source.generated is not None]
     for name in names:
         if name not in known:
             raise UserError(f"daekit generate: no generated source {name!r} (there are: {listed(known)}){nearest(name, known)}")
     if not known:
         raise UserError(f"{recipe.name}: no source is written by a model (`generated: {{model: ..., prompts: self, rows: N}}`)")
-    with _held(folder, state, grace):
-        data = DataBuilder(recipe, folder)
-        models = ModelBuilder(folder, data.tokenizer)
-        sources, found = generated_sources(recipe, data, models, allowed), Found(recipe.name)
-        possible = [sources[name] for name in names or known if waits_for(sources[name], folder) is None]
+    with _held(recipe, grace):
+        models, found = ModelBuilder(DataBuilder(recipe), allowed), Found(recipe.name)
+        sources = generated_sources(models)
+        waits = {name: sources[name].waits_for for name in names or known}
+        possible = [sources[name] for name, stage in waits.items() if stage is None]
         for source in possible:
             with found.at(f"sources.{source.name}"):
                 source.check()
         found.raise_if_any()
-        stages = {name: waits_for(sources[name], folder) for name in names or known}
-        wait = "which is not complete: run the recipe"
-        _claim(data, state, [f"[{name}] needs the stage {stage!r}, {wait}" for name, stage in stages.items() if stage])
+        _claim(models.data, [f"[{name}] needs the stage {stage!r}, {_LATER}" for name, stage in waits.items() if stage])
         for source in possible:
-            kept, path = source.find(), source.write(state.device)
-            if kept and state.is_main_process:
-                print(f"[{source.where}] complete, kept: {path}", flush=True)
+            kept, path = source.find(), source.write()
+            if kept:
+                say(f"[{source.where}] complete, kept: {path}")
+
+
+@contextmanager
+def _held(recipe: Recipe, grace: float) -> Iterator[StopRequest]:
+    """The output directory is this run's alone, signals are handled, and a directory that turns read-only is told as such."""
+    state, folder = processes_of(recipe), Path(recipe.output_dir)
+    lock = RunLock(folder)
+    if state.is_main_process:
+        lock.acquire()
+    state.wait_for_everyone()
+    require_shared(folder)
+    try:
+        with StopRequest(grace, before_end=lock.release) as stop:
+            yield stop
+    except Exception as error:  # the libraries that write have no class in common for it
+        place = Path(getattr(error, "filename", None) or folder).absolute()
+        if not says_read_only(error) or folder.absolute() not in (place, *place.parents):
+            raise
+        raise UserError(
+            f"output_dir={folder}: {place} cannot be written ({getattr(error, 'strerror', None) or error}). What was "
+            "saved before is whole; make the directory writable and run again: it goes on from there."
+        ) from error
+    finally:
+        lock.release()
 
 
 def calibration() -> str:
     """One line that says how fast this machine is right now: a matrix product of 1024^3 in float32, best of 5."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    best, worst = min(seconds[1:]), max(seconds[1:])
+    seconds = timeit.repeat(lambda: a @ b, number=1, repeat=6)[1:]
+    best, worst = min(seconds), max(seconds)
     return (
         f"calibration: 1024^3 float32 matrix product {best * 1e3:.1f} ms ({2 * 1024**3 / best / 1e9:.0f} GFLOP/s; "
         f"worst {worst * 1e3:.1f} ms), {torch.get_num_threads()} threads"
@@ -222,38 +192,35 @@ def processes_of(recipe: Recipe) -> PartialState:
     return connected(max(patience, default=None))
 
 
-def _claim(data: DataBuilder, state: PartialState, notes: Sequence[str] = ()) -> None:
+def _claim(data: DataBuilder, notes: Sequence[str] = ()) -> None:
     """Once every rank has checked what it needs: the output directory is the recipe's, and holds its tokenizer."""
+    state = PartialState()
     state.wait_for_everyone()
     if state.is_main_process:
-        claim(data.recipe, data.folder)
+        claim(data.recipe)
         data.save_tokenizer()
-        for note in notes:
-            print(note, flush=True)
+        say(*notes)
     state.wait_for_everyone()
 
 
-def _report(prepared: Prepared, state: PartialState) -> None:
+def _report(models: ModelBuilder, evaluation: EvaluationSpec) -> None:
     """Evaluate and write; kept if neither the stages nor the evaluation have changed since."""
-    recipe, folder = prepared.recipe, prepared.folder
-    assert recipe.evaluation is not None
-    sources = {name: recipe.sources[name].model_dump(mode="json") for name in recipe.evaluation.sources}
-    stages = {name: folder.stage(name).done.read_text() for name in recipe.stages}
-    rows = {name: each.fingerprint() for name, each in prepared.data.evaluation_sets.items()}
-    files = {each.name: _files_of(each) for each in recipe.evaluation.models}
+    recipe, folder = models.recipe, models.folder
     key = {
-        "evaluation": recipe.evaluation.model_dump(mode="json"),
-        **{"sources": sources, "stages": stages, "rows": rows, "files": files},
+        "evaluation": evaluation.model_dump(mode="json"),
+        "sources": {name: recipe.sources[name].model_dump(mode="json") for name in evaluation.sources},
+        "stages": {name: folder.stage(name).done.read_text() for name in recipe.stages},
+        "rows": {name: each.fingerprint() for name, each in models.data.evaluation_sets.items()},
+        "files": {each.name: _files_of(each) for each in evaluation.models},
     }
-    key_file = folder.report / "report_key.json"
+    key_file, page = folder.report / "report_key.json", folder.report / "report.html"
     if key_file.is_file() and json.loads(key_file.read_text()) == key:
-        print(f"[report] complete, kept: {folder.report / 'report.html'}", flush=True)
+        print(f"[report] complete, kept: {page}", flush=True)
         return
-    provenance = {"versions": versions(), "commit": commit(), "machine": calibration()}
-    report = build_report(recipe, folder, prepared.data, prepared.models, state.device, provenance)
+    report = build_report(models, calibration())
     write_report(folder.report, report)
     write_json(key_file, key)
-    print(f"\n{format_table(report.rows)}\n\nReport: {folder.report / 'report.html'}", flush=True)
+    print(f"\n{format_table(report.rows)}\n\nReport: {page}", flush=True)
 
 
 def _files_of(model: EvaluatedModel) -> list[list[str | int]]:
@@ -263,20 +230,17 @@ def _files_of(model: EvaluatedModel) -> list[list[str | int]]:
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _suites(prepared: Prepared) -> None:
+def _suites(prepared: Prepared, evaluation: EvaluationSpec) -> None:
     """The suites of the recipe, each on the results of its stages and whatever models it names itself."""
-    evaluation = prepared.recipe.evaluation
-    assert evaluation is not None
-    evaluated = {each.name: _suite_model(prepared, each) for each in evaluation.models}
+    evaluated = {each.name: _suite_model(prepared.models, each) for each in evaluation.models}
     for suite in prepared.suites:
         report = run_prepared(suite.with_models(evaluated))
         print(f"\n{format_report(report)}\n\nSuite: {suite.folder / 'report.html'}", flush=True)
 
 
-def _suite_model(prepared: Prepared, model: EvaluatedModel) -> SuiteModelSpec:
+def _suite_model(models: ModelBuilder, model: EvaluatedModel) -> SuiteModelSpec:
     """A model of the report as suites name it; that it has a directory is checked when the recipe is loaded."""
-    recipe, models = prepared.recipe, prepared.models
     as_it_was = model.name == STUDENT_AS_IT_WAS
-    spec = models.start_of(recipe, next(iter(recipe.stages))) if as_it_was else models.placed(model)
+    spec = models.start_of(next(iter(models.recipe.stages))) if as_it_was else models.placed(model)
     shared = SuiteModelSpec.model_fields.keys() & ModelSpec.model_fields.keys()
     return SuiteModelSpec(**{key: getattr(spec, key) for key in shared})

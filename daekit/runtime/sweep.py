@@ -25,6 +25,7 @@ from daekit.report.provenance import commit, versions
 from daekit.runtime.folders import RunFolder
 from daekit.runtime.kept import ahead
 from daekit.runtime.prepare import prepare
+from daekit.runtime.quiet import say
 from daekit.runtime.run import processes_of, run_recipe
 from daekit.runtime.signals import GRACE
 
@@ -76,9 +77,8 @@ def swept_runs(path: str, overrides: Sequence[str]) -> tuple[Path, list[SweptRun
             raise UserError(f"daekit sweep: {key} is given twice ({listed(given)}); write all its values behind one")
     root, runs = Path(), []
     for combination in itertools.product(*(values for _, values in choices)):
-        chosen = [(key, value) for (key, _), value in zip(choices, combination, strict=True)]
-        pairs = zip(overrides, chosen, strict=True)
-        recipe = load_recipe(path, [f"{key}={value}" if key in several else override for override, (key, value) in pairs])
+        chosen = list(zip(keys, combination, strict=True))
+        recipe = load_recipe(path, [f"{key}={value}" for key, value in chosen])
         settings = {key: value for key, value in chosen if key in several}
         root, name = Path(recipe.output_dir), re.sub(r"[^\w.+-]+", "_", _label(settings))
         runs.append(SweptRun(settings, recipe.model_copy(update={"output_dir": str(root / "runs" / name)})))
@@ -132,22 +132,21 @@ def run_sweep(root: Path, runs: Sequence[SweptRun], grace: float = GRACE, allowe
         UserError: what ``run_recipe`` raises, of any run.
     """
     state = processes_of(runs[0].recipe)
-    waiting = [run for run in runs if ahead(run.recipe, RunFolder(Path(run.recipe.output_dir)))]
+    waiting = [run for run in runs if ahead(run.recipe)]
     for run in waiting[1:]:  # the first is prepared when it begins; the rows of all would not lie in memory together
-        print(f"[sweep] checking run {runs.index(run) + 1} of {len(runs)}: {_label(run.settings)}", flush=True)
+        say(f"[sweep] checking run {runs.index(run) + 1} of {len(runs)}: {_label(run.settings)}")
         prepare(run.recipe, allowed)
     done: dict[str, Path] = {}
     for number, run in enumerate(runs, 1):
+        say(f"[sweep] run {number} of {len(runs)}: {_label(run.settings)}")
+        folder = RunFolder(run.recipe.output_dir)
         if state.is_main_process:
-            print(f"[sweep] run {number} of {len(runs)}: {_label(run.settings)}", flush=True)
-            _share_folders(root, Path(run.recipe.output_dir))
+            _share_folders(root, folder.root)
             _link_stages(run.recipe, done)
         state.wait_for_everyone()
         run_recipe(run.recipe, grace, allowed)
-        folder = RunFolder(Path(run.recipe.output_dir))
         done = {facts_hash(stage_key(run.recipe, name)): folder.stage(name).root for name in run.recipe.stages} | done
-    report = compared(runs) if state.is_main_process else None
-    if report is not None:
+    if state.is_main_process and (report := compared(runs)) is not None:
         write_report(root / "report", report)
         print(f"\n{format_table(report.rows)}\n\nSweep: {root / 'report' / 'report.html'}", flush=True)
 
@@ -163,10 +162,13 @@ def compared(runs: Sequence[SweptRun]) -> Report | None:
         return None
     measured: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
     for run in runs:
-        for row in read_rows((Path(run.recipe.output_dir) / "report" / "report.json").read_text(encoding="utf-8")):
+        for row in read_rows((RunFolder(run.recipe.output_dir).report / "report.json").read_text(encoding="utf-8")):
             of_knobs = measured.setdefault((row.model, row.domain, row.metric), {})
             of_knobs.setdefault(_label(run.knobs), []).append(row)
-    varied = {key[0] for key, of_knobs in measured.items() if len({_values_of(rows) for rows in of_knobs.values()}) > 1}
+    varied = set()
+    for (model, *_), of_knobs in measured.items():
+        if len({tuple(row.value for row in rows) for rows in of_knobs.values()}) > 1:
+            varied.add(model)
     found = []
     for (model, domain, metric), of_knobs in measured.items():
         for knobs, rows in list(of_knobs.items())[: None if model in varied else 1]:
@@ -257,7 +259,7 @@ def _share_folders(root: Path, output: Path) -> None:
 
 def _link_stages(recipe: Recipe, done: Mapping[str, Path]) -> None:
     """Give a run the stages that another has completed and that depend on the same facts, as hard links."""
-    folder = RunFolder(Path(recipe.output_dir))
+    folder = RunFolder(recipe.output_dir)
     for name in recipe.stages:
         stage, theirs = folder.stage(name), done.get(facts_hash(stage_key(recipe, name)))
         if theirs is None or stage.is_begun or theirs == stage.root:
@@ -276,13 +278,9 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _values_of(rows: Sequence[Row]) -> tuple[float, ...]:
-    return tuple(row.value for row in rows)
-
-
 def mean_over_seeds(rows: Sequence[Row]) -> tuple[float, float, float]:
     """(mean, lower and upper end of its interval) over the runs that differ in their seed alone."""
-    values = np.array(_values_of(rows))
+    values = np.array([row.value for row in rows])
     mean = float(values.mean())
     if len(rows) == 1 or (values == values[0]).all():  # no seed has changed it: what is left is chance of the rows
         return float(values[0]), rows[0].low, rows[0].high
