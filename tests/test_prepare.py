@@ -669,6 +669,16 @@ def test_rows_beyond_learned_positions_are_told_before_the_first_stage(overrides
     assert key in {detail.key for detail in error.value.details}
 
 
+def test_what_a_teacher_is_told_beside_a_prompt_counts_among_its_positions(world: Path) -> None:
+    put("general.jsonl", *[{"prompt": "w5 ", "completion": "w7", "teacher_prompt": "w5 w6 w8 w9 "}] * 24)(world)
+    alone = [ALONE, "evaluation=null"]
+    learned(world, 7)
+    prepare(recipe(world, *alone))
+    learned(world, 5)
+    with pytest.raises(UserError, match=r"stages.kd: teacher: a gpt2 model has learned 5 positions, and is to read [67] "):
+        prepare(recipe(world, *alone))
+
+
 def test_answers_beyond_learned_positions_are_told_before_the_first_stage(world: Path) -> None:
     put("general.jsonl", *[{"prompt": "w5 w6 ", "completion": "w7"}] * 24)(world)
     learned(world, 20)

@@ -160,6 +160,20 @@ def test_an_endpoint_that_may_not_be_asked_is_refused_before_anything_is_written
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("judge", "said"), [("nowhere", "does not exist"), ("silent", "has no chat template"), ("x", "no tokenizer")]
+)
+def test_a_local_judge_that_cannot_judge_is_told_before_anything_is_written(judge, said, tmp_path, world, capsys):
+    questions(tmp_path / "questions")
+    (tmp_path / "x").mkdir()
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "silent")
+    assert main(["eval", asking(tmp_path, path=str(tmp_path / judge)), "--model", f"one={world / 'one'}"]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_trust_is_given_to_the_path_and_not_to_the_base_that_an_adapter_names(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     save(base, 0)

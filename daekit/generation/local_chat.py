@@ -28,17 +28,20 @@ _CANDIDATES = 100  # tokens at least among which the likeliest texts are sought
 _NO_TEXT = "\N{REPLACEMENT CHARACTER}"
 
 
+def judge_tokenizer(spec: JudgeSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local judge; UserError if there is none, or one that cannot chat."""
+    tokenizer = load_tokenizer_of(ModelSpec(path=spec.path))
+    if not tokenizer.chat_template:
+        raise UserError(f"judge.path: {spec.path} has no chat template; a judge must be a chat model.")
+    return tokenizer
+
+
 class LocalChat:
     """Loads the model when it is made; answers greedily."""
 
     def __init__(self, spec: JudgeSpec) -> None:
-        assert spec.path is not None
-        self._spec = spec
-        model_spec = ModelSpec(path=spec.path, dtype=spec.dtype, quantization=spec.quantization)
-        self._tokenizer = load_tokenizer_of(model_spec)
-        if not self._tokenizer.chat_template:
-            raise UserError(f"judge.path: {spec.path} has no chat template; a judge must be a chat model.")
-        model = load_model(model_spec)
+        self._spec, self._tokenizer = spec, judge_tokenizer(spec)
+        model = load_model(ModelSpec(path=spec.path, dtype=spec.dtype, quantization=spec.quantization))
         self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # bitsandbytes has placed its weights already
         self._model: PreTrainedModel = model if spec.quantization else model.to(device())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""KL between attention rows, block of queries by block: the torch version, for a CPU."""
+"""KL between attention rows, block of queries by block: in torch, on CPUs and for float64."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def capturing_function(implementation: str, model: str) -> str:
         return implementation
     if implementation not in ALL_ATTENTION_FUNCTIONS or not (implementation == "sdpa" or "flash" in implementation):
         raise UserError(
-            f"{model}: the attention loss works with attn_implementation sdpa or flash_attention_2, not {implementation!r}; "
+            f"{model}: the attention loss works with attn_implementation sdpa or flash attention, not {implementation!r}; "
             "load the model with one of them, or set attention_weight to 0"
         )
     name = _PREFIX + implementation

@@ -89,7 +89,7 @@ class Planner:
         memory, machine = self._memory(recipe, name), self.machine
         if memory.student.spec.quantization == "8bit" and machine.shards("weights") > 1:
             raise UserError(
-                f"student.quantization=8bit: {machine.engine} cannot split quantised weights; plan with "
+                f"student.quantization=8bit: {machine.engine} cannot split weights of 8 bits; plan with "
                 "--engine ddp or zero2, where each device holds them whole, or without quantization"
             )
         peak = memory.peak()

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from daekit.recipe.model import Dtype, Quantization
-from daekit.recipe.reading import Choice, Number, Spec, Text, Whole
-from daekit.recipe.validation import Problems
+from daekit.recipe.reading import Choice, FilePath, Number, Spec, Text, Whole
+from daekit.recipe.validation import Problems, missing
 
 
 class CallsSpec(Spec):
@@ -35,7 +35,7 @@ class JudgeSpec(CallsSpec):
         None, description="The name that the endpoint knows it by; with `path` a name for the report (default: its last part)."
     )
     base_url: Text | None = Field(None, description="Such as https://api.openai.com/v1 or http://localhost:8000/v1.")
-    path: Text | None = Field(None, description="A local judge, run in process with its own chat template.")
+    path: FilePath | None = Field(None, description="A local judge, run in process with its own chat template.")
     max_tokens: Whole | None = Field(None, gt=0, description="Of a reply; default: the benchmark's (MT-Bench 2048).")
     token_limit: Annotated[Literal["max_tokens", "max_completion_tokens"], Choice] = Field(
         "max_tokens", description="The name under which the endpoint takes max_tokens; reasoning models want the newer one."
@@ -75,6 +75,7 @@ class JudgeSpec(CallsSpec):
         """Everything that contradicts itself."""
         if (self.base_url is None) == (self.path is None):
             yield "base_url", "name exactly one of base_url (https://api.openai.com/v1, say) and path (a model directory)"
+        yield from missing("path", self.path, suffixes=())
         if self.base_url is not None:
             yield from (("base_url", sentence) for sentence in url_problems(self.base_url))
             if not self.model:

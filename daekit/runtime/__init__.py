@@ -1,1 +1,1 @@
-"""From a recipe to live objects: the only room that knows both."""
+"""From a recipe to live objects: the only folder that knows both."""

@@ -1,4 +1,4 @@
-"""The rows of a recipe: each source is read and tokenised once, then mixed for each stage."""
+"""The rows of a recipe: each source is read once, tokenised once for each way of labelling it, then mixed for each stage."""
 
 from __future__ import annotations
 

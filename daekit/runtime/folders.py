@@ -23,6 +23,7 @@
         source.json         who wrote them, and what became of the attempts; written last: the source is complete
       caches/KEY/           what teachers said about the rows, see daekit.teachers.cache
       report/               report.html, report.md, report.json, ...
+        report_key.json     what the report depends on; while it is the same, it is not made again
         measured/KEY.json   what was measured of one model, row by row, by the facts that it depends on
       suites/NAME/          what a suite of the recipe found
 """

@@ -80,9 +80,8 @@ def _is_longer(recipe: Recipe, name: str, stage: StageFolder) -> bool:
     begun_with = read_file(newest / MANIFEST, delete=newest)["run"]
     if begun_with["end"] is not None:
         raise UserError(
-            f"{where} Its learning rate (lr_scheduler_type={begun_with['lr_scheduler_type']}) depends on the end of the run: "
-            f"with another end the steps that it has taken would have been others. Only with a constant rate a stage can be "
-            f"extended. {remedy}"
+            f"{where} Its learning rate (lr_scheduler_type={begun_with['lr_scheduler_type']}) or on-policy responses depend on "
+            f"the end of the run: with another end the steps that it has taken would have been others. {remedy}"
         )
     state = read_file(newest / "trainer_state.json", delete=newest)
     wanted = now["stage"]["trainer"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from daekit.errors import UserError
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS, as_teacher_sees
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec
 from daekit.recipe.validation import dotted
 from daekit.runtime.models import ModelBuilder
@@ -46,16 +50,32 @@ def require_positions(models: ModelBuilder, name: str, ready: PreparedStage) -> 
             known[key] = config
     if not known:
         return
-    longest: dict[str, int] = {}
-    for rows in (ready.mixture.dataset, ready.validation):
-        for domain, length in [] if rows is None else zip(rows["domain"], map(len, rows["input_ids"]), strict=True):
-            longest[domain] = max(longest.get(domain, 0), min(length, ready.arguments.max_length or length))
+    limit, teacher_limit = ready.arguments.max_length, getattr(ready.arguments, "teacher_max_length", None)
+    longest, seen = _longest(ready, _own_length, limit), _longest(ready, _seen_length, teacher_limit or limit)
     read: dict[tuple[str | int, ...], int] = {("student",): max(longest.values())}
     for key, teacher in stage.teachers_by_key().items():
-        followed = max((longest.get(domain, 0) for domain in stage.domains_of(key, longest)), default=0)
+        followed = max((seen.get(domain, 0) for domain in stage.domains_of(key, seen)), default=0)
         read |= {(*key, *part): followed for part in teacher.models()}
     for key, config in known.items():
         _require(dotted(key), config, read[key], "shorten the row, or lower trainer.max_length and set overlong")
+
+
+def _longest(ready: PreparedStage, length: Callable[[dict[str, Any]], int], limit: int | None) -> dict[str, int]:
+    """Domain -> tokens of its longest row, of those to train on and those to evaluate on; longer than ``limit`` none is."""
+    longest: dict[str, int] = {}
+    for row in (row for rows in (ready.mixture.dataset, ready.validation) if rows is not None for row in rows):
+        tokens = length(row)
+        longest[row["domain"]] = max(longest.get(row["domain"], 0), min(tokens, limit or tokens))
+    return longest
+
+
+def _own_length(row: dict[str, Any]) -> int:
+    return len(row["input_ids"])
+
+
+def _seen_length(row: dict[str, Any]) -> int:
+    """Of a row as its teacher sees it."""
+    return len(as_teacher_sees(row)["input_ids"] if row.get(TEACHER_PROMPT_IDS) else row["input_ids"])
 
 
 def require_report_positions(models: ModelBuilder, evaluation: EvaluationSpec) -> None:

@@ -1,6 +1,6 @@
 """The families that a student can be cut from, and for each: which dimension of which weight is cut along which axis.
 
-Everything in this room that touches a weight reads these tables: slicing, sorting, counting. An axis is one of
+Everything in this folder that touches a weight reads these tables: slicing, sorting, counting. An axis is one of
 
     vocab             the vocabulary: never cut, because distillation needs the teacher's
     hidden            the channels of the residual stream

@@ -38,8 +38,8 @@ class DomainSFTConfig(SFTConfig):
     """SFTConfig for rows that have a domain.
 
     Options that would change the objective without a word are refused: label smoothing, NEFTune, another ``loss_type``,
-    ``average_tokens_across_devices=False``, ``truncation_mode="keep_end"``. The load-balancing loss of a mixture-of-experts
-    student is 0 unless set.
+    ``average_tokens_across_devices=False``, ``truncation_mode="keep_end"``, and what else ``ONLY_VALUE`` of
+    ``daekit.recipe.trainer_options`` names. The load-balancing loss of a mixture-of-experts student is 0 unless set.
     """
 
     overlong: str = _option(
@@ -172,8 +172,8 @@ class KDConfig(DomainSFTConfig):
         if self.on_policy_fraction and self.packing:
             raise UserError(
                 f"packing=True (packing_strategy={self.packing_strategy!r}): rows would be laid into blocks of max_length "
-                "before the student has written their responses. Set padding_free=True, which wastes no padding either, or "
-                "on_policy_fraction (on_policy) to 0."
+                "before the student has written their responses. Set padding_free=True with max_length=None, which wastes no "
+                "padding either, or on_policy_fraction (on_policy) to 0."
             )
         if self.normalize == "rows" and cuts_rows(self, self.packing):
             raise UserError(

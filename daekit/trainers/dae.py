@@ -1,4 +1,4 @@
-"""Domain Alignment from Expert: each row follows the teacher of its domain, all other rows the frozen reference."""
+"""Domain Alignment from Expert: each row follows the teacher of its domain, rows of reference domains the frozen reference."""
 
 from __future__ import annotations
 

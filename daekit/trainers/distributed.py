@@ -129,7 +129,7 @@ def _refuse_fsdp(args: TrainingArguments) -> None:
     if plugin.cpu_ram_efficient_loading:
         raise UserError(
             "fsdp_cpu_ram_efficient_loading: true is not supported: only the first rank would hold the weights of student and "
-            "teachers when they are checked and frozen. Set it to false: each rank reads its own part in any case."
+            "teachers when they are checked and frozen. Set it to false: each rank reads its own part where it can."
         )
 
 

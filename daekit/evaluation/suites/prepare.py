@@ -16,6 +16,7 @@ from daekit.evaluation.models import SuiteModel
 from daekit.evaluation.questions import Conversation, alpaca_conversations, mt_bench_conversations
 from daekit.generation import Permissions
 from daekit.generation.keys import endpoint_key
+from daekit.generation.local_chat import judge_tokenizer
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.suite import AlpacaEvalSpec, MTBenchSpec, SuiteModelSpec, SuiteSpec
 
@@ -145,9 +146,11 @@ def prepare(suite: SuiteSpec, options: Options) -> Prepared:
         else:
             benchmarks[name] = likelihood_benchmark(name, spec)
     prepared = Prepared(suite, options, {}, benchmarks, questions).with_models(suite.models)
-    for each in questions.values():
-        if each.judge is not None and each.judge.base_url is not None:
-            endpoint_key("judge", each.judge.base_url, each.judge.api_key_env, options.allowed)
+    for judge in [each.judge for each in questions.values() if each.judge is not None]:
+        if judge.base_url is not None:
+            endpoint_key("judge", judge.base_url, judge.api_key_env, options.allowed)
+        else:
+            judge_tokenizer(judge)
     return prepared
 
 
