@@ -20,6 +20,7 @@ import pytest
 
 from daekit.errors import UserError
 from daekit.generation import budget
+from daekit.generation.caller import each
 from daekit.generation.calls import ChatRequest
 from daekit.generation.client import ChatClient, identity
 from daekit.generation.endpoint import retry_after
@@ -387,3 +388,20 @@ def test_a_spec_that_contradicts_itself(fields: dict[str, Any], key: str, tmp_pa
 def test_a_spec_out_of_bounds_is_not_made(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         JudgeSpec(path="judge", **fields)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("no more")])
+def test_what_ends_a_call_ends_all_of_them_as_it_is(error: BaseException) -> None:
+    """A signal that comes while a reply is read is no failure of a group: a run ends with its message and status."""
+    begun: list[int] = []
+
+    async def ask(item: int) -> None:
+        begun.append(item)
+        await asyncio.sleep(0)
+        if item == 2:
+            raise error
+        await asyncio.sleep(60)
+
+    with pytest.raises(type(error)) as raised:
+        asyncio.run(each(range(5), ask, 3))
+    assert raised.value is error and begun == [0, 1, 2]

@@ -679,6 +679,16 @@ def test_what_a_teacher_is_told_beside_a_prompt_counts_among_its_positions(world
         prepare(recipe(world, *alone))
 
 
+def test_rows_that_are_dropped_need_no_positions(world: Path) -> None:
+    put("general.jsonl", *[{"prompt": "w5 ", "completion": "w7"}] * 24, {"prompt": "w5 " * 9, "completion": "w7"})(world)
+    learned(world, 8)
+    stage = ALONE.replace("max_length: 64", "max_length: 12")
+    prepare(recipe(world, stage.replace("data: [chat]", "data: [chat], overlong: drop").replace("12", "9"), "evaluation=null"))
+    with pytest.raises(UserError, match="learned 8 positions, and is to read 9 tokens"):
+        short = stage.replace("data: [chat]", "data: [chat], overlong: truncate").replace("12", "9")
+        prepare(recipe(world, short, "evaluation=null"))
+
+
 def test_answers_beyond_learned_positions_are_told_before_the_first_stage(world: Path) -> None:
     put("general.jsonl", *[{"prompt": "w5 w6 ", "completion": "w7"}] * 24)(world)
     learned(world, 20)

@@ -191,8 +191,9 @@ def _turns(model: SuiteModel, asked: Sequence[Asked], how: HowToAnswer, where: s
 
 
 def _prompt(model: SuiteModel, conversation: Conversation, said: Sequence[str], how: HowToAnswer, where: str) -> list[int]:
-    messages, who, options = how.messages(conversation, said), f"{where}: models.{model.name}", how.chat_template_kwargs
-    ids = render(model.tokenizer, messages, who, options=options, add_generation_prompt=True)["input_ids"]
+    messages, who, options = how.messages(conversation, said), f"{where}: models.{model.name}", dict(how.chat_template_kwargs)
+    template = options.pop("chat_template", None)
+    ids = render(model.tokenizer, messages, who, template=template, options=options, add_generation_prompt=True)["input_ids"]
     if model.context_length is not None and len(ids) >= model.context_length:
         raise UserError(
             f"{where}: turn {len(said) + 1} of question {conversation.id} has {len(ids)} tokens with what was said before, and "

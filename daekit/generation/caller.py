@@ -123,8 +123,9 @@ async def each(items: Iterable[T], ask: Callable[[T], Coroutine[None, None, None
         async with asyncio.TaskGroup() as group:
             for _ in range(together):
                 group.create_task(work())
-    except ExceptionGroup as failed:
-        raise failed.exceptions[0] from failed.exceptions[0].__cause__
+    except BaseExceptionGroup as failed:  # a signal raises no Exception: it goes before what else failed
+        first = min(failed.exceptions, key=lambda error: isinstance(error, Exception))
+        raise first from first.__cause__
 
 
 def require_answering(where: str, spec: JudgeSpec, allowed: Permissions) -> None:

@@ -179,24 +179,23 @@ class StageMemory:
         forward, first = self._saved + self._cached, self._gradient_bytes(self.student.layers[0])
         head, embedding = gradient_bytes(self.student.head), gradient_bytes(self.student.embedding)
         made = self.gradients - (0 if self.student.tied else embedding)  # the embedding's, unless it is the head's, comes last
-        models = [(f"{m.name} runs", m.tracer.cost(self.teacher_batch).frozen, before, 0, 0, 0) for m in self.models.frozen]
-        phases = [  # name, and the parts that it adds: see ``_with``
-            *models,
-            ("the student runs", forward + self._highest_layer, before, 0, scores, 0),
-            ("the loss", forward, before, kept + work + hidden, 0, 0),
+        first_layer, last_layer = self._backward(last=False), self._backward(last=True)
+        phases = {f"{m.name} runs": self._with(m.tracer.cost(self.teacher_batch).frozen, before) for m in self.models.frozen}
+        phases |= {
+            "the student runs": self._with(forward + self._highest_layer, before, scores=scores),
+            "the loss": self._with(forward, before, loss=kept + work + hidden),
             # the gradients of the loss are scaled, and exist twice meanwhile
-            ("the backward pass of the loss", self._saved, after, 2 * kept, 0, 0),
-            ("the backward pass of the last layer", self._backward(last=True), after, 0, scores, head),
-            ("the backward pass of the first layer", self._backward(last=False), after, 0, scores, made - first),
-            ("the backward pass of the embedding", hidden + self._cost.shared, after, embedding, 0, made),
-        ]
-        found = {name: self._with(*parts) for name, *parts in phases}
-        found["the optimizer's step"] = self._with(0, 0, 0, 0, self.gradients) + Counter({OPTIMIZER: self._optimizer[1]})
+            "the backward pass of the loss": self._with(self._saved, after, loss=2 * kept),
+            "the backward pass of the last layer": self._with(last_layer, after, scores=scores, gradients=head),
+            "the backward pass of the first layer": self._with(first_layer, after, scores=scores, gradients=made - first),
+            "the backward pass of the embedding": self._with(hidden + self._cost.shared, after, loss=embedding, gradients=made),
+            "the optimizer's step": self._with(0, gradients=self.gradients) + Counter({OPTIMIZER: self._optimizer[1]}),
+        }
         if self.stage.loss.on_policy:
-            found["the student writes"] = self.static + self._writes()
-        return [Memory(phase, dict(parts)) for phase, parts in found.items()]
+            phases["the student writes"] = self.static + self._writes()
+        return [Memory(phase, dict(parts)) for phase, parts in phases.items()]
 
-    def _with(self, activations: int, outputs: int, loss: int, scores: int, gradients: int) -> Counter[str]:
+    def _with(self, activations: int, outputs: int = 0, loss: int = 0, scores: int = 0, gradients: int = 0) -> Counter[str]:
         """Static memory and what a phase adds; gradients that are static already do not count twice."""
         added = Counter({ACTIVATIONS: activations, OUTPUTS: outputs, LOSS: loss, SCORES: scores})
         if self.training.accumulation == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,13 +102,20 @@ def _write_missing(sources: _Sources, spec: TeacherSpec, directory: Path, rows: 
     teacher, start = sources.live(spec), time.perf_counter()
     if isinstance(teacher, DemandingTeacher):
         teacher.require_served(models.recipe.stages[name].loss, models.tokenizer, rows)
-    progress = Progress(f"[{name}] cache", "loss tokens") if state.is_main_process else None
-    ranks = state.process_index, state.num_processes
-    where = {"tokenizer": models.tokenizer, "device": state.device, "ranks": ranks, "progress": progress}
-    write_cache(teacher, rows, directory, **where, **facts, **sizes)
-    if progress is not None:
-        progress.close()
-    say(f"[{name}] cache: written in {time.perf_counter() - start:.0f} s -> {directory}")
+    with closing(Progress(f"[{name}] cache", "loss tokens")) as progress:
+        write_cache(
+            teacher,
+            rows,
+            directory,
+            tokenizer=models.tokenizer,
+            device=state.device,
+            ranks=(state.process_index, state.num_processes),
+            progress=progress if state.is_main_process else None,
+            **facts,
+            **sizes,
+        )
+    tokens = sum(len(row.offsets) for row in rows)
+    say(f"[{name}] cache: {tokens:,} loss tokens written in {time.perf_counter() - start:.0f} s -> {directory}")
     del teacher
     free_memory()
 
@@ -141,10 +149,8 @@ class _Sources:
         assert spec.cache is not None
         recipe, end = self.models.recipe, self.models.tokenizer.eos_token_id
         if spec.cache.keep == "top_k":
-            temperature, forced = (
-                recipe.stages[self.name].loss.temperature,
-                [] if end is None or spec.kind == "server" else [end],
-            )
+            temperature = recipe.stages[self.name].loss.temperature
+            forced = [] if end is None or spec.kind == "server" else [end]
             return {"keep": "top_k", "k": spec.cache.k, "temperature": temperature, "forced_ids": forced}
         if spec.cache.keep == "sampled":
             return {"keep": "sampled", "draws": spec.cache.draws, "seed": recipe.seed_of(self.name)}

@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from daekit.errors import UserError
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -91,7 +89,7 @@ class RunLock:
         if holder["machine"] != _machine():
             # this machine has been started anew since; of a namesake on the same files the kernel's lock would still be held
             return locked and holder["host"] == socket.gethostname()
-        return locked or not psutil.pid_exists(holder["process"])
+        return locked or not _is_alive(holder["process"])
 
     def _refusal(self, holder: dict[str, Any]) -> str:
         process = holder.get("process", "PROCESS")
@@ -119,3 +117,12 @@ def _read(descriptor: int) -> dict[str, Any] | None:
     except ValueError:
         return None
     return holder if isinstance(holder, dict) and {"host", "machine", "process", "started"} <= holder.keys() else None
+
+
+def _is_alive(process: int) -> bool:
+    """Not by psutil, which takes the process of another user for ended where /proc hides it."""
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True

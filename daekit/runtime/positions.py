@@ -15,6 +15,7 @@ from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec
 from daekit.recipe.validation import dotted
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.stage_rows import PreparedStage
+from daekit.trainers.config import cuts_rows
 
 _TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed")  # GPT-2 and its kin; OPT, BioGPT; BERT's kin
 
@@ -41,31 +42,33 @@ def require_positions(models: ModelBuilder, name: str, ready: PreparedStage) -> 
         UserError: a row is longer.
     """
     stage = models.recipe.stages[name]
-    known = {}
+    known: dict[tuple[str | int, ...], tuple[PreTrainedConfig, int]] = {}
     for key, spec in stage.models().items():
         # an adapter of a teacher runs on the student's base; a student that is made is looked at, not what it is made from
         its_own = key == ("student",) or (key[0] != "student" and spec.adapter is None)
         config = models.config(spec) if its_own else None
-        if config is not None and learned_positions(config) is not None:
-            known[key] = config
+        if config is not None and (positions := learned_positions(config)) is not None:
+            known[key] = (config, positions)
     if not known:
         return
     limit, teacher_limit = ready.arguments.max_length, getattr(ready.arguments, "teacher_max_length", None)
     longest, seen = _longest(ready, _own_length, limit), _longest(ready, _seen_length, teacher_limit or limit)
-    read: dict[tuple[str | int, ...], int] = {("student",): max(longest.values())}
+    read: dict[tuple[str | int, ...], int] = {("student",): max(longest.values(), default=0)}
     for key, teacher in stage.teachers_by_key().items():
         followed = max((seen.get(domain, 0) for domain in stage.domains_of(key, seen)), default=0)
         read |= {(*key, *part): followed for part in teacher.models()}
-    for key, config in known.items():
-        _require(dotted(key), config, read[key], "shorten the row, or lower trainer.max_length and set overlong")
+    for key, (config, positions) in known.items():
+        _require(dotted(key), config, positions, read[key], "shorten the row, or lower trainer.max_length and set overlong")
 
 
 def _longest(ready: PreparedStage, length: Callable[[dict[str, Any]], int], limit: int | None) -> dict[str, int]:
     """Domain -> tokens of its longest row, of those to train on and those to evaluate on; longer than ``limit`` none is."""
     longest: dict[str, int] = {}
+    drops = ready.arguments.overlong == "drop" and not cuts_rows(ready.arguments, ready.arguments.packing)
     for row in (row for rows in (ready.mixture.dataset, ready.validation) if rows is not None for row in rows):
         tokens = length(row)
-        longest[row["domain"]] = max(longest.get(row["domain"], 0), min(tokens, limit or tokens))
+        if limit is None or tokens <= limit or not drops:
+            longest[row["domain"]] = max(longest.get(row["domain"], 0), min(tokens, limit or tokens))
     return longest
 
 
@@ -90,15 +93,15 @@ def require_report_positions(models: ModelBuilder, evaluation: EvaluationSpec) -
     first, new = next(iter(models.recipe.stages)), evaluation.max_new_tokens
     for each in evaluation.models:
         config = models.config(models.student_spec(first) if each.name == STUDENT_AS_IT_WAS else each)
-        _require(f"models.{each.name}", config, scored, "shorten the longest validation row")
-        if prompts:
-            remedy = f"lower max_new_tokens={new}, or set generate: false"
-            _require(f"models.{each.name}", config, max(prompts) + new, remedy)
+        if config is not None and (positions := learned_positions(config)) is not None:
+            _require(f"models.{each.name}", config, positions, scored, "shorten the longest validation row")
+            if prompts:
+                remedy = f"lower max_new_tokens={new}, or set generate: false"
+                _require(f"models.{each.name}", config, positions, max(prompts) + new, remedy)
 
 
-def _require(key: str, config: PreTrainedConfig | None, tokens: int, remedy: str) -> None:
-    positions = None if config is None else learned_positions(config)
-    if config is not None and positions is not None and tokens > positions:
+def _require(key: str, config: PreTrainedConfig, positions: int, tokens: int, remedy: str) -> None:
+    if tokens > positions:
         raise UserError(
             f"{key}: a {config.model_type} model has learned {positions} positions, and is to read {tokens} tokens; {remedy}"
         )

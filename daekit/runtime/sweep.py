@@ -78,7 +78,8 @@ def swept_runs(path: str, overrides: Sequence[str]) -> tuple[Path, list[SweptRun
     root, runs = Path(), []
     for combination in itertools.product(*(values for _, values in choices)):
         chosen = list(zip(keys, combination, strict=True))
-        recipe = load_recipe(path, [f"{key}={value}" for key, value in chosen])
+        pairs = zip(overrides, chosen, strict=True)  # a single value stays as it was written
+        recipe = load_recipe(path, [f"{key}={value}" if key in several else override for override, (key, value) in pairs])
         settings = {key: value for key, value in chosen if key in several}
         root, name = Path(recipe.output_dir), re.sub(r"[^\w.+-]+", "_", _label(settings))
         runs.append(SweptRun(settings, recipe.model_copy(update={"output_dir": str(root / "runs" / name)})))
