@@ -174,6 +174,7 @@ GOOD = FORMS["prompt+completion"]
         ("[1, 2]", "line 2 is a list"),
         ('{"prompt": "a \\ud83d b", "completion": "c"}', r"line 2 has '\\ud83d' in prompt, half of a surrogate pair"),
         ('{"messages": [{"role": "user", "content": "\\udfff"}]}', r"line 2 has '\\udfff' in messages\[0\]"),
+        ('{"messages": [{"role": "assistant", "tool_calls": ["\\udfff"]}]}', r"line 2 has '\\udfff' in messages\[0\]"),
         ('{"prompt": "q", "completion": "c", "tools": [{"name": "\\udfff"}]}', r"line 2 has '\\udfff' in tools"),
         ('{"prompt": "q", "completion": "c", "n": ' + "1" * 5000 + "}", r"line 2 is not JSON \(Exceeds the limit"),
         ('{"prompt": ' + "[" * 100_000, r"line 2 is not JSON \(.*recursion"),

@@ -225,6 +225,15 @@ def test_every_weight_is_restored_in_place(kind: str, saved: Path) -> None:
     assert same_weights(rounded, tiny.model(name, seed=1).to(torch.bfloat16))
 
 
+def test_buffers_that_no_file_holds_stay_as_the_run_has_them(tmp_path: Path) -> None:
+    model = tiny.model(seed=1).to(torch.bfloat16).float()  # which has rounded the rotary frequencies
+    model.save_pretrained(tmp_path)
+    before = model.model.rotary_emb.inv_freq.clone()
+    restore_weights(model, tmp_path)
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+    assert not torch.equal(tiny.model(seed=1).model.rotary_emb.inv_freq, before)
+
+
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     tiny.model(seed=1, tie_word_embeddings=True).save_pretrained(tmp_path)
     model = tiny.model(seed=2, tie_word_embeddings=True)

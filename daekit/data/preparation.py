@@ -137,6 +137,8 @@ def fit_stream_to_length(dataset: IterableDataset, max_length: int | None, overl
                 f"{place}{len(row['input_ids'])} tokens, more than max_length={max_length}. "
                 "Raise max_length, or set overlong to 'truncate' or 'drop'."
             )
+        if not long and _predicts(row["labels"]):
+            return True
         fate = str(_fates(_predicts(row["labels"]), long, _predicts(row["labels"][:limit]), overlong))
         if fate and (row["domain"], fate) not in told:
             told.add((row["domain"], fate))

@@ -96,6 +96,7 @@ class ResponseLabels:
             prompts = [each[:turn] for each, turn in zip(conversations, turns, strict=True)]
             untils = [each[: turn + 1] for each, turn in zip(conversations, turns, strict=True)]
             before = rendered(prompts, add_generation_prompt=True)
+            # with nothing behind the last turn, as in nearly all rows, the whole is rendered already
             masks = list(map(_last_mask, before, wholes if untils == conversations else rendered(untils), wholes, places))
         made = []
         for messages, whole, mask, place in zip(conversations, wholes, masks, places, strict=True):
@@ -148,7 +149,7 @@ def _require_apart(messages: list[Any], mask: list[int], where: str) -> None:
         UserError: fewer pieces than assistant turns.
     """
     assistant = [message["role"] == "assistant" and bool(message.get("content")) for message in messages]
-    turns, pieces = (sum(marked for marked, _ in groupby(map(bool, each))) for each in (assistant, mask))
+    turns, pieces = (sum(is_marked for is_marked, _ in groupby(map(bool, each))) for each in (assistant, mask))
     if pieces < turns:
         raise UserError(
             f"{where}: its {turns} assistant turns are {pieces} marked pieces of its tokens, so what carries loss cannot be "

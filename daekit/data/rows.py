@@ -205,6 +205,12 @@ def value_of(row: Mapping[str, Any], theirs: str) -> Any:
 
 
 def _check_message(column: str, index: int, message: Any) -> Mapping[str, Any]:
+    if isinstance(message, dict) and message.keys() == {"role", "content"}:  # nearly all: be quick about them
+        role, content = message["role"], message["content"]
+        if isinstance(role, str) and role and isinstance(content, str) and content.strip():
+            if not (role.isascii() and content.isascii()):
+                _check_characters(f"{column}[{index}]", role + content)
+            return message
     name = f"{column}[{index}]"
     if not isinstance(message, Mapping) or "role" not in message:
         has = f"the keys {', '.join(map(repr, message))}" if isinstance(message, Mapping) else _shown(message)
@@ -220,7 +226,7 @@ def _check_message(column: str, index: int, message: Any) -> Mapping[str, Any]:
     # Data sets give system messages and calls of tools an empty content on purpose; a turn without words is a defect.
     if role in ("user", "assistant") and not content.strip() and not kept.get("tool_calls"):
         raise RowError(f"has an empty content in {name} (role {role}); remove the row")
-    _check_characters(name, kept if len(kept) > 2 else role + content)  # quick where there is no more, as in nearly all
+    _check_characters(name, kept)
     return kept | {"content": content}
 
 

@@ -41,6 +41,6 @@ class _WithGradients(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         *gradients, mark = ctx.saved_tensors
         if not mark:
-            raise RuntimeError("the attention loss was told that its layer would be run again for the gradient, but it was not")
+            raise RuntimeError("a loss was told that its layer would be run again for the gradient, but it was not")
         scaled = [None if gradient is None else gradient * grad_loss.to(gradient.dtype) for gradient in gradients]
         return None, None, *scaled

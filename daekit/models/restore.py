@@ -53,11 +53,24 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
         raise UserError(f"{folder}: its weights cannot be read ({error})") from error
     if wrong := {what: sorted(map(str, keys)) for what, keys in info.items() if keys and what.endswith("_keys")}:
         raise UserError(f"{folder}: its weights do not fit the student: {wrong}")
-    if not in_parts:
-        parameters, buffers = dict(base.named_parameters()), dict(base.named_buffers())  # projections are not among the loaded
-        for name, parameter in loaded.named_parameters():
-            assign(parameters[name], whole(parameter))  # under ZeRO-3 both are sharded
-        for name, buffer in loaded.named_buffers():
+    if in_parts:
+        return
+    if any(map(is_sharded, base.parameters())):
+        _assign_all(base, loaded)
+    else:
+        base.load_state_dict(loaded.state_dict(), strict=True)
+
+
+def _assign_all(model: nn.Module, loaded: nn.Module) -> None:
+    """Copy a whole model into a sharded one (whose projections are not part of it); under ZeRO-3 both are sharded.
+
+    Buffers that no file holds (rotary frequencies) stay as they are: a run may have changed them.
+    """
+    parameters, buffers, saved = dict(model.named_parameters()), dict(model.named_buffers()), loaded.state_dict().keys()
+    for name, parameter in loaded.named_parameters():
+        assign(parameters[name], whole(parameter))
+    for name, buffer in loaded.named_buffers():
+        if name in saved:
             buffers[name].copy_(buffer)
 
 

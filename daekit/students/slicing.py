@@ -133,7 +133,8 @@ def fill(model: PreTrainedModel, tensors: Mapping[str, Tensor], like: PreTrained
     model.tie_weights()
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not empty, f"weights without values: {empty}"
-    model.generation_config = copy.deepcopy(like.generation_config)
+    if like.generation_config is not None:
+        model.generation_config = copy.deepcopy(like.generation_config)
     return model.to(like.device).eval()  # type: ignore[arg-type]
 
 

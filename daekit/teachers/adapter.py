@@ -30,7 +30,7 @@ from daekit.teachers.sharding import Sharding
 class OnStudent:
     """A teacher that is only named yet: whoever asks it gets a UserError, for it has no model before a trainer has made one."""
 
-    def outputs(self, *_: Any) -> Any:
+    def outputs(self, *_: Any, **__: Any) -> Any:
         """Refused, as is all that is asked of a teacher."""
         raise UserError(
             f"{self}: names a teacher on the student's own base, which a trainer makes of it; it has no outputs of its own. "

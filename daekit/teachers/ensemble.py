@@ -63,9 +63,8 @@ class EnsembleTeacher:
         merged, positions = [], batch.labels_N.numel()
         for combination in product(*per_member):
             common = _intersection([output.positions_M for output in combination], positions)
-            if (
-                common.numel() or not positions or self._sharded
-            ):  # heads are gathered in one order on all ranks, whatever rows each has
+            # of an empty batch, too, there is an output; where ranks share the heads all gather them in one order
+            if common.numel() or not positions or self._sharded:
                 parts = [_restricted(output, common, positions) for output in combination]
                 merged.append(TeacherOutput(common, self._weighted(parts), self.average))
         return merged

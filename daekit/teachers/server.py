@@ -66,7 +66,7 @@ class ServerTeacher:
         self.served, self.vocab_size, self.k = model, int(vocab_size), min(k, int(vocab_size))
         self.client = ScoreClient(spec, f"teacher {model}", allowed, first_wait)
         self._where = f"teacher {model} at {spec.endpoint}"
-        self._is_looked_at = False
+        self._looked_at: int | None = None  # the longest response that it was asked about
 
     def outputs(self, batch: Batch, capture: FeatureSpec | None = None) -> list[TeacherOutput]:
         """One sparse output for all loss positions, on the device of the batch.
@@ -141,20 +141,22 @@ class ServerTeacher:
                 f"temperature: the loss has {objective.temperature}, and {self._where} sends log-probabilities at 1, whose "
                 "tail cannot be tempered. Use 1."
             )
-        if self._is_looked_at:
+        new = objective.max_new_tokens if objective.on_policy else 0
+        if self._looked_at is not None and new <= self._looked_at:
             return
         self._require_tokenizer(tokenizer)
         longest, prompt = None, np.zeros(0, np.int32)
         for row in rows:
             if len(row.offsets):
                 longest = row if longest is None else max(longest, row, key=lambda each: len(each.input_ids))
-                prompt = max(prompt, _prompt(row), key=len) if objective.on_policy else prompt
-        if longest is not None:
-            self._ask([longest], torch.device("cpu"))
-            self._is_looked_at = True
-        if len(prompt):  # and the longest that the student may write
-            written = np.append(prompt, np.repeat(prompt[-1:], objective.max_new_tokens))
+                prompt = max(prompt, _prompt(row), key=len) if new else prompt
+        if longest is None:
+            return
+        self._ask([longest], torch.device("cpu"))
+        if new:  # and the longest that the student may write
+            written = np.append(prompt, np.repeat(prompt[-1:], new))
             self._ask([CacheRow(written, np.array([len(prompt) - 1]))], torch.device("cpu"))
+        self._looked_at = new
 
     def _require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         text = probe_text(tokenizer)

@@ -101,6 +101,7 @@ class _Writer:
         sample, _ = self.asked.ask(rows[:1])
         heads = save(head_tensors(sample)) if self.form.keep == "hidden" else b""
         facts, heads_hash = begin(self.directory, self._facts(sample), heads)
+        del heads  # a gigabyte of a large teacher
         there = (self.directory / MANIFEST).is_file()
         store = CacheStore(self.directory, mending=True) if there else None
         kept = {} if store is None else {int(shard.file[6:11]): shard for shard in store.shards}
