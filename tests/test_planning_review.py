@@ -72,7 +72,7 @@ def test_a_domain_of_any_name_keeps_its_teacher(domain: str) -> None:
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_a_student_in_8_bits_is_not_split(engine: Any) -> None:
-    with pytest.raises(UserError, match=f"student.quantization=8bit: {engine} cannot split quantised weights"):
+    with pytest.raises(UserError, match=f"student.quantization=8bit: {engine} cannot split weights of 8 bits"):
         plan(*QLORA, "stages.kd.student.quantization=8bit", machine=dataclasses.replace(TWO, engine=engine))
     one, two = (plan(*QLORA, machine=dataclasses.replace(GPU, count=n, engine=e)) for n, e in ((1, "none"), (2, "zero2")))
     assert one.memory.parts[WEIGHTS] == two.memory.parts[WEIGHTS]
