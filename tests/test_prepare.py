@@ -680,7 +680,7 @@ def test_what_a_teacher_is_told_beside_a_prompt_counts_among_its_positions(world
 
 
 def test_rows_that_are_dropped_need_no_positions(world: Path) -> None:
-    put("general.jsonl", *[{"prompt": "w5 ", "completion": "w7"}] * 24, {"prompt": "w5 " * 9, "completion": "w7"})(world)
+    put("general.jsonl", *[{"prompt": "w5 ", "completion": "w7"}] * 24, {"prompt": "w5 ", "completion": "w7 " * 9})(world)
     learned(world, 8)
     stage = ALONE.replace("max_length: 64", "max_length: 12")
     prepare(recipe(world, stage.replace("data: [chat]", "data: [chat], overlong: drop").replace("12", "9"), "evaluation=null"))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from itertools import chain
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from daekit.errors import UserError
-from daekit.models.teacher_view import TEACHER_PROMPT_IDS, as_teacher_sees
+from daekit.models.teacher_view import as_teacher_sees, is_told_more
 from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec
 from daekit.recipe.validation import dotted
 from daekit.runtime.models import ModelBuilder
@@ -51,9 +50,8 @@ def require_positions(models: ModelBuilder, name: str, ready: PreparedStage) -> 
             known[key] = (config, positions)
     if not known:
         return
-    limit, teacher_limit = ready.arguments.max_length, getattr(ready.arguments, "teacher_max_length", None)
-    longest, seen = _longest(ready, _own_length, limit), _longest(ready, _seen_length, teacher_limit or limit)
-    read: dict[tuple[str | int, ...], int] = {("student",): max(longest.values(), default=0)}
+    longest, seen = _longest(ready, by_teacher=False), _longest(ready, by_teacher=True)
+    read: dict[tuple[str | int, ...], int] = {("student",): max(longest.values())}
     for key, teacher in stage.teachers_by_key().items():
         followed = max((seen.get(domain, 0) for domain in stage.domains_of(key, seen)), default=0)
         read |= {(*key, *part): followed for part in teacher.models()}
@@ -61,24 +59,14 @@ def require_positions(models: ModelBuilder, name: str, ready: PreparedStage) -> 
         _require(dotted(key), config, positions, read[key], "shorten the row, or lower trainer.max_length and set overlong")
 
 
-def _longest(ready: PreparedStage, length: Callable[[dict[str, Any]], int], limit: int | None) -> dict[str, int]:
-    """Domain -> tokens of its longest row, of those to train on and those to evaluate on; longer than ``limit`` none is."""
+def _longest(ready: PreparedStage, by_teacher: bool) -> dict[str, int]:
+    """Domain -> tokens of its longest row, as the student or its teacher sees it; packing that cuts rows lays it in blocks."""
     longest: dict[str, int] = {}
-    drops = ready.arguments.overlong == "drop" and not cuts_rows(ready.arguments, ready.arguments.packing)
-    for row in (row for rows in (ready.mixture.dataset, ready.validation) if rows is not None for row in rows):
-        tokens = length(row)
-        if limit is None or tokens <= limit or not drops:
-            longest[row["domain"]] = max(longest.get(row["domain"], 0), min(tokens, limit or tokens))
+    block = ready.arguments.max_length if cuts_rows(ready.arguments, ready.arguments.packing) else None
+    for row in chain(*ready.fitted):
+        tokens = len((as_teacher_sees(row) if by_teacher and is_told_more(row) else row)["input_ids"])
+        longest[row["domain"]] = max(longest.get(row["domain"], 0), min(tokens, block or tokens))
     return longest
-
-
-def _own_length(row: dict[str, Any]) -> int:
-    return len(row["input_ids"])
-
-
-def _seen_length(row: dict[str, Any]) -> int:
-    """Of a row as its teacher sees it."""
-    return len(as_teacher_sees(row)["input_ids"] if row.get(TEACHER_PROMPT_IDS) else row["input_ids"])
 
 
 def require_report_positions(models: ModelBuilder, evaluation: EvaluationSpec) -> None:

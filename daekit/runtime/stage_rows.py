@@ -39,6 +39,7 @@ class PreparedStage:
         validation: rows that it is evaluated on while it trains.
         counts: what the length policy does to the training rows, per domain; ``validation_counts`` the same.
         longest: tokens of its longest training row, as it is trained on: cut where the length policy or packing cuts it.
+        fitted: the rows to train on, and those to evaluate on if there are, as the length policy leaves them.
     """
 
     arguments: DomainSFTConfig
@@ -47,6 +48,7 @@ class PreparedStage:
     counts: dict[str, DomainCount]
     validation_counts: dict[str, DomainCount]
     longest: int
+    fitted: list[Dataset]
 
 
 def rows_of(data: DataBuilder, stage: StageSpec, arguments: DomainSFTConfig) -> PreparedStage:
@@ -58,19 +60,21 @@ def rows_of(data: DataBuilder, stage: StageSpec, arguments: DomainSFTConfig) -> 
     rows, counts = fit_to_length(mixture.dataset, limit, policy, "train", teacher_limit, written, data.tokenizer)
     if isinstance(arguments, KDConfig) and arguments.on_policy_fraction:
         require_prompts(rows, arguments, data.tokenizer, None)
-    validation, validation_counts = None, {}
+    validation, fitted = None, [rows]
+    validation_counts: dict[str, DomainCount] = {}
     if is_evaluated(arguments):
         validation = data.validation(stage)
         if validation is None:
             key = "eval_on_start" if arguments.eval_strategy == "no" else "eval_strategy"
             raise UserError(f"{key} needs validation rows; give `validation`, `validation_split` or `holdout` of a source")
-        validation_counts = fit_to_length(validation, limit, policy, "eval", teacher_limit, tokenizer=data.tokenizer)[1]
+        watched, validation_counts = fit_to_length(validation, limit, policy, "eval", teacher_limit, tokenizer=data.tokenizer)
+        fitted.append(watched)
     require_metric(arguments, validation_counts)
     if any(rows is not None and TEACHER_PROMPT_IDS in rows.column_names for rows in (mixture.dataset, validation)):
         require_followed(stage.loss, splits)
     longest = max(len(row) for row in mixture.dataset["input_ids"])
     longest = min(longest, arguments.max_length or longest)
-    return PreparedStage(arguments, mixture, validation, counts, validation_counts, longest)
+    return PreparedStage(arguments, mixture, validation, counts, validation_counts, longest, fitted)
 
 
 def require_other_teacher(stage: StageSpec, ready: PreparedStage) -> None:

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from daekit.errors import UserError
 from daekit.generation.keys import Permissions
 from daekit.generation.prompt_scores import Entry, ScoreClient, ScoreRequest
+from daekit.models.teacher_view import last_response
 from daekit.models.vocabulary import probe_text
-from daekit.protocol import Batch, FeatureSpec, TeacherOutput, TopK
+from daekit.protocol import IGNORE_INDEX, Batch, FeatureSpec, TeacherOutput, TopK
 from daekit.recipe.judge import JudgeSpec, url_problems
 from daekit.recipe.objective import Objective
 from daekit.teachers.cache.rows import CacheRow, rows_of_batch
@@ -182,6 +183,6 @@ class ServerTeacher:
 
 def _prompt(row: CacheRow) -> np.ndarray:
     """What comes before the last stretch of tokens that carry loss, in whose place the student writes; int32 ``[tokens]``."""
-    stretches = np.flatnonzero(np.diff(row.offsets) > 1)
-    first = row.offsets[stretches[-1] + 1 if len(stretches) else 0]
-    return row.input_ids[: first + 1]
+    labels = np.full_like(row.input_ids, IGNORE_INDEX)
+    labels[row.offsets + 1] = row.input_ids[row.offsets + 1]
+    return row.input_ids[: last_response(labels)]

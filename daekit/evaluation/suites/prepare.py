@@ -146,7 +146,7 @@ def prepare(suite: SuiteSpec, options: Options) -> Prepared:
         else:
             benchmarks[name] = likelihood_benchmark(name, spec)
     prepared = Prepared(suite, options, {}, benchmarks, questions).with_models(suite.models)
-    for judge in [each.judge for each in questions.values() if each.judge is not None]:
+    for judge in dict.fromkeys(each.judge for each in questions.values() if each.judge is not None):
         if judge.base_url is not None:
             endpoint_key("judge", judge.base_url, judge.api_key_env, options.allowed)
         else:
