@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -225,7 +226,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
         base = small
     elif options.device.type == "cuda":
         base = replace(base, T=2048, V=128_256, H=2048, layers=16)
-    makers = {
+    makers: dict[str, Callable[[Shape], Work]] = {
         OURS: ours,
         "three-models": functools.partial(three_models, quantization=True),
         "three-models-16bit": functools.partial(three_models, quantization=False),
@@ -235,11 +236,11 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
     def case(shape: Shape) -> Case:
         name = f"QLoRA B={shape.B} T={shape.T} H={shape.H}{' checkpointing' if shape.checkpointing else ''}"
-        work, rehearsals = (
+        contestants, rehearsals = (
             {who: functools.partial(make, each) for who, make in makers.items()}
             for each in (shape, replace(small, checkpointing=shape.checkpointing))
         )
-        return Case(name, work, tolerance=5e-2, rehearsals=rehearsals)
+        return Case(name, contestants, tolerance=5e-2, rehearsals=rehearsals)
 
     return [case(replace(base, checkpointing=checkpointing)) for checkpointing in (True, False)]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -189,7 +190,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     tolerance = 1e-4 if options.dtype == torch.float32 else 2e-2
 
     def case(shape: Shape) -> Case:
-        who = {OURS: functools.partial(ours, shape)}
+        who: dict[str, Callable[[], Work]] = {OURS: functools.partial(ours, shape)}
         if shape.T * shape.layers <= LONGEST_MAPS * 6 and shape.T <= LONGEST_MAPS:
             who["maps"] = functools.partial(maps, shape, kept_only=False)
             if shape.kept < 1:

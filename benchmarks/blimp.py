@@ -180,7 +180,7 @@ def direct(options: argparse.Namespace) -> dict[str, Any]:
         lengths: dict[int, list[tuple[int, ...]]] = {}
         for sequence in sorted(set(ids.values())):
             lengths.setdefault(len(sequence), []).append(sequence)
-        log_p = {}
+        log_p: dict[tuple[int, ...], float] = {}
         for group in lengths.values():
             for start in range(0, len(group), 64):
                 batch = torch.tensor(group[start : start + 64])

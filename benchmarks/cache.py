@@ -82,7 +82,8 @@ def options_of(shape: Shape) -> dict[str, Any]:
 
 def dae(shape: Shape, how: dict[str, Any] | None) -> Work:
     """DAE with live teachers, or with caches of this kind, written here and forgotten."""
-    rows, teachers = data(shape), {}
+    rows = data(shape)
+    teachers: dict[str, ModelTeacher | CachedTeacher] = {}
     for domain in DOMAINS:
         live = teacher(shape, domain)
         if how is None:

@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,8 @@ def measure(folder: Path, paths: dict[str, Path], limit: int) -> dict[str, Any]:
     for family in FAMILIES:
         spec = SourceSpec(domain=family, path=str(folder / "data" / f"{family}-validation.jsonl"), chat=True)
         rows = load_source(family, spec, 0)[0].shuffle(seed=0)
-        kept = dict(source=family, domain=family, max_length=128, overlong="drop")
-        sets[family] = tokenize_rows(rows.select(range(min(limit, len(rows)))), tokenizer, **kept)
+        some = rows.select(range(min(limit, len(rows))))
+        sets[family] = tokenize_rows(some, tokenizer, source=family, domain=family, max_length=128, overlong="drop")
     evaluations = {name: evaluated(name, path, tokenizer, sets) for name, path in paths.items()}
     experts = [ModelTeacher(load_model(ModelSpec(path=str(paths[n]))), vocabulary_size(tokenizer), n) for n in EXPERTS]
     evaluations["ensemble teacher"] = ModelEvaluation(
@@ -154,7 +155,7 @@ def measure(folder: Path, paths: dict[str, Path], limit: int) -> dict[str, Any]:
         chosen = [evaluations[name] for name in (baseline, *models)]
         # without reference domains every difference is a gain: positive is better than the baseline
         differences[baseline] = _plain(compare(chosen, baseline, reference_domains=[], rounds=1000), "_gain")
-    sizes = {family: {"rows": len(each.rows), "left out": each.overlong} for family, each in sets.items()}
+    sizes = {family: {"rows": len(each.rows), "left out": len(each.left_out)} for family, each in sets.items()}
     return {"rows": _plain(rows), "differences": differences, "validation": sizes}
 
 
@@ -214,7 +215,7 @@ def tables(results: dict[int, dict[str, Any]]) -> str:
     parts = [f"Mean over seeds {', '.join(map(str, results))} (least to most).", *_table(results, lambda r: r["rows"], _spread)]
     for baseline in PAIRS:
         parts += [f"\nBetter than {baseline} by (seeds whose 95% interval is above 0 / below 0):\n"]
-        parts += _table(results, lambda result, name=baseline: result["differences"][name], _difference)
+        parts += _table(results, partial(_differences, baseline), _difference)
     return "\n".join(parts)
 
 
@@ -241,6 +242,11 @@ def _spread(seeds: list[list[float]], metric: str) -> str:
     digits, scale = (1, 100) if metric == "exact_match" else (3, 1)
     mean, low, high = (f"{scale * x:.{digits}f}" for x in (values.mean(), values.min(), values.max()))
     return f"{mean} ({low} to {high})"
+
+
+def _differences(baseline: str, result: dict[str, Any]) -> list[list[Any]]:
+    rows: list[list[Any]] = result["differences"][baseline]
+    return rows
 
 
 def _difference(seeds: list[list[float]], metric: str) -> str:

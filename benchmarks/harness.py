@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,9 @@ class Case:
     """
 
     name: str
-    contestants: dict[str, Callable[[], Work]]
+    contestants: Mapping[str, Callable[[], Work]]
     tolerance: float
-    rehearsals: dict[str, Callable[[], Work]] = field(default_factory=dict)
+    rehearsals: Mapping[str, Callable[[], Work]] = field(default_factory=dict)
 
 
 def main(

@@ -124,7 +124,7 @@ def write_checkpoint(folder: Path, shape: dict[str, int]) -> list[int]:
     H, F, kv = config.hidden_size, config.intermediate_size, config.hidden_size // 2
     generator = torch.Generator().manual_seed(0)
     names: dict[str, str] = {}
-    sizes = []
+    sizes: list[int] = []
 
     def write(tensors: dict[str, tuple[int, ...]]) -> None:
         file = f"model-{len(sizes):05d}.safetensors"

@@ -201,7 +201,7 @@ def rank(name: str, out: Path) -> None:
         torch.distributed.barrier()
         os._exit(0)
 
-    KDTrainer.training_step = stop  # type: ignore[method-assign]
+    KDTrainer.training_step = stop  # type: ignore[method-assign, assignment]
     run_recipe(recipe)
 
 

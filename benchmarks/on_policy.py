@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,8 +103,8 @@ def options_of(shape: Shape) -> dict[str, Any]:
 def ours(shape: Shape, together: int | None = None, on_policy: float = 1.0) -> Work:
     """daekit's KDTrainer."""
     if together is not None:
-        rollouts._TOGETHER = together
-    settings = dict(rollout_temperature=0.0, max_new_tokens=shape.response, rollout_buffer=shape.steps)
+        rollouts.ROLLOUT_BATCH = together
+    settings: dict[str, Any] = dict(rollout_temperature=0.0, max_new_tokens=shape.response, rollout_buffer=shape.steps)
     trainer = KDTrainer(
         model=model(shape, shape.student_width, 0).train(),
         teacher=model(shape, shape.teacher_width, 1),
@@ -175,7 +176,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
             shape, vocabulary=500, steps=2, rows=2, prompt=12, response=6, student_width=64, teacher_width=96, layers=2
         )
     tolerance = 1e-3 if options.dtype == torch.float32 else 5e-2
-    makers = {OURS: ours, "one-by-one": functools.partial(ours, together=1), "trl-gkd": gkd}
+    makers: dict[str, Callable[[Shape], Work]] = {OURS: ours, "one-by-one": functools.partial(ours, together=1), "trl-gkd": gkd}
     makers["off-policy"] = functools.partial(ours, on_policy=0.0)
     name = f"{shape.steps} steps of {shape.rows} rows, V={shape.vocabulary}"
     return [Case(name, {who: functools.partial(make, shape) for who, make in makers.items()}, tolerance)]

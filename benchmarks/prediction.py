@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ class Inputs:
 def make(shape: Shape) -> Inputs:
     """Random inputs; logits have a standard deviation of about 2."""
     generator = torch.Generator(shape.device).manual_seed(0)
-    options = dict(generator=generator, device=shape.device, dtype=shape.dtype)
+    options: dict[str, Any] = dict(generator=generator, device=shape.device, dtype=shape.dtype)
     hidden, teacher = (torch.randn(shape.N, shape.H, **options) for _ in range(2))
     weight, teacher_weight = (torch.randn(shape.V, shape.H, **options).mul_(2 / shape.H**0.5) for _ in range(2))
     labels = torch.randint(shape.V, (shape.N,), generator=generator, device=shape.device)

@@ -63,8 +63,9 @@ def says_read_only(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """An error of a library in one line: its type and the first line of what it says."""
-    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+    """The first line of what a library's error says; behind its type where that says more (``KeyError: 'path'``)."""
+    line = str(error).strip().split("\n")[0]
+    return line if isinstance(error, OSError | ValueError) and line else f"{type(error).__name__}: {line}"
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from daekit.errors import UserError
-from daekit.models.adapters import load_continued, require_adapters_fit
+from daekit.models.adapters import load_continued, require_adapters_fit, tokenizer_spec
 from daekit.models.backbone import base_of
 from daekit.protocol import Batch, FeatureSpec, Teacher, TeacherOutput
 from daekit.recipe.schema import ModelSpec
@@ -363,3 +363,18 @@ def test_a_tied_head_that_an_adapter_would_untie(tmp_path: Path) -> None:
 def test_a_base_without_a_name(world: Path) -> None:
     with pytest.raises(UserError, match="the student's base has no name to compare with"):
         AdapterTeacher.from_pretrained(student_on(tiny.model(seed=1, hidden=64)), world / "shop", V)
+
+
+def test_where_the_tokenizer_of_an_adapter_lies(world: Path, tmp_path: Path) -> None:
+    """Beside it if it has one; else beside its base, or where that has its own."""
+    own, upper = tmp_path / "own", tmp_path / "upper"
+    shutil.copytree(world / "shop", own)
+    tiny.tokenizer().save_pretrained(own)
+    shutil.copytree(world / "law", upper)
+    config = json.loads((upper / "adapter_config.json").read_text())
+    for base, lies in ((own, own), (world / "shop", world / "base")):
+        (upper / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+        for spec in (ModelSpec(adapter=str(upper)), ModelSpec(path=str(upper))):
+            assert tokenizer_spec(spec).path == str(lies)
+        assert tokenizer_spec(ModelSpec(adapter=str(base))).path == tokenizer_spec(ModelSpec(path=str(base))).path == str(lies)
+    assert tokenizer_spec(ModelSpec(path=str(world / "base"), revision="main")).revision == "main"

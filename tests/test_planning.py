@@ -15,14 +15,15 @@ from daekit.cli import main
 from daekit.errors import UserError
 from daekit.planning import announcement
 from daekit.planning.advice import largest_rows
-from daekit.planning.generation import KEYS_AND_VALUES, TOGETHER
+from daekit.planning.generation import KEYS_AND_VALUES
 from daekit.planning.machine import Machine, machine_of
 from daekit.planning.memory import ACTIVATIONS, ADAPTERS, GATHERED, GRADIENTS, OPTIMIZER, OUTPUTS, WEIGHTS
 from daekit.planning.plan import Planner, StagePlan, plan_recipe
 from daekit.planning.show import format_plan, plan_json
 from daekit.planning.training import DEFAULTS, optimizer_bytes
 from daekit.recipe import load_recipe_text
-from daekit.trainers import DAEConfig, rollouts
+from daekit.recipe.objective import ROLLOUT_BATCH
+from daekit.trainers import DAEConfig
 from tests.helpers.planning import CPU, GPU, PATH, RECIPE, ROOT, parts, plan
 
 
@@ -222,7 +223,7 @@ def test_a_student_that_writes_needs_keys_and_values() -> None:
     rows, tokens, layers, width = 8, 64, 6, 128
     few, many, most = (parts(*on_policy, buffer.format(n), phase=phase)[KEYS_AND_VALUES] for n in (4, 8, 1000))
     assert 2 * few == many == rows * tokens * layers * 2 * width * 4
-    assert most == TOGETHER * many // rows
+    assert most == ROLLOUT_BATCH * many // rows
     assert (
         few * 2
         == parts(*on_policy, "stages.kd.student.config.num_key_value_heads=4", buffer.format(8), phase=phase)[KEYS_AND_VALUES]
@@ -231,10 +232,6 @@ def test_a_student_that_writes_needs_keys_and_values() -> None:
     assert grouped[KEYS_AND_VALUES] == many // 4
     forward = 2 * 128 * (6 * (4 * 128 * 128 + 3 * 128 * 256) + 500 * 128) + 2 * 128 * 64 * 128 * 6
     assert plan(*on_policy).operations - plan().operations == forward // 2
-
-
-def test_as_many_rows_write_together_as_in_the_trainer() -> None:
-    assert rollouts._TOGETHER == TOGETHER
 
 
 def test_answers_of_the_report_are_counted() -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from daekit.cli import main
 from daekit.errors import UserError
+from daekit.models.teacher_view import TEACHER_PROMPT_IDS
 from daekit.recipe import load_recipe_text
 from daekit.recipe.schema import Recipe
 from daekit.runtime import disk
@@ -378,6 +379,8 @@ def test_an_sft_stage_does_not_look_at_a_teacher_prompt(world: Path) -> None:
     with pytest.raises(UserError, match="rows with a teacher_prompt cannot be followed") as error:
         prepare(recipe(world, told, "evaluation=null"))
     assert {each.key for each in error.value.details} == {"sources.shop"}
+    both = recipe(world, told, "evaluation=null")
+    assert TEACHER_PROMPT_IDS not in DataBuilder(both).for_stage("shop", both.stages["expert"])[0].column_names
     alone = "stages={expert: {type: sft, student: OUT/base, data: [shop], trainer: {max_length: 64}}}"
     assert "teacher" not in preview(prepare(recipe(world, alone, "evaluation=null")))
 

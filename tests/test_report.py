@@ -285,6 +285,8 @@ def test_curves_show_domains_and_skip_what_cannot_be_drawn():
         assert f">{text}" in curves.svg
     assert curves.svg.count(">training") == 1, "the total is drawn beside its domains"
     assert "<style" not in curves.svg, "would apply to the whole page"
+    others = curves_svg("kd", [{"step": 1, "jsd": 1.0, "hidden_mse": 2.0, "grad_norm": 3.0}], [])
+    assert others.panels == 2 and ">jsd to teacher" in others.svg and ">hidden states (squared" in others.svg
     assert ">$x$ < y<" in curves_svg("s", [{"step": 1, "kl/$x$ < y": 1.0}], []).svg.replace("&lt;", "<")
     assert curves_svg("lost", [{"step": 1, "loss": math.nan}], []) is None
     assert curves_svg("empty", [{"step": 1, "learning_rate": 0.1}], []) is None

@@ -115,6 +115,12 @@ def test_what_is_wrong_is_said(override: str, says: str) -> None:
     assert says in "\n".join(errors(BASE, override))
 
 
+def test_a_reference_is_a_path_and_no_name_of_a_model() -> None:
+    rows = BASE.replace("models:", "  rows: {type: rows, path: ., reference: one}\nmodels:\n  two: a/b")
+    assert "'one' is a name of `models`; write the path" in "\n".join(errors(rows))
+    assert load_suite_text(rows, "t", None, ["benchmarks.rows.reference=a/one"])
+
+
 def test_pairwise_needs_its_baseline() -> None:
     mt = BASE.replace("models:", "  mt: {type: mt_bench, path: ., mode: pairwise-baseline}\nmodels:\n  two: a/b")
     assert "needs the model that the others" in "\n".join(errors(mt))

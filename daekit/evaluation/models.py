@@ -16,14 +16,13 @@ from daekit.data.responses import render
 from daekit.errors import UserError, first_line
 from daekit.files import directory_hashes
 from daekit.generation.local import device
+from daekit.models.adapters import holds_tokenizer, tokenizer_spec
 from daekit.models.identity import fingerprint
 from daekit.models.loading import adapter_config, load_model, load_tokenizer_of, merge_adapter, not_here
 from daekit.models.placement import free_memory
-from daekit.recipe.adapter_config import ADAPTER_CONFIG, read_adapter_config
+from daekit.recipe.adapter_config import holds_adapter, read_adapter_config
 from daekit.recipe.schema import ModelSpec
 from daekit.recipe.suite import SuiteModelSpec
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 class SuiteModel:
@@ -46,11 +45,9 @@ class SuiteModel:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the adapter where there is one, else that beside its base."""
-        *adapters, base = [path for path in (self.spec.adapter, *self._chain()) if path]
-        for path in adapters:
-            if any((Path(path).expanduser() / name).is_file() for name in _TOKENIZER_FILES):
-                return load_tokenizer_of(self._spec_of(path, None))
-        return load_tokenizer_of(self._spec_of(base, self.spec.revision))
+        adapter, base = self.spec.adapter, self._spec_of(str(self.spec.path), self.spec.revision)
+        own = adapter is not None and holds_tokenizer(adapter)
+        return load_tokenizer_of(ModelSpec(path=adapter) if own else tokenizer_spec(base))
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -121,7 +118,7 @@ class SuiteModel:
     def _chain(self) -> list[str]:
         """The path, and while that is an adapter the base that it names; the last carries the weights."""
         chain = [str(self.spec.path)]
-        while (Path(chain[-1]).expanduser() / ADAPTER_CONFIG).is_file():
+        while holds_adapter(chain[-1]):
             chain.append(read_adapter_config(chain[-1])["base_model_name_or_path"])
         return chain
 

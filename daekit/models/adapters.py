@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from daekit.errors import UserError
+from daekit.errors import UserError, first_line
 from daekit.models.backbone import base_of
 from daekit.models.experts import PROJECTIONS, is_experts_layer
-from daekit.models.loading import UNREADABLE, adapter_config, base_of_adapter, first_line, load_model, say_whole
+from daekit.models.loading import UNREADABLE, adapter_config, base_of_adapter, load_model, say_whole
 from daekit.models.restore import ADAPTER_WEIGHTS, restore_adapter
-from daekit.recipe.adapter_config import ADAPTER_CONFIG, on_an_end, read_adapter_config, require_same_base, require_shareable
+from daekit.recipe.adapter_config import holds_adapter, on_an_end, read_adapter_config, require_same_base, require_shareable
 from daekit.recipe.schema import LoraSpec, ModelSpec
 
 
@@ -39,6 +39,20 @@ def base_spec(spec: ModelSpec) -> ModelSpec:
     config = adapter_config(spec.adapter)
     require_same_base(spec.adapter, str(config.base_model_name_or_path), spec.path, (config.revision, spec.revision))
     return spec.model_copy(update={"adapter": None})
+
+
+def tokenizer_spec(spec: ModelSpec) -> ModelSpec:
+    """Where the tokenizer of a model lies: beside its adapter if there is one, else beside the base, or the base of that."""
+    if spec.adapter is not None:
+        return ModelSpec(path=spec.adapter) if holds_tokenizer(spec.adapter) else tokenizer_spec(base_spec(spec))
+    if spec.path is not None and holds_adapter(spec.path) and not holds_tokenizer(spec.path):
+        return tokenizer_spec(base_of_adapter(spec, spec.path))
+    return spec
+
+
+def holds_tokenizer(directory: str | Path) -> bool:
+    """Whether a directory is one that transformers saved a tokenizer in."""
+    return (Path(directory).expanduser() / "tokenizer_config.json").is_file()
 
 
 def load_continued(spec: ModelSpec, split: bool = False) -> PeftModel:
@@ -109,7 +123,7 @@ def require_adapters_fit(folders: Iterable[str | Path], base: ModelSpec) -> None
         lora = adapter_config(folder)
         require_same_base(folder, str(lora.base_model_name_or_path), base.path, (lora.revision, base.revision))
         # trust in an adapter is none in the base that it names, whose config this is
-        trusted = base.trust_remote_code and not _is_adapter(base)
+        trusted = base.trust_remote_code and not holds_adapter(str(base.path))
         with torch.device("meta"):
             meta_model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
         _require_fits(folder, lora, meta_model, quantised=base.quantization is not None)
@@ -187,16 +201,12 @@ def _require_fits(folder: str | Path, lora: LoraConfig, meta_model: PreTrainedMo
 def config_of(base: ModelSpec) -> PreTrainedConfig:
     """The config of a base; of one that is an adapter merged when it is loaded, that of the model below."""
     assert base.path is not None
-    if _is_adapter(base):
+    if holds_adapter(base.path):
         return config_of(base_of_adapter(base, base.path))
     try:
         return AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code)
     except UNREADABLE as error:
         raise UserError(f"{base.path}: the config of the model could not be read ({first_line(error)})") from error
-
-
-def _is_adapter(base: ModelSpec) -> bool:
-    return (Path(str(base.path)).expanduser() / ADAPTER_CONFIG).is_file()
 
 
 def adapter_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:

@@ -25,7 +25,7 @@ from transformers.modeling_utils import set_zero3_state
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, find_adapter_config_file
 
 from daekit.environment import rank
-from daekit.errors import UserError, nearest
+from daekit.errors import UserError, first_line, nearest
 from daekit.models.hardware import in_one_dtype, require_readable, settings_of
 from daekit.models.placement import device_map_of, require_devices
 from daekit.models.quantization import (
@@ -42,7 +42,7 @@ from daekit.models.restore import ALWAYS, restore_adapter
 from daekit.models.split_loading import CannotWaitError, waiting_model
 from daekit.models.vocabulary import vocabulary_size
 from daekit.models.zero3_loading import each_rank_reading
-from daekit.recipe.adapter_config import ADAPTER_CONFIG, read_adapter_config
+from daekit.recipe.adapter_config import ADAPTER_CONFIG, holds_adapter, read_adapter_config
 from daekit.recipe.schema import ModelSpec
 
 # what transformers raises for files that hold something else than it takes for granted, null for instance
@@ -70,7 +70,7 @@ def load_model(
         return _from_config(spec, tokenizer, seed)
     assert spec.path is not None, "a recipe's stages are resolved before their models are loaded"
     directory = Path(spec.path).expanduser()
-    if (directory / ADAPTER_CONFIG).is_file():
+    if holds_adapter(directory):
         if split:
             say_whole(spec.path, "an adapter is merged into its base")
         return _merged_adapter(directory, spec)
@@ -318,8 +318,3 @@ def adapter_config(directory: str | Path) -> LoraConfig:
         return LoraConfig.from_pretrained(str(Path(directory).expanduser()))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{directory}: its {ADAPTER_CONFIG} cannot be read ({first_line(error)})") from error
-
-
-def first_line(error: BaseException) -> str:
-    line = str(error).strip().split("\n")[0]
-    return line if isinstance(error, OSError | ValueError | SafetensorError) and line else f"{type(error).__name__}: {line}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from daekit.errors import UserError
+from daekit.models.adapters import tokenizer_spec
 from daekit.models.loading import base_of_adapter, load_model, load_tokenizer_of, stored_settings, with_adapter
 from daekit.models.vocabulary import vocabulary_size
 from daekit.recipe.schema import Dtype, ModelSpec
@@ -93,8 +94,7 @@ def _save(folder: str | Path, out: Path, dtype: Dtype) -> MergeCheck:
             f"{base.path}: is quantised ({settings.get('quant_method')}); an adapter is merged into the 16-bit base. If you "
             f"have that, name it in base_model_name_or_path of {folder}/adapter_config.json."
         )
-    has_tokenizer = (Path(folder).expanduser() / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer_of(ModelSpec(path=str(folder)) if has_tokenizer else base)
+    tokenizer = load_tokenizer_of(tokenizer_spec(ModelSpec(adapter=str(folder))))
     model = with_adapter(load_model(base), Path(folder).expanduser()).eval()
     ids = [tokenizer(text)["input_ids"] for text in _SENTENCES]
     length = max(min(map(len, ids)), 1)

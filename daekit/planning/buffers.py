@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from daekit.planning.models import StageModels
 from daekit.planning.trace import MicroBatch, Tracer, peak_bytes
 from daekit.planning.training import Training
 from daekit.protocol import OutputHead
+from daekit.recipe.objective import Objective
 from daekit.recipe.schema import StageSpec
 
 _TILE = 2**22  # values of the head's gradient that are summed at a time
@@ -108,7 +109,9 @@ class Buffers:
         kept = self.hidden + gradient_bytes(head)
         work = step * columns * (width + (4 if members else 0)) + step * hidden_size * (width + 4)
         if not gpu:
-            work += self._chunk_bytes(step, columns, members)
+            loss = self.stage.loss
+            objective = loss.model_copy(update={"ce_weight": loss.ce_weight or 1.0 * (not members)})
+            work += _chunk_bytes(objective, step, columns, bool(members), torch.bfloat16 if width == 2 else torch.float32)
         elif width != 4 and members:
             work += step * columns * width  # a teacher's linear outputs, before they are copied in float32
         work += max(members - 1, 0) * step * columns * 4
@@ -121,19 +124,18 @@ class Buffers:
             work += 4 * _TILE
         return kept, work
 
-    def _chunk_bytes(self, step: int, columns: int, members: int) -> int:
-        """Temporaries of one chunk on a CPU, measured on the loss itself."""
-        loss = self.stage.loss
-        objective = loss.model_copy(update={"ce_weight": loss.ce_weight or 1.0 * (not members)})
-        dtype = torch.bfloat16 if self.compute_width == 2 else torch.float32
-        with FakeTensorMode():
-            student = torch.empty(step, columns, dtype=dtype)
-            teacher = torch.empty(step, columns) if members else None
-            labels = torch.zeros(step, dtype=torch.long)
-            head = OutputHead(student, None, columns)
-            given = [t for t in (student, teacher, labels) if t is not None]
-            losses = chunk_losses_on(student.device, dtype)
-            return peak_bytes(lambda: losses(student, teacher, labels, objective, head, True), given)
+
+@cache  # of micro-batches that are planned in turn all chunks but the last are alike
+def _chunk_bytes(objective: Objective, step: int, columns: int, has_teacher: bool, dtype: torch.dtype) -> int:
+    """Temporaries of one chunk of ``step`` tokens on a CPU, measured on the loss itself."""
+    with FakeTensorMode():
+        student = torch.empty(step, columns, dtype=dtype)
+        teacher = torch.empty(step, columns) if has_teacher else None
+        labels = torch.zeros(step, dtype=torch.long)
+        head = OutputHead(student, None, columns)
+        given = [t for t in (student, teacher, labels) if t is not None]
+        losses = chunk_losses_on(student.device, dtype)
+        return peak_bytes(lambda: losses(student, teacher, labels, objective, head, True), given)
 
 
 def gradient_bytes(weight: Tensor) -> int:

@@ -19,7 +19,6 @@ from daekit.recipe.schema import STUDENT_AS_IT_WAS, EvaluationSpec, Recipe
 # the number of prompts of a generated source (None where its model writes them itself), and the tokens of the longest one
 PromptFacts = Callable[[str], tuple[int | None, int]]
 
-TOGETHER = 64  # rows that ``trainers.rollouts`` continues in one batch; a test compares them
 KEYS_AND_VALUES, ACTIVATIONS = "cached keys and values", "activations"
 
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from daekit.planning.buffers import Buffers, gradient_bytes
-from daekit.planning.generation import TOGETHER, writing
+from daekit.planning.generation import writing
 from daekit.planning.machine import Machine
 from daekit.planning.meta_model import MetaModel, Parameter
 from daekit.planning.models import FrozenModel, StageModels
 from daekit.planning.trace import MicroBatch, ModelCost
 from daekit.planning.training import Training, optimizer_bytes
+from daekit.recipe.objective import ROLLOUT_BATCH
 from daekit.recipe.schema import StageSpec
 
 WEIGHTS, ADAPTERS, GRADIENTS, OPTIMIZER = "student weights", "adapters", "gradients", "optimizer"
@@ -207,7 +208,7 @@ class StageMemory:
         loss, training = self.stage.loss, self.training
         rows = math.ceil(loss.on_policy * training.rows * training.accumulation * loss.rollout_buffer)
         length = max(1, training.length - loss.max_new_tokens)
-        prompts = MicroBatch(min(TOGETHER, rows), length, True, training.autocast)
+        prompts = MicroBatch(min(ROLLOUT_BATCH, rows), length, True, training.autocast)
         return writing(self.models.student, prompts, loss.max_new_tokens, self.buffers.compute_width)
 
     @cached_property

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from daekit.errors import UserError
 from daekit.planning.meta_model import MetaModel
 from daekit.planning.resolve import resolve
 from daekit.planning.trace import Tracer
-from daekit.recipe.adapter_config import ADAPTER_CONFIG, BARE_BASE, adapter_stage, read_adapter_config
+from daekit.recipe.adapter_config import BARE_BASE, adapter_stage, holds_adapter, read_adapter_config
 from daekit.recipe.model import SPREADS
 from daekit.recipe.schema import CacheSpec, LoraSpec, ModelSpec, Recipe, TeacherSpec
 from daekit.recipe.tree import KeyPath
@@ -163,7 +162,7 @@ class ModelPlanner:
 
 def in_parts(spec: ModelSpec, lora: LoraSpec | None = None) -> bool:
     """Whether each rank reads its part of a model under FSDP2 and ZeRO-3, as far as a recipe tells."""
-    merged = spec.path is not None and (Path(spec.path).expanduser() / ADAPTER_CONFIG).is_file()
+    merged = spec.path is not None and holds_adapter(spec.path)
     placed = spec.quantization or spec.offload or spec.device_map is not None or spec.trust_remote_code
     return not (placed or merged or spec.config is not None or (lora is not None and lora.use_dora))
 

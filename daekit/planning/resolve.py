@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from daekit.errors import UserError
 from daekit.models.hardware import settings_of
 from daekit.models.vocabulary import vocabulary_size
-from daekit.recipe.adapter_config import ADAPTER_CONFIG, adapter_stage, read_adapter_config
+from daekit.recipe.adapter_config import adapter_stage, holds_adapter, read_adapter_config
 from daekit.recipe.schema import ModelSpec, Recipe, StudentSpec
 from daekit.students.importance import config_of_shape, first_n
 from daekit.students.shapes import Shape
@@ -136,7 +136,7 @@ def known_shapes() -> dict[str, dict[str, Any]]:
 def _from_path(spec: ModelSpec) -> tuple[PreTrainedConfig, torch.dtype]:
     path = str(spec.path)
     directory = Path(path).expanduser()
-    if (directory / ADAPTER_CONFIG).is_file():
+    if holds_adapter(directory):
         config = read_adapter_config(directory)
         base = {"path": config["base_model_name_or_path"], "revision": config.get("revision")}
         return _from_path(spec.model_copy(update=base))

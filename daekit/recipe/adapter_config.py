@@ -16,6 +16,11 @@ STAGE = "stage:"
 _KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")  # first values that leave the weights of the base as they are
 
 
+def holds_adapter(folder: str | Path) -> bool:
+    """Whether a directory is one that PEFT saved an adapter in."""
+    return os.path.isfile(os.path.join(os.path.expanduser(folder), ADAPTER_CONFIG))
+
+
 def adapter_stage(adapter: str | None) -> str | None:
     """NAME of ``stage:NAME``; None for anything else."""
     return adapter.removeprefix(STAGE).strip() if adapter is not None and adapter.startswith(STAGE) else None
@@ -57,7 +62,7 @@ def _read(folder: str | Path, above: set[str]) -> dict[str, Any]:
         raise UserError(f"{folder}: its {ADAPTER_CONFIG} has a revision or target_modules of another kind than PEFT writes")
     above = {*above, os.path.realpath(os.path.expanduser(folder))}
     below = os.path.realpath(os.path.expanduser(base))
-    if os.path.isfile(os.path.join(below, ADAPTER_CONFIG)):
+    if holds_adapter(below):
         if below in above:
             raise UserError(
                 f"{folder}: its {ADAPTER_CONFIG} names the base {base!r}, which leads back to the adapter itself: write there "

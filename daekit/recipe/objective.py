@@ -19,6 +19,7 @@ from daekit.recipe.validation import Problems, dotted
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv"]
 DIVERGENCES: tuple[str, ...] = get_args(DivergenceName)
 WEIGHTS = ("ce_weight", "prediction_weight", "attention_weight", "hidden_weight")
+ROLLOUT_BATCH = 64  # responses that a student writes in one batch of on-policy rows
 _LAYERS = re.compile(r"uniform|origin|last_[1-9][0-9]{0,4}")
 
 

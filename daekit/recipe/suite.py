@@ -305,6 +305,9 @@ class SuiteSpec(Spec):
             need = f"{listed(asking)} need{'s' if len(asking) == 1 else ''}"
             yield ("models", name), f"an endpoint cannot be asked for the likelihood of given text, which {need}"
         for name, each in benchmarks.items():
+            path = each.reference and each.reference.path if isinstance(each, RowsSpec) else None
+            if path in models:
+                yield ("benchmarks", name, "reference"), f"{path!r} is a name of `models`; write the path that it has there"
             if isinstance(each, MTBenchSpec) and each.baseline is not None and models and each.baseline not in models:
                 yield ("benchmarks", name, "baseline"), f"there is no model {each.baseline!r}{nearest(each.baseline, models)}"
             if isinstance(each, MTBenchSpec) and each.mode != "single" and len(models) == 1:

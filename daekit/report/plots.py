@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from daekit.recipe.objective import DIVERGENCES
 from daekit.report.contents import Row
 from daekit.report.figures import COLOURS, PAGE_TEXT, Plot, line_colour, new_figure, plain, style_axes, to_svg
 from daekit.report.metrics import SHARES, metric_title
@@ -17,7 +18,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_PARTS = 16  # of a domain that can be told apart
-_PANELS = {"loss": "loss", "kl": "KL to teacher (nats)", "ce": "cross-entropy (nats)", "attention_kl": "attention KL (nats)"}
+_PANELS = {
+    "loss": "loss",
+    "kl": "KL to teacher (nats)",
+    **{name: f"{name.replace('_', ' ')} to teacher" for name in DIVERGENCES},
+    "ce": "cross-entropy (nats)",
+    "attention_kl": "attention KL (nats)",
+    "hidden_cosine": "hidden states (1 - cosine)",
+    "hidden_mse": "hidden states (squared error)",
+}
 
 # ---- gain and forgetting ---------------------------------------------------------------------------------------------
 
@@ -181,7 +190,7 @@ def bars_svg(breakdown: Breakdown, models: Sequence[str]) -> Plot | None:
 def curves_svg(stage: str, history: Sequence[Mapping[str, Any]], domains: Sequence[str]) -> Plot | None:
     """Training curves of one stage as an SVG element; None if its log has nothing to draw.
 
-    One panel each for the loss and for ``kl``, ``ce`` and ``attention_kl``, per domain where the log has domains.
+    One panel each for the loss and for the parts of it that were logged, per domain where the log has domains.
     Values of evaluations during training (``eval_...``) are dashed.
     """
     panels = {name: series for name in _PANELS if (series := _series(name, history))}

@@ -22,7 +22,7 @@ from daekit.models.adapters import base_spec
 from daekit.models.placement import free_memory
 from daekit.progress import Progress
 from daekit.protocol import Teacher
-from daekit.recipe.adapter_config import ADAPTER_CONFIG, BARE_BASE, read_adapter_config
+from daekit.recipe.adapter_config import BARE_BASE, holds_adapter, read_adapter_config
 from daekit.recipe.schema import ModelSpec, TeacherSpec
 from daekit.runtime.models import ModelBuilder
 from daekit.runtime.preflight import held_out_rows
@@ -192,7 +192,7 @@ def contents(models: ModelBuilder, spec: ModelSpec, student: ModelSpec | None = 
     if not folder.is_dir():
         return facts | {"files": _hub_commit(placed)}
     facts["files"] = file_fingerprint(folder)
-    if (folder / ADAPTER_CONFIG).is_file():  # it is merged into the base that it names
+    if holds_adapter(folder):  # it is merged into the base that it names
         base = read_adapter_config(folder)["base_model_name_or_path"]
         facts["base"] = contents(models, placed.model_copy(update={"path": base, "revision": None}))
     return facts

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from daekit.errors import UserError
-from daekit.trainers import DomainSFTConfig, KDConfig
+from daekit.trainers import DomainSFTConfig
 
 _ADAM_STATES = 2  # values per trained value that the usual optimizers keep
 
@@ -50,7 +50,7 @@ def checkpoints_at_end(arguments: DomainSFTConfig, rows: int) -> list[int] | Non
     """
     if arguments.save_strategy == "no":
         return []
-    epochs, selection = arguments.save_strategy == "epoch", arguments.selection() if isinstance(arguments, KDConfig) else None
+    epochs, selection = arguments.save_strategy == "epoch", arguments.selection()
     if not epochs and arguments.save_strategy != "steps":
         return None
     if epochs and selection is not None and selection.patience is not None:

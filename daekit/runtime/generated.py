@@ -24,12 +24,11 @@ from daekit.generation.caller import require_answering
 from daekit.generation.drafts import DraftStore, NearDuplicates
 from daekit.generation.user_turn import UserTurn
 from daekit.generation.writing import Author, EndpointAuthor, LocalAuthor, Prompt, write_rows
-from daekit.models.adapters import base_spec, config_of, load_continued
+from daekit.models.adapters import base_spec, config_of, load_continued, tokenizer_spec
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.placement import free_memory
 from daekit.models.vocabulary import differences
 from daekit.recipe import generated_key
-from daekit.recipe.adapter_config import ADAPTER_CONFIG
 from daekit.recipe.generated import GeneratedSpec
 from daekit.recipe.judge import JudgeSpec
 from daekit.recipe.schema import ModelSpec, Recipe
@@ -176,12 +175,7 @@ class GeneratedSource:
         run = self.models.tokenizer
         if self.spec.model.url is not None or not self.is_possible:
             return run
-        spec = self._base
-        while spec.path and (Path(spec.path).expanduser() / ADAPTER_CONFIG).is_file():
-            if (Path(spec.path).expanduser() / "tokenizer_config.json").is_file():
-                break
-            spec = base_spec(ModelSpec(adapter=spec.path))  # often the tokenizer lies beside the base
-        own = load_tokenizer_of(spec)
+        own = load_tokenizer_of(tokenizer_spec(self.models.placed(self.spec.model)))
         return own if differences(run, own) else run
 
     @cached_property

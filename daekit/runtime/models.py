@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from daekit.errors import UserError
 from daekit.generation import Permissions
-from daekit.models.adapters import base_spec, config_of, load_continued, require_adapters_fit
+from daekit.models.adapters import base_spec, config_of, holds_tokenizer, load_continued, require_adapters_fit
 from daekit.models.backbone import base_of
 from daekit.models.features import feature_spec, layers_of
 from daekit.models.hardware import require_attention, require_gradient, require_readable, require_trainable, settings_of
@@ -203,7 +203,7 @@ class ModelBuilder:
         }
         folders = [folder for folder in named.values() if folder is not None]
         for folder in folders:
-            if (Path(folder) / "tokenizer_config.json").is_file():
+            if holds_tokenizer(folder):
                 require_same(self.tokenizer, load_tokenizer_of(ModelSpec(path=folder)), folder)
         if folders and self.is_there(student):
             require_adapters_fit(folders, base_spec(self.placed(student)))

@@ -16,7 +16,7 @@ from transformers.optimization import get_scheduler
 
 from daekit.errors import UserError, first_line, listed, nearest
 from daekit.runtime.found import naming
-from daekit.trainers import DomainSFTConfig, KDConfig
+from daekit.trainers import DomainSFTConfig
 from daekit.trainers.features import feature_weights
 from daekit.trainers.loss import divergence_metric
 from daekit.trainers.selection import METRIC
@@ -70,7 +70,7 @@ def require_metric(arguments: DomainSFTConfig, domains: Collection[str]) -> None
     names += [f"{name}_on_policy" for name in names] if objective.on_policy else []
     known = ["loss", *names, *(f"{name}/{domain}" for name in names for domain in domains)]
     of_none = "no evaluation of this stage has such a metric"
-    selection = arguments.selection() if isinstance(arguments, KDConfig) else None
+    selection = arguments.selection()
     if selection is not None:
         selection.require_domains(domains)
         for name in selection.forgetting:

@@ -263,7 +263,7 @@ def _ask_servers(prepared: Prepared, name: str, ready: stage_rows.PreparedStage 
         rows: Iterable[CacheRow] = ()
         if ready is not None:
             domains, longest = stage.domains_of(key, ready.counts), ready.longest
-            mine = (row for row in ready.mixture.dataset.with_format("numpy") if row["domain"] in domains)
+            mine = (row for row in ready.fitted[0].with_format("numpy") if row["domain"] in domains)
             rows = rows_of_examples(row for row in mine if len(row["input_ids"]) <= longest)
         with prepared.found.at(f"stages.{name}.{dotted(key)}"):
             models.served(spec).require_served(stage.loss, models.tokenizer, rows)

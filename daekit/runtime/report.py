@@ -72,18 +72,14 @@ def _evaluation(models: ModelBuilder, spec: EvaluationSpec, each: EvaluatedModel
         "settings": spec.model_dump(mode="json", include={"generate", "max_new_tokens", "batch_size"}),
         "versions": versions(("daekit", "torch", "transformers")),
     }
-    path = models.folder.measured(key)
-    kept = Measured.kept(path, key)
-    if kept is not None:
-        print(f"[report] {each.name}: measured before, kept", flush=True)
-        return ModelEvaluation(each.name, kept.values, kept.generated)
-    progress = Progress(f"[report] {each.name}", "rows")
-    found = evaluate_model(
-        *(each.name, model, models.tokenizer, sets), spec=spec, teachers=teachers, reference=reference, progress=progress.part
-    )
-    progress.close()
-    Measured(found.values, generated=found.generated).keep(path, key)
-    return found
+
+    def measure(progress: Progress) -> Measured:
+        asked: dict[str, Any] = {"spec": spec, "teachers": teachers, "reference": reference, "progress": progress.part}
+        found = evaluate_model(each.name, model, models.tokenizer, sets, **asked)
+        return Measured(found.values, generated=found.generated)
+
+    measured = Measured.once(models.folder.measured(key), key, f"[report] {each.name}", measure)
+    return ModelEvaluation(each.name, measured.values, measured.generated)
 
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:

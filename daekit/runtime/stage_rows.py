@@ -72,7 +72,7 @@ def rows_of(data: DataBuilder, stage: StageSpec, arguments: DomainSFTConfig) -> 
     require_metric(arguments, validation_counts)
     if any(rows is not None and TEACHER_PROMPT_IDS in rows.column_names for rows in (mixture.dataset, validation)):
         require_followed(stage.loss, splits)
-    longest = max(len(row) for row in mixture.dataset["input_ids"])
+    longest = max(map(len, rows["input_ids"]))
     longest = min(longest, arguments.max_length or longest)
     return PreparedStage(arguments, mixture, validation, counts, validation_counts, longest, fitted)
 

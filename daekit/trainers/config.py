@@ -80,6 +80,10 @@ class DomainSFTConfig(SFTConfig):
         """What is trained: cross-entropy alone."""
         return Objective(ce_weight=1.0, prediction_weight=0.0)
 
+    def selection(self) -> Selection | None:
+        """By what a checkpoint is chosen; None where the last, or the best of one metric, is kept."""
+        return None
+
 
 def is_evaluated(args: DomainSFTConfig) -> bool:
     """Whether validation rows are looked at while the student trains."""

@@ -132,7 +132,7 @@ class KDTrainer(SFTTrainer):
         self.teacher: Any = None if teacher is None else given.completed_teacher(self, teacher, size)
         self.features = FeatureLosses.of(self)
         self.rollouts = Rollouts(self) if self.loss_objective.on_policy else None
-        self.selection = args.selection() if isinstance(args, KDConfig) else None
+        self.selection = args.selection()
         if self.selection is not None:
             self.selection.require_domains(self.data_counts.get("eval", {}))
             self.add_callback(Select(self.selection, divergence_metric(self.loss_objective)))

@@ -34,13 +34,13 @@ from daekit.metrics import TokenMeans
 from daekit.models.backbone import base_of
 from daekit.models.teacher_view import TEACHER_PROMPT_IDS, first_loss, last_response
 from daekit.protocol import IGNORE_INDEX
+from daekit.recipe.objective import ROLLOUT_BATCH
 from daekit.trainers.config import KDConfig
 from daekit.trainers.distributed import rounding, shards_parameters
 from daekit.trainers.ranks import drawn, global_batch
 
 logger = logging.getLogger(__name__)
 
-_TOGETHER = 64  # rows that are continued in one batch
 _CHOICE, _DRAW = 1, 2  # of seeds, beside which nothing else draws
 
 
@@ -157,7 +157,7 @@ class Rollouts:
         trainer, objective = self.trainer, self.objective
         most = objective.max_new_tokens
         how = [Sampling(most, objective.rollout_temperature, (trainer.args.seed, _DRAW, *key)) for key in prompts]
-        write = functools.partial(generate, max_new_tokens=most, batch_size=_TOGETHER, sampling=how, keep_stop=True)
+        write = functools.partial(generate, max_new_tokens=most, batch_size=ROLLOUT_BATCH, sampling=how, keep_stop=True)
         whole: AbstractContextManager[Any] = nullcontext()
         if shards_parameters(trainer):
             settings = {"gradient_checkpointing_kwargs": trainer.args.gradient_checkpointing_kwargs}
@@ -167,7 +167,7 @@ class Rollouts:
                 written = write(trainer.model, trainer.processing_class, list(prompts.values()))
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"rollout_buffer={objective.rollout_buffer}: {min(len(prompts), _TOGETHER)} responses at a time, of up to "
+                f"rollout_buffer={objective.rollout_buffer}: {min(len(prompts), ROLLOUT_BATCH)} responses at a time, of up to "
                 f"max_new_tokens={most}, do not fit into the memory beside the training. Lower one of the two."
             ) from error
         return dict(zip(prompts, written, strict=True))

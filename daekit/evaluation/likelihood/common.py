@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from daekit.errors import UserError
 from daekit.evaluation.evaluate import Key
 from daekit.evaluation.intervals import RowValues
 from daekit.files import file_hash, write_whole
-from daekit.progress import ProgressFunction
+from daekit.progress import Progress, ProgressFunction
 from daekit.protocol import IGNORE_INDEX
 from daekit.recipe.suite import Prefix
 
@@ -42,6 +43,20 @@ class Measured:
     notes: list[str] = field(default_factory=list)
     generated: dict[str, list[str]] = field(default_factory=dict)
     rows: list[MetricRow] = field(default_factory=list)
+
+    @classmethod
+    def once(cls, path: Path, key: Mapping[str, Any], who: str, measure: Callable[[Progress], Measured]) -> Measured:
+        """What the file holds under this key, or else what ``measure`` finds, which is kept there; ``who`` begins the lines."""
+        found = cls.kept(path, key)
+        if found is not None:
+            print(f"{who}: measured before, kept", flush=True)
+            return found
+        start, progress = time.perf_counter(), Progress(who, "rows")
+        found = measure(progress)
+        progress.close()
+        found.keep(path, key)
+        print(f"{who}: measured in {time.perf_counter() - start:.1f} s", flush=True)
+        return found
 
     @classmethod
     def kept(cls, path: Path, key: Mapping[str, Any]) -> Measured | None:

@@ -14,6 +14,7 @@ from daekit.evaluation.evaluate import evaluate_model
 from daekit.evaluation.likelihood.common import Measured, require_context
 from daekit.evaluation.models import file_fingerprint
 from daekit.evaluation.sets import EvaluationSet, tokenize_rows
+from daekit.models.adapters import tokenizer_spec
 from daekit.models.loading import load_model, load_tokenizer_of
 from daekit.models.vocabulary import differences
 from daekit.progress import ProgressFunction
@@ -49,7 +50,11 @@ class Rows:
         require_context(name, self.where, max(lengths), context_length, remedy)
         if self.spec.reference is not None:
             names = f"models.{name}", "the reference"
-            if found := differences(tokenizer, load_tokenizer_of(self.spec.reference), names):
+            try:
+                theirs = load_tokenizer_of(tokenizer_spec(self.spec.reference))
+            except UserError as error:
+                raise UserError(f"{self.where}.reference: {error}") from error
+            if found := differences(tokenizer, theirs, names):
                 raise UserError(
                     f"{self.where}.reference: its tokenizer is not that of {names[0]}, so that its distribution is over other "
                     f"tokens: {'; '.join(found)}. Use a reference that shares the tokenizer, or leave it out."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,28 +118,29 @@ def require_askable(prepared: Prepared, models_to_come: bool = False) -> list[st
 
 def _measure(prepared: Prepared, model: SuiteModel, results: Results) -> None:
     """All likelihood benchmarks of one model."""
-    batch_size = prepared.suite.batch_size
-    for name, benchmark in prepared.benchmarks.items():
-        path = prepared.folder / name / "results" / f"{model.name}.json"
-        key = {
-            "benchmark": prepared.suite.benchmarks[name].model_dump(mode="json"),
-            "data": benchmark.data,
-            "model": results.identities[model.name],
-            "batch_size": batch_size,
-            "versions": versions(("daekit", "torch", "transformers")),
-        }
-        measured = Measured.kept(path, key)
-        if measured is not None:
-            print(f"[{model.name}] {name}: measured before, kept", flush=True)
-        else:
-            start, progress = time.perf_counter(), Progress(f"[{model.name}] {name}", "rows")
-            measured = benchmark.measure(model.model(), model.tokenizer, batch_size, progress)
-            progress.close()
-            measured.keep(path, key)
-            print(f"[{model.name}] {name}: measured in {time.perf_counter() - start:.1f} s", flush=True)
+    for name in prepared.benchmarks:
+        measured = _measured(prepared, model, name, results.identities[model.name])
         results.evaluations[model.name].values.update(measured.values)
         results.evaluations[model.name].generated.update(measured.generated)
         results.measured[model.name, name] = measured
+
+
+def _measured(prepared: Prepared, model: SuiteModel, name: str, identity: Mapping[str, Any]) -> Measured:
+    """One likelihood benchmark of one model."""
+    benchmark, batch_size = prepared.benchmarks[name], prepared.suite.batch_size
+    key = {
+        "benchmark": prepared.suite.benchmarks[name].model_dump(mode="json"),
+        "data": benchmark.data,
+        "model": identity,
+        "batch_size": batch_size,
+        "versions": versions(("daekit", "torch", "transformers")),
+    }
+    path = prepared.folder / name / "results" / f"{model.name}.json"
+
+    def measure(progress: Progress) -> Measured:
+        return benchmark.measure(model.model(), model.tokenizer, batch_size, progress)
+
+    return Measured.once(path, key, f"[{model.name}] {name}", measure)
 
 
 def _answer(prepared: Prepared, model: SuiteModel, results: Results) -> None:
