@@ -371,8 +371,11 @@ def test_where_the_tokenizer_of_an_adapter_lies(world: Path, tmp_path: Path) -> 
     shutil.copytree(world / "shop", own)
     tiny.tokenizer().save_pretrained(own)
     shutil.copytree(world / "law", upper)
+    alone = tmp_path / "alone"  # without tokenizer_config.json
+    shutil.copytree(world / "shop", alone)
+    shutil.copy(own / "tokenizer.json", alone)
     config = json.loads((upper / "adapter_config.json").read_text())
-    for base, lies in ((own, own), (world / "shop", world / "base")):
+    for base, lies in ((own, own), (alone, alone), (world / "shop", world / "base")):
         (upper / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
         for spec in (ModelSpec(adapter=str(upper)), ModelSpec(path=str(upper))):
             assert tokenizer_spec(spec).path == str(lies)

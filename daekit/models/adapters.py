@@ -23,6 +23,8 @@ from daekit.models.restore import ADAPTER_WEIGHTS, restore_adapter
 from daekit.recipe.adapter_config import holds_adapter, on_an_end, read_adapter_config, require_same_base, require_shareable
 from daekit.recipe.schema import LoraSpec, ModelSpec
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
 
 def lora_config(spec: LoraSpec, base: ModelSpec | None = None) -> LoraConfig:
     """A new adapter, on ``base``, in PEFT's terms, which are those of the spec."""
@@ -51,8 +53,8 @@ def tokenizer_spec(spec: ModelSpec) -> ModelSpec:
 
 
 def holds_tokenizer(directory: str | Path) -> bool:
-    """Whether a directory is one that transformers saved a tokenizer in."""
-    return (Path(directory).expanduser() / "tokenizer_config.json").is_file()
+    """Whether a tokenizer lies in a directory; published ones may lack ``tokenizer_config.json``."""
+    return any((Path(directory).expanduser() / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def load_continued(spec: ModelSpec, split: bool = False) -> PeftModel:

@@ -125,7 +125,7 @@ class Buffers:
         return kept, work
 
 
-@cache  # of micro-batches that are planned in turn all chunks but the last are alike
+@cache  # the largest micro-batch is looked for by guesses, and all that are larger than a chunk have the same one
 def _chunk_bytes(objective: Objective, step: int, columns: int, has_teacher: bool, dtype: torch.dtype) -> int:
     """Temporaries of one chunk of ``step`` tokens on a CPU, measured on the loss itself."""
     with FakeTensorMode():
